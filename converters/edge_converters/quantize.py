@@ -1,0 +1,93 @@
+"""Values → blocks, through llama.cpp's own code: `ggml_quantize_chunk` for rows, `llama_model_quantize` for files.
+
+gguf-py writes the simple block types but only reads K-quants, and is slower; the C functions are in llama-cpp-python anyway,
+and their bytes are by definition those of llama.cpp's tools.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
+from edge_runtime import llama
+from edge_runtime.errors import CheckpointError
+
+# Upper bound for the slabs in which llama.cpp's quantizer works; its default of 1 GiB would dominate our memory.
+QUANTIZER_BUFFER_BYTES = 256 << 20
+_PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
+
+
+@cache
+def _quantize_chunk() -> Callable[..., int]:
+    function = llama.ggml_base().ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
+    return function  # type: ignore[no-any-return]
+
+
+def encode_rows(values: npt.NDArray[np.float32], kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+    """Encode float32 rows as blocks of `kind`.
+
+    Parameters
+    ----------
+    values : ndarray [shape=(rows, columns), float32]; columns a multiple of the block.
+
+    Returns
+    -------
+    blocks : ndarray [shape=(rows, bytes per row), uint8]
+    """
+    values = np.ascontiguousarray(values, np.float32)
+    if kind == GGMLQuantizationType.F32:
+        return values.view(np.uint8)
+    if kind == GGMLQuantizationType.F16:
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        if np.isinf(halves).any():
+            raise CheckpointError(
+                f"A weight of {np.abs(values).max():.3g} does not fit float16 (at most 65504); convert with f32 or bf16."
+            )
+        return halves.view(np.uint8)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    n_rows, n_columns = values.shape
+    blocks = np.empty((n_rows, n_columns // block * block_bytes), np.uint8)
+    _quantize_chunk()(int(kind), values.ctypes.data, blocks.ctypes.data, 0, n_rows, n_columns, None)
+    return blocks
+
+
+def quantize_gguf(
+    source: Path, target: Path, file_type: LlamaFileType, on_progress: Callable[[int, int], None]
+) -> None:
+    """Quantize a whole GGUF file as `llama-quantize` does, which picks the type of each tensor of a mix.
+
+    Parameters
+    ----------
+    on_progress : called with (tensor number, number of tensors); read off llama.cpp's log, which is all it offers.
+
+    Raises
+    ------
+    CheckpointError
+        When llama.cpp refuses, with its last words.
+    """
+    lib = llama.library()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = int(file_type)
+    params.max_buf_size = QUANTIZER_BUFFER_BYTES
+
+    def on_line(line: str) -> None:
+        if match := _PROGRESS.match(line):
+            on_progress(int(match[1]), int(match[2]))
+
+    with llama.watch_log(on_line):
+        status = lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+        if status != 0:
+            raise CheckpointError(
+                f"llama.cpp could not quantize to {file_type.name.removeprefix('MOSTLY_')}: {llama.last_errors()}; free disk space or choose another --type."
+            )

@@ -1,0 +1,69 @@
+"""Which type each tensor gets, with the reason.
+
+Vectors and norms stay float32 everywhere: they are a thousandth of the bytes and feed float32 arithmetic.
+K-quant mixes are not decided here but by llama.cpp's own quantizer (`quantize.quantize_gguf`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+
+Q = GGMLQuantizationType
+
+
+@dataclass(frozen=True)
+class DecoderType:
+    """A `--type` of the converter."""
+
+    label: str
+    """As it stands in the file name."""
+    file_type: LlamaFileType
+    matrix: GGMLQuantizationType | None
+    """Type of every matrix, or None when llama.cpp's quantizer chooses a mix."""
+
+
+DECODER_TYPES = {
+    "f32": DecoderType("F32", LlamaFileType.ALL_F32, Q.F32),
+    "f16": DecoderType("F16", LlamaFileType.MOSTLY_F16, Q.F16),
+    "bf16": DecoderType("BF16", LlamaFileType.MOSTLY_BF16, Q.BF16),
+    "q8_0": DecoderType("Q8_0", LlamaFileType.MOSTLY_Q8_0, Q.Q8_0),
+    "q4_0": DecoderType("Q4_0", LlamaFileType.MOSTLY_Q4_0, None),
+    "q4_k_m": DecoderType("Q4_K_M", LlamaFileType.MOSTLY_Q4_K_M, None),
+}
+VISION_TYPES = {
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+_MATRIX = {LlamaFileType.ALL_F32: Q.F32, LlamaFileType.MOSTLY_F16: Q.F16, LlamaFileType.MOSTLY_Q8_0: Q.Q8_0}
+
+# Stored dtype → the type of the intermediate file that llama.cpp quantizes: the one that loses nothing.
+LOSSLESS = {
+    "F32": (Q.F32, LlamaFileType.ALL_F32),
+    "F16": (Q.F16, LlamaFileType.MOSTLY_F16),
+    "BF16": (Q.BF16, LlamaFileType.MOSTLY_BF16),
+}
+
+
+def decoder_tensor_type(shape: tuple[int, ...], matrix: GGMLQuantizationType) -> GGMLQuantizationType:
+    """Type of one decoder tensor: vectors float32, matrices as asked, F16 where rows do not fit the blocks."""
+    if len(shape) < 2:
+        return Q.F32
+    return matrix if shape[-1] % GGML_QUANT_SIZES[matrix][0] == 0 else Q.F16
+
+
+def vision_tensor_type(name: str, shape: tuple[int, ...], file_type: LlamaFileType) -> GGMLQuantizationType:
+    """Type of one mmproj tensor, as llama.cpp's MiniCPM-V script has it for f32 and f16.
+
+    One departure: in an f32 file the patch kernel is float32 too. The script always rounds it to float16, which
+    shows in the fourth digit when the source is float32; llama.cpp loads both.
+    """
+    if file_type == LlamaFileType.ALL_F32 or not name.endswith(".weight") or len(shape) < 2:
+        return Q.F32
+    if name in ("v.patch_embd.weight", "v.position_embd.weight"):
+        return Q.F16  # a convolution kernel of 14-pixel rows and a lookup table: no block products to speed up
+    matrix = _MATRIX[file_type]
+    # fc2 of SigLIP has rows of 4304 = 134.5 blocks of 32: float16 is what llama.cpp can read.
+    return matrix if shape[-1] % GGML_QUANT_SIZES[matrix][0] == 0 else Q.F16

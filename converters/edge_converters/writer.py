@@ -1,0 +1,182 @@
+"""Planned tensors → one GGUF file, in chunks of rows and under a temporary name until it is complete.
+
+Memory stays at a few chunks whatever the size of the checkpoint. A file under its final name is always a whole file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+from edge_converters.checkpoint import STORED_DTYPES, Checkpoint
+from edge_converters.quantize import encode_rows
+from edge_runtime.errors import CheckpointError
+
+CHUNK_VALUES = 8 << 20  # values per chunk: 32 MiB as float32
+_SAME_BITS = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}
+
+Rows = Callable[[int, int], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: its place in the file and where its rows come from."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    rows: Rows
+    """(start, stop) → ndarray [shape=(stop - start, columns), float32]."""
+    stored: Callable[[int, int], tuple[npt.NDArray[Any], str]] | None = None
+    """(start, stop) → values and dtype as stored, where rows may be copied as they are."""
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of blocks: every axis but the last, or the first axis for a convolution kernel."""
+        return self.shape[0] if len(self.shape) != 1 else 1
+
+    @property
+    def n_columns(self) -> int:
+        """Values per row."""
+        return int(np.prod(self.shape)) // self.n_rows
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes in the file."""
+        block, block_bytes = GGML_QUANT_SIZES[self.type]
+        return self.n_rows * self.n_columns // block * block_bytes
+
+    def encoded_chunks(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The tensor's bytes, a chunk of rows at a time."""
+        step = max(1, CHUNK_VALUES // self.n_columns)
+        for start in range(0, self.n_rows, step):
+            yield self._encode(start, min(start + step, self.n_rows))
+
+    def _encode(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        if self.stored is not None:
+            values, dtype = self.stored(start, stop)
+            if _SAME_BITS[dtype] == self.type:
+                self._check_finite(_finite(values, dtype))
+                return np.ascontiguousarray(values).view(np.uint8)
+        rows = self.rows(start, stop)
+        self._check_finite(bool(np.isfinite(rows).all()))
+        return encode_rows(rows, self.type)
+
+    def _check_finite(self, finite: bool) -> None:
+        if not finite:
+            raise CheckpointError(
+                f"The checkpoint's values for {self.name} hold NaN or infinity; a damaged download or a broken training run: use another checkpoint."
+            )
+
+
+def _finite(values: npt.NDArray[Any], dtype: str) -> bool:
+    if dtype == "BF16":  # all exponent bits set: NaN or infinity
+        return not bool(((values & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(values).all())
+
+
+def copied(checkpoint: Checkpoint, source: str, name: str, kind: GGMLQuantizationType) -> PlannedTensor:
+    """Plan a tensor whose rows are those of the checkpoint's `source`."""
+    tensor = checkpoint.tensors[source]
+    rows_are_vectors = len(tensor.shape) != 1
+
+    def rows(start: int, stop: int) -> npt.NDArray[np.float32]:
+        if rows_are_vectors:
+            return checkpoint.float_rows(source, start, stop)
+        return checkpoint.float_rows(source, 0, tensor.n_rows).reshape(1, -1)
+
+    def stored(start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
+        return checkpoint.rows(source, *((start, stop) if rows_are_vectors else (0, tensor.n_rows)))
+
+    return PlannedTensor(name, tensor.shape, kind, rows, stored)
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    add_metadata: Callable[[GGUFWriter], None],
+    tensors: list[PlannedTensor],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Write a GGUF file at `path`, which should be a temporary name (see `replacing`).
+
+    Parameters
+    ----------
+    on_bytes : called with the number of bytes after each chunk.
+    """
+    _check_space(path.parent, sum(t.n_bytes for t in tensors))
+    writer = GGUFWriter(path, architecture)
+    add_metadata(writer)
+    for tensor in tensors:
+        columns = GGML_QUANT_SIZES[tensor.type]
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // columns[0] * columns[1])
+        # Quantised tensors are announced by their bytes: gguf-py then converts the last axis back to values.
+        if columns[0] > 1:
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.n_bytes, tensor.type)
+        else:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.n_bytes, tensor.type)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        assert writer.fout is not None
+        file = writer.fout[0]
+        for tensor in tensors:
+            writer.write_padding(file, file.tell())
+            for chunk in tensor.encoded_chunks():
+                file.write(chunk.data)
+                on_bytes(chunk.nbytes)
+        writer.write_padding(file, file.tell())
+        writer.flush()
+    finally:
+        writer.close()
+
+
+@contextlib.contextmanager
+def replacing(path: Path, force: bool) -> Iterator[Path]:
+    """Temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises
+    ------
+    CheckpointError
+        When `path` exists and `force` is false, or when the disk is full or not writable.
+    """
+    if path.exists() and not force:
+        raise CheckpointError(f"{path} exists already; choose another folder with -o, or pass --force to replace it.")
+    temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CheckpointError(f"The disk holding {path.parent} is full; free some space and convert again.") from None
+        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}; choose another folder with -o.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder} has {free / 1e9:.1f} GB free, the file needs {needed / 1e9:.1f} GB; free some space or choose another folder with -o."
+        )
+
+
+def stored_bytes(checkpoint: Checkpoint, names: list[str]) -> int:
+    """Bytes of the named tensors in the checkpoint."""
+    tensors = (checkpoint.tensors[name] for name in names)
+    return sum(t.n_rows * t.row_length * STORED_DTYPES[t.dtype][1] for t in tensors)

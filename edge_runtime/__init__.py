@@ -1,0 +1,56 @@
+"""MiniCPM-V 4.5 on ordinary CPUs: the official model's exact inputs, from quantised GGUF files.
+
+    from edge_runtime import Model
+    model = Model.load("demo")
+    print(model.chat([{"role": "user", "content": [Image.open("a.png"), "What does it say?"]}]))
+
+Importing this module loads nothing heavy; numba and llama.cpp are imported when a model is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.errors import (
+    BackendUnavailable,
+    CheckpointError,
+    EdgeRuntimeError,
+    ImageError,
+    MessageError,
+    ModelFileError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from edge_runtime.model import Answer, AnswerStream, Model
+    from edge_runtime.streaming import Piece
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "AnswerStream",
+    "BackendUnavailable",
+    "CheckpointError",
+    "EdgeRuntimeError",
+    "ImageError",
+    "MessageError",
+    "Model",
+    "ModelFileError",
+    "Piece",
+    "PromptTooLongError",
+    "UnsupportedModelError",
+    "__version__",
+]
+
+_LAZY = {"Model": "model", "Answer": "model", "AnswerStream": "model", "Piece": "streaming"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Model` and its kin at their first use."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"edge_runtime.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'edge_runtime' has no attribute {name!r}")

@@ -1,0 +1,89 @@
+"""Slices → visual tokens: tower and resampler of one mmproj file, in batches of bounded size.
+
+The numba kernels underneath run parallel code, which one Python thread at a time may enter; the engine's thread does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from edge_runtime.config import check_mmproj, resampler_config, slicing_config, vision_config
+from edge_runtime.resampler import GroupItem, Resampler
+from edge_runtime.slicing import Slice
+from edge_runtime.vision import VisionTower
+from edge_runtime.weights import Float32, GGUFFile
+
+BATCH_PATCHES = 2048
+"""Patches encoded together: enough to keep the products efficient, few enough to bound the memory (150 MB at full size)."""
+
+Group = list[tuple[Slice, int]]
+"""Slices with their temporal ids (-1: a still picture) that share one set of queries."""
+
+
+class ImageEncoder:
+    """Vision tower and resampler of one mmproj file.
+
+    Raises
+    ------
+    ModelFileError
+        When the file is damaged or of another model.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.file = GGUFFile(path)
+        check_mmproj(self.file)
+        self.slicing = slicing_config(self.file)
+        vision = vision_config(self.file)
+        self.tower = VisionTower(self.file, vision, self.slicing)
+        self.resampler = Resampler(self.file, resampler_config(self.file), vision.width)
+
+    @property
+    def n_queries(self) -> int:
+        """Visual tokens per slice, or per group."""
+        return self.resampler.config.queries
+
+    @property
+    def hidden(self) -> int:
+        """Width of a visual token, which must be the decoder's."""
+        return self.resampler.config.hidden
+
+    def encode(
+        self, groups: Sequence[Group], on_slices: Callable[[int], None] = lambda n_done: None
+    ) -> list[Float32]:
+        """Visual tokens of each group.
+
+        Parameters
+        ----------
+        on_slices : called with the number of slices done after each batch; may raise to stop.
+
+        Returns
+        -------
+        tokens : one ndarray [shape=(queries, hidden), float32] per group.
+        """
+        tokens: list[Float32] = []
+        n_done = 0
+        for batch in _batches(groups):
+            slices = [item for group in batch for item, _ in group]
+            features = iter(self.tower.encode(slices))
+            tokens += self.resampler.resample(
+                [[GroupItem(next(features), item.tgt_size, time) for item, time in group] for group in batch]
+            )
+            n_done += len(slices)
+            on_slices(n_done)
+        return tokens
+
+
+def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Consecutive groups of at most `BATCH_PATCHES` patches together (a larger group goes alone)."""
+    batch: list[Group] = []
+    patches = 0
+    for group in groups:
+        size = sum(len(item.patches) for item, _ in group)
+        if batch and patches + size > BATCH_PATCHES:
+            yield batch
+            batch, patches = [], 0
+        batch.append(group)
+        patches += size
+    if batch:
+        yield batch

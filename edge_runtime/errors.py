@@ -1,0 +1,47 @@
+"""Every error this package raises on purpose.
+
+Each message is one sentence or two with three parts: what was found, what was expected, what to do about it.
+
+    EdgeRuntimeError
+    ├── ModelFileError          a model file is missing, damaged, ambiguous or does not fit its partner
+    │   └── UnsupportedModelError   the file is sound but of another architecture or a type we cannot run
+    ├── CheckpointError         a Hugging Face checkpoint cannot be converted
+    ├── ImageError              a picture cannot be read, or is too large to be encoded
+    ├── MessageError            a message, option or temporal id has the wrong form
+    ├── PromptTooLongError      the prompt does not fit into the context
+    └── BackendUnavailable      a library or machine feature that is needed is not there
+"""
+
+from __future__ import annotations
+
+
+class EdgeRuntimeError(Exception):
+    """Base of all errors of this package; its text is meant for the user."""
+
+
+class ModelFileError(EdgeRuntimeError):
+    """A model file is missing, damaged, ambiguous, or does not fit its partner."""
+
+
+class UnsupportedModelError(ModelFileError):
+    """A sound model file of an architecture or tensor type that this runtime does not run."""
+
+
+class CheckpointError(EdgeRuntimeError):
+    """A Hugging Face checkpoint that cannot be converted, or an output that must not be overwritten."""
+
+
+class ImageError(EdgeRuntimeError):
+    """A picture that cannot be decoded, or that is too large to be encoded."""
+
+
+class MessageError(EdgeRuntimeError):
+    """A message, an option or a list of temporal ids that has the wrong form."""
+
+
+class PromptTooLongError(EdgeRuntimeError):
+    """A prompt that does not fit into the context window."""
+
+
+class BackendUnavailable(EdgeRuntimeError):  # noqa: N818 - the name users see; "unavailable" says it is an error
+    """A library or a machine feature that is needed is not there."""

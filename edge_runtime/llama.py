@@ -1,0 +1,94 @@
+"""The one door to llama.cpp: llama-cpp-python's ctypes layer, loaded once, with its log in our hands.
+
+llama.cpp reports errors only as log lines, so the last of them are kept to be quoted in exceptions; nothing is printed unless
+EDGE_RUNTIME_LLAMA_LOG=1. The high-level `Llama` class is not used (see ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import BackendUnavailable
+
+LOG_ERROR = 4  # ggml_log_level; a continued line has 5
+KEPT_LINES = 8
+
+_errors: deque[str] = deque(maxlen=KEPT_LINES)
+_watchers: list[Callable[[str], None]] = []
+_keep_alive: list[Any] = []  # ctypes callbacks must outlive the library's use of them
+
+
+@cache
+def library() -> Any:
+    """Return the module `llama_cpp.llama_cpp` with the backend initialised.
+
+    Raises
+    ------
+    BackendUnavailable
+        When llama-cpp-python is not installed or its shared library does not load.
+    """
+    try:
+        from llama_cpp import llama_cpp as lib
+    except ImportError as error:
+        raise BackendUnavailable(
+            "llama-cpp-python is not installed; install it with 'pip install llama-cpp-python==0.3.36', which needs a C++ compiler and cmake "
+            f"(Debian and Ubuntu: apt install g++ cmake; macOS: xcode-select --install). ({error})"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise BackendUnavailable(
+            f"llama.cpp's shared library does not load ({error}); reinstall it with 'pip install --force-reinstall --no-cache-dir llama-cpp-python==0.3.36'."
+        ) from None
+    callback = lib.llama_log_callback(_on_log)
+    _keep_alive.append(callback)
+    lib.llama_log_set(callback, ctypes.c_void_p(0))
+    lib.llama_backend_init()
+    return lib
+
+
+@cache
+def ggml_base() -> ctypes.CDLL:
+    """Return llama.cpp's base library, which holds the block quantizers."""
+    import llama_cpp
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    library()
+    return load_shared_library("ggml-base", Path(llama_cpp.__file__).parent / "lib")  # type: ignore[no-any-return]
+
+
+def last_errors() -> str:
+    """Return llama.cpp's latest error lines as one phrase, and forget them."""
+    text = "; ".join(_errors)
+    _errors.clear()
+    return text or "it gave no reason"
+
+
+@contextlib.contextmanager
+def watch_log(on_line: Callable[[str], None]) -> Iterator[None]:
+    """Call `on_line` with every log line inside the block."""
+    library()
+    _errors.clear()
+    _watchers.append(on_line)
+    try:
+        yield
+    finally:
+        _watchers.remove(on_line)
+
+
+def _on_log(level: int, text: bytes, _user_data: Any) -> None:
+    line = text.decode("utf-8", "replace").strip()
+    if not line or line == ".":
+        return
+    if level == LOG_ERROR:
+        _errors.append(line)
+    for watcher in _watchers:
+        watcher(line)
+    if os.environ.get("EDGE_RUNTIME_LLAMA_LOG"):
+        print(f"llama.cpp: {line}", file=sys.stderr)

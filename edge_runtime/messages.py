@@ -1,0 +1,150 @@
+"""Whatever clients call a message → `Message`.
+
+Accepted content: a string; a list of pictures and strings in order (the official form); OpenAI parts (`text`, `image_url`,
+`input_text`, `input_image`) with `data:` URIs; `{"image": ...}` and `{"type": "image", "image": ...}` as in Hugging Face chats; and
+Ollama's `images` beside the content, which come first.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from edge_runtime.errors import MessageError
+from edge_runtime.image import ImageSource
+
+THINK, THINK_END = "<think>", "</think>"
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A picture inside a message, not decoded yet."""
+
+    source: ImageSource
+    max_slices: int | None = None
+    """Limit for this picture alone; None takes the request's."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str
+    parts: tuple[str | ImagePart, ...]
+    reasoning: str | None = None
+    tool_calls: list[Any] = field(default_factory=list)
+
+
+def parse_messages(messages: str | Sequence[Any]) -> list[Message]:
+    """Bring a conversation into one form.
+
+    Parameters
+    ----------
+    messages : a question, or a list of messages (mappings with `role` and `content`).
+
+    Raises
+    ------
+    MessageError
+        Naming the message that has the wrong form.
+    """
+    if isinstance(messages, str):
+        return [Message("user", (messages,))]
+    if not messages:
+        raise MessageError("The conversation is empty; expected at least one message with a question.")
+    return [_parse(entry, number) for number, entry in enumerate(messages)]
+
+
+def _parse(entry: Any, number: int) -> Message:
+    where = f"Message {number}"
+    if isinstance(entry, Message):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise MessageError(f"{where} is of type {type(entry).__name__}; expected a mapping with 'role' and 'content'.")
+    role = entry.get("role")
+    if role == "developer":  # OpenAI's newer name
+        role = "system"
+    if role not in ROLES:
+        raise MessageError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}.")
+    parts = [_ollama_image(image, where) for image in entry.get("images") or ()]
+    parts += _parse_content(entry.get("content"), where)
+    reasoning = entry.get("reasoning_content") or entry.get("reasoning") or entry.get("thinking")
+    if role == "assistant":
+        reasoning, parts = _without_reasoning(reasoning, parts)
+    elif role == "system" and any(isinstance(part, ImagePart) for part in parts):
+        raise MessageError(f"{where} puts a picture into the system prompt; pictures belong to user messages.")
+    return Message(role, tuple(parts), reasoning, list(entry.get("tool_calls") or ()))
+
+
+def _without_reasoning(reasoning: Any, parts: list[str | ImagePart]) -> tuple[str | None, list[str | ImagePart]]:
+    """Take the reasoning out of an earlier answer, as the template does, so that the rest can be guarded as text."""
+    if any(isinstance(part, ImagePart) for part in parts):
+        return reasoning, parts
+    written, answer = split_reasoning("\n".join(str(part) for part in parts))
+    return (str(reasoning) if reasoning else written), [answer]
+
+
+def split_reasoning(text: str) -> tuple[str | None, str]:
+    """Cut an earlier answer into (reasoning, answer) as the official template does; reasoning is None without one."""
+    if THINK_END not in text:
+        return None, text
+    before, answer = text.split(THINK_END)[0], text.split(THINK_END)[-1]
+    return before.rstrip("\n").split(THINK)[-1].lstrip("\n"), answer.lstrip("\n")
+
+
+def _parse_content(content: Any, where: str) -> list[str | ImagePart]:
+    if content is None:
+        return []
+    if isinstance(content, str | Image.Image | Path | bytes | Mapping):
+        content = [content]
+    if not isinstance(content, Sequence):
+        raise MessageError(f"{where} has content of type {type(content).__name__}; expected a string or a list of pictures and strings.")
+    return [_parse_part(part, where) for part in content]
+
+
+def _parse_part(part: Any, where: str) -> str | ImagePart:
+    if isinstance(part, str | ImagePart):
+        return part
+    if isinstance(part, Image.Image | Path | bytes):
+        return ImagePart(part)
+    if isinstance(part, Mapping):
+        kind = part.get("type")
+        if kind in ("text", "input_text") or (kind is None and "text" in part):
+            return str(part.get("text", ""))
+        if kind in ("image_url", "input_image"):
+            url = part.get("image_url")
+            return ImagePart(_checked_url(url.get("url") if isinstance(url, Mapping) else url, where))
+        if kind in (None, "image") and part.get("image") is not None:
+            source = part["image"]
+            if not isinstance(source, Image.Image | Path | bytes | str):
+                raise MessageError(f"{where} has an image of type {type(source).__name__}; expected a path, bytes or a Pillow picture.")
+            return ImagePart(source, part.get("max_slice_nums"))
+        raise MessageError(f"{where} has a part of type {kind!r}; expected 'text', 'image' or 'image_url'.")
+    raise MessageError(f"{where} has a part of type {type(part).__name__}; expected a string or a picture.")
+
+
+def _checked_url(url: Any, where: str) -> str:
+    """Only data URIs: addresses and paths in a client's message must never make this process read or fetch something."""
+    if not isinstance(url, str) or not url.startswith("data:"):
+        raise MessageError(f"{where} has the image address {str(url)[:40]!r}; expected a data: URI (data:image/png;base64,...), nothing is fetched.")
+    return url
+
+
+def _ollama_image(image: Any, where: str) -> ImagePart:
+    """Ollama sends plain base64; some clients leave the data: prefix on."""
+    if isinstance(image, Image.Image | Path | bytes):
+        return ImagePart(image)
+    if isinstance(image, str):
+        if image.startswith("data:"):
+            return ImagePart(image)
+        try:
+            return ImagePart(base64.b64decode(image, validate=True))
+        except (ValueError, binascii.Error):
+            pass
+    raise MessageError(f"{where} has an entry in 'images' that is not base64; expected the encoded bytes of a picture.")

@@ -1,0 +1,340 @@
+"""`Model`: the public face, thin over `pipeline` (what goes in) and `engine` (what comes out)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from edge_runtime.decoder import Decoder, DecoderOptions
+from edge_runtime.encoder import ImageEncoder
+from edge_runtime.engine import Engine, Finished, FinishReason, Progress, Request, Running
+from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.image import ImageSource, load_image
+from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
+from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
+from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
+from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
+from edge_runtime.store import ModelPaths, find_model
+from edge_runtime.streaming import Piece
+from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.weights import Float32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer; `str()` of it is the text."""
+
+    answer: str
+    reasoning: str | None
+    """None when the model did not think."""
+    finish_reason: FinishReason
+    model: str
+    prompt_tokens: int
+    visual_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    slices: list[list[int]]
+    """[width, height] of everything that was encoded."""
+    timings_s: dict[str, float] = field(default_factory=dict)
+    """load, image, encode, prefill, first_token (since the call), decode, total"""
+
+    def __str__(self) -> str:
+        return self.answer
+
+
+class AnswerStream:
+    """An answer being generated: iterate over its `Piece`s, then ask for `result()`."""
+
+    def __init__(self, running: Running, finish: Callable[[str, str | None, Finished], Answer]) -> None:
+        self._running, self._finish = running, finish
+        self._text: dict[str, list[str]] = {"answer": [], "reasoning": []}
+        self._result: Answer | None = None
+        self._pieces = self._run()
+        self.on_progress: Callable[[Progress], None] = lambda progress: None
+        """Called with the progress of encoding and prefill."""
+
+    def _run(self) -> Iterator[Piece]:
+        for event in self._running:
+            if isinstance(event, Piece):
+                self._text[event.kind].append(event.text)
+                yield event
+            elif isinstance(event, Progress):
+                self.on_progress(event)
+            else:
+                reasoning = "".join(self._text["reasoning"])
+                self._result = self._finish("".join(self._text["answer"]), reasoning or None, event)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self._pieces
+
+    def cancel(self) -> None:
+        """Stop generating; the stream then ends with the reason `cancelled`."""
+        self._running.cancel()
+
+    def result(self) -> Answer:
+        """The whole answer; waits for its end."""
+        for _ in self._pieces:
+            pass
+        if self._result is None:
+            raise MessageError("The stream was left before its end, so there is no whole answer; iterate to the end, or cancel() it.")
+        return self._result
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the decoder computed for a prompt; for comparing with the official code."""
+
+    logits: Float32
+    """ndarray [shape=(vocabulary,), float32] after the prompt"""
+    greedy: list[int]
+    """The most probable continuation; end tokens do not stop it."""
+
+
+class Model:
+    """A loaded model. Make one with `Model.load`; it answers from any thread, one request at a time."""
+
+    def __init__(self, paths: ModelPaths, *, exact: bool, n_ctx: int | None, n_threads: int | None) -> None:
+        from edge_kernels.compile import cpu_count
+
+        started = time.perf_counter()
+        self.paths, self.exact = paths, exact
+        self._encoder = ImageEncoder(paths.mmproj)
+        threads = n_threads or cpu_count()
+        self._decoder = Decoder(paths.decoder, DecoderOptions(n_ctx, exact, threads))
+        try:
+            self._check_pair()
+            self.tokenizer = Tokenizer(self._decoder.file)
+        except BaseException:
+            self._decoder.close()
+            raise
+        self._template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
+        self._engine = Engine(self._encoder, self._decoder, self.tokenizer)
+        self._engine.call(lambda: _set_threads(threads))
+        self.load_s = time.perf_counter() - started
+        """Seconds that loading took."""
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path = "demo",
+        *,
+        mmproj: str | Path | None = None,
+        exact: bool = False,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+    ) -> Model:
+        """Load a model.
+
+        Parameters
+        ----------
+        name : `demo`, a folder with a decoder and an `mmproj*` file, or a decoder file.
+        mmproj : the mmproj file, when it does not lie beside the decoder.
+        exact : compute as the official float32 code does: float32 vision, float32 KV cache, no flash attention.
+        n_ctx : context length in tokens; default 8192, at most what the model was trained for.
+        n_threads : default: the physical cores this process may use.
+
+        Raises
+        ------
+        ModelFileError
+            When files are missing, damaged, ambiguous, or do not belong together.
+        """
+        if n_ctx is not None and n_ctx < 1:
+            raise MessageError(f"n_ctx is {n_ctx}; expected a positive number of tokens.")
+        if n_threads is not None and n_threads < 1:
+            raise MessageError(f"n_threads is {n_threads}; expected a positive number.")
+        return cls(find_model(name, mmproj), exact=exact, n_ctx=n_ctx, n_threads=n_threads)
+
+    def _check_pair(self) -> None:
+        hidden, width = self._decoder.config.hidden, self._encoder.hidden
+        if hidden != width:
+            raise ModelFileError(
+                f"{self.paths.decoder.name} has hidden size {hidden}, but the visual tokens of {self.paths.mmproj.name} have {width}; use the decoder and the mmproj file of the same model."
+            )
+
+    @property
+    def name(self) -> str:
+        """What the model was called when it was loaded."""
+        return self.paths.name
+
+    @property
+    def n_ctx(self) -> int:
+        """Context length in tokens."""
+        return self._decoder.n_ctx
+
+    @overload
+    def chat(self, messages: str | Sequence[Any], *, stream: Literal[False] = False, **options: Any) -> Answer: ...
+    @overload
+    def chat(self, messages: str | Sequence[Any], *, stream: Literal[True], **options: Any) -> AnswerStream: ...
+    def chat(
+        self,
+        messages: str | Sequence[Any],
+        *,
+        stream: bool = False,
+        thinking: bool = False,
+        max_tokens: int = MAX_NEW_TOKENS,
+        greedy: bool = False,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        on_image: Callable[[int, int], None] = lambda done, total: None,
+        **prompt_options: Any,
+    ) -> Answer | AnswerStream:
+        """Answer a conversation.
+
+        Parameters
+        ----------
+        messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
+        stream : return an `AnswerStream` at once instead of the whole `Answer`.
+        thinking : let the model reason before it answers.
+        max_tokens : most tokens to generate, reasoning included.
+        greedy, temperature, top_p, top_k, repetition_penalty, seed : sampling; the official defaults where not given.
+            greedy and temperature=0 take the most probable token, without penalties.
+        stop : strings that end the answer.
+        on_image : called with (decoded, total) while pictures are read.
+        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools, pixel_limit.
+
+        Raises
+        ------
+        MessageError, ImageError, PromptTooLongError
+            Before anything is computed.
+        """
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            raise MessageError(f"max_tokens is {max_tokens!r}; expected a positive whole number.")
+        if isinstance(stop, str):
+            stop = (stop,)
+        sampling = choose_options(
+            thinking,
+            greedy=greedy,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        started = time.perf_counter()
+        prepared = self._prepare(messages, on_image, thinking=thinking, **prompt_options)
+        image_s = time.perf_counter() - started
+        request = Request(prepared.prompt, prepared.groups, sampling, thinking, max_tokens, tuple(stop))
+
+        def finish(answer: str, reasoning: str | None, end: Finished) -> Answer:
+            timings = {"load": self.load_s, "image": image_s, **end.timings_s, "total": time.perf_counter() - started}
+            if timings["first_token"]:
+                timings["first_token"] += image_s
+            return Answer(
+                answer=answer,
+                reasoning=reasoning,
+                finish_reason=end.reason,
+                model=self.name,
+                prompt_tokens=len(prepared.prompt.ids),
+                visual_tokens=sum(last - first for first, last in prepared.prompt.bounds),
+                cached_tokens=0,
+                completion_tokens=end.completion_tokens,
+                slices=prepared.slices,
+                timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
+            )
+
+        answering = AnswerStream(self._engine.submit(request), finish)
+        return answering if stream else answering.result()
+
+    def _prepare(
+        self,
+        messages: str | Sequence[Any],
+        on_image: Callable[[int, int], None] = lambda done, total: None,
+        **options: Any,
+    ) -> Prepared:
+        unknown = sorted(set(options) - set(PromptOptions.__dataclass_fields__))
+        if unknown:
+            raise TypeError(f"chat() got an unexpected keyword argument {unknown[0]!r}")
+        return prepare(
+            messages,
+            PromptOptions(**options),
+            slicing=self._encoder.slicing,
+            tokenizer=self.tokenizer,
+            n_queries=self._encoder.n_queries,
+            template=self._template,
+            on_image=on_image,
+        )
+
+    def slices(self, image: ImageSource, max_slices: int | None = None) -> list[Slice]:
+        """Slices of a picture as the vision tower gets them."""
+        picture = load_image(image)
+        plan = plan_slices(*picture.size, self._encoder.slicing, max_slices)
+        check_plan(*picture.size, plan, self._encoder.slicing)
+        return slice_image(picture, plan, self._encoder.slicing)
+
+    def encode_image(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
+        """Visual tokens of a picture: one ndarray [shape=(queries, hidden), float32] per slice."""
+        return self.encode_video([image], [[-1]], max_slices)
+
+    def encode_video(
+        self, frames: Sequence[ImageSource], temporal_ids: Sequence[Sequence[int]], max_slices: int | None = 1
+    ) -> list[Float32]:
+        """Visual tokens of packed video frames.
+
+        Parameters
+        ----------
+        frames : pictures of one size.
+        temporal_ids : times in units of 0.1 s, cut into the groups that share queries.
+
+        Returns
+        -------
+        tokens : one ndarray [shape=(queries, hidden), float32] per group, slice after slice inside a group of frames.
+        """
+        left, groups = iter(frames), []
+        for ids in temporal_ids:
+            groups += pack_frames([self.slices(next(left), max_slices) for _ in ids], ids)
+        return self._engine.call(lambda: self._encoder.encode(groups))
+
+    def vision_features(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
+        """Output of the vision tower, before the resampler: one ndarray [shape=(P, width), float32] per slice."""
+        slices = self.slices(image, max_slices)
+        return [self._engine.call(lambda item=item: self._encoder.tower.encode([item])[0]) for item in slices]  # type: ignore[misc]
+
+    def build_prompt(self, messages: str | Sequence[Any], **prompt_options: Any) -> Prompt:
+        """Text, token ids and places of the visual tokens of a conversation, without computing anything."""
+        return self._prepare(messages, **prompt_options).prompt
+
+    def trace(self, messages: str | Sequence[Any], n_tokens: int, **prompt_options: Any) -> Trace:
+        """Logits after the prompt and the `n_tokens` most probable tokens; for comparing with the official code."""
+        prepared = self._prepare(messages, **prompt_options)
+
+        def compute() -> Trace:
+            tokens = self._encoder.encode(prepared.groups)
+            self._decoder.prefill(self._engine.embed(prepared.prompt, tokens))
+            first = self._decoder.logits()
+            logits, greedy = first, []
+            for _ in range(n_tokens):
+                greedy.append(int(np.argmax(logits)))
+                self._decoder.decode(greedy[-1])
+                logits = self._decoder.logits()
+            return Trace(first, greedy)
+
+        return self._engine.call(compute)
+
+    def close(self) -> None:
+        """Free the memory; further calls raise."""
+        self._engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _set_threads(n_threads: int) -> None:
+    """Set numba's thread count, on the thread that will run the kernels: numba keeps it per thread."""
+    from edge_kernels.compile import set_threads
+
+    set_threads(n_threads)

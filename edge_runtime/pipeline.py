@@ -1,0 +1,132 @@
+"""The whole data flow as one readable function. Start here.
+
+    messages ─ parse_messages ─┬─ pictures ─ load_image ─ plan_slices ─ slice_image ─ groups ──────────┐
+                               └─ text + layouts ─ build_prompt ─ ids + bounds ────────────────────────┴─ Request
+
+What follows happens on the engine's thread (`engine`): groups ─ vision ─ resampler ─ visual tokens; ids ─ embedding rows; both
+become one stream of embeddings ─ decoder ─ sampler ─ pieces of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_runtime.config import SlicingConfig
+from edge_runtime.encoder import Group
+from edge_runtime.errors import MessageError
+from edge_runtime.image import PIXEL_LIMIT, load_image
+from edge_runtime.messages import ImagePart, parse_messages
+from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
+from edge_runtime.resampler import STILL
+from edge_runtime.slicing import SlicePlan, Slice, check_plan, plan_slices, slice_image
+from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.video import check_groups
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How messages become a prompt."""
+
+    thinking: bool = False
+    max_slices: int | None = None
+    """Most cells per picture; None takes the model's limit."""
+    use_image_id: bool | None = None
+    """Whether pictures are numbered; None takes the model's setting."""
+    temporal_ids: Sequence[Sequence[int]] | None = None
+    """Groups of frame times in units of 0.1 s that cover all pictures in order; -1 marks a still picture."""
+    tools: Sequence[dict[str, Any]] = ()
+    pixel_limit: int = PIXEL_LIMIT
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversation ready for the engine."""
+
+    prompt: Prompt
+    groups: list[Group]
+    """Slices behind each run of visual tokens."""
+    slices: list[list[int]] = field(default_factory=list)
+    """[width, height] of every slice that will be encoded, in order."""
+
+
+def prepare(
+    messages: str | Sequence[Any],
+    options: PromptOptions,
+    *,
+    slicing: SlicingConfig,
+    tokenizer: Tokenizer,
+    n_queries: int,
+    template: str,
+    on_image: Callable[[int, int], None] = lambda done, total: None,
+) -> Prepared:
+    """Turn a conversation into a prompt and the slices behind it.
+
+    Parameters
+    ----------
+    n_queries : visual tokens per slice.
+    on_image : called with (pictures decoded, pictures in all).
+
+    Raises
+    ------
+    MessageError, ImageError
+        When the conversation or a picture cannot be used; nothing was computed then.
+    """
+    if options.max_slices is not None and options.max_slices < 1:
+        raise MessageError(f"max_slices is {options.max_slices}; expected 1 (never cut) or more.")
+    conversation = parse_messages(messages)
+    parts = list(iter_images(conversation))
+    times = options.temporal_ids if options.temporal_ids is not None else [[STILL]] * len(parts)
+    check_groups(times, len(parts))
+
+    layouts: list[ImageLayout] = []
+    groups: list[Group] = []
+    sizes: list[list[int]] = []
+    done = 0
+    for ids in times:
+        frames = []
+        for part in parts[done : done + len(ids)]:
+            frames.append(_cut(part, options, slicing))
+            done += 1
+            on_image(done, len(parts))
+        plan = frames[0][0]
+        layouts.append(ImageLayout(done - len(ids), plan.grid, len(ids)))
+        groups += pack_frames([slices for _, slices in frames], ids)
+        sizes += [[int(s.pixels.shape[1]), int(s.pixels.shape[0])] for _, slices in frames for s in slices]
+
+    prompt = build_prompt(
+        conversation,
+        layouts,
+        tokenizer,
+        n_queries=n_queries,
+        template=template,
+        thinking=options.thinking,
+        use_image_id=slicing.use_image_id if options.use_image_id is None else options.use_image_id,
+        tools=options.tools,
+    )
+    return Prepared(prompt, groups, sizes)
+
+
+def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[SlicePlan, list[Slice]]:
+    picture = load_image(part.source, pixel_limit=options.pixel_limit)
+    limit = part.max_slices if part.max_slices is not None else options.max_slices
+    plan = plan_slices(*picture.size, slicing, limit)
+    check_plan(*picture.size, plan, slicing)
+    return plan, slice_image(picture, plan, slicing)
+
+
+def pack_frames(frames: Sequence[list[Slice]], ids: Sequence[int]) -> list[Group]:
+    """Groups of one set of frames: slice j of all frames together, slice after slice.
+
+    Raises
+    ------
+    MessageError
+        When the frames are cut differently, so that they cannot share placeholders.
+    """
+    counts = {len(slices) for slices in frames}
+    if len(counts) != 1:
+        raise MessageError(
+            f"The frames of one group are cut into {sorted(counts)} slices, expected the same number for all; use frames of one size, or max_slices=1."
+        )
+    return [[(frame[j], time) for frame, time in zip(frames, ids, strict=True)] for j in range(counts.pop())]

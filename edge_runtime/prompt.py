@@ -1,0 +1,223 @@
+"""Messages and the shapes of their pictures → prompt text, token ids and the places of the visual tokens.
+
+Three steps: `render` (chat template in a sandbox), `expand` (image placeholders), `tokenize`. Knows pictures only by their
+slice grids; where their embeddings come from is not its business.
+
+What the user typed stays text: special tokens in messages are guarded by a mark character before the template sees them (see
+`Tokenizer.guard`), so no `<|im_end|>` or `<image>` of a user, a document or a tool can end a turn or move a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.messages import ImagePart, Message
+from edge_runtime.tokenizer import Tokenizer
+
+OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime").joinpath("chat_template.jinja").read_text("utf-8")
+"""The chat template of MiniCPM-V 4.5, for files that carry none."""
+
+PLACEHOLDER = "(<image>./</image>)"
+"""What stands in a rendered prompt for each picture, as in the official processor."""
+
+UNK, IMAGE, IMAGE_END = "<unk>", "<image>", "</image>"
+SLICE, SLICE_END, ID, ID_END = "<slice>", "</slice>", "<image_id>", "</image_id>"
+
+MAX_RENDERED_CHARACTERS = 16 << 20  # a template is foreign code: it may not fill the memory
+
+# What a model may have said in an earlier turn and meant: reasoning, tool calls, grounding boxes. Turn and picture
+# boundaries are not among them, whoever wrote the message.
+_ASSISTANT_MAY_WRITE = frozenset(
+    f"<{slash}{name}>"
+    for name in ("tool_call", "tool_response", "ref", "box", "quad", "point")
+    for slash in ("", "/")
+)
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The placeholder of one picture, or of one group of video frames."""
+
+    index: int
+    """Number of the picture (of the group's first frame) in the conversation."""
+    grid: tuple[int, int]
+    """(columns, rows) of cells; (0, 0) without cells."""
+    frames: int = 1
+    """Pictures that share the placeholder: more than one for packed video frames."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt ready for the decoder."""
+
+    text: str
+    """The text as the official code would write it, placeholders expanded."""
+    ids: list[int]
+    bounds: list[tuple[int, int]]
+    """[first, end) of every run of `<unk>` ids that visual tokens replace, in order."""
+
+
+def build_prompt(
+    messages: Sequence[Message],
+    layouts: Sequence[ImageLayout],
+    tokenizer: Tokenizer,
+    *,
+    n_queries: int,
+    template: str,
+    thinking: bool,
+    use_image_id: bool,
+    tools: Sequence[dict[str, Any]] = (),
+) -> Prompt:
+    """Build the prompt of a conversation.
+
+    Parameters
+    ----------
+    layouts : one per picture or group of frames, in order.
+    n_queries : visual tokens per slice.
+    template : the chat template (Jinja).
+    thinking : whether the answer starts with reasoning.
+
+    Raises
+    ------
+    MessageError
+        When the template refuses the conversation, or pictures and layouts do not match.
+    ModelFileError
+        When the vocabulary lacks the tokens that hold pictures, or the template is broken.
+    """
+    mark = _unused_character(messages, tools)
+    rendered = _render(messages, tokenizer, mark, template, thinking, tools)
+    marked = _expand(rendered, layouts, n_queries, use_image_id)
+    ids = tokenizer.encode_special(marked, mark)
+    return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
+
+
+def _unused_character(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
+    """Pick a private-use character that occurs nowhere in the conversation."""
+    used = set(json.dumps(list(tools), ensure_ascii=False))
+    for message in messages:
+        used.update(message.role, message.reasoning or "", json.dumps(message.tool_calls, ensure_ascii=False))
+        used.update(*(part for part in message.parts if isinstance(part, str)))
+    for code in _PRIVATE_USE:
+        if chr(code) not in used:
+            return chr(code)
+    raise MessageError("The messages use every private-use character of Unicode; expected text. Send readable text.")
+
+
+def _render(
+    messages: Sequence[Message], tokenizer: Tokenizer, mark: str, template: str, thinking: bool, tools: Sequence[Any]
+) -> str:
+    guarded = [_template_message(message, tokenizer, mark) for message in messages]
+    guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]
+    compiled = _compile(template)
+    from jinja2 import TemplateError
+
+    text, length = [], 0
+    try:
+        for piece in compiled.generate(
+            messages=guarded, tools=guarded_tools or None, add_generation_prompt=True, enable_thinking=thinking
+        ):
+            text.append(piece)
+            length += len(piece)
+            if length > MAX_RENDERED_CHARACTERS:
+                raise ModelFileError("The model's chat template writes endlessly; use a file with the official template.")
+    except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise MessageError(f"The model's chat template refuses this conversation: {error}. Check the order and roles of the messages.") from None
+    return "".join(text)
+
+
+def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
+    """One message as templates expect it: content is a string with a placeholder for each picture."""
+    allowed = _ASSISTANT_MAY_WRITE if message.role == "assistant" else frozenset()
+    texts = [
+        PLACEHOLDER if isinstance(part, ImagePart) else tokenizer.guard(part, mark, allowed) for part in message.parts
+    ]
+    entry: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
+    if message.reasoning is not None:
+        entry["reasoning_content"] = tokenizer.guard(message.reasoning, mark)
+    if message.tool_calls:
+        entry["tool_calls"] = _guard_all(message.tool_calls, tokenizer, mark)
+    return entry
+
+
+def _guard_all(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
+    if isinstance(value, str):
+        return tokenizer.guard(value, mark)
+    if isinstance(value, dict):
+        return {key: _guard_all(item, tokenizer, mark) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_guard_all(item, tokenizer, mark) for item in value]
+    return value
+
+
+@cache
+def _compile(template: str) -> Any:
+    """Compile a template from a model file: foreign code, so only in Jinja's immutable sandbox."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        # As transformers has it: Jinja's own tojson escapes <, > and & for HTML.
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise ModelFileError(f"The model's chat template is not valid Jinja ({error}); convert or download the model again.") from None
+
+
+def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool) -> str:
+    """Replace each placeholder. Further frames of a group lose theirs, and the text before it is stripped."""
+    chunks = rendered.split(PLACEHOLDER)
+    if len(chunks) - 1 != sum(layout.frames for layout in layouts):
+        raise MessageError(
+            f"The rendered prompt has {len(chunks) - 1} places for pictures, expected {sum(layout.frames for layout in layouts)}; the model's chat template drops or repeats content."
+        )
+    text, following = [chunks[0]], iter(chunks[1:])
+    for layout in layouts:
+        text.append(placeholder_text(layout, n_queries, use_image_id))
+        text.append(next(following))
+        for _ in range(layout.frames - 1):
+            text[-1] = text[-1].strip()
+            text.append(next(following))
+    return "".join(text)
+
+
+def placeholder_text(layout: ImageLayout, n_queries: int, use_image_id: bool) -> str:
+    """Text of one picture: its id, the overview, then the cells row by row, rows joined by a newline."""
+    cols, rows = layout.grid
+    holes = UNK * n_queries
+    cells = "\n".join([f"{SLICE}{holes}{SLICE_END}" * cols] * rows)
+    number = f"{ID}{layout.index}{ID_END}" if use_image_id else ""
+    return f"{number}{IMAGE}{holes}{IMAGE_END}{cells}"
+
+
+def _find_bounds(
+    ids: list[int], layouts: Sequence[ImageLayout], tokenizer: Tokenizer, n_queries: int
+) -> list[tuple[int, int]]:
+    """Places of the visual tokens: after every `<image>` or `<slice>`, which only placeholders contain."""
+    if not layouts:
+        return []
+    missing = [text for text in (UNK, IMAGE, IMAGE_END, SLICE, SLICE_END) if text not in tokenizer.special_ids]
+    if missing:
+        raise ModelFileError(f"The vocabulary lacks the tokens {', '.join(missing)}, which hold pictures; use the decoder file of MiniCPM-V 4.5.")
+    opening = {tokenizer.special_ids[IMAGE], tokenizer.special_ids[SLICE]}
+    return [(i + 1, i + 1 + n_queries) for i, token in enumerate(ids) if token in opening]
+
+
+def iter_images(messages: Sequence[Message]) -> Iterator[ImagePart]:
+    """All pictures of a conversation in order."""
+    return (part for message in messages for part in message.parts if isinstance(part, ImagePart))

@@ -1,0 +1,124 @@
+"""Logits → the next token: the official sampling by default, or greedy, through llama.cpp's samplers.
+
+Source: `chat()` of MiniCPM-V 4.5 on transformers. Order there: repetition penalty over generated tokens, temperature, top-k, top-p.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from edge_runtime import llama
+from edge_runtime.errors import MessageError
+
+MAX_NEW_TOKENS = 2048  # official default
+MAX_SEED = 2**32 - 1  # llama.cpp takes this one for "choose at random"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; the official values come from `official`."""
+
+    temperature: float
+    """0 takes the most probable token."""
+    top_k: int = 0
+    """Keep this many tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most probable tokens until their probabilities sum to this."""
+    repetition_penalty: float = 1.0
+    """Divides (multiplies, when negative) the logits of tokens generated before."""
+    seed: int | None = None
+    """The same seed repeats an answer; None takes a random one."""
+
+    @classmethod
+    def official(cls, thinking: bool) -> SamplingOptions:
+        """Defaults of the official `chat()`. With thinking only the temperature is set there; 50 is transformers' top_k."""
+        if thinking:
+            return cls(temperature=0.7, top_k=50)
+        return cls(temperature=0.7, top_k=100, top_p=0.8, repetition_penalty=1.03)
+
+    def checked(self) -> SamplingOptions:
+        """Return these options when every value is in range.
+
+        Raises
+        ------
+        MessageError
+            Naming the option that is not.
+        """
+        ranges = {
+            "temperature": (self.temperature, 0.0, 100.0),
+            "top_k": (self.top_k, 0, 1 << 30),
+            "top_p": (self.top_p, 0.0, 1.0),
+            "repetition_penalty": (self.repetition_penalty, 1e-3, 100.0),
+            "seed": (self.seed or 0, 0, MAX_SEED - 1),
+        }
+        for name, (value, low, high) in ranges.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise MessageError(f"{name} is {value!r}; expected a number from {low} to {high}.")
+        return self
+
+
+def choose_options(thinking: bool, *, greedy: bool = False, **given: Any) -> SamplingOptions:
+    """Official defaults with the caller's values over them.
+
+    Parameters
+    ----------
+    greedy : the most probable token, without penalties. So does temperature=0.
+    given : fields of `SamplingOptions`; None keeps the default.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if greedy:
+        chosen["temperature"] = 0.0
+    base = SamplingOptions.official(thinking)
+    if chosen.get("temperature") == 0:
+        base = SamplingOptions(temperature=0.0)
+    return replace(base, **chosen).checked()
+
+
+class Sampler:
+    """A chain of llama.cpp's samplers for one answer.
+
+    Parameters
+    ----------
+    n_ctx : window of the repetition penalty: every generated token fits, so none is forgotten. The prompt is never shown to
+        it, because the official code generates from embeddings.
+    """
+
+    def __init__(self, options: SamplingOptions, n_ctx: int) -> None:
+        lib = llama.library()
+        self._lib = lib
+        self.seed = secrets.randbelow(MAX_SEED) if options.seed is None else options.seed
+        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        links = []
+        if options.repetition_penalty != 1.0:
+            links.append(lib.llama_sampler_init_penalties(n_ctx, options.repetition_penalty, 0.0, 0.0))
+        if options.temperature == 0:
+            links.append(lib.llama_sampler_init_greedy())
+        else:
+            links.append(lib.llama_sampler_init_temp(options.temperature))
+            if options.top_k:
+                links.append(lib.llama_sampler_init_top_k(options.top_k))
+            if options.top_p < 1.0:
+                links.append(lib.llama_sampler_init_top_p(options.top_p, 1))
+            links.append(lib.llama_sampler_init_dist(self.seed))
+        for link in links:
+            lib.llama_sampler_chain_add(self._chain, link)
+
+    def sample(self, context: Any) -> int:
+        """Choose a token from the logits of the last decoded position, and remember it for the penalty."""
+        return int(self._lib.llama_sampler_sample(self._chain, context, -1))
+
+    def close(self) -> None:
+        """Free the chain; further calls do nothing."""
+        if self._chain is not None:
+            self._lib.llama_sampler_free(self._chain)
+            self._chain = None
+
+
+def is_finite(logits: np.ndarray[Any, np.dtype[np.float32]]) -> bool:
+    """Whether logits are usable; NaN means damaged weights."""
+    return math.isfinite(float(logits.max())) and not bool(np.isnan(logits).any())

@@ -1,0 +1,169 @@
+"""Picture → slices, exactly as the official preprocessing: plan, resize, cut, normalise.
+
+A picture of any size becomes an overview (`source`) and, when its area exceeds one slice, `cols x rows` cells of a refined
+picture. Knows neither files nor models: sizes come in a `SlicingConfig`.
+
+Source: the slicing of LLaVA-UHD as in MiniCPM-V's image_processing_minicpmv.py; all arithmetic in double precision, `int()`
+truncates and `round()` takes ties to the even number, because the official code is Python too.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from edge_runtime.config import SlicingConfig
+from edge_runtime.errors import ImageError
+
+MAX_SLICE_PATCHES = 16_384
+"""More patches than this in one slice are refused: attention over them takes minutes and gigabytes."""
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """How a picture is cut; (0, 0) where there is none."""
+
+    grid: Size
+    """(columns, rows) of cells."""
+    source: Size
+    """Size of the overview."""
+    refine: Size
+    """Size of the refined picture that the cells are cut from."""
+    cell: Size
+
+    @property
+    def n_slices(self) -> int:
+        """Overview and cells together."""
+        return 1 + self.grid[0] * self.grid[1]
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Size of every slice, overview first."""
+        return [self.source, *[self.cell] * (self.n_slices - 1)]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One slice, ready for the vision tower."""
+
+    pixels: npt.NDArray[np.uint8]
+    """ndarray [shape=(height, width, 3), uint8]"""
+    patches: npt.NDArray[np.float32]
+    """ndarray [shape=(P, 3, patch_size, patch_size), float32], normalised, row by row over the slice"""
+    tgt_size: tuple[int, int]
+    """Patch grid (rows, columns)."""
+
+    def pixel_values(self) -> npt.NDArray[np.float32]:
+        """The official layout of the patches: ndarray [shape=(3, patch_size, patch_size * P), float32]."""
+        return np.ascontiguousarray(self.patches.transpose(1, 2, 0, 3)).reshape(3, self.patches.shape[2], -1)
+
+
+def _snap(value: float, unit: int) -> int:
+    return max(round(value / unit) * unit, unit)
+
+
+def _fit(width: float, height: float, config: SlicingConfig, enlarge: bool) -> Size:
+    """Size with the same aspect and the area of one slice, in whole patches; smaller pictures grow only on request."""
+    if enlarge or width * height > config.scale_resolution**2:
+        ratio = width / height
+        height = int(config.scale_resolution / math.sqrt(ratio))
+        width = int(height * ratio)
+    return _snap(width, config.patch_size), _snap(height, config.patch_size)
+
+
+def _best_grid(width: int, height: int, config: SlicingConfig, max_slices: int) -> Size | None:
+    ideal = min(math.ceil(width * height / config.scale_resolution**2), max_slices)
+    if ideal <= 1:
+        return None
+    best, best_error = (1, 1), math.inf
+    for count in (ideal - 1, ideal, ideal + 1):
+        if count == 1 or count > max_slices:
+            continue
+        for cols in range(1, count + 1):
+            if count % cols:
+                continue
+            error = abs(math.log(width / height) - math.log(cols / (count // cols)))
+            if error < best_error:
+                best, best_error = (cols, count // cols), error
+    return best
+
+
+def plan_slices(width: int, height: int, config: SlicingConfig, max_slices: int | None = None) -> SlicePlan:
+    """Decide how a picture of `width` x `height` pixels is cut.
+
+    Parameters
+    ----------
+    max_slices : most cells; None takes the model's own limit, 1 never cuts (as for video frames).
+    """
+    grid = _best_grid(width, height, config, config.max_slice_nums if max_slices is None else max_slices)
+    if grid is None:
+        return SlicePlan((0, 0), _fit(width, height, config, enlarge=True), (0, 0), (0, 0))
+    cols, rows = grid
+    cell = _fit(_snap(width, cols) / cols, _snap(height, rows) / rows, config, enlarge=True)
+    source = _fit(width, height, config, enlarge=False)
+    return SlicePlan(grid, source, (cell[0] * cols, cell[1] * rows), cell)
+
+
+def check_plan(width: int, height: int, plan: SlicePlan, config: SlicingConfig) -> None:
+    """Refuse pictures whose slices would be absurdly long, before anything is resized.
+
+    Raises
+    ------
+    ImageError
+        When a slice has more than `MAX_SLICE_PATCHES` patches, or the picture is so narrow that the official arithmetic
+        shrinks its short side to nothing (it would then be squeezed into one patch, and the answer be about noise).
+    """
+    largest = max(w * h for w, h in plan.sizes) // config.patch_size**2
+    if largest > MAX_SLICE_PATCHES:
+        raise ImageError(
+            f"The picture of {width} x {height} pixels is so narrow that one slice would have {largest} patches, at most {MAX_SLICE_PATCHES} are encoded; crop it or split it into parts."
+        )
+    narrowness = max(width, height) / min(width, height)
+    if narrowness > config.scale_resolution**2:
+        raise ImageError(
+            f"The picture of {width} x {height} pixels has an aspect ratio of {narrowness:.0f} to 1, at most {config.scale_resolution**2} to 1 leaves anything to see; crop it or split it into parts."
+        )
+
+
+def slice_image(picture: Image.Image, plan: SlicePlan, config: SlicingConfig) -> list[Slice]:
+    """Cut an RGB picture as planned.
+
+    Returns
+    -------
+    slices : the overview, then the cells row by row.
+    """
+    crops = [_resize(picture, plan.source)]
+    if plan.n_slices > 1:
+        refined, (w, h) = _resize(picture, plan.refine), plan.cell
+        crops += [
+            refined[row * h : (row + 1) * h, col * w : (col + 1) * w]
+            for row in range(plan.grid[1])
+            for col in range(plan.grid[0])
+        ]
+    return [_prepare(crop, config) for crop in crops]
+
+
+def _resize(picture: Image.Image, size: Size) -> npt.NDArray[np.uint8]:
+    """Stretch to `size` with Pillow's bicubic filter, columns first.
+
+    Pillow 13 chooses the axis order by size, which changes bytes by up to 21; one axis per call gives the official ones
+    with every version.
+    """
+    columns_done = picture.resize((size[0], picture.height), Image.Resampling.BICUBIC)
+    return np.asarray(columns_done.resize(size, Image.Resampling.BICUBIC))
+
+
+def _prepare(pixels: npt.NDArray[np.uint8], config: SlicingConfig) -> Slice:
+    p = config.patch_size
+    rows, cols = pixels.shape[0] // p, pixels.shape[1] // p
+    mean, std = np.float32(config.mean), np.float32(config.std)
+    values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+    patches = values.reshape(rows, p, cols, p, 3).transpose(0, 2, 4, 1, 3).reshape(rows * cols, 3, p, p)
+    return Slice(pixels, np.ascontiguousarray(patches), (rows, cols))

@@ -1,0 +1,100 @@
+"""Token ids → pieces of text as they can be shown: whole characters, reasoning apart from the answer, stops cut off.
+
+Reasoning is told by the ids of `<think>` and `</think>`, never by printed text, so an answer that quotes them stays whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from edge_runtime.messages import THINK, THINK_END
+from edge_runtime.tokenizer import Tokenizer
+
+Kind = Literal["reasoning", "answer"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer while it is generated."""
+
+    text: str
+    kind: Kind
+
+
+class TextStream:
+    """Turns the ids of one answer into pieces.
+
+    Parameters
+    ----------
+    thinking : whether the prompt opened the reasoning, so that the first token belongs to it.
+    stop : strings that end the answer wherever they begin, also inside a token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, thinking: bool, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._think = tokenizer.special_ids.get(THINK)
+        self._think_end = tokenizer.special_ids.get(THINK_END)
+        self._stop = [text for text in stop if text]
+        self._kind: Kind = "reasoning" if thinking else "answer"
+        # Bytes of a character may come in several tokens; invalid ones become U+FFFD, unfinished ones wait.
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self._at_start = thinking
+        self.stopped = False
+        """Whether a stop string was met."""
+
+    def feed(self, token_id: int) -> list[Piece]:
+        """Pieces that can be shown after this token."""
+        if self.stopped:
+            return []
+        if token_id in (self._think, self._think_end) and token_id is not None:
+            pieces = self._release(final=True)
+            self._kind = "reasoning" if token_id == self._think else "answer"
+            self._at_start = True
+            return pieces
+        self._held += self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        return self._release(final=False)
+
+    def finish(self) -> list[Piece]:
+        """The rest at the end of the answer. An unfinished character is dropped: it could only be shown as garbage."""
+        return [] if self.stopped else self._release(final=True)
+
+    def _release(self, *, final: bool) -> list[Piece]:
+        if final:
+            self._utf8.reset()
+        text, self._held = self._held, ""
+        if self._at_start:
+            text = text.lstrip("\n")
+        if self._kind == "answer":
+            text = self._cut_at_stop(text, final)
+        else:
+            # The newline before </think> is the template's, not the model's thought.
+            shown = text.rstrip("\n")
+            text, self._held = shown, "" if final else text[len(shown) :]
+        if not text:
+            return []
+        self._at_start = False
+        return [Piece(text, self._kind)]
+
+    def _cut_at_stop(self, text: str, final: bool) -> str:
+        """Cut at the first stop string, and hold back a tail that may become one."""
+        found = min((at for at in map(text.find, self._stop) if at >= 0), default=-1)
+        if found >= 0:
+            self.stopped = True
+            return text[:found]
+        if not final:
+            longest = max((_overlap(text, stop) for stop in self._stop), default=0)
+            if longest:
+                text, self._held = text[:-longest], text[-longest:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    for n in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:n]):
+            return n
+    return 0

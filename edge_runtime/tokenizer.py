@@ -1,0 +1,151 @@
+"""Text ↔ token ids, from the vocabulary in a decoder file.
+
+Byte-level BPE of Qwen2 through the `tokenizers` library, which is what the official code uses. llama.cpp's tokenizer is not
+used: it does not normalise to NFC, and it matches `<think>` or `<tool_call>` in user text even when told not to.
+Special tokens are never found by `encode`; who wants one names its id (see `prompt`).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+
+from tokenizers import Regex, Tokenizer as Bpe, models, normalizers, pre_tokenizers
+
+from edge_runtime.errors import ModelFileError, UnsupportedModelError
+from edge_runtime.weights import GGUFFile
+
+NORMALIZER_KEY = "edge_runtime.tokenizer.normalizer"
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of GGUF
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+class Tokenizer:
+    """The tokenizer of one decoder file.
+
+    Raises
+    ------
+    ModelFileError
+        When the vocabulary is inconsistent; llama.cpp would abort the process on some of these.
+    UnsupportedModelError
+        When it is another kind of tokenizer.
+    """
+
+    def __init__(self, file: GGUFFile) -> None:
+        _check_kind(file)
+        self.tokens = file.strings("tokenizer.ggml.tokens")
+        self.types = [int(t) for t in file.metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(self.tokens))]
+        self._merges = file.strings("tokenizer.ggml.merges")
+        self._normalizer = file.get(NORMALIZER_KEY, str, "nfc")
+        self._name = file.path.name
+        self.ids = {text: i for i, text in enumerate(self.tokens)}
+        self._check()
+        self.special_ids = {
+            text: i for i, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True)) if kind in (CONTROL, USER_DEFINED)
+        }
+        eos = file.get("tokenizer.ggml.eos_token_id", int)
+        self.stop_ids = frozenset({eos, *(self.ids[text] for text in STOP_TOKENS if text in self.ids)})
+
+    def _check(self) -> None:
+        if len(self.ids) != len(self.tokens):
+            seen: set[str] = set()
+            twice = next(t for t in self.tokens if t in seen or seen.add(t))  # type: ignore[func-returns-value]
+            raise ModelFileError(
+                f"{self._name} has the token {twice[:40]!r} more than once in its vocabulary, expected distinct tokens; convert the model again."
+            )
+        if len(self.types) != len(self.tokens):
+            raise ModelFileError(
+                f"{self._name} has {len(self.tokens)} tokens but {len(self.types)} token types; convert the model again."
+            )
+        if "" in self.ids:
+            raise ModelFileError(f"{self._name} has an empty token (id {self.ids['']}) in its vocabulary; convert the model again.")
+
+    @cached_property
+    def _bpe(self) -> Bpe:
+        """Built at the first use: 150,000 merges take a moment."""
+        pairs = []
+        for merge in self._merges:
+            left, blank, right = merge.partition(" ")
+            if not blank or " " in right or left not in self.ids or right not in self.ids or left + right not in self.ids:
+                raise ModelFileError(
+                    f"{self._name} holds the merge {merge[:40]!r}, which does not join two tokens of its vocabulary into a third; convert the model again."
+                )
+            pairs.append((left, right))
+        bpe = Bpe(models.BPE(vocab=self.ids, merges=pairs))
+        if self._normalizer == "nfc":
+            bpe.normalizer = normalizers.NFC()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        return bpe
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        """Matches any special token, the longest first as the official tokenizer does."""
+        longest_first = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: `<|im_end|>` and the like are ordinary characters here."""
+        if not text:
+            return []
+        return list(self._bpe.encode(text, add_special_tokens=False).ids)
+
+    def guard(self, text: str, mark: str, allowed: frozenset[str] = frozenset()) -> str:
+        """Make special tokens in `text` ordinary text, by a `mark` after their first character.
+
+        Parameters
+        ----------
+        mark : a character that occurs nowhere in the conversation; `encode_special` takes it out again.
+        allowed : special tokens left as they are.
+        """
+        return self._special_pattern.sub(lambda m: m[0] if m[0] in allowed else m[0][0] + mark + m[0][1:], text)
+
+    def encode_special(self, text: str, mark: str) -> list[int]:
+        """Ids of a rendered prompt, in which special tokens count unless they were guarded.
+
+        The text is cut at the special tokens only; each run between two of them is tokenised whole, so that merges across
+        the seam between template and user text are the official ones.
+        """
+        ids, position = [], 0
+        for match in self._special_pattern.finditer(text):
+            ids += self.encode(text[position : match.start()].replace(mark, ""))
+            ids.append(self.special_ids[match[0]])
+            position = match.end()
+        return ids + self.encode(text[position:].replace(mark, ""))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; nothing for rows without a token."""
+        kind, text = self.types[token_id], self.tokens[token_id]
+        if kind == UNUSED:
+            return b""
+        if kind in (CONTROL, USER_DEFINED):
+            return text.encode()
+        return bytes(_BYTE_OF[c] for c in text) if all(c in _BYTE_OF for c in text) else text.encode()
+
+
+def _check_kind(file: GGUFFile) -> None:
+    model, pre = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str, "qwen2")
+    if model != "gpt2" or pre != "qwen2":
+        raise UnsupportedModelError(
+            f"{file.path.name} has a tokenizer of kind {model}/{pre}, expected gpt2/qwen2 as in MiniCPM-V 4.5; use that model's decoder file."
+        )
+
+
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte: itself where printable, else a character from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {b: chr(b) for b in printable}
+    for b in range(256):
+        if b not in table:
+            table[b] = chr(256 + len(table) - len(printable))
+    return table
+
+
+_BYTE_OF = {c: b for b, c in _bytes_to_unicode().items()}

@@ -1,0 +1,197 @@
+"""Slices → patch features: the SigLIP2 tower of an mmproj file, run by `edge_kernels`.
+
+All slices are concatenated along the rows, so every matrix product is one product whatever the shapes; attention alone
+works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU; float32 throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.config import SlicingConfig, VisionConfig
+from edge_runtime.errors import ModelFileError
+from edge_runtime.slicing import Slice
+from edge_runtime.weights import Float32, GGUFFile
+
+if TYPE_CHECKING:
+    from edge_kernels.linear import PackedWeight
+
+@lru_cache(maxsize=256)
+def position_buckets(n: int, side: int) -> npt.NDArray[np.int64]:
+    """Learned-position coordinate of each of `n` patches along one axis: ndarray [shape=(n,), int64], 0..side-1.
+
+    Mathematically floor(side * i / n). The official code computes i/n in float32 with torch.arange and counts the edges
+    (k+1)/side below it, which gives one less at exact multiples for some n (25 among them, a common overview). The form
+    below repeats torch's arithmetic: vectors of 8 whose base is rounded to float32.
+    """
+    edges = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
+    step = float(np.float32(1 / n))
+    index = np.arange(n)
+    base = 8 * (index // 8)
+    fraction = ((base * step).astype(np.float32).astype(np.float64) + (index - base) * step).astype(np.float32)
+    return np.searchsorted(edges, fraction, side="right").astype(np.int64)
+
+
+def position_ids(rows: int, cols: int, side: int) -> npt.NDArray[np.int64]:
+    """Row of the position table for each patch of a grid, row by row: ndarray [shape=(rows * cols,), int64]."""
+    return (position_buckets(rows, side)[:, None] * side + position_buckets(cols, side)).ravel()
+
+
+def offsets_of(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Cumulative starts of consecutive runs: ndarray [shape=(n + 1,), int64]."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A product with its bias."""
+
+    weight: PackedWeight
+    bias: Float32
+
+
+@dataclass(frozen=True)
+class _Norm:
+    gain: Float32
+    bias: Float32
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One encoder layer, weights packed for the kernels."""
+
+    norm1: _Norm
+    query: _Linear
+    key: _Linear
+    value: _Linear
+    out: _Linear
+    norm2: _Norm
+    fc1: _Linear
+    fc2: _Linear
+
+
+class VisionTower:
+    """The vision tower of one file; weights are read and packed at the first picture.
+
+    Parameters
+    ----------
+    file : an mmproj file that passed `config.check_mmproj`.
+    """
+
+    def __init__(self, file: GGUFFile, config: VisionConfig, slicing: SlicingConfig) -> None:
+        self._file, self.config, self._patch = file, config, slicing.patch_size
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Hold every tensor's shape against the configuration while nothing is loaded yet."""
+        width, mlp, patch, file = self.config.width, self.config.mlp, self._patch, self._file
+        file.tensor("v.patch_embd.weight", (width, 3, patch, patch))
+        file.tensor("v.patch_embd.bias", (width,))
+        file.tensor("v.post_ln.weight", (width,))
+        file.tensor("v.post_ln.bias", (width,))
+        for n in range(self.config.layers):
+            for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
+                file.tensor(f"v.blk.{n}.{part}.weight", (width, width))
+                file.tensor(f"v.blk.{n}.{part}.bias", (width,))
+            for part in ("ln1", "ln2"):
+                file.tensor(f"v.blk.{n}.{part}.weight", (width,))
+                file.tensor(f"v.blk.{n}.{part}.bias", (width,))
+            fc1, fc2 = self._mlp_names(n)
+            file.tensor(f"{fc1}.weight", (mlp, width))
+            file.tensor(f"{fc1}.bias", (mlp,))
+            file.tensor(f"{fc2}.weight", (width, mlp))
+            file.tensor(f"{fc2}.bias", (width,))
+
+    def _mlp_names(self, layer: int) -> tuple[str, str]:
+        """Names of (fc1, fc2): MiniCPM-V files have them swapped, which shows in the row length, as llama.cpp tests it."""
+        down, up = f"v.blk.{layer}.ffn_down", f"v.blk.{layer}.ffn_up"
+        swapped = self._file.tensor(f"{down}.weight").shape[-1] == self.config.width
+        return (down, up) if swapped else (up, down)
+
+    def _linear(self, name: str) -> _Linear:
+        from edge_kernels.linear import pack_weight
+
+        return _Linear(pack_weight(self._file.array(f"{name}.weight")), self._file.array(f"{name}.bias"))
+
+    def _norm(self, name: str) -> _Norm:
+        return _Norm(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))
+
+    @cached_property
+    def _layers(self) -> list[_Layer]:
+        layers = []
+        for n in range(self.config.layers):
+            blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
+            layers.append(
+                _Layer(
+                    self._norm(f"{blk}.ln1"),
+                    self._linear(f"{blk}.attn_q"),
+                    self._linear(f"{blk}.attn_k"),
+                    self._linear(f"{blk}.attn_v"),
+                    self._linear(f"{blk}.attn_out"),
+                    self._norm(f"{blk}.ln2"),
+                    self._linear(fc1),
+                    self._linear(fc2),
+                )
+            )
+        return layers
+
+    @cached_property
+    def _embedding(self) -> tuple[_Linear, Float32]:
+        """Patch kernel as a product over flattened patches, and the table of learned positions."""
+        from edge_kernels.linear import pack_weight
+
+        kernel = self._file.array("v.patch_embd.weight").reshape(self.config.width, -1)
+        table = self._file.array("v.position_embd.weight").reshape(-1, self.config.width)
+        return _Linear(pack_weight(kernel), self._file.array("v.patch_embd.bias")), table
+
+    @cached_property
+    def _post_norm(self) -> _Norm:
+        return self._norm("v.post_ln")
+
+    def load(self) -> None:
+        """Read and pack all weights now rather than at the first picture."""
+        _ = self._embedding, self._layers, self._post_norm
+
+    def encode(self, slices: Sequence[Slice]) -> list[Float32]:
+        """Patch features of each slice; all slices go through the tower together.
+
+        Returns
+        -------
+        features : one ndarray [shape=(P, width), float32] per slice, after the last layer norm.
+
+        Raises
+        ------
+        ModelFileError
+            When the features are not finite: the weights are damaged.
+        """
+        from edge_kernels.attention import attention
+        from edge_kernels.linear import linear
+        from edge_kernels.norm import layer_norm
+        from edge_kernels.patch_embed import patch_embed
+
+        config, (kernel, table) = self.config, self._embedding
+        offsets = offsets_of([len(s.patches) for s in slices])
+        ids = np.concatenate([position_ids(*s.tgt_size, config.position_side) for s in slices])
+        pixels = np.concatenate([s.patches.reshape(len(s.patches), -1) for s in slices])
+        scale = 1 / math.sqrt(config.width // config.heads)
+
+        x = patch_embed(pixels, kernel.weight, kernel.bias, table, ids)  # (P, width), P over all slices
+        for layer in self._layers:
+            h = layer_norm(x, layer.norm1.gain, layer.norm1.bias, config.epsilon)
+            q, k, v = (linear(h, part.weight, part.bias) for part in (layer.query, layer.key, layer.value))
+            h = attention(q, k, v, config.heads, scale, offsets, offsets)
+            x = linear(h, layer.out.weight, layer.out.bias, residual=x)
+            h = layer_norm(x, layer.norm2.gain, layer.norm2.bias, config.epsilon)
+            h = linear(h, layer.fc1.weight, layer.fc1.bias, gelu=True)
+            x = linear(h, layer.fc2.weight, layer.fc2.bias, residual=x)
+        x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)
+        if not np.isfinite(x).all():
+            raise ModelFileError(f"{self._file.path.name}: the vision tower computes values that are not finite; download or convert it again.")
+        return [x[offsets[i] : offsets[i + 1]] for i in range(len(slices))]

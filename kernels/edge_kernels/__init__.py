@@ -1,0 +1,30 @@
+"""Numerical kernels of a vision transformer: arrays in, arrays out.
+
+This package knows no model, no file and no configuration. Every operation exists twice under one name: in
+`reference` as plain NumPy, which defines it, and in the module of its family as compiled code, which is what
+a program calls. Shape letters: P rows (patches), E width, N outputs, K inputs, H heads, D head width, S
+sequences.
+
+    linear.pack_weight    [N, K] weight → panels, once at load
+    linear.linear         [M, K] → [M, N]: x @ weight.T + bias, then tanh-GELU and a residual where asked for
+    norm.layer_norm       [M, E] → [M, E]: rows to mean 0 and variance 1, then gain and bias
+    attention.attention   q [Mq, H·D], k, v [Mk, H·D] → [Mq, H·D]: full softmax attention per sequence
+    patch_embed.patch_embed   [P, K] patches → [P, E]: linear plus the position rows of the patches
+    reference.gelu_tanh   the activation by itself (compiled code has it inside `linear`)
+
+Contracts shared by all of them:
+
+- Arrays are float32 (others are converted), accumulation is float32, ids and offsets are int64. Inputs are
+  never written to. Rows may lie apart in memory (a column slice of a wider matrix costs no copy); other
+  layouts are copied once.
+- A row of a result depends neither on the number of threads nor on the rows beside it, and is the same in
+  every run on a machine.
+- NaN and infinity propagate as in the reference. Arguments are not validated: that is done at the border, by
+  the caller.
+- Calls may come from any thread, but run one at a time (`compile.parallel_region` says why). The GIL is
+  released.
+
+`compile` is the only home of compiler flags, cache location and threads; `simd` of vector code and of the
+table that says which machine gets which register tile. Importing this package imports neither numba nor any
+of its modules.
+"""

@@ -1,0 +1,173 @@
+"""The definition of every operation, in plain NumPy and float32.
+
+Written to be read and to be obviously right, not to be fast: the compiled kernels are tested against these
+functions, and these against float64 evaluations of the same formulas. Arguments and results are described
+once, here; the compiled functions of the same names keep them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+SQRT_2_OVER_PI = np.float32(np.sqrt(2.0 / np.pi))
+
+
+def gelu_tanh(x: Float32) -> Float32:
+    """Apply the tanh form of GELU, elementwise.
+
+    Parameters
+    ----------
+    x : ndarray [any shape, float32]
+        Values.
+
+    Returns
+    -------
+    ndarray [shape of x, float32]
+        0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))).
+
+    Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", section 2; torch `gelu(approximate="tanh")`.
+    """
+    x = np.asarray(x, np.float32)
+    with np.errstate(over="ignore"):  # x³ may overflow to infinity, where tanh is 1 just as well
+        inner = SQRT_2_OVER_PI * (x + np.float32(0.044715) * x * x * x)
+    return np.asarray(np.float32(0.5) * x * (np.float32(1.0) + np.tanh(inner)), np.float32)
+
+
+def linear(
+    x: Float32,
+    weight: Float32,
+    bias: Float32 | None = None,
+    *,
+    gelu: bool = False,
+    residual: Float32 | None = None,
+) -> Float32:
+    """Multiply rows by a weight matrix and apply what usually follows.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, K), float32]
+        Rows.
+    weight : ndarray [shape=(N, K), float32]
+        One row per output, as checkpoints store it.
+    bias : ndarray [shape=(N,), float32] or None
+        Added to each row.
+    gelu : bool
+        Apply `gelu_tanh` after the bias.
+    residual : ndarray [shape=(M, N), float32] or None
+        Added last.
+
+    Returns
+    -------
+    ndarray [shape=(M, N), float32]
+    """
+    y = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
+    if bias is not None:
+        y = y + bias
+    if gelu:
+        y = gelu_tanh(y)
+    if residual is not None:
+        y = y + residual
+    return y
+
+
+def layer_norm(x: Float32, gain: Float32, bias: Float32, eps: float) -> Float32:
+    """Normalise each row to mean 0 and variance 1, then scale and shift its columns.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, E), float32]
+        Rows.
+    gain, bias : ndarray [shape=(E,), float32]
+        Factor and summand of each column.
+    eps : float
+        Added to the (biased) variance, > 0.
+
+    Returns
+    -------
+    ndarray [shape=(M, E), float32]
+    """
+    x = np.asarray(x, np.float32)
+    centred = x - x.mean(axis=1, keepdims=True)
+    variance = np.mean(centred * centred, axis=1, keepdims=True)
+    result: Float32 = centred / np.sqrt(variance + np.float32(eps)) * gain + bias
+    return result
+
+
+def attention(
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    heads: int,
+    scale: float,
+    q_offsets: Int64,
+    kv_offsets: Int64,
+) -> Float32:
+    """Attend with every query to all keys of its own sequence (no mask), head by head.
+
+    Parameters
+    ----------
+    q : ndarray [shape=(Mq, H·D), float32]
+        Queries of S sequences one after the other; head h has columns h·D to (h+1)·D.
+    k, v : ndarray [shape=(Mk, H·D), float32]
+        Keys and values, likewise.
+    heads : int
+        H, ≥ 1.
+    scale : float
+        Factor on the scores, usually D**-0.5.
+    q_offsets, kv_offsets : ndarray [shape=(S+1,), int64]
+        Sequence s has query rows q_offsets[s] to q_offsets[s+1] and key rows kv_offsets[s] to
+        kv_offsets[s+1]. Each starts at 0 and ends at the number of rows.
+
+    Returns
+    -------
+    ndarray [shape=(Mq, H·D), float32]
+        Rows of a sequence that has no keys are zero.
+    """
+    q, k, v = (np.asarray(a, np.float32) for a in (q, k, v))
+    out = np.zeros_like(q, order="C")
+    d = q.shape[1] // heads
+    for s in range(len(q_offsets) - 1):
+        q_rows = slice(int(q_offsets[s]), int(q_offsets[s + 1]))
+        kv_rows = slice(int(kv_offsets[s]), int(kv_offsets[s + 1]))
+        if kv_rows.start == kv_rows.stop:
+            continue
+        for h in range(heads):
+            columns = slice(h * d, (h + 1) * d)
+            scores = (q[q_rows, columns] @ k[kv_rows, columns].T) * np.float32(scale)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights /= weights.sum(axis=1, keepdims=True)
+            out[q_rows, columns] = weights @ v[kv_rows, columns]
+    return out
+
+
+def patch_embed(
+    pixels: Float32,
+    weight: Float32,
+    bias: Float32 | None,
+    position_table: Float32,
+    position_ids: Int64,
+) -> Float32:
+    """Embed flattened patches and add the position embedding of each.
+
+    Parameters
+    ----------
+    pixels : ndarray [shape=(P, K), float32]
+        Flattened patches, in the order of the flattened convolution weight; K = 3·14·14 for SigLIP.
+    weight : ndarray [shape=(E, K), float32]
+        Flattened convolution weight.
+    bias : ndarray [shape=(E,), float32] or None
+        Added to each row.
+    position_table : ndarray [shape=(side·side, E), float32]
+        Position embeddings.
+    position_ids : ndarray [shape=(P,), int64]
+        Row of `position_table` for each patch.
+
+    Returns
+    -------
+    ndarray [shape=(P, E), float32]
+    """
+    return linear(pixels, weight, bias, residual=position_table[position_ids])

@@ -1,0 +1,187 @@
+"""Cache of machine code, CPU count, threads: what `edge_kernels.compile` promises."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+
+from edge_kernels import compile as compilation
+
+PACKAGE = Path(compilation.__file__).parent
+
+USE_EVERYTHING = textwrap.dedent(
+    """
+    import numpy as np
+    from edge_kernels.attention import attention
+    from edge_kernels.compile import cache_statistics
+    from edge_kernels.linear import linear, pack_weight
+    from edge_kernels.norm import layer_norm
+    from edge_kernels.patch_embed import patch_embed
+
+    assert cache_statistics() == (0, 0), "something was compiled at import"
+    for m in (7, 1):
+        x, gain = np.ones((m, 40), np.float32), np.ones(40, np.float32)
+        gain.flags.writeable = False
+        weight, ends = pack_weight(np.ones((40, 40), np.float32)), np.array([0, m])
+        linear(x, weight)
+        linear(x[:, ::-1], weight, gain, gelu=True, residual=x)
+        layer_norm(x, gain, gain, 1e-6)
+        attention(x, x, x, 2, 1, ends, ends)
+        patch_embed(x, weight, gain, x, np.zeros(m, np.int64))
+    print(*cache_statistics())
+    """
+)
+
+
+def run(code, **environment):
+    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+
+
+def test_a_second_process_compiles_nothing():
+    run(USE_EVERYTHING)  # fills the cache where no test before has
+    hits, misses = map(int, run(USE_EVERYTHING))
+    assert misses == 0
+    assert hits == len(compilation._kernels), (
+        "a kernel has more than one specialisation, or is not used above"
+    )
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert (
+        run("import edge_kernels, sys; print('numba' in sys.modules, 'numpy' in sys.modules)")
+        == ["False"] * 2
+    )
+
+
+def test_the_cache_key_follows_every_source(tmp_path, monkeypatch):
+    for source in PACKAGE.glob("*.py"):
+        shutil.copy(source, tmp_path)
+    before = compilation._cache_key()
+    monkeypatch.setattr(compilation, "__file__", str(tmp_path / "compile.py"))
+    assert compilation._cache_key() == before
+    for source in tmp_path.glob("*.py"):
+        source.write_bytes(source.read_bytes() + b"#\n")
+        assert compilation._cache_key() != before
+        before = compilation._cache_key()
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """A cache folder that cannot be made, and a temporary folder."""
+    (tmp_path / "file").touch()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    return tmp_path
+
+
+def test_an_unusable_cache_folder_falls_back_to_a_private_temporary_one(places, caplog):
+    directory = compilation.cache_directory.__wrapped__()
+    assert directory is not None
+    assert directory.is_relative_to(places / "temporary")
+    assert len(caplog.records) == 1
+    assert "NUMBA_CACHE_DIR" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no file owners on this system")
+def test_a_temporary_folder_others_can_write_to_is_not_used(places, caplog):
+    folder = places / "temporary" / f"edge-runtime-jit-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert compilation.cache_directory.__wrapped__() is None
+    assert "every start compiles" in caplog.text
+
+
+def test_numba_cache_dir_is_respected(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    assert compilation.cache_directory.__wrapped__().parent == tmp_path
+
+
+def test_other_numba_code_keeps_its_own_cache_folder():
+    assert not numba.config.CACHE_DIR or "NUMBA_CACHE_DIR" in os.environ
+
+
+# --- CPUs and threads ---------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_cgroup_v2_takes_the_tightest_limit_on_the_way_up(tmp_path):
+    write(tmp_path / "membership", "0::/a/b\n")
+    write(tmp_path / "root/a/b/cpu.max", "max 100000\n")
+    write(tmp_path / "root/a/cpu.max", "150000 100000\n")
+    write(tmp_path / "root/cpu.max", "800000 100000\n")
+    assert compilation._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 1.5
+
+
+def test_cgroup_v2_inside_a_container_reads_the_root(tmp_path):
+    write(tmp_path / "membership", "0::/docker/0123\n")
+    write(tmp_path / "root/cpu.max", "300000 100000\n")
+    assert compilation._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 3
+
+
+def test_cgroup_v1_quota(tmp_path):
+    write(tmp_path / "membership", "4:memory:/x\n3:cpu,cpuacct:/x\n1:name=systemd:/x\n")
+    write(tmp_path / "root/cpu,cpuacct/x/cpu.cfs_quota_us", "50000\n")
+    write(tmp_path / "root/cpu,cpuacct/x/cpu.cfs_period_us", "100000\n")
+    write(tmp_path / "root/cpu,cpuacct/cpu.cfs_quota_us", "-1\n")
+    write(tmp_path / "root/cpu,cpuacct/cpu.cfs_period_us", "100000\n")
+    assert compilation._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 0.5
+
+
+def test_no_cgroup_is_no_limit(tmp_path):
+    assert compilation._cgroup_cpus(tmp_path, tmp_path / "missing") == float("inf")
+
+
+def test_cpu_count_stays_within_affinity():
+    assert (
+        1 <= compilation.cpu_count() <= len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else True
+    )
+
+
+def test_thread_count_can_be_set_and_put_back():
+    default = compilation.thread_count()
+    try:
+        compilation.set_threads(1)
+        with compilation.parallel_region() as workers:
+            assert workers == 1 == numba.get_num_threads()
+    finally:
+        compilation.set_threads(None)
+    assert compilation.thread_count() == default
+    for impossible in (0, -1, numba.config.NUMBA_NUM_THREADS + 1):
+        with pytest.raises(ValueError, match="threads were asked for"):
+            compilation.set_threads(impossible)
+
+
+def test_rows_view_shares_memory_where_it_can():
+    wide = np.zeros((5, 20), np.float32)
+    view, stride = compilation.rows_view(wide[:, 3:9])
+    assert stride == 20
+    assert view.size == 4 * 20 + 6
+    assert np.shares_memory(view, wide)
+    frozen = np.zeros((5, 20), np.float32)
+    frozen.flags.writeable = False
+    view, stride = compilation.rows_view(frozen)
+    assert stride == 20
+    assert view.flags.writeable, "numba would compile a second specialisation"
+    assert view.ctypes.data == frozen.ctypes.data
