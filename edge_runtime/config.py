@@ -1,4 +1,6 @@
-"""Every number of a model, read from its GGUF metadata and checked; no constant of MiniCPM-V 4.5's size is typed elsewhere.
+"""Every number of a model, read from its GGUF metadata and checked.
+
+No constant of MiniCPM-V 4.5's size is typed elsewhere.
 
 Keys of ours, in the mmproj file, which other programs ignore (defaults apply to files that lack them):
 
@@ -7,7 +9,8 @@ Keys of ours, in the mmproj file, which other programs ignore (defaults apply to
 
 and in the decoder file:
 
-    edge_runtime.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is tokenised
+    edge_runtime.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
+    tokenised
 """
 
 from __future__ import annotations
@@ -90,7 +93,9 @@ def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
 def _triple(file: GGUFFile, key: str) -> tuple[float, float, float]:
     values = [float(v) for v in file.metadata.get(key, NORM)]
     if len(values) != 3 or not all(math.isfinite(v) for v in values):
-        raise ModelFileError(f"{file.path.name}: the key {key} holds {values[:4]}, expected three numbers; convert the file again.")
+        raise ModelFileError(
+            f"{file.path.name}: the key {key} holds {values[:4]}, expected three numbers; convert the file again."
+        )
     return values[0], values[1], values[2]
 
 
@@ -106,7 +111,8 @@ def check_mmproj(file: GGUFFile) -> None:
     version = file.get("clip.minicpmv_version", int, 0)
     if projector != "resampler" or version != MINICPMV_VERSION:
         raise UnsupportedModelError(
-            f"{file.path.name} holds the projector {projector or 'of no name'!r} of MiniCPM-V version {version}, expected 'resampler' version "
+            f"{file.path.name} holds the projector {projector or 'of no name'!r} of MiniCPM-V version {version}, "
+            "expected 'resampler' version "
             f"{MINICPMV_VERSION} (MiniCPM-V 4.5); use the mmproj file of that model."
         )
 
@@ -126,19 +132,28 @@ def slicing_config(file: GGUFFile) -> SlicingConfig:
     )
     if config.scale_resolution > 8192 or config.patch_size > config.scale_resolution:
         raise ModelFileError(
-            f"{file.path.name} asks for slices of {config.scale_resolution} pixels in patches of {config.patch_size}; convert the file again."
+            f"{file.path.name} asks for slices of {config.scale_resolution} pixels in patches of "
+            f"{config.patch_size}; convert the file again."
         )
     return config
 
 
 def vision_config(file: GGUFFile) -> VisionConfig:
     """Read the sizes of the vision tower of an mmproj file."""
-    width, heads = _size(file, "clip.vision.embedding_length"), _size(file, "clip.vision.attention.head_count")
+    width, heads = (
+        _size(file, "clip.vision.embedding_length"),
+        _size(file, "clip.vision.attention.head_count"),
+    )
     if width % heads:
-        raise ModelFileError(f"{file.path.name}: {heads} heads do not divide the width {width}; convert the file again.")
+        raise ModelFileError(
+            f"{file.path.name}: {heads} heads do not divide the width {width}; convert the file again."
+        )
     rows = file.tensor("v.position_embd.weight").n_rows
     if math.isqrt(rows) ** 2 != rows:
-        raise ModelFileError(f"{file.path.name}: the table of positions has {rows} rows, expected a square number; convert the file again.")
+        raise ModelFileError(
+            f"{file.path.name}: the table of positions has {rows} rows, expected a square number; convert the file "
+            "again."
+        )
     return VisionConfig(
         width=width,
         mlp=_size(file, "clip.vision.feed_forward_length"),
@@ -151,10 +166,13 @@ def vision_config(file: GGUFFile) -> VisionConfig:
 
 def resampler_config(file: GGUFFile) -> ResamplerConfig:
     """Read the sizes of the resampler of an mmproj file, from its query tensor."""
-    queries, hidden = file.tensor("resampler.query").shape[-2:] if len(file.tensor("resampler.query").shape) == 2 else (0, 0)
+    queries, hidden = (
+        file.tensor("resampler.query").shape[-2:] if len(file.tensor("resampler.query").shape) == 2 else (0, 0)
+    )
     if not queries or hidden % RESAMPLER_HEAD_DIM:
         raise ModelFileError(
-            f"{file.path.name}: resampler.query has shape {file.tensor('resampler.query').shape}, expected (queries, a multiple of {RESAMPLER_HEAD_DIM}); convert the file again."
+            f"{file.path.name}: resampler.query has shape {file.tensor('resampler.query').shape}, expected "
+            f"(queries, a multiple of {RESAMPLER_HEAD_DIM}); convert the file again."
         )
     return ResamplerConfig(hidden, queries, hidden // RESAMPLER_HEAD_DIM, RESAMPLER_EPSILON)
 
@@ -164,7 +182,8 @@ def decoder_config(file: GGUFFile) -> DecoderConfig:
     architecture = file.get("general.architecture", str)
     if architecture != "qwen3":
         raise UnsupportedModelError(
-            f"{file.path.name} has the architecture {architecture!r}, expected 'qwen3' (the decoder of MiniCPM-V 4.5); use that model's file."
+            f"{file.path.name} has the architecture {architecture!r}, expected 'qwen3' (the decoder of MiniCPM-V "
+            "4.5); use that model's file."
         )
     hidden = _size(file, "qwen3.embedding_length")
     for key in ("block_count", "feed_forward_length", "attention.head_count"):

@@ -1,7 +1,8 @@
 """Embeddings → logits → tokens: the Qwen3 decoder, run by llama.cpp through its low-level API.
 
-A prompt enters as one stream of embeddings, text and visual tokens alike, cut only by chunk size: cutting it at every picture,
-as llama.cpp's own multimodal helpers do, costs a decode call per separator token. Knows nothing of text or pictures.
+A prompt enters as one stream of embeddings, text and visual tokens alike, cut only by chunk size: cutting it at
+every picture, as llama.cpp's own multimodal helpers do, costs a decode call per separator token. Knows nothing of
+text or pictures.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Cancelled(Exception):  # noqa: N818 - a request's end, not an error
 class DecoderOptions:
     """How the decoder is set up.
 
-    `exact` takes a float32 KV cache and no flash attention: the default float16 cache alone moves logits by 1e-3 to 1e-2.
+    `exact` takes a float32 KV cache and no flash attention: the default float16 cache alone moves logits by 1e-3 to
+    1e-2.
     """
 
     n_ctx: int | None = None
@@ -63,7 +65,12 @@ class Decoder:
         self._model = self._load_model()
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, self.config.context_length)
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = self.n_ctx, CHUNK_TOKENS, CHUNK_TOKENS, 1
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = (
+            self.n_ctx,
+            CHUNK_TOKENS,
+            CHUNK_TOKENS,
+            1,
+        )
         params.n_threads = params.n_threads_batch = options.n_threads
         if options.exact:
             params.type_k = params.type_v = lib.GGML_TYPE_F32
@@ -74,7 +81,8 @@ class Decoder:
         if not self._context:
             self.close()
             raise ModelFileError(
-                f"llama.cpp cannot set up a context of {self.n_ctx} tokens for {self.file.path.name}: {llama.last_errors()}; try a smaller --ctx."
+                f"llama.cpp cannot set up a context of {self.n_ctx} tokens for {self.file.path.name}: "
+                f"{llama.last_errors()}; try a smaller --ctx."
             )
         self._embedding_batch = lib.llama_batch_init(CHUNK_TOKENS, self.config.hidden, 1)
         self._token_batch = lib.llama_batch_init(1, 0, 1)
@@ -89,7 +97,9 @@ class Decoder:
         with llama.watch_log(lambda line: None):
             model = lib.llama_model_load_from_file(str(self.file.path).encode(), params)
         if not model:
-            raise ModelFileError(f"llama.cpp refuses {self.file.path.name}: {llama.last_errors()}; convert or download it again.")
+            raise ModelFileError(
+                f"llama.cpp refuses {self.file.path.name}: {llama.last_errors()}; convert or download it again."
+            )
         return model
 
     @property
@@ -111,7 +121,8 @@ class Decoder:
         """
         if n_prompt + 1 > self.n_ctx:
             raise PromptTooLongError(
-                f"The prompt has {n_prompt} tokens, but the context holds {self.n_ctx} (the model was trained for {self.config.context_length}), one of them for the answer; "
+                f"The prompt has {n_prompt} tokens, but the context holds {self.n_ctx} (the model was trained for "
+                f"{self.config.context_length}), one of them for the answer; "
                 "use fewer or smaller pictures (--max-slices), a shorter text, or a larger --ctx."
             )
 
@@ -170,7 +181,10 @@ class Decoder:
         if status == ABORTED or cancelled():
             raise Cancelled
         if status != 0:
-            raise ModelFileError(f"llama.cpp failed to decode (status {status}): {llama.last_errors()}; the model file may be damaged: download it again.")
+            raise ModelFileError(
+                f"llama.cpp failed to decode (status {status}): {llama.last_errors()}; the model file may be "
+                "damaged: download it again."
+            )
         self.n_past += batch.n_tokens
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from edge_runtime.vision import VisionTower
 from edge_runtime.weights import Float32, GGUFFile
 
 BATCH_PATCHES = 2048
-"""Patches encoded together: enough to keep the products efficient, few enough to bound the memory (150 MB at full size)."""
+"""Patches encoded together: enough for efficient products, few enough to bound the memory (150 MB at full size)."""
 
 Group = list[tuple[Slice, int]]
 """Slices with their temporal ids (-1: a still picture) that share one set of queries."""

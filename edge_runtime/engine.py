@@ -1,8 +1,8 @@
 """The single inference thread: requests enter through a queue, events leave through an iterator.
 
-Everything that computes runs here: numba's parallel kernels may be entered by one thread at a time, and a llama.cpp context
-belongs to one thread. Callers prepare requests (decode pictures, render prompts) on their own threads. Requests are answered one
-after the other; the interface is made for many at once.
+Everything that computes runs here: numba's parallel kernels may be entered by one thread at a time, and a llama.cpp
+context belongs to one thread. Callers prepare requests (decode pictures, render prompts) on their own threads.
+Requests are answered one after the other; the interface is made for many at once.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Engine:
         return Running(self._put(lambda job: self._answer(request, job, started)))
 
     def call(self, function: Callable[[], R]) -> R:
-        """Run a function on the inference thread and return its result; for encoding and measuring outside a request."""
+        """Run a function on the inference thread and return its result; for work outside a request."""
         job = self._put(lambda job: job.events.put((function(),)))
         result = _next(job.events)
         if isinstance(result, BaseException):
@@ -169,7 +169,8 @@ class Engine:
         embeddings = np.array(self._decoder.embed(np.asarray(prompt.ids, np.int64)))
         if len(tokens) != len(prompt.bounds):
             raise ModelFileError(
-                f"The prompt has {len(prompt.bounds)} places for pictures, {len(tokens)} were encoded; this is a bug, please report it."
+                f"The prompt has {len(prompt.bounds)} places for pictures, {len(tokens)} were encoded; this is a "
+                "bug, please report it."
             )
         for (first, end), visual in zip(prompt.bounds, tokens, strict=True):
             embeddings[first:end] = visual
@@ -188,7 +189,7 @@ class Engine:
             timings["encode"] = clock.lap()
             self._prefill(embeddings, job)
             timings["prefill"] = clock.lap()
-            sampler = Sampler(request.sampling, self._decoder.n_ctx)
+            sampler = Sampler(request.sampling, self._decoder.config.vocabulary, self._decoder.n_ctx)
             try:
                 for n_tokens, reason in self._generate(request, job, sampler):
                     timings["decode"] = clock.elapsed()
@@ -218,14 +219,17 @@ class Engine:
         self._decoder.prefill(embeddings, job.is_cancelled)
         job.events.put(Progress("prefill", len(embeddings), len(embeddings)))
         if not is_finite(self._decoder.logits()):
-            raise ModelFileError("The decoder computes values that are not finite; its file is damaged: download or convert it again.")
+            raise ModelFileError(
+                "The decoder computes values that are not finite; its file is damaged: download or convert it again."
+            )
 
     def _generate(self, request: Request, job: _Job, sampler: Sampler) -> Iterator[tuple[int, FinishReason | None]]:
         """Sample and decode until a stop; yields the number of tokens so far and, at the end, the reason."""
         decoder, stops = self._decoder, self._tokenizer.stop_ids
         stream = TextStream(self._tokenizer, thinking=request.thinking, stop=request.stop)
         limit = min(request.max_tokens, decoder.n_ctx - decoder.n_past)
-        n_tokens, reason = 0, None
+        n_tokens = 0
+        reason: FinishReason | None = None
         while reason is None:
             token_id = sampler.sample(decoder.context)
             n_tokens += 1
@@ -274,7 +278,10 @@ def _work(jobs: queue.SimpleQueue[_Job | None]) -> None:
 
 
 def _shut_down(
-    jobs: queue.SimpleQueue[_Job | None], stopping: threading.Event, thread: threading.Thread, decoder: Decoder
+    jobs: queue.SimpleQueue[_Job | None],
+    stopping: threading.Event,
+    thread: threading.Thread,
+    decoder: Decoder,
 ) -> None:
     stopping.set()
     jobs.put(None)

@@ -1,8 +1,8 @@
 """File, bytes or Pillow picture → upright RGB picture, or one clear sentence why not.
 
-Size is checked from the header, before a pixel is decoded. RGB conversion is the official one (alpha dropped, palettes
-looked up, first frame of an animation) with two wanted departures, both for pictures the official code gets wrong: EXIF
-orientation is applied, and 16-bit grey is scaled to 8 bits instead of being clipped to white.
+Size is checked from the header, before a pixel is decoded. RGB conversion is the official one (alpha dropped,
+palettes looked up, first frame of an animation) with two wanted departures, both for pictures the official code
+gets wrong: EXIF orientation is applied, and 16-bit grey is scaled to 8 bits instead of being clipped to white.
 """
 
 from __future__ import annotations
@@ -88,14 +88,19 @@ def _to_rgb(picture: Image.Image, name: str, pixel_limit: int) -> Image.Image:
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width} x {height} pixels; there is nothing to see, use another picture.")
     if width * height > pixel_limit:
-        raise ImageError(f"{name} has {width} x {height} = {width * height} pixels, at most {pixel_limit} are decoded; scale it down or raise the limit with --max-pixels.")
+        raise ImageError(
+            f"{name} has {width} x {height} = {width * height} pixels, at most {pixel_limit} are decoded; scale it "
+            "down or raise the limit with --max-pixels."
+        )
     # Pictures without the tag take the official path to the byte: exif_transpose would only copy them.
     if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
     if picture.mode in _SIXTEEN_BIT:
         return _from_16_bit_grey(picture, name).convert("RGB")
     if picture.mode == "F":
-        raise ImageError(f"{name} holds floating-point samples, whose white is not defined; save it with 8 or 16 bits per sample.")
+        raise ImageError(
+            f"{name} holds floating-point samples, whose white is not defined; save it with 8 or 16 bits per sample."
+        )
     return picture.convert("RGB")
 
 
@@ -103,7 +108,10 @@ def _from_16_bit_grey(picture: Image.Image, name: str) -> Image.Image:
     """Scale 0..65535 to 0..255, rounding; Pillow's convert would clip at 255."""
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ImageError(f"{name} holds 32-bit samples from {values.min()} to {values.max()}; save it with 8 or 16 bits per sample.")
+        raise ImageError(
+            f"{name} holds 32-bit samples from {values.min()} to {values.max()}; save it with 8 or 16 bits per "
+            "sample."
+        )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8), "L")
 
 
@@ -111,8 +119,8 @@ def _from_16_bit_grey(picture: Image.Image, name: str) -> Image.Image:
 def _explained(name: str, pixel_limit: int) -> Iterator[None]:
     """Turn whatever Pillow raises into a sentence, with its guard against decompression bombs set to our limit.
 
-    The guard is a module global, hence the lock; it also covers pictures inside pictures (icons), whose size no header
-    tells. Pillow's warnings (lost transparency, odd EXIF) concern what the official code does silently.
+    The guard is a module global, hence the lock; it also covers pictures inside pictures (icons), whose size no
+    header tells. Pillow's warnings (lost transparency, odd EXIF) concern what the official code does silently.
     """
     with _pillow_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -123,14 +131,18 @@ def _explained(name: str, pixel_limit: int) -> Iterator[None]:
             yield
         except UnidentifiedImageError:
             raise ImageError(
-                f"{name} is not a picture in a known format; expected JPEG, PNG, WebP, GIF, BMP, TIFF or another that Pillow reads."
+                f"{name} is not a picture in a known format; expected JPEG, PNG, WebP, GIF, BMP, TIFF or another "
+                "that Pillow reads."
             ) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise ImageError(
-                f"{name} has more than {pixel_limit} pixels, the limit for decoding; scale it down or raise the limit with --max-pixels."
+                f"{name} has more than {pixel_limit} pixels, the limit for decoding; scale it down or raise the "
+                "limit with --max-pixels."
             ) from None
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
             reason = str(error) or type(error).__name__
-            raise ImageError(f"{name} cannot be decoded ({reason}); it is damaged or cut short: get the file again.") from None
+            raise ImageError(
+                f"{name} cannot be decoded ({reason}); it is damaged or cut short: get the file again."
+            ) from None
         finally:
             Image.MAX_IMAGE_PIXELS = before

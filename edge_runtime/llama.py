@@ -1,7 +1,7 @@
 """The one door to llama.cpp: llama-cpp-python's ctypes layer, loaded once, with its log in our hands.
 
-llama.cpp reports errors only as log lines, so the last of them are kept to be quoted in exceptions; nothing is printed unless
-EDGE_RUNTIME_LLAMA_LOG=1. The high-level `Llama` class is not used (see ARCHITECTURE.md).
+llama.cpp reports errors only as log lines, so the last of them are kept to be quoted in exceptions; nothing is
+printed unless EDGE_RUNTIME_LLAMA_LOG=1. The high-level `Llama` class is not used (see ARCHITECTURE.md).
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ def library() -> Any:
         from llama_cpp import llama_cpp as lib
     except ImportError as error:
         raise BackendUnavailable(
-            "llama-cpp-python is not installed; install it with 'pip install llama-cpp-python==0.3.36', which needs a C++ compiler and cmake "
+            "llama-cpp-python is not installed; install it with 'pip install llama-cpp-python==0.3.36', which "
+            "needs a C++ compiler and cmake "
             f"(Debian and Ubuntu: apt install g++ cmake; macOS: xcode-select --install). ({error})"
         ) from None
     except (OSError, RuntimeError) as error:
         raise BackendUnavailable(
-            f"llama.cpp's shared library does not load ({error}); reinstall it with 'pip install --force-reinstall --no-cache-dir llama-cpp-python==0.3.36'."
+            f"llama.cpp's shared library does not load ({error}); reinstall it with 'pip install --force-reinstall "
+            "--no-cache-dir llama-cpp-python==0.3.36'."
         ) from None
     callback = lib.llama_log_callback(_on_log)
     _keep_alive.append(callback)

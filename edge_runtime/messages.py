@@ -1,8 +1,8 @@
 """Whatever clients call a message → `Message`.
 
-Accepted content: a string; a list of pictures and strings in order (the official form); OpenAI parts (`text`, `image_url`,
-`input_text`, `input_image`) with `data:` URIs; `{"image": ...}` and `{"type": "image", "image": ...}` as in Hugging Face chats; and
-Ollama's `images` beside the content, which come first.
+Accepted content: a string; a list of pictures and strings in order (the official form); OpenAI parts (`text`,
+`image_url`, `input_text`, `input_image`) with `data:` URIs; `{"image": ...}` and `{"type": "image", "image": ...}`
+as in Hugging Face chats; and Ollama's `images` beside the content, which come first.
 """
 
 from __future__ import annotations
@@ -66,13 +66,15 @@ def _parse(entry: Any, number: int) -> Message:
     if isinstance(entry, Message):
         return entry
     if not isinstance(entry, Mapping):
-        raise MessageError(f"{where} is of type {type(entry).__name__}; expected a mapping with 'role' and 'content'.")
+        raise MessageError(
+            f"{where} is of type {type(entry).__name__}; expected a mapping with 'role' and 'content'."
+        )
     role = entry.get("role")
     if role == "developer":  # OpenAI's newer name
         role = "system"
     if role not in ROLES:
         raise MessageError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}.")
-    parts = [_ollama_image(image, where) for image in entry.get("images") or ()]
+    parts: list[str | ImagePart] = [_ollama_image(image, where) for image in entry.get("images") or ()]
     parts += _parse_content(entry.get("content"), where)
     reasoning = entry.get("reasoning_content") or entry.get("reasoning") or entry.get("thinking")
     if role == "assistant":
@@ -104,7 +106,10 @@ def _parse_content(content: Any, where: str) -> list[str | ImagePart]:
     if isinstance(content, str | Image.Image | Path | bytes | Mapping):
         content = [content]
     if not isinstance(content, Sequence):
-        raise MessageError(f"{where} has content of type {type(content).__name__}; expected a string or a list of pictures and strings.")
+        raise MessageError(
+            f"{where} has content of type {type(content).__name__}; expected a string or a list of pictures and "
+            "strings."
+        )
     return [_parse_part(part, where) for part in content]
 
 
@@ -123,16 +128,22 @@ def _parse_part(part: Any, where: str) -> str | ImagePart:
         if kind in (None, "image") and part.get("image") is not None:
             source = part["image"]
             if not isinstance(source, Image.Image | Path | bytes | str):
-                raise MessageError(f"{where} has an image of type {type(source).__name__}; expected a path, bytes or a Pillow picture.")
+                raise MessageError(
+                    f"{where} has an image of type {type(source).__name__}; expected a path, bytes or a Pillow "
+                    "picture."
+                )
             return ImagePart(source, part.get("max_slice_nums"))
         raise MessageError(f"{where} has a part of type {kind!r}; expected 'text', 'image' or 'image_url'.")
     raise MessageError(f"{where} has a part of type {type(part).__name__}; expected a string or a picture.")
 
 
 def _checked_url(url: Any, where: str) -> str:
-    """Only data URIs: addresses and paths in a client's message must never make this process read or fetch something."""
+    """Only data URIs: an address or path in a client's message must never make us read or fetch something."""
     if not isinstance(url, str) or not url.startswith("data:"):
-        raise MessageError(f"{where} has the image address {str(url)[:40]!r}; expected a data: URI (data:image/png;base64,...), nothing is fetched.")
+        raise MessageError(
+            f"{where} has the image address {str(url)[:40]!r}; expected a data: URI (data:image/png;base64,...), "
+            "nothing is fetched."
+        )
     return url
 
 
@@ -147,4 +158,6 @@ def _ollama_image(image: Any, where: str) -> ImagePart:
             return ImagePart(base64.b64decode(image, validate=True))
         except (ValueError, binascii.Error):
             pass
-    raise MessageError(f"{where} has an entry in 'images' that is not base64; expected the encoded bytes of a picture.")
+    raise MessageError(
+        f"{where} has an entry in 'images' that is not base64; expected the encoded bytes of a picture."
+    )

@@ -82,7 +82,9 @@ class AnswerStream:
         for _ in self._pieces:
             pass
         if self._result is None:
-            raise MessageError("The stream was left before its end, so there is no whole answer; iterate to the end, or cancel() it.")
+            raise MessageError(
+                "The stream was left before its end, so there is no whole answer; iterate to the end, or cancel() it."
+            )
         return self._result
 
 
@@ -154,7 +156,8 @@ class Model:
         hidden, width = self._decoder.config.hidden, self._encoder.hidden
         if hidden != width:
             raise ModelFileError(
-                f"{self.paths.decoder.name} has hidden size {hidden}, but the visual tokens of {self.paths.mmproj.name} have {width}; use the decoder and the mmproj file of the same model."
+                f"{self.paths.decoder.name} has hidden size {hidden}, but the visual tokens of "
+                f"{self.paths.mmproj.name} have {width}; use the decoder and the mmproj file of the same model."
             )
 
     @property
@@ -200,7 +203,8 @@ class Model:
             greedy and temperature=0 take the most probable token, without penalties.
         stop : strings that end the answer.
         on_image : called with (decoded, total) while pictures are read.
-        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools, pixel_limit.
+        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools,
+            pixel_limit.
 
         Raises
         ------
@@ -226,7 +230,12 @@ class Model:
         request = Request(prepared.prompt, prepared.groups, sampling, thinking, max_tokens, tuple(stop))
 
         def finish(answer: str, reasoning: str | None, end: Finished) -> Answer:
-            timings = {"load": self.load_s, "image": image_s, **end.timings_s, "total": time.perf_counter() - started}
+            timings = {
+                "load": self.load_s,
+                "image": image_s,
+                **end.timings_s,
+                "total": time.perf_counter() - started,
+            }
             if timings["first_token"]:
                 timings["first_token"] += image_s
             return Answer(
@@ -297,7 +306,7 @@ class Model:
     def vision_features(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
         """Output of the vision tower, before the resampler: one ndarray [shape=(P, width), float32] per slice."""
         slices = self.slices(image, max_slices)
-        return [self._engine.call(lambda item=item: self._encoder.tower.encode([item])[0]) for item in slices]  # type: ignore[misc]
+        return self._engine.call(lambda: [self._encoder.tower.encode([item])[0] for item in slices])
 
     def build_prompt(self, messages: str | Sequence[Any], **prompt_options: Any) -> Prompt:
         """Text, token ids and places of the visual tokens of a conversation, without computing anything."""

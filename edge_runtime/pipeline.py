@@ -3,8 +3,8 @@
     messages ─ parse_messages ─┬─ pictures ─ load_image ─ plan_slices ─ slice_image ─ groups ──────────┐
                                └─ text + layouts ─ build_prompt ─ ids + bounds ────────────────────────┴─ Request
 
-What follows happens on the engine's thread (`engine`): groups ─ vision ─ resampler ─ visual tokens; ids ─ embedding rows; both
-become one stream of embeddings ─ decoder ─ sampler ─ pieces of text.
+What follows happens on the engine's thread (`engine`): groups ─ vision ─ resampler ─ visual tokens; ids ─ embedding
+rows; both become one stream of embeddings ─ decoder ─ sampler ─ pieces of text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge_runtime.image import PIXEL_LIMIT, load_image
 from edge_runtime.messages import ImagePart, parse_messages
 from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
 from edge_runtime.resampler import STILL
-from edge_runtime.slicing import SlicePlan, Slice, check_plan, plan_slices, slice_image
+from edge_runtime.slicing import Slice, SlicePlan, check_plan, plan_slices, slice_image
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.video import check_groups
 
@@ -127,6 +127,7 @@ def pack_frames(frames: Sequence[list[Slice]], ids: Sequence[int]) -> list[Group
     counts = {len(slices) for slices in frames}
     if len(counts) != 1:
         raise MessageError(
-            f"The frames of one group are cut into {sorted(counts)} slices, expected the same number for all; use frames of one size, or max_slices=1."
+            f"The frames of one group are cut into {sorted(counts)} slices, expected the same number for all; use "
+            "frames of one size, or max_slices=1."
         )
     return [[(frame[j], time) for frame, time in zip(frames, ids, strict=True)] for j in range(counts.pop())]

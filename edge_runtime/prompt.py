@@ -1,10 +1,11 @@
 """Messages and the shapes of their pictures → prompt text, token ids and the places of the visual tokens.
 
-Three steps: `render` (chat template in a sandbox), `expand` (image placeholders), `tokenize`. Knows pictures only by their
-slice grids; where their embeddings come from is not its business.
+Three steps: `render` (chat template in a sandbox), `expand` (image placeholders), `tokenize`. Knows pictures only
+by their slice grids; where their embeddings come from is not its business.
 
-What the user typed stays text: special tokens in messages are guarded by a mark character before the template sees them (see
-`Tokenizer.guard`), so no `<|im_end|>` or `<image>` of a user, a document or a tool can end a turn or move a picture.
+What the user typed stays text: special tokens in messages are guarded by a mark character before the template sees
+them (see `Tokenizer.guard`), so no `<|im_end|>` or `<image>` of a user, a document or a tool can end a turn or move
+a picture.
 """
 
 from __future__ import annotations
@@ -111,7 +112,12 @@ def _unused_character(messages: Sequence[Message], tools: Sequence[dict[str, Any
 
 
 def _render(
-    messages: Sequence[Message], tokenizer: Tokenizer, mark: str, template: str, thinking: bool, tools: Sequence[Any]
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    mark: str,
+    template: str,
+    thinking: bool,
+    tools: Sequence[Any],
 ) -> str:
     guarded = [_template_message(message, tokenizer, mark) for message in messages]
     guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]
@@ -121,14 +127,30 @@ def _render(
     text, length = [], 0
     try:
         for piece in compiled.generate(
-            messages=guarded, tools=guarded_tools or None, add_generation_prompt=True, enable_thinking=thinking
+            messages=guarded,
+            tools=guarded_tools or None,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
         ):
             text.append(piece)
             length += len(piece)
             if length > MAX_RENDERED_CHARACTERS:
-                raise ModelFileError("The model's chat template writes endlessly; use a file with the official template.")
-    except (TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
-        raise MessageError(f"The model's chat template refuses this conversation: {error}. Check the order and roles of the messages.") from None
+                raise ModelFileError(
+                    "The model's chat template writes endlessly; use a file with the official template."
+                )
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise MessageError(
+            f"The model's chat template refuses this conversation: {error}. Check the order and roles of the "
+            "messages."
+        ) from None
     return "".join(text)
 
 
@@ -176,7 +198,9 @@ def _compile(template: str) -> Any:
     try:
         return environment.from_string(template)
     except TemplateSyntaxError as error:
-        raise ModelFileError(f"The model's chat template is not valid Jinja ({error}); convert or download the model again.") from None
+        raise ModelFileError(
+            f"The model's chat template is not valid Jinja ({error}); convert or download the model again."
+        ) from None
 
 
 def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool) -> str:
@@ -184,7 +208,8 @@ def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_i
     chunks = rendered.split(PLACEHOLDER)
     if len(chunks) - 1 != sum(layout.frames for layout in layouts):
         raise MessageError(
-            f"The rendered prompt has {len(chunks) - 1} places for pictures, expected {sum(layout.frames for layout in layouts)}; the model's chat template drops or repeats content."
+            f"The rendered prompt has {len(chunks) - 1} places for pictures, expected "
+            f"{sum(layout.frames for layout in layouts)}; the model's chat template drops or repeats content."
         )
     text, following = [chunks[0]], iter(chunks[1:])
     for layout in layouts:
@@ -213,7 +238,10 @@ def _find_bounds(
         return []
     missing = [text for text in (UNK, IMAGE, IMAGE_END, SLICE, SLICE_END) if text not in tokenizer.special_ids]
     if missing:
-        raise ModelFileError(f"The vocabulary lacks the tokens {', '.join(missing)}, which hold pictures; use the decoder file of MiniCPM-V 4.5.")
+        raise ModelFileError(
+            f"The vocabulary lacks the tokens {', '.join(missing)}, which hold pictures; use the decoder file of "
+            "MiniCPM-V 4.5."
+        )
     opening = {tokenizer.special_ids[IMAGE], tokenizer.special_ids[SLICE]}
     return [(i + 1, i + 1 + n_queries) for i, token in enumerate(ids) if token in opening]
 

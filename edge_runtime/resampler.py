@@ -1,7 +1,7 @@
 """Patch features → visual tokens: the 3D resampler, one cross-attention of learned queries.
 
-A group is what one set of queries looks at: a single slice, or the same slice of several video frames. Positions in the
-picture and in time are added to the keys only; values have none.
+A group is what one set of queries looks at: a single slice, or the same slice of several video frames. Positions in
+the picture and in time are added to the keys only; values have none.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge_runtime.config import ResamplerConfig
+from edge_runtime.sine import sine
 from edge_runtime.vision import offsets_of
 from edge_runtime.weights import Float32, GGUFFile
 
@@ -24,25 +25,13 @@ if TYPE_CHECKING:
 STILL = -1  # temporal id of a picture without time
 
 
-def sine(dim: int, positions: Float32) -> Float32:
-    """Sine embedding: ndarray [shape=(n, dim), float32], all sines, then all cosines.
-
-    Computed in float32 like the official tables: at large positions the rounded product fixes the phase.
-    """
-    omega = np.arange(dim // 2, dtype=np.float32)
-    omega /= np.float32(dim / 2.0)
-    omega = np.float32(1.0) / np.float32(10000) ** omega
-    phase = np.asarray(positions, np.float32)[:, None] * omega
-    return np.concatenate([np.sin(phase), np.cos(phase)], axis=1)
-
-
 @lru_cache(maxsize=32)
 def pos2d_table(dim: int, rows: int, cols: int) -> Float32:
     """Positions of a patch grid, row by row: ndarray [shape=(rows * cols, dim), float32].
 
     The first half of an embedding encodes the **column**, the second the row.
     """
-    by_col, by_row = (sine(dim // 2, np.arange(n, dtype=np.float32)) for n in (cols, rows))
+    by_col, by_row = (sine(dim // 2, np.arange(n)) for n in (cols, rows))
     table = np.empty((rows, cols, dim), np.float32)
     table[:, :, : dim // 2] = by_col[None]
     table[:, :, dim // 2 :] = by_row[:, None]
@@ -53,7 +42,7 @@ def time_embedding(dim: int, temporal_id: int) -> Float32:
     """Embedding of one temporal id, zeros for a still picture: ndarray [shape=(dim,), float32]."""
     if temporal_id == STILL:
         return np.zeros(dim, np.float32)
-    return sine(dim, np.array([temporal_id], np.float32))[0]
+    return sine(dim, [temporal_id])[0]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Logits → the next token: the official sampling by default, or greedy, through llama.cpp's samplers.
 
-Source: `chat()` of MiniCPM-V 4.5 on transformers. Order there: repetition penalty over generated tokens, temperature, top-k, top-p.
+Source: `chat()` of MiniCPM-V 4.5 on transformers. Order there: repetition penalty over generated tokens,
+temperature, top-k, top-p.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class SamplingOptions:
 
     @classmethod
     def official(cls, thinking: bool) -> SamplingOptions:
-        """Defaults of the official `chat()`. With thinking only the temperature is set there; 50 is transformers' top_k."""
+        """Defaults of the official `chat()`.
+
+        With thinking only the temperature is set there; 50 is transformers' top_k.
+        """
         if thinking:
             return cls(temperature=0.7, top_k=50)
         return cls(temperature=0.7, top_k=100, top_p=0.8, repetition_penalty=1.03)
@@ -84,18 +88,19 @@ class Sampler:
 
     Parameters
     ----------
-    n_ctx : window of the repetition penalty: every generated token fits, so none is forgotten. The prompt is never shown to
+    n_ctx : window of the repetition penalty: every generated token fits, so none is forgotten. The prompt is never
+        shown to
         it, because the official code generates from embeddings.
     """
 
-    def __init__(self, options: SamplingOptions, n_ctx: int) -> None:
+    def __init__(self, options: SamplingOptions, n_vocab: int, n_ctx: int) -> None:
         lib = llama.library()
         self._lib = lib
         self.seed = secrets.randbelow(MAX_SEED) if options.seed is None else options.seed
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         links = []
         if options.repetition_penalty != 1.0:
-            links.append(lib.llama_sampler_init_penalties(n_ctx, options.repetition_penalty, 0.0, 0.0))
+            links.append(lib.llama_sampler_init_penalties(n_vocab, n_ctx, options.repetition_penalty, 0.0, 0.0))
         if options.temperature == 0:
             links.append(lib.llama_sampler_init_greedy())
         else:

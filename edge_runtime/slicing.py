@@ -1,10 +1,10 @@
 """Picture → slices, exactly as the official preprocessing: plan, resize, cut, normalise.
 
-A picture of any size becomes an overview (`source`) and, when its area exceeds one slice, `cols x rows` cells of a refined
-picture. Knows neither files nor models: sizes come in a `SlicingConfig`.
+A picture of any size becomes an overview (`source`) and, when its area exceeds one slice, `cols x rows` cells of a
+refined picture. Knows neither files nor models: sizes come in a `SlicingConfig`.
 
-Source: the slicing of LLaVA-UHD as in MiniCPM-V's image_processing_minicpmv.py; all arithmetic in double precision, `int()`
-truncates and `round()` takes ties to the even number, because the official code is Python too.
+Source: the slicing of LLaVA-UHD as in MiniCPM-V's image_processing_minicpmv.py; all arithmetic in double precision,
+`int()` truncates and `round()` takes ties to the even number, because the official code is Python too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _snap(value: float, unit: int) -> int:
 
 
 def _fit(width: float, height: float, config: SlicingConfig, enlarge: bool) -> Size:
-    """Size with the same aspect and the area of one slice, in whole patches; smaller pictures grow only on request."""
+    """Size of the same aspect and the area of one slice, in whole patches; small pictures grow only on request."""
     if enlarge or width * height > config.scale_resolution**2:
         ratio = width / height
         height = int(config.scale_resolution / math.sqrt(ratio))
@@ -117,18 +117,21 @@ def check_plan(width: int, height: int, plan: SlicePlan, config: SlicingConfig) 
     Raises
     ------
     ImageError
-        When a slice has more than `MAX_SLICE_PATCHES` patches, or the picture is so narrow that the official arithmetic
-        shrinks its short side to nothing (it would then be squeezed into one patch, and the answer be about noise).
+        When a slice has more than `MAX_SLICE_PATCHES` patches, or the picture is so narrow that the official
+        arithmetic shrinks its short side to nothing (it would then be squeezed into one patch, and the answer be
+        about noise).
     """
     largest = max(w * h for w, h in plan.sizes) // config.patch_size**2
     if largest > MAX_SLICE_PATCHES:
         raise ImageError(
-            f"The picture of {width} x {height} pixels is so narrow that one slice would have {largest} patches, at most {MAX_SLICE_PATCHES} are encoded; crop it or split it into parts."
+            f"The picture of {width} x {height} pixels is so narrow that one slice would have {largest} patches, "
+            f"at most {MAX_SLICE_PATCHES} are encoded; crop it or split it into parts."
         )
     narrowness = max(width, height) / min(width, height)
     if narrowness > config.scale_resolution**2:
         raise ImageError(
-            f"The picture of {width} x {height} pixels has an aspect ratio of {narrowness:.0f} to 1, at most {config.scale_resolution**2} to 1 leaves anything to see; crop it or split it into parts."
+            f"The picture of {width} x {height} pixels has an aspect ratio of {narrowness:.0f} to 1, at most "
+            f"{config.scale_resolution**2} to 1 leaves anything to see; crop it or split it into parts."
         )
 
 
@@ -153,8 +156,8 @@ def slice_image(picture: Image.Image, plan: SlicePlan, config: SlicingConfig) ->
 def _resize(picture: Image.Image, size: Size) -> npt.NDArray[np.uint8]:
     """Stretch to `size` with Pillow's bicubic filter, columns first.
 
-    Pillow 13 chooses the axis order by size, which changes bytes by up to 21; one axis per call gives the official ones
-    with every version.
+    Pillow 13 chooses the axis order by size, which changes bytes by up to 21; one axis per call gives the official
+    ones with every version.
     """
     columns_done = picture.resize((size[0], picture.height), Image.Resampling.BICUBIC)
     return np.asarray(columns_done.resize(size, Image.Resampling.BICUBIC))
@@ -163,7 +166,7 @@ def _resize(picture: Image.Image, size: Size) -> npt.NDArray[np.uint8]:
 def _prepare(pixels: npt.NDArray[np.uint8], config: SlicingConfig) -> Slice:
     p = config.patch_size
     rows, cols = pixels.shape[0] // p, pixels.shape[1] // p
-    mean, std = np.float32(config.mean), np.float32(config.std)
+    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
     values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
     patches = values.reshape(rows, p, cols, p, 3).transpose(0, 2, 4, 1, 3).reshape(rows * cols, 3, p, p)
     return Slice(pixels, np.ascontiguousarray(patches), (rows, cols))

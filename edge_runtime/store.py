@@ -33,9 +33,11 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
     ModelFileError
         When a file is missing, or when a folder holds several candidates.
     """
-    if str(name) == DEMO and not Path(name).exists():
+    if name == DEMO:  # always the built-in one; a folder of that name is ./demo
         folder = Path(str(resources.files("edge_runtime").joinpath("demo")))
-        return ModelPaths(DEMO, _only(folder, _decoders(folder), "decoder"), _only(folder, _mmprojs(folder), "mmproj"))
+        return ModelPaths(
+            DEMO, _only(folder, _decoders(folder), "decoder"), _only(folder, _mmprojs(folder), "mmproj")
+        )
     path = Path(name)
     if path.is_dir():
         decoder = _only(path, _decoders(path), "decoder")
@@ -44,7 +46,8 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
         decoder, label = path, path.stem
     else:
         raise ModelFileError(
-            f"The model {str(name)!r} is neither 'demo' nor an existing folder or file; give a folder made by 'edge-runtime convert', or a .gguf file."
+            f"The model {str(name)!r} is neither 'demo' nor an existing folder or file; give a folder made by "
+            "'edge-runtime convert', or a .gguf file."
         )
     if mmproj is not None:
         if not Path(mmproj).is_file():
@@ -71,8 +74,12 @@ def _only(folder: Path, candidates: list[Path], what: str) -> Path:
         return candidates[0]
     if not candidates:
         expected = "mmproj*.gguf" if what == "mmproj" else "*.gguf (not named mmproj)"
-        raise ModelFileError(f"{folder} holds no {what} file ({expected}); convert the checkpoint, or download both files of the model into one folder.")
+        raise ModelFileError(
+            f"{folder} holds no {what} file ({expected}); convert the checkpoint, or download both files of the "
+            "model into one folder."
+        )
     option = "--mmproj FILE" if what == "mmproj" else "-m FILE"
     raise ModelFileError(
-        f"{folder} holds {len(candidates)} {what} files ({', '.join(p.name for p in candidates)}), expected one; choose with {option}."
+        f"{folder} holds {len(candidates)} {what} files ({', '.join(p.name for p in candidates)}), expected one; "
+        f"choose with {option}."
     )

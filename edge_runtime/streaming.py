@@ -1,6 +1,7 @@
 """Token ids → pieces of text as they can be shown: whole characters, reasoning apart from the answer, stops cut off.
 
-Reasoning is told by the ids of `<think>` and `</think>`, never by printed text, so an answer that quotes them stays whole.
+Reasoning is told by the ids of `<think>` and `</think>`, never by printed text, so an answer that quotes them stays
+whole.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ class TextStream:
         return self._release(final=False)
 
     def finish(self) -> list[Piece]:
-        """The rest at the end of the answer. An unfinished character is dropped: it could only be shown as garbage."""
+        """The rest at the end of the answer.
+
+        An unfinished character is dropped: it could only be shown as garbage.
+        """
         return [] if self.stopped else self._release(final=True)
 
     def _release(self, *, final: bool) -> list[Piece]:

@@ -1,8 +1,8 @@
 """Text ↔ token ids, from the vocabulary in a decoder file.
 
-Byte-level BPE of Qwen2 through the `tokenizers` library, which is what the official code uses. llama.cpp's tokenizer is not
-used: it does not normalise to NFC, and it matches `<think>` or `<tool_call>` in user text even when told not to.
-Special tokens are never found by `encode`; who wants one names its id (see `prompt`).
+Byte-level BPE of Qwen2 through the `tokenizers` library, which is what the official code uses. llama.cpp's
+tokenizer is not used: it does not normalise to NFC, and it matches `<think>` or `<tool_call>` in user text even
+when told not to. Special tokens are never found by `encode`; who wants one names its id (see `prompt`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from functools import cached_property
 
-from tokenizers import Regex, Tokenizer as Bpe, models, normalizers, pre_tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Bpe
 
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.weights import GGUFFile
@@ -44,7 +45,9 @@ class Tokenizer:
         self.ids = {text: i for i, text in enumerate(self.tokens)}
         self._check()
         self.special_ids = {
-            text: i for i, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True)) if kind in (CONTROL, USER_DEFINED)
+            text: i
+            for i, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if kind in (CONTROL, USER_DEFINED)
         }
         eos = file.get("tokenizer.ggml.eos_token_id", int)
         self.stop_ids = frozenset({eos, *(self.ids[text] for text in STOP_TOKENS if text in self.ids)})
@@ -54,14 +57,18 @@ class Tokenizer:
             seen: set[str] = set()
             twice = next(t for t in self.tokens if t in seen or seen.add(t))  # type: ignore[func-returns-value]
             raise ModelFileError(
-                f"{self._name} has the token {twice[:40]!r} more than once in its vocabulary, expected distinct tokens; convert the model again."
+                f"{self._name} has the token {twice[:40]!r} more than once in its vocabulary, expected distinct "
+                "tokens; convert the model again."
             )
         if len(self.types) != len(self.tokens):
             raise ModelFileError(
-                f"{self._name} has {len(self.tokens)} tokens but {len(self.types)} token types; convert the model again."
+                f"{self._name} has {len(self.tokens)} tokens but {len(self.types)} token types; convert the model "
+                "again."
             )
         if "" in self.ids:
-            raise ModelFileError(f"{self._name} has an empty token (id {self.ids['']}) in its vocabulary; convert the model again.")
+            raise ModelFileError(
+                f"{self._name} has an empty token (id {self.ids['']}) in its vocabulary; convert the model again."
+            )
 
     @cached_property
     def _bpe(self) -> Bpe:
@@ -69,9 +76,16 @@ class Tokenizer:
         pairs = []
         for merge in self._merges:
             left, blank, right = merge.partition(" ")
-            if not blank or " " in right or left not in self.ids or right not in self.ids or left + right not in self.ids:
+            if (
+                not blank
+                or " " in right
+                or left not in self.ids
+                or right not in self.ids
+                or left + right not in self.ids
+            ):
                 raise ModelFileError(
-                    f"{self._name} holds the merge {merge[:40]!r}, which does not join two tokens of its vocabulary into a third; convert the model again."
+                    f"{self._name} holds the merge {merge[:40]!r}, which does not join two tokens of its "
+                    "vocabulary into a third; convert the model again."
                 )
             pairs.append((left, right))
         bpe = Bpe(models.BPE(vocab=self.ids, merges=pairs))
@@ -110,8 +124,8 @@ class Tokenizer:
     def encode_special(self, text: str, mark: str) -> list[int]:
         """Ids of a rendered prompt, in which special tokens count unless they were guarded.
 
-        The text is cut at the special tokens only; each run between two of them is tokenised whole, so that merges across
-        the seam between template and user text are the official ones.
+        The text is cut at the special tokens only; each run between two of them is tokenised whole, so that merges
+        across the seam between template and user text are the official ones.
         """
         ids, position = [], 0
         for match in self._special_pattern.finditer(text):
@@ -134,13 +148,18 @@ def _check_kind(file: GGUFFile) -> None:
     model, pre = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str, "qwen2")
     if model != "gpt2" or pre != "qwen2":
         raise UnsupportedModelError(
-            f"{file.path.name} has a tokenizer of kind {model}/{pre}, expected gpt2/qwen2 as in MiniCPM-V 4.5; use that model's decoder file."
+            f"{file.path.name} has a tokenizer of kind {model}/{pre}, expected gpt2/qwen2 as in MiniCPM-V 4.5; use "
+            "that model's decoder file."
         )
 
 
 def _bytes_to_unicode() -> dict[int, str]:
     """GPT-2's printable stand-in for each byte: itself where printable, else a character from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     table = {b: chr(b) for b in printable}
     for b in range(256):
         if b not in table:

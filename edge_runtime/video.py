@@ -1,6 +1,7 @@
 """Which frames of a video are looked at, and how they are packed: numbers in, numbers out.
 
-Source: the recipe of the official model card of MiniCPM-V 4.5 (choose_fps, packing, temporal ids with their truncation).
+Source: the recipe of the official model card of MiniCPM-V 4.5 (choose_fps, packing, temporal ids with their
+truncation).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def choose_frames(
         When the video has no frames or no rate.
     """
     if n_frames < 1 or not math.isfinite(fps) or fps <= 0:
-        raise MessageError(f"The video has {n_frames} frames at {fps} per second; expected at least one frame and a positive rate.")
+        raise MessageError(
+            f"The video has {n_frames} frames at {fps} per second; expected at least one frame and a positive rate."
+        )
     duration = n_frames / fps
     if choose_fps * int(duration) <= max_frames:
         packing, count = 1, round(min(choose_fps, round(fps)) * min(max_frames, duration))
@@ -54,7 +57,8 @@ def choose_frames(
         count = round(duration * choose_fps)
         if packing > max_packing:
             packing, count = max_packing, max_frames * max_packing
-    # The recipe divides by zero for clips shorter than half a frame of choose_fps; one frame is what its author would expect.
+    # The recipe divides by zero for clips shorter than half a frame of choose_fps; one frame is what its author
+    # would expect.
     count = max(1, count)
     gap = n_frames / count
     indices = [int(i * gap + gap / 2) for i in range(count)]
@@ -87,7 +91,8 @@ def check_groups(temporal_ids: Sequence[Sequence[int]], n_images: int) -> None:
     covered = sum(len(group) for group in temporal_ids)
     if covered != n_images or not all(len(group) for group in temporal_ids):
         raise MessageError(
-            f"The temporal ids cover {covered} pictures in {len(temporal_ids)} groups, the messages hold {n_images}; expected one id for each picture and no empty group."
+            f"The temporal ids cover {covered} pictures in {len(temporal_ids)} groups, the messages hold "
+            f"{n_images}; expected one id for each picture and no empty group."
         )
     worst = min((t for group in temporal_ids for t in group), default=0)
     if worst < -1:

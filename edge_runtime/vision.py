@@ -1,7 +1,7 @@
 """Slices → patch features: the SigLIP2 tower of an mmproj file, run by `edge_kernels`.
 
-All slices are concatenated along the rows, so every matrix product is one product whatever the shapes; attention alone
-works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU; float32 throughout.
+All slices are concatenated along the rows, so every matrix product is one product whatever the shapes; attention
+alone works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU; float32 throughout.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from edge_runtime.weights import Float32, GGUFFile
 if TYPE_CHECKING:
     from edge_kernels.linear import PackedWeight
 
+
 @lru_cache(maxsize=256)
 def position_buckets(n: int, side: int) -> npt.NDArray[np.int64]:
     """Learned-position coordinate of each of `n` patches along one axis: ndarray [shape=(n,), int64], 0..side-1.
 
-    Mathematically floor(side * i / n). The official code computes i/n in float32 with torch.arange and counts the edges
-    (k+1)/side below it, which gives one less at exact multiples for some n (25 among them, a common overview). The form
-    below repeats torch's arithmetic: vectors of 8 whose base is rounded to float32.
+    Mathematically floor(side * i / n). The official code computes i/n in float32 with torch.arange and counts the
+    edges (k+1)/side below it, which gives one less at exact multiples for some n (25 among them, a common
+    overview). The form below repeats torch's arithmetic: vectors of 8 whose base is rounded to float32.
     """
     edges = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
     step = float(np.float32(1 / n))
@@ -110,7 +111,7 @@ class VisionTower:
             file.tensor(f"{fc2}.bias", (width,))
 
     def _mlp_names(self, layer: int) -> tuple[str, str]:
-        """Names of (fc1, fc2): MiniCPM-V files have them swapped, which shows in the row length, as llama.cpp tests it."""
+        """Names of (fc1, fc2). MiniCPM-V files have them swapped, which shows in the row length, as in llama.cpp."""
         down, up = f"v.blk.{layer}.ffn_down", f"v.blk.{layer}.ffn_up"
         swapped = self._file.tensor(f"{down}.weight").shape[-1] == self.config.width
         return (down, up) if swapped else (up, down)
@@ -193,5 +194,8 @@ class VisionTower:
             x = linear(h, layer.fc2.weight, layer.fc2.bias, residual=x)
         x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)
         if not np.isfinite(x).all():
-            raise ModelFileError(f"{self._file.path.name}: the vision tower computes values that are not finite; download or convert it again.")
+            raise ModelFileError(
+                f"{self._file.path.name}: the vision tower computes values that are not finite; download or "
+                "convert it again."
+            )
         return [x[offsets[i] : offsets[i + 1]] for i in range(len(slices))]

@@ -1,11 +1,11 @@
 """Memory-mapped GGUF reader: a file enters; metadata and tensors, as float32 or as stored blocks, leave.
 
-Every number of the header is checked against the length of the file before anything is allocated, mapped or handed to
-llama.cpp, which trusts its input and would read past the end or abort the process. A damaged file is a `ModelFileError`.
-Knows nothing of models: what the keys and tensors mean is said in `config`.
+Every number of the header is checked against the length of the file before anything is allocated, mapped or handed
+to llama.cpp, which trusts its input and would read past the end or abort the process. A damaged file is a
+`ModelFileError`. Knows nothing of models: what the keys and tensors mean is said in `config`.
 
-Source: the GGUF specification of ggml (docs/gguf.md) and ggml's own loader, whose limits are kept: at most 4 dimensions,
-names shorter than 64 bytes, alignment a power of two, little endian, versions 2 and 3.
+Source: the GGUF specification of ggml (docs/gguf.md) and ggml's own loader, whose limits are kept: at most 4
+dimensions, names shorter than 64 bytes, alignment a power of two, little endian, versions 2 and 3.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ _SCALARS = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
-_ARRAY_DTYPES = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}  # fmt: skip
+_ARRAY_DTYPES = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"
+}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
@@ -113,13 +115,15 @@ class GGUFFile:
         value = self.metadata.get(key, default)
         if value is None:
             raise ModelFileError(
-                f"{self.path.name}: the key {key} is missing; the file was not made for this runtime or is damaged; convert or download it again."
+                f"{self.path.name}: the key {key} is missing; the file was not made for this runtime or is "
+                "damaged; convert or download it again."
             )
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ModelFileError(
-                f"{self.path.name}: the key {key} holds {type(value).__name__} {str(value)[:40]!r}, expected {kind.__name__}; convert or download the file again."
+                f"{self.path.name}: the key {key} holds {type(value).__name__} {str(value)[:40]!r}, expected "
+                f"{kind.__name__}; convert or download the file again."
             )
         return value
 
@@ -135,11 +139,13 @@ class GGUFFile:
         info = self.tensors.get(name)
         if info is None:
             raise ModelFileError(
-                f"{self.path.name}: the tensor {name} is missing; the file is incomplete or of another model; convert or download it again."
+                f"{self.path.name}: the tensor {name} is missing; the file is incomplete or of another model; "
+                "convert or download it again."
             )
         if shape is not None and info.shape != tuple(shape):
             raise ModelFileError(
-                f"{self.path.name}: the tensor {name} has shape {info.shape}, expected {tuple(shape)} from the file's own configuration; convert or download it again."
+                f"{self.path.name}: the tensor {name} has shape {info.shape}, expected {tuple(shape)} from the "
+                "file's own configuration; convert or download it again."
             )
         return info
 
@@ -174,7 +180,8 @@ class GGUFFile:
             return np.asarray(gguf_quants.dequantize(chosen, info.type), np.float32)
         except (NotImplementedError, KeyError):
             raise UnsupportedModelError(
-                f"{self.path.name}: the tensor {name} is stored as {info.type.name}, which cannot be read here; use a file with F32, F16, BF16, Q8_0, Q4_0 or K-quants."
+                f"{self.path.name}: the tensor {name} is stored as {info.type.name}, which cannot be read here; "
+                "use a file with F32, F16, BF16, Q8_0, Q4_0 or K-quants."
             ) from None
 
     @cached_property
@@ -190,12 +197,16 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
             raise ModelFileError(f"{path} is a folder, expected a GGUF file; name the file inside it.")
         size = path.stat().st_size
         if size < 24:  # magic, version, two counts
-            raise ModelFileError(f"{path.name} has {size} bytes, too few for a GGUF file; download or convert it again.")
+            raise ModelFileError(
+                f"{path.name} has {size} bytes, too few for a GGUF file; download or convert it again."
+            )
         return np.memmap(path, dtype=np.uint8, mode="r")
     except FileNotFoundError:
         raise ModelFileError(f"The model file {path} does not exist; check the path.") from None
     except OSError as error:
-        raise ModelFileError(f"The model file {path} cannot be read: {error.strerror or error}; check its permissions.") from None
+        raise ModelFileError(
+            f"The model file {path} cannot be read: {error.strerror or error}; check its permissions."
+        ) from None
 
 
 class _Header:
@@ -203,7 +214,7 @@ class _Header:
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
         self.path, self.size, self.position = path, int(data.size), 0
-        self.view = memoryview(data)
+        self.view = data.data
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         n_tensors, n_keys = self._preamble()
@@ -332,15 +343,19 @@ class _Header:
             block, block_bytes = GGML_QUANT_SIZES[tensor_type]
         except (ValueError, KeyError):
             raise UnsupportedModelError(
-                f"{self.path.name}: the tensor {name} has the unknown type {kind}; the file is damaged or newer than this version; update edge-runtime or convert the file again."
+                f"{self.path.name}: the tensor {name} has the unknown type {kind}; the file is damaged or newer "
+                "than this version; update edge-runtime or convert the file again."
             ) from None
         if shape[-1] % block:
-            raise self.broken(f"the rows of {name} have {shape[-1]} values, no multiple of the {tensor_type.name} block of {block}")
+            raise self.broken(
+                f"the rows of {name} have {shape[-1]} values, no multiple of the {tensor_type.name} block of {block}"
+            )
         n_bytes = math.prod(shape) // block * block_bytes
         if offset % self.alignment:
             raise self.broken(f"the tensor {name} starts at {offset}, no multiple of the alignment {self.alignment}")
         if start + offset + n_bytes > self.size:
             raise self.broken(
-                f"the tensor {name} needs bytes {start + offset} to {start + offset + n_bytes}, the file has {self.size}: it is cut short or its header is wrong"
+                f"the tensor {name} needs bytes {start + offset} to {start + offset + n_bytes}, the file has "
+                f"{self.size}: it is cut short or its header is wrong"
             )
         self.tensors[name] = TensorInfo(name, shape, tensor_type, start + offset, n_bytes)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edge_converters import convert_checkpoint
 
+from edge_converters import convert_checkpoint
 from edge_runtime import Model
 from edge_runtime.config import slicing_config, vision_config
 from edge_runtime.resampler import pos2d_table, time_embedding
@@ -45,7 +45,9 @@ class Adapter:
     def time(self, dim: int, t: int) -> np.ndarray:
         return time_embedding(dim, t)
 
-    def video_frames(self, n_frames: int, fps: float, choose_fps: float, force_packing: int | None) -> tuple[list, list]:
+    def video_frames(
+        self, n_frames: int, fps: float, choose_fps: float, force_packing: int | None
+    ) -> tuple[list, list]:
         choice = choose_frames(n_frames, fps, choose_fps, force_packing)
         return choice.indices, choice.temporal_ids
 
@@ -75,5 +77,10 @@ def _request(case: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     messages = case["messages"]
     if case.get("system"):
         messages = [{"role": "system", "content": case["system"]}, *messages]
-    names = {"thinking": "thinking", "max_slice_nums": "max_slices", "use_image_id": "use_image_id", "temporal_ids": "temporal_ids"}
+    names = {
+        "thinking": "thinking",
+        "max_slice_nums": "max_slices",
+        "use_image_id": "use_image_id",
+        "temporal_ids": "temporal_ids",
+    }
     return messages, {ours: case[theirs] for theirs, ours in names.items() if case.get(theirs) is not None}

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint in MiniCPM-V 4.5's official layout, read lazily: a folder enters, rows of tensors leave.
 
-Shards are read in chunks of rows, never mapped, so that a 17 GB checkpoint costs a few megabytes of memory.
-The safetensors header is parsed here and not by the safetensors library, because that one hands bfloat16 to torch only.
+Shards are read in chunks of rows, never mapped, so that a 17 GB checkpoint costs a few megabytes of memory. The
+safetensors header is parsed here and not by the safetensors library, because that one hands bfloat16 to torch only.
 
 Source of the format: the safetensors README (8 bytes header length, JSON header, data).
 """
@@ -59,7 +59,8 @@ class Checkpoint:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(
-                f"{self.folder} is no folder; expected a Hugging Face checkpoint: a folder with config.json and *.safetensors."
+                f"{self.folder} is no folder; expected a Hugging Face checkpoint: a folder with config.json and "
+                "*.safetensors."
             )
         self.config = self.json("config.json")
         if self.config is None:
@@ -78,8 +79,12 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is not readable JSON ({error}); download the checkpoint again.") from None
 
-    def number(self, *keys: str, default: Any = None) -> Any:
-        """Nested value of config.json that must be there (or has a default)."""
+    def size(self, *keys: str, default: int | None = None) -> int:
+        """Nested whole number of config.json that must be there, unless it has a default."""
+        return int(self.number(*keys, default=default))
+
+    def number(self, *keys: str, default: float | None = None) -> float:
+        """Nested number of config.json that must be there, unless it has a default."""
         value: Any = self.config
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -126,25 +131,33 @@ class Checkpoint:
         if index is not None:
             wanted = sorted({str(name) for name in index.get("weight_map", {}).values()})
             if any(Path(name).name != name for name in wanted):
-                raise CheckpointError("model.safetensors.index.json names files outside the folder; download it again.")
+                raise CheckpointError(
+                    "model.safetensors.index.json names files outside the folder; download it again."
+                )
             missing = [name for name in wanted if not (self.folder / name).is_file()]
             if missing:
                 raise CheckpointError(
-                    f"{self.folder} lacks {', '.join(missing[:4])} of {len(wanted)} shards; download the missing files."
+                    f"{self.folder} lacks {', '.join(missing[:4])} of {len(wanted)} shards; download the missing "
+                    "files."
                 )
             shards = [self.folder / name for name in wanted]
         if not shards:
-            raise CheckpointError(f"{self.folder} holds no *.safetensors file; expected the weights of the checkpoint.")
+            raise CheckpointError(
+                f"{self.folder} holds no *.safetensors file; expected the weights of the checkpoint."
+            )
         tensors: dict[str, StoredTensor] = {}
         for shard in shards:
             for tensor in _read_header(shard):
                 if tensor.name in tensors:
                     raise CheckpointError(
-                        f"{tensor.name} is in {tensors[tensor.name].shard.name} and in {shard.name}; keep only the files of one checkpoint in the folder."
+                        f"{tensor.name} is in {tensors[tensor.name].shard.name} and in {shard.name}; keep only the "
+                        "files of one checkpoint in the folder."
                     )
                 tensors[tensor.name] = tensor
         if index is not None and (absent := sorted(set(index["weight_map"]) - set(tensors))):
-            raise CheckpointError(f"The shards lack {absent[0]} and {len(absent) - 1} more tensors of their index; download them again.")
+            raise CheckpointError(
+                f"The shards lack {absent[0]} and {len(absent) - 1} more tensors of their index; download them again."
+            )
         return tensors
 
 
@@ -152,19 +165,25 @@ def _check_architecture(config: Any) -> None:
     """Refuse what is no MiniCPM-V 4.5, before any weight is read."""
     if not isinstance(config, dict) or config.get("model_type") != "minicpmv":
         found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(f"config.json is of model_type {found!r}; only 'minicpmv' (MiniCPM-V 4.5) can be converted.")
+        raise CheckpointError(
+            f"config.json is of model_type {found!r}; only 'minicpmv' (MiniCPM-V 4.5) can be converted."
+        )
     version = config.get("version")
     if str(version) != "4.5":
-        raise CheckpointError(f"This is MiniCPM-V version {version}; only 4.5 can be converted, whose resampler knows time.")
+        raise CheckpointError(
+            f"This is MiniCPM-V version {version}; only 4.5 can be converted, whose resampler knows time."
+        )
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise CheckpointError(
-            f"This checkpoint is already quantised ({method}); use the bfloat16 checkpoint openbmb/MiniCPM-V-4_5 instead."
+            f"This checkpoint is already quantised ({method}); use the bfloat16 checkpoint openbmb/MiniCPM-V-4_5 "
+            "instead."
         )
     for key, expected in (("rope_scaling", None), ("attention_bias", False), ("hidden_act", "silu")):
         if config.get(key, expected) != expected:
             raise CheckpointError(
-                f"config.json sets {key} to {config[key]!r}, expected {expected!r}; this variant of the decoder is not supported."
+                f"config.json sets {key} to {config[key]!r}, expected {expected!r}; this variant of the decoder is "
+                "not supported."
             )
 
 
@@ -197,7 +216,8 @@ def _entry(shard: Path, name: str, entry: Any, data_start: int, size: int, broke
         raise broken(f"the entry of {name} is incomplete") from None
     if dtype not in STORED_DTYPES:
         raise CheckpointError(
-            f"{shard.name}: {name} is stored as {dtype}; expected F32, F16 or BF16, as in the checkpoint openbmb/MiniCPM-V-4_5."
+            f"{shard.name}: {name} is stored as {dtype}; expected F32, F16 or BF16, as in the checkpoint "
+            "openbmb/MiniCPM-V-4_5."
         )
     n_bytes = math.prod(shape) * STORED_DTYPES[dtype][1]
     if min((*shape, begin), default=0) < 0 or end - begin != n_bytes or data_start + end > size:

@@ -1,7 +1,7 @@
 """Values → blocks, through llama.cpp's own code: `ggml_quantize_chunk` for rows, `llama_model_quantize` for files.
 
-gguf-py writes the simple block types but only reads K-quants, and is slower; the C functions are in llama-cpp-python anyway,
-and their bytes are by definition those of llama.cpp's tools.
+gguf-py writes the simple block types but only reads K-quants, and is slower; the C functions are in
+llama-cpp-python anyway, and their bytes are by definition those of llama.cpp's tools.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _quantize_chunk() -> Callable[..., int]:
     function.restype = ctypes.c_size_t
     pointer, int64 = ctypes.c_void_p, ctypes.c_int64
     function.argtypes = [ctypes.c_int, pointer, pointer, int64, int64, int64, pointer]
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def encode_rows(values: npt.NDArray[np.float32], kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
@@ -52,7 +52,8 @@ def encode_rows(values: npt.NDArray[np.float32], kind: GGMLQuantizationType) -> 
             halves = values.astype(np.float16)
         if np.isinf(halves).any():
             raise CheckpointError(
-                f"A weight of {np.abs(values).max():.3g} does not fit float16 (at most 65504); convert with f32 or bf16."
+                f"A weight of {np.abs(values).max():.3g} does not fit float16 (at most 65504); convert with f32 or "
+                "bf16."
             )
         return halves.view(np.uint8)
     block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -89,5 +90,6 @@ def quantize_gguf(
         status = lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
         if status != 0:
             raise CheckpointError(
-                f"llama.cpp could not quantize to {file_type.name.removeprefix('MOSTLY_')}: {llama.last_errors()}; free disk space or choose another --type."
+                f"llama.cpp could not quantize to {file_type.name.removeprefix('MOSTLY_')}: {llama.last_errors()}; "
+                "free disk space or choose another --type."
             )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
+from edge_converters.tensor_names import RESAMPLER_POSITIONS
+
 Q = GGMLQuantizationType
 
 
@@ -60,6 +62,9 @@ def vision_tensor_type(name: str, shape: tuple[int, ...], file_type: LlamaFileTy
     One departure: in an f32 file the patch kernel is float32 too. The script always rounds it to float16, which
     shows in the fourth digit when the source is float32; llama.cpp loads both.
     """
+    if name == RESAMPLER_POSITIONS and file_type != LlamaFileType.MOSTLY_F16:
+        # llama.cpp wants it in the file but never reads it: 80 MB as float32 at full size, 21 MB in blocks.
+        return _MATRIX[file_type]
     if file_type == LlamaFileType.ALL_F32 or not name.endswith(".weight") or len(shape) < 2:
         return Q.F32
     if name in ("v.patch_embd.weight", "v.position_embd.weight"):

@@ -1,7 +1,8 @@
 """One table: checkpoint name → GGUF name, for decoder, vision tower and resampler.
 
-Decoder names are gguf-py's for `qwen3`; mmproj names are those of llama.cpp's MiniCPM-V script, quirk included: **fc1 is
-written as `ffn_down` and fc2 as `ffn_up`**, and every loader (ours too) swaps them back when it sees their row lengths.
+Decoder names are gguf-py's for `qwen3`; mmproj names are those of llama.cpp's MiniCPM-V script, quirk included:
+**fc1 is written as `ffn_down` and fc2 as `ffn_up`**, and every loader (ours too) swaps them back when it sees their
+row lengths.
 """
 
 from __future__ import annotations
@@ -53,11 +54,19 @@ RESAMPLER = {
     **{f"resampler.ln_{n}.{p}": f"resampler.ln_{n}.{p}" for n in ("q", "kv", "post") for p in ("weight", "bias")},
 }
 RESAMPLER_PROJ = ("resampler.proj", "resampler.proj.weight")  # written transposed
-RESAMPLER_IN_PROJ = ("resampler.attn.in_proj_weight", "resampler.attn.in_proj_bias")  # cut into q, k, v by rows
+RESAMPLER_IN_PROJ = (
+    "resampler.attn.in_proj_weight",
+    "resampler.attn.in_proj_bias",
+)  # cut into q, k, v by rows
 RESAMPLER_POSITIONS = "resampler.pos_embed_k"  # computed; llama.cpp loads it, we compute positions ourselves
 
 # Buffers that some exporters store although they are computed from the configuration.
-IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "embeddings.position_ids", "resampler.pos_embed", "resampler.temporal_pos_embed")
+IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "embeddings.position_ids",
+    "resampler.pos_embed",
+    "resampler.temporal_pos_embed",
+)
 
 
 def decoder_names(n_layers: int, tied: bool) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """The written file re-read: every planned tensor is there, of the planned type and shape, and holds the right values.
 
-Guards against the failure that is worst because it is silent: wrong weights that load and generate nonsense. Values are
-compared on a spread of rows, since dequantising 17 GB again would take longer than converting it.
+Guards against the failure that is worst because it is silent: wrong weights that load and generate nonsense. Values
+are compared on a spread of rows, since dequantising 17 GB again would take longer than converting it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from edge_runtime.errors import CheckpointError
 from edge_runtime.weights import GGUFFile
 
 SAMPLED_ROWS = 8
-# Largest error of a sampled row set, as RMS error over RMS value. Rounding a value uniformly to n bits per block costs about
-# 2^-n; normally distributed weights measure 0.9 % (8 bits), 5 % (5 to 6), 8 % (4); twice to three times that says "wrong rows".
+# Largest error of a sampled row set, as RMS error over RMS value. Rounding a value uniformly to n bits per block
+# costs about 2^-n; normally distributed weights measure 0.9 % (8 bits), 5 % (5 to 6), 8 % (4); twice to three times
+# that says "wrong rows".
 TOLERANCE = {
     GGMLQuantizationType.F32: 1e-7,
     GGMLQuantizationType.F16: 1e-3,
@@ -43,17 +44,22 @@ def verify_gguf(path: Path, tensors: list[PlannedTensor], final_name: str, *, ty
     wanted = {tensor.name for tensor in tensors}
     if wanted != set(file.tensors):
         odd = sorted(wanted ^ set(file.tensors))
-        raise CheckpointError(f"{final_name} was not written completely: {odd[0]} is missing or unexpected; this is a bug, please report it.")
+        raise CheckpointError(
+            f"{final_name} was not written completely: {odd[0]} is missing or unexpected; this is a bug, please "
+            "report it."
+        )
     for tensor in tensors:
         info = file.tensors[tensor.name]
         if info.shape != tensor.shape or (info.type != tensor.type and not types_may_differ):
             raise CheckpointError(
-                f"{final_name}: {tensor.name} was written as {info.type.name} {info.shape}, expected {tensor.type.name} {tensor.shape}; this is a bug, please report it."
+                f"{final_name}: {tensor.name} was written as {info.type.name} {info.shape}, expected "
+                f"{tensor.type.name} {tensor.shape}; this is a bug, please report it."
             )
         error = sampled_error(file, tensor)
         if error > TOLERANCE.get(info.type, TOLERANCE_BELOW_8_BITS):
             raise CheckpointError(
-                f"{final_name}: {tensor.name} differs from the checkpoint by {error:.1%} after {info.type.name}; the disk or the memory may be faulty: convert again."
+                f"{final_name}: {tensor.name} differs from the checkpoint by {error:.1%} after {info.type.name}; "
+                "the disk or the memory may be faulty: convert again."
             )
 
 

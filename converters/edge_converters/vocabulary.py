@@ -1,7 +1,8 @@
 """The tokenizer of a checkpoint → the `tokenizer.*` keys of a GGUF file.
 
-Read from vocab.json + merges.txt + added tokens (the official layout) or from tokenizer.json alone. Only the byte-level
-BPE of Qwen2/Qwen3 with its split pattern is accepted, since that is what `tokenizer.ggml.pre = qwen2` promises.
+Read from vocab.json + merges.txt + added tokens (the official layout) or from tokenizer.json alone. Only the
+byte-level BPE of Qwen2/Qwen3 with its split pattern is accepted, since that is what `tokenizer.ggml.pre = qwen2`
+promises.
 """
 
 from __future__ import annotations
@@ -64,17 +65,24 @@ def read_vocabulary(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
         normalizer = "nfc" if (fast.get("normalizer") or {}).get("type") == "NFC" else "none"
     else:
         raise CheckpointError(
-            f"{checkpoint.folder} has no tokenizer; expected vocab.json and merges.txt, or tokenizer.json, as in the official checkpoint."
+            f"{checkpoint.folder} has no tokenizer; expected vocab.json and merges.txt, or tokenizer.json, as in "
+            "the official checkpoint."
         )
     added = _added_tokens(checkpoint, settings, fast)
     texts = {int(token_id): text for text, token_id in base.items()} | {i: text for i, (text, _) in added.items()}
     if texts and max(texts) >= n_rows:
         raise CheckpointError(
-            f"The tokenizer has a token with id {max(texts)}, but the embedding table has only {n_rows} rows; the files belong to different models."
+            f"The tokenizer has a token with id {max(texts)}, but the embedding table has only {n_rows} rows; the "
+            "files belong to different models."
         )
     tokens, types = _fill(texts, added, n_rows)
     return Vocabulary(
-        tokens, types, merges, normalizer, _chat_template(checkpoint, settings), _special_ids(checkpoint, settings, texts)
+        tokens,
+        types,
+        merges,
+        normalizer,
+        _chat_template(checkpoint, settings),
+        _special_ids(checkpoint, settings, texts),
     )
 
 
@@ -100,7 +108,9 @@ def _fill(
         )
     if len(set(tokens)) != n_rows:
         twice = next(text for text in tokens if tokens.count(text) > 1)
-        raise CheckpointError(f"The tokenizer has the token {twice!r} under two ids; use the original tokenizer files.")
+        raise CheckpointError(
+            f"The tokenizer has the token {twice!r} under two ids; use the original tokenizer files."
+        )
     return tokens, types
 
 
@@ -113,12 +123,15 @@ def _from_tokenizer_json(fast: Any) -> tuple[dict[str, int], list[str]]:
     """Vocabulary and merges of a tokenizer.json, after checking that it is the Qwen2 kind."""
     model = fast.get("model") or {}
     if model.get("type") != "BPE":
-        raise CheckpointError(f"tokenizer.json is of type {model.get('type')!r}; expected the byte-level BPE of Qwen2.")
+        raise CheckpointError(
+            f"tokenizer.json is of type {model.get('type')!r}; expected the byte-level BPE of Qwen2."
+        )
     pre = fast.get("pre_tokenizer") or {}
     patterns = [step.get("pattern", {}).get("Regex") for step in pre.get("pretokenizers", [pre])]
     if QWEN2_PATTERN not in patterns:
         raise CheckpointError(
-            "tokenizer.json splits text by another pattern than Qwen2's; such a file cannot be described to llama.cpp as 'qwen2'."
+            "tokenizer.json splits text by another pattern than Qwen2's; such a file cannot be described to "
+            "llama.cpp as 'qwen2'."
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
     return model.get("vocab", {}), merges
@@ -161,5 +174,7 @@ def _special_ids(checkpoint: Checkpoint, settings: Any, texts: dict[int, str]) -
         if isinstance(token_id, int) and token_id in texts:
             ids[name] = token_id
     if "eos" not in ids:
-        raise CheckpointError("The checkpoint names no end token (eos_token or eos_token_id), so answers would never end.")
+        raise CheckpointError(
+            "The checkpoint names no end token (eos_token or eos_token_id), so answers would never end."
+        )
     return ids

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,7 +24,11 @@ from edge_converters.quantize import encode_rows
 from edge_runtime.errors import CheckpointError
 
 CHUNK_VALUES = 8 << 20  # values per chunk: 32 MiB as float32
-_SAME_BITS = {"F32": GGMLQuantizationType.F32, "F16": GGMLQuantizationType.F16, "BF16": GGMLQuantizationType.BF16}
+_SAME_BITS = {
+    "F32": GGMLQuantizationType.F32,
+    "F16": GGMLQuantizationType.F16,
+    "BF16": GGMLQuantizationType.BF16,
+}
 
 Rows = Callable[[int, int], npt.NDArray[np.float32]]
 
@@ -48,13 +53,13 @@ class PlannedTensor:
     @property
     def n_columns(self) -> int:
         """Values per row."""
-        return int(np.prod(self.shape)) // self.n_rows
+        return math.prod(self.shape) // self.n_rows
 
     @property
     def n_bytes(self) -> int:
         """Bytes in the file."""
         block, block_bytes = GGML_QUANT_SIZES[self.type]
-        return self.n_rows * self.n_columns // block * block_bytes
+        return int(self.n_rows * self.n_columns // block * block_bytes)
 
     def encoded_chunks(self) -> Iterator[npt.NDArray[np.uint8]]:
         """The tensor's bytes, a chunk of rows at a time."""
@@ -75,7 +80,8 @@ class PlannedTensor:
     def _check_finite(self, finite: bool) -> None:
         if not finite:
             raise CheckpointError(
-                f"The checkpoint's values for {self.name} hold NaN or infinity; a damaged download or a broken training run: use another checkpoint."
+                f"The checkpoint's values for {self.name} hold NaN or infinity; a damaged download or a broken "
+                "training run: use another checkpoint."
             )
 
 
@@ -162,8 +168,12 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise CheckpointError(f"The disk holding {path.parent} is full; free some space and convert again.") from None
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}; choose another folder with -o.") from None
+            raise CheckpointError(
+                f"The disk holding {path.parent} is full; free some space and convert again."
+            ) from None
+        raise CheckpointError(
+            f"{path} cannot be written: {error.strerror or error}; choose another folder with -o."
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -172,7 +182,8 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{folder} has {free / 1e9:.1f} GB free, the file needs {needed / 1e9:.1f} GB; free some space or choose another folder with -o."
+            f"{folder} has {free / 1e9:.1f} GB free, the file needs {needed / 1e9:.1f} GB; free some space or "
+            "choose another folder with -o."
         )
 
 

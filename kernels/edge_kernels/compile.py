@@ -137,20 +137,15 @@ def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
                 quota = _read_numbers(level / "cpu.cfs_quota_us")
                 period = _read_numbers(level / "cpu.cfs_period_us")
                 numbers = [*quota, *period] if quota and period else None
-            if (
-                numbers and len(numbers) == 2 and numbers[0] > 0 and numbers[1] > 0
-            ):  # -1 is "no limit" in version 1
+            if numbers and len(numbers) == 2 and numbers[0] > 0 and numbers[1] > 0:  # -1 is "no limit" in version 1
                 limit = min(limit, numbers[0] / numbers[1])
     return limit
 
 
 def cpu_count() -> int:
     """Return the cores this process may use: physical ones, within its affinity and control group's quota."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = _physical_cores(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, min(cores, math.ceil(min(_cgroup_cpus(), 1 << 20))))
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    return max(1, min(_physical_cores(allowed), math.ceil(min(_cgroup_cpus(), 1 << 20))))
 
 
 # --- threads ------------------------------------------------------------------------------------------------

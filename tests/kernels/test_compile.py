@@ -56,16 +56,11 @@ def test_a_second_process_compiles_nothing():
     run(USE_EVERYTHING)  # fills the cache where no test before has
     hits, misses = map(int, run(USE_EVERYTHING))
     assert misses == 0
-    assert hits == len(compilation._kernels), (
-        "a kernel has more than one specialisation, or is not used above"
-    )
+    assert hits == len(compilation._kernels), "a kernel has more than one specialisation, or is not used above"
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    assert (
-        run("import edge_kernels, sys; print('numba' in sys.modules, 'numpy' in sys.modules)")
-        == ["False"] * 2
-    )
+    assert run("import edge_kernels, sys; print('numba' in sys.modules, 'numpy' in sys.modules)") == ["False"] * 2
 
 
 def test_the_cache_key_follows_every_source(tmp_path, monkeypatch):
@@ -152,11 +147,7 @@ def test_no_cgroup_is_no_limit(tmp_path):
 
 
 def test_cpu_count_stays_within_affinity():
-    assert (
-        1 <= compilation.cpu_count() <= len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else True
-    )
+    assert 1 <= compilation.cpu_count() <= len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else True
 
 
 def test_thread_count_can_be_set_and_put_back():

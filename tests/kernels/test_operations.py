@@ -27,23 +27,25 @@ U = 2.0**-24  # unit roundoff of float32: one rounding errs by at most U · |res
 
 # 2^x: polynomial 0.3 U, its Horner steps at most 1 U, the last product 0.5 U; measured 1.3 U.
 EXP2_RELATIVE = 2 * U
-# GELU: roundings of the exponent t = x · slope count |t| ln 2 times, but where t is large the sigmoid is flat; then a
-# sum and a quotient. Measured 2.0 U · |x|; the reference, whose 1 + tanh cancels, 1.9 U · |x|.
+# GELU: roundings of the exponent t = x · slope count |t| ln 2 times, but where t is large the sigmoid is
+# flat; then a sum and a quotient. Measured 2.0 U · |x|; the reference, whose 1 + tanh cancels, 1.9 U · |x|.
 GELU_PER_X = 3 * U
-# LayerNorm, in units of |value| + |gain| + |bias|: the root, three products, a sum, and the error of mean and root of
-# variance, which blocked sums keep at a few U. Measured 3.2 U between the two sides.
+# LayerNorm, in units of |value| + |gain| + |bias|: the root, three products, a sum, and the error of mean and
+# root of variance, which blocked sums keep at a few U. Measured 3.2 U between the two sides.
 NORM_PER_VALUE = 8 * U
-# Attention, in units of the largest |value|: an average, so a few roundings of one value, and the weights' relative
-# error: scores of normal data stay below 6 and err by as many U. Measured 2.7 U between the two sides.
+# Attention, in units of the largest |value|: an average, so a few roundings of one value, and the weights'
+# relative error: scores of normal data stay below 6 and err by as many U. Measured 2.7 U between the two
+# sides.
 ATTENTION_PER_VALUE = 8 * U
-# A product of K terms, in units of S = Σ |terms|: with random signs partial sums grow as √k σ, so K roundings of them
-# add up to U √K √(K/2) σ ≈ 1.1 U S on average, whatever K is. The worst of some ten thousand elements is four
-# times that; measured 4.1 U. (Blocked sums are better; the worst case, all terms of one sign, is K U S.)
+# A product of K terms, in units of S = Σ |terms|: with random signs partial sums grow as √k σ, so K roundings
+# of them add up to U √K √(K/2) σ ≈ 1.1 U S on average, whatever K is. The worst of some ten thousand elements
+# is four times that; measured 4.1 U. (Blocked sums are better; the worst case, all terms of one sign, is K U
+# S.)
 LINEAR_PER_SUM = 6 * U
 
 
 def linear_tolerance(x, weight, result):
-    """Tolerance of products of random signs, with an activation of at most slope 1.13, and the last sum's rounding."""
+    """Tolerance of products of random signs, after an activation (slope up to 1.13) and a last sum."""
     sums = np.abs(x).astype(np.float64) @ np.abs(weight).astype(np.float64).T
     return 1.2 * LINEAR_PER_SUM * sums + (GELU_PER_X + U) * np.maximum(1, np.abs(result))
 
@@ -224,12 +226,8 @@ def test_linear_takes_any_layout():
         np.testing.assert_array_equal(linear(other, pack_weight(weight), bias, residual=residual), expected)
     for other in (frozen, np.asfortranarray(weight), weight.astype(np.float64)):
         np.testing.assert_array_equal(linear(x, pack_weight(other), frozen_bias, residual=residual), expected)
-    np.testing.assert_array_equal(
-        linear(x, pack_weight(weight), bias, residual=wide_residual[:, 3:23]), expected
-    )
-    np.testing.assert_array_equal(
-        linear(x[::-1], pack_weight(weight), bias, residual=residual[::-1])[::-1], expected
-    )
+    np.testing.assert_array_equal(linear(x, pack_weight(weight), bias, residual=wide_residual[:, 3:23]), expected)
+    np.testing.assert_array_equal(linear(x[::-1], pack_weight(weight), bias, residual=residual[::-1])[::-1], expected)
 
 
 def test_linear_of_no_rows_is_empty():
@@ -379,7 +377,7 @@ def test_attention_without_queries_or_keys():
 
 @pytest.mark.parametrize("size", [1e2, 1e4])
 def test_attention_with_large_scores(size):
-    """Scores up to ±size: softmax is nearly a choice, and rounding of the scores is the error that remains."""
+    """Scores up to ±size: softmax is nearly a choice, and rounding of the scores is the error that counts."""
     heads, d = 2, 48
     q, k, v = random(37, heads * d), random(411, heads * d, seed=1), random(411, heads * d, seed=2)
     largest = max(np.abs(q[:, c : c + d] @ k[:, c : c + d].T).max() for c in (0, d))
@@ -491,9 +489,7 @@ def test_calls_from_several_python_threads_wait_for_each_other():
     wrong = []
 
     def work():
-        for _ in range(50):
-            if not np.array_equal(linear(x, weight), expected):
-                wrong.append(threading.current_thread().name)
+        wrong.extend(1 for _ in range(50) if not np.array_equal(linear(x, weight), expected))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

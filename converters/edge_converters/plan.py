@@ -1,0 +1,151 @@
+"""Which tensors a model of the checkpoint's configuration has, with their shapes, types and sources.
+
+Every shape is held against config.json before a byte is written, and a tensor that belongs to no part of the model is
+an error: dropped silently it would be a fine-tune's lost part.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from edge_converters import recipes
+from edge_converters import tensor_names as names
+from edge_converters.checkpoint import Checkpoint
+from edge_converters.writer import PlannedTensor, copied
+from edge_runtime.errors import CheckpointError
+from edge_runtime.resampler import pos2d_table
+
+POSITIONS_SIDE = 70  # side of the position table that llama.cpp expects in the file, whatever the model
+
+Shape = tuple[int, ...]
+
+
+def n_vision_layers(checkpoint: Checkpoint) -> int:
+    """Layers of the vision tower that are used."""
+    n = checkpoint.size("vision_config", "num_hidden_layers")
+    # The configuration class defaults to true: an absent key drops the last layer.
+    return n - 1 if checkpoint.config.get("drop_vision_last_layer", True) else n
+
+
+def refuse_unknown_tensors(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint with tensors that would be dropped.
+
+    Raises
+    ------
+    CheckpointError
+        Naming one of them.
+    """
+    known = set(names.decoder_names(checkpoint.size("num_hidden_layers"), tied=False))
+    known |= set(names.vision_names(checkpoint.size("vision_config", "num_hidden_layers")))
+    known |= {*names.RESAMPLER, *names.RESAMPLER_IN_PROJ, names.RESAMPLER_PROJ[0]}
+    unknown = [n for n in checkpoint.tensors if n not in known and not n.endswith(names.IGNORED_SUFFIXES)]
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint holds {len(unknown)} tensors that MiniCPM-V 4.5 does not have, such as {unknown[0]}; "
+            "merge adapters into the weights first."
+        )
+
+
+def plan_decoder(checkpoint: Checkpoint, matrix: GGMLQuantizationType) -> list[PlannedTensor]:
+    """Plan the decoder file, every matrix as `matrix`."""
+    size = checkpoint.size
+    hidden, vocabulary, mlp = size("hidden_size"), size("vocab_size"), size("intermediate_size")
+    n_heads, n_kv = size("num_attention_heads"), size("num_key_value_heads")
+    width = size("head_dim", default=hidden // n_heads)
+    shapes: dict[str, Shape] = {
+        "token_embd": (vocabulary, hidden),
+        "output": (vocabulary, hidden),
+        "attn_q_norm": (width,),
+        "attn_k_norm": (width,),
+        "attn_q": (n_heads * width, hidden),
+        "attn_k": (n_kv * width, hidden),
+        "attn_v": (n_kv * width, hidden),
+        "attn_output": (hidden, n_heads * width),
+        "ffn_gate": (mlp, hidden),
+        "ffn_up": (mlp, hidden),
+        "ffn_down": (hidden, mlp),
+    }
+    plan = []
+    tied = bool(checkpoint.config.get("tie_word_embeddings")) and "llm.lm_head.weight" not in checkpoint.tensors
+    for source, name in names.decoder_names(size("num_hidden_layers"), tied).items():
+        shape = shapes.get(name.split(".")[-2], (hidden,))
+        _expect(checkpoint, source, shape)
+        plan.append(copied(checkpoint, source, name, recipes.decoder_tensor_type(shape, matrix)))
+    return plan
+
+
+def plan_vision(checkpoint: Checkpoint, file_type: LlamaFileType) -> list[PlannedTensor]:
+    """Plan the mmproj file."""
+    size = checkpoint.size
+    width, mlp = size("vision_config", "hidden_size"), size("vision_config", "intermediate_size")
+    patch, hidden = size("patch_size", default=14), size("hidden_size")
+    side = size("vision_config", "image_size", default=980) // patch
+    shapes: dict[str, Shape] = {
+        "v.patch_embd.weight": (width, 3, patch, patch),
+        "v.position_embd.weight": (side * side, width),
+        "ffn_down.weight": (mlp, width),
+        "ffn_down.bias": (mlp,),
+        "ffn_up.weight": (width, mlp),
+        "resampler.query": (size("query_num"), hidden),
+        "resampler.kv.weight": (hidden, width),
+        "resampler.attn.out.weight": (hidden, hidden),
+    }
+    shapes |= {f"attn_{part}.weight": (width, width) for part in ("q", "k", "v", "out")}
+    plan = []
+    for source, name in (names.vision_names(n_vision_layers(checkpoint)) | names.RESAMPLER).items():
+        vector = (hidden,) if name.startswith("resampler.") else (width,)
+        shape = shapes.get(name) or shapes.get(".".join(name.split(".")[-2:]), vector)
+        _expect(checkpoint, source, shape)
+        plan.append(copied(checkpoint, source, name, recipes.vision_tensor_type(name, shape, file_type)))
+    return plan + _plan_rearranged(checkpoint, hidden, file_type)
+
+
+def _plan_rearranged(checkpoint: Checkpoint, hidden: int, file_type: LlamaFileType) -> list[PlannedTensor]:
+    """The resampler tensors that are cut, transposed or computed rather than copied."""
+    plan = []
+    in_weight, in_bias = names.RESAMPLER_IN_PROJ
+    _expect(checkpoint, in_weight, (3 * hidden, hidden))
+    _expect(checkpoint, in_bias, (3 * hidden,))
+    for third, letter in enumerate("qkv"):
+
+        def weight(start: int, stop: int, base: int = third * hidden) -> npt.NDArray[np.float32]:
+            return checkpoint.float_rows(in_weight, base + start, base + stop)
+
+        def bias(start: int, stop: int, base: int = third * hidden) -> npt.NDArray[np.float32]:
+            return checkpoint.float_rows(in_bias, base, base + hidden).reshape(1, hidden)
+
+        name = f"resampler.attn.{letter}"
+        kind = recipes.vision_tensor_type(f"{name}.weight", (hidden, hidden), file_type)
+        plan.append(PlannedTensor(f"{name}.weight", (hidden, hidden), kind, weight))
+        plan.append(PlannedTensor(f"{name}.bias", (hidden,), recipes.Q.F32, bias))
+    source, name = names.RESAMPLER_PROJ
+    _expect(checkpoint, source, (hidden, hidden))
+
+    def transposed(start: int, stop: int) -> npt.NDArray[np.float32]:
+        return checkpoint.float_rows(source, 0, hidden)[:, start:stop].T
+
+    kind = recipes.vision_tensor_type(name, (hidden, hidden), file_type)
+    plan.append(PlannedTensor(name, (hidden, hidden), kind, transposed))
+
+    def positions(start: int, stop: int) -> npt.NDArray[np.float32]:
+        return pos2d_table(hidden, POSITIONS_SIDE, POSITIONS_SIDE)[start:stop]
+
+    name, shape = names.RESAMPLER_POSITIONS, (POSITIONS_SIDE**2, hidden)
+    plan.append(PlannedTensor(name, shape, recipes.vision_tensor_type(name, shape, file_type), positions))
+    return plan
+
+
+def _expect(checkpoint: Checkpoint, name: str, shape: Shape) -> None:
+    """Hold a tensor of the checkpoint against the configuration."""
+    tensor = checkpoint.tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(
+            f"The checkpoint lacks {name}; download the missing shards or use the merged checkpoint of a fine-tune."
+        )
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"{name} has shape {tensor.shape}, expected {shape} from config.json; the files belong to "
+            "different models."
+        )

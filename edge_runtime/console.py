@@ -1,0 +1,158 @@
+"""Everything a person sees in a terminal: streamed answers, dimmed reasoning, progress, notes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edge_runtime.engine import Progress
+    from edge_runtime.model import Answer, Model
+
+_KEPT_CONTROLS = "\n\t"
+
+
+def note(text: str) -> None:
+    """Print a note to the person, dimmed, on stderr."""
+    click.secho(text, err=True, dim=True)
+
+
+def load_model(model: str, mmproj: Path | None, ctx: int | None, threads: int | None, exact: bool) -> Model:
+    """Load a model for a command, saying so when the first start has to compile."""
+    from edge_runtime.model import Model
+
+    return Model.load(model, mmproj=mmproj, n_ctx=ctx, n_threads=threads, exact=exact)
+
+
+def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet: bool = False) -> Answer:
+    """Answer, streaming to stdout; Ctrl-C ends the answer, and what was said so far is returned.
+
+    Parameters
+    ----------
+    quiet : print nothing on stdout, and no reasoning.
+    """
+    progress = AnswerProgress()
+    stream = model.chat(messages, stream=True, on_image=progress.on_image, **options)
+    stream.on_progress = progress.on_event
+    printed = Printer(quiet)
+    try:
+        try:
+            for piece in stream:
+                progress.clear()
+                printed.write(piece.text, piece.kind)
+        except KeyboardInterrupt:
+            stream.cancel()
+            for _ in stream:  # what was computed meanwhile is not shown; only the end is awaited
+                pass
+    finally:
+        progress.clear()
+        printed.end()
+    return stream.result()
+
+
+class Printer:
+    """Writes pieces: the answer to stdout, reasoning dimmed to stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet, self._kind, self._ends_line = quiet, "answer", True
+
+    def write(self, text: str, kind: str) -> None:
+        """Print one piece at once."""
+        if self._quiet:
+            return
+        if kind != self._kind:
+            self._break_line()
+            self._kind = kind
+        text = printable(text)
+        if kind == "reasoning":
+            click.secho(text, err=True, dim=True, nl=False)
+        else:
+            click.echo(text, nl=False)
+        self._ends_line = text.endswith("\n") if text else self._ends_line
+
+    def end(self) -> None:
+        """Finish the last line."""
+        self._break_line()
+
+    def _break_line(self) -> None:
+        if not self._ends_line:
+            click.echo(err=self._kind == "reasoning")
+            self._ends_line = True
+
+
+def printable(text: str) -> str:
+    """Drop control characters: a picture may talk a model into writing escape sequences to the terminal."""
+    return "".join(c for c in text if c in _KEPT_CONTROLS or not (ord(c) < 32 or 127 <= ord(c) < 160))
+
+
+class AnswerProgress:
+    """One line on stderr, on a terminal only: pictures read, slices encoded, prompt read."""
+
+    def __init__(self) -> None:
+        self._shown = False
+        self._live = sys.stderr.isatty()
+
+    def on_image(self, done: int, total: int) -> None:
+        """A picture was decoded."""
+        if total > 1:
+            self._show(f"reading pictures {done}/{total}")
+
+    def on_event(self, event: Progress) -> None:
+        """The engine made progress."""
+        if event.stage == "encode":
+            self._show(f"looking at slices {event.done}/{event.total}")
+        elif event.done == 0:
+            self._show(f"reading the prompt, {event.total} tokens")
+
+    def _show(self, text: str) -> None:
+        if self._live:
+            click.echo(f"\r\x1b[K\x1b[2m{text}\x1b[0m", err=True, nl=False)
+            self._shown = True
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._shown:
+            click.echo("\r\x1b[K", err=True, nl=False)
+            self._shown = False
+
+
+class ConvertProgress:
+    """A progress bar per stage of a conversation of bytes or tensors, shown on a terminal only."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._what = ""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes (tensors, for `quantize`) are written."""
+        from tqdm import tqdm
+
+        if what != self._what:
+            self._close()
+            in_bytes = what != "quantize"
+            self._what = what
+            self._bar = tqdm(
+                total=total,
+                desc=f"{what:<8}",
+                unit="B" if in_bytes else " tensors",
+                unit_scale=in_bytes,
+                disable=None,  # no bar unless stderr is a terminal
+                leave=True,
+            )
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __enter__(self) -> ConvertProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
