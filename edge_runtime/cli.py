@@ -21,35 +21,12 @@ from edge_runtime.image import PIXEL_LIMIT
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
 
-PICTURE_SUFFIXES = frozenset(
-    [
-        ".apng",
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".heic",
-        ".heif",
-        ".ico",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".qoi",
-        ".svg",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
+# Arguments of `run` that end like this are files, whether they exist or not.
+FILE_SUFFIXES = (
+    *(".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
+    *(".pdf", ".mp4", ".mov", ".mkv", ".avi", ".webm"),
 )
-OTHER_SUFFIXES = frozenset([".pdf", ".mp4", ".mov", ".mkv", ".avi", ".webm"])
 
 
 class Command(click.Command):
@@ -187,7 +164,7 @@ def _is_file(argument: str) -> bool:
     if argument.startswith(("http://", "https://")):
         raise ImageError(f"{argument} is a web address; expected a file: download it first, nothing is fetched.")
     looks_like_path = argument.startswith(("/", "./", "../", "~/", ".\\", "..\\")) or argument[1:3] == ":\\"
-    if looks_like_path or path.suffix.lower() in PICTURE_SUFFIXES | OTHER_SUFFIXES:
+    if looks_like_path or path.suffix.lower() in FILE_SUFFIXES:
         raise ImageError(f"The file {argument} does not exist; check the path, or put a question in quotes.")
     return False
 

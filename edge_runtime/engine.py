@@ -81,29 +81,33 @@ class _Job:
 
 
 class Running:
-    """A submitted request: iterate over its events, or cancel it.
-
-    Leaving the iterator early cancels the request.
-    """
+    """A submitted request: take its events one by one, or cancel it. Forgetting it cancels it too."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
+
+    def next_event(self) -> Event:
+        """Wait for the next event; `Finished` is the last.
+
+        A Ctrl-C while waiting loses nothing: the next call goes on.
+
+        Raises
+        ------
+        EdgeRuntimeError
+            When the request failed; no event follows.
+        """
+        event = _next(self._job.events)
+        if isinstance(event, BaseException):
+            raise event
+        return event  # type: ignore[no-any-return]
 
     def cancel(self) -> None:
         """End the request; its last event says `cancelled`."""
         self._job.cancelled.set()
 
-    def __iter__(self) -> Iterator[Event]:
-        try:
-            while True:
-                event = _next(self._job.events)
-                if isinstance(event, BaseException):
-                    raise event
-                yield event
-                if isinstance(event, Finished):
-                    return
-        finally:
-            self.cancel()
+    def __del__(self) -> None:
+        """Nobody listens any more."""
+        self.cancel()
 
 
 def _next(events: queue.SimpleQueue[Any]) -> Any:

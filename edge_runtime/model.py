@@ -49,29 +49,38 @@ class Answer:
 
 
 class AnswerStream:
-    """An answer being generated: iterate over its `Piece`s, then ask for `result()`."""
+    """An answer being generated: iterate over its `Piece`s, then ask for `result()`.
+
+    Forgetting the stream stops the work behind it. KeyboardInterrupt while waiting leaves it intact: it can be
+    cancelled or read on.
+    """
 
     def __init__(self, running: Running, finish: Callable[[str, str | None, Finished], Answer]) -> None:
         self._running, self._finish = running, finish
         self._text: dict[str, list[str]] = {"answer": [], "reasoning": []}
-        self._result: Answer | None = None
-        self._pieces = self._run()
+        self._result: Answer | Exception | None = None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
         """Called with the progress of encoding and prefill."""
 
-    def _run(self) -> Iterator[Piece]:
-        for event in self._running:
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        while self._result is None:
+            try:
+                event = self._running.next_event()
+            except Exception as error:  # not KeyboardInterrupt: that one is the waiting person's
+                self._result = error
+                raise
             if isinstance(event, Piece):
                 self._text[event.kind].append(event.text)
-                yield event
-            elif isinstance(event, Progress):
+                return event
+            if isinstance(event, Progress):
                 self.on_progress(event)
             else:
                 reasoning = "".join(self._text["reasoning"])
                 self._result = self._finish("".join(self._text["answer"]), reasoning or None, event)
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self._pieces
+        raise StopIteration
 
     def cancel(self) -> None:
         """Stop generating; the stream then ends with the reason `cancelled`."""
@@ -79,12 +88,11 @@ class AnswerStream:
 
     def result(self) -> Answer:
         """The whole answer; waits for its end."""
-        for _ in self._pieces:
+        for _ in self:
             pass
-        if self._result is None:
-            raise MessageError(
-                "The stream was left before its end, so there is no whole answer; iterate to the end, or cancel() it."
-            )
+        if not isinstance(self._result, Answer):
+            assert self._result is not None
+            raise self._result
         return self._result
 
 

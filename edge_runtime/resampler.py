@@ -42,7 +42,8 @@ def time_embedding(dim: int, temporal_id: int) -> Float32:
     """Embedding of one temporal id, zeros for a still picture: ndarray [shape=(dim,), float32]."""
     if temporal_id == STILL:
         return np.zeros(dim, np.float32)
-    return sine(dim, [temporal_id])[0]
+    embedding: Float32 = sine(dim, [temporal_id])[0]
+    return embedding
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def frequencies(n: int) -> Float32:
     root = _nearest(np.exp2(np.arange(16) / 16))[k & 15]
     polynomial = _nearest(r * _nearest(r * _C3 + _C2) + _C1)
     power = np.ldexp(_nearest(_nearest(root * r) * polynomial + root), k >> 4)
-    return np.float32(1) / power.astype(np.float32)
+    omega: Float32 = np.float32(1) / power.astype(np.float32)
+    return omega
 
 
 def _nearest(x: Float64) -> Float64:

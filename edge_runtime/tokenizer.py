@@ -13,6 +13,7 @@ from functools import cached_property
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Bpe
 
+from edge_runtime.config import read_vocabulary
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.weights import GGUFFile
 
@@ -20,7 +21,7 @@ NORMALIZER_KEY = "edge_runtime.tokenizer.normalizer"
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types of GGUF
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types of GGUF
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -30,45 +31,30 @@ class Tokenizer:
     Raises
     ------
     ModelFileError
-        When the vocabulary is inconsistent; llama.cpp would abort the process on some of these.
+        When the vocabulary is inconsistent.
     UnsupportedModelError
         When it is another kind of tokenizer.
     """
 
     def __init__(self, file: GGUFFile) -> None:
         _check_kind(file)
-        self.tokens = file.strings("tokenizer.ggml.tokens")
-        self.types = [int(t) for t in file.metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(self.tokens))]
+        vocabulary = read_vocabulary(file)
+        self.tokens, self.types = vocabulary.tokens, vocabulary.types
         self._merges = file.strings("tokenizer.ggml.merges")
         self._normalizer = file.get(NORMALIZER_KEY, str, "nfc")
+        if self._normalizer not in ("nfc", "none"):
+            raise UnsupportedModelError(
+                f"{file.path.name}: {NORMALIZER_KEY} is {self._normalizer[:40]!r}, expected 'nfc' or 'none'; convert "
+                "the model again."
+            )
         self._name = file.path.name
         self.ids = {text: i for i, text in enumerate(self.tokens)}
-        self._check()
         self.special_ids = {
             text: i
             for i, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
             if kind in (CONTROL, USER_DEFINED)
         }
-        eos = file.get("tokenizer.ggml.eos_token_id", int)
-        self.stop_ids = frozenset({eos, *(self.ids[text] for text in STOP_TOKENS if text in self.ids)})
-
-    def _check(self) -> None:
-        if len(self.ids) != len(self.tokens):
-            seen: set[str] = set()
-            twice = next(t for t in self.tokens if t in seen or seen.add(t))  # type: ignore[func-returns-value]
-            raise ModelFileError(
-                f"{self._name} has the token {twice[:40]!r} more than once in its vocabulary, expected distinct "
-                "tokens; convert the model again."
-            )
-        if len(self.types) != len(self.tokens):
-            raise ModelFileError(
-                f"{self._name} has {len(self.tokens)} tokens but {len(self.types)} token types; convert the model "
-                "again."
-            )
-        if "" in self.ids:
-            raise ModelFileError(
-                f"{self._name} has an empty token (id {self.ids['']}) in its vocabulary; convert the model again."
-            )
+        self.stop_ids = frozenset({vocabulary.eos, *(self.ids[text] for text in STOP_TOKENS if text in self.ids)})
 
     @cached_property
     def _bpe(self) -> Bpe:

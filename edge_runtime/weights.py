@@ -54,6 +54,15 @@ _ARRAY_DTYPES = {
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
+_KIND_NAMES = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list of strings",
+    np.ndarray: "a list of numbers",
+}
+
 T = TypeVar("T")
 
 
@@ -122,8 +131,9 @@ class GGUFFile:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ModelFileError(
-                f"{self.path.name}: the key {key} holds {type(value).__name__} {str(value)[:40]!r}, expected "
-                f"{kind.__name__}; convert or download the file again."
+                f"{self.path.name}: the key {key} holds {_KIND_NAMES.get(type(value), 'something else')}, "
+                f"{str(value)[:40]!r}, expected {_KIND_NAMES.get(kind, kind.__name__)}; convert or download the file "
+                "again."
             )
         return value
 
@@ -203,9 +213,10 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
         return np.memmap(path, dtype=np.uint8, mode="r")
     except FileNotFoundError:
         raise ModelFileError(f"The model file {path} does not exist; check the path.") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
         raise ModelFileError(
-            f"The model file {path} cannot be read: {error.strerror or error}; check its permissions."
+            f"The model file {str(path)!r} cannot be read: {reason}; check the path and its permissions."
         ) from None
 
 

@@ -1,0 +1,68 @@
+"""Fixtures shared by all tests: the tiny checkpoint, what it converts to, and loaded models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_converters import convert_checkpoint
+from edge_runtime import Model
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_report_header() -> str:
+    """Versions that decide results."""
+    names = ("numpy", "numba", "llama-cpp-python", "pillow", "tokenizers")
+    return "with " + ", ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+@pytest.fixture(scope="session")
+def checkpoint() -> Path:
+    """The tiny checkpoint in the official layout."""
+    return FIXTURES / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def exact_folder(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint as float32 GGUF files."""
+    folder = tmp_path_factory.mktemp("exact")
+    convert_checkpoint(checkpoint, folder, decoder_type="f32", vision_type="f32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exact_model(exact_folder: Path) -> Iterator[Model]:
+    """The tiny model in float32, computing exactly."""
+    with Model.load(exact_folder, exact=True) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[Model]:
+    """The demo model of the package."""
+    with Model.load("demo") as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, Path]:
+    """Name to path of every fixture picture and video frame."""
+    manifest = json.loads((FIXTURES / "manifest.json").read_text())
+    found = {name: FIXTURES / entry["file"] for name, entry in manifest["images"].items()}
+    for video in manifest["videos"].values():
+        found |= {Path(frame).stem: FIXTURES / frame for frame in video["frames"]}
+    return found
+
+
+def golden(name: str) -> dict[str, Any]:
+    """Arrays of one golden file."""
+    with np.load(FIXTURES / "goldens" / f"{name}.npz") as data:
+        return dict(data)

@@ -70,14 +70,19 @@ class Checkpoint:
         self.tensors = self._index()
 
     def json(self, name: str) -> Any:
-        """Parsed JSON file of the folder, or None when it is not there."""
+        """Parsed JSON file of the folder, always an object, or None when it is not there."""
         path = self.folder / name
         try:
-            return json.loads(path.read_text("utf-8"))
+            value = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not readable JSON ({error}); download the checkpoint again.") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(
+                f"{path} holds a {type(value).__name__}, expected a JSON object; download the checkpoint again."
+            )
+        return value
 
     def size(self, *keys: str, default: int | None = None) -> int:
         """Nested whole number of config.json that must be there, unless it has a default."""
@@ -126,10 +131,12 @@ class Checkpoint:
         return values.astype(np.float32)
 
     def _index(self) -> dict[str, StoredTensor]:
-        shards = sorted(self.folder.glob("*.safetensors"))
+        shards = sorted(path for path in self.folder.glob("*.safetensors") if path.is_file())
         index = self.json("model.safetensors.index.json")
         if index is not None:
-            wanted = sorted({str(name) for name in index.get("weight_map", {}).values()})
+            if not isinstance(index.get("weight_map"), dict):
+                raise CheckpointError("model.safetensors.index.json has no weight_map; download it again.")
+            wanted = sorted({str(name) for name in index["weight_map"].values()})
             if any(Path(name).name != name for name in wanted):
                 raise CheckpointError(
                     "model.safetensors.index.json names files outside the folder; download it again."
@@ -161,20 +168,20 @@ class Checkpoint:
         return tensors
 
 
-def _check_architecture(config: Any) -> None:
+def _check_architecture(config: dict[str, Any]) -> None:
     """Refuse what is no MiniCPM-V 4.5, before any weight is read."""
-    if not isinstance(config, dict) or config.get("model_type") != "minicpmv":
-        found = config.get("model_type") if isinstance(config, dict) else type(config).__name__
+    if config.get("model_type") != "minicpmv":
         raise CheckpointError(
-            f"config.json is of model_type {found!r}; only 'minicpmv' (MiniCPM-V 4.5) can be converted."
+            f"config.json is of model_type {config.get('model_type')!r}; only 'minicpmv' (MiniCPM-V 4.5) can be "
+            "converted."
         )
     version = config.get("version")
     if str(version) != "4.5":
         raise CheckpointError(
             f"This is MiniCPM-V version {version}; only 4.5 can be converted, whose resampler knows time."
         )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
             f"This checkpoint is already quantised ({method}); use the bfloat16 checkpoint openbmb/MiniCPM-V-4_5 "
             "instead."
@@ -193,15 +200,17 @@ def _read_header(shard: Path) -> list[StoredTensor]:
     def broken(what: str) -> CheckpointError:
         return CheckpointError(f"{shard.name} is not a usable safetensors file: {what}; download it again.")
 
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise broken(f"its header claims {length} of {size} bytes")
-        try:
+    try:
+        size = shard.stat().st_size
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise broken(f"its header claims {length} of {size} bytes")
             header = json.loads(file.read(length))
-        except ValueError:
-            raise broken("its header is no JSON") from None
+    except OSError as error:
+        raise CheckpointError(f"{shard} cannot be read: {error.strerror}; check its permissions.") from None
+    except (ValueError, RecursionError):
+        raise broken("its header is no JSON") from None
     if not isinstance(header, dict):
         raise broken("its header is no JSON object")
     header.pop("__metadata__", None)
@@ -212,7 +221,7 @@ def _entry(shard: Path, name: str, entry: Any, data_start: int, size: int, broke
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
         begin, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise broken(f"the entry of {name} is incomplete") from None
     if dtype not in STORED_DTYPES:
         raise CheckpointError(

@@ -7,17 +7,16 @@ The keys are those of llama.cpp's qwen3 and clip architectures, plus the `edge_r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.plan import n_vision_layers, plan_decoder, plan_vision, refuse_unknown_tensors
 from edge_converters.quantize import quantize_gguf
-from edge_converters.recipes import DECODER_TYPES, LOSSLESS, VISION_TYPES, DecoderType
+from edge_converters.recipes import DECODER_TYPES, LOSSLESS, VISION_TYPES
 from edge_converters.verify import verify_gguf
 from edge_converters.vocabulary import read_vocabulary
 from edge_converters.writer import PlannedTensor, replacing, write_gguf
@@ -70,55 +69,48 @@ def convert_checkpoint(
             f"{', '.join(DECODER_TYPES)} for the decoder "
             f"and one of {', '.join(VISION_TYPES)} for the vision part."
         )
-    checkpoint, recipe = Checkpoint(source), DECODER_TYPES[decoder_type]
+    checkpoint, recipe, vision = Checkpoint(source), DECODER_TYPES[decoder_type], VISION_TYPES[vision_type]
     result = Converted(
         Path(folder) / f"ggml-model-{recipe.label}.gguf", Path(folder) / f"mmproj-model-{vision_type}.gguf"
     )
+    # Everything is checked before a byte is written: the reasons to refuse should not come after minutes.
     refuse_unknown_tensors(checkpoint)
+    matrix, file_type = (recipe.matrix, recipe.file_type) if recipe.matrix is not None else _lossless(checkpoint)
+    vision_tensors, decoder_tensors = plan_vision(checkpoint, vision), plan_decoder(checkpoint, matrix)
+    vocabulary = read_vocabulary(checkpoint, checkpoint.size("vocab_size"))
+
+    def decoder_metadata(writer: GGUFWriter) -> None:
+        _decoder_metadata(checkpoint, writer, file_type)
+        vocabulary.write(writer)
+
     with contextlib.ExitStack() as stack:
         decoder, mmproj = (stack.enter_context(replacing(path, force)) for path in (result.decoder, result.mmproj))
-        _write_mmproj(checkpoint, mmproj, VISION_TYPES[vision_type], result.mmproj.name, progress)
-        _write_decoder(checkpoint, decoder, recipe, result.decoder.name, progress)
+        _write(mmproj, "clip", lambda w: _vision_metadata(checkpoint, w, vision), vision_tensors, "vision", progress)
+        verify_gguf(mmproj, vision_tensors, result.mmproj.name, types_may_differ=False)
+        if recipe.matrix is not None:
+            _write(decoder, "qwen3", decoder_metadata, decoder_tensors, "decoder", progress)
+        else:
+            lossless = stack.enter_context(_scratch(decoder.with_name(decoder.name + "-lossless")))
+            _write(lossless, "qwen3", decoder_metadata, decoder_tensors, "decoder", progress)
+            quantize_gguf(lossless, decoder, recipe.file_type, lambda n, total: progress("quantize", n, total))
+        verify_gguf(decoder, decoder_tensors, result.decoder.name, types_may_differ=recipe.matrix is None)
     return result
 
 
-def _write_mmproj(
-    checkpoint: Checkpoint, path: Path, kind: LlamaFileType, final_name: str, progress: Progress
-) -> None:
-    tensors = plan_vision(checkpoint, kind)
-    _write(path, "clip", lambda writer: _vision_metadata(checkpoint, writer, kind), tensors, "vision", progress)
-    verify_gguf(path, tensors, final_name, types_may_differ=False)
+def _lossless(checkpoint: Checkpoint) -> tuple[GGMLQuantizationType, LlamaFileType]:
+    """Type of the file that llama.cpp quantizes: the one the decoder's matrices are stored in, if it is one."""
+    matrices = (t for n, t in checkpoint.tensors.items() if n.startswith("llm.") and len(t.shape) == 2)
+    dtypes = {tensor.dtype for tensor in matrices}
+    return LOSSLESS[dtypes.pop() if len(dtypes) == 1 else "F32"]
 
 
-def _write_decoder(
-    checkpoint: Checkpoint, path: Path, recipe: DecoderType, final_name: str, progress: Progress
-) -> None:
-    if recipe.matrix is not None:
-        _write_plain_decoder(checkpoint, path, recipe.matrix, recipe.file_type, progress)
-        verify_gguf(path, plan_decoder(checkpoint, recipe.matrix), final_name, types_may_differ=False)
-        return
-    matrix, file_type = LOSSLESS[checkpoint.tensors["llm.model.embed_tokens.weight"].dtype]
-    lossless = path.with_name(path.name + "-lossless")
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A file that is gone when the block ends."""
     try:
-        _write_plain_decoder(checkpoint, lossless, matrix, file_type, progress)
-        quantize_gguf(lossless, path, recipe.file_type, lambda n, total: progress("quantize", n, total))
+        yield path
     finally:
-        lossless.unlink(missing_ok=True)
-    verify_gguf(path, plan_decoder(checkpoint, matrix), final_name, types_may_differ=True)
-
-
-def _write_plain_decoder(
-    checkpoint: Checkpoint, path: Path, matrix: Any, file_type: LlamaFileType, progress: Progress
-) -> None:
-    tensors = plan_decoder(checkpoint, matrix)
-    _write(
-        path,
-        "qwen3",
-        lambda writer: _decoder_metadata(checkpoint, writer, file_type),
-        tensors,
-        "decoder",
-        progress,
-    )
+        path.unlink(missing_ok=True)
 
 
 def _write(
@@ -162,7 +154,6 @@ def _decoder_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Lla
     writer.add_rope_freq_base(number("rope_theta"))
     writer.add_file_type(int(file_type))
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    read_vocabulary(checkpoint, size("vocab_size")).write(writer)
 
 
 def _vision_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: LlamaFileType) -> None:

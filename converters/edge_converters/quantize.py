@@ -6,9 +6,12 @@ llama-cpp-python anyway, and their bytes are by definition those of llama.cpp's 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -76,20 +79,48 @@ def quantize_gguf(
     ------
     CheckpointError
         When llama.cpp refuses, with its last words.
+    KeyboardInterrupt, or what `on_progress` raised
+        As soon as the tensor at work is done.
     """
     lib = llama.library()
     params = lib.llama_model_quantize_default_params()
     params.ftype = int(file_type)
     params.max_buf_size = QUANTIZER_BUFFER_BYTES
 
-    def on_line(line: str) -> None:
-        if match := _PROGRESS.match(line):
-            on_progress(int(match[1]), int(match[2]))
+    failures: list[BaseException] = []
 
-    with llama.watch_log(on_line):
+    def stop(error: BaseException) -> None:
+        # No exception can cross llama.cpp, and it has no way to be stopped. But it looks at dry_run before every
+        # tensor, and the rest is then counted instead of quantized.
+        failures.append(error)
+        params.dry_run = True
+
+    def on_line(line: str) -> None:
+        if (match := _PROGRESS.match(line)) and not failures:
+            try:
+                on_progress(int(match[1]), int(match[2]))
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                stop(error)
+
+    with llama.watch_log(on_line), _on_interrupt(lambda: stop(KeyboardInterrupt())):
         status = lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
+        if failures:
+            raise failures[0]
         if status != 0:
             raise CheckpointError(
                 f"llama.cpp could not quantize to {file_type.name.removeprefix('MOSTLY_')}: {llama.last_errors()}; "
                 "free disk space or choose another --type."
             )
+
+
+@contextlib.contextmanager
+def _on_interrupt(react: Callable[[], None]) -> Iterator[None]:
+    """Call `react` on Ctrl-C, where a KeyboardInterrupt would be raised inside a C callback and get lost."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread is ever interrupted
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: react())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

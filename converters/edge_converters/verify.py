@@ -12,7 +12,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from edge_converters.writer import PlannedTensor
-from edge_runtime.errors import CheckpointError
+from edge_runtime.errors import CheckpointError, ModelFileError
 from edge_runtime.weights import GGUFFile
 
 SAMPLED_ROWS = 8
@@ -40,7 +40,10 @@ def verify_gguf(path: Path, tensors: list[PlannedTensor], final_name: str, *, ty
     CheckpointError
         Naming the first tensor that is missing, of another shape or type, or off in value.
     """
-    file = GGUFFile(path)
+    try:
+        file = GGUFFile(path)
+    except ModelFileError as error:
+        raise CheckpointError(f"{final_name} cannot be read back after writing ({error})") from None
     wanted = {tensor.name for tensor in tensors}
     if wanted != set(file.tensors):
         odd = sorted(wanted ^ set(file.tensors))

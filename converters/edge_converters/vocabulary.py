@@ -68,7 +68,7 @@ def read_vocabulary(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
             f"{checkpoint.folder} has no tokenizer; expected vocab.json and merges.txt, or tokenizer.json, as in "
             "the official checkpoint."
         )
-    added = _added_tokens(checkpoint, settings, fast)
+    added = _added_tokens(checkpoint, settings, fast, base)
     texts = {int(token_id): text for text, token_id in base.items()} | {i: text for i, (text, _) in added.items()}
     if texts and max(texts) >= n_rows:
         raise CheckpointError(
@@ -137,12 +137,16 @@ def _from_tokenizer_json(fast: Any) -> tuple[dict[str, int], list[str]]:
     return model.get("vocab", {}), merges
 
 
-def _added_tokens(checkpoint: Checkpoint, settings: Any, fast: Any) -> dict[int, tuple[str, bool]]:
-    """Id to (text, is special) of every token outside the BPE vocabulary; later sources win."""
+def _added_tokens(
+    checkpoint: Checkpoint, settings: Any, fast: Any, base: dict[str, int]
+) -> dict[int, tuple[str, bool]]:
+    """Id to (text, is special) of every token that is matched before BPE; later sources win."""
     special_map = checkpoint.json("special_tokens_map.json") or {}
     names = {_text(value) for key, value in special_map.items() if key != "additional_special_tokens"}
     names |= {_text(value) for value in special_map.get("additional_special_tokens", [])}
-    added = {i: (text, text in names) for text, i in (checkpoint.json("added_tokens.json") or {}).items()}
+    # MiniCPM-V declares `<unk>`, a token of the base vocabulary, special in this way.
+    added = {base[text]: (text, True) for text in names if text in base}
+    added |= {i: (text, text in names) for text, i in (checkpoint.json("added_tokens.json") or {}).items()}
     for token in (fast or {}).get("added_tokens", []):
         added[int(token["id"])] = (token["content"], bool(token["special"]))
     for token_id, token in settings.get("added_tokens_decoder", {}).items():

@@ -26,7 +26,7 @@ from edge_kernels.simd import MR, NR, gelu, product_tile, take_ticket
 
 Float32 = NDArray[np.float32]
 
-# Sizes in elements, found with benchmarks/kernels.py. A slab of a panel is K_BLOCK · NR · 4 bytes (16 to 48
+# Sizes in elements, swept on Zen 3 (32 KiB and 512 KiB caches). A slab of a panel is K_BLOCK · NR · 4 bytes (16 to 48
 # KiB), the rows' slab ROW_BLOCK · K_BLOCK · 4 (up to 192 KiB). K_BLOCK decides the order of summation: it
 # must not depend on the machine's load, the number of threads or the number of rows.
 K_BLOCK = 256

@@ -1,0 +1,103 @@
+"""Pieces of text: whole characters, reasoning told by ids, stop strings across tokens."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_runtime.streaming import TextStream
+
+THINK, THINK_END, SPECIAL = 1000, 1001, 1002
+
+
+class Bytes:
+    """A tokenizer whose ids below 256 are bytes."""
+
+    special_ids = {"<think>": THINK, "</think>": THINK_END, "<box>": SPECIAL}  # noqa: RUF012 - as the real one has it
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b"<box>"
+
+
+def pieces(ids, **options):
+    stream = TextStream(Bytes(), **({"thinking": False} | options))
+    return [piece for token in ids for piece in stream.feed(token)] + stream.finish(), stream
+
+
+def text_of(found, kind="answer"):
+    return "".join(piece.text for piece in found if piece.kind == kind)
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_every_piece_is_whole_characters(text):
+    found, _ = pieces(text.encode())
+    assert text_of(found) == text
+    assert all(piece.text for piece in found)
+
+
+def test_an_unfinished_character_waits_and_is_dropped_at_the_end():
+    found, _ = pieces("né".encode()[:-1])
+    assert text_of(found) == "n"
+
+
+def test_bytes_that_are_no_text_are_shown_as_such():
+    found, _ = pieces(b"a\xffb")
+    assert text_of(found) == "a\ufffdb"
+
+
+def test_reasoning_and_answer_are_told_by_ids():
+    found, _ = pieces([*b"\nhmm\n", THINK_END, *b"\n\nyes\n"], thinking=True)
+    assert text_of(found, "reasoning") == "hmm"
+    assert text_of(found) == "yes\n"
+
+
+def test_printed_think_tags_are_text():
+    found, _ = pieces(b"say </think> and <think> aloud")
+    assert text_of(found) == "say </think> and <think> aloud"
+    assert text_of(found, "reasoning") == ""
+
+
+def test_a_model_may_begin_to_think_unasked():
+    found, _ = pieces([THINK, *b"\nso\n", THINK_END, *b"\n\nyes"])
+    assert (text_of(found, "reasoning"), text_of(found)) == ("so", "yes")
+
+
+def test_other_special_tokens_are_printed():
+    assert text_of(pieces([*b"a", SPECIAL])[0]) == "a<box>"
+
+
+@pytest.mark.parametrize(
+    ("stop", "want"), [(["END"], "ab"), (["bE", "END"], "a"), (["xyz"], "abEND cd"), ([""], "abEND cd")]
+)
+def test_stop_strings(stop, want):
+    found, stream = pieces(b"abEND cd", stop=stop)
+    assert text_of(found) == want
+    assert stream.stopped == (want != "abEND cd")
+
+
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_cut_where_the_first_begins(text, stops):
+    """All that precedes the first stop to be complete is shown, and nothing of it or after it."""
+    found, _ = pieces(text.encode(), stop=stops)
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    first_complete = min(ends)[0] if ends else len(text)
+    begins = [
+        text.find(stop) for stop in stops if text.find(stop) >= 0 and text.find(stop) + len(stop) <= first_complete
+    ]
+    assert text_of(found) == text[: min(begins, default=len(text))]
+
+
+def test_stop_strings_do_not_end_reasoning():
+    found, stream = pieces([*b"stop", THINK_END, *b"go stop on"], thinking=True, stop=["stop"])
+    assert text_of(found, "reasoning") == "stop"
+    assert text_of(found) == "go "
+    assert stream.stopped
+
+
+def test_nothing_is_held_back_longer_than_needed():
+    stream = TextStream(Bytes(), thinking=False, stop=["abc"])
+    shown = list(itertools.accumulate(("".join(p.text for p in stream.feed(b)) for b in b"xababd"), str.__add__))
+    assert shown == ["x", "x", "x", "xab", "xab", "xababd"]

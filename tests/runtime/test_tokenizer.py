@@ -1,0 +1,105 @@
+"""The tokenizer against the `tokenizers` library on the fixture's own tokenizer.json, and on the real vocabulary."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Official
+
+from conftest import FIXTURES, SHARED
+from edge_converters.checkpoint import Checkpoint
+from edge_converters.vocabulary import read_vocabulary
+from edge_converters.writer import PlannedTensor, write_gguf
+from edge_runtime import Model
+from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.weights import GGUFFile
+
+MARK = "\ue000"
+TEXTS = [
+    "Hello world", "  leading and   inner ", "tabs\tand\r\nnewlines\n\n\nend", "It's 1234567.89!", "图片里有什么？",
+    "cafe\u0301",
+    "👩‍👩‍👧 family", "\u202eright\u202c", "a\u00a0b", "<unk>", "<|im_end|>", "<think>ah</think>", "x<image>y",
+    "", " ", "\n",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def official() -> Official:
+    return Official.from_file(str(FIXTURES / "checkpoint" / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(exact_model: Model) -> Tokenizer:
+    return exact_model.tokenizer
+
+
+def test_text_equals_the_official_tokenizer(official: Official, tokenizer: Tokenizer):
+    for text in TEXTS:
+        assert tokenizer.encode_special(text, MARK) == official.encode(text).ids, text
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters=MARK), max_size=40))
+def test_any_text_equals_the_official_tokenizer(official: Official, tokenizer: Tokenizer, text):
+    assert tokenizer.encode_special(text, MARK) == official.encode(text).ids
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_plain_text_survives_the_round_trip(tokenizer: Tokenizer, text):
+    """Ids of plain text spell its NFC form, and none of them is a special token."""
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == unicodedata.normalize("NFC", text)
+    assert not set(ids) & set(tokenizer.special_ids.values())
+
+
+@pytest.mark.parametrize("special", ["<image>", "<|im_end|>", "<think>", "<tool_call>", "<unk>", "</slice>"])
+def test_guarded_special_tokens_are_text(tokenizer: Tokenizer, special):
+    guarded = tokenizer.guard(f"a{special}b", MARK)
+    ids = tokenizer.encode_special(guarded, MARK)
+    assert ids == tokenizer.encode(f"a{special}b")
+    assert tokenizer.special_ids[special] not in ids
+
+
+def test_runs_between_special_tokens_are_tokenised_whole(tokenizer: Tokenizer):
+    """The seam between the template's newline and the user's text merges as it would in one string."""
+    begin = tokenizer.special_ids["<|im_start|>"]
+    assert tokenizer.encode_special("<|im_start|>user\n\n the<think>", MARK) == [
+        begin,
+        *tokenizer.encode("user\n\n the"),
+        tokenizer.special_ids["<think>"],
+    ]
+
+
+def test_rows_without_a_token_print_nothing(demo: Model):
+    unused = [i for i, kind in enumerate(demo.tokenizer.types) if kind == 5]
+    assert len(unused) == 512 - 493
+    assert all(demo.tokenizer.token_bytes(i) == b"" for i in unused)
+
+
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real vocabulary is not committed; it lies in ../shared only")
+def test_the_real_vocabulary(tmp_path: Path):
+    """Ids of the real model's strings, the normalisation to NFC included."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for file in (FIXTURES / "checkpoint").iterdir():
+        if not file.name.startswith(("vocab", "merges", "added", "special", "tokenizer")):
+            (folder / file.name).symlink_to(file)
+    for file in (SHARED / "reference" / "tokenizer").iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 151645, "bos_token_id": 151643}))
+    vocabulary = read_vocabulary(Checkpoint(folder), 151748)
+    one = PlannedTensor("x", (1, 32), GGMLQuantizationType.F32, lambda a, b: np.zeros((b - a, 32), np.float32))
+    write_gguf(tmp_path / "vocabulary.gguf", "qwen3", vocabulary.write, [one], lambda n: None)
+    tokenizer = Tokenizer(GGUFFile(tmp_path / "vocabulary.gguf"))
+    assert tokenizer.stop_ids == {151643, 151645}
+    for entry in json.loads((FIXTURES / "goldens" / "real_tokenizer.json").read_text()):
+        assert tokenizer.encode_special(entry["text"], MARK) == entry["ids"], entry["text"]
