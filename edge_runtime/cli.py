@@ -55,17 +55,44 @@ def main() -> None:
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that choose and set up a model."""
+    count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
+    file: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "FILE"}
     for option in reversed(
         (
             click.option(
-                "-m", "--model", default="demo", show_default=True, help="demo, a folder, or a decoder file."
+                "-m", "--model", default="demo", metavar="MODEL", help="demo, a folder or a .gguf file.  [demo]"
             ),
+            click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
+            click.option("--ctx", **count, help="Context length in tokens.  [8192]"),
+            click.option("--threads", **count, help="Threads.  [physical cores]"),
+            click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def request_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of one request; what is not given keeps the official default."""
+    count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
+    for option in reversed(
+        (
+            click.option("--think", is_flag=True, help="Reason before answering."),
+            click.option("--greedy", is_flag=True, help="Take the most probable token."),
+            click.option("--max-tokens", **count, default=2048, help="Most tokens to generate.  [2048]"),
+            click.option("--max-slices", **count, help="Most cells per picture.  [the model's: 9]"),
+            click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 is greedy.  [0.7]"),
+            click.option("--top-p", type=click.FloatRange(0, 1), metavar="X", help="[0.8; thinking: 1]"),
+            click.option("--top-k", type=click.IntRange(0), metavar="N", help="[100; thinking: 50]"),
             click.option(
-                "--mmproj", type=click.Path(path_type=Path), help="mmproj file, when not beside the decoder."
+                "--repetition-penalty",
+                type=click.FloatRange(0, min_open=True),
+                metavar="X",
+                help="[1.03; thinking: 1]",
             ),
-            click.option("--ctx", type=click.IntRange(1), help="Context length in tokens.  [default: 8192]"),
-            click.option("--threads", type=click.IntRange(1), help="Threads.  [default: usable physical cores]"),
-            click.option("--exact", is_flag=True, help="Compute as the official float32 code does (slower)."),
+            click.option("--seed", type=click.IntRange(0), metavar="N", help="Repeats an answer.  [random]"),
+            click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
+            click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
         )
     ):
         command = option(command)
@@ -75,25 +102,9 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command(cls=Command)
 @click.argument("arguments", nargs=-1, metavar="[FILE ...] [PROMPT]")
 @model_options
-@click.option("--think", is_flag=True, help="Let the model reason before it answers.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-@click.option("--greedy", is_flag=True, help="Always take the most probable token.")
-@click.option(
-    "--max-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Most tokens to generate."
-)
-@click.option("--max-slices", type=click.IntRange(1), help="Most cells per picture.  [default: the model's, 9]")
-@click.option("--system", help="System prompt.")
-@click.option("--temperature", type=click.FloatRange(0), help="Sampling temperature; 0 is greedy.  [default: 0.7]")
-@click.option("--top-p", type=click.FloatRange(0, 1), help="Nucleus sampling.  [default: 0.8, with --think 1]")
-@click.option("--top-k", type=click.IntRange(0), help="Candidates kept.  [default: 100, with --think 50]")
-@click.option(
-    "--repetition-penalty",
-    type=click.FloatRange(0, min_open=True),
-    help="Penalty on generated tokens.  [default: 1.03, with --think 1]",
-)
-@click.option("--seed", type=click.IntRange(0), help="Repeat an answer.  [default: random]")
-@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
-@click.option("--max-pixels", type=click.IntRange(1), default=PIXEL_LIMIT, show_default=True, help="Largest picture.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@request_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options: Any) -> None:
     """Answer a question about pictures, or chat.
 
@@ -104,19 +115,18 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
     edge-runtime run before.png after.png "What has changed?" --think
     """
     from edge_runtime import console
+    from edge_runtime.model import Model
 
     content = parse_arguments(arguments)
     chatting = not any(isinstance(part, str) for part in content)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
-    model = console.load_model(**{name: options.pop(name) for name in ("model", "mmproj", "ctx", "threads", "exact")})
-    request = {
-        "thinking": options.pop("think"),
-        "pixel_limit": options.pop("max_pixels"),
-        **options,
-    }
+    setup = {"mmproj": options.pop("mmproj"), "exact": options.pop("exact")}
+    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
+    name = options.pop("model")
+    request = {"thinking": options.pop("think"), "pixel_limit": options.pop("max_pixels"), **options}
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    with model:
+    with Model.load(name, **setup) as model:
         if chatting:
             from edge_runtime.chat import Chat
 

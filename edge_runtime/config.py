@@ -288,7 +288,7 @@ def _check_decoder_types(file: GGUFFile) -> None:
         if info.type.name in NOT_FOR_WEIGHTS or (len(info.shape) == 1 and info.type != GGMLQuantizationType.F32):
             expected = "F32" if len(info.shape) == 1 else "F32, F16, BF16 or a quantised type"
             raise UnsupportedModelError(
-                f"{file.path.name}: the tensor {info.name} is stored as {info.type.name}, expected {expected}; "
+                f"{file.path.name}: the tensor {info.name!r} is stored as {info.type.name}, expected {expected}; "
                 "convert the file again."
             )
     file.rows("token_embd.weight", slice(0, 1))  # our own look-up must know its type too

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,13 @@ def note(text: str) -> None:
     click.secho(text, err=True, dim=True)
 
 
-def load_model(model: str, mmproj: Path | None, ctx: int | None, threads: int | None, exact: bool) -> Model:
-    """Load a model for a command, saying so when the first start has to compile."""
-    from edge_runtime.model import Model
+def note_first_compile() -> None:
+    """Say why the first picture on this machine takes longer; its machine code is kept for the next start."""
+    from edge_kernels.compile import cache_directory
 
-    return Model.load(model, mmproj=mmproj, n_ctx=ctx, n_threads=threads, exact=exact)
+    folder = cache_directory()
+    if folder is None or not any(folder.rglob("*.nbc")):
+        note("First picture on this machine: compiling the vision kernels, 10 to 20 seconds.")
 
 
 def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet: bool = False) -> Answer:
@@ -36,6 +37,8 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     quiet : print nothing on stdout, and no reasoning.
     """
     progress = AnswerProgress()
+    if any(not isinstance(part, str) for message in messages for part in message["content"]):
+        note_first_compile()
     stream = model.chat(messages, stream=True, on_image=progress.on_image, **options)
     stream.on_progress = progress.on_event
     printed = Printer(quiet)
@@ -121,7 +124,7 @@ class AnswerProgress:
 
 
 class ConvertProgress:
-    """A progress bar per stage of a conversation of bytes or tensors, shown on a terminal only."""
+    """A progress bar per stage of a conversion, shown on a terminal only."""
 
     def __init__(self) -> None:
         self._bar: Any = None

@@ -180,6 +180,8 @@ class GGUFFile:
         """
         info = self.tensor(name)
         chosen = np.ascontiguousarray(self.blocks(name)[index])
+        if not chosen.size:  # gguf's dequantisers cannot reshape nothing
+            return np.zeros((0, info.shape[-1]), np.float32)
         if info.type == GGMLQuantizationType.F32:
             return chosen.view("<f4")
         if info.type == GGMLQuantizationType.F16:
@@ -220,6 +222,11 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
         ) from None
 
 
+def _printable(text: str) -> str:
+    """Names from a damaged file may be long or hold control characters, which no terminal should get."""
+    return "".join(c if c.isprintable() else "�" for c in text[:300])
+
+
 class _Header:
     """One pass over the header, holding every count and length against what is left of the file."""
 
@@ -238,7 +245,9 @@ class _Header:
             self._place(name, shape, kind, start, offset)
 
     def broken(self, what: str) -> ModelFileError:
-        return ModelFileError(f"{self.path.name} is not a usable GGUF file: {what}; download or convert it again.")
+        return ModelFileError(
+            f"{self.path.name} is not a usable GGUF file: {_printable(what)}; download or convert it again."
+        )
 
     def take(self, n_bytes: int, what: str) -> int:
         """Advance over `n_bytes` and return where they start."""
@@ -354,8 +363,8 @@ class _Header:
             block, block_bytes = GGML_QUANT_SIZES[tensor_type]
         except (ValueError, KeyError):
             raise UnsupportedModelError(
-                f"{self.path.name}: the tensor {name} has the unknown type {kind}; the file is damaged or newer "
-                "than this version; update edge-runtime or convert the file again."
+                f"{self.path.name}: the tensor {_printable(name)} has the unknown type {kind}; the file is damaged "
+                "or newer than this version; update edge-runtime or convert the file again."
             ) from None
         if shape[-1] % block:
             raise self.broken(

@@ -42,8 +42,8 @@ def verify_gguf(path: Path, tensors: list[PlannedTensor], final_name: str, *, ty
     """
     try:
         file = GGUFFile(path)
-    except ModelFileError as error:
-        raise CheckpointError(f"{final_name} cannot be read back after writing ({error})") from None
+    except ModelFileError as broken:
+        raise CheckpointError(f"{final_name} cannot be read back after writing: {broken}") from None
     wanted = {tensor.name for tensor in tensors}
     if wanted != set(file.tensors):
         odd = sorted(wanted ^ set(file.tensors))

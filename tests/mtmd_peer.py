@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from edge_runtime import llama
 Float32 = npt.NDArray[np.float32]
 
 
-def encode(decoder: Path, mmproj: Path, rgb: npt.NDArray[np.uint8]) -> list[Float32]:
+def encode_with_mtmd(decoder: Path, mmproj: Path, rgb: npt.NDArray[np.uint8]) -> list[Float32]:
     """Embeddings of every slice that mtmd cuts from a picture [shape=(height, width, 3)], overview first.
 
     Flash attention is off, since it would read keys and values in float16.
@@ -41,9 +42,18 @@ def encode(decoder: Path, mmproj: Path, rgb: npt.NDArray[np.uint8]) -> list[Floa
         ]
 
 
+@cache
+def _quiet_log(mtmd: Any) -> Any:
+    """Take mtmd's own log, which goes to stderr otherwise; kept alive by the cache."""
+    callback = llama.library().llama_log_callback(lambda level, text, data: None)
+    mtmd.mtmd_log_set(callback, ctypes.c_void_p(0))
+    return callback
+
+
 @contextlib.contextmanager
 def _context(mtmd: Any, decoder: Path, mmproj: Path) -> Iterator[tuple[Any, int]]:
     lib = llama.library()
+    _quiet_log(mtmd)
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     model = lib.llama_model_load_from_file(str(decoder).encode(), params)
