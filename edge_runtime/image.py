@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -55,6 +56,12 @@ def load_image(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> Image.
             return _to_rgb(source, "The picture", pixel_limit)
     if isinstance(source, str) and source.startswith("data:"):
         source = _decode_data_uri(source)
+    if source == b"":
+        raise ImageError("The picture is empty (0 bytes), expected an encoded picture; get it again.")
+    if not isinstance(source, str | Path | bytes):
+        raise ImageError(
+            f"The picture is of type {type(source).__name__}; expected a path, bytes, a data: URI or a Pillow picture."
+        )
     name = "The picture" if isinstance(source, bytes) else str(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else _existing_file(source)
     with _explained(name, pixel_limit), Image.open(file) as picture:
@@ -62,14 +69,19 @@ def load_image(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> Image.
 
 
 def _existing_file(path: str | Path) -> Path:
+    if str(path).startswith(("http://", "https://")):
+        raise ImageError(f"{path} is a web address; expected a file: download it first, nothing is fetched.")
     path = Path(path)
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder, expected a picture; name the files inside it.")
     try:
+        if path.is_dir():
+            raise ImageError(f"{path} is a folder, expected a picture; name the files inside it.")
         if path.stat().st_size == 0:
             raise ImageError(f"{path} is empty (0 bytes), expected a picture; get the file again.")
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; check the path.") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ImageError(f"The picture {str(path)[:80]!r} cannot be read: {reason}; check the path.") from None
     return path
 
 
@@ -88,10 +100,7 @@ def _to_rgb(picture: Image.Image, name: str, pixel_limit: int) -> Image.Image:
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width} x {height} pixels; there is nothing to see, use another picture.")
     if width * height > pixel_limit:
-        raise ImageError(
-            f"{name} has {width} x {height} = {width * height} pixels, at most {pixel_limit} are decoded; scale it "
-            "down or raise the limit with --max-pixels."
-        )
+        raise ImageError(_over_limit(name, f"{width} x {height} = {width * height}", pixel_limit))
     # Pictures without the tag take the official path to the byte: exif_transpose would only copy them.
     if picture.getexif().get(EXIF_ORIENTATION, 1) != 1:
         picture = ImageOps.exif_transpose(picture)
@@ -102,6 +111,13 @@ def _to_rgb(picture: Image.Image, name: str, pixel_limit: int) -> Image.Image:
             f"{name} holds floating-point samples, whose white is not defined; save it with 8 or 16 bits per sample."
         )
     return picture.convert("RGB")
+
+
+def _over_limit(name: str, found: str, pixel_limit: int) -> str:
+    return (
+        f"{name} has {found} pixels, at most {pixel_limit} are decoded; scale it down or raise the limit with "
+        "--max-pixels."
+    )
 
 
 def _from_16_bit_grey(picture: Image.Image, name: str) -> Image.Image:
@@ -134,11 +150,9 @@ def _explained(name: str, pixel_limit: int) -> Iterator[None]:
                 f"{name} is not a picture in a known format; expected JPEG, PNG, WebP, GIF, BMP, TIFF or another "
                 "that Pillow reads."
             ) from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise ImageError(
-                f"{name} has more than {pixel_limit} pixels, the limit for decoding; scale it down or raise the "
-                "limit with --max-pixels."
-            ) from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            found = re.search(r"\d+", str(error))  # "Image size (400000000 pixels) exceeds limit of ..."
+            raise ImageError(_over_limit(name, found[0] if found else "too many", pixel_limit)) from None
         except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
             reason = str(error) or type(error).__name__
             raise ImageError(

@@ -27,7 +27,9 @@ class Stored:
     def values(self) -> npt.NDArray[np.float32]:
         if self.dtype == "BF16":
             return (np.frombuffer(self.raw, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
-        return np.frombuffer(self.raw, {"F32": "<f4", "F16": "<f2"}[self.dtype]).astype(np.float32).reshape(self.shape)
+        return (
+            np.frombuffer(self.raw, {"F32": "<f4", "F16": "<f2"}[self.dtype]).astype(np.float32).reshape(self.shape)
+        )
 
 
 def stored(values: npt.NDArray[np.float32], dtype: str = "F32") -> Stored:

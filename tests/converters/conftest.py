@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_copies import CheckpointCopy
 
+from checkpoint_copies import CheckpointCopy
 from edge_converters import convert_checkpoint
 from edge_converters.convert import Converted
 

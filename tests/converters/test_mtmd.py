@@ -11,11 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import pytest
-from mtmd_peer import encode_with_mtmd
 from PIL import Image
 
 from edge_converters.convert import Converted
 from edge_runtime import Model
+from mtmd_peer import encode_with_mtmd
 
 SIZES = ((1344, 1344), (640, 480))  # width, height: 3 x 3 cells, and 2 x 1 cells of uneven patch counts
 N_SLICES = {(1344, 1344): 10, (640, 480): 3}

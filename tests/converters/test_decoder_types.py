@@ -1,0 +1,128 @@
+"""Every decoder type in llama.cpp: the float32 file against the goldens, the others against the float32 file."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from edge_converters import DECODER_TYPES
+from edge_converters.convert import Converted
+from edge_runtime import Model, llama
+from edge_runtime.weights import GGUFFile
+from tolerances import LOGITS
+
+GOLDENS = Path(__file__).resolve().parents[1] / "fixtures" / "goldens"
+CHATS = sorted(path.stem for path in GOLDENS.glob("chat_*.npz"))
+CASE_NAMES = {"max_slice_nums": "max_slices"} | {n: n for n in ("thinking", "use_image_id", "temporal_ids")}
+
+QUESTIONS = ("What is this?", "Describe the picture in one sentence.", "1 + 1 =", "the the the the")
+N_MATRICES = 23  # 7 in each of 3 layers, embedding and head
+# Relative RMS error of one product: of its weights, and of its activations where llama.cpp rounds those too.
+# Rounding to n bits of mantissa errs by up to 2^-n, by half of that in the mean square. For blocks, see `WEIGHTS`;
+# q8_0 also multiplies activations rounded like its weights, with the K-quants and q4_0 that part vanishes.
+PRODUCT_ERROR = {"f16": 2**-12, "bf16": 2**-9, "q8_0": 0.0054 * math.sqrt(2), "q4_0": 0.087, "q4_k_m": 0.072}
+# The errors of products in series are independent, so their squares add up over the matrices; measured between 0.7
+# and 1.2 times the result. Outside these factors a type is not what its name says.
+LOGITS_FACTORS = (0.35, 2.0)
+
+# Relative RMS error of normally distributed weights (a block of 32 spans ± 2.2 sigma on average): q8_0 has steps of
+# 2.2 / 127 sigma, over sqrt(12): 0.5 %; q4_0 of 2.2 / 8: 8 %; Q4_K, with a minimum per block, 7 %; Q6_K 1.8 %.
+# float16 holds bfloat16 values exactly, but for those below 6e-5, which lose digits.
+WEIGHTS = {
+    "F16": (0.0, 1e-8),
+    "Q8_0": (0.004, 0.007),
+    "Q4_0": (0.07, 0.10),
+    "Q4_K": (0.06, 0.08),
+    "Q6_K": (0.012, 0.024),
+}
+
+
+def request(case: dict, images: dict[str, Path]) -> tuple[list, dict]:
+    """A golden's case as messages and options of ours."""
+    messages = [{"role": "system", "content": case["system"]}] if case.get("system") else []
+    for message in case["messages"]:
+        content = message["content"]
+        if isinstance(content, list):
+            content = [images[part["image"]] if isinstance(part, dict) else part for part in content]
+        messages.append({**message, "content": content})
+    return messages, {ours: case[theirs] for theirs, ours in CASE_NAMES.items() if case.get(theirs) is not None}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_the_float32_file_gives_the_goldens_logits(exact_model: Model, images: dict[str, Path], name: str) -> None:
+    golden = np.load(GOLDENS / f"{name}.npz")
+    messages, options = request(json.loads(str(golden["case"])), images)
+    trace = exact_model.trace(messages, len(golden["greedy"]), **options)
+    error = np.abs(trace.logits - golden["logits_last"])
+    assert error.max() <= LOGITS, f"max {error.max():.2e} at {error.argmax()}, mean {error.mean():.2e}"
+    assert trace.greedy == golden["greedy"].tolist()
+
+
+def logits(folder: Path) -> npt.NDArray[np.float64]:
+    """Logits after each question [shape=(questions, vocabulary)]."""
+    with Model.load(folder, exact=True) as model:
+        return np.stack([model.trace(question, 0).logits for question in QUESTIONS]).astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DECODER_TYPES if kind != "f32"])
+def test_logits_are_as_far_from_float32_as_the_type_says(
+    converted: Callable[[str, str], Converted], kind: str
+) -> None:
+    reference = logits(converted("f32", "f32").decoder.parent)
+    ours = logits(converted(kind, "f32").decoder.parent)
+    norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(ours, axis=1)
+    cosine = (reference * ours).sum(axis=1) / norms
+    angle = np.sqrt(2 * (1 - cosine))  # relative error, for small ones
+    low, high = (factor * PRODUCT_ERROR[kind] * math.sqrt(N_MATRICES) for factor in LOGITS_FACTORS)
+    assert low <= angle.max() <= high, f"cosine {cosine.min():.6f}, relative error {angle.max():.4f}"
+
+
+@pytest.mark.parametrize("kind", DECODER_TYPES)
+def test_weights_are_as_exact_as_the_type_says(converted: Callable[[str, str], Converted], kind: str) -> None:
+    reference, file = (GGUFFile(converted(name, "f32").decoder) for name in ("f32", kind))
+    for name, info in file.tensors.items():
+        expected, values = reference.array(name), file.array(name)
+        error = math.sqrt(np.mean((values - expected) ** 2) / np.mean(expected**2))
+        low, high = WEIGHTS.get(info.type.name, (0.0, 0.0))  # the checkpoint is bfloat16
+        assert low <= error <= high, f"{name} as {info.type.name}: {error:.5f}"
+
+
+def test_the_types_of_a_mix_are_those_of_the_recipe(converted: Callable[[str, str], Converted]) -> None:
+    """Q4_K_M keeps the head and some values and down projections in 6 bits; vectors stay float32 everywhere."""
+    file = GGUFFile(converted("q4_k_m", "f32").decoder)
+    assert {info.type.name for info in file.tensors.values() if len(info.shape) == 1} == {"F32"}
+    assert {info.type.name for info in file.tensors.values() if len(info.shape) == 2} == {"Q4_K", "Q6_K"}
+    assert file.tensors["output.weight"].type.name == "Q6_K"
+    assert file.tensors["token_embd.weight"].type.name == "Q4_K"
+    for kind in ("f32", "f16", "bf16", "q8_0"):
+        infos = GGUFFile(converted(kind, "f32").decoder).tensors.values()
+        assert {info.type.name for info in infos if len(info.shape) == 2} == {kind.upper()}
+        assert {info.type.name for info in infos if len(info.shape) == 1} == {"F32"}
+
+
+@pytest.mark.parametrize(("kind", "file_type"), [("q4_k_m", 15), ("q4_0", 2)])  # LLAMA_FTYPE_MOSTLY_*
+@pytest.mark.parametrize("source", ["bf16", "f32"])
+def test_quantized_files_equal_those_of_llama_quantize(
+    converted: Callable[[str, str], Converted], tmp_path: Path, source: str, kind: str, file_type: int
+) -> None:
+    """Byte for byte, metadata included, whichever lossless file llama.cpp starts from."""
+    library = llama.library()
+    params = library.llama_model_quantize_default_params()
+    params.ftype = file_type
+    target = tmp_path / "theirs.gguf"
+    plain = converted(source, "f32").decoder
+    with llama.watch_log(lambda line: None):
+        status = library.llama_model_quantize(str(plain).encode(), str(target).encode(), ctypes.byref(params))
+    assert status == 0
+    ours, theirs = GGUFFile(converted(kind, "f32").decoder), GGUFFile(target)
+    assert {n: i.type for n, i in ours.tensors.items()} == {n: i.type for n, i in theirs.tensors.items()}
+    different = [name for name in ours.tensors if not np.array_equal(ours.blocks(name), theirs.blocks(name))]
+    assert different == []
+    assert ours.path.read_bytes() == target.read_bytes()
