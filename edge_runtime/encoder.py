@@ -33,6 +33,8 @@ class ImageEncoder:
     def __init__(self, path: str | Path) -> None:
         self.file = GGUFFile(path)
         check_mmproj(self.file)
+        for name in self.file.tensors:
+            self.file.rows(name, slice(0, 1))  # a type that cannot be read is told now, not at the first picture
         self.slicing = slicing_config(self.file)
         vision = vision_config(self.file)
         self.tower = VisionTower(self.file, vision, self.slicing)

@@ -20,6 +20,7 @@ from edge_runtime.errors import BackendUnavailable
 
 LOG_ERROR = 4  # ggml_log_level; a continued line has 5
 KEPT_LINES = 8
+MAX_LINE = 300  # characters
 
 _errors: deque[str] = deque(maxlen=KEPT_LINES)
 _watchers: list[Callable[[str], None]] = []
@@ -85,7 +86,8 @@ def watch_log(on_line: Callable[[str], None]) -> Iterator[None]:
 
 
 def _on_log(level: int, text: bytes, _user_data: Any) -> None:
-    line = text.decode("utf-8", "replace").strip()
+    # Lines quote names out of model files: what is not printable must not reach a terminal.
+    line = "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace").strip())[:MAX_LINE]
     if not line or line == ".":
         return
     if level == LOG_ERROR:

@@ -61,7 +61,7 @@ def _context(mtmd: Any, decoder: Path, mmproj: Path) -> Iterator[tuple[Any, int]
     try:
         options = mtmd.mtmd_context_params_default()
         options.use_gpu = options.warmup = options.print_timings = False
-        options.n_threads = 2
+        options.n_threads = 1  # its threads spin: two of them crawl when a core is busy
         options.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         context = mtmd.mtmd_init_from_file(str(mmproj).encode(), model, options)
         assert context, llama.last_errors()

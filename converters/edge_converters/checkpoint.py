@@ -71,18 +71,27 @@ class Checkpoint:
 
     def json(self, name: str) -> Any:
         """Parsed JSON file of the folder, always an object, or None when it is not there."""
-        path = self.folder / name
-        try:
-            value = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
+        text = self.text(name)
+        if text is None:
             return None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not readable JSON ({error}); download the checkpoint again.") from None
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{name} is not readable JSON ({error}); download the checkpoint again.") from None
         if not isinstance(value, dict):
             raise CheckpointError(
-                f"{path} holds a {type(value).__name__}, expected a JSON object; download the checkpoint again."
+                f"{name} holds a {type(value).__name__}, expected a JSON object; download the checkpoint again."
             )
         return value
+
+    def text(self, name: str) -> str | None:
+        """Text file of the folder, or None when it is not there."""
+        try:
+            return (self.folder / name).read_text("utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{name} is not readable text ({error}); download the checkpoint again.") from None
 
     def size(self, *keys: str, default: int | None = None) -> int:
         """Nested whole number of config.json that must be there, unless it has a default."""
@@ -115,12 +124,17 @@ class Checkpoint:
         wanted = (stop - start) * row_bytes
         raw = bytearray(wanted)
         view, done = memoryview(raw), 0
-        with tensor.shard.open("rb", buffering=0) as file:
-            file.seek(tensor.offset + start * row_bytes)
-            while done < wanted:  # one read returns at most 2 GiB
-                if not (n := file.readinto(view[done:])):
-                    raise CheckpointError(f"{tensor.shard.name} ends inside {name}; download the checkpoint again.")
-                done += n
+        try:
+            with tensor.shard.open("rb", buffering=0) as file:
+                file.seek(tensor.offset + start * row_bytes)
+                while done < wanted:  # one read returns at most 2 GiB
+                    if not (n := file.readinto(view[done:])):
+                        raise CheckpointError(
+                            f"{tensor.shard.name} ends inside {name}; download the checkpoint again."
+                        )
+                    done += n
+        except OSError as error:
+            raise CheckpointError(f"{tensor.shard} cannot be read: {error.strerror}; check the disk.") from None
         return np.frombuffer(raw, kind).reshape(stop - start, tensor.row_length), tensor.dtype
 
     def float_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
@@ -163,7 +177,7 @@ class Checkpoint:
                 tensors[tensor.name] = tensor
         if index is not None and (absent := sorted(set(index["weight_map"]) - set(tensors))):
             raise CheckpointError(
-                f"The shards lack {absent[0]} and {len(absent) - 1} more tensors of their index; download them again."
+                f"The shards lack tensors of their index ({len(absent)}, such as {absent[0]}); download them again."
             )
         return tensors
 

@@ -157,15 +157,12 @@ def _decoder_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Lla
 
 
 def _vision_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: LlamaFileType) -> None:
-    size, number, preprocessor = checkpoint.size, checkpoint.number, checkpoint.preprocessor
+    size, number = checkpoint.size, checkpoint.number
     activation = checkpoint.config.get("vision_config", {}).get("hidden_act", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
         raise CheckpointError(
             f"The vision tower uses {activation!r}; expected 'gelu_pytorch_tanh', as in MiniCPM-V 4.5."
         )
-    slicing = checkpoint.config.get("slice_config") or {}
-    resolution = preprocessor.get("scale_resolution", slicing.get("scale_resolution", keys.SCALE_RESOLUTION))
-    max_slices = preprocessor.get("max_slice_nums", slicing.get("max_slice_nums", keys.MAX_SLICE_NUMS))
     writer.add_type("mmproj")
     writer.add_name(_name(checkpoint))
     writer.add_description("image encoder for MiniCPM-V")
@@ -176,7 +173,7 @@ def _vision_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Llam
     writer.add_string("clip.projector_type", "resampler")
     writer.add_int32("clip.minicpmv_version", MINICPMV_VERSION)
     writer.add_uint32("clip.minicpmv_query_num", size("query_num"))
-    writer.add_uint32("clip.vision.image_size", int(resolution))
+    writer.add_uint32("clip.vision.image_size", _slicing(checkpoint, "scale_resolution", keys.SCALE_RESOLUTION))
     writer.add_uint32("clip.vision.patch_size", size("patch_size", default=14))
     writer.add_uint32("clip.vision.embedding_length", size("vision_config", "hidden_size"))
     writer.add_uint32("clip.vision.feed_forward_length", size("vision_config", "intermediate_size"))
@@ -185,8 +182,35 @@ def _vision_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Llam
     epsilon = number("vision_config", "layer_norm_eps", default=1e-6)
     writer.add_float32("clip.vision.attention.layer_norm_epsilon", epsilon)
     writer.add_uint32("clip.vision.block_count", n_vision_layers(checkpoint))
-    writer.add_array("clip.vision.image_mean", [float(v) for v in preprocessor.get("norm_mean", keys.NORM)])
-    writer.add_array("clip.vision.image_std", [float(v) for v in preprocessor.get("norm_std", keys.NORM)])
+    writer.add_array("clip.vision.image_mean", _norm(checkpoint, "norm_mean"))
+    writer.add_array("clip.vision.image_std", _norm(checkpoint, "norm_std"))
     writer.add_bool("clip.use_gelu", True)
-    writer.add_uint32(keys.KEY_MAX_SLICE_NUMS, int(max_slices))
-    writer.add_bool(keys.KEY_USE_IMAGE_ID, bool(preprocessor.get("use_image_id", True)))
+    writer.add_uint32(keys.KEY_MAX_SLICE_NUMS, _slicing(checkpoint, "max_slice_nums", keys.MAX_SLICE_NUMS))
+    writer.add_bool(keys.KEY_USE_IMAGE_ID, bool(checkpoint.preprocessor.get("use_image_id", True)))
+
+
+def _slicing(checkpoint: Checkpoint, name: str, default: int) -> int:
+    """Setting of preprocessor_config.json, else of config.json's slice_config, else the official default."""
+    value = settings = checkpoint.config.get("slice_config") or {}
+    if isinstance(settings, dict):
+        value = checkpoint.preprocessor.get(name, settings.get(name, default))
+        if isinstance(value, int) and value > 0:
+            return value
+    raise CheckpointError(
+        f"preprocessor_config.json or slice_config hold {value!r} for {name}, expected a positive whole number; use "
+        "the unmodified files."
+    )
+
+
+def _norm(checkpoint: Checkpoint, name: str) -> list[float]:
+    """Mean or standard deviation of the three colours."""
+    values = checkpoint.preprocessor.get(name, keys.NORM)
+    if (
+        isinstance(values, list | tuple)
+        and len(values) == 3
+        and all(isinstance(value, int | float) for value in values)
+    ):
+        return [float(value) for value in values]
+    raise CheckpointError(
+        f"preprocessor_config.json holds {values!r} for {name}, expected three numbers; use the unmodified file."
+    )

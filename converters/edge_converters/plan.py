@@ -43,7 +43,7 @@ def refuse_unknown_tensors(checkpoint: Checkpoint) -> None:
     unknown = [n for n in checkpoint.tensors if n not in known and not n.endswith(names.IGNORED_SUFFIXES)]
     if unknown:
         raise CheckpointError(
-            f"The checkpoint holds {len(unknown)} tensors that MiniCPM-V 4.5 does not have, such as {unknown[0]}; "
+            f"The checkpoint holds tensors that MiniCPM-V 4.5 does not have ({len(unknown)}, such as {unknown[0]}); "
             "merge adapters into the weights first."
         )
 

@@ -8,7 +8,6 @@ promises.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
@@ -53,13 +52,23 @@ def read_vocabulary(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
     Raises
     ------
     CheckpointError
-        When there is no tokenizer, when it is another kind, or when a token has no row.
+        When there is no tokenizer, when it is another kind or damaged, or when a token has no row.
     """
+    try:
+        return _read(checkpoint, n_rows)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another form than any tokenizer's
+        raise CheckpointError(
+            f"The tokenizer files of {checkpoint.folder} do not have the usual form ({error!r}); download them again."
+        ) from None
+
+
+def _read(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
     settings = checkpoint.json("tokenizer_config.json") or {}
     fast = checkpoint.json("tokenizer.json")
     normalizer = "nfc"
-    if (checkpoint.folder / "vocab.json").is_file() and (checkpoint.folder / "merges.txt").is_file():
-        base, merges = checkpoint.json("vocab.json"), _read_merges(checkpoint.folder / "merges.txt")
+    vocabulary, pairs = checkpoint.json("vocab.json"), checkpoint.text("merges.txt")
+    if vocabulary is not None and pairs is not None:
+        base, merges = vocabulary, _read_merges(pairs)
     elif fast is not None:
         base, merges = _from_tokenizer_json(fast)
         normalizer = "nfc" if (fast.get("normalizer") or {}).get("type") == "NFC" else "none"
@@ -70,9 +79,10 @@ def read_vocabulary(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
         )
     added = _added_tokens(checkpoint, settings, fast, base)
     texts = {int(token_id): text for text, token_id in base.items()} | {i: text for i, (text, _) in added.items()}
-    if texts and max(texts) >= n_rows:
+    beyond = [i for i in texts if not 0 <= i < n_rows]
+    if beyond:
         raise CheckpointError(
-            f"The tokenizer has a token with id {max(texts)}, but the embedding table has only {n_rows} rows; the "
+            f"The tokenizer has a token with id {beyond[0]}, but the embedding table has only {n_rows} rows; the "
             "files belong to different models."
         )
     tokens, types = _fill(texts, added, n_rows)
@@ -114,9 +124,8 @@ def _fill(
     return tokens, types
 
 
-def _read_merges(path: Path) -> list[str]:
-    lines = path.read_text("utf-8").split("\n")
-    return [line for line in lines if line and not line.startswith("#version")]
+def _read_merges(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line and not line.startswith("#version")]
 
 
 def _from_tokenizer_json(fast: Any) -> tuple[dict[str, int], list[str]]:
@@ -160,9 +169,8 @@ def _text(token: Any) -> str:
 
 
 def _chat_template(checkpoint: Checkpoint, settings: Any) -> str:
-    path = checkpoint.folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text("utf-8")
+    if (text := checkpoint.text("chat_template.jinja")) is not None:
+        return text
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = next((t["template"] for t in template if t.get("name") == "default"), None)

@@ -164,10 +164,13 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CheckpointError(
@@ -176,8 +179,6 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
         raise CheckpointError(
             f"{path} cannot be written: {error.strerror or error}; choose another folder with -o."
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_space(folder: Path, needed: int) -> None:
