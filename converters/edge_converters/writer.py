@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
-from edge_converters.checkpoint import STORED_DTYPES, Checkpoint
+from edge_converters.checkpoint import Checkpoint
 from edge_converters.quantize import encode_rows
 from edge_runtime.errors import CheckpointError
 
+ABANDONED_S = 3600  # an unfinished file that nobody wrote to for so long belongs to no running conversion
 CHUNK_VALUES = 8 << 20  # values per chunk: 32 MiB as float32
 _SAME_BITS = {
     "F32": GGMLQuantizationType.F32,
@@ -164,6 +167,7 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         try:
             yield temporary
             with temporary.open("rb+") as file:
@@ -181,6 +185,14 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
         ) from None
 
 
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed conversions into `path` left behind: up to 17 GB each, under hidden names."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.incomplete-*"):
+        # Another conversion, of this machine or one that shares the disk, writes to its file all the time.
+        if time.time() - leftover.stat().st_mtime > ABANDONED_S:
+            leftover.unlink(missing_ok=True)
+
+
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -188,9 +200,3 @@ def _check_space(folder: Path, needed: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, the file needs {needed / 1e9:.1f} GB; free some space or "
             "choose another folder with -o."
         )
-
-
-def stored_bytes(checkpoint: Checkpoint, names: list[str]) -> int:
-    """Bytes of the named tensors in the checkpoint."""
-    tensors = (checkpoint.tensors[name] for name in names)
-    return sum(t.n_rows * t.row_length * STORED_DTYPES[t.dtype][1] for t in tensors)

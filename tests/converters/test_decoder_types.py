@@ -1,9 +1,11 @@
-"""Every decoder type in llama.cpp: the float32 file against the goldens, the others against the float32 file."""
+"""Every decoder type in llama.cpp, against the float32 file, and against what llama-quantize makes of it.
+
+That the float32 file gives the goldens' logits is `test_answers_equal_the_goldens` in the runtime's tests.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +18,6 @@ from edge_converters import DECODER_TYPES
 from edge_converters.convert import Converted
 from edge_runtime import Model, llama
 from edge_runtime.weights import GGUFFile
-from tolerances import LOGITS
-
-GOLDENS = Path(__file__).resolve().parents[1] / "fixtures" / "goldens"
-CHATS = sorted(path.stem for path in GOLDENS.glob("chat_*.npz"))
-CASE_NAMES = {"max_slice_nums": "max_slices"} | {n: n for n in ("thinking", "use_image_id", "temporal_ids")}
 
 QUESTIONS = ("What is this?", "Describe the picture in one sentence.", "1 + 1 =", "the the the the")
 N_MATRICES = 23  # 7 in each of 3 layers, embedding and head
@@ -44,38 +41,21 @@ WEIGHTS = {
 }
 
 
-def request(case: dict, images: dict[str, Path]) -> tuple[list, dict]:
-    """A golden's case as messages and options of ours."""
-    messages = [{"role": "system", "content": case["system"]}] if case.get("system") else []
-    for message in case["messages"]:
-        content = message["content"]
-        if isinstance(content, list):
-            content = [images[part["image"]] if isinstance(part, dict) else part for part in content]
-        messages.append({**message, "content": content})
-    return messages, {ours: case[theirs] for theirs, ours in CASE_NAMES.items() if case.get(theirs) is not None}
-
-
-@pytest.mark.parametrize("name", CHATS)
-def test_the_float32_file_gives_the_goldens_logits(exact_model: Model, images: dict[str, Path], name: str) -> None:
-    golden = np.load(GOLDENS / f"{name}.npz")
-    messages, options = request(json.loads(str(golden["case"])), images)
-    trace = exact_model.trace(messages, len(golden["greedy"]), **options)
-    error = np.abs(trace.logits - golden["logits_last"])
-    assert error.max() <= LOGITS, f"max {error.max():.2e} at {error.argmax()}, mean {error.mean():.2e}"
-    assert trace.greedy == golden["greedy"].tolist()
-
-
 def logits(folder: Path) -> npt.NDArray[np.float64]:
     """Logits after each question [shape=(questions, vocabulary)]."""
     with Model.load(folder, exact=True) as model:
         return np.stack([model.trace(question, 0).logits for question in QUESTIONS]).astype(np.float64)
 
 
+@pytest.fixture(scope="module")
+def reference(exact_folder: Path) -> npt.NDArray[np.float64]:
+    return logits(exact_folder)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in DECODER_TYPES if kind != "f32"])
 def test_logits_are_as_far_from_float32_as_the_type_says(
-    converted: Callable[[str, str], Converted], kind: str
+    converted: Callable[[str, str], Converted], reference: npt.NDArray[np.float64], kind: str
 ) -> None:
-    reference = logits(converted("f32", "f32").decoder.parent)
     ours = logits(converted(kind, "f32").decoder.parent)
     norms = np.linalg.norm(reference, axis=1) * np.linalg.norm(ours, axis=1)
     cosine = (reference * ours).sum(axis=1) / norms
