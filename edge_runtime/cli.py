@@ -167,6 +167,8 @@ def _is_file(argument: str) -> bool:
     try:
         if path.is_file():
             return True
+    except PermissionError:
+        raise ImageError(f"The file {argument} cannot be read: permission denied; check its permissions.") from None
     except (OSError, ValueError):  # longer than a path can be, or with a zero byte: text
         return False
     if any(c.isspace() for c in argument):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections import Counter
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from edge_runtime import __version__
@@ -34,9 +34,8 @@ def describe_machine() -> dict[str, Any]:
 
 def describe_model(name: str) -> dict[str, Any]:
     """Contents of a model: of both its files, or of one .gguf file."""
-    path = Path(name)
-    if path.is_file():
-        file = GGUFFile(path)
+    if os.path.isfile(name):  # noqa: PTH113 - Path.is_file raises where permission is denied
+        file = GGUFFile(name)
         is_mmproj = file.metadata.get("general.architecture") == "clip"
         return _describe_mmproj(file) if is_mmproj else _describe_decoder(file)
     paths = find_model(name)

@@ -33,6 +33,15 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
     ModelFileError
         When a file is missing, or when a folder holds several candidates.
     """
+    try:
+        return _find(name, mmproj)
+    except OSError as error:
+        raise ModelFileError(
+            f"The model {str(name)!r} cannot be read: {error.strerror or error}; check the path and its permissions."
+        ) from None
+
+
+def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
     if name == DEMO:  # always the built-in one; a folder of that name is ./demo
         folder = Path(str(resources.files("edge_runtime").joinpath("demo")))
         return ModelPaths(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,14 @@ def pytest_report_header() -> str:
     """Versions that decide results."""
     names = ("numpy", "numba", "llama-cpp-python", "pillow", "tokenizers")
     return "with " + ", ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+def pytest_unconfigure() -> None:
+    """Close what llama-cpp-python opens at import and leaves open, or every run ends with its ResourceWarning."""
+    utils = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        if utils is not None:
+            getattr(utils, name).close()
 
 
 @pytest.fixture(scope="session")

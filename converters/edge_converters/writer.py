@@ -160,12 +160,14 @@ def replacing(path: Path, force: bool) -> Iterator[Path]:
     CheckpointError
         When `path` exists and `force` is false, or when the disk is full or not writable.
     """
-    if path.exists() and not force:
-        raise CheckpointError(f"{path} exists already; choose another folder with -o, or pass --force to replace it.")
-    if path.is_dir():  # found only after the work otherwise, when the other file is in place already
-        raise CheckpointError(f"{path} is a folder, expected a file or nothing; choose another folder with -o.")
     temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
     try:
+        if path.exists() and not force:
+            raise CheckpointError(
+                f"{path} exists already; choose another folder with -o, or pass --force to replace it."
+            )
+        if path.is_dir():  # found only after the work otherwise, when the other file is in place already
+            raise CheckpointError(f"{path} is a folder, expected a file or nothing; choose another folder with -o.")
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
         try:

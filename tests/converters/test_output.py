@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,12 +85,26 @@ def test_a_folder_that_cannot_be_made(checkpoint: Path, tmp_path: Path, below: s
     assert (tmp_path / "file").read_bytes() == b""
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_is_not_writable(checkpoint: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "locked"
-    folder.mkdir(mode=0o555)
-    with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
-        convert_checkpoint(checkpoint, folder)
+NOBODY = 65534
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["not writable", "not even listable"])
+def test_a_folder_without_permission(checkpoint: Path, mode: int) -> None:
+    """As another user where the tests run as root, who may write everywhere; hence not below pytest's own folder."""
+    with tempfile.TemporaryDirectory() as base:
+        Path(base).chmod(0o755)
+        shutil.copytree(checkpoint, Path(base) / "checkpoint")
+        locked = Path(base) / "locked"
+        locked.mkdir(mode=mode)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(NOBODY)
+        try:
+            with pytest.raises(CheckpointError, match="cannot be written: Permission denied"):
+                convert_checkpoint(Path(base) / "checkpoint", locked)
+        finally:
+            os.seteuid(user)
+            locked.chmod(0o755)
 
 
 # --- full disks -----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,27 @@ def test_ctrl_c_ends_a_single_question_with_130():
     _, err = child.communicate(timeout=120)
     assert child.returncode == 130
     assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has no such permissions")
+@pytest.mark.parametrize(
+    "command", [["run", "{}/a.png", "q"], ["run", "-m", "{}/m", "q"], ["convert", "{}/m"], ["info", "{}/m"]]
+)
+def test_what_may_not_be_read_is_said_so(command):
+    """As another user where the tests run as root, who may read everything."""
+    with tempfile.TemporaryDirectory() as base:
+        Path(base).chmod(0o755)
+        locked = Path(base) / "locked"
+        (locked / "m").mkdir(parents=True)
+        locked.chmod(0o000)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            result = run(*(part.format(locked) for part in command))
+        finally:
+            os.seteuid(user)
+            locked.chmod(0o755)
+    assert result.exit_code == 1, result.exception
+    assert result.stderr.startswith("edge-runtime: ")
+    assert "Traceback" not in result.stderr
