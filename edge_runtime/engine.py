@@ -7,7 +7,6 @@ Requests are answered one after the other; the interface is made for many at onc
 
 from __future__ import annotations
 
-import atexit
 import queue
 import threading
 import time
@@ -128,9 +127,8 @@ class Engine:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=_work, args=(self._jobs,), name="edge-runtime inference", daemon=True)
         self._thread.start()
-        # Without this, a thread inside llama.cpp while the interpreter goes down would crash it.
+        # Runs at exit too: a thread inside llama.cpp while the interpreter goes down would crash it.
         self._close = weakref.finalize(self, _shut_down, self._jobs, self._stopping, self._thread, decoder)
-        atexit.register(self._close)
 
     def submit(self, request: Request) -> Running:
         """Queue a request.

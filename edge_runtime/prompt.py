@@ -93,10 +93,15 @@ def build_prompt(
         When the vocabulary lacks the tokens that hold pictures, or the template is broken.
     """
     mark = _unused_character(messages, tools)
-    rendered = _render(messages, tokenizer, mark, template, thinking, tools)
+    rendered = _whole_characters(_render(messages, tokenizer, mark, template, thinking, tools))
     marked = _expand(rendered, layouts, n_queries, use_image_id)
     ids = tokenizer.encode_special(marked, mark)
     return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
+
+
+def _whole_characters(text: str) -> str:
+    """Replace halves of surrogate pairs, which terminals and JSON can bring and no tokenizer takes, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _unused_character(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:

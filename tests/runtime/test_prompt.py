@@ -125,6 +125,11 @@ def test_rendering_equals_plain_jinja_on_harmless_conversations(exact_model: Mod
         assert exact_model.build_prompt(messages, tools=tools, thinking=thinking).text == want
 
 
+def test_text_that_is_no_unicode_is_shown_as_such(exact_model: Model):
+    """Python strings may hold half a surrogate pair: from a terminal's odd bytes, or from JSON."""
+    assert "user\na \ufffd b \U0001f600<" in exact_model.build_prompt("a \udcff b \ud83d\ude00").text
+
+
 def test_placeholders():
     assert placeholder_text(ImageLayout(3, (0, 0)), 2, True) == "<image_id>3</image_id><image><unk><unk></image>"
     cell = "<slice><unk></slice>"
