@@ -56,6 +56,10 @@ def parse_messages(messages: str | Sequence[Any]) -> list[Message]:
     """
     if isinstance(messages, str):
         return [Message("user", (messages,))]
+    if not isinstance(messages, Sequence):
+        raise MessageError(
+            f"The conversation is of type {type(messages).__name__}; expected a question or a list of messages."
+        )
     if not messages:
         raise MessageError("The conversation is empty; expected at least one message with a question.")
     return [_parse(entry, number) for number, entry in enumerate(messages)]
@@ -74,14 +78,21 @@ def _parse(entry: Any, number: int) -> Message:
         role = "system"
     if role not in ROLES:
         raise MessageError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}.")
-    parts: list[str | ImagePart] = [_ollama_image(image, where) for image in entry.get("images") or ()]
+    parts: list[str | ImagePart] = [_ollama_image(image, where) for image in _list(entry, "images", where)]
     parts += _parse_content(entry.get("content"), where)
     reasoning = entry.get("reasoning_content") or entry.get("reasoning") or entry.get("thinking")
     if role == "assistant":
         reasoning, parts = _without_reasoning(reasoning, parts)
     elif role == "system" and any(isinstance(part, ImagePart) for part in parts):
         raise MessageError(f"{where} puts a picture into the system prompt; pictures belong to user messages.")
-    return Message(role, tuple(parts), reasoning, list(entry.get("tool_calls") or ()))
+    return Message(role, tuple(parts), reasoning, _list(entry, "tool_calls", where))
+
+
+def _list(entry: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    value = entry.get(key) or []
+    if not isinstance(value, list | tuple):
+        raise MessageError(f"{where} has {key!r} of type {type(value).__name__}; expected a list.")
+    return list(value)
 
 
 def _without_reasoning(reasoning: Any, parts: list[str | ImagePart]) -> tuple[str | None, list[str | ImagePart]]:
@@ -132,9 +143,22 @@ def _parse_part(part: Any, where: str) -> str | ImagePart:
                     f"{where} has an image of type {type(source).__name__}; expected a path, bytes or a Pillow "
                     "picture."
                 )
-            return ImagePart(source, part.get("max_slice_nums"))
+            return ImagePart(source, checked_max_slices(part.get("max_slice_nums")))
         raise MessageError(f"{where} has a part of type {kind!r}; expected 'text', 'image' or 'image_url'.")
     raise MessageError(f"{where} has a part of type {type(part).__name__}; expected a string or a picture.")
+
+
+def checked_max_slices(value: Any) -> int | None:
+    """Return a limit of cells per picture when it is one, or None.
+
+    Raises
+    ------
+    MessageError
+        When it is no positive whole number.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise MessageError(f"max_slices is {value!r}; expected 1 (never cut) or a larger whole number.")
+    return value
 
 
 def _checked_url(url: Any, where: str) -> str:

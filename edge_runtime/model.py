@@ -221,8 +221,9 @@ class Model:
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise MessageError(f"max_tokens is {max_tokens!r}; expected a positive whole number.")
-        if isinstance(stop, str):
-            stop = (stop,)
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
+            raise MessageError(f"stop is {stop!r}; expected a string or a list of strings.")
         sampling = choose_options(
             thinking,
             greedy=greedy,

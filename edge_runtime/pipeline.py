@@ -17,7 +17,7 @@ from edge_runtime.config import SlicingConfig
 from edge_runtime.encoder import Group
 from edge_runtime.errors import MessageError
 from edge_runtime.image import PIXEL_LIMIT, load_image
-from edge_runtime.messages import ImagePart, parse_messages
+from edge_runtime.messages import ImagePart, checked_max_slices, parse_messages
 from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
 from edge_runtime.resampler import STILL
 from edge_runtime.slicing import Slice, SlicePlan, check_plan, plan_slices, slice_image
@@ -73,8 +73,9 @@ def prepare(
     MessageError, ImageError
         When the conversation or a picture cannot be used; nothing was computed then.
     """
-    if options.max_slices is not None and options.max_slices < 1:
-        raise MessageError(f"max_slices is {options.max_slices}; expected 1 (never cut) or more.")
+    checked_max_slices(options.max_slices)
+    if not isinstance(options.tools, list | tuple) or not all(isinstance(tool, dict) for tool in options.tools):
+        raise MessageError("The tools are no list of mappings; expected function descriptions in OpenAI's form.")
     conversation = parse_messages(messages)
     parts = list(iter_images(conversation))
     times = options.temporal_ids if options.temporal_ids is not None else [[STILL]] * len(parts)

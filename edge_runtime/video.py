@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from edge_runtime.errors import MessageError
 
@@ -88,6 +89,8 @@ def check_groups(temporal_ids: Sequence[Sequence[int]], n_images: int) -> None:
     MessageError
         When a group is empty or the groups do not cover the pictures exactly.
     """
+    if not all(isinstance(t, Integral) for group in _lists(temporal_ids) for t in _lists(group)):
+        raise MessageError(f"The temporal ids are {str(temporal_ids)[:60]}; expected lists of whole numbers.")
     covered = sum(len(group) for group in temporal_ids)
     if covered != n_images or not all(len(group) for group in temporal_ids):
         raise MessageError(
@@ -97,3 +100,8 @@ def check_groups(temporal_ids: Sequence[Sequence[int]], n_images: int) -> None:
     worst = min((t for group in temporal_ids for t in group), default=0)
     if worst < -1:
         raise MessageError(f"A temporal id is {worst}; expected -1 (a still picture) or more.")
+
+
+def _lists(value: object) -> Sequence[object]:
+    """Return a list as it is, and anything else as one value that is no number."""
+    return value if isinstance(value, list | tuple) else ["not a list"]

@@ -90,6 +90,10 @@ def test_reasoning_of_earlier_answers():
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "nothing is fetched"),
         ([{"role": "user", "content": "q", "images": ["not base64!"]}], "base64"),
         ([{"role": "system", "content": [PICTURE]}], "system prompt"),
+        (5, "type int"),
+        ([{"role": "user", "content": "q", "images": 5}], "'images' of type int"),
+        ([{"role": "assistant", "content": "q", "tool_calls": 5}], "'tool_calls' of type int"),
+        ([{"role": "user", "content": [{"image": "a.png", "max_slice_nums": "two"}]}], "max_slices is 'two'"),
     ],
 )
 def test_wrong_messages_are_named(messages, complaint):

@@ -186,7 +186,9 @@ def test_a_forgotten_model_frees_its_memory(exact_folder: Path):
 
 
 def test_wrong_options_are_refused_before_anything_is_computed(exact_model: Model, exact_folder: Path):
-    for options in ({"max_tokens": 0}, {"max_tokens": "many"}, {"max_slices": 0}, {"temperature": -1}):
+    wrong = {"max_tokens": (0, "many", True), "max_slices": (0, "two"), "temperature": (-1,), "stop": (5, [5])}
+    wrong |= {"tools": (5, [5])}
+    for options in ({name: value} for name, values in wrong.items() for value in values):
         with pytest.raises(MessageError, match=next(iter(options))):
             exact_model.chat("Hi", **options)
     with pytest.raises(TypeError, match="colour"):

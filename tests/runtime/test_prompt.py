@@ -161,7 +161,15 @@ def test_groups_are_numbered_by_their_first_frame(exact_model: Model):
 
 
 @pytest.mark.parametrize(
-    ("ids", "complaint"), [([[0, 1]], "cover 2"), ([[0], []], "no empty group"), ([[-2]], "is -2")]
+    ("ids", "complaint"),
+    [
+        ([[0, 1]], "cover 2"),
+        ([[0], []], "no empty group"),
+        ([[-2]], "is -2"),
+        (5, "whole"),
+        ([5], "whole"),
+        ([["a"]], "whole"),
+    ],
 )
 def test_wrong_temporal_ids_are_refused(exact_model: Model, ids, complaint):
     content = [Image.new("RGB", (30, 30)), "q"]
