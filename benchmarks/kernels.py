@@ -6,6 +6,7 @@ Each case runs both sides alternately in one process on the same number of threa
 pause, since the threads of the other side spin for a while after their work and would take time from this one, and
 one call that is not counted (compilation, page faults, sleeping threads). The peer of `linear` is NumPy's matrix
 product (OpenBLAS sgemm) without bias and activation, which favours it; that of the others is the NumPy reference.
+The int8 product, with the quantisation of its rows, has our float32 product as a second peer, in the same turns.
 Shapes: one slice of 1024 patches of SigLIP so400m, and the resampler with 4096 columns.
 
 The last line is one JSON object: `scenario`, `ours_s` and `peers_s` (medians, seconds, by case), and all
@@ -38,13 +39,14 @@ def sample(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float]]:
-    """Name each case and give (ours, peer, operations in units of 1e9)."""
+def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float, Callable[[], Any] | None]]:
+    """Name each case and give (ours, NumPy, operations in units of 1e9, our float32 where ours is int8)."""
     import numpy as np
 
     from edge_kernels import reference
     from edge_kernels.attention import attention
     from edge_kernels.linear import linear, pack_weight
+    from edge_kernels.linear_int8 import linear_int8, pack_weight_int8
     from edge_kernels.norm import layer_norm
 
     random = np.random.default_rng(0)
@@ -52,17 +54,27 @@ def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float]]:
     def normal(*shape: int) -> Any:
         return random.standard_normal(shape, np.float32)
 
-    table: dict[str, tuple[Callable[[], Any], Callable[[], Any], float]] = {}
+    table: dict[str, tuple[Callable[[], Any], Callable[[], Any], float, Callable[[], Any] | None]] = {}
 
     def add_linear(name: str, m: int, n: int, k: int, *, gelu: bool = False, residual: bool = False) -> None:
         x, weight, bias = normal(m, k), normal(n, k), normal(n)
         packed = pack_weight(weight)
         rest = normal(m, n) if residual else None
         operations = 2 * m * n * k / 1e9
-        table[f"{name} {m}x{n}x{k}"] = (
-            lambda: linear(x, packed, bias, gelu=gelu, residual=rest),
-            lambda: x @ weight.T,
+
+        def ours() -> Any:
+            return linear(x, packed, bias, gelu=gelu, residual=rest)
+
+        def peer() -> Any:
+            return x @ weight.T
+
+        packed_int8 = pack_weight_int8(weight)
+        table[f"{name} {m}x{n}x{k}"] = (ours, peer, operations, None)
+        table[f"int8 {name} {m}x{n}x{k}"] = (
+            lambda: linear_int8(x, packed_int8, bias, gelu=gelu, residual=rest),
+            peer,
             operations,
+            ours,
         )
 
     def add_attention(name: str, n_q: int, n_kv: int, heads: int, d: int) -> None:
@@ -72,6 +84,7 @@ def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float]]:
             lambda: attention(*arguments),
             lambda: reference.attention(*arguments),
             4 * n_q * n_kv * heads * d / 1e9,
+            None,
         )
 
     add_linear("q, k, v", 1024, 1152, 1152)
@@ -87,6 +100,7 @@ def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float]]:
         lambda: layer_norm(x, gain, bias, 1e-6),
         lambda: reference.layer_norm(x, gain, bias, 1e-6),
         8 * x.size / 1e9,
+        None,
     )
     return table
 
@@ -105,24 +119,28 @@ def main() -> None:
     from edge_kernels import simd
 
     compilation.set_threads(arguments.threads)
-    samples: dict[str, dict[str, list[float]]] = {"ours": {}, "numpy": {}}
-    print(f"{compilation.cpu_name()}, {compilation.thread_count()} threads, {simd.TILE}")
-    print(f"{'case':44} {'ours ms':>10} {'GFLOP/s':>9} {'numpy ms':>10} {'GFLOP/s':>9} {'ratio':>7}")
-    for name, (ours, peer, operations) in cases().items():
-        pairs = [(sample(ours), sample(peer)) for _ in range(arguments.repeats)]
-        samples["ours"][name], samples["numpy"][name] = (list(side) for side in zip(*pairs, strict=True))
+    samples: dict[str, dict[str, list[float]]] = {"ours": {}, "numpy": {}, "float32": {}}
+    print(f"{compilation.cpu_name()}, {compilation.isa()}, {compilation.thread_count()} threads, {simd.TILE}")
+    print(f"{'case':44} {'ours ms':>10} {'GOP/s':>9} {'numpy ms':>10} {'GOP/s':>9} {'ratio':>7} {'to float32':>11}")
+    for name, (ours, peer, operations, float32) in cases().items():
+        sides = {"ours": ours, "numpy": peer} | ({"float32": float32} if float32 else {})
+        for _ in range(arguments.repeats):
+            for side, run in sides.items():
+                samples[side].setdefault(name, []).append(sample(run))
         a, b = (statistics.median(samples[side][name]) for side in ("ours", "numpy"))
         rates = f"{a * 1e3:10.2f} {operations / a:9.1f} {b * 1e3:10.2f} {operations / b:9.1f} {b / a:7.2f}"
-        print(f"{name:44} {rates}")
+        to_float32 = f" {statistics.median(samples['float32'][name]) / a:11.2f}" if float32 else ""
+        print(f"{name:44} {rates}{to_float32}")
 
     medians = {side: {name: statistics.median(all_) for name, all_ in of.items()} for side, of in samples.items()}
     summary = {
-        "scenario": "vision-kernels-float32",
+        "scenario": "vision-kernels",
         "ours_s": medians["ours"],
-        "peers_s": {"numpy": medians["numpy"]},
+        "peers_s": {"numpy": medians["numpy"], "float32": medians["float32"]},
         "samples_s": samples,
         "threads": compilation.thread_count(),
         "cpu": compilation.cpu_name(),
+        "isa": compilation.isa(),
         "tile": simd.TILE._asdict(),
         "versions": {"numpy": np.__version__, "python": sys.version.split()[0]},
     }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from edge_runtime.config import check_mmproj, resampler_config, slicing_config, vision_config
+from edge_runtime.products import Arithmetic, FloatArithmetic, Int8Arithmetic
 from edge_runtime.resampler import GroupItem, Resampler
 from edge_runtime.slicing import Slice
 from edge_runtime.vision import VisionTower
@@ -24,21 +25,26 @@ Group = list[tuple[Slice, int]]
 class ImageEncoder:
     """Vision tower and resampler of one mmproj file.
 
+    Parameters
+    ----------
+    exact : compute in float32 as officially, not in int8.
+
     Raises
     ------
     ModelFileError
         When the file is damaged or of another model.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, exact: bool) -> None:
         self.file = GGUFFile(path)
         check_mmproj(self.file)
         for name in self.file.tensors:
             self.file.rows(name, slice(0, 1))  # a type that cannot be read is told now, not at the first picture
         self.slicing = slicing_config(self.file)
         vision = vision_config(self.file)
-        self.tower = VisionTower(self.file, vision, self.slicing)
-        self.resampler = Resampler(self.file, resampler_config(self.file), vision.width)
+        arithmetic: Arithmetic = FloatArithmetic() if exact else Int8Arithmetic()
+        self.tower = VisionTower(self.file, vision, self.slicing, arithmetic)
+        self.resampler = Resampler(self.file, resampler_config(self.file), vision.width, arithmetic)
 
     @property
     def n_queries(self) -> int:

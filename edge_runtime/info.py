@@ -10,20 +10,23 @@ from typing import Any
 
 from edge_runtime import __version__
 from edge_runtime.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
+from edge_runtime.products import check_instruction_set
 from edge_runtime.store import find_model
 from edge_runtime.weights import GGUFFile
 
 
 def describe_machine() -> dict[str, Any]:
     """Facts about this machine and what the kernels chose for it."""
-    from edge_kernels.compile import cache_directory, cpu_count, cpu_name
+    from edge_kernels.compile import cache_directory, cpu_count, cpu_name, isa
     from edge_runtime import llama
 
+    check_instruction_set()
     return {
         "edge-runtime": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
+        "kernels": isa(),
         "threads": cpu_count(),
         "kernel cache": str(cache_directory() or "none (not writable)"),
         "numba": metadata.version("numba"),

@@ -17,6 +17,7 @@ from edge_runtime.engine import Engine, Finished, FinishReason, Progress, Reques
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
+from edge_runtime.products import check_instruction_set
 from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
@@ -113,8 +114,9 @@ class Model:
         from edge_kernels.compile import cpu_count
 
         started = time.perf_counter()
+        check_instruction_set()
         self.paths, self.exact = paths, exact
-        self._encoder = ImageEncoder(paths.mmproj)
+        self._encoder = ImageEncoder(paths.mmproj, exact=exact)
         threads = n_threads or cpu_count()
         self._decoder = Decoder(paths.decoder, DecoderOptions(n_ctx, exact, threads))
         try:

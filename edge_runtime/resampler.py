@@ -10,17 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_runtime.config import ResamplerConfig
+from edge_runtime.products import Affine, Arithmetic, FloatArithmetic, Norm, Product
 from edge_runtime.sine import sine
 from edge_runtime.vision import offsets_of
 from edge_runtime.weights import Float32, GGUFFile
-
-if TYPE_CHECKING:
-    from edge_kernels.linear import PackedWeight
 
 STILL = -1  # temporal id of a picture without time
 
@@ -60,16 +57,13 @@ class GroupItem:
 class _Weights:
     """Everything the resampler reads from the file, packed for the kernels."""
 
-    kv: PackedWeight
-    key: PackedWeight
-    key_bias: Float32
-    value: PackedWeight
-    value_bias: Float32
-    out: PackedWeight
-    out_bias: Float32
-    projection: PackedWeight
-    norm_kv: tuple[Float32, Float32]
-    norm_post: tuple[Float32, Float32]
+    kv: Product
+    norm_kv: Affine
+    key: Product
+    value: Product
+    out: Product
+    norm_post: Norm
+    projection: Product
     queries: Float32
     """Queries normed and multiplied by Wq already: they are the same for every group."""
 
@@ -82,8 +76,8 @@ class Resampler:
     width : width of the patch features.
     """
 
-    def __init__(self, file: GGUFFile, config: ResamplerConfig, width: int) -> None:
-        self._file, self.config = file, config
+    def __init__(self, file: GGUFFile, config: ResamplerConfig, width: int, arithmetic: Arithmetic) -> None:
+        self._file, self.config, self._arithmetic = file, config, arithmetic
         e = config.hidden
         file.tensor("resampler.kv.weight", (e, width))
         for name in ("attn.q", "attn.k", "attn.v", "attn.out"):
@@ -94,33 +88,31 @@ class Resampler:
             file.tensor(f"resampler.{name}.weight", (e,))
             file.tensor(f"resampler.{name}.bias", (e,))
 
-    def _norm(self, name: str) -> tuple[Float32, Float32]:
-        return self._file.array(f"resampler.{name}.weight"), self._file.array(f"resampler.{name}.bias")
+    def _affine(self, name: str) -> Affine:
+        return Affine(self._file.array(f"resampler.{name}.weight"), self._file.array(f"resampler.{name}.bias"))
 
     @cached_property
     def _weights(self) -> _Weights:
-        from edge_kernels.linear import linear, pack_weight
         from edge_kernels.norm import layer_norm
 
-        def packed(name: str) -> PackedWeight:
-            return pack_weight(self._file.array(f"resampler.{name}.weight"))
+        def weight(name: str) -> Float32:
+            return self._file.array(f"resampler.{name}.weight")
 
         def bias(name: str) -> Float32:
             return self._file.array(f"resampler.{name}.bias")
 
-        queries = layer_norm(self._file.array("resampler.query"), *self._norm("ln_q"), self.config.epsilon)
+        arithmetic, epsilon = self._arithmetic, self.config.epsilon
+        norm_q, norm_post = self._affine("ln_q"), self._affine("ln_post")
+        queries = layer_norm(self._file.array("resampler.query"), norm_q.gain, norm_q.bias, epsilon)
         return _Weights(
-            kv=packed("kv"),
-            key=packed("attn.k"),
-            key_bias=bias("attn.k"),
-            value=packed("attn.v"),
-            value_bias=bias("attn.v"),
-            out=packed("attn.out"),
-            out_bias=bias("attn.out"),
-            projection=packed("proj"),
-            norm_kv=self._norm("ln_kv"),
-            norm_post=self._norm("ln_post"),
-            queries=linear(queries, packed("attn.q"), bias("attn.q")),
+            kv=arithmetic.product(weight("kv"), None),
+            norm_kv=self._affine("ln_kv"),
+            key=arithmetic.product(weight("attn.k"), bias("attn.k")),
+            value=arithmetic.product(weight("attn.v"), bias("attn.v")),
+            out=arithmetic.product(weight("attn.out"), bias("attn.out")),
+            norm_post=arithmetic.norm(norm_post, epsilon),
+            projection=arithmetic.product(weight("proj"), None, norm_post),
+            queries=FloatArithmetic().product(weight("attn.q"), bias("attn.q"))(queries),
         )
 
     def load(self) -> None:
@@ -135,7 +127,6 @@ class Resampler:
         tokens : one ndarray [shape=(queries, hidden), float32] per group.
         """
         from edge_kernels.attention import attention
-        from edge_kernels.linear import linear
         from edge_kernels.norm import layer_norm
 
         if not groups:
@@ -147,13 +138,12 @@ class Resampler:
         kv_offsets = offsets_of([sum(len(item.features) for item in group) for group in groups])
         q_offsets = offsets_of([config.queries] * len(groups))
 
-        values = layer_norm(linear(features, w.kv, None), *w.norm_kv, config.epsilon)
-        k = linear(values + positions, w.key, w.key_bias)
-        v = linear(values, w.value, w.value_bias)
+        values = layer_norm(w.kv(features), w.norm_kv.gain, w.norm_kv.bias, config.epsilon)
+        k, v = w.key(values + positions), w.value(values)
         q = np.tile(w.queries, (len(groups), 1))
         scale = 1 / math.sqrt(config.hidden // config.heads)
-        out = linear(attention(q, k, v, config.heads, scale, q_offsets, kv_offsets), w.out, w.out_bias)
-        tokens = linear(layer_norm(out, *w.norm_post, config.epsilon), w.projection, None)
+        out = w.out(attention(q, k, v, config.heads, scale, q_offsets, kv_offsets))
+        tokens = w.projection(w.norm_post(out))
         return [tokens[q_offsets[i] : q_offsets[i + 1]] for i in range(len(groups))]
 
     def _positions(self, item: GroupItem) -> Float32:

@@ -1,7 +1,8 @@
 """Slices → patch features: the SigLIP2 tower of an mmproj file, run by `edge_kernels`.
 
 All slices are concatenated along the rows, so every matrix product is one product whatever the shapes; attention
-alone works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU; float32 throughout.
+alone works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU. Which arithmetic the
+products have is decided by who makes the tower (see `products`); everything between them is float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy.typing as npt
 
 from edge_runtime.config import SlicingConfig, VisionConfig
 from edge_runtime.errors import ModelFileError
+from edge_runtime.products import Affine, Arithmetic, Norm, Product
 from edge_runtime.slicing import Slice
 from edge_runtime.weights import Float32, GGUFFile
 
@@ -51,31 +53,17 @@ def offsets_of(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """A product with its bias."""
-
-    weight: PackedWeight
-    bias: Float32
-
-
-@dataclass(frozen=True)
-class _Norm:
-    gain: Float32
-    bias: Float32
-
-
-@dataclass(frozen=True)
 class _Layer:
     """One encoder layer, weights packed for the kernels."""
 
-    norm1: _Norm
-    query: _Linear
-    key: _Linear
-    value: _Linear
-    out: _Linear
-    norm2: _Norm
-    fc1: _Linear
-    fc2: _Linear
+    norm1: Norm
+    query: Product
+    key: Product
+    value: Product
+    out: Product
+    norm2: Norm
+    fc1: Product
+    fc2: Product
 
 
 class VisionTower:
@@ -86,8 +74,8 @@ class VisionTower:
     file : an mmproj file that passed `config.check_mmproj`.
     """
 
-    def __init__(self, file: GGUFFile, config: VisionConfig, slicing: SlicingConfig) -> None:
-        self._file, self.config, self._patch = file, config, slicing.patch_size
+    def __init__(self, file: GGUFFile, config: VisionConfig, slicing: SlicingConfig, arithmetic: Arithmetic) -> None:
+        self._file, self.config, self._patch, self._arithmetic = file, config, slicing.patch_size, arithmetic
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -116,45 +104,45 @@ class VisionTower:
         swapped = self._file.tensor(f"{down}.weight").shape[-1] == self.config.width
         return (down, up) if swapped else (up, down)
 
-    def _linear(self, name: str) -> _Linear:
-        from edge_kernels.linear import pack_weight
+    def _product(self, name: str, after: Affine | None = None) -> Product:
+        weight, bias = self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias")
+        return self._arithmetic.product(weight, bias, after)
 
-        return _Linear(pack_weight(self._file.array(f"{name}.weight")), self._file.array(f"{name}.bias"))
-
-    def _norm(self, name: str) -> _Norm:
-        return _Norm(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))
+    def _affine(self, name: str) -> Affine:
+        return Affine(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))
 
     @cached_property
     def _layers(self) -> list[_Layer]:
         layers = []
         for n in range(self.config.layers):
             blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
+            ln1, ln2 = self._affine(f"{blk}.ln1"), self._affine(f"{blk}.ln2")
             layers.append(
                 _Layer(
-                    self._norm(f"{blk}.ln1"),
-                    self._linear(f"{blk}.attn_q"),
-                    self._linear(f"{blk}.attn_k"),
-                    self._linear(f"{blk}.attn_v"),
-                    self._linear(f"{blk}.attn_out"),
-                    self._norm(f"{blk}.ln2"),
-                    self._linear(fc1),
-                    self._linear(fc2),
+                    norm1=self._arithmetic.norm(ln1, self.config.epsilon),
+                    query=self._product(f"{blk}.attn_q", ln1),
+                    key=self._product(f"{blk}.attn_k", ln1),
+                    value=self._product(f"{blk}.attn_v", ln1),
+                    out=self._product(f"{blk}.attn_out"),
+                    norm2=self._arithmetic.norm(ln2, self.config.epsilon),
+                    fc1=self._product(fc1, ln2),
+                    fc2=self._product(fc2),
                 )
             )
         return layers
 
     @cached_property
-    def _embedding(self) -> tuple[_Linear, Float32]:
-        """Patch kernel as a product over flattened patches, and the table of learned positions."""
+    def _embedding(self) -> tuple[PackedWeight, Float32, Float32]:
+        """Patch kernel as a product over flattened patches, its bias, and the table of learned positions."""
         from edge_kernels.linear import pack_weight
 
         kernel = self._file.array("v.patch_embd.weight").reshape(self.config.width, -1)
         table = self._file.array("v.position_embd.weight").reshape(-1, self.config.width)
-        return _Linear(pack_weight(kernel), self._file.array("v.patch_embd.bias")), table
+        return pack_weight(kernel), self._file.array("v.patch_embd.bias"), table
 
     @cached_property
-    def _post_norm(self) -> _Norm:
-        return self._norm("v.post_ln")
+    def _post_norm(self) -> Affine:
+        return self._affine("v.post_ln")
 
     def load(self) -> None:
         """Read and pack all weights now rather than at the first picture."""
@@ -173,25 +161,22 @@ class VisionTower:
             When the features are not finite: the weights are damaged.
         """
         from edge_kernels.attention import attention
-        from edge_kernels.linear import linear
         from edge_kernels.norm import layer_norm
         from edge_kernels.patch_embed import patch_embed
 
-        config, (kernel, table) = self.config, self._embedding
+        config, (kernel, bias, table) = self.config, self._embedding
         offsets = offsets_of([len(s.patches) for s in slices])
         ids = np.concatenate([position_ids(*s.tgt_size, config.position_side) for s in slices])
         pixels = np.concatenate([s.patches.reshape(len(s.patches), -1) for s in slices])
         scale = 1 / math.sqrt(config.width // config.heads)
 
-        x = patch_embed(pixels, kernel.weight, kernel.bias, table, ids)  # (P, width), P over all slices
+        x = patch_embed(pixels, kernel, bias, table, ids)  # (P, width), P over all slices
         for layer in self._layers:
-            h = layer_norm(x, layer.norm1.gain, layer.norm1.bias, config.epsilon)
-            q, k, v = (linear(h, part.weight, part.bias) for part in (layer.query, layer.key, layer.value))
-            h = attention(q, k, v, config.heads, scale, offsets, offsets)
-            x = linear(h, layer.out.weight, layer.out.bias, residual=x)
-            h = layer_norm(x, layer.norm2.gain, layer.norm2.bias, config.epsilon)
-            h = linear(h, layer.fc1.weight, layer.fc1.bias, gelu=True)
-            x = linear(h, layer.fc2.weight, layer.fc2.bias, residual=x)
+            h = layer.norm1(x)
+            q, k, v = layer.query(h), layer.key(h), layer.value(h)
+            x = layer.out(attention(q, k, v, config.heads, scale, offsets, offsets), residual=x)
+            h = layer.norm2(x)
+            x = layer.fc2(layer.fc1(h, gelu=True), residual=x)
         x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)
         if not np.isfinite(x).all():
             raise ModelFileError(

@@ -1,4 +1,4 @@
-"""The only home of compiler flags, the compilation cache, threads and the threading layer.
+"""The only home of compiler flags, the compilation cache, threads, and the choice of the instruction set.
 
 What enters: Python functions, through the decorators `kernel` (entry points, cached on disk) and `helper`
 (called by kernels). What leaves: compiled functions, and `parallel_region`, inside which kernels are called.
@@ -86,6 +86,44 @@ def cpu_features() -> frozenset[str]:
     if platform.machine().lower() in ("arm64", "aarch64"):
         names.add("neon")  # part of the 64-bit base architecture, and not always listed
     return frozenset(names)
+
+
+# Instruction sets that kernels have code of their own for, and the CPU features each needs, best first. `simd`
+# says what the code is; a name here needs a row in its table.
+ISAS: dict[str, frozenset[str]] = {
+    "avx512vnni": frozenset({"avx512f", "avx512bw", "avx512vnni"}),
+    "avx512": frozenset({"avx512f", "avx512bw"}),
+    "avxvnni": frozenset({"avx2", "fma", "avxvnni"}),
+    "avx2": frozenset({"avx2", "fma"}),
+    "neon-i8mm": frozenset({"neon", "i8mm"}),
+    "neon-dot": frozenset({"neon", "dotprod"}),
+    "neon": frozenset({"neon"}),
+    "portable": frozenset(),
+}
+
+
+@cache
+def isa() -> str:
+    """Return the name of the instruction set that kernels are made for: a key of `ISAS`.
+
+    The best one the machine has, or the one that the environment variable EDGE_RUNTIME_ISA names.
+
+    Raises
+    ------
+    ValueError
+        If EDGE_RUNTIME_ISA names none, or one the machine lacks.
+    """
+    chosen = os.environ.get("EDGE_RUNTIME_ISA", "")
+    possible = [name for name, features in ISAS.items() if features <= cpu_features()]
+    if not chosen:
+        return possible[0]
+    if chosen not in possible:
+        missing = ISAS.get(chosen, frozenset()) - cpu_features()
+        reason = f"this machine lacks {', '.join(sorted(missing))}" if missing else "there is no such instruction set"
+        raise ValueError(
+            f"EDGE_RUNTIME_ISA is {chosen!r}, but {reason}. Set it to one of {', '.join(possible)}, or not at all."
+        )
+    return chosen
 
 
 def _physical_cores(cpus: set[int]) -> int:
@@ -222,6 +260,7 @@ def _cache_key() -> str:
         llvmlite.__version__,
         platform.python_version(),
         cpu_name(),
+        isa(),
         *sorted(cpu_features()),
     )
     digest.update("\0".join(facts).encode())

@@ -215,7 +215,7 @@ def _linear(
         )
 
 
-def _even_block(total: int, most: int, unit: int) -> int:
+def even_block(total: int, most: int, unit: int) -> int:
     """Cut `total` into equal blocks of at most `most`, rounded up to whole units."""
     parts = -(-total // most)
     return -(-total // (parts * unit)) * unit
@@ -223,7 +223,7 @@ def _even_block(total: int, most: int, unit: int) -> int:
 
 def _blocks(m: int, n: int, workers: int) -> tuple[int, int]:
     """Choose rows and panels per task: what the caches like, but enough tasks for all workers."""
-    row_block, column_block = _even_block(m, ROW_BLOCK, MR), _even_block(n, COLUMN_BLOCK, NR)
+    row_block, column_block = even_block(m, ROW_BLOCK, MR), even_block(n, COLUMN_BLOCK, NR)
     wanted = TASKS_PER_WORKER * workers if workers > 1 else 1
     while -(-m // row_block) * -(-n // column_block) < wanted and column_block > NR:
         column_block = -(-column_block // (2 * NR)) * NR

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
+Int8 = NDArray[np.int8]
 Int64 = NDArray[np.int64]
 
 SQRT_2_OVER_PI = np.float32(np.sqrt(2.0 / np.pi))
@@ -171,3 +172,119 @@ def patch_embed(
     ndarray [shape=(P, E), float32]
     """
     return linear(pixels, weight, bias, residual=position_table[position_ids])
+
+
+# --- int8 ---------------------------------------------------------------------------------------------------
+
+
+def _round_to_int8(x: Float32, centre: Float32, half: Float32) -> tuple[Int8, Float32]:
+    """Map centre ± half of each row to ±127, rounding halves to even; gives integers and the size of a step.
+
+    Where half is 0 (or so small that 127 / half overflows) integers and step are 0. Where it is not finite
+    the step is NaN, and with it all that is computed from the row.
+    """
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        factor = np.float32(127.0) / half
+        steps = np.clip(np.rint((x - centre[:, None]) * factor[:, None]), -127, 127)
+    finite = np.isfinite(half)
+    usable = finite & np.isfinite(factor)
+    scale = np.where(usable, half / np.float32(127.0), np.where(finite, np.float32(0.0), np.float32(np.nan)))
+    return np.where(usable[:, None], steps, 0).astype(np.int8), scale.astype(np.float32)
+
+
+def quantize_rows(x: Float32) -> tuple[Int8, Float32, Float32]:
+    """Write each row as x ≈ scale · q + offset, with the middle of its range as offset.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, K), float32]
+        Rows.
+
+    Returns
+    -------
+    q : ndarray [shape=(M, K), int8]
+        -127 to 127.
+    scale, offset : ndarray [shape=(M,), float32]
+        (max - min) / 254 and (max + min) / 2 of the row; a constant row has scale 0. Both are NaN, and q is
+        0, in a row that has NaN or infinity.
+    """
+    x = np.asarray(x, np.float32)
+    # Halved before they are added: the range of large values must not overflow.
+    low, high = np.float32(0.5) * x.min(axis=1), np.float32(0.5) * x.max(axis=1)
+    with np.errstate(invalid="ignore"):
+        broken = ~np.isfinite(x).all(axis=1)
+        half = np.where(broken, np.float32(np.nan), high - low)
+        centre = np.where(broken, np.float32(np.nan), high + low)
+    q, scale = _round_to_int8(x, centre, half)
+    return q, scale, centre
+
+
+def quantize_weight(weight: Float32) -> tuple[Int8, Float32]:
+    """Write each row of a weight as weight ≈ scale · q, symmetric about 0.
+
+    Parameters
+    ----------
+    weight : ndarray [shape=(N, K), float32]
+        One row per output.
+
+    Returns
+    -------
+    q : ndarray [shape=(N, K), int8]
+        -127 to 127.
+    scale : ndarray [shape=(N,), float32]
+        Largest magnitude / 127; NaN, with q 0, in a row that has NaN or infinity.
+    """
+    weight = np.asarray(weight, np.float32)
+    return _round_to_int8(weight, np.zeros(len(weight), np.float32), np.abs(weight).max(axis=1))
+
+
+def int8_sums(q: Int8, q_weight: Int8) -> NDArray[np.int32]:
+    """Return Σ q · q_weight [M, N] in int32, exactly. K ≤ 65,536, or it may overflow."""
+    return q.astype(np.int32) @ q_weight.astype(np.int32).T
+
+
+def linear_int8(
+    x: Float32,
+    q_weight: Int8,
+    weight_scale: Float32,
+    bias: Float32 | None = None,
+    *,
+    gelu: bool = False,
+    residual: Float32 | None = None,
+) -> Float32:
+    """`linear` with rows and weight in int8: integer products and sums, the rest in float32.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, K), float32]
+        Rows, quantised here by `quantize_rows`.
+    q_weight, weight_scale : ndarray [shape=(N, K), int8], ndarray [shape=(N,), float32]
+        From `quantize_weight`.
+    bias, gelu, residual
+        As in `linear`.
+
+    Returns
+    -------
+    ndarray [shape=(M, N), float32]
+    """
+    q, scale, offset = quantize_rows(x)
+    # Σ (scale q + offset) · weight_scale q_weight; what the offset adds is the same in all rows, up to a factor.
+    weight_sums = q_weight.sum(axis=1, dtype=np.int32).astype(np.float32)
+    y = scale[:, None] * weight_scale * int8_sums(q, q_weight).astype(np.float32)
+    y = y + offset[:, None] * (weight_scale * weight_sums)
+    if bias is not None:
+        y = y + bias
+    if gelu:
+        y = gelu_tanh(y)
+    if residual is not None:
+        y = y + residual
+    return y
+
+
+def layer_norm_quantized(x: Float32, eps: float) -> tuple[Int8, Float32, Float32]:
+    """Normalise each row to mean 0 and variance 1 and quantise it; gain and bias belong in the next weight.
+
+    Parameters and results as in `layer_norm` and `quantize_rows`.
+    """
+    e = x.shape[1]
+    return quantize_rows(layer_norm(x, np.ones(e, np.float32), np.zeros(e, np.float32), eps))

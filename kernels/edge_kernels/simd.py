@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import cpu_features
+from edge_kernels.compile import isa
 
 
 class Tile(NamedTuple):
@@ -33,16 +33,20 @@ class Tile(NamedTuple):
     width: int
 
 
-# First row whose features the machine has. rows · vectors sums + vectors operands + at least 1 broadcast fit
-# into the registers (16 in AVX2 and SSE, 32 in AVX-512 and NEON), and there are enough sums to cover latency
-# times issue rate (8 on x86 with FMA, up to 16 on big ARM cores).
-TILES: tuple[tuple[frozenset[str], Tile], ...] = (
-    (frozenset({"avx512f"}), Tile(rows=8, vectors=3, width=16)),
-    (frozenset({"avx2", "fma"}), Tile(rows=6, vectors=2, width=8)),
-    (frozenset({"neon"}), Tile(rows=6, vectors=4, width=4)),
-    (frozenset(), Tile(rows=4, vectors=2, width=4)),
-)
-TILE = next(tile for features, tile in TILES if features <= cpu_features())
+# By the names of `compile.ISAS`. rows · vectors sums + vectors operands + at least 1 broadcast fit into the
+# registers (16 in AVX2 and SSE, 32 in AVX-512 and NEON), and there are enough sums to cover latency times issue
+# rate (8 on x86 with FMA, up to 16 on big ARM cores).
+TILES: dict[str, Tile] = {
+    "avx512vnni": Tile(rows=8, vectors=3, width=16),
+    "avx512": Tile(rows=8, vectors=3, width=16),
+    "avxvnni": Tile(rows=6, vectors=2, width=8),
+    "avx2": Tile(rows=6, vectors=2, width=8),
+    "neon-i8mm": Tile(rows=6, vectors=4, width=4),
+    "neon-dot": Tile(rows=6, vectors=4, width=4),
+    "neon": Tile(rows=6, vectors=4, width=4),
+    "portable": Tile(rows=4, vectors=2, width=4),
+}
+TILE = TILES[isa()]
 
 MR = TILE.rows  # rows of a register tile
 NR = TILE.vectors * TILE.width  # columns of a register tile, and of a panel
@@ -92,23 +96,23 @@ def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-def _address(builder: ir.IRBuilder, array: ir.Value, *offsets: ir.Value) -> ir.Value:
-    """Emit the address of an element of a flat float array."""
+def _address(builder: ir.IRBuilder, array: ir.Value, *offsets: ir.Value, element: ir.Type = _FLOAT) -> ir.Value:
+    """Emit the address of an element of a flat array."""
     for offset in offsets:
-        array = builder.gep(array, [offset], source_etype=_FLOAT)
+        array = builder.gep(array, [offset], source_etype=element)
     return array
 
 
-def _load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type = _VECTOR) -> ir.Value:
+def _load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type = _VECTOR, align: int = 4) -> ir.Value:
     """Load a scalar or a vector from an address that need only be aligned for a float."""
     value = builder.load(builder.bitcast(address, type_.as_pointer()))
-    value.align = 4
+    value.align = align
     return value
 
 
-def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
     """Store a scalar or a vector, as `_load` loads it."""
-    builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 4
+    builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = align
 
 
 def _index(value: int) -> ir.Constant:
@@ -171,7 +175,7 @@ def _exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def _floats(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value], position: int) -> ir.Value:
-    """Take the data pointer of the array argument at `position`."""
+    """Take the data pointer of the array argument at `position` (of any element type)."""
     array = cgutils.create_struct_proxy(signature.args[position])(context, builder, value=args[position])
     return array.data
 

@@ -23,6 +23,8 @@ USE_EVERYTHING = textwrap.dedent(
     from edge_kernels.attention import attention
     from edge_kernels.compile import cache_statistics
     from edge_kernels.linear import linear, pack_weight
+    from edge_kernels.linear_int8 import linear_int8, pack_weight_int8
+    from edge_kernels.rows_int8 import layer_norm_quantized, quantize_rows
     from edge_kernels.norm import layer_norm
     from edge_kernels.patch_embed import patch_embed
 
@@ -36,6 +38,10 @@ USE_EVERYTHING = textwrap.dedent(
         layer_norm(x, gain, gain, 1e-6)
         attention(x, x, x, 2, 1, ends, ends)
         patch_embed(x, weight, gain, x, np.zeros(m, np.int64))
+        weight = pack_weight_int8(np.ones((40, 40), np.float32))
+        linear_int8(x, pack_weight_int8(np.ones((40, 40), np.int8), gain), gain)
+        linear_int8(layer_norm_quantized(x[:, ::-1], 1e-6), weight, gain, gelu=True, residual=x)
+        linear_int8(quantize_rows(x), weight)
     print(*cache_statistics())
     """
 )

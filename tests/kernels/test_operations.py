@@ -500,17 +500,15 @@ def test_calls_from_several_python_threads_wait_for_each_other():
 
 
 def test_register_tiles_fit_the_registers():
-    registers = {"avx512f": 32, "avx2": 16, "neon": 32}
-    for features, tile in simd.TILES:
-        available = min((registers[f] for f in features if f in registers), default=16)
+    for name, tile in simd.TILES.items():
+        available = 32 if name.startswith(("avx512", "neon")) else 16
         assert tile.rows * tile.vectors + tile.vectors + 1 <= available
-    assert simd.TILES[-1][0] == frozenset()
 
 
 @pytest.mark.slow
 def test_the_portable_tile_passes_too():
     """Run the comparisons of this file once more on code for the plainest CPU of this architecture."""
-    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    environment = os.environ | {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "EDGE_RUNTIME_ISA": ""}
     command = [
         sys.executable,
         "-m",

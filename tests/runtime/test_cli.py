@@ -134,7 +134,7 @@ def test_a_picture_cannot_send_escape_sequences_to_the_terminal():
 
 def test_info_tells_about_machine_model_and_file():
     machine = json.loads(run("info", "--json").stdout)
-    assert {"cpu", "threads", "kernel cache", "llama-cpp-python"} <= set(machine)
+    assert {"cpu", "kernels", "threads", "kernel cache", "llama-cpp-python"} <= set(machine)
     model = json.loads(run("info", "demo", "--json").stdout)
     assert model["visual tokens per slice"] == 16
     assert model["layers"] == 3
@@ -218,3 +218,17 @@ def test_what_may_not_be_read_is_said_so(command):
     assert result.exit_code == 1, result.exception
     assert result.stderr.startswith("edge-runtime: ")
     assert "Traceback" not in result.stderr
+
+
+def test_an_instruction_set_the_machine_lacks_is_one_sentence():
+    environment = {**os.environ, "EDGE_RUNTIME_ISA": "abacus"}
+    for command in (["run", "Hi"], ["info"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "edge_runtime", *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith("edge-runtime: EDGE_RUNTIME_ISA is 'abacus'")

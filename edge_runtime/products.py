@@ -1,0 +1,132 @@
+"""Matrix products and layer norms of the vision part, in one of two arithmetics behind one interface.
+
+`FloatArithmetic` is the official one: float32 weights and activations. `Int8Arithmetic` stores weights as int8 (one
+scale per output) and quantises activations row by row, with int32 sums; layer norm, softmax and the residual stream
+stay float32. A layer norm's gain and bias are folded into the products that follow it before those are quantised:
+channels that a gain makes fifty times larger than the rest would otherwise take their row's whole range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edge_runtime.errors import BackendUnavailable
+from edge_runtime.weights import Float32
+
+if TYPE_CHECKING:
+    from edge_kernels.linear import PackedWeight
+    from edge_kernels.linear_int8 import PackedInt8Weight
+    from edge_kernels.rows_int8 import QuantizedRows
+
+    Rows = Float32 | QuantizedRows
+
+
+def check_instruction_set() -> None:
+    """Tell early, and in our words, that EDGE_RUNTIME_ISA asks for what this machine does not have.
+
+    Raises
+    ------
+    BackendUnavailable
+        Naming what is possible.
+    """
+    from edge_kernels.compile import isa
+
+    try:
+        isa()
+    except ValueError as error:
+        raise BackendUnavailable(str(error)) from None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Gain and bias of a layer norm: ndarrays [shape=(E,), float32]."""
+
+    gain: Float32
+    bias: Float32
+
+
+Norm = Callable[[Float32], "Rows"]
+"""Layer norm: rows [M, E] → rows that a product of the same arithmetic takes."""
+
+
+class Product(Protocol):
+    """y = x Wᵀ + b: rows [M, K] → ndarray [shape=(M, N), float32]; then tanh-GELU or a residual, where asked for."""
+
+    def __call__(self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None) -> Float32:
+        """Multiply."""
+        ...
+
+
+class Arithmetic(Protocol):
+    """Makes products and norms."""
+
+    def product(self, weight: Float32, bias: Float32 | None, after: Affine | None = None) -> Product:
+        """Pack a product of weight [N, K]; `after` is the layer norm whose `norm` makes its input."""
+        ...
+
+    def norm(self, affine: Affine, epsilon: float) -> Norm:
+        """Make the layer norm that precedes products made with `after=affine`."""
+        ...
+
+
+class FloatArithmetic:
+    """float32 throughout."""
+
+    def product(self, weight: Float32, bias: Float32 | None, after: Affine | None = None) -> Product:
+        """Pack a product; the norm before it is complete in itself."""
+        from edge_kernels.linear import pack_weight
+
+        return _FloatProduct(pack_weight(weight), bias)
+
+    def norm(self, affine: Affine, epsilon: float) -> Norm:
+        """Make a layer norm."""
+        from edge_kernels.norm import layer_norm
+
+        return lambda x: layer_norm(x, affine.gain, affine.bias, epsilon)
+
+
+class Int8Arithmetic:
+    """int8 products with int32 sums."""
+
+    def product(self, weight: Float32, bias: Float32 | None, after: Affine | None = None) -> Product:
+        """Quantise and pack a product, with the norm's gain and bias folded in: W(g·n + b) = (W g) n + W b."""
+        from edge_kernels.linear_int8 import pack_weight_int8
+
+        if after is not None:
+            moved = weight @ after.bias
+            bias = moved if bias is None else bias + moved
+            weight = weight * after.gain
+        return _Int8Product(pack_weight_int8(weight), bias)
+
+    def norm(self, affine: Affine, epsilon: float) -> Norm:
+        """Make a layer norm without gain and bias, quantised in the same pass; once for all products that read it."""
+        from edge_kernels.rows_int8 import layer_norm_quantized
+
+        return lambda x: layer_norm_quantized(x, epsilon)
+
+
+@dataclass(frozen=True)
+class _FloatProduct:
+    weight: PackedWeight
+    bias: Float32 | None
+
+    def __call__(self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None) -> Float32:
+        from edge_kernels.linear import linear
+
+        assert isinstance(x, np.ndarray)
+        return linear(x, self.weight, self.bias, gelu=gelu, residual=residual)
+
+
+@dataclass(frozen=True)
+class _Int8Product:
+    weight: PackedInt8Weight
+    bias: Float32 | None
+
+    def __call__(self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None) -> Float32:
+        from edge_kernels.linear_int8 import linear_int8
+
+        return linear_int8(x, self.weight, self.bias, gelu=gelu, residual=residual)

@@ -1,0 +1,173 @@
+"""Rows → int8, on the fly: quantised alone, or as the last step of a layer norm.
+
+What enters: float32 rows. What leaves: integers in panels, in cells of GROUP successive k as `simd_int8` describes
+them, with a scale and an offset per row; several products can read them. `reference.quantize_rows` defines the
+numbers, bit for bit.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (what numba compiles takes its types from the call)
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_kernels.compile import helper, kernel, parallel_region, rows_view
+from edge_kernels.simd import sum_row, sum_squares_row, take_ticket
+from edge_kernels.simd_int8 import DOT_MR, DOT_TILE, GROUP, quantize_row, row_range
+
+Float32 = NDArray[np.float32]
+
+ROW_ZERO = DOT_TILE.row_zero
+_ROW_INTEGER = np.int16 if DOT_TILE.row_bits == 16 else np.int8
+
+
+class QuantizedRows(NamedTuple):
+    """Rows as `reference.quantize_rows` has them, x ≈ scale · q + offset, in the order the product reads them.
+
+    Attributes
+    ----------
+    panels : ndarray [shape=(⌈m/DOT_MR⌉ · ⌈k/GROUP⌉ · DOT_MR · GROUP,), int8 or int16]
+        q in panels of DOT_MR rows, each [k / GROUP][row][GROUP], padded with zeros. The layout belongs to this
+        machine. Machines that multiply unsigned × signed have q + 128, as bit pattern.
+    scale, offset : ndarray [shape=(m,), float32]
+        Per row.
+    m, k : int
+        Number of rows and of columns.
+    """
+
+    panels: NDArray[Any]
+    scale: Float32
+    offset: Float32
+    m: int
+    k: int
+
+
+@helper
+def _factor_and_scale(half):
+    """Return 127 / half and half / 127, with the exceptions of `reference.quantize_rows`."""
+    factor = np.float32(127.0) / half
+    if math.isnan(half):
+        return np.float32(0.0), half
+    if math.isinf(factor):
+        return np.float32(0.0), np.float32(0.0)
+    return factor, half / np.float32(127.0)
+
+
+@helper
+def quantize_into(x, start, k, middle, half, scratch):
+    """Write the integers of a row to `scratch`; return the scale."""
+    factor, scale = _factor_and_scale(half)
+    if factor == 0.0:
+        for j in range(k):
+            scratch[j] = 0
+    else:
+        quantize_row(x, start, k, middle, factor, scratch, 0)
+    return scale
+
+
+@helper
+def scatter(scratch, cells, panels, start, row, rows, zero):
+    """Put a row of cells into a panel of `rows` rows that begins at `start`."""
+    for cell in range(cells):
+        at = start + (cell * rows + row) * GROUP
+        for i in range(GROUP):
+            panels[at + i] = scratch[cell * GROUP + i] ^ zero
+
+
+@helper
+def _quantize_panel(x, x_stride, m, k, normalise, eps, panels, scale, offset, panel, scratch, normal):
+    cells = (k + GROUP - 1) // GROUP
+    start = panel * cells * DOT_MR * GROUP
+    for r in range(DOT_MR):
+        row = panel * DOT_MR + r
+        if row >= m:
+            for j in range(cells * GROUP):
+                scratch[j] = 0
+        elif normalise:
+            mean = sum_row(x, row * x_stride, k) / np.float32(k)
+            variance = sum_squares_row(x, row * x_stride, k, mean) / np.float32(k)
+            factor = np.float32(1.0) / math.sqrt(variance + eps)
+            for j in range(k):
+                normal[j] = (x[row * x_stride + j] - mean) * factor
+            middle, half = row_range(normal, 0, k)
+            scale[row] = quantize_into(normal, 0, k, middle, half, scratch)
+            offset[row] = middle
+        else:
+            middle, half = row_range(x, row * x_stride, k)
+            scale[row] = quantize_into(x, row * x_stride, k, middle, half, scratch)
+            offset[row] = middle
+        scatter(scratch, cells, panels, start, r, DOT_MR, -ROW_ZERO)  # ^ -128 adds 128 to a byte
+
+
+@helper
+def _quantize_worker(x, x_stride, m, k, normalise, eps, panels, scale, offset, tickets):
+    scratch = np.zeros((k + GROUP - 1) // GROUP * GROUP, _ROW_INTEGER)
+    normal = np.empty(k, np.float32)
+    panel = take_ticket(tickets)
+    while panel * DOT_MR < m:
+        _quantize_panel(x, x_stride, m, k, normalise, eps, panels, scale, offset, panel, scratch, normal)
+        panel = take_ticket(tickets)
+
+
+@kernel
+def _quantize_rows(x, x_stride, m, k, normalise, eps, panels, scale, offset, tickets, workers):
+    for _ in numba.prange(workers):
+        _quantize_worker(x, x_stride, m, k, normalise, np.float32(eps), panels, scale, offset, tickets)
+
+
+def _quantize(x: Float32, eps: float | None) -> QuantizedRows:
+    m, k = x.shape
+    panels = np.empty(-(-m // DOT_MR) * -(-k // GROUP) * DOT_MR * GROUP, _ROW_INTEGER)
+    scale, offset = np.empty(m, np.float32), np.empty(m, np.float32)
+    if m > 0:
+        rows, row_stride = rows_view(x)
+        with parallel_region() as workers:
+            _quantize_rows(
+                rows, row_stride, m, k, eps is not None, float(eps or 0.0), panels, scale, offset,
+                np.zeros(1, np.int64), workers,
+            )  # fmt: skip
+    return QuantizedRows(panels, scale, offset, m, k)
+
+
+def quantize_rows(x: Float32) -> QuantizedRows:
+    """Quantise rows for one or more products; `reference.quantize_rows` defines it.
+
+    Runs in parallel. Integers, scales and offsets are those of the reference, bit by bit. Reads M·K floats,
+    writes M·K integers of one or two bytes.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, K), float32]
+        Rows, K ≥ 1.
+
+    Returns
+    -------
+    QuantizedRows
+    """
+    return _quantize(x, None)
+
+
+def layer_norm_quantized(x: Float32, eps: float) -> QuantizedRows:
+    """Normalise rows and quantise them in one pass; `reference.layer_norm_quantized` defines it.
+
+    Runs in parallel. Without gain and bias, which belong in the weight and bias that follow. An integer may
+    differ by 1 from the reference's, where the two normal values lie on two sides of a half.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, K), float32]
+        Rows, K ≥ 1.
+    eps : float
+        Added to the variance, > 0.
+
+    Returns
+    -------
+    QuantizedRows
+    """
+    return _quantize(x, eps)

@@ -1,0 +1,343 @@
+"""Integer dot products as LLVM IR, and the table that says which machine gets which int8 register tile.
+
+What enters and what leaves: as in `simd`, for the int8 family. The operands of a tile lie in *cells* of `group`
+successive k, [k / group][row or output][group], so that one lane of a vector holds one cell and one instruction
+sums over it:
+
+    vpdpbusd  AVX-512 VNNI, AVX-VNNI   4 products of unsigned × signed bytes into an int32 lane: rows carry +128
+    sdot      ARMv8.2 dotprod          4 products of signed bytes into an int32 lane
+    smmla     ARMv8.6 i8mm             2 rows × 2 outputs × 8 products of signed bytes into four int32 lanes
+    pairs     all others               2 products of int16 into an int32 lane (pmaddwd on x86)
+
+Why `pairs` on AVX2 and not pmaddubsw: that one takes unsigned × signed too, but saturates at 16 bits, so that it
+needs a sign flip of the weight per row, and it leaves 16-bit sums to be widened. Counted in instructions per
+product the two are equal; int16 has no worst case and takes one register less. Rows are widened when they are
+quantised, weights when they are loaded: in memory they are bytes.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (what numba compiles takes its types from the call)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from edge_kernels.compile import isa
+from edge_kernels.simd import (
+    _FLOAT,
+    _INT,
+    _VECTOR,
+    TILE,
+    _address,
+    _constant,
+    _floats,
+    _index,
+    _larger,
+    _load,
+    _loop,
+    _splat,
+    _store,
+    _takes,
+)
+
+
+class DotTile(NamedTuple):
+    """A tile of int32 sums held in registers: `rows` × (`vectors` · `width`), made by `instruction`.
+
+    With smmla a vector of sums covers 2 rows × 2 outputs, so `rows` is even, and `vectors` · `width` outputs take
+    2 · `vectors` vectors of weights.
+    """
+
+    instruction: str
+    rows: int
+    vectors: int
+    width: int
+
+    @property
+    def group(self) -> int:
+        """Successive k in a cell."""
+        return {"vpdpbusd": 4, "sdot": 4, "smmla": 8, "pairs": 2}[self.instruction]
+
+    @property
+    def row_bits(self) -> int:
+        """Width of the integers that rows are kept in."""
+        return 16 if self.instruction == "pairs" else 8
+
+    @property
+    def row_zero(self) -> int:
+        """What is added to the integers of the rows, to make them unsigned."""
+        return 128 if self.instruction == "vpdpbusd" else 0
+
+
+# By the names of `compile.ISAS`; registers as in `simd.TILES`, and for `pairs` one more for the product.
+DOT_TILES: dict[str, DotTile] = {
+    "avx512vnni": DotTile("vpdpbusd", rows=8, vectors=3, width=16),
+    "avx512": DotTile("pairs", rows=8, vectors=3, width=16),
+    "avxvnni": DotTile("vpdpbusd", rows=6, vectors=2, width=8),
+    "avx2": DotTile("pairs", rows=6, vectors=2, width=8),
+    "neon-i8mm": DotTile("smmla", rows=8, vectors=3, width=4),
+    "neon-dot": DotTile("sdot", rows=6, vectors=4, width=4),
+    "neon": DotTile("pairs", rows=4, vectors=2, width=4),
+    "portable": DotTile("pairs", rows=4, vectors=2, width=4),
+}
+DOT_TILE = DOT_TILES[isa()]
+
+DOT_MR = DOT_TILE.rows
+DOT_NR = DOT_TILE.vectors * DOT_TILE.width
+GROUP = DOT_TILE.group
+
+_BYTE = ir.IntType(8)
+_SHORT = ir.IntType(16)
+
+# 1.5 · 2^23: adding it rounds to an integer (halves to even), which is then in the low bits.
+_ROUND = 12582912.0
+
+
+# --- one step of a tile -------------------------------------------------------------------------------------
+
+
+def _call(builder: ir.IRBuilder, name: str, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Call an intrinsic (sums, a, b) → new sums."""
+    function_type = ir.FunctionType(sums.type, [sums.type, a.type, b.type])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [sums, a, b])
+
+
+def _repeat(builder: ir.IRBuilder, cell: ir.Value, count: int) -> ir.Value:
+    """Copy a cell, taken as one int32, into all lanes."""
+    undefined = ir.Constant(ir.VectorType(_INT, count), ir.Undefined)
+    lane = builder.insert_element(undefined, cell, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(_INT, count), [0] * count))
+
+
+def _pairs(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Emit sums + a[even] · b[even] + a[odd] · b[odd] for int16, in the form that LLVM knows as pmaddwd."""
+    n = sums.type.count
+    wide = ir.VectorType(_INT, 2 * n)
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    even, odd = (
+        builder.shuffle_vector(products, products, ir.Constant(ir.VectorType(_INT, n), list(range(first, 2 * n, 2))))
+        for first in (0, 1)
+    )
+    return builder.add(sums, builder.add(even, odd))
+
+
+def _cell_step(
+    builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, sums: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Add the products of one cell of each row and each output; sums lie [row][vector]."""
+    lanes = tile.width * tile.group
+    operands = []
+    for v in range(tile.vectors):
+        at = _address(builder, b, _index(v * lanes), element=_BYTE)
+        weight = _load(builder, at, ir.VectorType(_BYTE, lanes), 1)
+        if tile.instruction == "pairs":
+            operands.append(builder.sext(weight, ir.VectorType(_SHORT, lanes)))
+        elif tile.instruction == "vpdpbusd":
+            # As older LLVM declares it, in int32 lanes; newer LLVM reads this too and turns it into bytes.
+            operands.append(builder.bitcast(weight, ir.VectorType(_INT, tile.width)))
+        else:
+            operands.append(weight)
+    results = []
+    for i in range(tile.rows):
+        cell = _load(builder, _address(builder, a, _index(4 * i), element=_BYTE), _INT)
+        factor = builder.bitcast(_repeat(builder, cell, tile.width), operands[0].type)
+        for v in range(tile.vectors):
+            s = sums[i * tile.vectors + v]
+            if tile.instruction == "pairs":
+                results.append(_pairs(builder, s, factor, operands[v]))
+            elif tile.instruction == "vpdpbusd":
+                name = f"llvm.x86.avx512.vpdpbusd.{32 * tile.width}"
+                results.append(_call(builder, name, s, factor, operands[v]))
+            else:
+                results.append(_call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", s, factor, operands[v]))
+    return results
+
+
+def _matrix_step(
+    builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, sums: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Do as `_cell_step` with 2 × 2 blocks of sums, which lie [pair of rows][pair of outputs]."""
+    bytes_ = ir.VectorType(_BYTE, 16)  # two cells
+    row_pairs, output_pairs = tile.rows // 2, tile.vectors * tile.width // 2
+    operands = [
+        _load(builder, _address(builder, b, _index(16 * j), element=_BYTE), bytes_, 1) for j in range(output_pairs)
+    ]
+    results = []
+    for i in range(row_pairs):
+        factor = _load(builder, _address(builder, a, _index(16 * i), element=_BYTE), bytes_, 1)
+        for j, operand in enumerate(operands):
+            s = sums[i * output_pairs + j]
+            results.append(_call(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", s, factor, operand))
+    return results
+
+
+def _rows_of_blocks(builder: ir.IRBuilder, tile: DotTile, sums: Sequence[ir.Value]) -> list[ir.Value]:
+    """Turn the sums of `_matrix_step` into rows, [row][vector]: two blocks side by side give a vector of each row."""
+    output_pairs = tile.vectors * tile.width // 2
+    result = []
+    for row in range(tile.rows):
+        half = [0, 1, 4, 5] if row % 2 == 0 else [2, 3, 6, 7]
+        mask = ir.Constant(ir.VectorType(_INT, 4), half)
+        for v in range(tile.vectors):
+            s = row // 2 * output_pairs + 2 * v
+            result.append(builder.shuffle_vector(sums[s], sums[s + 1], mask))
+    return result
+
+
+def _dot_tile(
+    builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, cells: ir.Value, c: ir.Value, accumulate: ir.Value
+) -> None:
+    """Emit `dot_tile` for any tile, from addresses: a, b and c point at the first element."""
+    a_step = tile.rows * tile.group * tile.row_bits // 8
+    b_step = tile.vectors * tile.width * tile.group
+    matrix = tile.instruction == "smmla"
+    vector = ir.VectorType(_INT, tile.width)
+    take = _matrix_step if matrix else _cell_step
+
+    def step(i: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        a_cell = _address(builder, a, builder.mul(i, _index(a_step)), element=_BYTE)
+        b_cell = _address(builder, b, builder.mul(i, _index(b_step)), element=_BYTE)
+        return take(builder, tile, a_cell, b_cell, sums)
+
+    sums = _loop(builder, _index(0), cells, 1, [_constant(vector, 0)] * (tile.rows * tile.vectors), step)
+    if matrix:
+        sums = _rows_of_blocks(builder, tile, sums)
+    addresses = [_address(builder, c, _index(s * tile.width), element=_INT) for s in range(len(sums))]
+    with builder.if_else(builder.icmp_signed("!=", accumulate, _index(0))) as (then, otherwise):
+        with then:
+            for s, address in zip(sums, addresses, strict=True):
+                _store(builder, builder.add(_load(builder, address, vector), s), address)
+        with otherwise:
+            for s, address in zip(sums, addresses, strict=True):
+                _store(builder, s, address)
+
+
+# --- for numba ----------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def dot_tile(typing_context, a, a_offset, b, b_offset, cells, c, c_offset, accumulate):
+    """Multiply DOT_MR rows with one panel; this loop is where the time of `linear_int8` goes.
+
+    c[i, j] (+)= Σ a[a_offset + (g · DOT_MR + i) · GROUP + l] · b[b_offset + (g · DOT_NR + j) · GROUP + l]
+
+    over g < cells and l < GROUP, in int32. `a` is int8 (unsigned where `row_zero` is 128) or int16, `b` int8. `c`
+    has DOT_MR rows of DOT_NR elements, all of which are written; `accumulate` 0 overwrites it, 1 adds to it.
+    """
+
+    def generate(context, builder, signature, args):
+        _, a_offset, _, b_offset, cells, _, c_offset, accumulate = args
+        a, b, c = (_floats(context, builder, signature, args, position) for position in (0, 2, 5))
+        a = _address(builder, a, a_offset, element=ir.IntType(DOT_TILE.row_bits))
+        b = _address(builder, b, b_offset, element=_BYTE)
+        c = _address(builder, c, c_offset, element=_INT)
+        _dot_tile(builder, DOT_TILE, a, b, cells, c, accumulate)
+        return context.get_dummy_value()
+
+    return _takes(a, a_offset, b, b_offset, cells, c, c_offset, accumulate), generate
+
+
+_RANGES = 4  # vectors of partial results: enough to hide the latency of a comparison
+
+
+@intrinsic
+def row_range(typing_context, x, offset, n):
+    """Return (max + min) / 2 and (max - min) / 2 of x[offset : offset + n], n ≥ 1.
+
+    Both are NaN where the row has NaN or infinity. No intermediate result overflows.
+    """
+
+    def generate(context, builder, signature, args):
+        row, n = _address(builder, _floats(context, builder, signature, args, 0), args[1]), args[2]
+
+        def smaller(a: ir.Value, b: ir.Value) -> ir.Value:
+            return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+        def poison(value: ir.Value, sum_: ir.Value) -> ir.Value:  # 0, or NaN once a value was not finite
+            return builder.fadd(sum_, builder.fmul(value, _constant(value.type, 0.0)))
+
+        def take(value: ir.Value, state: Sequence[ir.Value]) -> list[ir.Value]:
+            return [smaller(value, state[0]), _larger(builder, value, state[1]), poison(value, state[2])]
+
+        def vectors(j: ir.Value, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            results = []
+            for v in range(_RANGES):
+                value = _load(builder, _address(builder, row, j, _index(v * TILE.width)))
+                results += take(value, states[3 * v : 3 * v + 3])
+            return results
+
+        def scalar(j: ir.Value, state: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            return take(_load(builder, _address(builder, row, j), _FLOAT), state)
+
+        def merge(a: Sequence[ir.Value], b: Sequence[ir.Value]) -> list[ir.Value]:
+            return [smaller(a[0], b[0]), _larger(builder, a[1], b[1]), builder.fadd(a[2], b[2])]
+
+        chunk = _RANGES * TILE.width
+        whole = builder.mul(builder.sdiv(n, _index(chunk)), _index(chunk))
+        first = [_constant(_VECTOR, value) for value in (float("inf"), float("-inf"), 0.0)]
+        flat = _loop(builder, _index(0), whole, chunk, first * _RANGES, vectors)
+        states = [flat[3 * v : 3 * v + 3] for v in range(_RANGES)]
+        while len(states) > 1:
+            states = [merge(one, other) for one, other in zip(states[::2], states[1::2], strict=True)]
+        lanes = [
+            [builder.extract_element(part, ir.Constant(_INT, lane)) for part in states[0]]
+            for lane in range(TILE.width)
+        ]
+        while len(lanes) > 1:
+            lanes = [merge(one, other) for one, other in zip(lanes[::2], lanes[1::2], strict=True)]
+        low, high, broken = _loop(builder, whole, n, 1, lanes[0], scalar)
+        low, high = (builder.fmul(value, _constant(_FLOAT, 0.5)) for value in (low, high))
+        middle, half = (builder.fadd(value, broken) for value in (builder.fadd(high, low), builder.fsub(high, low)))
+        return context.make_tuple(builder, signature.return_type, [middle, half])
+
+    return types.UniTuple(types.float32, 2)(x, types.int64, types.int64), generate
+
+
+@intrinsic
+def quantize_row(typing_context, x, offset, n, middle, factor, q, q_offset):
+    """Write (x - middle) · factor to q (int8 or int16), rounded (halves to even) and kept within ±127.
+
+    Of n elements. NaN becomes some integer in that range.
+    """
+    element = ir.IntType(q.dtype.bitwidth)
+
+    def generate(context, builder, signature, args):
+        _, offset, n, middle, factor, _, q_offset = args
+        row = _address(builder, _floats(context, builder, signature, args, 0), offset)
+        out = _address(builder, _floats(context, builder, signature, args, 5), q_offset, element=element)
+
+        def emit(j: ir.Value, type_: ir.Type) -> None:
+            ints: ir.Type = _INT
+            narrow: ir.Type = element
+            m, f = middle, factor
+            if isinstance(type_, ir.VectorType):
+                ints, narrow = ir.VectorType(_INT, type_.count), ir.VectorType(element, type_.count)
+                m, f = (_splat(builder, value) for value in (m, f))
+            value = builder.fmul(builder.fsub(_load(builder, _address(builder, row, j), type_), m), f)
+            value = _larger(builder, value, _constant(type_, -127.0))
+            limit = _constant(type_, 127.0)
+            value = builder.select(builder.fcmp_ordered("<", value, limit), value, limit)
+            bits = builder.bitcast(builder.fadd(value, _constant(type_, _ROUND)), ints)
+            _store(builder, builder.trunc(bits, narrow), _address(builder, out, j, element=element), 1)
+
+        def vectors(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            emit(j, _VECTOR)
+            return []
+
+        def scalar(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            emit(j, _FLOAT)
+            return []
+
+        whole = builder.mul(builder.sdiv(n, _index(TILE.width)), _index(TILE.width))
+        _loop(builder, _index(0), whole, TILE.width, [], vectors)
+        _loop(builder, whole, n, 1, [], scalar)
+        return context.get_dummy_value()
+
+    index, real = types.int64, types.float32
+    return types.none(x, index, index, real, real, q, index), generate

@@ -1,0 +1,376 @@
+"""The int8 family against `edge_kernels.reference`: integers exactly, the float32 part to a few roundings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llvmlite import ir
+
+from edge_kernels import compile as compilation
+from edge_kernels import reference, simd, simd_int8
+from edge_kernels.compile import set_threads
+from edge_kernels.linear_int8 import COLUMN_BLOCK, K_BLOCK, ROW_BLOCK, linear_int8, pack_weight_int8
+from edge_kernels.rows_int8 import ROW_ZERO, QuantizedRows, layer_norm_quantized, quantize_rows
+from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP
+
+U = 2.0**-24  # unit roundoff of float32
+# GELU as in test_operations: 3 U · |x| on either side.
+GELU_PER_X = 6 * U
+# The float32 part is three products and two sums of three terms; either side rounds each of them once at most.
+EPILOGUE = 8 * U
+
+
+def random(*shape, seed=0, scale=1.0):
+    return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
+
+
+def unpack(rows):
+    """Bring quantised rows back into the order of the reference."""
+    cells = -(-rows.k // GROUP)
+    q = rows.panels.reshape(-1, cells, DOT_MR, GROUP).swapaxes(1, 2).reshape(-1, cells * GROUP)
+    q = (q.view(np.uint8).astype(np.int16) - ROW_ZERO).astype(np.int8) if ROW_ZERO else q.astype(np.int8)
+    assert not q[:, rows.k :].any(), "padding"
+    assert not q[rows.m :].any(), "padding"
+    return q[: rows.m, : rows.k]
+
+
+def sums_of(rows, weight):
+    """Run the product with all scales 1 and offsets 0: the sums themselves, as float32 has them."""
+    plain = QuantizedRows(rows.panels, np.ones(rows.m, np.float32), np.zeros(rows.m, np.float32), rows.m, rows.k)
+    return linear_int8(plain, pack_weight_int8(weight, np.ones(len(weight), np.float32)))
+
+
+def tolerance(x, q_weight, scale, bias, result):
+    """EPILOGUE of the sum of the terms' magnitudes, after an activation of slope up to 1.13."""
+    q, x_scale, x_offset = reference.quantize_rows(x)
+    terms = np.abs(x_scale[:, None] * scale * reference.int8_sums(q, q_weight))
+    terms += np.abs(x_offset[:, None] * scale * q_weight.sum(1, dtype=np.int32)) + np.abs(bias)
+    return 1.2 * EPILOGUE * terms + (GELU_PER_X + U) * np.maximum(1, np.abs(result))
+
+
+def check_linear_int8(m, n, k, *, with_bias=True, gelu=False, with_residual=False, seed=0):
+    x, weight = random(m, k, seed=seed) + np.float32(0.3), random(n, k, seed=seed + 1, scale=k**-0.5)
+    bias = random(n, seed=seed) if with_bias else None
+    residual = random(m, n, seed=seed + 2) if with_residual else None
+    q, scale, offset = reference.quantize_rows(x)
+    q_weight, w_scale = reference.quantize_weight(weight)
+
+    rows, packed = quantize_rows(x), pack_weight_int8(weight)
+    np.testing.assert_array_equal(unpack(rows), q)
+    np.testing.assert_array_equal(rows.scale, scale)
+    np.testing.assert_array_equal(rows.offset, offset)
+    np.testing.assert_array_equal(packed.scales[:n], w_scale)
+    np.testing.assert_array_equal(packed.sums[:n], q_weight.sum(1, dtype=np.int32))
+    np.testing.assert_array_equal(sums_of(rows, q_weight), reference.int8_sums(q, q_weight).astype(np.float32))
+
+    expected = reference.linear_int8(x, q_weight, w_scale, bias, gelu=gelu, residual=residual)
+    actual = linear_int8(rows, packed, bias, gelu=gelu, residual=residual)
+    assert actual.shape == expected.shape
+    assert actual.dtype == np.float32
+    error = np.abs(actual - expected)
+    allowed = tolerance(x, q_weight, w_scale, 0 if bias is None else bias, expected)
+    at = np.unravel_index(np.argmax(error - allowed), error.shape)
+    assert (error <= allowed).all(), (
+        f"off at {at}: {actual[at]!r}, expected {expected[at]!r}; max {error.max():.3g}, mean {error.mean():.3g}"
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3, 17, 304, 1152])
+@pytest.mark.parametrize("n", [1, 15, 17, 100])
+@pytest.mark.parametrize("m", [1, 5, 7, 131])
+def test_linear_int8_against_reference(m, n, k):
+    check_linear_int8(m, n, k)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_int8_epilogue_against_reference(with_bias, gelu, with_residual):
+    check_linear_int8(131, 100, 304, with_bias=with_bias, gelu=gelu, with_residual=with_residual)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    m=st.integers(1, 2 * DOT_MR + 1),
+    n=st.integers(1, 2 * DOT_NR + 1),
+    k=st.integers(1, 40),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+)
+def test_linear_int8_of_any_small_size_against_reference(m, n, k, flags):
+    check_linear_int8(m, n, k, with_bias=flags[0], gelu=flags[1], with_residual=flags[2])
+
+
+@pytest.mark.parametrize(
+    "m, n, k",
+    [(ROW_BLOCK - 1, COLUMN_BLOCK, K_BLOCK + 1), (ROW_BLOCK + 1, COLUMN_BLOCK + 1, K_BLOCK), (2, 3, 2 * K_BLOCK + 3)],
+)
+def test_linear_int8_at_block_borders_against_reference(m, n, k):
+    check_linear_int8(m, n, k, gelu=True, with_residual=True)
+
+
+@pytest.mark.parametrize("k", [4, 301, 4304])
+def test_the_largest_integers_do_not_saturate_against_reference(k):
+    """All ±127: sums of two products are 32258, just below what 16 bits hold, those of four are twice that."""
+    for signs in ([1], [-1], [1, -1], [1, 1, -1, -1]):
+        x = np.resize(np.array(signs, np.float32), k)
+        x = np.stack([127 * x, -127 * x, np.resize(np.float32([127, -127]), k)])
+        q = np.where(np.arange(k) % 3 < 2, 127, -127) * np.ones((DOT_NR + 1, 1))
+        q_weight = np.concatenate([q, np.full((3, k), 127), np.full((2, k), -127), x]).astype(np.int8)
+        if k > 1:
+            x = np.concatenate([x, [np.resize(np.float32([127, 127, 127, -127]), k)]]).astype(np.float32)
+        rows = quantize_rows(x)
+        np.testing.assert_array_equal(unpack(rows), reference.quantize_rows(x)[0])
+        expected = reference.int8_sums(unpack(rows), q_weight)
+        np.testing.assert_array_equal(sums_of(rows, q_weight), expected.astype(np.float32))
+        # The reference itself, in 64 bits.
+        np.testing.assert_array_equal(expected, unpack(rows).astype(np.int64) @ q_weight.T.astype(np.int64))
+
+
+# --- quantising ---------------------------------------------------------------------------------------------
+
+
+def test_quantised_rows_are_within_half_a_step():
+    x = random(40, 333) * np.logspace(-20, 20, 40, dtype=np.float32)[:, None] + random(40, 1, seed=1)
+    q, scale, offset = reference.quantize_rows(x)
+    back = q.astype(np.float64) * scale[:, None] + offset[:, None]
+    # The float32 offset may be off by half an ulp of the values, and with it the row's ends.
+    assert (np.abs(back - x) <= 0.5001 * scale[:, None] + 4 * U * np.abs(x).max(1, keepdims=True)).all()
+    weight = random(40, 333, seed=2)
+    q, scale = reference.quantize_weight(weight)
+    assert (np.abs(q * scale[:, None].astype(np.float64) - weight) <= 0.5001 * scale[:, None]).all()
+    assert (np.abs(q).max(1) == 127).all()
+
+
+EXTREME = np.array(
+    [
+        [7.0] * 37,
+        [0.0] * 37,
+        [-0.0] * 37,
+        [3.4e38, -3.4e38] + [1e38] * 35,
+        [1e-45, 0.0] + [1e-45] * 35,
+        [1e-38, -1e-38] + [5e-39] * 35,
+        [1e-30, -3e-30] + [2e-30] * 35,
+        [np.nextafter(np.float32(1000), np.float32(2000)), 1000.0] + [1000.0] * 35,
+        [*np.linspace(-127, 127, 37)],
+        [
+            *(np.arange(37) - 18.5),
+        ][:37],
+        [127.0, -127.0] + [0.5, 1.5, 2.5, -0.5, -1.5] * 7,
+    ],
+    np.float32,
+)
+
+
+def test_extreme_rows_against_reference():
+    q, scale, offset = reference.quantize_rows(EXTREME)
+    assert np.isfinite(scale).all()
+    assert np.isfinite(offset).all()
+    rows = quantize_rows(EXTREME)
+    np.testing.assert_array_equal(unpack(rows), q)
+    np.testing.assert_array_equal(rows.scale, scale)
+    np.testing.assert_array_equal(rows.offset, offset)
+    q, scale = reference.quantize_weight(EXTREME)
+    packed = pack_weight_int8(EXTREME)
+    np.testing.assert_array_equal(packed.scales[: len(scale)], scale)
+    np.testing.assert_array_equal(packed.sums[: len(scale)], q.sum(1, dtype=np.int32))
+
+
+def test_constant_rows_are_exact():
+    weight = random(20, 50)
+    q_weight, scale = reference.quantize_weight(weight)
+    x = np.repeat(np.array([[7.0], [0.0], [-3.5]], np.float32), 50, axis=1)
+    result = linear_int8(x, pack_weight_int8(weight))
+    exact = x[:, :1].astype(np.float64) * (scale.astype(np.float64) * q_weight.sum(1))
+    np.testing.assert_allclose(result, exact, rtol=4 * U, atol=0)
+
+
+def test_nan_and_infinity_spoil_their_row_and_no_other():
+    x, weight = random(9, 70), random(18, 70, seed=1)
+    clean = linear_int8(x, pack_weight_int8(weight))
+    x[3, 4], x[5, 69], x[6, 0] = np.nan, np.inf, -np.inf
+    for gelu in (False, True):
+        result = linear_int8(x, pack_weight_int8(weight), gelu=gelu)
+        assert np.isnan(result[[3, 5, 6]]).all()
+        assert np.isfinite(np.delete(result, [3, 5, 6], axis=0)).all()
+    np.testing.assert_array_equal(
+        np.delete(linear_int8(x, pack_weight_int8(weight)), [3, 5, 6], 0), clean[[0, 1, 2, 4, 7, 8]]
+    )
+    np.testing.assert_array_equal(unpack(quantize_rows(x)), reference.quantize_rows(x)[0])
+    weight[2, 3] = np.nan
+    result = linear_int8(np.delete(x, [3, 5, 6], axis=0), pack_weight_int8(weight))
+    assert np.isnan(result[:, 2]).all()
+    assert np.isfinite(np.delete(result, 2, axis=1)).all()
+
+
+@pytest.mark.parametrize("e", [1, 17, 160, 1152])
+@pytest.mark.parametrize("m", [1, 13])
+def test_layer_norm_quantized_against_reference(m, e):
+    x = random(m, e) + np.float32(3)
+    q, scale, offset = reference.layer_norm_quantized(x, 1e-6)
+    rows = layer_norm_quantized(x, 1e-6)
+    assert np.abs(unpack(rows).astype(int) - q).max() <= 1
+    assert np.mean(unpack(rows) != q) <= 0.01
+    # As in test_operations: 8 U of |value| + 1, and the largest value is 127 steps and the offset.
+    np.testing.assert_allclose(rows.scale * 127, scale * 127, rtol=0, atol=8 * U * (np.abs(scale).max() * 127 + 4))
+    np.testing.assert_allclose(rows.offset, offset, rtol=0, atol=8 * U * (np.abs(scale).max() * 127 + 4))
+
+
+# --- arguments, rows, threads -------------------------------------------------------------------------------
+
+
+def test_linear_int8_takes_any_layout():
+    x, weight, bias, residual = random(31, 40), random(20, 40, seed=1), random(20), random(31, 20)
+    q_weight, scale = reference.quantize_weight(weight)
+    expected = linear_int8(x, pack_weight_int8(weight), bias, residual=residual)
+    wide, wide_residual = random(31, 100), random(31, 50)
+    wide[:, 7:47], wide_residual[:, 3:23] = x, residual
+    frozen = weight.copy()
+    frozen.flags.writeable = False
+    for packed in (
+        pack_weight_int8(frozen),
+        pack_weight_int8(np.asfortranarray(weight)),
+        pack_weight_int8(weight.astype(np.float64)),
+        pack_weight_int8(q_weight, scale),
+        pack_weight_int8(np.asfortranarray(q_weight), scale),
+    ):
+        np.testing.assert_array_equal(linear_int8(x, packed, bias, residual=residual), expected)
+    for other in (wide[:, 7:47], np.asfortranarray(x), x.astype(np.float64), quantize_rows(x)):
+        result = linear_int8(other, packed, bias, residual=wide_residual[:, 3:23])
+        np.testing.assert_array_equal(result, expected)
+    assert linear_int8(x, packed, bias, residual=residual, out=residual) is residual
+    np.testing.assert_array_equal(residual, expected)
+    assert linear_int8(x[:0], packed).shape == (0, 20)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        linear_int8(x, packed, out=np.empty((20, 31), np.float32).T)
+
+
+def test_linear_int8_rows_do_not_depend_on_each_other():
+    x, weight = random(40, 300), pack_weight_int8(random(50, 300, seed=1))
+    together = linear_int8(x, weight, gelu=True)
+    for i in range(40):
+        np.testing.assert_array_equal(linear_int8(x[i : i + 1], weight, gelu=True)[0], together[i])
+
+
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one CPU only")
+def test_int8_results_do_not_depend_on_the_number_of_threads():
+    x, weight, bias = random(131, 304), random(200, 304, seed=1), random(200)
+    results = []
+    try:
+        for n in range(1, min(numba.config.NUMBA_NUM_THREADS, 8) + 1):
+            set_threads(n)
+            packed = pack_weight_int8(weight)
+            rows = layer_norm_quantized(x, 1e-6)
+            results.append([packed.panels, rows.panels, linear_int8(x, packed, bias, gelu=True)])
+    finally:
+        set_threads(None)
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(one, two)
+
+
+# --- machines -----------------------------------------------------------------------------------------------
+
+
+def test_every_instruction_set_has_its_tiles():
+    assert set(compilation.ISAS) == set(simd.TILES) == set(simd_int8.DOT_TILES)
+    for name, tile in simd_int8.DOT_TILES.items():
+        registers = 32 if name.startswith(("avx512", "neon")) else 16
+        spare = 2 if tile.instruction == "pairs" else 1
+        operands = tile.vectors * (2 if tile.instruction == "smmla" else 1)
+        assert tile.rows * tile.vectors + operands + spare <= registers
+
+
+def assembly(name, triple, features):
+    """Compile a tile by itself for some machine; gives what is in its loop's function."""
+    tile = simd_int8.DOT_TILES[name]
+    module = ir.Module()
+    module.triple = triple
+    pointer, index = ir.IntType(8).as_pointer(), ir.IntType(64)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, pointer, index, pointer, index]), "tile")
+    builder = ir.IRBuilder(function.append_basic_block())
+    simd_int8._dot_tile(builder, tile, *function.args)
+    builder.ret_void()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    machine = llvm.Target.from_triple(triple).create_target_machine(features=features, opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(parsed, passes)
+    lines = machine.emit_assembly(parsed).splitlines()
+    return [line.split("#")[0].strip().expandtabs(1) for line in lines if line.startswith("\t") and line[1] != "."]
+
+
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+
+
+@pytest.mark.parametrize(
+    "name, triple, features, mnemonic, register",
+    [
+        ("avx512vnni", X86, "+avx512f,+avx512bw,+avx512vnni", "vpdpbusd", "%zmm"),
+        ("avxvnni", X86, "+avx2,+fma,+avxvnni", "vpdpbusd", "%ymm"),
+        ("avxvnni", X86, "+avx512f,+avx512vl,+avx512vnni", "vpdpbusd", "%ymm"),
+        ("avx512", X86, "+avx512f,+avx512bw", "vpmaddwd", "%zmm"),
+        ("avx2", X86, "+avx2,+fma", "vpmaddwd", "%ymm"),
+        ("portable", X86, "", "pmaddwd", "%xmm"),
+        ("neon-dot", ARM, "+neon,+dotprod", "sdot", ".4s"),
+        ("neon-i8mm", ARM, "+neon,+i8mm", "smmla", ".4s"),
+        ("neon", ARM, "+neon", "smull", ".4s"),
+        ("portable", ARM, "+neon", "smull", ".4s"),
+    ],
+)
+def test_the_tile_compiles_to_its_instruction(name, triple, features, mnemonic, register):
+    """Machines that are not here: the code is made and read, not run."""
+    tile = simd_int8.DOT_TILES[name]
+    lines = assembly(name, triple, features)
+    found = [line for line in lines if mnemonic in line.split() and register in line]
+    assert len(found) >= tile.rows * tile.vectors
+    stack = [
+        line for line in lines if ("(%rsp)" in line or "[sp" in line) and ("mm" in line or "q" in line.split()[1])
+    ]
+    assert len(stack) <= 16, "sums are spilled:\n" + "\n".join(stack)
+
+
+def run_with(isa, *command):
+    environment = os.environ | {"EDGE_RUNTIME_ISA": isa, "PYTHONPATH": str(Path(simd.__file__).parent.parent)}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    absent = next(
+        name for name in reversed(compilation.ISAS) if not compilation.ISAS[name] <= compilation.cpu_features()
+    )
+    for name, reason in ((absent, "this machine lacks"), ("mmx", "there is no such instruction set")):
+        result = run_with(name, "-c", "import edge_kernels.linear_int8")
+        assert result.returncode != 0
+        assert f"EDGE_RUNTIME_ISA is {name!r}, but {reason}" in result.stderr
+        assert "portable" in result.stderr
+
+
+def test_the_instruction_set_is_part_of_the_cache_key():
+    code = "from edge_kernels.compile import _cache_key, isa; print(isa(), _cache_key())"
+    name, key = run_with("portable", "-c", code).stdout.split()
+    assert name == "portable"
+    assert (key != compilation._cache_key()) == (compilation.isa() != "portable")
+
+
+OTHERS = [n for n, f in compilation.ISAS.items() if f <= compilation.cpu_features() and n != compilation.isa()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", OTHERS)
+def test_the_other_instruction_sets_of_this_machine_pass_too(isa):
+    """Run the comparisons of this file once more on each."""
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "against_reference", str(Path(__file__))]
+    result = run_with(isa, *command)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
