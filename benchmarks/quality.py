@@ -1,0 +1,136 @@
+"""What a quantisation costs in answers: one checkpoint, every decoder and vision type, the same held-out samples.
+
+    python benchmarks/quality.py demo/run/checkpoint --samples 100 --json benchmarks/results/quality.json
+
+For each pair of types: share of right answers (average of the core skills, and each), agreement with float32 (equal
+answers, right or wrong), and mean answer loss: the negative log probability per token of the right answer and its
+end, which still moves where accuracy is saturated. Vision types change at a float32 decoder and the other way round;
+the shipped pair and all-float32 are always among them. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (".", "kernels", "converters"):
+    sys.path.insert(0, str(ROOT / folder))
+
+from demo.data import CORE  # noqa: E402
+from demo.evaluate import ask, draw  # noqa: E402
+from demo.sample import Sample  # noqa: E402
+from edge_converters import convert_checkpoint  # noqa: E402
+from edge_converters.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E402
+from edge_runtime import Model, __version__  # noqa: E402
+
+FLOAT, SHIPPED = ("f32", "f32"), ("q4_k_m", "q8_0")
+DECODERS = [name for name in ("f16", "q8_0", "q6_k", "q4_k_m", "q4_0") if name in DECODER_TYPES]
+VISIONS = [name for name in ("f16", "q8_0") if name in VISION_TYPES]
+PAIRS = list(dict.fromkeys([FLOAT, *((d, "f32") for d in DECODERS), *(("f32", v) for v in VISIONS), SHIPPED]))
+
+
+def answer_loss(model: Model, sample: Sample) -> float:
+    """Mean negative log probability of the tokens of the right answer and its end."""
+    wanted = [*model.tokenizer.encode(sample.answer), model.tokenizer.ids["<|im_end|>"]]
+    prepared = model._prepare(sample.messages(), **sample.options())
+
+    def compute() -> float:
+        decoder, total = model._decoder, 0.0
+        tokens = model._encoder.encode(prepared.groups)
+        decoder.prefill(model._engine.embed(prepared.prompt, tokens))
+        for i, token in enumerate(wanted):
+            logits = decoder.logits().astype(np.float64)
+            top = logits.max()
+            total += top + np.log(np.exp(logits - top).sum()) - logits[token]
+            if i + 1 < len(wanted):
+                decoder.decode(token)
+        return total / len(wanted)
+
+    return float(model._engine.call(compute))
+
+
+def measure(folder: Path, samples: dict[str, list[Sample]], *, exact: bool) -> dict[str, Any]:
+    """Answers and losses of one pair of files."""
+    with Model.load(folder, exact=exact) as model:
+        answers = {kind: [ask(model, sample) for sample in group] for kind, group in samples.items()}
+        losses = {kind: [answer_loss(model, sample) for sample in group] for kind, group in samples.items()}
+    right = {
+        kind: float(np.mean([a == s.answer for a, s in zip(answers[kind], group, strict=True)]))
+        for kind, group in samples.items()
+    }
+    return {
+        "answers": answers,
+        "right": right,
+        "average": float(np.mean(list(right.values()))),
+        "loss": float(np.mean([np.mean(values) for values in losses.values()])),
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.gguf")),
+    }
+
+
+def agreement(answers: dict[str, list[str]], reference: dict[str, list[str]]) -> float:
+    """Share of answers equal to the reference's."""
+    pairs = [(a, b) for kind in reference for a, b in zip(answers[kind], reference[kind], strict=True)]
+    return float(np.mean([a == b for a, b in pairs]))
+
+
+def run(checkpoint: Path, count: int, *, exact: bool) -> list[dict[str, Any]]:
+    """Measure all pairs; prints a row of the table after each."""
+    samples = {kind: [draw(kind, number) for number in range(count)] for kind in CORE}
+    rows: list[dict[str, Any]] = []
+    reference: dict[str, list[str]] = {}
+    print(f"{'decoder':<8} {'vision':<6} {'MB':>6} {'right':>7} {'as f32':>7} {'loss':>7}   " + "  ".join(CORE))
+    for decoder, vision in PAIRS:
+        with tempfile.TemporaryDirectory() as folder:
+            convert_checkpoint(checkpoint, folder, decoder_type=decoder, vision_type=vision)
+            result = measure(Path(folder), samples, exact=exact)
+        answers = result.pop("answers")
+        reference = reference or answers
+        row = {"decoder": decoder, "vision": vision, "agreement": agreement(answers, reference), **result}
+        rows.append(row)
+        each = "  ".join(f"{share:>{len(kind)}.1%}" for kind, share in row["right"].items())
+        print(
+            f"{decoder:<8} {vision:<6} {row['bytes'] / 1e6:6.1f} {row['average']:7.2%} {row['agreement']:7.2%} "
+            f"{row['loss']:7.4f}   {each}",
+            flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("checkpoint", type=Path, help="demo checkpoint in the official layout, float32")
+    parser.add_argument("--samples", type=int, default=100, help="per core skill")
+    parser.add_argument("--exact", action="store_true", help="float32 KV cache and no flash attention, as --exact")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    rows = run(options.checkpoint, options.samples, exact=options.exact)
+    by_pair = {(row["decoder"], row["vision"]): row for row in rows}
+    lost = by_pair[FLOAT]["average"] - by_pair[SHIPPED]["average"]
+    print(f"The shipped types lose {100 * lost:.2f} points against float32.")
+    for row in rows:
+        row |= {key: round(value, 5) for key, value in row.items() if isinstance(value, float)}
+    summary = {
+        "scenario": "quality-demo",
+        "samples_per_skill": options.samples,
+        "rows": rows,
+        "points_lost": round(100 * lost, 3),
+        "version": __version__,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(summary, indent=1), "utf-8")
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
