@@ -27,7 +27,7 @@ class ImageEncoder:
 
     Parameters
     ----------
-    exact : compute the tower in float32 as officially, not in int8.
+    exact : compute in float32 as officially, not in int8.
 
     Raises
     ------
@@ -44,9 +44,7 @@ class ImageEncoder:
         vision = vision_config(self.file)
         arithmetic: Arithmetic = FloatArithmetic() if exact else Int8Arithmetic()
         self.tower = VisionTower(self.file, vision, self.slicing, arithmetic)
-        # The resampler stays in float32: its keys carry positions and times beside the content, and rounding them
-        # together cost a model trained on videos 15 points of counting; it is a twentieth of the work.
-        self.resampler = Resampler(self.file, resampler_config(self.file), vision.width, FloatArithmetic())
+        self.resampler = Resampler(self.file, resampler_config(self.file), vision.width, arithmetic)
 
     @property
     def n_queries(self) -> int:

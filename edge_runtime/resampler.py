@@ -1,13 +1,16 @@
 """Patch features → visual tokens: the 3D resampler, one cross-attention of learned queries.
 
 A group is what one set of queries looks at: a single slice, or the same slice of several video frames. Positions in
-the picture and in time are added to the keys only; values have none.
+the picture and in time are added to what keys are made of; values have none. Wk (x + position) is computed as
+Wk x + Wk position, and the second term always in float32 from the file's own weights: it is a small product, the same
+for all slices of a size, and the queries tell places and times apart by its last digits. The content alone is left to
+the arithmetic of the products.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -53,12 +56,56 @@ class GroupItem:
     temporal_id: int = STILL
 
 
+class PositionKeys:
+    """Wk times the embeddings of places and times, in float32; kept, since all slices of a size share them.
+
+    Parameters
+    ----------
+    weight : reads Wk, ndarray [shape=(hidden, hidden), float32].
+    """
+
+    MOST_TIMES = 1024  # kept at once; 16 MB at full size
+
+    def __init__(self, weight: Callable[[], Float32], hidden: int) -> None:
+        self._weight, self._hidden = weight, hidden
+        self._columns = self._rows = np.empty((0, hidden), np.float32)
+        self._times: dict[int, Float32] = {STILL: np.zeros(hidden, np.float32)}
+
+    def of(self, items: Sequence[GroupItem]) -> Float32:
+        """Keys of the positions of all patches of all items: ndarray [shape=(P, hidden), float32]."""
+        side = max(max(item.tgt_size) for item in items)
+        times = {item.temporal_id for item in items}
+        if side > len(self._rows) or not times <= self._times.keys():
+            self._extend(side, times)
+        keys = []
+        for item in items:
+            (rows, cols), time = item.tgt_size, self._times[item.temporal_id]
+            by_row = self._rows[:rows] + time
+            keys.append((by_row[:, None] + self._columns[:cols]).reshape(rows * cols, -1))
+        return np.concatenate(keys)
+
+    def _extend(self, side: int, times: set[int]) -> None:
+        weight, half = self._weight(), self._hidden // 2
+
+        def project(embeddings: Float32, columns: slice) -> Float32:
+            return FloatArithmetic().product(weight[:, columns], None)(embeddings)
+
+        if side > len(self._rows):
+            places = sine(half, np.arange(side))  # the first half of an embedding tells the column
+            self._columns, self._rows = project(places, slice(half)), project(places, slice(half, None))
+        if len(self._times | dict.fromkeys(times)) > self.MOST_TIMES:
+            self._times = {STILL: self._times[STILL]}
+        new = sorted(times - self._times.keys())
+        if new:
+            self._times |= zip(new, project(sine(self._hidden, new), slice(None)), strict=True)
+
+
 @dataclass(frozen=True)
 class _Weights:
     """Everything the resampler reads from the file, packed for the kernels."""
 
     kv: Product
-    norm_kv: Affine
+    norm_kv: Norm
     key: Product
     value: Product
     out: Product
@@ -79,6 +126,7 @@ class Resampler:
     def __init__(self, file: GGUFFile, config: ResamplerConfig, width: int, arithmetic: Arithmetic) -> None:
         self._file, self.config, self._arithmetic = file, config, arithmetic
         e = config.hidden
+        self._position_keys = PositionKeys(lambda: file.array("resampler.attn.k.weight"), e)
         file.tensor("resampler.kv.weight", (e, width))
         for name in ("attn.q", "attn.k", "attn.v", "attn.out"):
             file.tensor(f"resampler.{name}.weight", (e, e))
@@ -102,13 +150,13 @@ class Resampler:
             return self._file.array(f"resampler.{name}.bias")
 
         arithmetic, epsilon = self._arithmetic, self.config.epsilon
-        norm_q, norm_post = self._affine("ln_q"), self._affine("ln_post")
+        norm_q, norm_kv, norm_post = (self._affine(name) for name in ("ln_q", "ln_kv", "ln_post"))
         queries = layer_norm(self._file.array("resampler.query"), norm_q.gain, norm_q.bias, epsilon)
         return _Weights(
             kv=arithmetic.product(weight("kv"), None),
-            norm_kv=self._affine("ln_kv"),
-            key=arithmetic.product(weight("attn.k"), bias("attn.k")),
-            value=arithmetic.product(weight("attn.v"), bias("attn.v")),
+            norm_kv=arithmetic.norm(norm_kv, epsilon),
+            key=arithmetic.product(weight("attn.k"), bias("attn.k"), norm_kv),
+            value=arithmetic.product(weight("attn.v"), bias("attn.v"), norm_kv),
             out=arithmetic.product(weight("attn.out"), bias("attn.out")),
             norm_post=arithmetic.norm(norm_post, epsilon),
             projection=arithmetic.product(weight("proj"), None, norm_post),
@@ -127,25 +175,20 @@ class Resampler:
         tokens : one ndarray [shape=(queries, hidden), float32] per group.
         """
         from edge_kernels.attention import attention
-        from edge_kernels.norm import layer_norm
 
         if not groups:
             return []
         config, w = self.config, self._weights
         items = [item for group in groups for item in group]
         features = np.concatenate([item.features for item in items])
-        positions = np.concatenate([self._positions(item) for item in items])  # (P, hidden), P over all groups
+        positions = self._position_keys.of(items)  # (P, hidden), P over all groups
         kv_offsets = offsets_of([sum(len(item.features) for item in group) for group in groups])
         q_offsets = offsets_of([config.queries] * len(groups))
 
-        values = layer_norm(w.kv(features), w.norm_kv.gain, w.norm_kv.bias, config.epsilon)
-        k, v = w.key(values + positions), w.value(values)
+        content = w.norm_kv(w.kv(features))
+        k, v = w.key(content, residual=positions), w.value(content)
         q = np.tile(w.queries, (len(groups), 1))
         scale = 1 / math.sqrt(config.hidden // config.heads)
         out = w.out(attention(q, k, v, config.heads, scale, q_offsets, kv_offsets))
         tokens = w.projection(w.norm_post(out))
         return [tokens[q_offsets[i] : q_offsets[i + 1]] for i in range(len(groups))]
-
-    def _positions(self, item: GroupItem) -> Float32:
-        table = pos2d_table(self.config.hidden, *item.tgt_size)
-        return table if item.temporal_id == STILL else table + time_embedding(self.config.hidden, item.temporal_id)

@@ -57,9 +57,8 @@ class _Layer:
     """One encoder layer, weights packed for the kernels."""
 
     norm1: Norm
-    query: Product
-    key: Product
-    value: Product
+    qkv: Product
+    """Queries, keys and values side by side: one pass over the rows instead of three."""
     out: Product
     norm2: Norm
     fc1: Product
@@ -104,8 +103,11 @@ class VisionTower:
         swapped = self._file.tensor(f"{down}.weight").shape[-1] == self.config.width
         return (down, up) if swapped else (up, down)
 
-    def _product(self, name: str, after: Affine | None = None) -> Product:
-        weight, bias = self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias")
+    def _product(self, *names: str, after: Affine | None = None) -> Product:
+        """Product whose outputs are those of all `names`, one after the other."""
+        weight, bias = (
+            np.concatenate([self._file.array(f"{name}.{part}") for name in names]) for part in ("weight", "bias")
+        )
         return self._arithmetic.product(weight, bias, after)
 
     def _affine(self, name: str) -> Affine:
@@ -120,12 +122,10 @@ class VisionTower:
             layers.append(
                 _Layer(
                     norm1=self._arithmetic.norm(ln1, self.config.epsilon),
-                    query=self._product(f"{blk}.attn_q", ln1),
-                    key=self._product(f"{blk}.attn_k", ln1),
-                    value=self._product(f"{blk}.attn_v", ln1),
+                    qkv=self._product(f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v", after=ln1),
                     out=self._product(f"{blk}.attn_out"),
                     norm2=self._arithmetic.norm(ln2, self.config.epsilon),
-                    fc1=self._product(fc1, ln2),
+                    fc1=self._product(fc1, after=ln2),
                     fc2=self._product(fc2),
                 )
             )
@@ -172,11 +172,9 @@ class VisionTower:
 
         x = patch_embed(pixels, kernel, bias, table, ids)  # (P, width), P over all slices
         for layer in self._layers:
-            h = layer.norm1(x)
-            q, k, v = layer.query(h), layer.key(h), layer.value(h)
+            q, k, v = np.split(layer.qkv(layer.norm1(x)), 3, axis=1)
             x = layer.out(attention(q, k, v, config.heads, scale, offsets, offsets), residual=x)
-            h = layer.norm2(x)
-            x = layer.fc2(layer.fc1(h, gelu=True), residual=x)
+            x = layer.fc2(layer.fc1(layer.norm2(x), gelu=True), residual=x)
         x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)
         if not np.isfinite(x).all():
             raise ModelFileError(
