@@ -37,21 +37,21 @@ from demo.optimise import make_optimisers, set_rate
 from demo.ramp import add_ramp, has_ramp, hold_ramp
 
 MIXTURE = {
-    "text": 0.18,
-    "text vision": 0.14,
-    "slices": 0.30,
+    "text": 0.15,
+    "text vision": 0.10,
+    "slices": 0.28,
     "shape": 0.04,
     "absent": 0.02,
     "followup": 0.01,
     "count": 0.08,
-    "filter": 0.15,
+    "filter": 0.24,
     "shape slices": 0.01,
     "count slices": 0.02,
     "video": 0.045,
     "chat": 0.005,
 }
 """Share of the batches of each kind."""
-FILTER_BEGIN, FILTER_END = 0.40, 0.55
+FILTER_BEGIN, FILTER_END = 0.62, 0.74
 """Before and after these fractions of the run, "filter" trains the vision alone, and the decoder too. A decoder asked
 for one kind before the visual tokens hold it only unlearns to give the total."""
 DENSE_ONLY, DENSE_SHARE, EASE_END = 0.07, 0.5, 0.65

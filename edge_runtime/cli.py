@@ -186,13 +186,18 @@ def _is_file(argument: str) -> bool:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files.  [default: models/NAME]")
 @click.option("--type", "decoder_type", default="q4_k_m", show_default=True, metavar="TYPE", help="Decoder type.")
 @click.option("--vision-type", default="q8_0", show_default=True, metavar="TYPE", help="Type of the vision part.")
+@click.option(
+    "--calibrate", type=click.Path(path_type=Path), metavar="FOLDER", help="Fit the int8 path to these pictures."
+)
 @click.option("--force", is_flag=True, help="Replace existing files.")
-def convert(source: Path, output: Path | None, decoder_type: str, vision_type: str, force: bool) -> None:
+def convert(
+    source: Path, output: Path | None, decoder_type: str, vision_type: str, calibrate: Path | None, force: bool
+) -> None:
     """Convert a MiniCPM-V 4.5 checkpoint (Hugging Face layout) into GGUF files.
 
     \b
-    Decoder types: f32 f16 bf16 q8_0 q4_0 q4_k_m
-    Vision types:  f32 f16 q8_0
+    Decoder types: f32 f16 bf16 q8_0 q6_k q4_k_m q4_0
+    Vision types:  f32 f16 q8_0 q4_0, and int4, which llama.cpp cannot read
     """
     from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint
     from edge_runtime.console import ConvertProgress
@@ -210,6 +215,7 @@ def convert(source: Path, output: Path | None, decoder_type: str, vision_type: s
             folder,
             decoder_type=decoder_type.lower(),
             vision_type=vision_type.lower(),
+            pictures=calibrate,
             force=force,
             progress=progress,
         )

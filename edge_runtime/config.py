@@ -7,6 +7,9 @@ Keys of ours, in the mmproj file, which other programs ignore (defaults apply to
     edge_runtime.max_slice_nums   uint32   most cells a picture is cut into (9)
     edge_runtime.use_image_id     bool     whether `<image_id>I</image_id>` precedes each picture (true)
 
+    edge_runtime.row_length.TENSOR   uint32   see `weights`; a file that has it may name its projector
+    `edge_runtime.resampler` instead of `resampler`, so that other programs refuse it
+
 and in the decoder file:
 
     edge_runtime.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
@@ -33,6 +36,8 @@ MAX_SLICE_NUMS = 9
 NORM = (0.5, 0.5, 0.5)
 RESAMPLER_HEAD_DIM = 128  # resampler heads = hidden / 128, in the official code too
 RESAMPLER_EPSILON = 1e-6
+PROJECTOR = "resampler"  # llama.cpp's name
+OWN_PROJECTOR = "edge_runtime.resampler"  # the same, in a file that llama.cpp could not compute with
 MINICPMV_VERSION = 6  # llama.cpp's number of this resampler
 LIMIT = 1 << 24  # above any real size; keeps products of two sizes harmless
 
@@ -149,7 +154,7 @@ def check_mmproj(file: GGUFFile) -> None:
         )
     projector = file.get("clip.projector_type", str, "")
     version = file.get("clip.minicpmv_version", int, 0)
-    if projector != "resampler" or version != MINICPMV_VERSION:
+    if projector not in (PROJECTOR, OWN_PROJECTOR) or version != MINICPMV_VERSION:
         raise UnsupportedModelError(
             f"{file.path.name} holds the projector {projector or 'of no name'!r} of MiniCPM-V version {version}, "
             "expected 'resampler' version "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -126,23 +126,24 @@ class AnswerProgress:
 class ConvertProgress:
     """A progress bar per stage of a conversion, shown on a terminal only."""
 
+    _UNITS: ClassVar = {"quantize": " tensors", "calibrate": " slices"}
+
     def __init__(self) -> None:
         self._bar: Any = None
         self._what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` bytes (tensors, for `quantize`) are written."""
+        """Show that `done` of `total` bytes are written, or other units of `_UNITS` are done."""
         from tqdm import tqdm
 
         if what != self._what:
             self._close()
-            in_bytes = what != "quantize"
-            self._what = what
+            self._what, unit = what, self._UNITS.get(what, "B")
             self._bar = tqdm(
                 total=total,
-                desc=f"{what:<8}",
-                unit="B" if in_bytes else " tensors",
-                unit_scale=in_bytes,
+                desc=f"{what:<9}",
+                unit=unit,
+                unit_scale=unit == "B",
                 disable=None,  # no bar unless stderr is a terminal
                 leave=True,
             )

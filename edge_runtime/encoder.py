@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from edge_runtime.calibration import read_calibration
 from edge_runtime.config import check_mmproj, resampler_config, slicing_config, vision_config
 from edge_runtime.products import Arithmetic, FloatArithmetic, Int8Arithmetic
 from edge_runtime.resampler import GroupItem, Resampler
@@ -42,7 +43,7 @@ class ImageEncoder:
             self.file.rows(name, slice(0, 1))  # a type that cannot be read is told now, not at the first picture
         self.slicing = slicing_config(self.file)
         vision = vision_config(self.file)
-        arithmetic: Arithmetic = FloatArithmetic() if exact else Int8Arithmetic()
+        arithmetic: Arithmetic = FloatArithmetic() if exact else Int8Arithmetic(read_calibration(self.file))
         self.tower = VisionTower(self.file, vision, self.slicing, arithmetic)
         self.resampler = Resampler(self.file, resampler_config(self.file), vision.width, arithmetic)
 

@@ -9,7 +9,14 @@ from importlib import metadata
 from typing import Any
 
 from edge_runtime import __version__
-from edge_runtime.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
+from edge_runtime.config import (
+    OWN_PROJECTOR,
+    check_mmproj,
+    decoder_config,
+    resampler_config,
+    slicing_config,
+    vision_config,
+)
 from edge_runtime.products import check_instruction_set
 from edge_runtime.store import find_model
 from edge_runtime.weights import GGUFFile
@@ -64,6 +71,9 @@ def _describe_mmproj(file: GGUFFile) -> dict[str, Any]:
     return {
         "mmproj": file.path.name,
         **_contents("mmproj", file),
+        "mmproj for": "edge-runtime alone"
+        if file.get("clip.projector_type", str) == OWN_PROJECTOR
+        else "llama.cpp too",
         "vision layers": vision.layers,
         "vision width": vision.width,
         "visual tokens per slice": resampler.queries,

@@ -3,7 +3,8 @@
 `FloatArithmetic` is the official one: float32 weights and activations. `Int8Arithmetic` stores weights as int8 (one
 scale per output) and quantises activations row by row, with int32 sums; layer norm, softmax and the residual stream
 stay float32. A layer norm's gain and bias are folded into the products that follow it before those are quantised:
-channels that a gain makes fifty times larger than the rest would otherwise take their row's whole range.
+channels that a gain makes fifty times larger than the rest would otherwise take their row's whole range. For products
+that no norm precedes, calibration finds factors to the same end (see `calibration`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from edge_runtime.calibration import Calibration
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.weights import Float32
 
@@ -64,8 +66,16 @@ class Product(Protocol):
 class Arithmetic(Protocol):
     """Makes products and norms."""
 
-    def product(self, weight: Float32, bias: Float32 | None, after: Affine | None = None) -> Product:
-        """Pack a product of weight [N, K]; `after` is the layer norm whose `norm` makes its input."""
+    def product(
+        self, weight: Float32, bias: Float32 | None, after: Affine | None = None, *, name: str = ""
+    ) -> Product:
+        """Pack a product of weight [N, K].
+
+        Parameters
+        ----------
+        after : the layer norm whose `norm` makes its input.
+        name : of the tensors; what calibration has found is told by it.
+        """
         ...
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
@@ -76,8 +86,10 @@ class Arithmetic(Protocol):
 class FloatArithmetic:
     """float32 throughout."""
 
-    def product(self, weight: Float32, bias: Float32 | None, after: Affine | None = None) -> Product:
-        """Pack a product; the norm before it is complete in itself."""
+    def product(
+        self, weight: Float32, bias: Float32 | None, after: Affine | None = None, *, name: str = ""
+    ) -> Product:
+        """Pack a product; the norm before it is complete in itself, and nothing is rounded."""
         from edge_kernels.linear import pack_weight
 
         return _FloatProduct(pack_weight(weight), bias)
@@ -92,15 +104,24 @@ class FloatArithmetic:
 class Int8Arithmetic:
     """int8 products with int32 sums."""
 
-    def product(self, weight: Float32, bias: Float32 | None, after: Affine | None = None) -> Product:
+    def __init__(self, calibration: Calibration | None = None) -> None:
+        self._calibration = calibration or Calibration()
+
+    def product(
+        self, weight: Float32, bias: Float32 | None, after: Affine | None = None, *, name: str = ""
+    ) -> Product:
         """Quantise and pack a product, with the norm's gain and bias folded in: W(g·n + b) = (W g) n + W b."""
         from edge_kernels.linear_int8 import pack_weight_int8
 
         if after is not None:
-            moved = weight @ after.bias
-            bias = moved if bias is None else bias + moved
-            weight = weight * after.gain
-        return _Int8Product(pack_weight_int8(weight), bias)
+            # Not BLAS: its threads would spin on beside ours.
+            moved = np.einsum("nk,k->n", weight, after.bias)
+            return _Int8Product(pack_weight_int8(weight, factor=after.gain), moved if bias is None else bias + moved)
+        if name in self._calibration.in_float:
+            return FloatArithmetic().product(weight, bias)
+        smooth = self._calibration.smooth.get(name)
+        factor = None if smooth is None else np.float32(1) / smooth
+        return _Int8Product(pack_weight_int8(weight, factor=smooth), bias, factor)
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
         """Make a layer norm without gain and bias, quantised in the same pass; once for all products that read it."""
@@ -125,8 +146,14 @@ class _FloatProduct:
 class _Int8Product:
     weight: PackedInt8Weight
     bias: Float32 | None
+    factor: Float32 | None = None
+    """On the columns of the input."""
 
     def __call__(self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None) -> Float32:
         from edge_kernels.linear_int8 import linear_int8
+        from edge_kernels.rows_int8 import quantize_rows
 
+        if self.factor is not None:
+            assert isinstance(x, np.ndarray)
+            x = quantize_rows(x, self.factor)
         return linear_int8(x, self.weight, self.bias, gelu=gelu, residual=residual)

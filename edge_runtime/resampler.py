@@ -153,11 +153,11 @@ class Resampler:
         norm_q, norm_kv, norm_post = (self._affine(name) for name in ("ln_q", "ln_kv", "ln_post"))
         queries = layer_norm(self._file.array("resampler.query"), norm_q.gain, norm_q.bias, epsilon)
         return _Weights(
-            kv=arithmetic.product(weight("kv"), None),
+            kv=arithmetic.product(weight("kv"), None, name="resampler.kv"),
             norm_kv=arithmetic.norm(norm_kv, epsilon),
             key=arithmetic.product(weight("attn.k"), bias("attn.k"), norm_kv),
             value=arithmetic.product(weight("attn.v"), bias("attn.v"), norm_kv),
-            out=arithmetic.product(weight("attn.out"), bias("attn.out")),
+            out=arithmetic.product(weight("attn.out"), bias("attn.out"), name="resampler.attn.out"),
             norm_post=arithmetic.norm(norm_post, epsilon),
             projection=arithmetic.product(weight("proj"), None, norm_post),
             queries=FloatArithmetic().product(weight("attn.q"), bias("attn.q"))(queries),

@@ -105,10 +105,9 @@ class VisionTower:
 
     def _product(self, *names: str, after: Affine | None = None) -> Product:
         """Product whose outputs are those of all `names`, one after the other."""
-        weight, bias = (
-            np.concatenate([self._file.array(f"{name}.{part}") for name in names]) for part in ("weight", "bias")
-        )
-        return self._arithmetic.product(weight, bias, after)
+        parts = [[self._file.array(f"{name}.{part}") for name in names] for part in ("weight", "bias")]
+        weight, bias = (found[0] if len(names) == 1 else np.concatenate(found) for found in parts)
+        return self._arithmetic.product(weight, bias, after, name=names[0])
 
     def _affine(self, name: str) -> Affine:
         return Affine(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))

@@ -4,6 +4,13 @@ Every number of the header is checked against the length of the file before anyt
 to llama.cpp, which trusts its input and would read past the end or abort the process. A damaged file is a
 `ModelFileError`. Knows nothing of models: what the keys and tensors mean is said in `config`.
 
+One thing goes beyond the format: where the rows of a matrix do not fit the blocks of its type, they are stored with
+zeros up to the end of their last block, and a key
+
+    edge_runtime.row_length.<TENSOR>   uint32   values per row that count, less than a block below the stored length
+
+says so. `TensorInfo.shape`, `array` and `rows` know the values that count alone; other programs see the longer rows.
+
 Source: the GGUF specification of ggml (docs/gguf.md) and ggml's own loader, whose limits are kept: at most 4
 dimensions, names shorter than 64 bytes, alignment a power of two, little endian, versions 2 and 3.
 """
@@ -21,11 +28,12 @@ from typing import Any, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf import quants as gguf_quants
 
+from edge_runtime import blocks
+from edge_runtime.blocks import BlockParts, Bytes
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 
-Float32 = npt.NDArray[np.float32]
+Float32 = blocks.Float32
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -33,6 +41,7 @@ DEFAULT_ALIGNMENT = 32  # bytes
 MAX_DIMS = 4
 MAX_NAME_BYTES = 63
 MAX_KEY_BYTES = 65535
+KEY_ROW_LENGTH = "edge_runtime.row_length."
 MAX_ELEMENTS = 1 << 40  # per tensor; far above any model, far below an overflow in anybody's int64
 
 _SCALARS = {
@@ -77,6 +86,8 @@ class TensorInfo:
     offset: int
     """Bytes from the start of the file."""
     n_bytes: int
+    padding: int = 0
+    """Stored values after each row's own, all zero."""
 
     @property
     def n_rows(self) -> int:
@@ -159,11 +170,31 @@ class GGUFFile:
             )
         return info
 
-    def blocks(self, name: str) -> npt.NDArray[np.uint8]:
-        """Stored bytes of a tensor, not copied: ndarray [shape=(rows, bytes per row), uint8]."""
+    def blocks(self, name: str) -> Bytes:
+        """Stored bytes of a tensor, padding included, not copied: ndarray [shape=(rows, bytes per row), uint8]."""
         info = self.tensor(name)
         raw = self._data[info.offset : info.offset + info.n_bytes]
         return raw.reshape(info.n_rows, -1)
+
+    def parts(self, name: str) -> BlockParts:
+        """Scales and integers of a Q8_0 or Q4_0 tensor, not copied; padded rows have zeros after their values.
+
+        Raises
+        ------
+        UnsupportedModelError
+            When the tensor is of another type.
+        ModelFileError
+            When padded rows go on where they should have ended.
+        """
+        info, stored = self.tensor(name), self.blocks(name)
+        self._check_padding(info, stored)
+        try:
+            return blocks.parts(stored, info.type)
+        except NotImplementedError:
+            raise UnsupportedModelError(
+                f"{self.path.name}: the tensor {name} is stored as {info.type.name}, expected Q8_0 or Q4_0; convert "
+                "the file again."
+            ) from None
 
     def array(self, name: str, shape: Sequence[int] | None = None) -> Float32:
         """A tensor as float32, dequantised: ndarray [shape=`TensorInfo.shape`, float32, C-contiguous]."""
@@ -177,24 +208,32 @@ class GGUFFile:
         ------
         UnsupportedModelError
             When the tensor's type has no dequantiser.
+        ModelFileError
+            When padded rows go on where they should have ended.
         """
         info = self.tensor(name)
         chosen = np.ascontiguousarray(self.blocks(name)[index])
         if not chosen.size:  # gguf's dequantisers cannot reshape nothing
             return np.zeros((0, info.shape[-1]), np.float32)
-        if info.type == GGMLQuantizationType.F32:
-            return chosen.view("<f4")
-        if info.type == GGMLQuantizationType.F16:
-            return chosen.view("<f2").astype(np.float32)
-        if info.type == GGMLQuantizationType.BF16:
-            return (chosen.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        self._check_padding(info, chosen)
         try:
-            return np.asarray(gguf_quants.dequantize(chosen, info.type), np.float32)
+            return blocks.dequantize(chosen, info.type, info.shape[-1] if info.padding else None)
         except (NotImplementedError, KeyError):
             raise UnsupportedModelError(
                 f"{self.path.name}: the tensor {name} is stored as {info.type.name}, which cannot be read here; "
                 "use a file with F32, F16, BF16, Q8_0, Q4_0 or K-quants."
             ) from None
+
+    def _check_padding(self, info: TensorInfo, stored: Bytes) -> None:
+        """Refuse rows whose padding holds something: values that are then missing from the row."""
+        if not info.padding:
+            return
+        last = np.ascontiguousarray(stored[:, -GGML_QUANT_SIZES[info.type][1] :])
+        if blocks.dequantize(last, info.type)[:, -info.padding :].any():
+            raise ModelFileError(
+                f"{self.path.name}: rows of {info.name} go on after their {info.shape[-1]} values, expected zeros "
+                "there; the file is damaged: download or convert it again."
+            )
 
     @cached_property
     def size_bytes(self) -> int:
@@ -202,7 +241,7 @@ class GGUFFile:
         return int(self._data.size)
 
 
-def _map(path: Path) -> npt.NDArray[np.uint8]:
+def _map(path: Path) -> Bytes:
     """Map a file read-only, with a sentence for everything that may be wrong with the path."""
     try:
         if path.is_dir():
@@ -212,7 +251,7 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
             raise ModelFileError(
                 f"{path.name} has {size} bytes, too few for a GGUF file; download or convert it again."
             )
-        return np.memmap(path, dtype=np.uint8, mode="r")
+        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
     except FileNotFoundError:
         raise ModelFileError(f"The model file {path} does not exist; check the path.") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
@@ -243,6 +282,9 @@ class _Header:
         start = -(-self.position // self.alignment) * self.alignment
         for name, shape, kind, offset in infos:
             self._place(name, shape, kind, start, offset)
+        for key in self.metadata:
+            if key.startswith(KEY_ROW_LENGTH) and key.removeprefix(KEY_ROW_LENGTH) not in self.tensors:
+                raise self.broken(f"it has the key {key}, but no such tensor")
 
     def broken(self, what: str) -> ModelFileError:
         return ModelFileError(
@@ -378,4 +420,18 @@ class _Header:
                 f"the tensor {name} needs bytes {start + offset} to {start + offset + n_bytes}, the file has "
                 f"{self.size}: it is cut short or its header is wrong"
             )
-        self.tensors[name] = TensorInfo(name, shape, tensor_type, start + offset, n_bytes)
+        padding = self._padding(name, shape[-1], block)
+        shape = (*shape[:-1], shape[-1] - padding)
+        self.tensors[name] = TensorInfo(name, shape, tensor_type, start + offset, n_bytes, padding)
+
+    def _padding(self, name: str, stored: int, block: int) -> int:
+        """Stored values of each row that do not count."""
+        if KEY_ROW_LENGTH + name not in self.metadata:
+            return 0
+        length = self.metadata[KEY_ROW_LENGTH + name]
+        if isinstance(length, bool) or not isinstance(length, int) or not stored - block < length < stored:
+            raise self.broken(
+                f"the key {KEY_ROW_LENGTH}{name} holds {str(length)[:20]}, expected more than {stored - block} and "
+                f"less than {stored}: the rows are stored as {stored} values in blocks of {block}"
+            )
+        return stored - length

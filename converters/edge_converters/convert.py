@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
 
+from edge_converters.calibrate import calibrate, smoothing_tensors
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.plan import n_vision_layers, plan_decoder, plan_vision, refuse_unknown_tensors
 from edge_converters.quantize import quantize_gguf
-from edge_converters.recipes import DECODER_TYPES, LOSSLESS, VISION_TYPES
+from edge_converters.recipes import DECODER_TYPES, LOSSLESS, VISION_TYPES, VisionType
 from edge_converters.verify import verify_gguf
 from edge_converters.vocabulary import read_vocabulary
 from edge_converters.writer import PlannedTensor, replacing, write_gguf
 from edge_runtime import config as keys
+from edge_runtime.calibration import KEY_FLOAT_PRODUCTS, Calibration
 from edge_runtime.errors import CheckpointError
 
 MINICPMV_VERSION = 6  # llama.cpp's number for the resampler of 4.0 and 4.5
@@ -43,6 +46,7 @@ def convert_checkpoint(
     *,
     decoder_type: str = "q4_k_m",
     vision_type: str = "q8_0",
+    pictures: str | Path | None = None,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Converted:
@@ -55,6 +59,7 @@ def convert_checkpoint(
         `mmproj-model-<vtype>.gguf`.
     decoder_type : a key of `DECODER_TYPES`.
     vision_type : a key of `VISION_TYPES`.
+    pictures : folder of pictures to calibrate the int8 path with; see `calibrate`. Seconds per slice.
     force : replace existing files.
     progress : called while working.
 
@@ -85,7 +90,13 @@ def convert_checkpoint(
 
     with contextlib.ExitStack() as stack:
         decoder, mmproj = (stack.enter_context(replacing(path, force)) for path in (result.decoder, result.mmproj))
-        _write(mmproj, "clip", lambda w: _vision_metadata(checkpoint, w, vision), vision_tensors, "vision", progress)
+        metadata: Callable[[GGUFWriter], None] = partial(_vision_metadata, checkpoint, vision)
+        _write(mmproj, "clip", metadata, vision_tensors, "vision", progress)
+        if pictures is not None:
+            calibration = calibrate(mmproj, Path(pictures), progress)
+            vision_tensors = [*vision_tensors, *smoothing_tensors(calibration)]
+            metadata = partial(_calibrated_metadata, calibration, metadata)
+            _write(mmproj, "clip", metadata, vision_tensors, "vision", progress)
         verify_gguf(mmproj, vision_tensors, result.mmproj.name, types_may_differ=False)
         if recipe.matrix is not None:
             _write(decoder, "qwen3", decoder_metadata, decoder_tensors, "decoder", progress)
@@ -156,7 +167,7 @@ def _decoder_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Lla
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _vision_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: LlamaFileType) -> None:
+def _vision_metadata(checkpoint: Checkpoint, vision: VisionType, writer: GGUFWriter) -> None:
     size, number = checkpoint.size, checkpoint.number
     activation = checkpoint.config.get("vision_config", {}).get("hidden_act", "gelu_pytorch_tanh")
     if activation != "gelu_pytorch_tanh":
@@ -169,8 +180,9 @@ def _vision_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Llam
     writer.add_bool("clip.has_text_encoder", False)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.has_minicpmv_projector", True)
-    writer.add_file_type(int(file_type))
-    writer.add_string("clip.projector_type", "resampler")
+    writer.add_file_type(int(vision.file_type))
+    # llama.cpp refuses a projector it does not know; of padded rows it would learn in the middle of a picture.
+    writer.add_string("clip.projector_type", keys.OWN_PROJECTOR if vision.ours_alone else keys.PROJECTOR)
     writer.add_int32("clip.minicpmv_version", MINICPMV_VERSION)
     writer.add_uint32("clip.minicpmv_query_num", size("query_num"))
     writer.add_uint32("clip.vision.image_size", _slicing(checkpoint, "scale_resolution", keys.SCALE_RESOLUTION))
@@ -187,6 +199,12 @@ def _vision_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Llam
     writer.add_bool("clip.use_gelu", True)
     writer.add_uint32(keys.KEY_MAX_SLICE_NUMS, _slicing(checkpoint, "max_slice_nums", keys.MAX_SLICE_NUMS))
     writer.add_bool(keys.KEY_USE_IMAGE_ID, bool(checkpoint.preprocessor.get("use_image_id", True)))
+
+
+def _calibrated_metadata(calibration: Calibration, plain: Callable[[GGUFWriter], None], writer: GGUFWriter) -> None:
+    plain(writer)
+    if calibration.in_float:
+        writer.add_array(KEY_FLOAT_PRODUCTS, sorted(calibration.in_float))
 
 
 def _slicing(checkpoint: Checkpoint, name: str, default: int) -> int:

@@ -6,9 +6,11 @@ an error: dropped silently it would be a fine-tune's lost part.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import GGMLQuantizationType
 
 from edge_converters import recipes
 from edge_converters import tensor_names as names
@@ -18,6 +20,8 @@ from edge_runtime.errors import CheckpointError
 from edge_runtime.resampler import pos2d_table
 
 POSITIONS_SIDE = 70  # side of the position table that llama.cpp expects in the file, whatever the model
+
+MIN_IMPORTANCE = 0.01  # of a column, as a part of the mean
 
 Shape = tuple[int, ...]
 
@@ -76,7 +80,7 @@ def plan_decoder(checkpoint: Checkpoint, matrix: GGMLQuantizationType) -> list[P
     return plan
 
 
-def plan_vision(checkpoint: Checkpoint, file_type: LlamaFileType) -> list[PlannedTensor]:
+def plan_vision(checkpoint: Checkpoint, vision: recipes.VisionType) -> list[PlannedTensor]:
     """Plan the mmproj file."""
     size = checkpoint.size
     width, mlp = size("vision_config", "hidden_size"), size("vision_config", "intermediate_size")
@@ -98,11 +102,38 @@ def plan_vision(checkpoint: Checkpoint, file_type: LlamaFileType) -> list[Planne
         vector = (hidden,) if name.startswith("resampler.") else (width,)
         shape = shapes.get(name) or shapes.get(".".join(name.split(".")[-2:]), vector)
         _expect(checkpoint, source, shape)
-        plan.append(copied(checkpoint, source, name, recipes.vision_tensor_type(name, shape, file_type)))
-    return plan + _plan_rearranged(checkpoint, hidden, file_type)
+        plan.append(copied(checkpoint, source, name, recipes.vision_tensor_type(name, shape, vision)))
+    plan += _plan_rearranged(checkpoint, hidden, vision)
+    if vision.ours_alone:  # nobody reads the positions then
+        plan = [tensor for tensor in plan if tensor.name != names.RESAMPLER_POSITIONS]
+    return [_weighted(checkpoint, tensor, hidden) for tensor in plan]
 
 
-def _plan_rearranged(checkpoint: Checkpoint, hidden: int, file_type: LlamaFileType) -> list[PlannedTensor]:
+def _weighted(checkpoint: Checkpoint, tensor: PlannedTensor, hidden: int) -> PlannedTensor:
+    """The same tensor with the importance of its columns, where its type makes use of it.
+
+    What leaves a layer norm has mean square gain² + bias² in each column, whatever the picture; the resampler's keys
+    are made of that plus positions. Of other inputs nothing is known without pictures: there all columns count alike.
+    """
+    if tensor.type not in recipes.SEARCHED:
+        return tensor
+    norm = names.norm_before(tensor.name)
+
+    def importance() -> npt.NDArray[np.float32]:
+        squares = np.ones(tensor.n_columns, np.float32)
+        if norm is not None:
+            gain, bias = (checkpoint.float_rows(f"{norm}.{part}", 0, tensor.n_columns) for part in ("weight", "bias"))
+            squares = (np.square(gain) + np.square(bias)).reshape(-1)
+        if tensor.name == "resampler.attn.k.weight":
+            table = pos2d_table(hidden, POSITIONS_SIDE, POSITIONS_SIDE)
+            squares += np.einsum("pe,pe->e", table, table) / len(table)
+        # No column may be free: a block of them would lose its values altogether.
+        return np.maximum(squares, MIN_IMPORTANCE * squares.mean() or 1.0)
+
+    return dataclasses.replace(tensor, importance=importance)
+
+
+def _plan_rearranged(checkpoint: Checkpoint, hidden: int, vision: recipes.VisionType) -> list[PlannedTensor]:
     """The resampler tensors that are cut, transposed or computed rather than copied."""
     plan = []
     in_weight, in_bias = names.RESAMPLER_IN_PROJ
@@ -117,7 +148,7 @@ def _plan_rearranged(checkpoint: Checkpoint, hidden: int, file_type: LlamaFileTy
             return checkpoint.float_rows(in_bias, base, base + hidden).reshape(1, hidden)
 
         name = f"resampler.attn.{letter}"
-        kind = recipes.vision_tensor_type(f"{name}.weight", (hidden, hidden), file_type)
+        kind = recipes.vision_tensor_type(f"{name}.weight", (hidden, hidden), vision)
         plan.append(PlannedTensor(f"{name}.weight", (hidden, hidden), kind, weight))
         plan.append(PlannedTensor(f"{name}.bias", (hidden,), recipes.Q.F32, bias))
     source, name = names.RESAMPLER_PROJ
@@ -126,14 +157,14 @@ def _plan_rearranged(checkpoint: Checkpoint, hidden: int, file_type: LlamaFileTy
     def transposed(start: int, stop: int) -> npt.NDArray[np.float32]:
         return checkpoint.float_rows(source, 0, hidden)[:, start:stop].T
 
-    kind = recipes.vision_tensor_type(name, (hidden, hidden), file_type)
+    kind = recipes.vision_tensor_type(name, (hidden, hidden), vision)
     plan.append(PlannedTensor(name, (hidden, hidden), kind, transposed))
 
     def positions(start: int, stop: int) -> npt.NDArray[np.float32]:
         return pos2d_table(hidden, POSITIONS_SIDE, POSITIONS_SIDE)[start:stop]
 
     name, shape = names.RESAMPLER_POSITIONS, (POSITIONS_SIDE**2, hidden)
-    plan.append(PlannedTensor(name, shape, recipes.vision_tensor_type(name, shape, file_type), positions))
+    plan.append(PlannedTensor(name, shape, recipes.vision_tensor_type(name, shape, vision), positions))
     return plan
 
 

@@ -36,12 +36,20 @@ def _quantize_chunk() -> Callable[..., int]:
     return function
 
 
-def encode_rows(values: npt.NDArray[np.float32], kind: GGMLQuantizationType) -> npt.NDArray[np.uint8]:
+def encode_rows(
+    values: npt.NDArray[np.float32],
+    kind: GGMLQuantizationType,
+    importance: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.uint8]:
     """Encode float32 rows as blocks of `kind`.
 
     Parameters
     ----------
     values : ndarray [shape=(rows, columns), float32]; columns a multiple of the block.
+    importance : ndarray [shape=(columns,), float32] or None
+        What an error in a column costs, relative to the others: the mean square of what it is multiplied by. With
+        it llama.cpp searches 19 scales per block for the cheapest instead of taking the largest value's; types of
+        8 and more bits have no search.
 
     Returns
     -------
@@ -62,7 +70,9 @@ def encode_rows(values: npt.NDArray[np.float32], kind: GGMLQuantizationType) -> 
     block, block_bytes = GGML_QUANT_SIZES[kind]
     n_rows, n_columns = values.shape
     blocks = np.empty((n_rows, n_columns // block * block_bytes), np.uint8)
-    _quantize_chunk()(int(kind), values.ctypes.data, blocks.ctypes.data, 0, n_rows, n_columns, None)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    _quantize_chunk()(int(kind), values.ctypes.data, blocks.ctypes.data, 0, n_rows, n_columns, pointer)
     return blocks
 
 

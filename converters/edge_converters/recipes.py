@@ -31,15 +31,35 @@ DECODER_TYPES = {
     "f16": DecoderType("F16", LlamaFileType.MOSTLY_F16, Q.F16),
     "bf16": DecoderType("BF16", LlamaFileType.MOSTLY_BF16, Q.BF16),
     "q8_0": DecoderType("Q8_0", LlamaFileType.MOSTLY_Q8_0, Q.Q8_0),
+    "q6_k": DecoderType("Q6_K", LlamaFileType.MOSTLY_Q6_K, None),
     "q4_0": DecoderType("Q4_0", LlamaFileType.MOSTLY_Q4_0, None),
     "q4_k_m": DecoderType("Q4_K_M", LlamaFileType.MOSTLY_Q4_K_M, None),
 }
+
+
+@dataclass(frozen=True)
+class VisionType:
+    """A `--vision-type` of the converter."""
+
+    file_type: LlamaFileType
+    matrix: GGMLQuantizationType
+    """Type of every matrix whose rows fit its blocks, but for `SENSITIVE` ones."""
+    ours_alone: bool = False
+    """Rows that do not fit the blocks are padded, which this runtime alone can read."""
+
+
 VISION_TYPES = {
-    "f32": LlamaFileType.ALL_F32,
-    "f16": LlamaFileType.MOSTLY_F16,
-    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "f32": VisionType(LlamaFileType.ALL_F32, Q.F32),
+    "f16": VisionType(LlamaFileType.MOSTLY_F16, Q.F16),
+    "q8_0": VisionType(LlamaFileType.MOSTLY_Q8_0, Q.Q8_0),
+    "q4_0": VisionType(LlamaFileType.MOSTLY_Q4_0, Q.Q4_0),
+    "int4": VisionType(LlamaFileType.MOSTLY_Q4_0, Q.Q4_0, ours_alone=True),
 }
-_MATRIX = {LlamaFileType.ALL_F32: Q.F32, LlamaFileType.MOSTLY_F16: Q.F16, LlamaFileType.MOSTLY_Q8_0: Q.Q8_0}
+
+# The values' way through the resampler: four products in series with no residual to carry what they lose. Eight bits
+# here take 27 MB more at full size and a quarter (trained weights) to two thirds (random ones) of the error away.
+SENSITIVE = frozenset(f"resampler.{name}.weight" for name in ("kv", "attn.v", "attn.out", "proj"))
+SEARCHED = frozenset({Q.Q4_0})  # types that `encode_rows` writes and whose scales it can search for
 
 # Stored dtype → the type of the intermediate file that llama.cpp quantizes: the one that loses nothing.
 LOSSLESS = {
@@ -56,19 +76,20 @@ def decoder_tensor_type(shape: tuple[int, ...], matrix: GGMLQuantizationType) ->
     return matrix if shape[-1] % GGML_QUANT_SIZES[matrix][0] == 0 else Q.F16
 
 
-def vision_tensor_type(name: str, shape: tuple[int, ...], file_type: LlamaFileType) -> GGMLQuantizationType:
+def vision_tensor_type(name: str, shape: tuple[int, ...], vision: VisionType) -> GGMLQuantizationType:
     """Type of one mmproj tensor, as llama.cpp's MiniCPM-V script has it for f32 and f16.
 
     One departure: in an f32 file the patch kernel is float32 too. The script always rounds it to float16, which
     shows in the fourth digit when the source is float32; llama.cpp loads both.
     """
-    if name == RESAMPLER_POSITIONS and file_type != LlamaFileType.MOSTLY_F16:
+    if name == RESAMPLER_POSITIONS and vision.matrix != Q.F16:
         # llama.cpp wants it in the file but never reads it: 80 MB as float32 at full size, 21 MB in blocks.
-        return _MATRIX[file_type]
-    if file_type == LlamaFileType.ALL_F32 or not name.endswith(".weight") or len(shape) < 2:
+        return vision.matrix
+    if vision.matrix == Q.F32 or not name.endswith(".weight") or len(shape) < 2:
         return Q.F32
     if name in ("v.patch_embd.weight", "v.position_embd.weight"):
         return Q.F16  # a convolution kernel of 14-pixel rows and a lookup table: no block products to speed up
-    matrix = _MATRIX[file_type]
+    matrix = Q.Q8_0 if vision.matrix == Q.Q4_0 and name in SENSITIVE else vision.matrix
     # fc2 of SigLIP has rows of 4304 = 134.5 blocks of 32: float16 is what llama.cpp can read.
-    return matrix if shape[-1] % GGML_QUANT_SIZES[matrix][0] == 0 else Q.F16
+    fits = shape[-1] % GGML_QUANT_SIZES[matrix][0] == 0
+    return matrix if fits or vision.ours_alone else Q.F16

@@ -60,6 +60,17 @@ RESAMPLER_IN_PROJ = (
 )  # cut into q, k, v by rows
 RESAMPLER_POSITIONS = "resampler.pos_embed_k"  # computed; llama.cpp loads it, we compute positions ourselves
 
+# GGUF name of a matrix of four bits, without the layer → the checkpoint's name of the layer norm whose output it
+# multiplies.
+_NORM_BEFORE = {
+    "attn_q": "layer_norm1",
+    "attn_k": "layer_norm1",
+    "attn_v": "layer_norm1",
+    "ffn_down": "layer_norm2",
+    "resampler.attn.q": "resampler.ln_q",
+    "resampler.attn.k": "resampler.ln_kv",
+}
+
 # Buffers that some exporters store although they are computed from the configuration.
 IGNORED_SUFFIXES = (
     "rotary_emb.inv_freq",
@@ -85,3 +96,13 @@ def vision_names(n_layers: int) -> dict[str, str]:
             for part in ("weight", "bias"):
                 names[f"vpm.encoder.layers.{n}.{source}.{part}"] = f"v.blk.{n}.{target}.{part}"
     return names
+
+
+def norm_before(name: str) -> str | None:
+    """Checkpoint name of the layer norm whose output the matrix `name` multiplies, or None."""
+    matrix = name.removesuffix(".weight")
+    if not matrix.startswith("v.blk."):
+        return _NORM_BEFORE.get(matrix)
+    _, _, layer, part = matrix.split(".")
+    norm = _NORM_BEFORE.get(part)
+    return f"vpm.encoder.layers.{layer}.{norm}" if norm else None

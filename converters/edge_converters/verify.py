@@ -59,7 +59,7 @@ def verify_gguf(path: Path, tensors: list[PlannedTensor], final_name: str, *, ty
                 f"{tensor.type.name} {tensor.shape}; this is a bug, please report it."
             )
         error = sampled_error(file, tensor)
-        if error > TOLERANCE.get(info.type, TOLERANCE_BELOW_8_BITS):
+        if not error <= TOLERANCE.get(info.type, TOLERANCE_BELOW_8_BITS):  # NaN is an error too
             raise CheckpointError(
                 f"{final_name}: {tensor.name} differs from the checkpoint by {error:.1%} after {info.type.name}; "
                 "the disk or the memory may be faulty: convert again."
@@ -67,12 +67,13 @@ def verify_gguf(path: Path, tensors: list[PlannedTensor], final_name: str, *, ty
 
 
 def sampled_error(file: GGUFFile, tensor: PlannedTensor) -> float:
-    """Relative RMS error of a spread of rows of one tensor against its source."""
+    """Relative RMS error of a spread of rows of one tensor against its source, columns weighted as in encoding."""
     n_rows = tensor.n_rows
     index = np.unique(np.linspace(0, n_rows - 1, min(SAMPLED_ROWS, n_rows)).astype(np.int64))
     source = np.concatenate([tensor.rows(int(i), int(i) + 1) for i in index])
     flat = np.asarray(file.array(tensor.name)) if len(tensor.shape) > 2 else file.rows(tensor.name, index)
     written = flat.reshape(n_rows, -1)[index] if len(tensor.shape) > 2 else flat
-    scale = float(np.sqrt(np.mean(np.square(source, dtype=np.float64))))
-    difference = float(np.sqrt(np.mean(np.square(written - source, dtype=np.float64))))
+    importance = tensor.importance() if tensor.importance is not None else 1.0
+    scale = float(np.sqrt(np.mean(importance * np.square(source, dtype=np.float64))))
+    difference = float(np.sqrt(np.mean(importance * np.square(written - source, dtype=np.float64))))
     return difference / scale if scale > 0 else difference

@@ -24,6 +24,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.quantize import encode_rows
 from edge_runtime.errors import CheckpointError
+from edge_runtime.weights import KEY_ROW_LENGTH
 
 ABANDONED_S = 3600  # an unfinished file that nobody wrote to for so long belongs to no running conversion
 CHUNK_VALUES = 8 << 20  # values per chunk: 32 MiB as float32
@@ -47,6 +48,8 @@ class PlannedTensor:
     """(start, stop) → ndarray [shape=(stop - start, columns), float32]."""
     stored: Callable[[int, int], tuple[npt.NDArray[Any], str]] | None = None
     """(start, stop) → values and dtype as stored, where rows may be copied as they are."""
+    importance: Callable[[], npt.NDArray[np.float32]] | None = None
+    """() → what an error in each column costs [shape=(columns,), float32]; see `encode_rows`."""
 
     @property
     def n_rows(self) -> int:
@@ -59,10 +62,15 @@ class PlannedTensor:
         return math.prod(self.shape) // self.n_rows
 
     @property
+    def padding(self) -> int:
+        """Zeros after each row's values, up to the end of its last block."""
+        return int(-self.n_columns % GGML_QUANT_SIZES[self.type][0])
+
+    @property
     def n_bytes(self) -> int:
         """Bytes in the file."""
         block, block_bytes = GGML_QUANT_SIZES[self.type]
-        return int(self.n_rows * self.n_columns // block * block_bytes)
+        return int(self.n_rows * (self.n_columns + self.padding) // block * block_bytes)
 
     def encoded_chunks(self) -> Iterator[npt.NDArray[np.uint8]]:
         """The tensor's bytes, a chunk of rows at a time."""
@@ -78,7 +86,11 @@ class PlannedTensor:
                 return np.ascontiguousarray(values).view(np.uint8)
         rows = self.rows(start, stop)
         self._check_finite(bool(np.isfinite(rows).all()))
-        return encode_rows(rows, self.type)
+        importance = self.importance() if self.importance is not None else None
+        if self.padding:
+            rows = np.pad(rows, ((0, 0), (0, self.padding)))
+            importance = None if importance is None else np.pad(importance, (0, self.padding))
+        return encode_rows(rows, self.type, importance)
 
     def _check_finite(self, finite: bool) -> None:
         if not finite:
@@ -128,7 +140,9 @@ def write_gguf(
     add_metadata(writer)
     for tensor in tensors:
         columns = GGML_QUANT_SIZES[tensor.type]
-        shape = (*tensor.shape[:-1], tensor.shape[-1] // columns[0] * columns[1])
+        shape = (*tensor.shape[:-1], (tensor.shape[-1] + tensor.padding) // columns[0] * columns[1])
+        if tensor.padding:
+            writer.add_uint32(KEY_ROW_LENGTH + tensor.name, tensor.shape[-1])
         # Quantised tensors are announced by their bytes: gguf-py then converts the last axis back to values.
         if columns[0] > 1:
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.n_bytes, tensor.type)

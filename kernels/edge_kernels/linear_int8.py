@@ -11,7 +11,6 @@ threads nor the instruction set change them.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numba
@@ -22,7 +21,7 @@ from edge_kernels.compile import aligned_empty, helper, kernel, parallel_region,
 from edge_kernels.linear import TASKS_PER_WORKER, even_block
 from edge_kernels.rows_int8 import ROW_ZERO, QuantizedRows, quantize_into, quantize_rows, scatter
 from edge_kernels.simd import gelu, take_ticket
-from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP, dot_tile, row_range
+from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP, dot_tile, row_magnitude
 
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
@@ -33,6 +32,7 @@ Int32 = NDArray[np.int32]
 K_BLOCK = 512
 ROW_BLOCK = 192 // DOT_MR * DOT_MR
 COLUMN_BLOCK = 576 // DOT_NR * DOT_NR
+_CELL = np.dtype(f"i{GROUP}")  # a cell of a weight is moved as one integer
 
 
 class PackedInt8Weight(NamedTuple):
@@ -61,42 +61,47 @@ class PackedInt8Weight(NamedTuple):
 
 
 @helper
-def _pack_output(weight, row_stride, integers, n, k, panels, scales, sums, row, scratch):
-    cells = (k + GROUP - 1) // GROUP
-    total = 0
+def _pack_output(weight, row_stride, factors, integers, n, k, scales, sums, row, normal, line):
+    """Integers of one output to `line`, scale and sum to their places."""
     if row >= n:
         scales[row] = 0.0
-        for j in range(k):
-            scratch[j] = 0
+        line[:k] = 0
     elif integers.size > 0:
         for j in range(k):
-            scratch[j] = integers[row * k + j]
-    else:
-        middle, half = row_range(weight, row * row_stride, k)
-        # The largest magnitude: exact, unlike |middle| + half.
+            line[j] = integers[row * k + j]
+    elif factors.size > 0:
         for j in range(k):
-            half = max(half, abs(weight[row * row_stride + j])) if not math.isnan(middle) else half
-        scales[row] = quantize_into(weight, row * row_stride, k, np.float32(0.0), half, scratch)
+            normal[j] = weight[row * row_stride + j] * factors[j]
+        scales[row] = quantize_into(normal, 0, k, np.float32(0.0), row_magnitude(normal, 0, k), line)
+    else:
+        half = row_magnitude(weight, row * row_stride, k)
+        scales[row] = quantize_into(weight, row * row_stride, k, np.float32(0.0), half, line)
+    total = np.int32(0)
     for j in range(k):
-        total += scratch[j]
+        total += line[j]
     sums[row] = total
-    scatter(scratch, cells, panels, row // DOT_NR * cells * DOT_NR * GROUP, row % DOT_NR, DOT_NR, 0)
 
 
 @helper
-def _pack_panel(weight, row_stride, integers, n, k, panels, scales, sums, panel):
-    scratch = np.zeros((k + GROUP - 1) // GROUP * GROUP, np.int8)
-    for row in range(panel * DOT_NR, (panel + 1) * DOT_NR):
-        _pack_output(weight, row_stride, integers, n, k, panels, scales, sums, row, scratch)
+def _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sums, panel):
+    scratch, normal = np.zeros((k + GROUP - 1) // GROUP, _CELL), np.empty(k, np.float32)
+    for j in range(DOT_NR):
+        _pack_output(
+            weight, row_stride, factors, integers, n, k, scales, sums, panel * DOT_NR + j, normal,
+            scratch.view(np.int8),
+        )  # fmt: skip
+        scatter(scratch, panels, panel * scratch.size * DOT_NR, j, DOT_NR, 0)
 
 
 @kernel
-def _pack(weight, row_stride, integers, n, k, panels, scales, sums):
+def _pack(weight, row_stride, factors, integers, n, k, panels, scales, sums):
     for panel in numba.prange((n + DOT_NR - 1) // DOT_NR):
-        _pack_panel(weight, row_stride, integers, n, k, panels, scales, sums, panel)
+        _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sums, panel)
 
 
-def pack_weight_int8(weight: Float32 | Int8, scales: Float32 | None = None) -> PackedInt8Weight:
+def pack_weight_int8(
+    weight: Float32 | Int8, scales: Float32 | None = None, *, factor: Float32 | None = None
+) -> PackedInt8Weight:
     """Quantise a weight as `reference.quantize_weight` does and bring it into panels, once at load.
 
     Runs in parallel; reads N·K·4 bytes and writes N·K.
@@ -108,6 +113,8 @@ def pack_weight_int8(weight: Float32 | Int8, scales: Float32 | None = None) -> P
         taken as they are.
     scales : ndarray [shape=(N,), float32] or None
         Where the weight is int8: weight ≈ scale · integer.
+    factor : ndarray [shape=(K,), float32] or None
+        Multiplied into the columns of a float32 weight first.
 
     Returns
     -------
@@ -117,13 +124,14 @@ def pack_weight_int8(weight: Float32 | Int8, scales: Float32 | None = None) -> P
     n_padded = -(-n // DOT_NR) * DOT_NR
     panels = aligned_empty(-(-n_padded * -(-k // GROUP) * GROUP // 4)).view(np.int8)
     packed = PackedInt8Weight(panels, np.zeros(n_padded, np.float32), np.empty(n_padded, np.int32), n, k)
+    factors = vector_view(np.empty(0, np.float32) if factor is None else factor)
     if scales is None:
         (rows, row_stride), integers = rows_view(np.asarray(weight, np.float32)), np.empty(0, np.int8)
     else:
         rows, row_stride, integers = np.empty(0, np.float32), 0, np.array(weight, np.int8, order="C").reshape(-1)
         packed.scales[:n] = scales
     with parallel_region():
-        _pack(rows, row_stride, integers, n, k, packed.panels, packed.scales, packed.sums)
+        _pack(rows, row_stride, factors, integers, n, k, packed.panels.view(_CELL), packed.scales, packed.sums)
     return packed
 
 

@@ -1,4 +1,4 @@
-"""Rows → int8, on the fly: quantised alone, or as the last step of a layer norm.
+"""Rows → int8, on the fly: quantised alone, after a factor per column, or as the last step of a layer norm.
 
 What enters: float32 rows. What leaves: integers in panels, in cells of GROUP successive k as `simd_int8` describes
 them, with a scale and an offset per row; several products can read them. `reference.quantize_rows` defines the
@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import helper, kernel, parallel_region, rows_view
+from edge_kernels.compile import helper, kernel, parallel_region, rows_view, vector_view
 from edge_kernels.simd import sum_row, sum_squares_row, take_ticket
 from edge_kernels.simd_int8 import DOT_MR, DOT_TILE, GROUP, quantize_row, row_range
 
@@ -25,6 +25,9 @@ Float32 = NDArray[np.float32]
 
 ROW_ZERO = DOT_TILE.row_zero
 _ROW_INTEGER = np.int16 if DOT_TILE.row_bits == 16 else np.int8
+# Cells are moved as one integer each. ROW_ZERO added to every byte of one is an exclusive or, as bytes wrap.
+_ROW_CELL = np.dtype(f"i{GROUP * DOT_TILE.row_bits // 8}")
+_ZERO_CELL = int(np.full(_ROW_CELL.itemsize, ROW_ZERO, np.uint8).view(_ROW_CELL)[0])
 
 
 class QuantizedRows(NamedTuple):
@@ -72,23 +75,19 @@ def quantize_into(x, start, k, middle, half, scratch):
 
 
 @helper
-def scatter(scratch, cells, panels, start, row, rows, zero):
-    """Put a row of cells into a panel of `rows` rows that begins at `start`."""
-    for cell in range(cells):
-        at = start + (cell * rows + row) * GROUP
-        for i in range(GROUP):
-            panels[at + i] = scratch[cell * GROUP + i] ^ zero
+def scatter(cells, panels, start, row, rows, zero):
+    """Put a row of cells into a panel of `rows` rows that begins at cell `start`, each combined with `zero`."""
+    for cell in range(cells.size):
+        panels[start + cell * rows + row] = cells[cell] ^ zero
 
 
 @helper
-def _quantize_panel(x, x_stride, m, k, normalise, eps, panels, scale, offset, panel, scratch, normal):
-    cells = (k + GROUP - 1) // GROUP
-    start = panel * cells * DOT_MR * GROUP
+def _quantize_panel(x, x_stride, m, k, factors, normalise, eps, panels, scale, offset, panel, scratch, normal):
+    integers = scratch.view(_ROW_INTEGER)
     for r in range(DOT_MR):
         row = panel * DOT_MR + r
         if row >= m:
-            for j in range(cells * GROUP):
-                scratch[j] = 0
+            scratch[:] = 0
         elif normalise:
             mean = sum_row(x, row * x_stride, k) / np.float32(k)
             variance = sum_squares_row(x, row * x_stride, k, mean) / np.float32(k)
@@ -96,46 +95,53 @@ def _quantize_panel(x, x_stride, m, k, normalise, eps, panels, scale, offset, pa
             for j in range(k):
                 normal[j] = (x[row * x_stride + j] - mean) * factor
             middle, half = row_range(normal, 0, k)
-            scale[row] = quantize_into(normal, 0, k, middle, half, scratch)
+            scale[row] = quantize_into(normal, 0, k, middle, half, integers)
+            offset[row] = middle
+        elif factors.size > 0:
+            for j in range(k):
+                normal[j] = x[row * x_stride + j] * factors[j]
+            middle, half = row_range(normal, 0, k)
+            scale[row] = quantize_into(normal, 0, k, middle, half, integers)
             offset[row] = middle
         else:
             middle, half = row_range(x, row * x_stride, k)
-            scale[row] = quantize_into(x, row * x_stride, k, middle, half, scratch)
+            scale[row] = quantize_into(x, row * x_stride, k, middle, half, integers)
             offset[row] = middle
-        scatter(scratch, cells, panels, start, r, DOT_MR, -ROW_ZERO)  # ^ -128 adds 128 to a byte
+        scatter(scratch, panels, panel * scratch.size * DOT_MR, r, DOT_MR, _ZERO_CELL)
 
 
 @helper
-def _quantize_worker(x, x_stride, m, k, normalise, eps, panels, scale, offset, tickets):
-    scratch = np.zeros((k + GROUP - 1) // GROUP * GROUP, _ROW_INTEGER)
+def _quantize_worker(x, x_stride, m, k, factors, normalise, eps, panels, scale, offset, tickets):
+    scratch = np.zeros((k + GROUP - 1) // GROUP, _ROW_CELL)
     normal = np.empty(k, np.float32)
     panel = take_ticket(tickets)
     while panel * DOT_MR < m:
-        _quantize_panel(x, x_stride, m, k, normalise, eps, panels, scale, offset, panel, scratch, normal)
+        _quantize_panel(x, x_stride, m, k, factors, normalise, eps, panels, scale, offset, panel, scratch, normal)
         panel = take_ticket(tickets)
 
 
 @kernel
-def _quantize_rows(x, x_stride, m, k, normalise, eps, panels, scale, offset, tickets, workers):
+def _quantize_rows(x, x_stride, m, k, factors, normalise, eps, panels, scale, offset, tickets, workers):
     for _ in numba.prange(workers):
-        _quantize_worker(x, x_stride, m, k, normalise, np.float32(eps), panels, scale, offset, tickets)
+        _quantize_worker(x, x_stride, m, k, factors, normalise, np.float32(eps), panels, scale, offset, tickets)
 
 
-def _quantize(x: Float32, eps: float | None) -> QuantizedRows:
+def _quantize(x: Float32, factor: Float32 | None, eps: float | None) -> QuantizedRows:
     m, k = x.shape
     panels = np.empty(-(-m // DOT_MR) * -(-k // GROUP) * DOT_MR * GROUP, _ROW_INTEGER)
     scale, offset = np.empty(m, np.float32), np.empty(m, np.float32)
     if m > 0:
         rows, row_stride = rows_view(x)
+        factors = vector_view(np.empty(0, np.float32) if factor is None else factor)
         with parallel_region() as workers:
             _quantize_rows(
-                rows, row_stride, m, k, eps is not None, float(eps or 0.0), panels, scale, offset,
-                np.zeros(1, np.int64), workers,
+                rows, row_stride, m, k, factors, eps is not None, float(eps or 0.0), panels.view(_ROW_CELL),
+                scale, offset, np.zeros(1, np.int64), workers,
             )  # fmt: skip
     return QuantizedRows(panels, scale, offset, m, k)
 
 
-def quantize_rows(x: Float32) -> QuantizedRows:
+def quantize_rows(x: Float32, factor: Float32 | None = None) -> QuantizedRows:
     """Quantise rows for one or more products; `reference.quantize_rows` defines it.
 
     Runs in parallel. Integers, scales and offsets are those of the reference, bit by bit. Reads M·K floats,
@@ -145,12 +151,14 @@ def quantize_rows(x: Float32) -> QuantizedRows:
     ----------
     x : ndarray [shape=(M, K), float32]
         Rows, K ≥ 1.
+    factor : ndarray [shape=(K,), float32] or None
+        Multiplied into the columns first; its inverse belongs in the columns of the weight.
 
     Returns
     -------
     QuantizedRows
     """
-    return _quantize(x, None)
+    return _quantize(x, factor, None)
 
 
 def layer_norm_quantized(x: Float32, eps: float) -> QuantizedRows:
@@ -170,4 +178,4 @@ def layer_norm_quantized(x: Float32, eps: float) -> QuantizedRows:
     -------
     QuantizedRows
     """
-    return _quantize(x, eps)
+    return _quantize(x, None, eps)

@@ -20,7 +20,8 @@ quantised, weights when they are loaded: in memory they are bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -243,7 +244,46 @@ def dot_tile(typing_context, a, a_offset, b, b_offset, cells, c, c_offset, accum
     return _takes(a, a_offset, b, b_offset, cells, c, c_offset, accumulate), generate
 
 
-_RANGES = 4  # vectors of partial results: enough to hide the latency of a comparison
+_CHAINS = 4  # vectors of partial results: enough to hide the latency of a comparison
+
+State = list[ir.Value]
+
+
+def _reduce_row(
+    builder: ir.IRBuilder,
+    row: ir.Value,
+    n: ir.Value,
+    initial: Sequence[float],
+    take: Callable[[ir.Value, Sequence[ir.Value]], State],
+    merge: Callable[[Sequence[ir.Value], Sequence[ir.Value]], State],
+) -> State:
+    """Emit the reduction of a row's values: vectors first, then the rest one by one.
+
+    `take` is (value, state) → state and `merge` (state, state) → state, of vectors as of scalars.
+    """
+    size, chunk = len(initial), _CHAINS * TILE.width
+
+    def vectors(j: ir.Value, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        results = []
+        for v in range(_CHAINS):
+            value = _load(builder, _address(builder, row, j, _index(v * TILE.width)))
+            results += take(value, states[size * v : size * (v + 1)])
+        return results
+
+    def scalar(j: ir.Value, state: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        return take(_load(builder, _address(builder, row, j), _FLOAT), state)
+
+    whole = builder.mul(builder.sdiv(n, _index(chunk)), _index(chunk))
+    first = [_constant(_VECTOR, value) for value in initial]
+    flat = _loop(builder, _index(0), whole, chunk, first * _CHAINS, vectors)
+    state = functools.reduce(merge, (flat[size * v : size * (v + 1)] for v in range(_CHAINS)))
+    lanes = ([builder.extract_element(part, ir.Constant(_INT, lane)) for part in state] for lane in range(TILE.width))
+    return _loop(builder, whole, n, 1, functools.reduce(merge, lanes), scalar)
+
+
+def _poison(builder: ir.IRBuilder, value: ir.Value, sum_: ir.Value) -> ir.Value:
+    """Emit a sum that stays 0, or is NaN once a value was not finite."""
+    return builder.fadd(sum_, builder.fmul(value, _constant(value.type, 0.0)))
 
 
 @intrinsic
@@ -254,49 +294,48 @@ def row_range(typing_context, x, offset, n):
     """
 
     def generate(context, builder, signature, args):
-        row, n = _address(builder, _floats(context, builder, signature, args, 0), args[1]), args[2]
+        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
 
         def smaller(a: ir.Value, b: ir.Value) -> ir.Value:
             return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
-        def poison(value: ir.Value, sum_: ir.Value) -> ir.Value:  # 0, or NaN once a value was not finite
-            return builder.fadd(sum_, builder.fmul(value, _constant(value.type, 0.0)))
+        def take(value: ir.Value, state: Sequence[ir.Value]) -> State:
+            return [
+                smaller(value, state[0]),
+                _larger(builder, value, state[1]),
+                _poison(builder, value, state[2]),
+            ]
 
-        def take(value: ir.Value, state: Sequence[ir.Value]) -> list[ir.Value]:
-            return [smaller(value, state[0]), _larger(builder, value, state[1]), poison(value, state[2])]
-
-        def vectors(j: ir.Value, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            results = []
-            for v in range(_RANGES):
-                value = _load(builder, _address(builder, row, j, _index(v * TILE.width)))
-                results += take(value, states[3 * v : 3 * v + 3])
-            return results
-
-        def scalar(j: ir.Value, state: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            return take(_load(builder, _address(builder, row, j), _FLOAT), state)
-
-        def merge(a: Sequence[ir.Value], b: Sequence[ir.Value]) -> list[ir.Value]:
+        def merge(a: Sequence[ir.Value], b: Sequence[ir.Value]) -> State:
             return [smaller(a[0], b[0]), _larger(builder, a[1], b[1]), builder.fadd(a[2], b[2])]
 
-        chunk = _RANGES * TILE.width
-        whole = builder.mul(builder.sdiv(n, _index(chunk)), _index(chunk))
-        first = [_constant(_VECTOR, value) for value in (float("inf"), float("-inf"), 0.0)]
-        flat = _loop(builder, _index(0), whole, chunk, first * _RANGES, vectors)
-        states = [flat[3 * v : 3 * v + 3] for v in range(_RANGES)]
-        while len(states) > 1:
-            states = [merge(one, other) for one, other in zip(states[::2], states[1::2], strict=True)]
-        lanes = [
-            [builder.extract_element(part, ir.Constant(_INT, lane)) for part in states[0]]
-            for lane in range(TILE.width)
-        ]
-        while len(lanes) > 1:
-            lanes = [merge(one, other) for one, other in zip(lanes[::2], lanes[1::2], strict=True)]
-        low, high, broken = _loop(builder, whole, n, 1, lanes[0], scalar)
+        initial = (float("inf"), float("-inf"), 0.0)
+        low, high, broken = _reduce_row(builder, row, args[2], initial, take, merge)
         low, high = (builder.fmul(value, _constant(_FLOAT, 0.5)) for value in (low, high))
         middle, half = (builder.fadd(value, broken) for value in (builder.fadd(high, low), builder.fsub(high, low)))
         return context.make_tuple(builder, signature.return_type, [middle, half])
 
     return types.UniTuple(types.float32, 2)(x, types.int64, types.int64), generate
+
+
+@intrinsic
+def row_magnitude(typing_context, x, offset, n):
+    """Return the largest |value| of x[offset : offset + n]; NaN where the row has NaN or infinity."""
+
+    def generate(context, builder, signature, args):
+        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
+
+        def take(value: ir.Value, state: Sequence[ir.Value]) -> State:
+            magnitude = _larger(builder, value, builder.fneg(value))
+            return [_larger(builder, magnitude, state[0]), _poison(builder, value, state[1])]
+
+        def merge(a: Sequence[ir.Value], b: Sequence[ir.Value]) -> State:
+            return [_larger(builder, a[0], b[0]), builder.fadd(a[1], b[1])]
+
+        largest, broken = _reduce_row(builder, row, args[2], (0.0, 0.0), take, merge)
+        return builder.fadd(largest, broken)
+
+    return types.float32(x, types.int64, types.int64), generate
 
 
 @intrinsic

@@ -24,7 +24,14 @@ N_MATRICES = 23  # 7 in each of 3 layers, embedding and head
 # Relative RMS error of one product: of its weights, and of its activations where llama.cpp rounds those too.
 # Rounding to n bits of mantissa errs by up to 2^-n, by half of that in the mean square. For blocks, see `WEIGHTS`;
 # q8_0 also multiplies activations rounded like its weights, with the K-quants and q4_0 that part vanishes.
-PRODUCT_ERROR = {"f16": 2**-12, "bf16": 2**-9, "q8_0": 0.0054 * math.sqrt(2), "q4_0": 0.087, "q4_k_m": 0.072}
+PRODUCT_ERROR = {
+    "f16": 2**-12,
+    "bf16": 2**-9,
+    "q8_0": 0.0054 * math.sqrt(2),
+    "q6_k": 0.018,
+    "q4_0": 0.087,
+    "q4_k_m": 0.072,
+}
 # The errors of products in series are independent, so their squares add up over the matrices; measured between 0.7
 # and 1.2 times the result. Outside these factors a type is not what its name says.
 LOGITS_FACTORS = (0.35, 2.0)
@@ -81,13 +88,13 @@ def test_the_types_of_a_mix_are_those_of_the_recipe(converted: Callable[[str, st
     assert {info.type.name for info in file.tensors.values() if len(info.shape) == 2} == {"Q4_K", "Q6_K"}
     assert file.tensors["output.weight"].type.name == "Q6_K"
     assert file.tensors["token_embd.weight"].type.name == "Q4_K"
-    for kind in ("f32", "f16", "bf16", "q8_0"):
+    for kind in ("f32", "f16", "bf16", "q8_0", "q6_k"):
         infos = GGUFFile(converted(kind, "f32").decoder).tensors.values()
         assert {info.type.name for info in infos if len(info.shape) == 2} == {kind.upper()}
         assert {info.type.name for info in infos if len(info.shape) == 1} == {"F32"}
 
 
-@pytest.mark.parametrize(("kind", "file_type"), [("q4_k_m", 15), ("q4_0", 2)])  # LLAMA_FTYPE_MOSTLY_*
+@pytest.mark.parametrize(("kind", "file_type"), [("q6_k", 18), ("q4_k_m", 15), ("q4_0", 2)])  # LLAMA_FTYPE_MOSTLY_*
 @pytest.mark.parametrize("source", ["bf16", "f32"])
 def test_quantized_files_equal_those_of_llama_quantize(
     converted: Callable[[str, str], Converted], tmp_path: Path, source: str, kind: str, file_type: int

@@ -90,6 +90,7 @@ VISION_LAYER = {f"attn_{part}": f"self_attn.{part}_proj" for part in ("q", "k", 
     "ffn_down": "mlp.fc1",  # swapped, as llama.cpp's script does
     "ffn_up": "mlp.fc2",
 }
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2, "int4": 2}  # LLAMA_FTYPE_*
 NOT_QUANTIZED = {"v.patch_embd.weight": "F16", "v.position_embd.weight": "F16", "resampler.query": "F32"}
 
 
@@ -150,7 +151,12 @@ def test_decoder_keys(converted: Callable[[str, str], Converted], kind: str) -> 
 @pytest.mark.parametrize("kind", VISION_TYPES)
 def test_vision_keys(converted: Callable[[str, str], Converted], kind: str) -> None:
     metadata = plain(GGUFFile(converted("f32", kind).mmproj).metadata)
-    assert metadata == VISION_KEYS | {"general.file_type": VISION_TYPES[kind]}
+    ours_alone = {
+        "clip.projector_type": "edge_runtime.resampler",
+        **{f"edge_runtime.row_length.v.blk.{n}.ffn_up.weight": VISION_MLP for n in range(N_LAYERS)},
+    }
+    expected = VISION_KEYS | {"general.file_type": FILE_TYPES[kind]}
+    assert metadata == (expected | ours_alone if kind == "int4" else expected)
 
 
 def test_decoder_tensors_hold_the_checkpoints_values(
@@ -174,18 +180,27 @@ def test_vision_tensors_hold_the_checkpoints_values(
         np.testing.assert_allclose(file.array(name), values, rtol=0, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize(("kind", "matrix"), [("f32", "F32"), ("f16", "F16"), ("q8_0", "Q8_0")])
+EIGHT_BITS = {f"resampler.{name}.weight" for name in ("kv", "attn.v", "attn.out", "proj")}
+MATRICES = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "int4": "Q4_0"}
+
+
+@pytest.mark.parametrize(("kind", "matrix"), MATRICES.items())
 def test_vision_tensor_types(converted: Callable[[str, str], Converted], kind: str, matrix: str) -> None:
     """Biases and norms are float32, matrices as asked; fc2's rows of 304 are no whole number of blocks of 32."""
-    for name, info in GGUFFile(converted("f32", kind).mmproj).tensors.items():
+    infos = GGUFFile(converted("f32", kind).mmproj).tensors
+    assert ("resampler.pos_embed_k" in infos) == (kind != "int4")  # llama.cpp alone wants it
+    for name, info in infos.items():
         expected = matrix if name.endswith(".weight") and len(info.shape) > 1 else "F32"
         if kind != "f32":
             expected = NOT_QUANTIZED.get(name, expected)
-        if kind == "q8_0" and ".ffn_up.weight" in name:
+        if kind in ("q8_0", "q4_0") and ".ffn_up.weight" in name:
             assert info.shape == (WIDTH, VISION_MLP)
             expected = "F16"
+        assert info.padding == (16 if kind == "int4" and ".ffn_up.weight" in name else 0)
+        if matrix == "Q4_0" and name in EIGHT_BITS:
+            expected = "Q8_0"
         if name == "resampler.pos_embed_k":  # never read by llama.cpp: small where that is allowed
-            expected = {"f32": "F32", "f16": "F32", "q8_0": "Q8_0"}[kind]
+            expected = "F32" if kind == "f16" else matrix
         assert info.type.name == expected, name
 
 

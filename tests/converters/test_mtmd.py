@@ -28,7 +28,7 @@ F32_ERROR = 1e-3
 F16_ERROR = 3e-3
 # With q8_0 weights it rounds activations to 8 bits per block of 32: step max/127, so 0.3 % of the RMS per product
 # and, over 16 of them, about 1 % of a row; 1 - 0.01^2 / 2 would be 0.99995. Measured 0.99993.
-Q8_COSINE = 0.999
+Q8_COSINE = 0.999  # q4_0 weights are multiplied by activations rounded in the same way
 
 
 def picture(width: int, height: int) -> npt.NDArray[np.uint8]:
@@ -60,10 +60,11 @@ def test_embeddings_equal_those_of_mtmd(
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_q8_0_embeddings_point_where_those_of_mtmd_do(
-    converted: Callable[[str, str], Converted], size: tuple[int, int]
+@pytest.mark.parametrize("vision_type", ["q8_0", "q4_0"])
+def test_embeddings_point_where_those_of_mtmd_do(
+    converted: Callable[[str, str], Converted], vision_type: str, size: tuple[int, int]
 ) -> None:
-    ours, theirs = both(converted("f32", "q8_0"), size)
+    ours, theirs = both(converted("f32", vision_type), size)
     norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
     cosine = (ours * theirs).sum(axis=1) / norms
     assert cosine.min() >= Q8_COSINE, f"row {cosine.argmin()}: {cosine.min():.6f}"

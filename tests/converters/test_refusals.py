@@ -306,7 +306,7 @@ def test_places_without_a_checkpoint(copy: CheckpointCopy, tmp_path: Path) -> No
 
 def test_unknown_types(checkpoint: Path, tmp_path: Path) -> None:
     refuse(checkpoint, tmp_path / "out", "'q3_k'.*expected one of f32", decoder_type="q3_k")
-    refuse(checkpoint, tmp_path / "out", "'q4_0'.*expected one of f32", vision_type="q4_0")
+    refuse(checkpoint, tmp_path / "out", "'q4_k_m'.*expected one of f32", vision_type="q4_k_m")
 
 
 def test_a_shard_that_cannot_be_read(copy: CheckpointCopy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,10 @@ def flip_scale(tensors: dict[str, np.ndarray]) -> None:
     tensors[PROJ][-1, 1] ^= 0x80  # the sign of the last row's first block
 
 
+def spoil_scale(tensors: dict[str, np.ndarray]) -> None:
+    tensors[PROJ][0, :2] = 0xFF  # NaN, which no comparison calls too large
+
+
 def shift_rows(tensors: dict[str, np.ndarray]) -> None:
     tensors["v.blk.1.attn_q.weight"][:] = np.roll(tensors["v.blk.1.attn_q.weight"], 1, axis=0)
 
@@ -78,6 +82,13 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "flipped block": ("q8_0", flip_block, PROJ),
     "flipped scale": ("q8_0", flip_scale, PROJ),
     "rows moved by one": ("f16", shift_rows, "v.blk.1.attn_q.weight"),
+    "rows moved by one in four bits": ("q4_0", shift_rows, "v.blk.1.attn_q.weight"),
+    "swapped layers in padded rows": (
+        "int4",
+        swap("v.blk.0.ffn_up.weight", "v.blk.1.ffn_up.weight"),
+        "v.blk.0.ffn_up.weight",
+    ),
+    "scale that is no number": ("int4", spoil_scale, PROJ),
 }
 
 
@@ -92,8 +103,8 @@ def test_wrong_values_are_found(
         verify_gguf(damaged(good, tmp_path, damage), plan, good.name, types_may_differ=False)
 
 
-@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m"])
-def test_wrong_rows_are_found_in_four_bits(
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k_m", "q6_k"])
+def test_wrong_rows_are_found_in_few_bits(
     checkpoint: Path, converted: Callable[[str, str], Converted], tmp_path: Path, kind: str
 ) -> None:
     good = converted(kind, "f32").decoder

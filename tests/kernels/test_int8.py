@@ -227,6 +227,23 @@ def test_layer_norm_quantized_against_reference(m, e):
 # --- arguments, rows, threads -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (7, 33), (13, 4304)])
+def test_quantize_rows_after_a_factor_is_quantize_rows_of_the_product(m, k):
+    x, factor = random(m, k), np.abs(random(k)) + np.float32(0.1)
+    rows = quantize_rows(x, factor)
+    q, scale, offset = reference.quantize_rows(x * factor)
+    np.testing.assert_array_equal(unpack(rows), q)
+    np.testing.assert_array_equal(rows.scale, scale)
+    np.testing.assert_array_equal(rows.offset, offset)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 33), (40, 4304)])
+def test_pack_weight_after_a_factor_is_pack_weight_of_the_product(n, k):
+    weight, factor = random(n, k), np.abs(random(k)) + np.float32(0.1)
+    for one, other in zip(pack_weight_int8(weight, factor=factor), pack_weight_int8(weight * factor), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_linear_int8_takes_any_layout():
     x, weight, bias, residual = random(31, 40), random(20, 40, seed=1), random(20), random(31, 20)
     q_weight, scale = reference.quantize_weight(weight)

@@ -84,6 +84,14 @@ class Gguf:
         self.tensors[name] = Tensor(name, shape[::-1], int(kind), blocks.tobytes())
         return self
 
+    def padded_tensor(self, name: str, shape: tuple[int, int], kind: Type, seed: int = 0) -> Gguf:
+        """Add a matrix whose rows are stored with zeros up to the next multiple of 32, and the key that says so."""
+        n_rows, n_columns = shape
+        values = np.zeros((n_rows, padded(n_columns, 32)), np.float32)
+        values[:, :n_columns] = np.random.default_rng(seed).standard_normal(shape) / 8
+        self.tensors[name] = Tensor(name, values.shape[::-1], int(kind), encode_rows(values, kind).tobytes())
+        return self.key(f"edge_runtime.row_length.{name}", U32, n_columns)
+
     def header(self) -> bytes:
         """Everything before the tensor data, without padding."""
         parts = [
@@ -177,11 +185,11 @@ def mini_decoder(n_layers: int = 1) -> Gguf:
 
 
 def mini_mmproj(hidden: int = HIDDEN) -> Gguf:
-    """A complete vision tower and resampler of 60 KB, with slices of 8 x 8 pixels."""
-    width, mlp, patch, matrix = 32, 32, 4, Type.Q4_0
+    """A complete vision tower and resampler of 60 KB, with slices of 8 x 8 pixels; the rows of fc2 are padded."""
+    width, mlp, patch, matrix = 32, 40, 4, Type.Q4_0
     file = Gguf()
     file.key("general.architecture", STRING, "clip")
-    file.key("clip.projector_type", STRING, "resampler")
+    file.key("clip.projector_type", STRING, "edge_runtime.resampler")
     for name, value in {
         "minicpmv_version": 6,
         "vision.image_size": 8,
@@ -202,8 +210,10 @@ def mini_mmproj(hidden: int = HIDDEN) -> Gguf:
     file.tensor("v.position_embd.weight", (16, width), Type.F16)
     for name in ("ln1", "ln2"):
         file.tensor(f"v.blk.0.{name}.weight", (width,)).tensor(f"v.blk.0.{name}.bias", (width,))
-    for name in ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_down", "ffn_up"):
+    for name in ("attn_q", "attn_k", "attn_v", "attn_out"):
         file.tensor(f"v.blk.0.{name}.weight", (width, width), matrix).tensor(f"v.blk.0.{name}.bias", (width,))
+    file.tensor("v.blk.0.ffn_down.weight", (mlp, width), matrix).tensor("v.blk.0.ffn_down.bias", (mlp,))
+    file.padded_tensor("v.blk.0.ffn_up.weight", (width, mlp), matrix).tensor("v.blk.0.ffn_up.bias", (width,))
     file.tensor("v.post_ln.weight", (width,)).tensor("v.post_ln.bias", (width,))
     file.tensor("resampler.query", (4, hidden))
     file.tensor("resampler.kv.weight", (hidden, width), matrix)

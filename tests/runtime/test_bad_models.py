@@ -200,6 +200,18 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "a decoder tensor missing": (drop("blk.0.ffn_up.weight"), "llama.cpp refuses decoder.gguf: .*ffn_up"),
     "a vision tensor missing": (drop("v.blk.0.ln1.bias"), "the tensor v.blk.0.ln1.bias is missing"),
     "a resampler tensor missing": (drop("resampler.proj.weight"), "the tensor resampler.proj.weight is missing"),
+    "a row length of another model": (
+        mmproj(lambda f: f.key("edge_runtime.row_length.v.blk.0.ffn_up.weight", make.U32, 48)),
+        r"the tensor v.blk.0.ffn_up.weight has shape \(32, 48\), expected \(32, 40\)",
+    ),
+    "padded rows of an unknown length": (
+        mmproj(lambda f: f.keys.pop("edge_runtime.row_length.v.blk.0.ffn_up.weight")),
+        r"the tensor v.blk.0.ffn_up.weight has shape \(32, 64\), expected \(32, 40\)",
+    ),
+    "a row length beyond the row": (
+        mmproj(lambda f: f.key("edge_runtime.row_length.v.blk.0.ffn_up.weight", make.U32, 65)),
+        "ffn_up.weight holds 65, expected more than 32 and less than 64",
+    ),
     "positions of another width": (
         mmproj(lambda f: f.tensor("v.position_embd.weight", (16, 64))),
         r"v.position_embd.weight has shape \(16, 64\), expected \(16, 32\)",

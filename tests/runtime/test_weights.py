@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGML_QUANT_SIZES, GGUFWriter
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFWriter
 from gguf import quants as gguf_quants
 
 from edge_converters.quantize import encode_rows
@@ -146,6 +146,38 @@ REFUSED: dict[str, tuple[Callable[[], Gguf], str]] = {
     "offset that wraps at 2^64": (lambda: with_tensor(offset=2**64 - 32), "the tensor a needs bytes"),
     "control characters in a key": (lambda: with_key(13, b"", "\n\x1b[2J\0"), "the key ��\\[2J� has the unknown"),
     "an endless key": (lambda: with_key(13, b"", "k" * 60_000), "kkkk"),
+    "row length of no tensor": (
+        lambda: small().key("edge_runtime.row_length.c", make.U32, 31),
+        "has the key edge_runtime.row_length.c, but no such tensor",
+    ),
+    **{
+        f"row length {length} of 32": (
+            lambda length=length: small().key("edge_runtime.row_length.b", make.I64, length),
+            f"row_length.b holds {length}, expected more than 0 and less than 32: the rows are stored as 32",
+        )
+        for length in (0, -1, 32, 33, 2**62)
+    },
+    "row length a block too short": (
+        lambda: small().tensor("b", (2, 96), Type.Q8_0).key("edge_runtime.row_length.b", make.U32, 64),
+        "row_length.b holds 64, expected more than 64 and less than 96",
+    ),
+    "row length as text": (
+        lambda: small().key("edge_runtime.row_length.b", make.STRING, "31"),
+        "row_length.b holds 31",
+    ),
+    "row length as truth": (
+        lambda: small().key("edge_runtime.row_length.b", make.BOOL, 1),
+        "row_length.b holds True",
+    ),
+    "row length as fraction": (
+        lambda: small().key("edge_runtime.row_length.b", make.F32, 31.0),
+        "row_length.b holds 31.0",
+    ),
+    "row length as list": (lambda: small().array("edge_runtime.row_length.b", make.U32, [31]), "row_length.b holds"),
+    "row length of a type without blocks": (
+        lambda: small().key("edge_runtime.row_length.a", make.U32, 31),
+        "row_length.a holds 31, expected more than 31 and less than 32: .* in blocks of 1",
+    ),
     "offset 2^63": (lambda: with_tensor(offset=HUGE), "the tensor a needs bytes"),
 }
 
@@ -273,6 +305,95 @@ def test_tensors_are_dequantised_as_gguf_py_does(kind: Type, tmp_path: Path) -> 
     for index in (np.array([5, 0, 0, 3]), np.array([], np.int64), slice(1, 4), np.array([2])):
         assert np.array_equal(read.rows("w", index), expected[index])
     assert np.array_equal(read.blocks("w"), blocks)
+
+
+def test_every_float16_is_read_exactly(tmp_path: Path) -> None:
+    """All 65,536 of them, in one piece and in pieces, infinities and NaN included."""
+    halves = np.arange(1 << 16, dtype=np.uint16).reshape(64, 1024)
+    file = Gguf()
+    file.tensors["w"] = make.Tensor("w", (1024, 64), int(Type.F16), halves.tobytes())
+    read, expected = GGUFFile(file.write(tmp_path / "w.gguf")), halves.view(np.float16).astype(np.float32)
+    for index in (slice(None), slice(0, 31), slice(31, 33), np.array([63, 0])):
+        np.testing.assert_array_equal(read.rows("w", index), expected[index])
+    assert np.isinf(expected).sum() == 2
+    assert np.array_equal(np.signbit(read.array("w")[:31]), np.signbit(expected[:31])), "zeros have a sign too"
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 32), (3, 32), (70_000, 32), (7, 4320), (2, 131_104)])
+def test_blocks_of_any_bytes_are_read_as_gguf_py_does(kind: Type, rows: int, columns: int, tmp_path: Path) -> None:
+    """Random scales: subnormal, infinite, NaN, negative; sizes around those of a chunk, or below one."""
+    n_bytes = rows * columns // 32 * GGML_QUANT_SIZES[kind][1]
+    file, raw = Gguf(), np.random.default_rng(rows).integers(0, 256, n_bytes, np.uint8)
+    file.tensors["w"] = make.Tensor("w", (columns, rows), int(kind), raw.tobytes())
+    values = GGUFFile(file.write(tmp_path / "w.gguf")).array("w")
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(values, gguf_quants.dequantize(raw.reshape(rows, -1), kind))
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0])
+def test_parts_are_views_that_multiply_to_the_values(kind: Type, tmp_path: Path) -> None:
+    read = GGUFFile(Gguf().tensor("w", (6, 96), kind).write(tmp_path / "w.gguf"))
+    scales, integers = read.parts("w")
+    assert (scales.shape, scales.dtype, integers.shape[:2]) == ((6, 3), np.float16, (6, 3))
+    assert np.shares_memory(scales, read.blocks("w"))
+    assert np.shares_memory(integers, read.blocks("w"))
+    if kind == Type.Q4_0:
+        assert integers.dtype == np.uint8
+        integers = np.concatenate([integers & 15, integers >> 4], axis=-1).astype(np.int8) - np.int8(8)
+    assert integers.dtype == np.int8
+    assert np.array_equal((scales.astype(np.float32)[:, :, None] * integers).reshape(6, 96), read.array("w"))
+
+
+def test_other_types_have_no_parts(tmp_path: Path) -> None:
+    read = GGUFFile(Gguf().tensor("w", (6, 96), Type.F16).write(tmp_path / "w.gguf"))
+    with pytest.raises(UnsupportedModelError, match="the tensor w is stored as F16, expected Q8_0 or Q4_0"):
+        read.parts("w")
+
+
+# --- padded rows -----------------------------------------------------------------------------------------------
+
+
+def padded(kind: Type, tail: float = 0.0) -> Gguf:
+    """A tensor of 4 rows of 40 values that are stored as 64, and one that is not padded."""
+    values = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
+    values[:, 40:] = 0
+    values[2, 63] = tail
+    file = Gguf().tensor("plain", (4, 64), kind)
+    file.tensors["w"] = make.Tensor("w", (64, 4), int(kind), encode_rows(values, kind).tobytes())
+    return file.key("edge_runtime.row_length.w", make.U32, 40)
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0])
+def test_padded_rows_end_where_the_file_says(kind: Type, tmp_path: Path) -> None:
+    read = GGUFFile(padded(kind).write(tmp_path / "w.gguf"))
+    info, stored = read.tensor("w", (4, 40)), read.blocks("w")
+    expected = gguf_quants.dequantize(stored, kind)
+    assert expected.shape == (4, 64)
+    assert (info.padding, info.n_elements, info.n_bytes) == (24, 160, stored.size)
+    assert read.tensors["plain"].shape == (4, 64)
+    assert np.array_equal(read.array("w"), expected[:, :40])
+    assert read.array("w").flags.c_contiguous
+    assert np.array_equal(read.rows("w", np.array([3, 1])), expected[[3, 1], :40])
+    assert read.rows("w", np.array([], np.int64)).shape == (0, 40)
+    assert read.parts("w").scales.shape == (4, 2)
+
+
+@pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0])
+@pytest.mark.parametrize("tail", [1.0, -0.5, np.inf, np.nan])
+def test_padding_that_holds_something_is_refused(kind: Type, tail: float, tmp_path: Path) -> None:
+    """A zero is exact in every block type, so nothing else may stand there."""
+    file = padded(kind, tail if np.isfinite(tail) else 1.0)
+    if not np.isfinite(tail):
+        raw, row_bytes = bytearray(file.tensors["w"].data), len(file.tensors["w"].data) // 4
+        start = 2 * row_bytes + row_bytes // 2  # the scale of the third row's last block
+        raw[start : start + 2] = np.float16(tail).tobytes()
+        file.tensors["w"].data = bytes(raw)
+    read = GGUFFile(file.write(tmp_path / "w.gguf"))
+    assert read.rows("w", np.array([0, 1, 3])).shape == (3, 40), "the other rows are sound"
+    for ask in (lambda: read.array("w"), lambda: read.rows("w", slice(2, 3)), lambda: read.parts("w")):
+        with pytest.raises(ModelFileError, match=r"w.gguf: rows of w go on after their 40 values, expected zeros"):
+            ask()
 
 
 def test_a_type_without_dequantiser_is_refused_when_it_is_read(tmp_path: Path) -> None:
