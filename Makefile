@@ -24,8 +24,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Peers that are not installed (extra [bench]) are left out. Random files of the real sizes come into build/bench, 7 GB.
 bench: setup
 	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/vision.py --json build/bench/results/vision.json
+	$(BIN)/python benchmarks/report.py build/bench/results/vision.json
 
 # The yardstick lies beside the checkout where it is at hand.
 conformance: setup

@@ -1,11 +1,15 @@
 """What a quantisation costs in answers: one checkpoint, every decoder and vision type, the same held-out samples.
 
-    python benchmarks/quality.py demo/run/checkpoint --samples 100 --json benchmarks/results/quality.json
+    python benchmarks/quality.py demo/run/checkpoint --samples 100 --json benchmarks/results/quality.json [--plot SVG]
 
 For each pair of types: share of right answers (average of the core skills, and each), agreement with float32 (equal
 answers, right or wrong), and mean answer loss: the negative log probability per token of the right answer and its
 end, which still moves where accuracy is saturated. Vision types change at a float32 decoder and the other way round;
-the shipped pair and all-float32 are always among them. The last line is one JSON object.
+the shipped pair and all-float32 are always among them.
+
+Two arithmetics: `exact` is float32 throughout, as `--exact`; `int8` is the default, which rounds what enters the
+tower's products as well. Decoder types are compared in `exact`, so that nothing else changes, and everything that
+concerns the vision file in both. The reference is all-float32 in `exact`. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (".", "kernels", "converters"):
     sys.path.insert(0, str(ROOT / folder))
 
+from benchmarks.sides.plot import plot_quality  # noqa: E402
 from demo.data import CORE  # noqa: E402
 from demo.evaluate import ask, draw  # noqa: E402
 from demo.sample import Sample  # noqa: E402
@@ -32,9 +37,16 @@ from edge_converters.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E402
 from edge_runtime import Model, __version__  # noqa: E402
 
 FLOAT, SHIPPED = ("f32", "f32"), ("q4_k_m", "q8_0")
-DECODERS = [name for name in ("f16", "q8_0", "q6_k", "q4_k_m", "q4_0") if name in DECODER_TYPES]
-VISIONS = [name for name in ("f16", "q8_0") if name in VISION_TYPES]
-PAIRS = list(dict.fromkeys([FLOAT, *((d, "f32") for d in DECODERS), *(("f32", v) for v in VISIONS), SHIPPED]))
+LEFT_OUT = {"bf16"}  # the size of f16
+DECODERS = [name for name in DECODER_TYPES if name not in LEFT_OUT | {"f32"}]
+VISIONS = [name for name in VISION_TYPES if name not in LEFT_OUT | {"f32"}]
+SMALL = [(SHIPPED[0], name) for name in VISIONS if name != "f16"]
+PAIRS = list(dict.fromkeys([FLOAT, *((d, "f32") for d in DECODERS), *(("f32", v) for v in VISIONS), *SMALL, SHIPPED]))
+
+
+def arithmetics(decoder: str, vision: str) -> list[str]:
+    """What a pair is measured in, the reference first."""
+    return ["exact"] if vision == "f32" and decoder != "f32" else ["exact", "int8"]
 
 
 def answer_loss(model: Model, sample: Sample) -> float:
@@ -45,7 +57,8 @@ def answer_loss(model: Model, sample: Sample) -> float:
     def compute() -> float:
         decoder, total = model._decoder, 0.0
         tokens = model._encoder.encode(prepared.groups)
-        decoder.prefill(model._engine.embed(prepared.prompt, tokens))
+        decoder.rewind()
+        decoder.prefill(model._engine.embed(prepared.prompt, dict(enumerate(tokens))))
         for i, token in enumerate(wanted):
             logits = decoder.logits().astype(np.float64)
             top = logits.max()
@@ -81,39 +94,51 @@ def agreement(answers: dict[str, list[str]], reference: dict[str, list[str]]) ->
     return float(np.mean([a == b for a, b in pairs]))
 
 
-def run(checkpoint: Path, count: int, *, exact: bool) -> list[dict[str, Any]]:
+def run(checkpoint: Path, count: int, *, exact_only: bool) -> list[dict[str, Any]]:
     """Measure all pairs; prints a row of the table after each."""
     samples = {kind: [draw(kind, number) for number in range(count)] for kind in CORE}
     rows: list[dict[str, Any]] = []
     reference: dict[str, list[str]] = {}
-    print(f"{'decoder':<8} {'vision':<6} {'MB':>6} {'right':>7} {'as f32':>7} {'loss':>7}   " + "  ".join(CORE))
+    print(
+        f"{'decoder':<8} {'vision':<6} {'tower':<5} {'MB':>6} {'right':>7} {'as f32':>7} {'loss':>7}   "
+        + "  ".join(CORE)
+    )
     for decoder, vision in PAIRS:
         with tempfile.TemporaryDirectory() as folder:
             convert_checkpoint(checkpoint, folder, decoder_type=decoder, vision_type=vision)
-            result = measure(Path(folder), samples, exact=exact)
-        answers = result.pop("answers")
-        reference = reference or answers
-        row = {"decoder": decoder, "vision": vision, "agreement": agreement(answers, reference), **result}
-        rows.append(row)
-        each = "  ".join(f"{share:>{len(kind)}.1%}" for kind, share in row["right"].items())
-        print(
-            f"{decoder:<8} {vision:<6} {row['bytes'] / 1e6:6.1f} {row['average']:7.2%} {row['agreement']:7.2%} "
-            f"{row['loss']:7.4f}   {each}",
-            flush=True,
-        )
+            for arithmetic in arithmetics(decoder, vision):
+                if exact_only and arithmetic != "exact":
+                    continue
+                result = measure(Path(folder), samples, exact=arithmetic == "exact")
+                answers = result.pop("answers")
+                reference = reference or answers
+                types = {"decoder": decoder, "vision": vision, "arithmetic": arithmetic}
+                rows.append({**types, "agreement": agreement(answers, reference), **result})
+                _print_row(rows[-1])
     return rows
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    each = "  ".join(f"{share:>{len(kind)}.1%}" for kind, share in row["right"].items())
+    print(
+        f"{row['decoder']:<8} {row['vision']:<6} {row['arithmetic']:<5} {row['bytes'] / 1e6:6.1f} "
+        f"{row['average']:7.2%} {row['agreement']:7.2%} {row['loss']:7.4f}   {each}",
+        flush=True,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("checkpoint", type=Path, help="demo checkpoint in the official layout, float32")
     parser.add_argument("--samples", type=int, default=100, help="per core skill")
-    parser.add_argument("--exact", action="store_true", help="float32 KV cache and no flash attention, as --exact")
+    parser.add_argument("--exact", action="store_true", help="leave out the rows in int8")
+    parser.add_argument("--plot", type=Path, help="also draw size against quality into this file (.svg or .png)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     started = time.perf_counter()
-    rows = run(options.checkpoint, options.samples, exact=options.exact)
-    by_pair = {(row["decoder"], row["vision"]): row for row in rows}
+    rows = run(options.checkpoint, options.samples, exact_only=options.exact)
+    by_pair = {(row["decoder"], row["vision"]): row for row in rows}  # the last of a pair: int8 where it was measured
+    by_pair[FLOAT] = rows[0]
     lost = by_pair[FLOAT]["average"] - by_pair[SHIPPED]["average"]
     print(f"The shipped types lose {100 * lost:.2f} points against float32.")
     for row in rows:
@@ -128,7 +153,9 @@ def main() -> None:
     }
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(summary, indent=1), "utf-8")
+        options.json.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    if options.plot:
+        plot_quality(rows, options.plot)
     print(json.dumps(summary))
 
 

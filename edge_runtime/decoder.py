@@ -8,7 +8,7 @@ text or pictures.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ class Decoder:
         # Every use of these may come after close(), so they must exist before anything can fail.
         self._model = self._context = None
         self._cancelled: Callable[[], bool] = lambda: False
-        self.n_past = 0
-        """Positions filled in the KV cache."""
+        self._held: list[Hashable] = []
         self._lib = lib = llama.library()
         self._model = self._load_model()
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, self.config.context_length)
@@ -103,6 +102,11 @@ class Decoder:
         return model
 
     @property
+    def n_past(self) -> int:
+        """Positions filled in the KV cache."""
+        return len(self._held)
+
+    @property
     def context(self) -> Any:
         """llama.cpp's context, for the samplers."""
         return self._context
@@ -126,12 +130,40 @@ class Decoder:
                 "use fewer or smaller pictures (--max-slices), a shorter text, or a larger --ctx."
             )
 
-    def prefill(self, embeddings: Float32, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Start a new sequence from embeddings; logits of the last one are then at hand.
+    def rewind(self, keys: Sequence[Hashable] = ()) -> int:
+        """Go back to the longest common beginning of the KV cache and a new prompt.
+
+        Parameters
+        ----------
+        keys : what stands at each position of the new prompt; equal keys mean equal embeddings. The last one always
+            is to be computed again, or there would be no logits.
+
+        Returns
+        -------
+        n : positions that stay, `n_past` from now on.
+        """
+        limit = min(len(self._held), max(0, len(keys) - 1))
+        n = next((i for i in range(limit) if self._held[i] != keys[i]), limit)
+        memory = self._lib.llama_get_memory(self._context)
+        # Also when nothing is cut off: an aborted call leaves positions behind that nobody knows of.
+        if not self._lib.llama_memory_seq_rm(memory, 0, n, -1):
+            self._lib.llama_memory_clear(memory, False)
+            n = 0
+        del self._held[n:]
+        return n
+
+    def prefill(
+        self,
+        embeddings: Float32,
+        keys: Sequence[Hashable] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Append embeddings to the sequence; logits of the last one are then at hand.
 
         Parameters
         ----------
         embeddings : ndarray [shape=(n, hidden), float32]
+        keys : n of them, see `rewind`; None: nothing will ever be equal to these.
         cancelled : asked often, from inside llama.cpp.
 
         Raises
@@ -141,21 +173,22 @@ class Decoder:
         PromptTooLongError
             When the prompt does not fit.
         """
-        self.check_length(len(embeddings))
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
-        self.n_past = 0
+        self.check_length(self.n_past + len(embeddings))
+        keys = [object() for _ in embeddings] if keys is None else keys
         batch = self._embedding_batch
         for start in range(0, len(embeddings), CHUNK_TOKENS):
             chunk = np.ascontiguousarray(embeddings[start : start + CHUNK_TOKENS], np.float32)
             ctypes.memmove(batch.embd, chunk.ctypes.data, chunk.nbytes)
             self._fill(batch, len(chunk), wants_logits=start + len(chunk) == len(embeddings))
             self._decode(batch, cancelled)
+            self._held += keys[start : start + len(chunk)]
 
     def decode(self, token_id: int, cancelled: Callable[[], bool] = lambda: False) -> None:
         """Append one token; its logits are then at hand."""
         self._token_batch.token[0] = token_id
         self._fill(self._token_batch, 1, wants_logits=True)
         self._decode(self._token_batch, cancelled)
+        self._held.append(token_id)
 
     def logits(self) -> Float32:
         """Logits after the last position: ndarray [shape=(vocabulary,), float32], a copy."""
@@ -185,7 +218,6 @@ class Decoder:
                 f"llama.cpp failed to decode (status {status}): {llama.last_errors()}; the model file may be "
                 "damaged: download it again."
             )
-        self.n_past += batch.n_tokens
 
     def close(self) -> None:
         """Free the model and its context; further calls do nothing."""

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -24,6 +24,7 @@ from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions, is_finite
 from edge_runtime.streaming import Piece, TextStream
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.visual_cache import VisualTokenCache
 from edge_runtime.weights import Float32
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -45,6 +46,8 @@ class Finished:
 
     reason: FinishReason
     completion_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that needed no prefill."""
     timings_s: dict[str, float]
     """encode, prefill, first_token (since submission), decode"""
 
@@ -59,6 +62,8 @@ class Request:
     prompt: Prompt
     groups: list[Group]
     """Slices behind `prompt.bounds`, one group for each."""
+    digests: list[bytes]
+    """Of the groups; see `pipeline.group_digest`."""
     sampling: SamplingOptions
     thinking: bool
     max_tokens: int
@@ -123,6 +128,7 @@ class Engine:
 
     def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self._encoder, self._decoder, self._tokenizer = encoder, decoder, tokenizer
+        self._visual_tokens = VisualTokenCache()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=_work, args=(self._jobs,), name="edge-runtime inference", daemon=True)
@@ -161,35 +167,39 @@ class Engine:
         """Stop the thread and free the model."""
         self._close()
 
-    def embed(self, prompt: Prompt, tokens: Sequence[Float32]) -> Float32:
+    def embed(self, prompt: Prompt, tokens: Mapping[int, Float32], start: int = 0) -> Float32:
         """One stream of embeddings: token rows with the visual tokens in their places.
+
+        Parameters
+        ----------
+        tokens : place in `prompt.bounds` → ndarray [shape=(queries, hidden), float32]; places that end before `start`
+            may be left out.
+        start : first position wanted.
 
         Returns
         -------
-        embeddings : ndarray [shape=(n prompt tokens, hidden), float32]
+        embeddings : ndarray [shape=(n prompt tokens - start, hidden), float32]
         """
-        embeddings = np.array(self._decoder.embed(np.asarray(prompt.ids, np.int64)))
-        if len(tokens) != len(prompt.bounds):
-            raise ModelFileError(
-                f"The prompt has {len(prompt.bounds)} places for pictures, {len(tokens)} were encoded; this is a "
-                "bug, please report it."
-            )
-        for (first, end), visual in zip(prompt.bounds, tokens, strict=True):
-            embeddings[first:end] = visual
+        embeddings = np.array(self._decoder.embed(np.asarray(prompt.ids[start:], np.int64)))
+        for place, (first, end) in enumerate(prompt.bounds):
+            if end > start:
+                embeddings[max(first, start) - start : end - start] = tokens[place][max(0, start - first) :]
         return embeddings
 
     def _answer(self, request: Request, job: _Job, started: float) -> None:
         timings = dict.fromkeys(("encode", "prefill", "first_token", "decode"), 0.0)
-        n_tokens = 0
+        n_tokens = n_cached = 0
 
         def finish(reason: FinishReason) -> None:
-            job.events.put(Finished(reason, n_tokens, timings))
+            job.events.put(Finished(reason, n_tokens, n_cached, timings))
 
         try:
             clock = _Clock()
-            embeddings = self.embed(request.prompt, self._encode(request, job))
+            keys = _keys(request)
+            n_cached = self._decoder.rewind(keys)
+            embeddings = self.embed(request.prompt, self._visual(request, n_cached, job), n_cached)
             timings["encode"] = clock.lap()
-            self._prefill(embeddings, job)
+            self._prefill(embeddings, keys[n_cached:], job)
             timings["prefill"] = clock.lap()
             sampler = Sampler(request.sampling, self._decoder.config.vocabulary, self._decoder.n_ctx)
             try:
@@ -204,21 +214,32 @@ class Engine:
         except Cancelled:
             finish("cancelled")
 
-    def _encode(self, request: Request, job: _Job) -> list[Float32]:
-        total = sum(len(group) for group in request.groups)
+    def _visual(self, request: Request, start: int, job: _Job) -> dict[int, Float32]:
+        """Visual tokens of all places that end behind position `start`; pictures before it are not even looked at."""
+        digests = {i: request.digests[i] for i, (_, end) in enumerate(request.prompt.bounds) if end > start}
+        known = {digest: self._visual_tokens.get(digest) for digest in digests.values()}
+        missing = {digest: request.groups[i] for i, digest in digests.items() if known[digest] is None}
+        found = dict(zip(missing, self._encode([*missing.values()], job), strict=True))
+        for digest, tokens in found.items():
+            self._visual_tokens.put(digest, tokens)
+        found |= {digest: tokens for digest, tokens in known.items() if tokens is not None}
+        return {i: found[digest] for i, digest in digests.items()}
+
+    def _encode(self, groups: list[Group], job: _Job) -> list[Float32]:
+        total = sum(len(group) for group in groups)
 
         def on_slices(n_done: int) -> None:
             job.events.put(Progress("encode", n_done, total))
             if job.is_cancelled():
                 raise Cancelled
 
-        if request.groups:
+        if groups:
             on_slices(0)
-        return self._encoder.encode(request.groups, on_slices)
+        return self._encoder.encode(groups, on_slices)
 
-    def _prefill(self, embeddings: Float32, job: _Job) -> None:
+    def _prefill(self, embeddings: Float32, keys: list[Hashable], job: _Job) -> None:
         job.events.put(Progress("prefill", 0, len(embeddings)))
-        self._decoder.prefill(embeddings, job.is_cancelled)
+        self._decoder.prefill(embeddings, keys, job.is_cancelled)
         job.events.put(Progress("prefill", len(embeddings), len(embeddings)))
         if not is_finite(self._decoder.logits()):
             raise ModelFileError(
@@ -248,6 +269,14 @@ class Engine:
                 decoder.decode(token_id, job.is_cancelled)
         _emit(job, stream.finish())
         yield n_tokens, reason
+
+
+def _keys(request: Request) -> list[Hashable]:
+    """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
+    keys: list[Hashable] = list(request.prompt.ids)
+    for digest, (first, end) in zip(request.digests, request.prompt.bounds, strict=True):
+        keys[first:end] = [(digest, i) for i in range(end - first)]
+    return keys
 
 
 def _emit(job: _Job, pieces: list[Piece]) -> None:

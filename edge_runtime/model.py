@@ -39,6 +39,7 @@ class Answer:
     prompt_tokens: int
     visual_tokens: int
     cached_tokens: int
+    """Of the prompt: those that the KV cache still held from the request before."""
     completion_tokens: int
     slices: list[list[int]]
     """[width, height] of everything that was encoded."""
@@ -238,7 +239,9 @@ class Model:
         started = time.perf_counter()
         prepared = self._prepare(messages, on_image, thinking=thinking, **prompt_options)
         image_s = time.perf_counter() - started
-        request = Request(prepared.prompt, prepared.groups, sampling, thinking, max_tokens, tuple(stop))
+        request = Request(
+            prepared.prompt, prepared.groups, prepared.digests, sampling, thinking, max_tokens, tuple(stop)
+        )
 
         def finish(answer: str, reasoning: str | None, end: Finished) -> Answer:
             timings = {
@@ -256,7 +259,7 @@ class Model:
                 model=self.name,
                 prompt_tokens=len(prepared.prompt.ids),
                 visual_tokens=sum(last - first for first, last in prepared.prompt.bounds),
-                cached_tokens=0,
+                cached_tokens=end.cached_tokens,
                 completion_tokens=end.completion_tokens,
                 slices=prepared.slices,
                 timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
@@ -329,7 +332,8 @@ class Model:
 
         def compute() -> Trace:
             tokens = self._encoder.encode(prepared.groups)
-            self._decoder.prefill(self._engine.embed(prepared.prompt, tokens))
+            self._decoder.rewind()
+            self._decoder.prefill(self._engine.embed(prepared.prompt, dict(enumerate(tokens))))
             first = self._decoder.logits()
             logits, greedy = first, []
             for _ in range(n_tokens):

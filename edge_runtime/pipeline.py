@@ -9,9 +9,12 @@ rows; both become one stream of embeddings ─ decoder ─ sampler ─ pieces of
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from edge_runtime.config import SlicingConfig
 from edge_runtime.encoder import Group
@@ -47,8 +50,10 @@ class Prepared:
     prompt: Prompt
     groups: list[Group]
     """Slices behind each run of visual tokens."""
+    digests: list[bytes] = field(default_factory=list)
+    """One for each group; groups with equal digests have equal visual tokens."""
     slices: list[list[int]] = field(default_factory=list)
-    """[width, height] of every slice that will be encoded, in order."""
+    """[width, height] of every slice, in order."""
 
 
 def prepare(
@@ -106,7 +111,7 @@ def prepare(
         use_image_id=slicing.use_image_id if options.use_image_id is None else options.use_image_id,
         tools=options.tools,
     )
-    return Prepared(prompt, groups, sizes)
+    return Prepared(prompt, groups, [group_digest(group) for group in groups], sizes)
 
 
 def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[SlicePlan, list[Slice]]:
@@ -115,6 +120,15 @@ def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tup
     plan = plan_slices(*picture.size, slicing, limit)
     check_plan(*picture.size, plan, slicing)
     return plan, slice_image(picture, plan, slicing)
+
+
+def group_digest(group: Group) -> bytes:
+    """Fingerprint of all that decides a group's visual tokens: pixels, their arrangement, times."""
+    digest = hashlib.blake2b(digest_size=16)
+    for item, time in group:
+        digest.update(repr((item.pixels.shape, time)).encode())
+        digest.update(np.ascontiguousarray(item.pixels).data)
+    return digest.digest()
 
 
 def pack_frames(frames: Sequence[list[Slice]], ids: Sequence[int]) -> list[Group]:

@@ -1,10 +1,11 @@
 """Matrix products and layer norms of the vision part, in one of two arithmetics behind one interface.
 
 `FloatArithmetic` is the official one: float32 weights and activations. `Int8Arithmetic` stores weights as int8 (one
-scale per output) and quantises activations row by row, with int32 sums; layer norm, softmax and the residual stream
-stay float32. A layer norm's gain and bias are folded into the products that follow it before those are quantised:
-channels that a gain makes fifty times larger than the rest would otherwise take their row's whole range. For products
-that no norm precedes, calibration finds factors to the same end (see `calibration`).
+scale per output) and quantises activations row by row, with int32 sums, and attends in int16 where that is faster;
+layer norm, softmax and the residual stream stay float32. A layer norm's gain and bias are folded into the products
+that follow it before those are quantised: channels that a gain makes fifty times larger than the rest would otherwise
+take their row's whole range. For products that no norm precedes, calibration finds factors to the same end (see
+`calibration`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_runtime.calibration import Calibration
 from edge_runtime.errors import BackendUnavailable
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from edge_kernels.rows_int8 import QuantizedRows
 
     Rows = Float32 | QuantizedRows
+    Int64 = npt.NDArray[np.int64]
 
 
 def check_instruction_set() -> None:
@@ -82,6 +85,12 @@ class Arithmetic(Protocol):
         """Make the layer norm that precedes products made with `after=affine`."""
         ...
 
+    def attention(
+        self, q: Float32, k: Float32, v: Float32, heads: int, scale: float, q_offsets: Int64, kv_offsets: Int64
+    ) -> Float32:
+        """Attend within each of several sequences; see `edge_kernels.attention`."""
+        ...
+
 
 class FloatArithmetic:
     """float32 throughout."""
@@ -100,8 +109,16 @@ class FloatArithmetic:
 
         return lambda x: layer_norm(x, affine.gain, affine.bias, epsilon)
 
+    def attention(
+        self, q: Float32, k: Float32, v: Float32, heads: int, scale: float, q_offsets: Int64, kv_offsets: Int64
+    ) -> Float32:
+        """Attend in float32."""
+        from edge_kernels.attention import attention
 
-class Int8Arithmetic:
+        return attention(q, k, v, heads, scale, q_offsets, kv_offsets)
+
+
+class Int8Arithmetic(FloatArithmetic):
     """int8 products with int32 sums."""
 
     def __init__(self, calibration: Calibration | None = None) -> None:
@@ -118,7 +135,7 @@ class Int8Arithmetic:
             moved = np.einsum("nk,k->n", weight, after.bias)
             return _Int8Product(pack_weight_int8(weight, factor=after.gain), moved if bias is None else bias + moved)
         if name in self._calibration.in_float:
-            return FloatArithmetic().product(weight, bias)
+            return super().product(weight, bias)
         smooth = self._calibration.smooth.get(name)
         factor = None if smooth is None else np.float32(1) / smooth
         return _Int8Product(pack_weight_int8(weight, factor=smooth), bias, factor)
@@ -128,6 +145,15 @@ class Int8Arithmetic:
         from edge_kernels.rows_int8 import layer_norm_quantized
 
         return lambda x: layer_norm_quantized(x, epsilon)
+
+    def attention(
+        self, q: Float32, k: Float32, v: Float32, heads: int, scale: float, q_offsets: Int64, kv_offsets: Int64
+    ) -> Float32:
+        """Attend in int16 with int32 sums, or in float32 where that is as fast."""
+        from edge_kernels.attention_int16 import GAINS, attention_int16
+
+        attend = attention_int16 if GAINS else super().attention
+        return attend(q, k, v, heads, scale, q_offsets, kv_offsets)
 
 
 @dataclass(frozen=True)

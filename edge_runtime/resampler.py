@@ -174,8 +174,6 @@ class Resampler:
         -------
         tokens : one ndarray [shape=(queries, hidden), float32] per group.
         """
-        from edge_kernels.attention import attention
-
         if not groups:
             return []
         config, w = self.config, self._weights
@@ -189,6 +187,6 @@ class Resampler:
         k, v = w.key(content, residual=positions), w.value(content)
         q = np.tile(w.queries, (len(groups), 1))
         scale = 1 / math.sqrt(config.hidden // config.heads)
-        out = w.out(attention(q, k, v, config.heads, scale, q_offsets, kv_offsets))
-        tokens = w.projection(w.norm_post(out))
+        attended = self._arithmetic.attention(q, k, v, config.heads, scale, q_offsets, kv_offsets)
+        tokens = w.projection(w.norm_post(w.out(attended)))
         return [tokens[q_offsets[i] : q_offsets[i + 1]] for i in range(len(groups))]

@@ -159,11 +159,10 @@ class VisionTower:
         ModelFileError
             When the features are not finite: the weights are damaged.
         """
-        from edge_kernels.attention import attention
         from edge_kernels.norm import layer_norm
         from edge_kernels.patch_embed import patch_embed
 
-        config, (kernel, bias, table) = self.config, self._embedding
+        config, attend, (kernel, bias, table) = self.config, self._arithmetic.attention, self._embedding
         offsets = offsets_of([len(s.patches) for s in slices])
         ids = np.concatenate([position_ids(*s.tgt_size, config.position_side) for s in slices])
         pixels = np.concatenate([s.patches.reshape(len(s.patches), -1) for s in slices])
@@ -172,7 +171,7 @@ class VisionTower:
         x = patch_embed(pixels, kernel, bias, table, ids)  # (P, width), P over all slices
         for layer in self._layers:
             q, k, v = np.split(layer.qkv(layer.norm1(x)), 3, axis=1)
-            x = layer.out(attention(q, k, v, config.heads, scale, offsets, offsets), residual=x)
+            x = layer.out(attend(q, k, v, config.heads, scale, offsets, offsets), residual=x)
             x = layer.fc2(layer.fc1(layer.norm2(x), gelu=True), residual=x)
         x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)
         if not np.isfinite(x).all():

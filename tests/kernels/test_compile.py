@@ -21,6 +21,7 @@ USE_EVERYTHING = textwrap.dedent(
     """
     import numpy as np
     from edge_kernels.attention import attention
+    from edge_kernels.attention_int16 import attention_int16
     from edge_kernels.compile import cache_statistics
     from edge_kernels.linear import linear, pack_weight
     from edge_kernels.linear_int8 import linear_int8, pack_weight_int8
@@ -37,11 +38,14 @@ USE_EVERYTHING = textwrap.dedent(
         linear(x[:, ::-1], weight, gain, gelu=True, residual=x)
         layer_norm(x, gain, gain, 1e-6)
         attention(x, x, x, 2, 1, ends, ends)
+        attention_int16(x, x, x, 2, 1, ends, ends)
         patch_embed(x, weight, gain, x, np.zeros(m, np.int64))
         weight = pack_weight_int8(np.ones((40, 40), np.float32))
         linear_int8(x, pack_weight_int8(np.ones((40, 40), np.int8), gain), gain)
         linear_int8(layer_norm_quantized(x[:, ::-1], 1e-6), weight, gain, gelu=True, residual=x)
         linear_int8(quantize_rows(x), weight)
+    many, ends = np.ones((400, 40), np.float32), np.array([0, 400])  # several blocks of queries
+    attention_int16(many, many, many[:, ::-1], 2, 0.5, ends, ends)
     print(*cache_statistics())
     """
 )

@@ -45,6 +45,7 @@ def test_embeddings_decode_like_tokens(exact_model: Model):
 
     def by_tokens() -> np.ndarray:
         decoder = exact_model._decoder
+        decoder.rewind()
         decoder.prefill(decoder.embed(np.array(ids[:1])))
         for token in ids[1:]:
             decoder.decode(token)
@@ -72,7 +73,8 @@ def test_the_answer_depends_on_the_picture(demo: Model):
 
 
 def test_a_stream_is_the_answer_in_pieces(demo: Model):
-    messages = [{"role": "user", "content": [EXAMPLE, "What does it say?"]}]
+    picture = Image.open(EXAMPLE).convert("RGB").point(lambda value: value ^ 1)  # none of its slices was seen before
+    messages = [{"role": "user", "content": [picture, "What does it say?"]}]
     stream = demo.chat(messages, stream=True, greedy=True)
     progress: list[Progress] = []
     stream.on_progress = progress.append

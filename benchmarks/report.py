@@ -1,0 +1,298 @@
+"""Results in JSON → the Markdown tables of the README, and the plot of size against quality.
+
+    python benchmarks/report.py benchmarks/results/*.json
+    python benchmarks/report.py benchmarks/results/*.json --write README.md
+    python benchmarks/report.py benchmarks/results/quality.json --plot quality.svg
+
+`--write` replaces what stands between the lines `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`. Every row
+of a result gets its row here, also where a peer is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.sides.plot import plot_quality
+from benchmarks.sides.profiling import peak_of
+
+Result = dict[str, Any]
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+NAMES = {
+    "ours-int8": "edge-runtime, int8 (default)",
+    "ours-exact": "edge-runtime, float32 (`--exact`)",
+    "mtmd-f16": "llama.cpp mtmd, float16 file",
+    "mtmd-q8_0": "llama.cpp mtmd, Q8_0 file",
+    "openvino-int8": "OpenVINO, int8 by NNCF",
+    "openvino-f32": "OpenVINO, float32",
+    "torch-int8": "PyTorch, dynamic int8",
+    "torch-bf16": "PyTorch, bfloat16",
+}
+PLANTS = {
+    "none": "random weights",
+    "gains": "10 channels of each layer norm × 50",
+    "fc2": "5 hidden units of each MLP × 30",
+}
+MISSING = "–"
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = ["| " + " | ".join(heading) + " |", "|---|" + "---:|" * (len(heading) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def number(value: float | None, digits: int = 2, unit: str = "") -> str:
+    """A number, or a dash where nothing was measured."""
+    return MISSING if value is None else f"{value:.{digits}f}{unit}"
+
+
+def megabytes(n_bytes: float) -> str:
+    """Bytes in MB of 10^6."""
+    return f"{n_bytes / 1e6:,.0f}"
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def about_machine(result: Result) -> str:
+    """What the numbers were measured on, in one sentence."""
+    machine = result["machine"]
+    versions = machine["versions"]
+    used = [f"{name} {version}" for name, version in versions.items() if version != "not installed"]
+    load = machine["load_average"]
+    busy = (
+        f"; load average {load['start'][0]} at the start and {load['end'][0]} at the end" if load.get("start") else ""
+    )
+    return f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads{busy}. Versions: {', '.join(used)}."
+
+
+def vision(result: Result) -> str:
+    """All scenarios of one run of vision.py."""
+    parts = [about_machine(result)]
+    times = [one for one in result["results"] if one["kind"] == "time"]
+    if times:
+        parts.append(speed(times))
+    parts += [RENDER_KIND[one["kind"]](one) for one in result["results"] if one["kind"] in RENDER_KIND]
+    left_out = [*result.get("skipped", {}).items(), *result.get("failed", {}).items()]
+    parts += [f"{NAMES.get(side, side)}: not measured, {reason}." for side, reason in left_out]
+    return "\n\n".join(parts)
+
+
+def speed(times: Sequence[Result]) -> str:
+    """Seconds per picture of all sides and sizes. Ratios compare like with like: the tower with the tower."""
+    sides = list(dict.fromkeys(side for one in times for side in one["tower_s"] | one["samples_s"]))
+    heading = ["encoding, median seconds"]
+    for one in times:
+        size = " × ".join(map(str, one["picture"]))
+        heading += [f"{size}: tower", "and resampler", "times ours"]
+    heading += ["worst cosine to float32: features", "tokens"]
+    rows = []
+    for side in sides:
+        row = [NAMES.get(side, side)]
+        for one in times:
+            whole = {"ours-int8": one["ours_s"], **one["peers_s"]}
+            tower = one["tower_s"]
+            of = whole if whole.get(side) is not None else tower
+            ours, mine = of.get("ours-int8"), of.get(side)
+            ratio = mine / ours if ours and mine else None
+            row += [number(tower.get(side)), number(whole.get(side)), number(ratio)]
+        close: dict[str, Any] = next(
+            (one["agreement"][side] for one in times if side in one.get("agreement", {})), {}
+        )
+        rows.append(
+            row + [number(close[what]["worst"] if what in close else None, 5) for what in ("features", "tokens")]
+        )
+    counts = ", ".join(samples_taken(one) for one in times)
+    note = (
+        f"Samples per side: {counts}, taken in turns. mtmd's time includes the resampler and is compared with our "
+        "whole encoding; OpenVINO and PyTorch run the tower alone and are compared with our tower. Cosines are to "
+        "ours in float32 on the same random weights; our default and mtmd's Q8_0 read the Q8_0 file, the others the "
+        "float16 one."
+    )
+    return table(heading, rows) + "\n\n" + note
+
+
+def samples_taken(one: Result) -> str:
+    """How many samples each side has, as a range where they differ."""
+    numbers = sorted({len(of) for key in ("samples_s", "tower_samples_s") for of in one[key].values()})
+    return " to ".join(str(number) for number in numbers[:: max(1, len(numbers) - 1)]) or "0"
+
+
+def memory(one: Result) -> str:
+    """Anonymous memory and RSS at each stage."""
+    stages = {"peak_loading": "peak while loading", "loaded": "loaded", "peak": "peak", "after": "after"}
+    rows = [
+        [
+            NAMES.get(side, side),
+            *(f"{megabytes(of[stage]['anon'])} / {megabytes(of[stage]['rss'])}" for stage in stages),
+            f"{of['growth_anon'] / 1e6:+.1f}",
+        ]
+        for side, of in one["sides"].items()
+    ]
+    growth = f"growth, pictures {one['settled']} to {one['pictures']}"
+    heading = ["vision part, MB: anonymous / RSS", *stages.values(), growth]
+    return table(heading, rows) + f"\n\nPeak during one picture of {one['slices']} slices."
+
+
+def startup(one: Result) -> str:
+    """A new process with compiled kernels."""
+    rows = [
+        [
+            NAMES.get(side, side),
+            number(of["start_s"]),
+            number(of["load_and_repack_s"]),
+            number(of["first_s"]),
+            number(of["second_s"]),
+            f"{of['cache_misses']:.0f}",
+        ]
+        for side, of in one["sides"].items()
+    ]
+    size = " × ".join(map(str, one["picture"]))
+    heading = ["new process, seconds", "imports, opening", "load and repack", f"first {size}, with that", "second"]
+    return table([*heading, "kernels compiled"], rows)
+
+
+def accuracy(one: Result) -> str:
+    """int8 against float32."""
+    rows = [
+        [
+            PLANTS.get(row["plant"], row["plant"]) + (", calibrated" if row.get("calibrated") else ""),
+            *(number(row[what][key], 5) for what in ("features", "tokens") for key in ("mean", "worst")),
+        ]
+        for row in one["rows"]
+    ]
+    heading = ["int8, cosine to float32", "per patch: mean", "worst", "per visual token: mean", "worst"]
+    return table(heading, rows)
+
+
+def profile(one: Result) -> str:
+    """Share of time per operation, and each product's rate against the machine's peak."""
+    parts = []
+    for side, of in one["sides"].items():
+        rows = []
+        for row in of["operations"]:
+            peak = of["peak_gops"][peak_of(row["operation"])]
+            rate, share = (row["gops"], row["gops"] / peak) if row["gops"] else (None, None)
+            of_peak = MISSING if share is None else f"{share:.0%}"
+            rows.append([row["operation"], f"{row['share']:.1%}", number(rate, 0), of_peak])
+        peaks = ", ".join(f"{name} {value:.0f}" for name, value in of["peak_gops"].items())
+        heading = [f"{NAMES.get(side, side)}: {of['seconds']:.2f} s", "time", "GOP/s", "of the peak"]
+        parts.append(
+            f"{table(heading, rows)}\n\nPeaks of the register tiles, measured in the same run, GOP/s: {peaks}."
+        )
+    return "\n\n".join(parts)
+
+
+RENDER_KIND: dict[str, Callable[[Result], str]] = {
+    "memory": memory,
+    "startup": startup,
+    "accuracy": accuracy,
+    "profile": profile,
+}
+
+
+def quality(result: Result) -> str:
+    """Answers of the demo model in each pair of types."""
+    rows = [
+        [
+            f"{row['decoder']}, {row['vision']}, {row.get('arithmetic', 'int8')}",
+            number(row["bytes"] / 1e6, 1),
+            f"{row['average']:.2%}",
+            f"{row['agreement']:.2%}",
+            number(row["loss"], 4),
+        ]
+        for row in result["rows"]
+    ]
+    heading = ["decoder, vision, arithmetic of the tower", "MB", "right answers", "same as float32", "answer loss"]
+    note = f"{result['samples_per_skill']} held-out samples per skill; the shipped types lose"
+    return f"{table(heading, rows)}\n\n{note} {result['points_lost']:.2f} points against float32."
+
+
+def conversion(result: Result) -> str:
+    """Time and memory of one conversion."""
+    row = [
+        f"`{result['scenario'].removeprefix('convert-')}`",
+        megabytes(result["checkpoint_bytes"]),
+        number(result["ours_s"], 0),
+        megabytes(result["peak_anon_bytes"]),
+        megabytes(result["peak_rss_bytes"]),
+    ]
+    return table(["conversion", "checkpoint MB", "seconds", "peak anonymous MB", "peak RSS MB"], [row])
+
+
+def kernels(result: Result) -> str:
+    """Kernels against NumPy."""
+    ours, numpy = result["ours_s"], result["peers_s"]["numpy"]
+    rows = [
+        [name, number(ours[name] * 1e3), number(numpy[name] * 1e3), number(numpy[name] / ours[name])] for name in ours
+    ]
+    return table(["kernel", "ours ms", "NumPy ms", "ratio"], rows)
+
+
+def render(result: Result) -> str:
+    """The tables of one result.
+
+    Raises
+    ------
+    ValueError
+        When the result is of no known scenario.
+    """
+    scenario = str(result.get("scenario"))
+    known = {"vision": vision, "quality-demo": quality, "vision-kernels": kernels}
+    if scenario in known:
+        return known[scenario](result)
+    if scenario.startswith("convert-"):
+        return conversion(result)
+    raise ValueError(f"there is no table for the scenario {scenario!r}; known are {', '.join(known)} and convert-…")
+
+
+def replace_between_markers(text: str, tables: str) -> str:
+    """`text` with what stands between the two markers replaced.
+
+    Raises
+    ------
+    ValueError
+        When the markers are not there once each, in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the lines {BEGIN} and {END} must be there once each, in this order")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of the benchmarks")
+    parser.add_argument("--write", type=Path, help="Markdown file to put the tables into, instead of printing them")
+    parser.add_argument("--plot", type=Path, help="also draw size against quality into this file (.svg or .png)")
+    options = parser.parse_args()
+    parts = []
+    for path in options.results:
+        try:
+            result = json.loads(path.read_text("utf-8"))
+            parts.append(render(result))
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path}: {error}.") from None
+        if options.plot and result["scenario"] == "quality-demo":
+            plot_quality(result["rows"], options.plot)
+    tables = "\n\n".join(parts)
+    if options.write is None:
+        print(tables)
+        return
+    try:
+        changed = replace_between_markers(options.write.read_text("utf-8"), tables)
+    except ValueError as error:
+        raise SystemExit(f"{options.write} cannot take the tables: {error}.") from None
+    options.write.write_text(changed, "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What this machine can do at most: the register tiles of the kernels on operands that never leave the first cache.
+
+A loop around the tile's own instructions on all threads, without packing, memory or anything between two tiles. In
+units of 1e9 operations per second, a multiplication and an addition being two.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (what numba compiles takes its types from the call)
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numba
+import numpy as np
+
+from edge_kernels.compile import helper, parallel_region
+from edge_kernels.simd import MR, NR, product_tile
+from edge_kernels.simd_int8 import DOT_MR, DOT_NR, DOT_TILE, GROUP, dot_tile
+
+CELLS = 128  # panels of 4 KiB and less: a first cache has 32
+SECONDS = 0.15
+
+
+@helper
+def _int8_tiles(a, b, calls):
+    sums = np.zeros(DOT_MR * DOT_NR, np.int32)
+    for _ in range(calls):
+        dot_tile(a, 0, b, 0, CELLS, sums, 0, 1)
+    return sums[0]
+
+
+@helper
+def _float32_tiles(a, b, calls):
+    sums = np.zeros(MR * NR, np.float32)
+    for _ in range(calls):
+        product_tile(a, 0, CELLS, 1, MR, b, 0, CELLS, sums, 0, 1)
+    return sums[0]
+
+
+@numba.njit(parallel=True, nogil=True)
+def _int8(a, b, calls, results, workers):
+    for worker in numba.prange(workers):
+        results[worker] = _int8_tiles(a, b, calls)
+
+
+@numba.njit(parallel=True, nogil=True)
+def _float32(a, b, calls, results, workers):
+    for worker in numba.prange(workers):
+        results[worker] = _float32_tiles(a, b, calls)
+
+
+def _rate(run: Callable[[int, int], None], per_call: float) -> float:
+    """GOP/s of all threads together; the number of calls is chosen so that they take a while."""
+    with parallel_region() as workers:
+        run(1, workers)  # compiles
+        calls, seconds = 1000, 0.0
+        while seconds < SECONDS / 10:
+            calls *= 4
+            start = time.perf_counter()
+            run(calls, workers)
+            seconds = time.perf_counter() - start
+        calls = max(1, int(calls * SECONDS / seconds))
+        start = time.perf_counter()
+        run(calls, workers)
+        return workers * calls * per_call / (time.perf_counter() - start) / 1e9
+
+
+def int8_peak() -> float:
+    """GOP/s of the int8 tile."""
+    integer = {8: np.uint8 if DOT_TILE.row_zero else np.int8, 16: np.int16}[DOT_TILE.row_bits]
+    a = np.ones(CELLS * DOT_MR * GROUP, integer)
+    b = np.ones(CELLS * DOT_NR * GROUP, np.int8)
+    results = np.zeros(256, np.int32)
+    return _rate(lambda calls, workers: _int8(a, b, calls, results, workers), 2.0 * CELLS * GROUP * DOT_MR * DOT_NR)
+
+
+def float32_peak() -> float:
+    """GFLOP/s of the float32 tile."""
+    a, b = np.ones(CELLS * MR, np.float32), np.ones(CELLS * NR, np.float32)
+    results = np.zeros(256, np.float32)
+    return _rate(lambda calls, workers: _float32(a, b, calls, results, workers), 2.0 * CELLS * MR * NR)
