@@ -56,9 +56,7 @@ def answer_loss(model: Model, sample: Sample) -> float:
 
     def compute() -> float:
         decoder, total = model._decoder, 0.0
-        tokens = model._encoder.encode(prepared.groups)
-        decoder.rewind()
-        decoder.prefill(model._engine.embed(prepared.prompt, dict(enumerate(tokens))))
+        decoder.prefill(model._embeddings(prepared))
         for i, token in enumerate(wanted):
             logits = decoder.logits().astype(np.float64)
             top = logits.max()

@@ -1,8 +1,9 @@
 """Embeddings → logits → tokens: the Qwen3 decoder, run by llama.cpp through its low-level API.
 
-A prompt enters as one stream of embeddings, text and visual tokens alike, cut only by chunk size: cutting it at
-every picture, as llama.cpp's own multimodal helpers do, costs a decode call per separator token. Knows nothing of
-text or pictures.
+Several sequences share one KV cache, and one call computes parts of any of them. A prompt enters as one stream of
+embeddings, text and visual tokens alike, cut only by chunk size: cutting it at every picture, as llama.cpp's own
+multimodal helpers do, costs a decode call per separator token. Knows nothing of text or pictures: what stands at a
+position is a key, and equal keys mean equal embeddings.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +25,28 @@ from edge_runtime.weights import Float32, GGUFFile
 CHUNK_TOKENS = 512
 """Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
 DEFAULT_CONTEXT = 8192
-ABORTED = 2  # llama_decode's way to say that the abort callback answered true
+N_SEQUENCES = 8
+FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
 
 
 class Cancelled(Exception):  # noqa: N818 - a request's end, not an error
     """The request was cancelled; raised on the inference thread only."""
+
+
+class CacheFull(Exception):  # noqa: N818 - answered by making room
+    """The KV cache has no room for what was to be computed; nothing has changed."""
+
+
+class Part(NamedTuple):
+    """What one call appends to one sequence."""
+
+    sequence: int
+    keys: Sequence[Hashable]
+    """What stands at the new positions; token ids where there are no embeddings."""
+    embeddings: Float32 | None = None
+    """ndarray [shape=(n, hidden), float32]"""
+    wants_logits: bool = True
+    """Of the last position."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +60,12 @@ class DecoderOptions:
     n_ctx: int | None = None
     exact: bool = False
     n_threads: int = 1
+    n_sequences: int = N_SEQUENCES
+    """Requests that can be computed side by side."""
 
 
 class Decoder:
-    """One decoder file with one KV cache holding one sequence.
+    """One decoder file with one KV cache that several sequences share.
 
     Raises
     ------
@@ -59,7 +79,9 @@ class Decoder:
         # Every use of these may come after close(), so they must exist before anything can fail.
         self._model = self._context = None
         self._cancelled: Callable[[], bool] = lambda: False
-        self._held: list[Hashable] = []
+        self.n_sequences = options.n_sequences
+        # One more than requests can have: for `prefill` and `decode`.
+        self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1)]
         self._lib = lib = llama.library()
         self._model = self._load_model()
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, self.config.context_length)
@@ -68,8 +90,9 @@ class Decoder:
             self.n_ctx,
             CHUNK_TOKENS,
             CHUNK_TOKENS,
-            1,
+            options.n_sequences + 1,
         )
+        params.kv_unified = True  # what is free belongs to whoever needs it, and a shared beginning is held once
         params.n_threads = params.n_threads_batch = options.n_threads
         if options.exact:
             params.type_k = params.type_v = lib.GGML_TYPE_F32
@@ -84,7 +107,7 @@ class Decoder:
                 f"{llama.last_errors()}; try a smaller --ctx."
             )
         self._embedding_batch = lib.llama_batch_init(CHUNK_TOKENS, self.config.hidden, 1)
-        self._token_batch = lib.llama_batch_init(1, 0, 1)
+        self._token_batch = lib.llama_batch_init(CHUNK_TOKENS, 0, 1)
 
     def _load_model(self) -> Any:
         lib = self._lib
@@ -100,11 +123,6 @@ class Decoder:
                 f"llama.cpp refuses {self.file.path.name}: {llama.last_errors()}; convert or download it again."
             )
         return model
-
-    @property
-    def n_past(self) -> int:
-        """Positions filled in the KV cache."""
-        return len(self._held)
 
     @property
     def context(self) -> Any:
@@ -130,94 +148,116 @@ class Decoder:
                 "use fewer or smaller pictures (--max-slices), a shorter text, or a larger --ctx."
             )
 
-    def rewind(self, keys: Sequence[Hashable] = ()) -> int:
-        """Go back to the longest common beginning of the KV cache and a new prompt.
+    def held(self, sequence: int) -> int:
+        """Positions of a sequence that are in the KV cache."""
+        return len(self._held[sequence])
+
+    def common(self, sequence: int, keys: Sequence[Hashable]) -> int:
+        """Length of the beginning that a sequence has in common with `keys`, at most all but the last of them.
+
+        The last one is to be computed again in any case, or there would be no logits.
+        """
+        held = self._held[sequence]
+        limit = min(len(held), len(keys) - 1)
+        return next((i for i in range(limit) if held[i] != keys[i]), max(0, limit))
+
+    def rewind(self, sequence: int, n: int = 0) -> None:
+        """Cut a sequence off behind its first `n` positions."""
+        # Also when nothing is cut off: an aborted call leaves positions behind that nobody knows of.
+        self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), sequence, n, -1)
+        del self._held[sequence][n:]
+
+    def share(self, source: int, sequence: int, n: int) -> None:
+        """Make a sequence begin with the first `n` positions of another, which are held once for both."""
+        self.rewind(sequence)
+        self._lib.llama_memory_seq_cp(self._lib.llama_get_memory(self._context), source, sequence, 0, n)
+        self._held[sequence] = self._held[source][:n]
+
+    def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] = lambda: False) -> list[int]:
+        """Append parts to their sequences in one call; at most `CHUNK_TOKENS` positions together.
 
         Parameters
         ----------
-        keys : what stands at each position of the new prompt; equal keys mean equal embeddings. The last one always
-            is to be computed again, or there would be no logits.
+        cancelled : asked often, from inside llama.cpp.
 
         Returns
         -------
-        n : positions that stay, `n_past` from now on.
-        """
-        limit = min(len(self._held), max(0, len(keys) - 1))
-        n = next((i for i in range(limit) if self._held[i] != keys[i]), limit)
-        memory = self._lib.llama_get_memory(self._context)
-        # Also when nothing is cut off: an aborted call leaves positions behind that nobody knows of.
-        if not self._lib.llama_memory_seq_rm(memory, 0, n, -1):
-            self._lib.llama_memory_clear(memory, False)
-            n = 0
-        del self._held[n:]
-        return n
-
-    def prefill(
-        self,
-        embeddings: Float32,
-        keys: Sequence[Hashable] | None = None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """Append embeddings to the sequence; logits of the last one are then at hand.
-
-        Parameters
-        ----------
-        embeddings : ndarray [shape=(n, hidden), float32]
-        keys : n of them, see `rewind`; None: nothing will ever be equal to these.
-        cancelled : asked often, from inside llama.cpp.
+        rows : for each part the row of its last position, which asks for its logits.
 
         Raises
         ------
         Cancelled
-            When `cancelled` answered true.
-        PromptTooLongError
-            When the prompt does not fit.
+            When `cancelled` answered true; the sequences are as before.
+        CacheFull
+            When there is no room; the sequences are as before.
         """
-        self.check_length(self.n_past + len(embeddings))
-        keys = [object() for _ in embeddings] if keys is None else keys
-        batch = self._embedding_batch
-        for start in range(0, len(embeddings), CHUNK_TOKENS):
-            chunk = np.ascontiguousarray(embeddings[start : start + CHUNK_TOKENS], np.float32)
-            ctypes.memmove(batch.embd, chunk.ctypes.data, chunk.nbytes)
-            self._fill(batch, len(chunk), wants_logits=start + len(chunk) == len(embeddings))
-            self._decode(batch, cancelled)
-            self._held += keys[start : start + len(chunk)]
-
-    def decode(self, token_id: int, cancelled: Callable[[], bool] = lambda: False) -> None:
-        """Append one token; its logits are then at hand."""
-        self._token_batch.token[0] = token_id
-        self._fill(self._token_batch, 1, wants_logits=True)
-        self._decode(self._token_batch, cancelled)
-        self._held.append(token_id)
-
-    def logits(self) -> Float32:
-        """Logits after the last position: ndarray [shape=(vocabulary,), float32], a copy."""
-        pointer = self._lib.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(pointer, (self.config.vocabulary,)).copy()
-
-    def _fill(self, batch: Any, n_tokens: int, *, wants_logits: bool) -> None:
-        batch.n_tokens = n_tokens
-        for i in range(n_tokens):
-            batch.pos[i] = self.n_past + i
-            batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = False
-        batch.logits[n_tokens - 1] = wants_logits
-
-    def _decode(self, batch: Any, cancelled: Callable[[], bool]) -> None:
+        batch, rows, n = self._filled_batch(parts), [], 0
+        for part in parts:
+            for i in range(len(part.keys)):
+                batch.pos[n + i] = self.held(part.sequence) + i
+                batch.n_seq_id[n + i] = 1
+                batch.seq_id[n + i][0] = part.sequence
+                batch.logits[n + i] = False
+            n += len(part.keys)
+            batch.logits[n - 1] = part.wants_logits
+            rows.append(n - 1)
+        batch.n_tokens = n
         self._cancelled = cancelled
         try:
             with llama.watch_log(lambda line: None):
                 status = self._lib.llama_decode(self._context, batch)
         finally:
             self._cancelled = lambda: False
-        if status == ABORTED or cancelled():
-            raise Cancelled
-        if status != 0:
+        if status != 0 or cancelled():
+            for part in parts:
+                self.rewind(part.sequence, self.held(part.sequence))
+            if status == FULL:
+                raise CacheFull
+            if status in (0, ABORTED):
+                raise Cancelled
             raise ModelFileError(
                 f"llama.cpp failed to decode (status {status}): {llama.last_errors()}; the model file may be "
                 "damaged: download it again."
             )
+        for part in parts:
+            self._held[part.sequence] += part.keys
+        return rows
+
+    def _filled_batch(self, parts: Sequence[Part]) -> Any:
+        """Batch with the inputs of all parts: token ids if nothing else is among them, else embeddings."""
+        if all(part.embeddings is None for part in parts):
+            for i, token_id in enumerate(key for part in parts for key in part.keys):
+                self._token_batch.token[i] = token_id
+            return self._token_batch
+        rows = [
+            self.embed(np.asarray(part.keys, np.int64)) if part.embeddings is None else part.embeddings
+            for part in parts
+        ]
+        embeddings = np.ascontiguousarray(np.concatenate(rows), np.float32)
+        ctypes.memmove(self._embedding_batch.embd, embeddings.ctypes.data, embeddings.nbytes)
+        return self._embedding_batch
+
+    def prefill(self, embeddings: Float32) -> None:
+        """Compute embeddings in a sequence of their own, outside any request; `decode` goes on with it.
+
+        Parameters
+        ----------
+        embeddings : ndarray [shape=(n, hidden), float32]
+        """
+        self.check_length(len(embeddings))
+        self.rewind(self.n_sequences)
+        for start in range(0, len(embeddings), CHUNK_TOKENS):
+            chunk = embeddings[start : start + CHUNK_TOKENS]
+            self.step([Part(self.n_sequences, [object() for _ in chunk], chunk)])
+
+    def decode(self, token_id: int) -> None:
+        """Append one token to what `prefill` began."""
+        self.step([Part(self.n_sequences, [token_id])])
+
+    def logits(self, row: int = -1) -> Float32:
+        """Logits of a row of the last call: ndarray [shape=(vocabulary,), float32], a copy."""
+        pointer = self._lib.llama_get_logits_ith(self._context, row)
+        return np.ctypeslib.as_array(pointer, (self.config.vocabulary,)).copy()
 
     def close(self) -> None:
         """Free the model and its context; further calls do nothing."""

@@ -5,7 +5,7 @@ The numba kernels underneath run parallel code, which one Python thread at a tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from edge_runtime.calibration import read_calibration
@@ -57,30 +57,26 @@ class ImageEncoder:
         """Width of a visual token, which must be the decoder's."""
         return self.resampler.config.hidden
 
-    def encode(
-        self, groups: Sequence[Group], on_slices: Callable[[int], None] = lambda n_done: None
-    ) -> list[Float32]:
+    def encode(self, groups: Sequence[Group]) -> list[Float32]:
         """Visual tokens of each group.
-
-        Parameters
-        ----------
-        on_slices : called with the number of slices done after each batch; may raise to stop.
 
         Returns
         -------
         tokens : one ndarray [shape=(queries, hidden), float32] per group.
         """
         tokens: list[Float32] = []
-        n_done = 0
         for batch in _batches(groups):
             slices = [item for group in batch for item, _ in group]
             features = iter(self.tower.encode(slices))
             tokens += self.resampler.resample(
                 [[GroupItem(next(features), item.tgt_size, time) for item, time in group] for group in batch]
             )
-            n_done += len(slices)
-            on_slices(n_done)
         return tokens
+
+
+def n_patches(group: Group) -> int:
+    """Patches of all slices of a group."""
+    return sum(len(item.patches) for item, _ in group)
 
 
 def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
@@ -88,7 +84,7 @@ def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
     batch: list[Group] = []
     patches = 0
     for group in groups:
-        size = sum(len(item.patches) for item, _ in group)
+        size = n_patches(group)
         if batch and patches + size > BATCH_PATCHES:
             yield batch
             batch, patches = [], 0

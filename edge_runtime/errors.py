@@ -43,5 +43,9 @@ class PromptTooLongError(EdgeRuntimeError):
     """A prompt that does not fit into the context window."""
 
 
+class EngineBusy(EdgeRuntimeError):  # noqa: N818 - says what is the matter, not that something broke
+    """Too many requests are waiting; the same one may be made again later."""
+
+
 class BackendUnavailable(EdgeRuntimeError):  # noqa: N818 - the name users see; "unavailable" says it is an error
     """A library or a machine feature that is needed is not there."""

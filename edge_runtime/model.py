@@ -13,13 +13,15 @@ import numpy as np
 
 from edge_runtime.decoder import Decoder, DecoderOptions
 from edge_runtime.encoder import ImageEncoder
-from edge_runtime.engine import Engine, Finished, FinishReason, Progress, Request, Running
+from edge_runtime.engine import Engine, Running
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.products import check_instruction_set
 from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
+from edge_runtime.requests import Finished, FinishReason, Progress, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
+from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.streaming import Piece
@@ -109,7 +111,7 @@ class Trace:
 
 
 class Model:
-    """A loaded model. Make one with `Model.load`; it answers from any thread, one request at a time."""
+    """A loaded model. Make one with `Model.load`; it answers from any thread, many requests side by side."""
 
     def __init__(self, paths: ModelPaths, *, exact: bool, n_ctx: int | None, n_threads: int | None) -> None:
         from edge_kernels.compile import cpu_count
@@ -331,9 +333,7 @@ class Model:
         prepared = self._prepare(messages, **prompt_options)
 
         def compute() -> Trace:
-            tokens = self._encoder.encode(prepared.groups)
-            self._decoder.rewind()
-            self._decoder.prefill(self._engine.embed(prepared.prompt, dict(enumerate(tokens))))
+            self._decoder.prefill(self._embeddings(prepared))
             first = self._decoder.logits()
             logits, greedy = first, []
             for _ in range(n_tokens):
@@ -343,6 +343,11 @@ class Model:
             return Trace(first, greedy)
 
         return self._engine.call(compute)
+
+    def _embeddings(self, prepared: Prepared) -> Float32:
+        tokens = self._encoder.encode(prepared.groups)
+        places = dict(zip(prepared.prompt.bounds, tokens, strict=True))
+        return embed(self._decoder, np.asarray(prepared.prompt.ids, np.int64), places)
 
     def close(self) -> None:
         """Free the memory; further calls raise."""

@@ -113,9 +113,9 @@ class Sampler:
         for link in links:
             lib.llama_sampler_chain_add(self._chain, link)
 
-    def sample(self, context: Any) -> int:
-        """Choose a token from the logits of the last decoded position, and remember it for the penalty."""
-        return int(self._lib.llama_sampler_sample(self._chain, context, -1))
+    def sample(self, context: Any, row: int) -> int:
+        """Choose a token from the logits of a row of the last call, and remember it for the penalty."""
+        return int(self._lib.llama_sampler_sample(self._chain, context, row))
 
     def close(self) -> None:
         """Free the chain; further calls do nothing."""

@@ -173,9 +173,9 @@ import time
 from edge_runtime import sampling
 from edge_runtime.cli import main
 real, said = sampling.Sampler.sample, []
-def slow(self, context):
+def slow(self, context, row):
     time.sleep(0.1)
-    said.append(real(self, context)) if not said else None
+    said.append(real(self, context, row)) if not said else None
     return said[0]
 sampling.Sampler.sample = slow
 main(["run", "--greedy", "--max-tokens", "2000"])

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from edge_runtime import EdgeRuntimeError, MessageError, Model, ModelFileError, PromptTooLongError
-from edge_runtime.engine import Progress
+from edge_runtime.requests import Progress
 from runtime.test_prompt import CHATS, case_of
 from tolerances import LOGITS
 
@@ -45,7 +45,6 @@ def test_embeddings_decode_like_tokens(exact_model: Model):
 
     def by_tokens() -> np.ndarray:
         decoder = exact_model._decoder
-        decoder.rewind()
         decoder.prefill(decoder.embed(np.array(ids[:1])))
         for token in ids[1:]:
             decoder.decode(token)
@@ -92,7 +91,7 @@ def test_thinking_is_split_by_ids(exact_model: Model, monkeypatch):
     tokenizer = exact_model.tokenizer
     end, stop = tokenizer.special_ids["</think>"], tokenizer.special_ids["<|im_end|>"]
     script = iter([*tokenizer.encode("it says </think>, hm\n"), end, *tokenizer.encode("\n\nblue"), stop])
-    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context: next(script))
+    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: next(script))
     answer = exact_model.chat("Why?", thinking=True)
     assert (answer.reasoning, answer.answer, answer.finish_reason) == ("it says </think>, hm", "blue", "stop")
 

@@ -1,0 +1,99 @@
+"""What is asked of the engine, what comes back, and what is known of a request in between."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edge_runtime.encoder import Group
+from edge_runtime.prompt import Prompt
+from edge_runtime.sampling import Sampler, SamplingOptions
+from edge_runtime.streaming import Piece, TextStream
+from edge_runtime.weights import Float32
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the work before the first token is."""
+
+    stage: Literal["encode", "prefill"]
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a request."""
+
+    reason: FinishReason
+    completion_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that needed no prefill."""
+    timings_s: dict[str, float]
+    """encode, prefill, first_token (since submission), decode"""
+
+
+Event = Progress | Piece | Finished
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prepared request."""
+
+    prompt: Prompt
+    groups: list[Group]
+    """Slices behind `prompt.bounds`, one group for each."""
+    digests: list[bytes]
+    """Of the groups; see `pipeline.group_digest`."""
+    sampling: SamplingOptions
+    thinking: bool
+    max_tokens: int
+    stop: Sequence[str] = ()
+
+    def keys(self) -> list[Hashable]:
+        """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
+        keys: list[Hashable] = list(self.prompt.ids)
+        for digest, (first, end) in zip(self.digests, self.prompt.bounds, strict=True):
+            keys[first:end] = [(digest, i) for i in range(end - first)]
+        return keys
+
+
+@dataclass(eq=False)
+class Task:
+    """A request on its way through the scheduler."""
+
+    request: Request
+    is_cancelled: Callable[[], bool]
+    events: queue.SimpleQueue[Any]
+    started: float = field(default_factory=time.perf_counter)
+    keys: list[Hashable] = field(default_factory=list)
+    """Prompt and answer so far."""
+    sequence: int = -1
+    sampler: Sampler | None = None
+    stream: TextStream | None = None
+    tokens: dict[bytes, Float32] = field(default_factory=dict)
+    """Visual tokens, as far as they are needed and known."""
+    missing: dict[bytes, Group] = field(default_factory=dict)
+    n_slices: int = 0
+    """To be encoded in all."""
+    n_cached: int = 0
+    n_tokens: int = 0
+    timings: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("encode", "prefill", "first_token", "decode"), 0.0)
+    )
+    lap: float = field(default_factory=time.perf_counter)
+
+    def take_lap(self, name: str) -> None:
+        """Add the seconds since the last lap to a timing."""
+        now = time.perf_counter()
+        self.timings[name] += now - self.lap
+        self.lap = now
+
+    def finish(self, reason: FinishReason) -> None:
+        """Send the last event."""
+        self.events.put(Finished(reason, self.n_tokens, self.n_cached, self.timings))

@@ -1,0 +1,319 @@
+"""Which request computes what, and when: encoding, prefill and generation of many requests on one thread.
+
+Every turn encodes at most one batch of slices and makes at most one call of llama.cpp, in which all running answers
+get their next token and the prompts that wait share what is left of the chunk. So answers keep flowing while a long
+prompt is worked on, and tokens of many answers cost one pass over the weights.
+
+A sequence that nobody uses keeps what it holds: the next request with the same beginning goes on from there. When the
+KV cache is full, what was unused for longest is forgotten; after that the youngest request steps back and is computed
+anew once there is room.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part
+from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
+from edge_runtime.errors import ModelFileError
+from edge_runtime.requests import FinishReason, Progress, Task
+from edge_runtime.sampling import Sampler, is_finite
+from edge_runtime.streaming import TextStream
+from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.visual_cache import VisualTokenCache
+from edge_runtime.weights import Float32
+
+TURN_S = 0.25
+"""How long a prompt may hold up running answers at a time."""
+LEAST_CHUNK = 16  # tokens of a prompt per turn, however slow the machine
+
+
+class Scheduler:
+    """Tasks and what they share: encoder, decoder, visual tokens. Used by the inference thread alone."""
+
+    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer) -> None:
+        self._encoder, self._decoder, self._tokenizer = encoder, decoder, tokenizer
+        self._visual_tokens = VisualTokenCache()
+        self._waiting: deque[Task] = deque()
+        self._active: list[Task] = []
+        self._idle = list(range(decoder.n_sequences))
+        """Sequences without a task; those unused for longest first."""
+        self._is_crowded = False
+        """Whether a task had to step back and nobody has ended since: nobody is let in then, or it would go on so."""
+        self._row_s = TURN_S / 64
+        """Seconds that a position of a prompt took lately."""
+
+    @property
+    def n_tasks(self) -> int:
+        """Tasks waiting or at work."""
+        return len(self._waiting) + len(self._active)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to do."""
+        return self.n_tasks > 0
+
+    def add(self, task: Task) -> None:
+        """Take in a new task; it is computed as soon as a sequence is free."""
+        task.keys = task.request.keys()
+        self._waiting.append(task)
+
+    def turn(self) -> None:
+        """Do a bit of everything there is to do."""
+        for task in [*self._waiting, *self._active]:
+            if task.is_cancelled():
+                self._end(task, "cancelled")
+        while self._waiting and self._idle and not (self._is_crowded and self._active):
+            self._admit(self._waiting.popleft())
+        self._encode()
+        self._decode()
+
+    # --- admission -----------------------------------------------------------------------------------------------
+
+    def _admit(self, task: Task) -> None:
+        """Give a task the sequence with the most of its beginning, and find out which pictures are missing."""
+        task.lap = time.perf_counter()
+        n = self._take_sequence(task)
+        if not task.n_tokens:
+            task.n_cached = n
+        self._active.append(task)
+        bounds = task.request.prompt.bounds
+        behind = [i for i, (_, end) in enumerate(bounds) if end > n]
+        known = {task.request.digests[i]: self._visual_tokens.get(task.request.digests[i]) for i in behind}
+        task.tokens = {digest: tokens for digest, tokens in known.items() if tokens is not None}
+        task.missing = {
+            task.request.digests[i]: task.request.groups[i] for i in behind if known[task.request.digests[i]] is None
+        }
+        task.n_slices = sum(len(group) for group in task.missing.values())
+        if task.missing:
+            task.events.put(Progress("encode", 0, task.n_slices))
+        else:
+            self._begin_prefill(task)
+
+    def _take_sequence(self, task: Task) -> int:
+        """Choose a sequence; returns the number of positions that stay."""
+        decoder = self._decoder
+        common = {s: decoder.common(s, task.keys) for s in range(decoder.n_sequences)}
+        best = max(self._idle, key=lambda s: common[s])
+        source = max(common, key=lambda s: common[s])
+        # Going on in place destroys the rest of what the sequence holds: another conversation, if it is most of it.
+        if common[source] > common[best] or 2 * common[best] < decoder.held(best):
+            best = self._idle[0]
+        n = common[source]
+        if source == best or n == 0:
+            decoder.rewind(best, n)
+        else:
+            decoder.share(source, best, n)
+        self._idle.remove(best)
+        task.sequence = best
+        return n
+
+    def _release(self, task: Task) -> None:
+        self._active.remove(task)
+        self._idle.append(task.sequence)
+        task.sequence = -1
+
+    def _end(self, task: Task, reason: FinishReason) -> None:
+        self._drop(task)
+        task.finish(reason)
+
+    def _fail(self, task: Task, error: Exception) -> None:
+        self._drop(task)
+        task.events.put(error)
+
+    def _drop(self, task: Task) -> None:
+        self._is_crowded = False
+        if task in self._active:
+            self._release(task)
+        else:
+            self._waiting.remove(task)
+        if task.sampler is not None:
+            task.sampler.close()
+
+    def close(self) -> None:
+        """End everything; the decoder may be closed after this."""
+        for task in [*self._waiting, *self._active]:
+            self._end(task, "cancelled")
+
+    # --- encoding ------------------------------------------------------------------------------------------------
+
+    def _encode(self) -> None:
+        """Encode one batch of slices, of as many tasks as fit; a single group while answers are running."""
+        batch: dict[bytes, Group] = {}
+        patches = 0
+        limit = 0 if any(task.n_tokens for task in self._active) else BATCH_PATCHES
+        for task in self._active:
+            for digest, group in task.missing.items():
+                if digest not in batch and (not batch or patches + n_patches(group) <= limit):
+                    batch[digest] = group
+                    patches += n_patches(group)
+        if not batch:
+            return
+        try:
+            found = dict(zip(batch, self._encoder.encode([*batch.values()]), strict=True))
+        except Exception as error:  # noqa: BLE001 - handed to those who asked for these pictures
+            for task in [task for task in self._active if batch.keys() & task.missing.keys()]:
+                self._fail(task, error)
+            return
+        for digest, tokens in found.items():
+            self._visual_tokens.put(digest, tokens)
+        for task in self._active:
+            if task.missing.keys() & found.keys():
+                task.tokens |= {digest: found[digest] for digest in task.missing.keys() & found.keys()}
+                task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
+                left = sum(len(group) for group in task.missing.values())
+                task.events.put(Progress("encode", task.n_slices - left, task.n_slices))
+                if not task.missing:
+                    self._begin_prefill(task)
+
+    def _begin_prefill(self, task: Task) -> None:
+        task.take_lap("encode")
+        self._report_prefill(task)
+
+    # --- prefill and generation ----------------------------------------------------------------------------------
+
+    def _decode(self) -> None:
+        """One call of llama.cpp: the last token of every running answer, and parts of prompts."""
+        tasks, parts = self._plan()
+        if not tasks:
+            return
+        started, n_rows = time.perf_counter(), sum(len(part.keys) for part in parts)
+        try:
+            rows = self._decoder.step(parts, lambda: all(task.is_cancelled() for task in tasks))
+        except Cancelled:
+            return  # the next turn ends them
+        except CacheFull:
+            self._make_room()
+            return
+        except Exception as error:  # noqa: BLE001 - handed to those whose tokens were computed
+            for task in tasks:
+                self._fail(task, error)
+            return
+        if n_rows > len(tasks):
+            self._row_s = (time.perf_counter() - started) / n_rows
+        for task, part, row in zip(tasks, parts, rows, strict=True):
+            if not task.n_tokens:
+                self._report_prefill(task)
+            if part.wants_logits:
+                try:
+                    self._sample(task, row)
+                except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
+                    self._fail(task, error)
+
+    def _plan(self) -> tuple[list[Task], list[Part]]:
+        """Tasks of the next call and what each appends."""
+        ready = [task for task in self._active if not task.missing]
+        left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in ready}
+        running = [task for task in ready if left[task] == 1]
+        room = CHUNK_TOKENS - len(running)
+        if any(task.n_tokens for task in running):
+            room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
+        tasks, parts = [*running], [Part(task.sequence, task.keys[-1:]) for task in running]
+        for task in ready:
+            if left[task] > 1 and room > 0:
+                n = min(room, left[task])
+                tasks.append(task)
+                parts.append(self._prompt_part(task, n, whole=n == left[task]))
+                room -= n
+        return tasks, parts
+
+    def _prompt_part(self, task: Task, n: int, *, whole: bool) -> Part:
+        first = self._decoder.held(task.sequence)
+        keys = task.keys[first : first + n]
+        embeddings = self._embeddings(task, first, first + n)
+        return Part(task.sequence, keys, embeddings, wants_logits=whole)
+
+    def _embeddings(self, task: Task, start: int, stop: int) -> Float32 | None:
+        """Embeddings of positions of a prompt; None where there is only text."""
+        prompt, digests = task.request.prompt, task.request.digests
+        places = [(i, *bound) for i, bound in enumerate(prompt.bounds) if bound[1] > start and bound[0] < stop]
+        if not places:
+            return None
+        ids = [*prompt.ids, *task.keys[len(prompt.ids) :]]  # a task that had to step back has an answer behind
+        return embed(
+            self._decoder,
+            np.array(ids[start:stop], np.int64),
+            {(first - start, end - start): task.tokens[digests[i]] for i, first, end in places},
+        )
+
+    def _report_prefill(self, task: Task) -> None:
+        done = self._decoder.held(task.sequence) - task.n_cached
+        task.events.put(Progress("prefill", done, len(task.request.prompt.ids) - task.n_cached))
+
+    def _sample(self, task: Task, row: int) -> None:
+        """Take a task's next token and end it if that was the last."""
+        decoder, tokenizer = self._decoder, self._tokenizer
+        if task.sampler is None:
+            if not is_finite(decoder.logits(row)):
+                raise ModelFileError(
+                    "The decoder computes values that are not finite; its file is damaged: download or convert it "
+                    "again."
+                )
+            task.sampler = Sampler(task.request.sampling, decoder.config.vocabulary, decoder.n_ctx)
+            task.stream = TextStream(tokenizer, thinking=task.request.thinking, stop=task.request.stop)
+            task.take_lap("prefill")
+        assert task.stream is not None
+        token_id = task.sampler.sample(decoder.context, row)
+        task.n_tokens += 1
+        task.take_lap("decode")
+        if task.n_tokens == 1:
+            task.timings["first_token"] = time.perf_counter() - task.started
+        reason: FinishReason | None = None
+        if token_id in tokenizer.stop_ids:
+            reason = "stop"
+        else:
+            for piece in task.stream.feed(token_id):
+                task.events.put(piece)
+            task.keys.append(token_id)
+            if task.stream.stopped:
+                reason = "stop"
+            elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
+                reason = "length"
+        if reason:
+            for piece in task.stream.finish():
+                task.events.put(piece)
+            self._end(task, reason)
+
+    def _make_room(self) -> None:
+        """Forget what was unused for longest; when everything is in use, the youngest task steps back."""
+        decoder = self._decoder
+        for sequence in (decoder.n_sequences, *self._idle):
+            if decoder.held(sequence):
+                decoder.rewind(sequence)
+                return
+        if len(self._active) == 1:
+            self._fail(self._active[0], ModelFileError("The KV cache is full; load the model with a larger --ctx."))
+            return
+        youngest = max(self._active, key=lambda task: task.started)
+        sequence = youngest.sequence
+        self._release(youngest)
+        decoder.rewind(sequence)
+        self._waiting.appendleft(youngest)
+        self._is_crowded = True
+
+
+def embed(
+    decoder: Decoder, ids: np.ndarray[Any, np.dtype[np.int64]], visual: Mapping[tuple[int, int], Float32]
+) -> Float32:
+    """One stream of embeddings: token rows with visual tokens in their places.
+
+    Parameters
+    ----------
+    ids : ndarray [shape=(n,), int64]
+    visual : (first, end) → ndarray [shape=(end - first, hidden), float32]; places may begin before the first id and
+        end behind the last.
+
+    Returns
+    -------
+    embeddings : ndarray [shape=(n, hidden), float32]
+    """
+    embeddings = np.array(decoder.embed(ids))
+    for (first, end), tokens in visual.items():
+        inside = slice(max(first, 0), min(end, len(ids)))
+        embeddings[inside] = tokens[inside.start - first : inside.stop - first]
+    return embeddings

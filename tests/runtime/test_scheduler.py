@@ -1,0 +1,155 @@
+"""Many requests at once: the same answers as one after the other, flowing side by side, whatever becomes of some."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from edge_runtime import EngineBusy, Model, ModelFileError
+
+FLIP = Image.Transpose.FLIP_LEFT_RIGHT
+QUESTIONS = [
+    "What is it?", "Say something.", "Why?", "Count to three.", "Which colour is the sky?", "Tell me a story.",
+    "Hello", "Who are you?", "What does it say?", "One more.",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(exact_folder: Path):
+    with Model.load(exact_folder, exact=True) as loaded:
+        yield loaded
+
+
+def stream(model: Model, *content, **options):
+    options = {"greedy": True, "max_tokens": 12} | options
+    return model.chat([{"role": "user", "content": [*content]}], stream=True, **options)
+
+
+def text(answers) -> list[str]:
+    return [str(answer.result()) for answer in answers]
+
+
+def test_answers_are_those_of_requests_one_after_the_other(model, images):
+    requests = [(question,) for question in QUESTIONS]
+    requests += [(images["tiny"], QUESTIONS[0]), (images["wide"], QUESTIONS[1]), (images["square"], QUESTIONS[0])]
+    alone = [str(stream(model, *content).result()) for content in requests]
+    together = text([stream(model, *content) for content in requests])
+    assert together == alone
+    assert len(set(alone)) > 5, "these answers do not tell requests apart"
+
+
+def test_answers_flow_while_a_long_prompt_is_worked_on(model, images, monkeypatch):
+    monkeypatch.setattr("edge_runtime.scheduler.TURN_S", 0.0)  # the smallest chunks
+    first = stream(model, "Tell me a story.", max_tokens=200)
+    next(first)
+    second = stream(model, images["large"], "What is it?")
+    seen: list[str] = []
+    second.on_progress = lambda progress: seen.append(progress.stage)
+    waiting = threading.Thread(target=second.result)
+    waiting.start()
+    pieces_meanwhile = 0
+    for _ in first:
+        pieces_meanwhile += waiting.is_alive() and "encode" in seen
+    waiting.join()
+    assert pieces_meanwhile > 10
+    assert second.result().finish_reason in ("stop", "length")
+
+
+def test_a_seed_repeats_its_answer_among_others(model):
+    options = {"greedy": False, "temperature": 1.0, "seed": 7}
+    alone = str(stream(model, "Say something.", **options).result())
+    others = [stream(model, question) for question in QUESTIONS[:4]]
+    among = stream(model, "Say something.", **options)
+    assert str(among.result()) == alone
+    text(others)
+
+
+def test_more_requests_than_sequences_wait_their_turn(model):
+    alone = str(stream(model, QUESTIONS[3]).result())
+    assert set(text([stream(model, QUESTIONS[3]) for _ in range(30)])) == {alone}
+    assert model._engine._scheduler.n_tasks == 0
+
+
+def test_too_many_requests_are_refused(model, monkeypatch):
+    monkeypatch.setattr("edge_runtime.engine.MOST_REQUESTS", 3)
+    kept = [stream(model, "Tell me a story.", max_tokens=2000) for _ in range(3)]
+    with pytest.raises(EngineBusy, match="3 requests are waiting or running"):
+        stream(model, "Hello")
+    for one in kept:
+        one.cancel()
+    assert {one.result().finish_reason for one in kept} <= {"cancelled", "stop"}
+    assert stream(model, "Hello").result().finish_reason in ("stop", "length")
+
+
+def test_a_full_cache_makes_requests_step_back_and_changes_no_answer(exact_folder, images):
+    requests = [(images["tiny"], question) for question in QUESTIONS[:6]]
+    with Model.load(exact_folder, exact=True, n_ctx=256) as small:
+        alone = [str(stream(small, *content, max_tokens=60).result()) for content in requests]
+        together = text([stream(small, *content, max_tokens=60) for content in requests])
+        # They share the picture's tokens; with a picture each there is no room for all.
+        others = [(images[name], "What is it?") for name in ("tiny", "square", "edge", "strip")]
+        fitting = [content for content in others if len(small.build_prompt(_user(*content)).ids) < 190]
+        apart = [str(stream(small, *content, max_tokens=60).result()) for content in fitting]
+        crowded = text([stream(small, *content, max_tokens=60) for content in fitting])
+    assert together == alone
+    assert crowded == apart
+    assert len(fitting) > 1
+
+
+def _user(*content):
+    return [{"role": "user", "content": [*content]}]
+
+
+def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch):
+    encode = model._encoder.encode
+
+    def fail_on_wide(groups):
+        if any(item.tgt_size[1] > item.tgt_size[0] for group in groups for item, _ in group):
+            raise ModelFileError("broken")
+        return encode(groups)
+
+    monkeypatch.setattr(model._encoder, "encode", fail_on_wide)
+    text_only = stream(model, "Tell me a story.", max_tokens=30)
+    next(text_only)  # while an answer is running, pictures are encoded one by one
+    new = {name: Image.open(images[name]).convert("RGB").transpose(FLIP) for name in ("wide", "square")}
+    wide, square = stream(model, new["wide"], "Why?", max_slices=1), stream(model, new["square"], "How?")
+    answers = text_only.result(), square.result()
+    with pytest.raises(ModelFileError, match="broken"):
+        wide.result()
+    assert all(answer.finish_reason in ("stop", "length") for answer in answers)
+    assert model._engine._scheduler.n_tasks == 0
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(model, images):
+    rng = random.Random(5)
+    expected = {question: str(stream(model, question).result()) for question in QUESTIONS}
+    running = []
+    for number in range(200):
+        question = rng.choice(QUESTIONS)
+        content = (rng.choice([images["tiny"], images["square"]]), question) if number % 3 == 0 else (question,)
+        running.append((len(content), question, stream(model, *content)))
+        if rng.random() < 0.3:
+            rng.choice(running)[2].cancel()
+        if rng.random() < 0.1:
+            running.pop(rng.randrange(len(running)))  # nobody listens any more
+        while len(running) > 20:
+            size, question, one = running.pop(0)
+            answer = one.result()
+            assert answer.finish_reason in ("stop", "length", "cancelled")
+            if size == 1 and answer.finish_reason != "cancelled":
+                assert str(answer) == expected[question]
+    for _, _, one in running:
+        one.result()
+    for _ in range(100):
+        if model._engine._scheduler.n_tasks == 0:
+            break
+        time.sleep(0.05)
+    scheduler = model._engine._scheduler
+    assert scheduler.n_tasks == 0
+    assert sorted(scheduler._idle) == list(range(model._decoder.n_sequences))
