@@ -78,6 +78,13 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option("--think", is_flag=True, help="Reason before answering."),
+            click.option(
+                "--think-budget",
+                "thinking_budget",
+                type=click.IntRange(0),
+                metavar="N",
+                help="Most tokens of reasoning.",
+            ),
             click.option("--greedy", is_flag=True, help="Take the most probable token."),
             click.option("--max-tokens", **count, default=2048, help="Most tokens to generate.  [2048]"),
             click.option("--max-slices", **count, help="Most cells per picture.  [the model's: 9]"),
@@ -90,6 +97,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="X",
                 help="[1.03; thinking: 1]",
             ),
+            click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
             click.option("--seed", type=click.IntRange(0), metavar="N", help="Repeats an answer.  [random]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
             click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),

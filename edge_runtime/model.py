@@ -199,8 +199,14 @@ class Model:
         top_p: float | None = None,
         top_k: int | None = None,
         repetition_penalty: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
+        thinking_budget: int | None = None,
+        repetition_check: bool = True,
         on_image: Callable[[int, int], None] = lambda done, total: None,
         **prompt_options: Any,
     ) -> Answer | AnswerStream:
@@ -212,9 +218,12 @@ class Model:
         stream : return an `AnswerStream` at once instead of the whole `Answer`.
         thinking : let the model reason before it answers.
         max_tokens : most tokens to generate, reasoning included.
-        greedy, temperature, top_p, top_k, repetition_penalty, seed : sampling; the official defaults where not given.
+        greedy, temperature, top_p, top_k, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty,
+        seed : sampling, see `SamplingOptions`; the official defaults where not given.
             greedy and temperature=0 take the most probable token, without penalties.
         stop : strings that end the answer.
+        thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
+        repetition_check : end an answer that goes in circles, with the reason `repetition`.
         on_image : called with (decoded, total) while pictures are read.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools,
             pixel_limit.
@@ -226,6 +235,8 @@ class Model:
         """
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise MessageError(f"max_tokens is {max_tokens!r}; expected a positive whole number.")
+        if thinking_budget is not None and (type(thinking_budget) is not int or thinking_budget < 0):
+            raise MessageError(f"thinking_budget is {thinking_budget!r}; expected a whole number of tokens, or None.")
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
             raise MessageError(f"stop is {stop!r}; expected a string or a list of strings.")
@@ -236,13 +247,25 @@ class Model:
             top_p=top_p,
             top_k=top_k,
             repetition_penalty=repetition_penalty,
+            min_p=min_p,
+            typical_p=typical_p,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             seed=seed,
         )
         started = time.perf_counter()
         prepared = self._prepare(messages, on_image, thinking=thinking, **prompt_options)
         image_s = time.perf_counter() - started
         request = Request(
-            prepared.prompt, prepared.groups, prepared.digests, sampling, thinking, max_tokens, tuple(stop)
+            prepared.prompt,
+            prepared.groups,
+            prepared.digests,
+            sampling,
+            thinking,
+            max_tokens,
+            tuple(stop),
+            thinking_budget,
+            repetition_check,
         )
 
         def finish(answer: str, reasoning: str | None, end: Finished) -> Answer:

@@ -11,10 +11,10 @@ from typing import Any, Literal
 from edge_runtime.encoder import Group
 from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
-from edge_runtime.streaming import Piece, TextStream
+from edge_runtime.streaming import Piece, RepetitionDetector, TextStream
 from edge_runtime.weights import Float32
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "repetition", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Request:
     thinking: bool
     max_tokens: int
     stop: Sequence[str] = ()
+    thinking_budget: int | None = None
+    """Tokens of reasoning after which it is ended."""
+    repetition_check: bool = True
+    """End an answer that goes in circles."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
@@ -76,6 +80,7 @@ class Task:
     sequence: int = -1
     sampler: Sampler | None = None
     stream: TextStream | None = None
+    circles: RepetitionDetector = field(default_factory=RepetitionDetector)
     tokens: dict[bytes, Float32] = field(default_factory=dict)
     """Visual tokens, as far as they are needed and known."""
     missing: dict[bytes, Group] = field(default_factory=dict)

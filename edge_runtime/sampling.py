@@ -32,6 +32,14 @@ class SamplingOptions:
     """Keep the most probable tokens until their probabilities sum to this."""
     repetition_penalty: float = 1.0
     """Divides (multiplies, when negative) the logits of tokens generated before."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one."""
+    typical_p: float = 1.0
+    """Keep the tokens of most typical surprise until their probabilities sum to this (Meister et al., 2022)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before, once for each time."""
     seed: int | None = None
     """The same seed repeats an answer; None takes a random one."""
 
@@ -58,6 +66,10 @@ class SamplingOptions:
             "top_k": (self.top_k, 0, 1 << 30),
             "top_p": (self.top_p, 0.0, 1.0),
             "repetition_penalty": (self.repetition_penalty, 1e-3, 100.0),
+            "min_p": (self.min_p, 0.0, 1.0),
+            "typical_p": (self.typical_p, 0.0, 1.0),
+            "presence_penalty": (self.presence_penalty, -100.0, 100.0),
+            "frequency_penalty": (self.frequency_penalty, -100.0, 100.0),
             "seed": (self.seed or 0, 0, MAX_SEED - 1),
         }
         for name, (value, low, high) in ranges.items():
@@ -99,16 +111,21 @@ class Sampler:
         self.seed = secrets.randbelow(MAX_SEED) if options.seed is None else options.seed
         self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
         links = []
-        if options.repetition_penalty != 1.0:
-            links.append(lib.llama_sampler_init_penalties(n_vocab, n_ctx, options.repetition_penalty, 0.0, 0.0))
+        penalties = options.repetition_penalty, options.frequency_penalty, options.presence_penalty
+        if penalties != (1.0, 0.0, 0.0):
+            links.append(lib.llama_sampler_init_penalties(n_vocab, n_ctx, *penalties))
         if options.temperature == 0:
             links.append(lib.llama_sampler_init_greedy())
         else:
             links.append(lib.llama_sampler_init_temp(options.temperature))
             if options.top_k:
                 links.append(lib.llama_sampler_init_top_k(options.top_k))
+            if options.typical_p < 1.0:
+                links.append(lib.llama_sampler_init_typical(options.typical_p, 1))
             if options.top_p < 1.0:
                 links.append(lib.llama_sampler_init_top_p(options.top_p, 1))
+            if options.min_p > 0.0:
+                links.append(lib.llama_sampler_init_min_p(options.min_p, 1))
             links.append(lib.llama_sampler_init_dist(self.seed))
         for link in links:
             lib.llama_sampler_chain_add(self._chain, link)
@@ -116,6 +133,10 @@ class Sampler:
     def sample(self, context: Any, row: int) -> int:
         """Choose a token from the logits of a row of the last call, and remember it for the penalty."""
         return int(self._lib.llama_sampler_sample(self._chain, context, row))
+
+    def accept(self, token_id: int) -> None:
+        """Remember a token that was chosen by somebody else."""
+        self._lib.llama_sampler_accept(self._chain, token_id)
 
     def close(self) -> None:
         """Free the chain; further calls do nothing."""

@@ -21,6 +21,7 @@ import numpy as np
 from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part
 from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
 from edge_runtime.errors import ModelFileError
+from edge_runtime.messages import THINK_END
 from edge_runtime.requests import FinishReason, Progress, Task
 from edge_runtime.sampling import Sampler, is_finite
 from edge_runtime.streaming import TextStream
@@ -258,7 +259,7 @@ class Scheduler:
             task.stream = TextStream(tokenizer, thinking=task.request.thinking, stop=task.request.stop)
             task.take_lap("prefill")
         assert task.stream is not None
-        token_id = task.sampler.sample(decoder.context, row)
+        token_id = self._next_token(task, row)
         task.n_tokens += 1
         task.take_lap("decode")
         if task.n_tokens == 1:
@@ -272,12 +273,24 @@ class Scheduler:
             task.keys.append(token_id)
             if task.stream.stopped:
                 reason = "stop"
+            elif task.circles.feed(token_id) and task.request.repetition_check:
+                reason = "repetition"
             elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
                 reason = "length"
         if reason:
             for piece in task.stream.finish():
                 task.events.put(piece)
             self._end(task, reason)
+
+    def _next_token(self, task: Task, row: int) -> int:
+        """Sample a token, or end reasoning that has used up its budget."""
+        assert task.sampler is not None
+        assert task.stream is not None
+        budget, think_end = task.request.thinking_budget, self._tokenizer.special_ids.get(THINK_END)
+        if budget is None or think_end is None or not task.stream.is_reasoning or task.n_tokens < budget:
+            return task.sampler.sample(self._decoder.context, row)
+        task.sampler.accept(think_end)
+        return think_end
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""

@@ -47,6 +47,11 @@ class TextStream:
         self.stopped = False
         """Whether a stop string was met."""
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the next token belongs to the reasoning."""
+        return self._kind == "reasoning"
+
     def feed(self, token_id: int) -> list[Piece]:
         """Pieces that can be shown after this token."""
         if self.stopped:
@@ -102,3 +107,29 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:n]):
             return n
     return 0
+
+
+class RepetitionDetector:
+    """Notices an answer that has begun to go in circles.
+
+    A circle is a run of tokens that repeats what stood `period` tokens before, over at least `LEAST_SPAN` tokens and
+    `LEAST_TURNS` periods: more than rows of a table or a drawn line ask for.
+    """
+
+    LONGEST_PERIOD = 64
+    LEAST_SPAN, LEAST_TURNS = 256, 6
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._runs = [0] * (self.LONGEST_PERIOD + 1)
+
+    def feed(self, token_id: int) -> bool:
+        """Take in a token; whether it closes a circle."""
+        ids, runs = self._ids, self._runs
+        ids.append(token_id)
+        for period in range(1, min(self.LONGEST_PERIOD, len(ids) - 1) + 1):
+            runs[period] = runs[period] + 1 if ids[-1 - period] == token_id else 0
+            if runs[period] >= max(self.LEAST_SPAN, self.LEAST_TURNS * period):
+                return True
+        del ids[: -self.LONGEST_PERIOD - 1]
+        return False

@@ -22,6 +22,7 @@ def official_distribution(logits, options: SamplingOptions, generated=()) -> np.
     for token in set(generated):
         penalty = options.repetition_penalty
         logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        logits[token] -= options.presence_penalty + options.frequency_penalty * list(generated).count(token)
     logits /= options.temperature
     if options.top_k:
         logits[logits < np.sort(logits)[-options.top_k]] = -np.inf
@@ -30,6 +31,7 @@ def official_distribution(logits, options: SamplingOptions, generated=()) -> np.
     probabilities /= probabilities.sum()
     before = np.cumsum(probabilities[order]) - probabilities[order]
     probabilities[order[before >= options.top_p]] = 0
+    probabilities[probabilities < options.min_p * probabilities.max()] = 0
     return probabilities / probabilities.sum()
 
 
@@ -59,17 +61,41 @@ def draw(logits, options: SamplingOptions, n: int, generated=()) -> np.ndarray:
         SamplingOptions(temperature=1.0, top_k=3),
         SamplingOptions(temperature=1.0, top_p=0.5),
         SamplingOptions(temperature=0.7, repetition_penalty=2.0),
+        SamplingOptions(temperature=1.0, min_p=0.2),
+        SamplingOptions(temperature=1.0, presence_penalty=1.5),
+        SamplingOptions(temperature=1.0, frequency_penalty=0.9),
     ],
-    ids=["official", "official thinking", "temperature", "top_k", "top_p", "penalty"],
+    ids=[
+        "official",
+        "official thinking",
+        "temperature",
+        "top_k",
+        "top_p",
+        "penalty",
+        "min_p",
+        "presence",
+        "frequency",
+    ],
 )
 def test_draws_follow_the_official_distribution(options):
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 2.5, N_VOCAB).astype(np.float32)
-    generated = [int(i) for i in np.argsort(-logits)[:4:2]] + [int(np.argmin(logits))]
+    generated = [int(i) for i in np.argsort(-logits)[[0, 0, 2]]] + [int(np.argmin(logits))]
     want = official_distribution(logits, options, generated)
     got = draw(logits, SamplingOptions(**{**vars(options), "seed": 7}), DRAWS, generated)
     assert not got[want == 0].any()
     assert np.abs(got - want).max() < DEVIATION
+
+
+def test_typical_sampling_keeps_tokens_of_typical_surprise():
+    logits = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32))
+    probabilities = np.exp(logits.astype(np.float64))
+    surprise = -np.log(probabilities)
+    order = np.argsort(np.abs(surprise - (probabilities * surprise).sum()))
+    n = int(np.searchsorted(np.cumsum(probabilities[order]), 0.3, side="right")) + 1
+    got = draw(logits, SamplingOptions(temperature=1.0, typical_p=0.3, seed=3), 500)
+    assert set(np.flatnonzero(got)) == set(order[:n])
+    assert 0 not in order[:n], "the most probable token is not the typical one here"
 
 
 def test_temperature_zero_is_the_most_probable_token():

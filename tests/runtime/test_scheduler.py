@@ -12,6 +12,7 @@ from PIL import Image
 
 from edge_runtime import EngineBusy, Model, ModelFileError
 
+ENDS = ("stop", "length", "repetition")
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
 QUESTIONS = [
     "What is it?", "Say something.", "Why?", "Count to three.", "Which colour is the sky?", "Tell me a story.",
@@ -57,7 +58,7 @@ def test_answers_flow_while_a_long_prompt_is_worked_on(model, images, monkeypatc
         pieces_meanwhile += waiting.is_alive() and "encode" in seen
     waiting.join()
     assert pieces_meanwhile > 10
-    assert second.result().finish_reason in ("stop", "length")
+    assert second.result().finish_reason in ENDS
 
 
 def test_a_seed_repeats_its_answer_among_others(model):
@@ -82,8 +83,8 @@ def test_too_many_requests_are_refused(model, monkeypatch):
         stream(model, "Hello")
     for one in kept:
         one.cancel()
-    assert {one.result().finish_reason for one in kept} <= {"cancelled", "stop"}
-    assert stream(model, "Hello").result().finish_reason in ("stop", "length")
+    assert {one.result().finish_reason for one in kept} <= {"cancelled", *ENDS}
+    assert stream(model, "Hello").result().finish_reason in ENDS
 
 
 def test_a_full_cache_makes_requests_step_back_and_changes_no_answer(exact_folder, images):
@@ -121,8 +122,29 @@ def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch)
     answers = text_only.result(), square.result()
     with pytest.raises(ModelFileError, match="broken"):
         wide.result()
-    assert all(answer.finish_reason in ("stop", "length") for answer in answers)
+    assert all(answer.finish_reason in ENDS for answer in answers)
     assert model._engine._scheduler.n_tasks == 0
+
+
+def test_reasoning_ends_with_its_budget(model):
+    answer = model.chat("Why?", thinking=True, thinking_budget=5, max_tokens=20, temperature=0.7, seed=1)
+    cut = model.chat("Why?", thinking=True, max_tokens=5, temperature=0.7, seed=1)
+    assert (answer.reasoning, bool(answer.answer)) == (cut.reasoning, True)
+    longer = model.chat("Why?", thinking=True, max_tokens=20, temperature=0.7, seed=1)
+    assert not longer.answer
+    assert len(longer.reasoning) > len(cut.reasoning) > 0
+    none = model.chat("Why?", thinking=True, thinking_budget=0, max_tokens=5, seed=1)
+    assert none.reasoning is None
+    assert none.answer
+
+
+def test_an_answer_that_goes_in_circles_ends(model, monkeypatch):
+    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: 40 + self.seed % 2)
+    ended = model.chat("Why?", greedy=True, max_tokens=600)
+    assert ended.finish_reason == "repetition"
+    assert ended.completion_tokens < 300
+    going_on = model.chat("Why?", greedy=True, max_tokens=600, repetition_check=False)
+    assert (going_on.finish_reason, going_on.completion_tokens) == ("length", 600)
 
 
 @pytest.mark.slow
@@ -141,7 +163,7 @@ def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(model, im
         while len(running) > 20:
             size, question, one = running.pop(0)
             answer = one.result()
-            assert answer.finish_reason in ("stop", "length", "cancelled")
+            assert answer.finish_reason in (*ENDS, "cancelled")
             if size == 1 and answer.finish_reason != "cancelled":
                 assert str(answer) == expected[question]
     for _, _, one in running:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.streaming import TextStream
+from edge_runtime.streaming import RepetitionDetector, TextStream
 
 THINK, THINK_END, SPECIAL = 1000, 1001, 1002
 
@@ -101,3 +102,20 @@ def test_nothing_is_held_back_longer_than_needed():
     stream = TextStream(Bytes(), thinking=False, stop=["abc"])
     shown = list(itertools.accumulate(("".join(p.text for p in stream.feed(b)) for b in b"xababd"), str.__add__))
     assert shown == ["x", "x", "x", "xab", "xab", "xababd"]
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 64])
+def test_circles_are_noticed(period):
+    detector, turn = RepetitionDetector(), list(range(100, 100 + period))
+    needed = max(RepetitionDetector.LEAST_SPAN, RepetitionDetector.LEAST_TURNS * period)
+    found = [detector.feed(token) for token in [*range(50), *turn * (needed // period + 2)]]
+    assert found.index(True) == 50 + period + needed - 1
+
+
+def test_tables_lists_and_long_texts_are_no_circles():
+    rng = random.Random(1)
+    row = [7, 8, 9] * 12
+    table = [token for number in range(40) for token in (*row, 1000 + number)]
+    for ids in (table, [5] * 200, [rng.randrange(50) for _ in range(3000)]):
+        detector = RepetitionDetector()
+        assert not any(map(detector.feed, ids))
