@@ -24,7 +24,8 @@ from edge_runtime.errors import (
 )
 
 if TYPE_CHECKING:
-    from edge_runtime.model import Answer, AnswerStream, Model
+    from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
+    from edge_runtime.model import Model
     from edge_runtime.streaming import Piece
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "AnswerStream",
+    "AsyncAnswer",
     "BackendUnavailable",
     "CheckpointError",
     "EdgeRuntimeError",
@@ -46,7 +48,13 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {"Model": "model", "Answer": "model", "AnswerStream": "model", "Piece": "streaming"}
+_LAZY = {
+    "Model": "model",
+    "Answer": "answers",
+    "AnswerStream": "answers",
+    "AsyncAnswer": "answers",
+    "Piece": "streaming",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 if TYPE_CHECKING:
-    from edge_runtime.model import Answer, Model
+    from edge_runtime.answers import Answer
+    from edge_runtime.model import Model
     from edge_runtime.requests import Progress
 
 _KEPT_CONTROLS = "\n\t"

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
-from edge_runtime.requests import Event, Request, Task
+from edge_runtime.requests import Event, EventQueue, Request, Task
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.tokenizer import Tokenizer
 
@@ -31,13 +31,13 @@ class _Call:
     """A function for the thread to run, and where its result goes."""
 
     function: Callable[[], Any]
-    events: queue.SimpleQueue[Any] = field(default_factory=queue.SimpleQueue)
+    events: EventQueue = field(default_factory=EventQueue)
 
 
 class Running:
     """A submitted request: take its events one by one, or cancel it. Forgetting it cancels it too."""
 
-    def __init__(self, events: queue.SimpleQueue[Any], cancelled: threading.Event) -> None:
+    def __init__(self, events: EventQueue, cancelled: threading.Event) -> None:
         self._events, self._cancelled = events, cancelled
 
     def next_event(self) -> Event:
@@ -50,10 +50,13 @@ class Running:
         EdgeRuntimeError
             When the request failed; no event follows.
         """
-        event = _next(self._events)
-        if isinstance(event, BaseException):
-            raise event
-        return event  # type: ignore[no-any-return]
+        event: Event = _checked(self._events.get())
+        return event
+
+    async def next_event_async(self) -> Event:
+        """Wait for the next event in an event loop; otherwise as `next_event`."""
+        event: Event = _checked(await self._events.get_async())
+        return event
 
     def cancel(self) -> None:
         """End the request; its last event says `cancelled`."""
@@ -64,13 +67,10 @@ class Running:
         self.cancel()
 
 
-def _next(events: queue.SimpleQueue[Any]) -> Any:
-    """Wait for an event in short steps, so that Ctrl-C is noticed on every system."""
-    while True:
-        try:
-            return events.get(timeout=0.5)
-        except queue.Empty:
-            continue
+def _checked(event: Any) -> Any:
+    if isinstance(event, BaseException):
+        raise event
+    return event
 
 
 class Engine:
@@ -104,7 +104,7 @@ class Engine:
         if waiting >= MOST_REQUESTS:
             raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
         cancelled, stopping = threading.Event(), self._stopping
-        task = Task(request, lambda: cancelled.is_set() or stopping.is_set(), queue.SimpleQueue())
+        task = Task(request, lambda: cancelled.is_set() or stopping.is_set())
         self._inbox.put(task)
         return Running(task.events, cancelled)
 
@@ -113,10 +113,7 @@ class Engine:
         self._check_open()
         call = _Call(function)
         self._inbox.put(call)
-        result = _next(call.events)
-        if isinstance(result, BaseException):
-            raise result
-        return result[0]  # type: ignore[no-any-return]
+        return _checked(call.events.get())[0]  # type: ignore[no-any-return]
 
     def _check_open(self) -> None:
         if not self._close.alive:

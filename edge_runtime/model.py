@@ -3,101 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
 
+from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
 from edge_runtime.decoder import Decoder, DecoderOptions
 from edge_runtime.encoder import ImageEncoder
-from edge_runtime.engine import Engine, Running
+from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.products import check_instruction_set
 from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
-from edge_runtime.requests import Finished, FinishReason, Progress, Request
+from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
-from edge_runtime.streaming import Piece
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import Float32
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished answer; `str()` of it is the text."""
-
-    answer: str
-    reasoning: str | None
-    """None when the model did not think."""
-    finish_reason: FinishReason
-    model: str
-    prompt_tokens: int
-    visual_tokens: int
-    cached_tokens: int
-    """Of the prompt: those that the KV cache still held from the request before."""
-    completion_tokens: int
-    slices: list[list[int]]
-    """[width, height] of everything that was encoded."""
-    timings_s: dict[str, float] = field(default_factory=dict)
-    """load, image, encode, prefill, first_token (since the call), decode, total"""
-
-    def __str__(self) -> str:
-        return self.answer
-
-
-class AnswerStream:
-    """An answer being generated: iterate over its `Piece`s, then ask for `result()`.
-
-    Forgetting the stream stops the work behind it. KeyboardInterrupt while waiting leaves it intact: it can be
-    cancelled or read on.
-    """
-
-    def __init__(self, running: Running, finish: Callable[[str, str | None, Finished], Answer]) -> None:
-        self._running, self._finish = running, finish
-        self._text: dict[str, list[str]] = {"answer": [], "reasoning": []}
-        self._result: Answer | Exception | None = None
-        self.on_progress: Callable[[Progress], None] = lambda progress: None
-        """Called with the progress of encoding and prefill."""
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self
-
-    def __next__(self) -> Piece:
-        while self._result is None:
-            try:
-                event = self._running.next_event()
-            except Exception as error:  # not KeyboardInterrupt: that one is the waiting person's
-                self._result = error
-                raise
-            if isinstance(event, Piece):
-                self._text[event.kind].append(event.text)
-                return event
-            if isinstance(event, Progress):
-                self.on_progress(event)
-            else:
-                reasoning = "".join(self._text["reasoning"])
-                self._result = self._finish("".join(self._text["answer"]), reasoning or None, event)
-        raise StopIteration
-
-    def cancel(self) -> None:
-        """Stop generating; the stream then ends with the reason `cancelled`."""
-        self._running.cancel()
-
-    def result(self) -> Answer:
-        """The whole answer; waits for its end."""
-        for _ in self:
-            pass
-        if not isinstance(self._result, Answer):
-            assert self._result is not None
-            raise self._result
-        return self._result
 
 
 @dataclass(frozen=True)
@@ -292,6 +221,18 @@ class Model:
 
         answering = AnswerStream(self._engine.submit(request), finish)
         return answering if stream else answering.result()
+
+    def achat(self, messages: str | Sequence[Any], **options: Any) -> AsyncAnswer:
+        """Answer a conversation in an event loop.
+
+            answer = await model.achat("What is it?")
+            async for piece in model.achat("What is it?"): ...
+
+        Parameters
+        ----------
+        messages, options : as of `chat`.
+        """
+        return AsyncAnswer(lambda: self.chat(messages, stream=True, **options))
 
     def _prepare(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import queue
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -67,13 +69,50 @@ class Request:
         return keys
 
 
+class EventQueue:
+    """What the inference thread tells, to be waited for in a thread or in an event loop by one reader."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._wake: Callable[[], None] = lambda: None
+
+    def put(self, event: Any) -> None:
+        """Hand over an event, or an exception."""
+        self._queue.put(event)
+        self._wake()
+
+    def get(self) -> Any:
+        """Wait in short steps, so that Ctrl-C is noticed on every system."""
+        while True:
+            try:
+                return self._queue.get(timeout=0.5)
+            except queue.Empty:
+                continue
+
+    async def get_async(self) -> Any:
+        """Wait in an event loop."""
+        loop = asyncio.get_running_loop()
+        while True:
+            arrived = asyncio.Event()
+
+            def wake(arrived: asyncio.Event = arrived) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+                    loop.call_soon_threadsafe(arrived.set)
+
+            self._wake = wake  # before looking: what comes after the look sets it
+            try:
+                return self._queue.get_nowait()
+            except queue.Empty:
+                await arrived.wait()
+
+
 @dataclass(eq=False)
 class Task:
     """A request on its way through the scheduler."""
 
     request: Request
     is_cancelled: Callable[[], bool]
-    events: queue.SimpleQueue[Any]
+    events: EventQueue = field(default_factory=lambda: EventQueue())
     started: float = field(default_factory=time.perf_counter)
     keys: list[Hashable] = field(default_factory=list)
     """Prompt and answer so far."""

@@ -1,0 +1,150 @@
+"""An answer while it is made and when it is finished, for threads and for asyncio alike."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_runtime.engine import Running
+from edge_runtime.requests import Event, Finished, FinishReason, Progress
+from edge_runtime.streaming import Piece
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer; `str()` of it is the text."""
+
+    answer: str
+    reasoning: str | None
+    """None when the model did not think."""
+    finish_reason: FinishReason
+    model: str
+    prompt_tokens: int
+    visual_tokens: int
+    cached_tokens: int
+    """Of the prompt: those that the KV cache still held from the request before."""
+    completion_tokens: int
+    slices: list[list[int]]
+    """[width, height] of everything that was encoded."""
+    timings_s: dict[str, float] = field(default_factory=dict)
+    """load, image, encode, prefill, first_token (since the call), decode, total"""
+
+    def __str__(self) -> str:
+        return self.answer
+
+
+class AnswerStream:
+    """An answer being generated: iterate over its `Piece`s, then ask for `result()`.
+
+    Forgetting the stream stops the work behind it. KeyboardInterrupt while waiting leaves it intact: it can be
+    cancelled or read on.
+    """
+
+    def __init__(self, running: Running, finish: Callable[[str, str | None, Finished], Answer]) -> None:
+        self._running, self._finish = running, finish
+        self._text: dict[str, list[str]] = {"answer": [], "reasoning": []}
+        self._result: Answer | Exception | None = None
+        self.on_progress: Callable[[Progress], None] = lambda progress: None
+        """Called with the progress of encoding and prefill."""
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        while self._result is None:
+            try:
+                event = self._running.next_event()
+            except Exception as error:  # not KeyboardInterrupt: that one is the waiting person's
+                self._result = error
+                raise
+            if (piece := self._take(event)) is not None:
+                return piece
+        raise StopIteration
+
+    async def next_piece(self) -> Piece | None:
+        """Wait for the next piece in an event loop; None at the end."""
+        while self._result is None:
+            try:
+                event = await self._running.next_event_async()
+            except Exception as error:
+                self._result = error
+                raise
+            if (piece := self._take(event)) is not None:
+                return piece
+        return None
+
+    def _take(self, event: Event) -> Piece | None:
+        if isinstance(event, Piece):
+            self._text[event.kind].append(event.text)
+            return event
+        if isinstance(event, Progress):
+            self.on_progress(event)
+        else:
+            reasoning = "".join(self._text["reasoning"])
+            self._result = self._finish("".join(self._text["answer"]), reasoning or None, event)
+        return None
+
+    def cancel(self) -> None:
+        """Stop generating; the stream then ends with the reason `cancelled`."""
+        self._running.cancel()
+
+    def result(self) -> Answer:
+        """The whole answer; waits for its end."""
+        for _ in self:
+            pass
+        return self.finished()
+
+    def finished(self) -> Answer:
+        """The answer of a stream that was read to its end."""
+        if not isinstance(self._result, Answer):
+            assert self._result is not None
+            raise self._result
+        return self._result
+
+
+class AsyncAnswer:
+    """An answer in an event loop: `await` it, or iterate over its `Piece`s with `async for` and await it then.
+
+    Nothing happens before that; pictures are decoded in a thread. Cancelling the task that waits ends the work.
+
+    Parameters
+    ----------
+    start : prepares and submits the request.
+    """
+
+    def __init__(self, start: Callable[[], AnswerStream]) -> None:
+        self._start = start
+        self._stream: AnswerStream | None = None
+
+    async def _started(self) -> AnswerStream:
+        if self._stream is None:
+            self._stream = await asyncio.to_thread(self._start)
+        return self._stream
+
+    def __aiter__(self) -> AsyncAnswer:
+        return self
+
+    async def __anext__(self) -> Piece:
+        try:
+            piece = await (await self._started()).next_piece()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def __await__(self) -> Generator[Any, None, Answer]:
+        return self._whole().__await__()
+
+    async def _whole(self) -> Answer:
+        async for _ in self:
+            pass
+        return (await self._started()).finished()
+
+    def cancel(self) -> None:
+        """Stop generating; the answer then ends with the reason `cancelled`."""
+        if self._stream is not None:
+            self._stream.cancel()
