@@ -86,12 +86,9 @@ class Decoder:
         self._model = self._load_model()
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, self.config.context_length)
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = (
-            self.n_ctx,
-            CHUNK_TOKENS,
-            CHUNK_TOKENS,
-            options.n_sequences + 1,
-        )
+        params.n_seq_max = params.n_outputs_max = options.n_sequences + 1  # one row of logits per sequence and call
+        params.n_ctx = max(self.n_ctx, params.n_seq_max)  # with fewer cells than sequences llama.cpp aborts
+        params.n_batch = params.n_ubatch = CHUNK_TOKENS
         params.kv_unified = True  # what is free belongs to whoever needs it, and a shared beginning is held once
         params.n_threads = params.n_threads_batch = options.n_threads
         if options.exact:

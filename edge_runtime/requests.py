@@ -117,6 +117,8 @@ class Task:
     keys: list[Hashable] = field(default_factory=list)
     """Prompt and answer so far."""
     sequence: int = -1
+    leader: Task | None = None
+    """Another task that is computing a beginning of this one; it is waited for."""
     sampler: Sampler | None = None
     stream: TextStream | None = None
     circles: RepetitionDetector = field(default_factory=RepetitionDetector)

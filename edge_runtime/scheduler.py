@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from edge_runtime.weights import Float32
 TURN_S = 0.25
 """How long a prompt may hold up running answers at a time."""
 LEAST_CHUNK = 16  # tokens of a prompt per turn, however slow the machine
+WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing
 
 
 class Scheduler:
@@ -69,8 +70,12 @@ class Scheduler:
         for task in [*self._waiting, *self._active]:
             if task.is_cancelled():
                 self._end(task, "cancelled")
-        while self._waiting and self._idle and not (self._is_crowded and self._active):
-            self._admit(self._waiting.popleft())
+        for task in [*self._waiting]:
+            if not self._idle or (self._is_crowded and self._active):
+                break
+            if not self._follows(task):
+                self._waiting.remove(task)
+                self._admit(task)
         self._encode()
         self._decode()
 
@@ -95,6 +100,18 @@ class Scheduler:
             task.events.put(Progress("encode", 0, task.n_slices))
         else:
             self._begin_prefill(task)
+
+    def _follows(self, task: Task) -> bool:
+        """Whether another task is computing a beginning that this one shares; waiting for it saves the work."""
+        if task.leader is not None and task.leader in self._active and not task.leader.n_tokens:
+            return True
+        known = max(self._decoder.common(s, task.keys) for s in range(self._decoder.n_sequences))
+        for other in self._active:
+            if not other.n_tokens and _common(task.keys, other.keys) > known + WORTH_WAITING:
+                task.leader = other
+                return True
+        task.leader = None
+        return False
 
     def _take_sequence(self, task: Task) -> int:
         """Choose a sequence; returns the number of positions that stay."""
@@ -330,3 +347,9 @@ def embed(
         inside = slice(max(first, 0), min(end, len(ids)))
         embeddings[inside] = tokens[inside.start - first : inside.stop - first]
     return embeddings
+
+
+def _common(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
+    """Length of the common beginning."""
+    limit = min(len(one), len(other))
+    return next((i for i in range(limit) if one[i] != other[i]), limit)

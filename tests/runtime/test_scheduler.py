@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_runtime import EngineBusy, Model, ModelFileError
+from edge_runtime import EngineBusy, Model, ModelFileError, PromptTooLongError
 
 ENDS = ("stop", "length", "repetition")
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
@@ -74,6 +74,22 @@ def test_more_requests_than_sequences_wait_their_turn(model):
     alone = str(stream(model, QUESTIONS[3]).result())
     assert set(text([stream(model, QUESTIONS[3]) for _ in range(30)])) == {alone}
     assert model._engine._scheduler.n_tasks == 0
+
+
+def test_a_picture_that_many_ask_about_is_encoded_and_prefilled_once(model, images, monkeypatch):
+    batches, encode = [], model._encoder.encode
+    monkeypatch.setattr(model._encoder, "encode", lambda groups: batches.append(len(groups)) or encode(groups))
+    picture = Image.open(images["wide"]).convert("RGB").transpose(Image.Transpose.ROTATE_180)
+    answers = [one.result() for one in [stream(model, picture, question) for question in QUESTIONS[:6]]]
+    assert sum(batches) == len(answers[0].slices)
+    assert answers[0].cached_tokens < answers[0].visual_tokens
+    assert all(answer.cached_tokens > answer.visual_tokens for answer in answers[1:])
+    assert [str(answer) for answer in answers] == [str(stream(model, picture, q).result()) for q in QUESTIONS[:6]]
+
+
+def test_a_context_smaller_than_the_number_of_sequences_is_no_trouble(exact_folder):
+    with Model.load(exact_folder, exact=True, n_ctx=3) as tiny, pytest.raises(PromptTooLongError):
+        tiny.chat("Hello")
 
 
 def test_too_many_requests_are_refused(model, monkeypatch):
