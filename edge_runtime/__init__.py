@@ -19,6 +19,7 @@ from edge_runtime.errors import (
     ImageError,
     MessageError,
     ModelFileError,
+    NotEnoughMemoryError,
     PromptTooLongError,
     UnsupportedModelError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "MessageError",
     "Model",
     "ModelFileError",
+    "NotEnoughMemoryError",
     "Piece",
     "PromptTooLongError",
     "UnsupportedModelError",

@@ -63,9 +63,10 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
                 "-m", "--model", default="demo", metavar="MODEL", help="demo, a folder or a .gguf file.  [demo]"
             ),
             click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
-            click.option("--ctx", **count, help="Context length in tokens.  [8192]"),
+            click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
             click.option("--threads", **count, help="Threads.  [physical cores]"),
             click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
+            click.option("--force", is_flag=True, help="Load it even if memory seems too short."),
         )
     ):
         command = option(command)
@@ -129,7 +130,7 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
     chatting = not any(isinstance(part, str) for part in content)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
-    setup = {"mmproj": options.pop("mmproj"), "exact": options.pop("exact")}
+    setup = {name: options.pop(name) for name in ("mmproj", "exact", "force")}
     setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
     name = options.pop("model")
     request = {"thinking": options.pop("think"), "pixel_limit": options.pop("max_pixels"), **options}

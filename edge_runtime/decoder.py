@@ -24,7 +24,6 @@ from edge_runtime.weights import Float32, GGUFFile
 
 CHUNK_TOKENS = 512
 """Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
-DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
 FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
 
@@ -57,7 +56,7 @@ class DecoderOptions:
     1e-2.
     """
 
-    n_ctx: int | None = None
+    n_ctx: int = 8192
     exact: bool = False
     n_threads: int = 1
     n_sequences: int = N_SEQUENCES
@@ -67,14 +66,18 @@ class DecoderOptions:
 class Decoder:
     """One decoder file with one KV cache that several sequences share.
 
+    Parameters
+    ----------
+    file : its path, or the file as it was read before.
+
     Raises
     ------
     ModelFileError
         When the file is damaged or llama.cpp refuses it.
     """
 
-    def __init__(self, path: str | Path, options: DecoderOptions) -> None:
-        self.file = GGUFFile(path)
+    def __init__(self, file: str | Path | GGUFFile, options: DecoderOptions) -> None:
+        self.file = file if isinstance(file, GGUFFile) else GGUFFile(file)
         self.config = decoder_config(self.file)
         # Every use of these may come after close(), so they must exist before anything can fail.
         self._model = self._context = None
@@ -84,7 +87,7 @@ class Decoder:
         self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1)]
         self._lib = lib = llama.library()
         self._model = self._load_model()
-        self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, self.config.context_length)
+        self.n_ctx = min(options.n_ctx, self.config.context_length)
         params = lib.llama_context_default_params()
         params.n_seq_max = params.n_outputs_max = options.n_sequences + 1  # one row of logits per sequence and call
         params.n_ctx = max(self.n_ctx, params.n_seq_max)  # with fewer cells than sequences llama.cpp aborts

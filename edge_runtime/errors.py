@@ -47,5 +47,9 @@ class EngineBusy(EdgeRuntimeError):  # noqa: N818 - says what is the matter, not
     """Too many requests are waiting; the same one may be made again later."""
 
 
+class NotEnoughMemoryError(EdgeRuntimeError):
+    """The model needs more memory than is free."""
+
+
 class BackendUnavailable(EdgeRuntimeError):  # noqa: N818 - the name users see; "unavailable" says it is an error
     """A library or a machine feature that is needed is not there."""

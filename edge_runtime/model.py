@@ -12,11 +12,13 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
+from edge_runtime.config import decoder_config
 from edge_runtime.decoder import Decoder, DecoderOptions
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.image import ImageSource, load_image
+from edge_runtime.memory import choose_context, reckon
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.products import check_instruction_set
 from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
@@ -26,7 +28,7 @@ from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import Float32
+from edge_runtime.weights import Float32, GGUFFile
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Trace:
 class Model:
     """A loaded model. Make one with `Model.load`; it answers from any thread, many requests side by side."""
 
-    def __init__(self, paths: ModelPaths, *, exact: bool, n_ctx: int | None, n_threads: int | None) -> None:
+    def __init__(
+        self, paths: ModelPaths, *, exact: bool, n_ctx: int | None, n_threads: int | None, force: bool
+    ) -> None:
         from edge_kernels.compile import cpu_count
 
         started = time.perf_counter()
@@ -50,7 +54,16 @@ class Model:
         self.paths, self.exact = paths, exact
         self._encoder = ImageEncoder(paths.mmproj, exact=exact)
         threads = n_threads or cpu_count()
-        self._decoder = Decoder(paths.decoder, DecoderOptions(n_ctx, exact, threads))
+        file = GGUFFile(paths.decoder)
+        config = decoder_config(file)
+        n_ctx = choose_context(
+            lambda n: reckon(file, self._encoder, n, exact=exact),
+            paths.name,
+            n_ctx,
+            config.context_length,
+            force=force,
+        )
+        self._decoder = Decoder(file, DecoderOptions(n_ctx, exact, threads))
         try:
             self._check_pair()
             self.tokenizer = Tokenizer(self._decoder.file)
@@ -72,6 +85,7 @@ class Model:
         exact: bool = False,
         n_ctx: int | None = None,
         n_threads: int | None = None,
+        force: bool = False,
     ) -> Model:
         """Load a model.
 
@@ -80,19 +94,23 @@ class Model:
         name : `demo`, a folder with a decoder and an `mmproj*` file, or a decoder file.
         mmproj : the mmproj file, when it does not lie beside the decoder.
         exact : compute as the official float32 code does: float32 vision, float32 KV cache, no flash attention.
-        n_ctx : context length in tokens; default 8192, at most what the model was trained for.
+        n_ctx : context length in tokens, at most what the model was trained for; default 8192, less where memory is
+            short.
         n_threads : default: the physical cores this process may use.
+        force : load the model even if there seems to be too little memory.
 
         Raises
         ------
         ModelFileError
             When files are missing, damaged, ambiguous, or do not belong together.
+        NotEnoughMemoryError
+            When the model needs more than is free; with the numbers.
         """
         if n_ctx is not None and n_ctx < 1:
             raise MessageError(f"n_ctx is {n_ctx}; expected a positive number of tokens.")
         if n_threads is not None and n_threads < 1:
             raise MessageError(f"n_threads is {n_threads}; expected a positive number.")
-        return cls(find_model(name, mmproj), exact=exact, n_ctx=n_ctx, n_threads=n_threads)
+        return cls(find_model(name, mmproj), exact=exact, n_ctx=n_ctx, n_threads=n_threads, force=force)
 
     def _check_pair(self) -> None:
         hidden, width = self._decoder.config.hidden, self._encoder.hidden

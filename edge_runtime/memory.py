@@ -1,0 +1,113 @@
+"""What a model will need of this machine's memory, reckoned from its files before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from edge_runtime.decoder import CHUNK_TOKENS, DecoderOptions
+from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder
+from edge_runtime.errors import NotEnoughMemoryError
+from edge_runtime.weights import GGUFFile
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes."""
+
+    weights: int
+    """Of the decoder: mapped, so they may be dropped and read again, but every token reads all of them."""
+    kv_cache: int
+    compute: int
+    """llama.cpp's buffers for one call."""
+    vision: int
+    """Weights repacked for the kernels, and the activations of one batch."""
+
+    @property
+    def total(self) -> int:
+        """Everything together."""
+        return sum(asdict(self).values())
+
+
+def available_bytes(root: Path = CGROUP) -> int:
+    """Memory that can be had without swapping: the machine's, or what the control group has left if that is less."""
+    free = int(psutil.virtual_memory().available)
+    for folder, limit, used in ((root, "max", "current"), (root / "memory", "limit_in_bytes", "usage_in_bytes")):
+        try:
+            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = int(facts.get("active_file", 0)) + int(facts.get("inactive_file", 0))  # given back when needed
+            in_use = int((folder / f"memory.{used}").read_text()) - cached
+            free = min(free, int((folder / f"memory.{limit}").read_text()) - in_use)
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return max(0, free)
+
+
+def reckon(decoder: GGUFFile, encoder: ImageEncoder, n_ctx: int, *, exact: bool) -> Needs:
+    """Needs of a model whose files passed their checks.
+
+    Parameters
+    ----------
+    n_ctx : positions of the KV cache.
+    """
+
+    def number(key: str, default: int = 0) -> int:
+        return decoder.get(f"qwen3.{key}", int, default)
+
+    heads = number("attention.head_count", 1)
+    width = number("embedding_length")
+    head = number("attention.key_length", width // heads), number("attention.value_length", width // heads)
+    per_position = number("block_count") * number("attention.head_count_kv", heads) * sum(head) * (4 if exact else 2)
+    mlp = number("feed_forward_length")
+    matrices = sum(info.n_elements for info in encoder.file.tensors.values() if len(info.shape) == 2)
+    vision = encoder.tower.config
+    activations = BATCH_PATCHES * 4 * (8 * vision.width + vision.mlp + 4 * encoder.hidden)
+    return Needs(
+        weights=decoder.path.stat().st_size,
+        kv_cache=n_ctx * per_position,
+        compute=CHUNK_TOKENS * 4 * (6 * width + 3 * mlp),
+        vision=matrices * (4 if exact else 1) + activations,
+    )
+
+
+def choose_context(
+    needs: Callable[[int], Needs], name: str, asked: int | None, most: int, *, force: bool = False
+) -> int:
+    """Context length that fits into the memory.
+
+    Parameters
+    ----------
+    needs : context length → needs.
+    asked : what the user wants; None takes `DecoderOptions.n_ctx`, or half or a quarter of it where memory is short.
+    most : what the model was trained for.
+    force : take what does not fit.
+
+    Raises
+    ------
+    NotEnoughMemoryError
+        With the numbers.
+    """
+    free, least = available_bytes(), 0
+    wanted = [asked] if asked else [DecoderOptions.n_ctx, DecoderOptions.n_ctx // 2, DecoderOptions.n_ctx // 4]
+    for n_ctx in (min(n, most) for n in wanted):
+        if force or needs(n_ctx).total <= free:
+            return n_ctx
+        least = n_ctx
+    raise NotEnoughMemoryError(_refusal(needs(least), name, least, free))
+
+
+def _refusal(needs: Needs, name: str, n_ctx: int, free: int) -> str:
+    return (
+        f"{name} needs about {_gb(needs.total)} GB of memory (weights {_gb(needs.weights)}, KV cache for {n_ctx} "
+        f"tokens {_gb(needs.kv_cache)}, vision {_gb(needs.vision)}, buffers {_gb(needs.compute)}), {_gb(free)} GB are "
+        "free; close other programs, take a smaller --ctx or a smaller quantisation, or pass --force."
+    )
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f}"
