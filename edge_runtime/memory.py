@@ -104,8 +104,8 @@ def choose_context(
 def _refusal(needs: Needs, name: str, n_ctx: int, free: int) -> str:
     return (
         f"{name} needs about {_gb(needs.total)} GB of memory (weights {_gb(needs.weights)}, KV cache for {n_ctx} "
-        f"tokens {_gb(needs.kv_cache)}, vision {_gb(needs.vision)}, buffers {_gb(needs.compute)}), {_gb(free)} GB are "
-        "free; close other programs, take a smaller --ctx or a smaller quantisation, or pass --force."
+        f"tokens {_gb(needs.kv_cache)}, vision {_gb(needs.vision)}, buffers {_gb(needs.compute)}), {_gb(free)} GB "
+        "are free; close other programs, take a smaller --ctx or a smaller quantisation, or pass --force."
     )
 
 
