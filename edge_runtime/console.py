@@ -27,7 +27,7 @@ def note_first_compile() -> None:
 
     folder = cache_directory()
     if folder is None or not any(folder.rglob("*.nbc")):
-        note("First picture on this machine: compiling the vision kernels, 15 to 30 seconds.")
+        note("First picture on this machine: compiling the vision kernels, 20 to 40 seconds.")
 
 
 def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet: bool = False) -> Answer:
