@@ -24,6 +24,7 @@ from edge_runtime.weights import Float32, GGUFFile
 
 CHUNK_TOKENS = 512
 """Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
+DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
 FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
 
@@ -56,11 +57,17 @@ class DecoderOptions:
     1e-2.
     """
 
-    n_ctx: int = 8192
+    n_ctx: int = DEFAULT_CONTEXT
     exact: bool = False
     n_threads: int = 1
     n_sequences: int = N_SEQUENCES
     """Requests that can be computed side by side."""
+
+
+def common_beginning(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
+    """Number of positions at which two sequences begin alike."""
+    limit = min(len(one), len(other))
+    return next((i for i in range(limit) if one[i] != other[i]), limit)
 
 
 class Decoder:
@@ -157,9 +164,7 @@ class Decoder:
 
         The last one is to be computed again in any case, or there would be no logits.
         """
-        held = self._held[sequence]
-        limit = min(len(held), len(keys) - 1)
-        return next((i for i in range(limit) if held[i] != keys[i]), max(0, limit))
+        return common_beginning(self._held[sequence], keys[:-1])
 
     def rewind(self, sequence: int, n: int = 0) -> None:
         """Cut a sequence off behind its first `n` positions."""

@@ -137,7 +137,10 @@ def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -
             else:
                 _run(item)
             del item
-        scheduler.turn()
+        try:
+            scheduler.turn()
+        except Exception as error:  # noqa: BLE001 - a dead thread would leave every caller waiting for ever
+            scheduler.fail_all(error)
 
 
 def _run(call: _Call) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from edge_runtime.decoder import CHUNK_TOKENS, DecoderOptions
+from edge_runtime.decoder import CHUNK_TOKENS, DEFAULT_CONTEXT
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder
 from edge_runtime.errors import NotEnoughMemoryError
 from edge_runtime.weights import GGUFFile
@@ -83,7 +83,7 @@ def choose_context(
     Parameters
     ----------
     needs : context length → needs.
-    asked : what the user wants; None takes `DecoderOptions.n_ctx`, or half or a quarter of it where memory is short.
+    asked : what the user wants; None takes `DEFAULT_CONTEXT`, or half or a quarter of it where memory is short.
     most : what the model was trained for.
     force : take what does not fit.
 
@@ -93,7 +93,7 @@ def choose_context(
         With the numbers.
     """
     free, least = available_bytes(), 0
-    wanted = [asked] if asked else [DecoderOptions.n_ctx, DecoderOptions.n_ctx // 2, DecoderOptions.n_ctx // 4]
+    wanted = [asked] if asked else [DEFAULT_CONTEXT, DEFAULT_CONTEXT // 2, DEFAULT_CONTEXT // 4]
     for n_ctx in (min(n, most) for n in wanted):
         if force or needs(n_ctx).total <= free:
             return n_ctx

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part
+from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
 from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
 from edge_runtime.errors import ModelFileError
 from edge_runtime.messages import THINK_END
@@ -74,7 +74,6 @@ class Scheduler:
             if not self._idle or (self._is_crowded and self._active):
                 break
             if not self._follows(task):
-                self._waiting.remove(task)
                 self._admit(task)
         self._encode()
         self._decode()
@@ -87,6 +86,7 @@ class Scheduler:
         n = self._take_sequence(task)
         if not task.n_tokens:
             task.n_cached = n
+        self._waiting.remove(task)  # only now: in one of the two lists at any time, so that no error loses it
         self._active.append(task)
         bounds = task.request.prompt.bounds
         behind = [i for i, (_, end) in enumerate(bounds) if end > n]
@@ -107,7 +107,7 @@ class Scheduler:
             return True
         known = max(self._decoder.common(s, task.keys) for s in range(self._decoder.n_sequences))
         for other in self._active:
-            if not other.n_tokens and _common(task.keys, other.keys) > known + WORTH_WAITING:
+            if not other.n_tokens and common_beginning(task.keys, other.keys) > known + WORTH_WAITING:
                 task.leader = other
                 return True
         task.leader = None
@@ -152,6 +152,11 @@ class Scheduler:
             self._waiting.remove(task)
         if task.sampler is not None:
             task.sampler.close()
+
+    def fail_all(self, error: Exception) -> None:
+        """Hand an error nobody expected to everybody who waits; the thread goes on."""
+        for task in [*self._waiting, *self._active]:
+            self._fail(task, error)
 
     def close(self) -> None:
         """End everything; the decoder may be closed after this."""
@@ -290,7 +295,7 @@ class Scheduler:
             task.keys.append(token_id)
             if task.stream.stopped:
                 reason = "stop"
-            elif task.circles.feed(token_id) and task.request.repetition_check:
+            elif task.request.repetition_check and task.circles.feed(token_id):
                 reason = "repetition"
             elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
                 reason = "length"
@@ -347,9 +352,3 @@ def embed(
         inside = slice(max(first, 0), min(end, len(ids)))
         embeddings[inside] = tokens[inside.start - first : inside.stop - first]
     return embeddings
-
-
-def _common(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
-    """Length of the common beginning."""
-    limit = min(len(one), len(other))
-    return next((i for i in range(limit) if one[i] != other[i]), limit)

@@ -163,6 +163,19 @@ def test_an_answer_that_goes_in_circles_ends(model, monkeypatch):
     assert (going_on.finish_reason, going_on.completion_tokens) == ("length", 600)
 
 
+def test_an_error_nobody_expected_reaches_everybody_and_the_thread_goes_on(model, monkeypatch):
+    def fail(task):
+        raise RuntimeError("unexpected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._engine._scheduler, "_take_sequence", fail)
+        for one in [stream(model, question) for question in QUESTIONS[:3]]:
+            with pytest.raises(RuntimeError, match="unexpected"):
+                one.result()
+    assert str(stream(model, QUESTIONS[0]).result())
+    assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+
+
 @pytest.mark.slow
 def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(model, images):
     rng = random.Random(5)
