@@ -7,28 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
 from llvmlite import ir
 
+from assembly import ARM, X86, assemble, spills
 from edge_kernels import compile as compilation
 from edge_kernels import reference, simd, simd_int16
 from edge_kernels.attention_int16 import GAINS, QUERY_BLOCK, attention_int16
 from edge_kernels.compile import set_threads
 from edge_kernels.reference import KEYS_PER_BLOCK, LARGEST_POWER, LARGEST_VALUE, score_limit
 from edge_kernels.simd_int16 import PAIR_NR
-
-U = 2.0**-24  # unit roundoff of float32
-
-
-def random(*shape, seed=0, scale=1.0):
-    return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
-
-
-def offsets(*lengths):
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+from kernel_checks import U, offsets, random
 
 
 def inputs(heads, d, q_lengths, kv_lengths, seed=0):
@@ -369,7 +360,6 @@ def assembly(name, triple, features):
     """Compile the sums of a tile by themselves for some machine; gives the instructions."""
     tile = simd_int16.PAIR_TILES[name]
     module = ir.Module()
-    module.triple = triple
     word, index = ir.IntType(32).as_pointer(), ir.IntType(64)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [word, index, index, word, index, word]), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
@@ -379,18 +369,7 @@ def assembly(name, triple, features):
         address = builder.gep(out, [ir.Constant(index, s * tile.width)])
         builder.store(sums, builder.bitcast(address, sums.type.as_pointer())).align = 4
     builder.ret_void()
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(triple).create_target_machine(features=features, opt=3)
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(parsed, passes)
-    lines = machine.emit_assembly(parsed).splitlines()
-    return [line.split("#")[0].strip().expandtabs(1) for line in lines if line.startswith("\t") and line[1] != "."]
-
-
-X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+    return assemble(module, triple, features)
 
 
 @pytest.mark.parametrize(
@@ -411,10 +390,7 @@ def test_the_sums_compile_to_their_instruction(name, triple, features, mnemonic,
     lines = assembly(name, triple, features)
     found = [line for line in lines if mnemonic in line and register in line]
     assert len(found) >= tile.rows * tile.vectors
-    stack = [
-        line for line in lines if ("(%rsp)" in line or "[sp" in line) and ("mm" in line or "q" in line.split()[1])
-    ]
-    assert len(stack) <= 16, "sums are spilled:\n" + "\n".join(stack)
+    assert len(spills(lines)) <= 16, "sums are spilled:\n" + "\n".join(spills(lines))
 
 
 OTHERS = [n for n, f in compilation.ISAS.items() if f <= compilation.cpu_features() and n != compilation.isa()]

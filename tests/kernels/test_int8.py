@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
@@ -15,22 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import ir
 
+from assembly import ARM, X86, assemble, spills
 from edge_kernels import compile as compilation
 from edge_kernels import reference, simd, simd_int8
 from edge_kernels.compile import set_threads
 from edge_kernels.linear_int8 import COLUMN_BLOCK, K_BLOCK, ROW_BLOCK, linear_int8, pack_weight_int8
 from edge_kernels.rows_int8 import ROW_ZERO, QuantizedRows, layer_norm_quantized, quantize_rows
 from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP
+from kernel_checks import U, random
 
-U = 2.0**-24  # unit roundoff of float32
 # GELU as in test_operations: 3 U · |x| on either side.
 GELU_PER_X = 6 * U
 # The float32 part is three products and two sums of three terms; either side rounds each of them once at most.
 EPILOGUE = 8 * U
-
-
-def random(*shape, seed=0, scale=1.0):
-    return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
 
 
 def unpack(rows):
@@ -310,24 +306,12 @@ def assembly(name, triple, features):
     """Compile a tile by itself for some machine; gives what is in its loop's function."""
     tile = simd_int8.DOT_TILES[name]
     module = ir.Module()
-    module.triple = triple
     pointer, index = ir.IntType(8).as_pointer(), ir.IntType(64)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, pointer, index, pointer, index]), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
     simd_int8._dot_tile(builder, tile, *function.args)
     builder.ret_void()
-    llvm.initialize_all_targets()
-    llvm.initialize_all_asmprinters()
-    machine = llvm.Target.from_triple(triple).create_target_machine(features=features, opt=3)
-    parsed = llvm.parse_assembly(str(module))
-    parsed.verify()
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
-    passes.getModulePassManager().run(parsed, passes)
-    lines = machine.emit_assembly(parsed).splitlines()
-    return [line.split("#")[0].strip().expandtabs(1) for line in lines if line.startswith("\t") and line[1] != "."]
-
-
-X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+    return assemble(module, triple, features)
 
 
 @pytest.mark.parametrize(
@@ -351,10 +335,7 @@ def test_the_tile_compiles_to_its_instruction(name, triple, features, mnemonic, 
     lines = assembly(name, triple, features)
     found = [line for line in lines if mnemonic in line.split() and register in line]
     assert len(found) >= tile.rows * tile.vectors
-    stack = [
-        line for line in lines if ("(%rsp)" in line or "[sp" in line) and ("mm" in line or "q" in line.split()[1])
-    ]
-    assert len(stack) <= 16, "sums are spilled:\n" + "\n".join(stack)
+    assert len(spills(lines)) <= 16, "sums are spilled:\n" + "\n".join(spills(lines))
 
 
 def run_with(isa, *command):
