@@ -104,8 +104,9 @@ def test_exp2_is_accurate_to_two_roundings():
     x = np.concatenate([np.linspace(-126, 127.4, 1 << 18), np.linspace(-1, 1, 1 << 16)]).astype(np.float32)
     exact = np.exp2(x.astype(np.float64))
     assert np.max(np.abs(exp2_of(x) / exact - 1)) <= EXP2_RELATIVE
-    whole = np.arange(-126, 128, dtype=np.float32)
-    np.testing.assert_array_equal(exp2_of(whole), np.exp2(whole))
+    whole = np.arange(-126, 128)
+    # ldexp, not np.exp2: NumPy's float32 exp2 on AVX-512 machines is off by one rounding at 2^127.
+    np.testing.assert_array_equal(exp2_of(whole.astype(np.float32)), np.ldexp(np.float32(1), whole))
 
 
 def test_exp2_at_its_limits():
