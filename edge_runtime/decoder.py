@@ -261,8 +261,12 @@ class Decoder:
 
     def logits(self, row: int = -1) -> Float32:
         """Logits of a row of the last call: ndarray [shape=(vocabulary,), float32], a copy."""
+        return self.logits_view(row).copy()
+
+    def logits_view(self, row: int = -1) -> Float32:
+        """As `logits`, but llama.cpp's own memory, which the next call overwrites; not to be written to."""
         pointer = self._lib.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, (self.config.vocabulary,)).copy()
+        return np.ctypeslib.as_array(pointer, (self.config.vocabulary,))
 
     def close(self) -> None:
         """Free the model and its context; further calls do nothing."""
