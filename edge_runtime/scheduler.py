@@ -250,7 +250,7 @@ class Scheduler:
             beams = task.beam_run.parts()
             tasks += [task] * len(beams)
             parts += beams
-        room = CHUNK_TOKENS - len(parts)
+        room = min(CHUNK_TOKENS, self._decoder.chunk) - len(parts)
         if any(task.n_tokens for task in tasks):
             room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
         for task in ready:

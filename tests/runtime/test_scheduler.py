@@ -122,6 +122,17 @@ def _user(*content):
     return [{"role": "user", "content": [*content]}]
 
 
+def test_prompts_that_are_together_longer_than_a_small_context_are_computed_in_parts(exact_folder):
+    """llama.cpp takes no more rows per call than the context has, and ends the process when it is given more."""
+    with Model.load(exact_folder, exact=True, n_ctx=256) as small:
+        questions = [letter * 2 + " Tell me more of it." * 9 for letter in "abcd"]
+        assert 2 * len(small.build_prompt(questions[0]).ids) > 256
+        blocker = stream(small, "Why?", max_tokens=3)
+        together = text([stream(small, question) for question in questions])
+        assert together == [str(stream(small, question).result()) for question in questions]
+        assert blocker.result().finish_reason in ENDS
+
+
 def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch):
     encode = model._encoder.encode
 
