@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,16 @@ class AnswerStream:
             assert self._result is not None
             raise self._result
         return self._result
+
+
+def results(streams: Sequence[AnswerStream]) -> list[Answer]:
+    """Whole answers of several streams; if one fails or waiting is interrupted, the others are cancelled."""
+    try:
+        return [stream.result() for stream in streams]
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
 
 
 class AsyncAnswer:

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 
-from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
+from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, results
 from edge_runtime.config import decoder_config
 from edge_runtime.decoder import Decoder, DecoderOptions
 from edge_runtime.encoder import ImageEncoder
@@ -173,7 +173,7 @@ class Model:
         messages, stream, options : as of `chat`.
         """
         answering = self._submit(messages, n, stream, options)
-        return answering if stream else [one.result() for one in answering]
+        return answering if stream else results(answering)
 
     def _submit(
         self, messages: str | Sequence[Any], n: int, stream: bool, options: dict[str, Any]
@@ -311,7 +311,7 @@ class Model:
             )
 
         requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
-        return [AnswerStream(self._engine.submit(one), finish) for one in requests]
+        return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
 
     def achat(self, messages: str | Sequence[Any], **options: Any) -> AsyncAnswer:
         """Answer a conversation in an event loop.

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from edge_runtime import MessageError, Model
 from edge_runtime.beams import BeamSearch
+from edge_runtime.cli import main
 from edge_runtime.scheduler import embed
 from naive_beams import beam_search
 from runtime.command import refused
 
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "sign.png")
 QUESTIONS = ["What is it?", "Say something.", "Why?", "Tell me a story.", "Hello", "the the the the"]
 
 
@@ -217,6 +221,18 @@ def test_several_answers_do_not_go_with_a_search(model):
         model.chat_n("Hello", 2, beams=3)
 
 
+def test_an_event_loop_may_wait_for_a_search_but_not_stream_it(model):
+    async def both():
+        with pytest.raises(MessageError, match="stream was given together with a beam search"):
+            async for _ in model.achat("Why?", beams=3):
+                pass
+        return await model.achat("Why?", beams=3, max_tokens=8)
+
+    assert str(asyncio.run(both())) == str(model.chat("Why?", beams=3, max_tokens=8))
+
+
 def test_the_command_searches_and_refuses_in_one_sentence():
+    result = CliRunner().invoke(main, ["run", EXAMPLE, "What does it say?", "--beams", "3"])
+    assert (result.exit_code, result.stdout) == (0, "CAFE\n")
     refused(["run", "Hello", "--beams", "3", "--temperature", "0.5"], "temperature was given together")
     refused(["run", "Hello", "--beams", "99"], "beams is 99")
