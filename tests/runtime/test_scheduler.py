@@ -165,6 +165,15 @@ def test_reasoning_ends_with_its_budget(model):
     assert none.answer
 
 
+def test_stop_strings_end_reasoning_only_when_asked(model):
+    options = {"thinking": True, "max_tokens": 12, "greedy": True}
+    whole = model.chat("Why?", **options).reasoning
+    stop = whole[2:5]
+    assert model.chat("Why?", stop=stop, **options).reasoning == whole
+    cut = model.chat("Why?", stop=stop, stop_in_reasoning=True, **options)
+    assert (cut.reasoning, cut.answer, cut.finish_reason) == (whole[: whole.index(stop)], "", "stop")
+
+
 def test_an_answer_that_goes_in_circles_ends(model, monkeypatch):
     monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: 40 + self.seed % 2)
     ended = model.chat("Why?", greedy=True, max_tokens=600)
