@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime.engine import Running
+from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.requests import Event, Finished, FinishReason, Progress
 from edge_runtime.streaming import Piece
 
@@ -30,6 +31,8 @@ class Answer:
     """[width, height] of everything that was encoded."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """load, image, encode, prefill, first_token (since the call), decode, total"""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of every token but the one that ended the answer; None when they were not asked for."""
 
     def __str__(self) -> str:
         return self.answer
@@ -42,8 +45,11 @@ class AnswerStream:
     cancelled or read on.
     """
 
-    def __init__(self, running: Running, finish: Callable[[str, str | None, Finished], Answer]) -> None:
+    def __init__(
+        self, running: Running, finish: Callable[[str, str | None, list[TokenLogprobs], Finished], Answer]
+    ) -> None:
         self._running, self._finish = running, finish
+        self._logprobs: list[TokenLogprobs] = []
         self._text: dict[str, list[str]] = {"answer": [], "reasoning": []}
         self._result: Answer | Exception | None = None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
@@ -78,12 +84,13 @@ class AnswerStream:
     def _take(self, event: Event) -> Piece | None:
         if isinstance(event, Piece):
             self._text[event.kind].append(event.text)
+            self._logprobs += event.logprobs
             return event
         if isinstance(event, Progress):
             self.on_progress(event)
         else:
             reasoning = "".join(self._text["reasoning"])
-            self._result = self._finish("".join(self._text["answer"]), reasoning or None, event)
+            self._result = self._finish("".join(self._text["answer"]), reasoning or None, self._logprobs, event)
         return None
 
     def cancel(self) -> None:
@@ -104,6 +111,16 @@ class AnswerStream:
         return self._result
 
 
+def results(streams: Sequence[AnswerStream]) -> list[Answer]:
+    """Whole answers of several streams; if one fails or waiting is interrupted, the others are cancelled."""
+    try:
+        return [stream.result() for stream in streams]
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+
+
 class AsyncAnswer:
     """An answer in an event loop: `await` it, or iterate over its `Piece`s with `async for` and await it then.
 
@@ -111,38 +128,41 @@ class AsyncAnswer:
 
     Parameters
     ----------
-    start : prepares and submits the request.
+    start : prepares and submits the request; told whether its pieces are wanted as they come.
     """
 
-    def __init__(self, start: Callable[[], AnswerStream]) -> None:
+    def __init__(self, start: Callable[[bool], AnswerStream]) -> None:
         self._start = start
         self._stream: AnswerStream | None = None
 
-    async def _started(self) -> AnswerStream:
+    async def _started(self, *, streaming: bool) -> AnswerStream:
         if self._stream is None:
-            self._stream = await asyncio.to_thread(self._start)
+            self._stream = await asyncio.to_thread(self._start, streaming)
         return self._stream
 
     def __aiter__(self) -> AsyncAnswer:
         return self
 
     async def __anext__(self) -> Piece:
-        try:
-            piece = await (await self._started()).next_piece()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+        piece = await self._next_piece(streaming=True)
         if piece is None:
             raise StopAsyncIteration
         return piece
+
+    async def _next_piece(self, *, streaming: bool) -> Piece | None:
+        try:
+            return await (await self._started(streaming=streaming)).next_piece()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     def __await__(self) -> Generator[Any, None, Answer]:
         return self._whole().__await__()
 
     async def _whole(self) -> Answer:
-        async for _ in self:
+        while await self._next_piece(streaming=False):
             pass
-        return (await self._started()).finished()
+        return (await self._started(streaming=False)).finished()
 
     def cancel(self) -> None:
         """Stop generating; the answer then ends with the reason `cancelled`."""

@@ -99,8 +99,20 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="[1.03; thinking: 1]",
             ),
             click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
+            click.option("--typical-p", type=click.FloatRange(0, 1), metavar="X", help="[1]"),
+            click.option("--presence-penalty", type=float, metavar="X", help="[0]"),
+            click.option("--frequency-penalty", type=float, metavar="X", help="[0]"),
+            click.option("--beams", **count, help="Search with N beams; officially 3.  [1: none]"),
             click.option("--seed", type=click.IntRange(0), metavar="N", help="Repeats an answer.  [random]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
+            click.option(
+                "--no-repetition-check",
+                "repetition_check",
+                is_flag=True,
+                default=True,
+                flag_value=False,
+                help="Let an answer go in circles.",
+            ),
             click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
         )
     ):
@@ -114,7 +126,10 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: of each token and N alternatives."
+)
+def run(arguments: tuple[str, ...], system: str | None, as_json: bool, logprobs: int | None, **options: Any) -> None:
     """Answer a question about pictures, or chat.
 
     Arguments keep their order: pictures and text may alternate. Without text, a chat begins.
@@ -130,10 +145,13 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
     chatting = not any(isinstance(part, str) for part in content)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs is printed as JSON: add --json.")
     setup = {name: options.pop(name) for name in ("mmproj", "exact", "force")}
     setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
     name = options.pop("model")
     request = {"thinking": options.pop("think"), "pixel_limit": options.pop("max_pixels"), **options}
+    request |= {"logprobs": logprobs is not None, "top_logprobs": logprobs or 0}
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     with Model.load(name, **setup) as model:
         if chatting:
@@ -144,7 +162,10 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
         messages.append({"role": "user", "content": content})
         answer = console.answer(model, messages, request, quiet=as_json)
         if as_json:
-            click.echo(json.dumps(asdict(answer), ensure_ascii=False))
+            found = asdict(answer)
+            if logprobs is None:
+                del found["logprobs"]
+            click.echo(json.dumps(found, ensure_ascii=False))
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
 

@@ -40,7 +40,7 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     progress = AnswerProgress()
     if any(not isinstance(part, str) for message in messages for part in message["content"]):
         note_first_compile()
-    stream = model.chat(messages, stream=True, on_image=progress.on_image, **options)
+    (stream,) = model.submit(messages, on_image=progress.on_image, **options)
     stream.on_progress = progress.on_event
     printed = Printer(quiet)
     try:

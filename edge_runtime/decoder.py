@@ -113,6 +113,8 @@ class Decoder:
                 f"llama.cpp cannot set up a context of {self.n_ctx} tokens for {self.file.path.name}: "
                 f"{llama.last_errors()}; try a smaller --ctx."
             )
+        self.chunk = min(CHUNK_TOKENS, lib.llama_n_batch(self._context))
+        """Most positions of a call: fewer than `CHUNK_TOKENS` in a small context, where llama.cpp aborts at more."""
         self._embedding_batch = lib.llama_batch_init(CHUNK_TOKENS, self.config.hidden, 1)
         self._token_batch = lib.llama_batch_init(CHUNK_TOKENS, 0, 1)
 
@@ -179,7 +181,7 @@ class Decoder:
         self._held[sequence] = self._held[source][:n]
 
     def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] = lambda: False) -> list[int]:
-        """Append parts to their sequences in one call; at most `CHUNK_TOKENS` positions together.
+        """Append parts to their sequences in one call; at most `chunk` positions together.
 
         Parameters
         ----------
@@ -261,8 +263,12 @@ class Decoder:
 
     def logits(self, row: int = -1) -> Float32:
         """Logits of a row of the last call: ndarray [shape=(vocabulary,), float32], a copy."""
+        return self.logits_view(row).copy()
+
+    def logits_view(self, row: int = -1) -> Float32:
+        """As `logits`, but llama.cpp's own memory, which the next call overwrites; not to be written to."""
         pointer = self._lib.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, (self.config.vocabulary,)).copy()
+        return np.ctypeslib.as_array(pointer, (self.config.vocabulary,))
 
     def close(self) -> None:
         """Free the model and its context; further calls do nothing."""

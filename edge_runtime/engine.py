@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -107,6 +107,18 @@ class Engine:
         task = Task(request, lambda: cancelled.is_set() or stopping.is_set())
         self._inbox.put(task)
         return Running(task.events, cancelled)
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Running]:
+        """Queue several requests, or none of them; otherwise as `submit`."""
+        begun: list[Running] = []
+        try:
+            for request in requests:
+                begun.append(self.submit(request))  # noqa: PERF401 - what precedes a refusal must be known
+        except EdgeRuntimeError:
+            for running in begun:  # not left to the collector: the exception keeps them alive
+                running.cancel()
+            raise
+        return begun
 
     def call(self, function: Callable[[], R]) -> R:
         """Run a function on the inference thread and return its result; for work outside a request."""

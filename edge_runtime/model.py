@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
+from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, results
 from edge_runtime.config import decoder_config
 from edge_runtime.decoder import Decoder, DecoderOptions
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.image import ImageSource, load_image
+from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.memory import choose_context, reckon
+from edge_runtime.options import check_counts, check_lengths, check_streaming, count_beams
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.products import check_instruction_set
 from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
@@ -134,13 +136,63 @@ class Model:
     def chat(self, messages: str | Sequence[Any], *, stream: Literal[False] = False, **options: Any) -> Answer: ...
     @overload
     def chat(self, messages: str | Sequence[Any], *, stream: Literal[True], **options: Any) -> AnswerStream: ...
-    def chat(
+    def chat(self, messages: str | Sequence[Any], *, stream: bool = False, **options: Any) -> Answer | AnswerStream:
+        """Answer a conversation.
+
+        Parameters
+        ----------
+        messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
+        stream : return an `AnswerStream` at once instead of the whole `Answer`; not with beams, whose answer is
+            known at the end only.
+        options : as of `submit`.
+
+        Raises
+        ------
+        MessageError, ImageError, PromptTooLongError
+            Before anything is computed.
+        """
+        (answering,) = self._submit(messages, 1, stream, options)
+        return answering if stream else answering.result()
+
+    @overload
+    def chat_n(
+        self, messages: str | Sequence[Any], n: int, *, stream: Literal[False] = False, **options: Any
+    ) -> list[Answer]: ...
+    @overload
+    def chat_n(
+        self, messages: str | Sequence[Any], n: int, *, stream: Literal[True], **options: Any
+    ) -> list[AnswerStream]: ...
+    def chat_n(
+        self, messages: str | Sequence[Any], n: int, *, stream: bool = False, **options: Any
+    ) -> list[Answer] | list[AnswerStream]:
+        """Draw several answers to one conversation, side by side; its prompt is prepared and computed once.
+
+        Parameters
+        ----------
+        n : number of answers. With a seed, the i-th has the seed + i, and is what `chat` with that seed says.
+        messages, stream, options : as of `chat`.
+        """
+        answering = self._submit(messages, n, stream, options)
+        return answering if stream else results(answering)
+
+    def _submit(
+        self, messages: str | Sequence[Any], n: int, stream: bool, options: dict[str, Any]
+    ) -> list[AnswerStream]:
+        if "n" in options:
+            raise MessageError(f"n is {options['n']!r}, but chat gives one answer; call chat_n.")
+        if stream:
+            check_streaming(options)
+        return self.submit(messages, n=n, **options)
+
+    def submit(
         self,
         messages: str | Sequence[Any],
         *,
-        stream: bool = False,
+        n: int = 1,
         thinking: bool = False,
         max_tokens: int = MAX_NEW_TOKENS,
+        sampling: bool = True,
+        beams: int | None = None,
         greedy: bool = False,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -151,24 +203,35 @@ class Model:
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
         seed: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
         stop: Sequence[str] = (),
+        stop_in_reasoning: bool = False,
         thinking_budget: int | None = None,
         repetition_check: bool = True,
         on_image: Callable[[int, int], None] = lambda done, total: None,
         **prompt_options: Any,
-    ) -> Answer | AnswerStream:
-        """Answer a conversation.
+    ) -> list[AnswerStream]:
+        """Begin answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.
 
         Parameters
         ----------
         messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
-        stream : return an `AnswerStream` at once instead of the whole `Answer`.
+        n : number of answers, see `chat_n`.
         thinking : let the model reason before it answers.
         max_tokens : most tokens to generate, reasoning included.
         greedy, temperature, top_p, top_k, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty,
         seed : sampling, see `SamplingOptions`; the official defaults where not given.
             greedy and temperature=0 take the most probable token, without penalties.
-        stop : strings that end the answer.
+        sampling : False searches as the official code does: 3 beams, repetition penalty 1.2.
+        beams : number of beams of a search for the most probable answer; its pieces come all at the end, and it is
+            not looked at for circles. See `edge_runtime.beams`.
+        logit_bias : token id → what is added to its logit, from -100 to 100.
+        logprobs : tell the log probability of every token; see `edge_runtime.logprobs`.
+        top_logprobs : and of so many of the most probable ones at its place, at most 20.
+        stop : strings that end the answer; they are not part of it.
+        stop_in_reasoning : whether they end it in the reasoning already.
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
         on_image : called with (decoded, total) while pictures are read.
@@ -180,16 +243,21 @@ class Model:
         MessageError, ImageError, PromptTooLongError
             Before anything is computed.
         """
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise MessageError(f"max_tokens is {max_tokens!r}; expected a positive whole number.")
-        if thinking_budget is not None and (type(thinking_budget) is not int or thinking_budget < 0):
-            raise MessageError(f"thinking_budget is {thinking_budget!r}; expected a whole number of tokens, or None.")
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
-            raise MessageError(f"stop is {stop!r}; expected a string or a list of strings.")
-        sampling = choose_options(
+        stop = check_lengths(max_tokens, thinking_budget, stop)
+        n_beams = count_beams(beams, sampling)
+        check_counts(
+            n=n,
+            beams=n_beams,
+            most_beams=self._decoder.n_sequences,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
+            thinking_budget=thinking_budget,
+        )
+        chosen = choose_options(
             thinking,
             greedy=greedy,
+            searching=not sampling or n_beams > 1,
+            n_vocab=self._decoder.config.vocabulary,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -199,6 +267,7 @@ class Model:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             seed=seed,
+            logit_bias=logit_bias,
         )
         started = time.perf_counter()
         prepared = self._prepare(messages, on_image, thinking=thinking, **prompt_options)
@@ -207,15 +276,18 @@ class Model:
             prepared.prompt,
             prepared.groups,
             prepared.digests,
-            sampling,
+            chosen,
             thinking,
             max_tokens,
-            tuple(stop),
+            stop,
             thinking_budget,
             repetition_check,
+            stop_in_reasoning,
+            top_logprobs if logprobs else None,
+            n_beams,
         )
 
-        def finish(answer: str, reasoning: str | None, end: Finished) -> Answer:
+        def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
             timings = {
                 "load": self.load_s,
                 "image": image_s,
@@ -235,10 +307,11 @@ class Model:
                 completion_tokens=end.completion_tokens,
                 slices=prepared.slices,
                 timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
+                logprobs=scores if logprobs else None,
             )
 
-        answering = AnswerStream(self._engine.submit(request), finish)
-        return answering if stream else answering.result()
+        requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
+        return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
 
     def achat(self, messages: str | Sequence[Any], **options: Any) -> AsyncAnswer:
         """Answer a conversation in an event loop.
@@ -250,7 +323,7 @@ class Model:
         ----------
         messages, options : as of `chat`.
         """
-        return AsyncAnswer(lambda: self.chat(messages, stream=True, **options))
+        return AsyncAnswer(lambda streaming: self._submit(messages, 1, streaming, options)[0])
 
     def _prepare(
         self,

@@ -8,12 +8,17 @@ import queue
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
+from edge_runtime.beams import Beam, BeamRun, BeamSearch
+from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import Group
+from edge_runtime.logprobs import TokenScores, score
 from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
 from edge_runtime.streaming import Piece, RepetitionDetector, TextStream
+from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import Float32
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled"]
@@ -60,6 +65,12 @@ class Request:
     """Tokens of reasoning after which it is ended."""
     repetition_check: bool = True
     """End an answer that goes in circles."""
+    stop_in_reasoning: bool = False
+    """Whether `stop` ends the reasoning too, and the answer with it."""
+    n_alternatives: int | None = None
+    """Of the log probabilities that are told with each token; None tells none."""
+    n_beams: int = 1
+    """More than one: the answer of a beam search."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
@@ -117,6 +128,9 @@ class Task:
     keys: list[Hashable] = field(default_factory=list)
     """Prompt and answer so far."""
     sequence: int = -1
+    more_sequences: list[int] = field(default_factory=list)
+    """Of the further beams."""
+    beam_run: BeamRun | None = None
     leader: Task | None = None
     """Another task that is computing a beginning of this one; it is waited for."""
     sampler: Sampler | None = None
@@ -133,6 +147,61 @@ class Task:
         default_factory=lambda: dict.fromkeys(("encode", "prefill", "first_token", "decode"), 0.0)
     )
     lap: float = field(default_factory=time.perf_counter)
+
+    @property
+    def sequences(self) -> list[int]:
+        """All that the task occupies."""
+        return [self.sequence, *self.more_sequences]
+
+    def start_answer(self, tokenizer: Tokenizer, decoder: Decoder) -> None:
+        """Set up what turns logits into text, once the prompt is computed."""
+        request = self.request
+        self.stream = TextStream(
+            tokenizer, thinking=request.thinking, stop=request.stop, stop_in_reasoning=request.stop_in_reasoning
+        )
+        if request.n_beams == 1:
+            self.sampler = Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx)
+        self.take_lap("prefill")
+
+    def start_search(self, decoder: Decoder, stop_ids: frozenset[int]) -> BeamRun:
+        """Set up a beam search behind the prompt."""
+        request = self.request
+        search = BeamSearch(
+            request.n_beams,
+            stop_ids=stop_ids,
+            most_tokens=min(request.max_tokens, decoder.n_ctx - len(self.keys)),
+            repetition_penalty=request.sampling.repetition_penalty,
+            logit_bias=request.sampling.logit_bias,
+            n_alternatives=request.n_alternatives,
+        )
+        return BeamRun(search, decoder, self.sequences)
+
+    def count_token(self) -> None:
+        """Note that there is one token more."""
+        self.n_tokens += 1
+        self.take_lap("decode")
+        if self.n_tokens == 1:
+            self.timings["first_token"] = time.perf_counter() - self.started
+
+    def score(self, decoder: Decoder, row: int, token_id: int) -> TokenScores | None:
+        """Log probabilities of a chosen token, where they were asked for."""
+        n = self.request.n_alternatives
+        return None if n is None else score(decoder.logits_view(row), token_id, n)
+
+    def put_answer(self, found: Beam, stop_ids: frozenset[int]) -> FinishReason:
+        """Send the pieces of a whole answer; returns why it ends."""
+        assert self.stream is not None
+        self.n_tokens = len(found.ids)
+        reason: FinishReason = "length"
+        for token_id, scores in zip_longest(found.ids, found.scores):
+            if token_id in stop_ids:
+                reason = "stop"
+                break
+            for piece in self.stream.feed(token_id, scores):
+                self.events.put(piece)
+        for piece in self.stream.finish():
+            self.events.put(piece)
+        return "stop" if self.stream.stopped else reason
 
     def take_lap(self, name: str) -> None:
         """Add the seconds since the last lap to a timing."""

@@ -23,8 +23,7 @@ from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
 from edge_runtime.errors import ModelFileError
 from edge_runtime.messages import THINK_END
 from edge_runtime.requests import FinishReason, Progress, Task
-from edge_runtime.sampling import Sampler, is_finite
-from edge_runtime.streaming import TextStream
+from edge_runtime.sampling import is_finite
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
 from edge_runtime.weights import Float32
@@ -71,7 +70,7 @@ class Scheduler:
             if task.is_cancelled():
                 self._end(task, "cancelled")
         for task in [*self._waiting]:
-            if not self._idle or (self._is_crowded and self._active):
+            if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
             if not self._follows(task):
                 self._admit(task)
@@ -107,7 +106,12 @@ class Scheduler:
             return True
         known = max(self._decoder.common(s, task.keys) for s in range(self._decoder.n_sequences))
         for other in self._active:
-            if not other.n_tokens and common_beginning(task.keys, other.keys) > known + WORTH_WAITING:
+            if other.n_tokens:
+                continue
+            common = common_beginning(task.keys, other.keys)
+            # The same prompt, as with several answers to it, is worth waiting for however short it is.
+            worth = 1 if common == len(task.keys) else WORTH_WAITING
+            if common > known + worth:
                 task.leader = other
                 return True
         task.leader = None
@@ -129,12 +133,15 @@ class Scheduler:
             decoder.share(source, best, n)
         self._idle.remove(best)
         task.sequence = best
+        for _ in range(task.request.n_beams - 1):
+            task.more_sequences.append(self._idle.pop(0))
+            decoder.rewind(task.more_sequences[-1])
         return n
 
     def _release(self, task: Task) -> None:
         self._active.remove(task)
-        self._idle.append(task.sequence)
-        task.sequence = -1
+        self._idle += task.sequences
+        task.sequence, task.more_sequences, task.beam_run = -1, [], None
 
     def _end(self, task: Task, reason: FinishReason) -> None:
         self._drop(task)
@@ -214,29 +221,38 @@ class Scheduler:
             self._make_room()
             return
         except Exception as error:  # noqa: BLE001 - handed to those whose tokens were computed
-            for task in tasks:
+            for task in dict.fromkeys(tasks):
                 self._fail(task, error)
             return
         if n_rows > len(tasks):
             self._row_s = (time.perf_counter() - started) / n_rows
+        rows_of: dict[Task, list[int]] = {}
         for task, part, row in zip(tasks, parts, rows, strict=True):
             if not task.n_tokens:
                 self._report_prefill(task)
             if part.wants_logits:
-                try:
-                    self._sample(task, row)
-                except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
-                    self._fail(task, error)
+                rows_of.setdefault(task, []).append(row)
+        for task, own in rows_of.items():
+            try:
+                self._take_rows(task, own)
+            except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
+                self._fail(task, error)
 
     def _plan(self) -> tuple[list[Task], list[Part]]:
-        """Tasks of the next call and what each appends."""
-        ready = [task for task in self._active if not task.missing]
+        """Tasks of the next call and what each appends; a task with beams stands there once for each."""
+        searching = [task for task in self._active if task.beam_run]
+        ready = [task for task in self._active if not task.missing and not task.beam_run]
         left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in ready}
         running = [task for task in ready if left[task] == 1]
-        room = CHUNK_TOKENS - len(running)
-        if any(task.n_tokens for task in running):
-            room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
         tasks, parts = [*running], [Part(task.sequence, task.keys[-1:]) for task in running]
+        for task in searching:
+            assert task.beam_run is not None
+            beams = task.beam_run.parts()
+            tasks += [task] * len(beams)
+            parts += beams
+        room = min(CHUNK_TOKENS, self._decoder.chunk) - len(parts)
+        if any(task.n_tokens for task in tasks):
+            room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
         for task in ready:
             if left[task] > 1 and room > 0:
                 n = min(room, left[task])
@@ -268,29 +284,46 @@ class Scheduler:
         done = self._decoder.held(task.sequence) - task.n_cached
         task.events.put(Progress("prefill", done, len(task.request.prompt.ids) - task.n_cached))
 
-    def _sample(self, task: Task, row: int) -> None:
-        """Take a task's next token and end it if that was the last."""
-        decoder, tokenizer = self._decoder, self._tokenizer
-        if task.sampler is None:
-            if not is_finite(decoder.logits(row)):
+    def _take_rows(self, task: Task, rows: list[int]) -> None:
+        """Go on from a task's logits: of its answer, or of every beam."""
+        if task.stream is None:
+            if not is_finite(self._decoder.logits_view(rows[0])):
                 raise ModelFileError(
                     "The decoder computes values that are not finite; its file is damaged: download or convert it "
                     "again."
                 )
-            task.sampler = Sampler(task.request.sampling, decoder.config.vocabulary, decoder.n_ctx)
-            task.stream = TextStream(tokenizer, thinking=task.request.thinking, stop=task.request.stop)
-            task.take_lap("prefill")
+            task.start_answer(self._tokenizer, self._decoder)
+        if task.request.n_beams > 1:
+            self._search(task, rows)
+        else:
+            self._sample(task, rows[0])
+
+    def _search(self, task: Task, rows: list[int]) -> None:
+        """Take a step of a beam search."""
+        if task.beam_run is None:
+            task.beam_run = task.start_search(self._decoder, self._tokenizer.stop_ids)
+        task.beam_run.advance(rows)
+        task.count_token()
+        if task.beam_run.search.is_done:
+            self._end_search(task)
+
+    def _end_search(self, task: Task) -> None:
+        """Hand over the answer that a search has found."""
+        assert task.beam_run is not None
+        reason = task.put_answer(task.beam_run.search.best, self._tokenizer.stop_ids)
+        self._end(task, reason)
+
+    def _sample(self, task: Task, row: int) -> None:
+        """Take a task's next token and end it if that was the last."""
+        decoder, tokenizer = self._decoder, self._tokenizer
         assert task.stream is not None
         token_id = self._next_token(task, row)
-        task.n_tokens += 1
-        task.take_lap("decode")
-        if task.n_tokens == 1:
-            task.timings["first_token"] = time.perf_counter() - task.started
+        task.count_token()
         reason: FinishReason | None = None
         if token_id in tokenizer.stop_ids:
             reason = "stop"
         else:
-            for piece in task.stream.feed(token_id):
+            for piece in task.stream.feed(token_id, task.score(decoder, row, token_id)):
                 task.events.put(piece)
             task.keys.append(token_id)
             if task.stream.stopped:
@@ -321,13 +354,20 @@ class Scheduler:
             if decoder.held(sequence):
                 decoder.rewind(sequence)
                 return
+        if len(self._active) == 1 and (run := self._active[0].beam_run) is not None:
+            run.search.stop()  # beams that have drifted apart take more room than the context has tokens
+            self._end_search(self._active[0])
+            return
         if len(self._active) == 1:
             self._fail(self._active[0], ModelFileError("The KV cache is full; load the model with a larger --ctx."))
             return
         youngest = max(self._active, key=lambda task: task.started)
-        sequence = youngest.sequence
+        sequences = youngest.sequences
+        if youngest.beam_run is not None:
+            youngest.n_tokens = 0  # nothing of it was handed over: the search begins anew
         self._release(youngest)
-        decoder.rewind(sequence)
+        for sequence in sequences:
+            decoder.rewind(sequence)
         self._waiting.appendleft(youngest)
         self._is_crowded = True
 

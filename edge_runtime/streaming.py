@@ -7,10 +7,12 @@ whole.
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from edge_runtime.logprobs import TokenLogprobs, TokenScores, describe
 from edge_runtime.messages import THINK, THINK_END
 from edge_runtime.tokenizer import Tokenizer
 
@@ -23,6 +25,8 @@ class Piece:
 
     text: str
     kind: Kind
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of the tokens that began in this piece, or before it without text of their own; if they were asked for."""
 
 
 class TextStream:
@@ -32,17 +36,25 @@ class TextStream:
     ----------
     thinking : whether the prompt opened the reasoning, so that the first token belongs to it.
     stop : strings that end the answer wherever they begin, also inside a token.
+    stop_in_reasoning : whether they end it in the reasoning already.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, thinking: bool, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, thinking: bool, stop: Sequence[str] = (), stop_in_reasoning: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._think = tokenizer.special_ids.get(THINK)
         self._think_end = tokenizer.special_ids.get(THINK_END)
         self._stop = [text for text in stop if text]
+        self._stop_in_reasoning = stop_in_reasoning
         self._kind: Kind = "reasoning" if thinking else "answer"
         # Bytes of a character may come in several tokens; invalid ones become U+FFFD, unfinished ones wait.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
+        self._n_decoded = 0
+        """Characters so far, those held back included."""
+        self._scored: deque[tuple[int, TokenLogprobs]] = deque()
+        """Tokens that no piece has taken along yet, with the place where each begins."""
         self._at_start = thinking
         self.stopped = False
         """Whether a stop string was met."""
@@ -52,16 +64,20 @@ class TextStream:
         """Whether the next token belongs to the reasoning."""
         return self._kind == "reasoning"
 
-    def feed(self, token_id: int) -> list[Piece]:
+    def feed(self, token_id: int, scores: TokenScores | None = None) -> list[Piece]:
         """Pieces that can be shown after this token."""
         if self.stopped:
             return []
+        if scores is not None:
+            self._scored.append((self._n_decoded, describe(scores, self._kind, self._tokenizer)))
         if token_id in (self._think, self._think_end) and token_id is not None:
             pieces = self._release(final=True)
             self._kind = "reasoning" if token_id == self._think else "answer"
             self._at_start = True
             return pieces
-        self._held += self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._held += text
+        self._n_decoded += len(text)
         return self._release(final=False)
 
     def finish(self) -> list[Piece]:
@@ -72,27 +88,37 @@ class TextStream:
         return [] if self.stopped else self._release(final=True)
 
     def _release(self, *, final: bool) -> list[Piece]:
+        text = self._releasable(final)
+        shown = self._n_decoded - len(self._held)
+        taken = []
+        while (text or final) and self._scored and (self._scored[0][0] < shown or (final and not self.stopped)):
+            taken.append(self._scored.popleft()[1])
+        return [Piece(text, self._kind, (*taken,))] if text or taken else []
+
+    def _releasable(self, final: bool) -> str:
+        """Take what can be shown out of what is held."""
         if final:
             self._utf8.reset()
         text, self._held = self._held, ""
         if self._at_start:
             text = text.lstrip("\n")
-        if self._kind == "answer":
+        if self._kind == "answer" or self._stop_in_reasoning:
             text = self._cut_at_stop(text, final)
-        else:
+        if self._kind == "reasoning":
             # The newline before </think> is the template's, not the model's thought.
             shown = text.rstrip("\n")
-            text, self._held = shown, "" if final else text[len(shown) :]
-        if not text:
-            return []
-        self._at_start = False
-        return [Piece(text, self._kind)]
+            if not final and not self.stopped:
+                self._held = text[len(shown) :] + self._held
+            text = shown
+        self._at_start = self._at_start and not text
+        return text
 
     def _cut_at_stop(self, text: str, final: bool) -> str:
         """Cut at the first stop string, and hold back a tail that may become one."""
         found = min((at for at in map(text.find, self._stop) if at >= 0), default=-1)
         if found >= 0:
             self.stopped = True
+            self._held = text[found:]  # for ever
             return text[:found]
         if not final:
             longest = max((_overlap(text, stop) for stop in self._stop), default=0)

@@ -106,8 +106,8 @@ class MtmdPeer:
             if token in stop_ids:
                 break
             ids.append(token)
-            batch = lib.llama_batch_get_one((ctypes.c_int32 * 1)(token), 1)
-            assert lib.llama_decode(self.decoder, batch) == 0
+            held = (ctypes.c_int32 * 1)(token)  # the batch only points to it
+            assert lib.llama_decode(self.decoder, lib.llama_batch_get_one(held, 1)) == 0
         return ids
 
 

@@ -52,6 +52,22 @@ def test_options_reach_the_model():
     assert with_system["prompt_tokens"] > json.loads(run("run", "Hi", "--json").stdout)["prompt_tokens"] + 20
 
 
+def test_sampling_options_reach_the_request(monkeypatch):
+    seen, submit = [], Model.submit
+    monkeypatch.setattr(
+        Model, "submit", lambda self, messages, **options: seen.append(options) or submit(self, messages, **options)
+    )
+    flags = [("--typical-p", 0.9), ("--presence-penalty", -0.5), ("--frequency-penalty", 0.25), ("--min-p", 0.1)]
+    given = [part for name, value in flags for part in (name, str(value))]
+    assert run("run", "Hi", "--max-tokens", "1", *given, "--no-repetition-check").exit_code == 0
+    assert run("run", "Hi", "--max-tokens", "1", "--json", "--logprobs", "3").exit_code == 0
+    options, plain = seen
+    assert [options[name.strip("-").replace("-", "_")] for name, _ in flags] == [value for _, value in flags]
+    assert (options["repetition_check"], options["logprobs"], options["beams"]) == (False, False, None)
+    assert (plain["repetition_check"], plain["logprobs"], plain["top_logprobs"]) == (True, True, 3)
+    assert plain["typical_p"] is None
+
+
 def test_pictures_and_text_keep_their_order():
     content = parse_arguments(["look", "at", EXAMPLE, "and", EXAMPLE, "now"])
     assert content == ["look at", Path(EXAMPLE), "and", Path(EXAMPLE), "now"]
