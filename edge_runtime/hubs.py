@@ -156,8 +156,13 @@ def _hugging_face(repository: str) -> Listing:
         return RemoteFile(path, url, _size(size, path), digest if _is_digest(digest) else "", headers=headers)
 
     wanted = [entry for entry in info.siblings or [] if _is_wanted(_text(entry.rfilename))]
-    licences = [tag.removeprefix("license:") for tag in info.tags or [] if str(tag).startswith("license:")]
-    return Listing([described(entry) for entry in wanted], revision, visible(licences[0])[:80] if licences else "")
+    return Listing([described(entry) for entry in wanted], revision, _licence(info.tags))
+
+
+def _licence(tags: object) -> str:
+    texts = [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+    found = [text.removeprefix("license:") for text in texts if text.startswith("license:")]
+    return visible(found[0])[:80] if found else ""
 
 
 def _modelscope(repository: str) -> Listing:

@@ -104,12 +104,17 @@ class Library:
     def entries(self) -> list[Entry]:
         """All models, finished or not, by name; a damaged record is left out: pulling again writes it anew."""
         found = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            for folder in self.root.iterdir():
-                with contextlib.suppress(ModelFileError):
-                    entry = self._read(folder)
-                    if entry is not None and self.folder(entry.name) == folder:
-                        found.append(entry)
+        try:
+            folders = list(self.root.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise _unreadable(self.root, error) from None
+        for folder in folders:
+            with contextlib.suppress(ModelFileError):
+                entry = self._read(folder)
+                if entry is not None and self.folder(entry.name) == folder:
+                    found.append(entry)
         return sorted(found, key=lambda entry: entry.name.lower())
 
     def entry(self, name: str) -> Entry | None:
@@ -219,10 +224,12 @@ class Library:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise ModelFileError(
-                f"The record {record} cannot be read: {error.strerror or error}; check its permissions."
-            ) from None
+            raise _unreadable(record, error) from None
         return parse_record(raw, record)
+
+
+def _unreadable(path: Path, error: OSError) -> ModelFileError:
+    return ModelFileError(f"{path} cannot be read: {error.strerror or error}; check its permissions.")
 
 
 def parse_record(raw: bytes, where: Path) -> Entry:

@@ -70,6 +70,8 @@ def pull(
     """
     source, library = _source(name), library or Library()
     if source.kind == "ollama":
+        if mmproj is not None:
+            raise ModelFileError(f"{name} has an mmproj file of its own; expected no --mmproj here, but for 'run'.")
         return _link(source, library, progress)
     listing = list_files(source, mmproj)
     choice = choose(source, listing, mmproj if source.kind != "url" else None)
@@ -177,9 +179,9 @@ class _Pull:
             self._reuse()
             missing = [file for file in self.choice.files if not self._is_here(file)]
             fetched = sum(max(0, (file.size or 0) - self._arrived(file)) for file in missing)
-            on_plan(Plan(self.entry, fetched, self.folder))
-            if missing:
-                self._check_space(fetched)
+        on_plan(Plan(self.entry, fetched, self.folder))
+        if missing:
+            self._check_space(fetched)
         if self.old is None:
             self.library.write(self.entry)  # unfinished: `list` tells, `rm` and another pull find it
         for file in missing:
@@ -222,7 +224,8 @@ class _Pull:
                     os.link(known[file.digest], target)
 
     def _check_space(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
+        with storing(self.folder):
+            free = shutil.disk_usage(self.folder).free
         if needed + SPARE_BYTES > free:
             raise DownloadError(
                 f"{self.entry.name} needs {needed / 1e9:.2f} GB more, {self.library.root} has {free / 1e9:.2f} GB "

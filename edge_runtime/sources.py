@@ -22,7 +22,7 @@ from edge_runtime.errors import ModelFileError
 ALIASES = {"minicpm-v-4.5": "hf:openbmb/MiniCPM-V-4_5-gguf:ggml-model-Q4_K_M.gguf"}
 
 HUBS = {"hf": "the Hugging Face hub", "ms": "ModelScope"}
-MAX_NAME = 1024  # characters
+MAX_NAME, MAX_PATH = 1024, 512  # characters
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -149,7 +149,7 @@ def checked_path(path: str) -> str:
     ModelFileError
         For absolute paths, `..`, hidden files, and characters or names that mean something to a file system.
     """
-    parts = path.split("/") if len(path) <= MAX_NAME else []
+    parts = path.split("/") if len(path) <= MAX_PATH else []
     if not parts or not all(_is_plain(part) for part in parts):
         raise ModelFileError(
             f"The file name {visible(path)[:120]!r} is refused; expected a plain path inside the repository, such "

@@ -50,9 +50,9 @@ def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
         return ModelPaths(
             DEMO, _only(folder, _decoders(folder), "decoder"), _only(folder, _mmprojs(folder), "mmproj")
         )
-    source = parse_source(str(name))
+    source = parse_source(name) if isinstance(name, str) else None
     if source is not None:  # likewise: an alias is never a folder, which would be ./minicpm-v-4.5
-        return _pulled(str(name), source, mmproj)
+        return _pulled(source, str(name), mmproj)
     path = Path(name)
     if path.is_dir():
         decoder = _only(path, _decoders(path), "decoder")
@@ -70,7 +70,7 @@ def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
     return ModelPaths(label, decoder, _only(decoder.parent, _mmprojs(decoder.parent), "mmproj"))
 
 
-def _pulled(name: str, source: Source, mmproj: str | Path | None) -> ModelPaths:
+def _pulled(source: Source, name: str, mmproj: str | Path | None) -> ModelPaths:
     """Files of a model in the store, or in Ollama's."""
     if source.kind == "ollama":
         model = ollama.find(source.place)

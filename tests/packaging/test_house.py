@@ -65,7 +65,9 @@ def test_the_wheel_holds_exactly_the_three_packages(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
-    assert {"edge_runtime/demo/ggml-model-Q4_K_M.gguf", "edge_runtime/chat_template.jinja"} <= set(names)
+    assert {"edge_runtime/demo/ggml-model-Q4_K_M.gguf", "edge_runtime/chat_template.jinja"} | {
+        "edge_runtime/ollama_template.gotmpl"
+    } <= set(names)
     assert sum(1 for name in names if name.endswith("py.typed")) == 3
 
 

@@ -62,6 +62,9 @@ class Hub:
     stalled: threading.Event = field(default_factory=threading.Event)
     port: int = 0
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text("Hub()")  # hypothesis would print every byte of every file
+
     @property
     def url(self) -> str:
         """Address of the hub."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edge_runtime import download as module
 from edge_runtime.download import RemoteFile, download, part_of
@@ -90,6 +95,38 @@ def test_troubles_that_do_not_end(hub, file, target, faults, reason):
     assert KEY not in str(error.value)
     assert len(hub.bytes_requests()) <= module.ATTEMPTS + 1
     hub.faults.clear()
+    download(file, target)
+    assert whole(target)
+
+
+NONSENSE = st.sampled_from(
+    ["", "bytes 0-9/10", "bytes */*", "bytes 5-2/1", "bytes 99999999999999999999-1/1", "x", "-1"]
+)
+FAULTS = st.builds(
+    Fault,
+    status=st.sampled_from([0] * 12 + [200, 204, 206, 404, 408, 416, 429, 500, 503]),
+    headers=st.dictionaries(st.sampled_from(["Content_Range", "Retry_After", "ETag", "Content_Encoding"]), NONSENSE),
+    cut_after=st.sampled_from([-1, 0, 1, 1000, 150_000, 299_999, 300_000]),
+    announce=st.sampled_from([0] * 6 + [-300_000, -1, 1, 70_000]),
+    corrupt=st.integers(0, 9).map(lambda n: n == 0),
+    ignore_range=st.booleans(),
+    shift_range=st.integers(0, 4).map(lambda n: n == 0),
+)
+
+
+@given(st.lists(FAULTS, max_size=8))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_goes_wrong_the_file_is_right_or_absent(hub, file, target, faults):
+    shutil.rmtree(target.parent, ignore_errors=True)
+    hub.faults = deque(faults)
+    with contextlib.suppress(DownloadError):
+        download(file, target)
+        assert whole(target)
+    if target.exists():
+        assert whole(target)
+    hub.faults.clear()
+    with contextlib.suppress(DownloadError):  # a wrong byte among those that were kept is found out at the end
+        download(file, target)
     download(file, target)
     assert whole(target)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edge_runtime import Model, pulling
 from edge_runtime.cli import main
@@ -222,6 +225,31 @@ def test_lists_that_make_no_sense(hub, store, listing):
     assert files(store) == []
 
 
+ODD = st.one_of(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    st.sampled_from(
+        ["../x.gguf", "a.gguf", "mmproj.gguf", "config.json", "a.safetensors", "/x.gguf", "0" * 40, "f" * 64]
+    ),
+)
+SIBLINGS = st.lists(
+    st.dictionaries(st.sampled_from(["rfilename", "size", "blobId"]), ODD)
+    | st.fixed_dictionaries(
+        {"rfilename": ODD, "lfs": st.fixed_dictionaries({"sha256": ODD, "size": ODD, "pointerSize": ODD})}
+    ),
+    max_size=4,
+)
+
+
+@given(st.fixed_dictionaries({"id": ODD}, optional={"siblings": SIBLINGS | ODD, "sha": ODD, "tags": ODD}))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_list_is_refused_or_leads_nowhere_else(hub, store, listing):
+    hub.listing = listing
+    with pytest.raises((DownloadError, ModelFileError)):
+        pull(PAIR)
+    assert complete() == []
+    assert {path.name for path in store.parent.iterdir()} <= {"store"}
+
+
 def symlink(files: dict[str, bytes]) -> None:
     """What git keeps of a symbolic link: a small file with its target."""
     files[f"org/pair/{DECODER}"] = b"../../../../../../etc/passwd"
@@ -296,6 +324,21 @@ def test_several_processes_at_once(hub, store):
     assert len(hub.bytes_requests(MMPROJ)) == 1
     assert complete() == [FULL_NAME]
     assert files(store) == [DECODER, MMPROJ, "model.json"]
+
+
+def test_ctrl_c_leaves_what_the_next_pull_needs(hub, store):
+    hub.faults.append(Fault(stall_after=20_000))
+    command = [sys.executable, "-m", "edge_runtime", "pull", PAIR]
+    with subprocess.Popen(
+        command, env={**os.environ, "HF_ENDPOINT": hub.url}, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert hub.stalled.wait(60)
+        child.send_signal(signal.SIGINT)
+        errors = child.communicate(timeout=60)[1]
+    assert child.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert complete() == []
+    assert pull(PAIR).complete
 
 
 def test_from_the_hub_to_an_answer(hub, store):
@@ -472,6 +515,10 @@ def test_nothing_is_asked_offline(hub, store, monkeypatch):
             pull(name)
     assert find_model(PAIR).decoder.exists()
     assert not hub.requests
+
+
+def test_ollama_has_its_own_mmproj(store):
+    refused(["pull", "ollama:x", "--mmproj", "y"], "has an mmproj file of its own")
 
 
 def test_errors_are_of_this_package():

@@ -177,8 +177,16 @@ def test_any_record_is_read_or_refused(value):
 )
 def test_a_record_with_one_thing_changed_is_the_same_kind_of_thing_or_refused(change):
     good = {
-        "format": 1, "name": "hf:a/b:c.gguf", "kind": "gguf", "snapshot": "0" * 12, "decoder": "c.gguf",
-        "mmproj": "", "revision": "", "licence": "", "pulled": "", "complete": True,
+        "format": 1,
+        "name": "hf:a/b:c.gguf",
+        "kind": "gguf",
+        "snapshot": "0" * 12,
+        "decoder": "c.gguf",
+        "mmproj": "",
+        "revision": "",
+        "licence": "",
+        "pulled": "",
+        "complete": True,
         "files": [{"path": "c.gguf", "size": 1, "digest": ""}],
     }
     assert parse_record(json.dumps(good).encode(), ROOT).files == (StoredFile("c.gguf", 1),)
