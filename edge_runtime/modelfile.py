@@ -92,12 +92,12 @@ def modelfile_text(paths: ModelPaths) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """A path as a value; Ollama knows quotes, but no escapes inside them."""
+    """A path as a value; Ollama knows quotes, but no escapes inside them, and takes no drive-like file names."""
     text = str(path.resolve())
-    if '"' in text or not text.isprintable():
+    if '"' in text or not text.isprintable() or any(c in path.name for c in "\\:"):
         raise ModelFileError(
-            f"The path {text!r} cannot stand in a Modelfile: expected one without quotes and control "
-            "characters; move the model."
+            f"The path {text!r} cannot stand in a Modelfile, expected one without quotes and control characters, "
+            "and a file name without colons and backslashes; move or rename the model."
         )
     return f'"{text}"'
 

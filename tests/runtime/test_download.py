@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx2
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -239,3 +241,24 @@ def test_offline(hub, file, target, monkeypatch):
     with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set"):
         download(file, target)
     assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    ("asked", "led_to", "fine"),
+    [
+        ("https://host/a", "http://host/a", False),
+        ("https://host/a", "http://127.0.0.1/a", True),
+        ("https://host/a", "https://other/a", True),
+        ("http://mirror/a", "http://mirror/b", True),
+    ],
+)
+def test_no_redirect_from_a_secure_address_to_an_open_one(monkeypatch, asked, led_to, fine):
+    """The only stub of these tests: a server with a certificate would need one that this machine trusts."""
+    answer = SimpleNamespace(url=httpx2.URL(led_to), status_code=200, headers={"Content-Length": "5"})
+    session = SimpleNamespace(stream=lambda *args, **kwargs: contextlib.nullcontext(answer))
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: session)
+    if fine:
+        assert module.probe(asked, {}) == (5, "")
+    else:
+        with pytest.raises(DownloadError, match="redirects to an address that is not secure"):
+            module.probe(asked, {})

@@ -170,6 +170,11 @@ def test_paths_that_would_break_the_grammar(model, tmp_path, name):
     assert not (tmp_path / "out" / "Modelfile").exists()
 
 
+def test_a_file_name_that_ollama_refuses(model, tmp_path):
+    (model / "decoder.gguf").rename(model / "a:b.gguf")
+    refused(["export", "ollama", str(model), "-o", str(tmp_path / "out")], "a file name without colons")
+
+
 def test_a_folder_that_cannot_be(model, tmp_path):
     (tmp_path / "file").write_text("")
     refused(["export", "ollama", str(model), "-o", str(tmp_path / "file")], "cannot be written")

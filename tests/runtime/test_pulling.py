@@ -22,6 +22,7 @@ from edge_runtime.cli import main
 from edge_runtime.errors import DownloadError, EdgeRuntimeError, ModelFileError, UnsupportedModelError
 from edge_runtime.library import Library
 from edge_runtime.pulling import pull
+from edge_runtime.sources import ALIASES
 from edge_runtime.store import find_model
 from runtime import gguf_maker as make
 from runtime.command import refused
@@ -61,6 +62,27 @@ def test_a_pair_is_pulled_and_loads(hub, store):
         assert paths.decoder.read_bytes() == hub.files[f"org/pair/{DECODER}"]
     with Model.load(PAIR) as model:
         assert model.chat("a", max_tokens=1, temperature=0).completion_tokens == 1
+
+
+def test_the_alias_is_the_official_pair(hub, store):
+    """Of a repository with all the files the official one has."""
+    repository, _, decoder = ALIASES["minicpm-v-4.5"].removeprefix("hf:").partition(":")
+    for name in (
+        decoder,
+        "Model-3.6B-F16.gguf",
+        "ggml-model-Q4_0.gguf",
+        "ggml-model-Q4_K_S.gguf",
+        "ggml-model-Q8_0.gguf",
+    ):
+        hub.files[f"{repository}/{name}"] = mini_decoder().build()
+    hub.files[f"{repository}/{MMPROJ}"] = mini_mmproj().build()
+    result = run("pull", "minicpm-v-4.5")
+    assert result.exit_code == 0, result.stderr
+    assert "run -m minicpm-v-4.5" in result.stderr
+    paths = find_model("minicpm-v-4.5")
+    assert (paths.name, paths.decoder.name, paths.mmproj.name) == ("minicpm-v-4.5", DECODER, MMPROJ)
+    assert find_model(f"hf:{repository}").decoder == paths.decoder
+    assert json.loads(run("info", "minicpm-v-4.5", "--json").stdout)["decoder"] == DECODER
 
 
 def test_pulled_again_nothing_is_fetched(hub, store):
