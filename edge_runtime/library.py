@@ -25,7 +25,7 @@ from typing import Any, Literal
 from edge_runtime.download import storing
 from edge_runtime.errors import DownloadError, ModelFileError
 from edge_runtime.hubs import fits
-from edge_runtime.sources import Source, checked_path, parse_source, visible
+from edge_runtime.sources import ALIASES, Source, checked_path, parse_source, visible
 
 RECORD, LOCKS = "model.json", ".locks"
 MAX_RECORD_BYTES = 1 << 20
@@ -65,6 +65,11 @@ class Entry:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
+
+    @property
+    def label(self) -> str:
+        """What people call it: its alias, or its name."""
+        return next((alias for alias, name in ALIASES.items() if name == self.name), self.name)
 
     @property
     def source(self) -> Source:

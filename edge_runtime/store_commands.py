@@ -21,7 +21,7 @@ def announce(plan: Plan) -> None:
 
     entry = plan.entry
     width = max(len(file.path) for file in entry.files)
-    lines = [f"{entry.name}"]
+    lines = [entry.label if entry.label == entry.name else f"{entry.label}, {entry.name}"]
     lines += [f"  {file.path:<{width}}  {size_text(file.size)}" for file in entry.files]
     lines.append(f"  licence: {entry.licence or 'not stated; see the page of the model'}")
     rest = size_text(plan.fetched) if plan.fetched else "nothing, all of it is here"
@@ -58,8 +58,8 @@ def pull(name: str, mmproj: str | None) -> None:
             on_plan=announce,
             on_wait=lambda: console.note(f"Another process is pulling {name}; waiting for it."),
         )
-    click.echo(f"{entry.name}  {_state(entry)}")
-    use = f"convert {entry.name} -o FOLDER" if entry.kind == "checkpoint" else f"run -m {name.split('#')[0]}"
+    click.echo(f"{entry.label}  {_state(entry)}")
+    use = f"convert {entry.label} -o FOLDER" if entry.kind == "checkpoint" else f"run -m {entry.label}"
     console.note(f"Use it with: edge-runtime {use}")
 
 
@@ -76,9 +76,9 @@ def list_models(as_json: bool) -> None:
         return
     if not entries:
         console.note("No model was pulled yet; 'edge-runtime pull minicpm-v-4.5' fetches the official one.")
-    width = max((len(entry.name) for entry in entries), default=0)
+    width = max((len(entry.label) for entry in entries), default=0)
     for entry in entries:
-        click.echo(f"{entry.name:<{width}}  {_state(entry)}")
+        click.echo(f"{entry.label:<{width}}  {_state(entry)}")
 
 
 @click.command("show", cls=Command)
@@ -103,7 +103,7 @@ def show(name: str, as_json: bool) -> None:
         return
     files = facts.pop("files")
     for key, value in facts.items():
-        click.echo(f"{key:<9}  {value}")
+        click.echo(f"{key:<9}  {size_text(value) if key == 'size' else value}")
     for file in files:
         click.echo(f"{'file':<9}  " + "  ".join(str(value) for value in file.values() if value))
 
@@ -116,7 +116,7 @@ def remove(names: tuple[str, ...]) -> None:
 
     for entry in [_entry(name) for name in names]:  # a wrong name is told before anything is removed
         freed = Library().remove(entry)
-        click.echo(f"{entry.name} removed, {freed / 1e6:.1f} MB freed")
+        click.echo(f"{entry.label} removed, {freed / 1e6:.1f} MB freed")
 
 
 @click.group("export", context_settings={"help_option_names": ["-h", "--help"]})
@@ -155,7 +155,7 @@ def _entry(name: str) -> Entry:
 
 def _state(entry: Entry) -> str:
     if not entry.complete:
-        return f"unfinished; 'edge-runtime pull {entry.name}' goes on"
+        return f"unfinished; 'edge-runtime pull {entry.label}' goes on"
     where = "in the Ollama store" if entry.kind == "ollama" else size_text(entry.size)
     return f"{where}  {'checkpoint  ' if entry.kind == 'checkpoint' else ''}{entry.pulled}"
 

@@ -79,6 +79,8 @@ def test_the_alias_is_the_official_pair(hub, store):
     result = run("pull", "minicpm-v-4.5")
     assert result.exit_code == 0, result.stderr
     assert "run -m minicpm-v-4.5" in result.stderr
+    assert result.stdout.startswith("minicpm-v-4.5  0.1 MB")
+    assert run("list").stdout == result.stdout
     paths = find_model("minicpm-v-4.5")
     assert (paths.name, paths.decoder.name, paths.mmproj.name) == ("minicpm-v-4.5", DECODER, MMPROJ)
     assert find_model(f"hf:{repository}").decoder == paths.decoder
