@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.errors import (
     BackendUnavailable,
     CheckpointError,
+    DownloadError,
     EdgeRuntimeError,
     EngineBusy,
     ImageError,
@@ -37,6 +38,7 @@ __all__ = [
     "AsyncAnswer",
     "BackendUnavailable",
     "CheckpointError",
+    "DownloadError",
     "EdgeRuntimeError",
     "EngineBusy",
     "ImageError",

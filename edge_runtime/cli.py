@@ -1,4 +1,4 @@
-"""edge-runtime run | convert | info: arguments in, exit code out.
+"""edge-runtime run | convert | info: arguments in, exit code out. The commands of the store are in `store_commands`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -16,10 +16,10 @@ from typing import Any
 import click
 
 from edge_runtime import __version__
-from edge_runtime.errors import EdgeRuntimeError, ImageError
+from edge_runtime.command import INTERRUPTED, Command
+from edge_runtime.errors import ImageError
 from edge_runtime.image import PIXEL_LIMIT
-
-INTERRUPTED = 130  # what shells report for Ctrl-C
+from edge_runtime.store_commands import COMMANDS, announce
 
 # Arguments of `run` that end like this are files, whether they exist or not.
 FILE_SUFFIXES = (
@@ -27,21 +27,6 @@ FILE_SUFFIXES = (
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
     *(".pdf", ".mp4", ".mov", ".mkv", ".avi", ".webm"),
 )
-
-
-class Command(click.Command):
-    """A command whose known errors end with one sentence and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except EdgeRuntimeError as error:
-            click.echo(f"edge-runtime: {error}", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo(err=True)
-            ctx.exit(INTERRUPTED)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -53,6 +38,10 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
 
 
+for store_command in COMMANDS:
+    main.add_command(store_command)
+
+
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that choose and set up a model."""
     count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
@@ -60,7 +49,11 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option(
-                "-m", "--model", default="demo", metavar="MODEL", help="demo, a folder or a .gguf file.  [demo]"
+                "-m",
+                "--model",
+                default="demo",
+                metavar="MODEL",
+                help="demo, a pulled model, a folder or a file.  [demo]",
             ),
             click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
             click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
@@ -212,7 +205,7 @@ def _is_file(argument: str) -> bool:
 
 
 @main.command(cls=Command)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files.  [default: models/NAME]")
 @click.option("--type", "decoder_type", default="q4_k_m", show_default=True, metavar="TYPE", help="Decoder type.")
 @click.option("--vision-type", default="q8_0", show_default=True, metavar="TYPE", help="Type of the vision part.")
@@ -221,9 +214,11 @@ def _is_file(argument: str) -> bool:
 )
 @click.option("--force", is_flag=True, help="Replace existing files.")
 def convert(
-    source: Path, output: Path | None, decoder_type: str, vision_type: str, calibrate: Path | None, force: bool
+    source: str, output: Path | None, decoder_type: str, vision_type: str, calibrate: Path | None, force: bool
 ) -> None:
     """Convert a MiniCPM-V 4.5 checkpoint (Hugging Face layout) into GGUF files.
+
+    SOURCE is a folder, or hf:ORG/REPO or ms:ORG/REPO, which is pulled first.
 
     \b
     Decoder types: f32 f16 bf16 q8_0 q6_k q4_k_m q4_0
@@ -231,6 +226,7 @@ def convert(
     """
     from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint
     from edge_runtime.console import ConvertProgress
+    from edge_runtime.pulling import fetch_checkpoint
 
     for given, known, option in (
         (decoder_type, DECODER_TYPES, "--type"),
@@ -238,11 +234,11 @@ def convert(
     ):
         if given.lower() not in known:
             raise click.UsageError(f"{option} is {given!r}; expected one of {', '.join(known)}.")
-    folder = output or Path("models") / source.resolve().name
     with ConvertProgress() as progress:
+        checkpoint, name = fetch_checkpoint(source, progress, announce)
         files = convert_checkpoint(
-            source,
-            folder,
+            checkpoint,
+            output or Path("models") / name,
             decoder_type=decoder_type.lower(),
             vision_type=vision_type.lower(),
             pictures=calibrate,

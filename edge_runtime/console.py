@@ -125,7 +125,7 @@ class AnswerProgress:
 
 
 class ConvertProgress:
-    """A progress bar per stage of a conversion, shown on a terminal only."""
+    """A progress bar per stage of a conversion or file of a download, shown on a terminal only."""
 
     _UNITS: ClassVar = {"quantize": " tensors", "calibrate": " slices"}
 

@@ -93,7 +93,8 @@ class Model:
 
         Parameters
         ----------
-        name : `demo`, a folder with a decoder and an `mmproj*` file, or a decoder file.
+        name : `demo`, a pulled model (`edge-runtime pull`), `ollama:NAME` from the Ollama store of this machine, a
+            folder with a decoder and an `mmproj*` file, or a decoder file.
         mmproj : the mmproj file, when it does not lie beside the decoder.
         exact : compute as the official float32 code does: float32 vision, float32 KV cache, no flash attention.
         n_ctx : context length in tokens, at most what the model was trained for; default 8192, less where memory is
@@ -104,7 +105,7 @@ class Model:
         Raises
         ------
         ModelFileError
-            When files are missing, damaged, ambiguous, or do not belong together.
+            When files are missing, damaged, ambiguous, not pulled, or do not belong together.
         NotEnoughMemoryError
             When the model needs more than is free; with the numbers.
         """
