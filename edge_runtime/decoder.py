@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edge_runtime import llama
 from edge_runtime.config import decoder_config
 from edge_runtime.errors import ModelFileError, PromptTooLongError
+from edge_runtime.kv_state import KVRows, UnknownState, build, parse
 from edge_runtime.weights import Float32, GGUFFile
 
 CHUNK_TOKENS = 512
@@ -90,7 +91,7 @@ class Decoder:
         self._model = self._context = None
         self._cancelled: Callable[[], bool] = lambda: False
         self.n_sequences = options.n_sequences
-        # One more than requests can have: for `prefill` and `decode`.
+        # One more than requests can have: for `prefill` and `decode`, and between `read_rows` and `append_rows`.
         self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1)]
         self._lib = lib = llama.library()
         self._model = self._load_model()
@@ -177,6 +178,52 @@ class Decoder:
         self.rewind(sequence)
         self._lib.llama_memory_seq_cp(self._lib.llama_get_memory(self._context), source, sequence, 0, n)
         self._held[sequence] = self._held[source][:n]
+
+    def read_rows(self, sequence: int, first: int, end: int) -> KVRows:
+        """Copy what the KV cache holds of positions `first` to `end` - 1 of a sequence.
+
+        Raises
+        ------
+        UnknownState
+            When llama.cpp saves it in a form that is not known.
+        """
+        spare, lib = self.n_sequences, self._lib
+        self.rewind(spare)
+        lib.llama_memory_seq_cp(lib.llama_get_memory(self._context), sequence, spare, first, end)
+        try:
+            state = np.empty(lib.llama_state_seq_get_size(self._context, spare), np.uint8)
+            lib.llama_state_seq_get_data(self._context, _pointer(state), len(state), spare)
+        finally:
+            self.rewind(spare)
+        rows = parse(state)
+        if len(rows) != end - first:
+            raise UnknownState(f"{len(rows)} cells instead of {end - first}")
+        return rows
+
+    def append_rows(self, sequence: int, keys: Sequence[Hashable], rows: KVRows) -> None:
+        """Append positions that were computed before, or elsewhere; the other way to fill a sequence than `step`.
+
+        Parameters
+        ----------
+        keys : what stands at the new positions, one for each row.
+
+        Raises
+        ------
+        CacheFull
+            When there is no room, or the rows are of another kind of KV cache; the sequences are as before.
+        """
+        spare, lib, first = self.n_sequences, self._lib, self.held(sequence)
+        state = build(rows, first)
+        # Into a sequence of its own: llama.cpp empties the one that it fills.
+        self.rewind(spare)
+        with llama.watch_log(lambda line: None):
+            n_read = lib.llama_state_seq_set_data(self._context, _pointer(state), len(state), spare)
+        if n_read != len(state):
+            self.rewind(spare)
+            raise CacheFull(llama.last_errors())
+        lib.llama_memory_seq_cp(lib.llama_get_memory(self._context), spare, sequence, first, first + len(rows))
+        self.rewind(spare)
+        self._held[sequence] += keys
 
     def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] = lambda: False) -> list[int]:
         """Append parts to their sequences in one call; at most `CHUNK_TOKENS` positions together.
@@ -273,3 +320,7 @@ class Decoder:
         if self._model:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
+
+
+def _pointer(data: npt.NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
