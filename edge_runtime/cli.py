@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from edge_runtime import __version__
+from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.image import PIXEL_LIMIT
 
@@ -66,6 +67,24 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
             click.option("--threads", **count, help="Threads.  [physical cores]"),
             click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
+            click.option(
+                "--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), help="Numbers of the KV cache.  [f16]"
+            ),
+            click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture."),
+            click.option("--lora", **file, help="LoRA adapter (GGUF) to answer with."),
+            click.option(
+                "--cache-dir",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Keep encoded pictures and read prompts here.",
+            ),
+            click.option(
+                "--cache-limit",
+                type=click.FloatRange(0, min_open=True),
+                metavar="GB",
+                default=DEFAULT_LIMIT_BYTES / 2**30,
+                help="Most that DIR may hold.  [4]",
+            ),
             click.option("--force", is_flag=True, help="Load it even if memory seems too short."),
         )
     ):
@@ -130,10 +149,13 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
     chatting = not any(isinstance(part, str) for part in content)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
-    setup = {name: options.pop(name) for name in ("mmproj", "exact", "force")}
-    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
-    name = options.pop("model")
-    request = {"thinking": options.pop("think"), "pixel_limit": options.pop("max_pixels"), **options}
+    name, setup, adapter = take_setup(options)
+    request = {
+        "adapter": adapter,
+        "thinking": options.pop("think"),
+        "pixel_limit": options.pop("max_pixels"),
+        **options,
+    }
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     with Model.load(name, **setup) as model:
         if chatting:
@@ -147,6 +169,22 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
             click.echo(json.dumps(asdict(answer), ensure_ascii=False))
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
+
+
+def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:
+    """Take the values of `model_options` out of a command's options.
+
+    Returns
+    -------
+    name, setup, adapter : the model, keyword arguments of `Model.load`, and the adapter requests are to choose.
+    """
+    setup = {name: options.pop(name) for name in ("mmproj", "exact", "force", "kv_type", "low_memory", "cache_dir")}
+    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
+    setup["cache_limit"] = max(1, int(options.pop("cache_limit") * 2**30))
+    lora: Path | None = options.pop("lora")
+    adapter = None if lora is None else lora.name
+    setup["adapters"] = {} if lora is None else {adapter: lora}
+    return options.pop("model"), setup, adapter
 
 
 def parse_arguments(arguments: Sequence[str]) -> list[str | Path]:

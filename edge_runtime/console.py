@@ -108,9 +108,9 @@ class AnswerProgress:
     def on_event(self, event: Progress) -> None:
         """The engine made progress."""
         if event.stage == "encode":
-            self._show(f"looking at slices {event.done}/{event.total}")
-        elif event.done == 0:
-            self._show(f"reading the prompt, {event.total} tokens")
+            self._show(f"looking at {event.total} slices, {event.share:.0%}")
+        elif event.done < event.total:
+            self._show(f"reading the prompt, {event.total} tokens, {event.share:.0%}")
 
     def _show(self, text: str) -> None:
         if self._live:

@@ -169,7 +169,8 @@ def parse(state: Bytes) -> KVRows:
         value_kinds.add((value_type, rows.shape[1], size))
     if read.at != len(state) or len(kinds) != 1 or len(value_kinds) != 1:
         raise UnknownState(f"layers of {len(kinds)} kinds, {len(state) - read.at} bytes after the last")
-    (key_type, key_bytes), (value_type, value_bytes, size) = *kinds, *value_kinds
+    key_type, key_bytes = kinds.pop()
+    value_type, value_bytes, size = value_kinds.pop()
     form = KVForm(n_layers, key_type, key_bytes, value_type, value_bytes, bool(transposed), size)
     return KVRows(form, keys, values)
 

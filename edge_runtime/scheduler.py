@@ -21,9 +21,11 @@ import numpy as np
 from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
 from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
 from edge_runtime.errors import ModelFileError
+from edge_runtime.keeping import Keeping
 from edge_runtime.messages import THINK_END
 from edge_runtime.requests import FinishReason, Progress, Task
 from edge_runtime.sampling import Sampler, is_finite
+from edge_runtime.saved_prefixes import Saved
 from edge_runtime.streaming import TextStream
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
@@ -38,9 +40,14 @@ WORTH_WAITING = 32  # tokens of a shared beginning that another request is just 
 class Scheduler:
     """Tasks and what they share: encoder, decoder, visual tokens. Used by the inference thread alone."""
 
-    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, keeping: Keeping) -> None:
         self._encoder, self._decoder, self._tokenizer = encoder, decoder, tokenizer
-        self._visual_tokens = VisualTokenCache()
+        self._keeping = keeping
+        self._visual_tokens = VisualTokenCache(saved=keeping.tokens)
+        self._adapters: dict[int, str | None] = {}
+        """Which adapter computed what a sequence holds."""
+        self._served: str | None = None
+        """Adapter of the last call."""
         self._waiting: deque[Task] = deque()
         self._active: list[Task] = []
         self._idle = list(range(decoder.n_sequences))
@@ -62,8 +69,12 @@ class Scheduler:
 
     def add(self, task: Task) -> None:
         """Take in a new task; it is computed as soon as a sequence is free."""
-        task.keys = task.request.keys()
+        task.keys = task.keys or task.request.keys()
         self._waiting.append(task)
+
+    def remembered(self, task: Task) -> int:
+        """Positions of a task's beginning that the KV cache holds now; from any thread, where it is but a hint."""
+        return max((self._common(s, task) for s in range(self._decoder.n_sequences)), default=0)
 
     def turn(self) -> None:
         """Do a bit of everything there is to do."""
@@ -105,9 +116,11 @@ class Scheduler:
         """Whether another task is computing a beginning that this one shares; waiting for it saves the work."""
         if task.leader is not None and task.leader in self._active and not task.leader.n_tokens:
             return True
-        known = max(self._decoder.common(s, task.keys) for s in range(self._decoder.n_sequences))
+        known = max(self.remembered(task), task.saved.n)
         for other in self._active:
-            if not other.n_tokens and common_beginning(task.keys, other.keys) > known + WORTH_WAITING:
+            if other.n_tokens or other.request.adapter != task.request.adapter:
+                continue
+            if common_beginning(task.keys, other.keys) > known + WORTH_WAITING:
                 task.leader = other
                 return True
         task.leader = None
@@ -116,7 +129,7 @@ class Scheduler:
     def _take_sequence(self, task: Task) -> int:
         """Choose a sequence; returns the number of positions that stay."""
         decoder = self._decoder
-        common = {s: decoder.common(s, task.keys) for s in range(decoder.n_sequences)}
+        common = {s: self._common(s, task) for s in range(decoder.n_sequences)}
         best = max(self._idle, key=lambda s: common[s])
         source = max(common, key=lambda s: common[s])
         # Going on in place destroys the rest of what the sequence holds: another conversation, if it is most of it.
@@ -128,8 +141,35 @@ class Scheduler:
         else:
             decoder.share(source, best, n)
         self._idle.remove(best)
-        task.sequence = best
+        task.sequence, self._adapters[best] = best, task.request.adapter
+        return self._restore(task, n)
+
+    def _common(self, sequence: int, task: Task) -> int:
+        if self._adapters.get(sequence) != task.request.adapter:
+            return 0
+        return self._decoder.common(sequence, task.keys)
+
+    def _restore(self, task: Task, n: int) -> int:
+        """Fill a sequence that holds `n` positions with what was found on disk; returns what it holds then."""
+        decoder, saved = self._decoder, task.saved
+        task.saved = Saved()
+        while saved.n > n + WORTH_WAITING:
+            try:
+                decoder.append_rows(task.sequence, task.keys[n : saved.n], saved.rows(n, saved.n))
+            except CacheFull:
+                if not self._forget_one():
+                    break
+            else:
+                return saved.n
         return n
+
+    def _forget_one(self) -> bool:
+        """Empty the sequence that was unused for longest; False if all are in use."""
+        for sequence in (self._decoder.n_sequences, *self._idle):
+            if self._decoder.held(sequence):
+                self._decoder.rewind(sequence)
+                return True
+        return False
 
     def _release(self, task: Task) -> None:
         self._active.remove(task)
@@ -137,12 +177,23 @@ class Scheduler:
         task.sequence = -1
 
     def _end(self, task: Task, reason: FinishReason) -> None:
+        sequence = task.sequence
         self._drop(task)
         task.finish(reason)
+        prefixes = self._keeping.prefixes
+        if prefixes is not None and sequence >= 0:  # nobody waits for this
+            n = min(self._decoder.held(sequence), len(task.request.prompt.ids))
+            prefixes.save(
+                self._decoder,
+                sequence,
+                task.keys[:n],
+                self._decoder.adapters.identities[task.request.adapter],
+                patient=not self.is_busy,
+            )
 
     def _fail(self, task: Task, error: Exception) -> None:
         self._drop(task)
-        task.events.put(error)
+        task.fail(error)
 
     def _drop(self, task: Task) -> None:
         self._is_crowded = False
@@ -152,6 +203,7 @@ class Scheduler:
             self._waiting.remove(task)
         if task.sampler is not None:
             task.sampler.close()
+        task.tokens, task.missing = {}, {}  # whoever keeps the answer need not keep these
 
     def fail_all(self, error: Exception) -> None:
         """Hand an error nobody expected to everybody who waits; the thread goes on."""
@@ -177,22 +229,41 @@ class Scheduler:
                     patches += n_patches(group)
         if not batch:
             return
+        wanting = [task for task in self._active if batch.keys() & task.missing.keys()]
+        self._encoder.tower.on_layer = lambda done, total: self._on_layer(wanting, batch, done / total)
         try:
             found = dict(zip(batch, self._encoder.encode([*batch.values()]), strict=True))
+        except Cancelled:
+            return  # the next turn ends them
         except Exception as error:  # noqa: BLE001 - handed to those who asked for these pictures
-            for task in [task for task in self._active if batch.keys() & task.missing.keys()]:
+            for task in wanting:
                 self._fail(task, error)
             return
+        finally:
+            self._encoder.tower.on_layer = lambda done, total: None
         for digest, tokens in found.items():
             self._visual_tokens.put(digest, tokens)
         for task in self._active:
             if task.missing.keys() & found.keys():
                 task.tokens |= {digest: found[digest] for digest in task.missing.keys() & found.keys()}
                 task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
-                left = sum(len(group) for group in task.missing.values())
-                task.events.put(Progress("encode", task.n_slices - left, task.n_slices))
+                self._report_encode(task)
                 if not task.missing:
                     self._begin_prefill(task)
+        if self._keeping.low_memory and not any(task.missing for task in self._active):
+            self._encoder.unload()
+
+    def _on_layer(self, tasks: list[Task], batch: dict[bytes, Group], share: float) -> None:
+        """Between two layers of the vision tower: stop if nobody waits for this batch any more, or tell of it."""
+        if all(task.is_cancelled() for task in tasks):
+            raise Cancelled
+        for task in tasks:
+            self._report_encode(task, share * sum(len(batch[name]) for name in batch.keys() & task.missing.keys()))
+
+    @staticmethod
+    def _report_encode(task: Task, partial: float = 0.0) -> None:
+        done = task.n_slices - sum(len(group) for group in task.missing.values())
+        task.events.put(Progress("encode", done, task.n_slices, (done + partial) / task.n_slices))
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
@@ -207,7 +278,9 @@ class Scheduler:
             return
         started, n_rows = time.perf_counter(), sum(len(part.keys) for part in parts)
         try:
-            rows = self._decoder.step(parts, lambda: all(task.is_cancelled() for task in tasks))
+            rows = self._decoder.step(
+                parts, lambda: all(task.is_cancelled() for task in tasks), tasks[0].request.adapter
+            )
         except Cancelled:
             return  # the next turn ends them
         except CacheFull:
@@ -231,10 +304,12 @@ class Scheduler:
     def _plan(self) -> tuple[list[Task], list[Part]]:
         """Tasks of the next call and what each appends."""
         ready = [task for task in self._active if not task.missing]
+        is_flowing = any(task.n_tokens for task in ready)
+        ready = self._of_one_adapter(ready)
         left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in ready}
         running = [task for task in ready if left[task] == 1]
         room = CHUNK_TOKENS - len(running)
-        if any(task.n_tokens for task in running):
+        if is_flowing:
             room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
         tasks, parts = [*running], [Part(task.sequence, task.keys[-1:]) for task in running]
         for task in ready:
@@ -244,6 +319,15 @@ class Scheduler:
                 parts.append(self._prompt_part(task, n, whole=n == left[task]))
                 room -= n
         return tasks, parts
+
+    def _of_one_adapter(self, ready: list[Task]) -> list[Task]:
+        """Tasks that one call can compute together: adapters take turns."""
+        names = [*dict.fromkeys(task.request.adapter for task in ready)]
+        if len(names) < 2:
+            return ready
+        at = names.index(self._served) + 1 if self._served in names else 0
+        self._served = names[at % len(names)]
+        return [task for task in ready if task.request.adapter == self._served]
 
     def _prompt_part(self, task: Task, n: int, *, whole: bool) -> Part:
         first = self._decoder.held(task.sequence)
@@ -265,8 +349,8 @@ class Scheduler:
         )
 
     def _report_prefill(self, task: Task) -> None:
-        done = self._decoder.held(task.sequence) - task.n_cached
-        task.events.put(Progress("prefill", done, len(task.request.prompt.ids) - task.n_cached))
+        done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
+        task.events.put(Progress("prefill", done, total, done / total))
 
     def _sample(self, task: Task, row: int) -> None:
         """Take a task's next token and end it if that was the last."""
@@ -316,18 +400,15 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""
-        decoder = self._decoder
-        for sequence in (decoder.n_sequences, *self._idle):
-            if decoder.held(sequence):
-                decoder.rewind(sequence)
-                return
+        if self._forget_one():
+            return
         if len(self._active) == 1:
             self._fail(self._active[0], ModelFileError("The KV cache is full; load the model with a larger --ctx."))
             return
         youngest = max(self._active, key=lambda task: task.started)
         sequence = youngest.sequence
         self._release(youngest)
-        decoder.rewind(sequence)
+        self._decoder.rewind(sequence)
         self._waiting.appendleft(youngest)
         self._is_crowded = True
 

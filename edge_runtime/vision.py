@@ -8,7 +8,7 @@ products have is decided by who makes the tower (see `products`); everything bet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -75,6 +75,9 @@ class VisionTower:
 
     def __init__(self, file: GGUFFile, config: VisionConfig, slicing: SlicingConfig, arithmetic: Arithmetic) -> None:
         self._file, self.config, self._patch, self._arithmetic = file, config, slicing.patch_size, arithmetic
+        self._loaded: list[_Layer] = []
+        self.on_layer: Callable[[int, int], None] = lambda done, total: None
+        """Called between layers with (done, total), on the thread that encodes; what it raises ends the encoding."""
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -112,23 +115,26 @@ class VisionTower:
     def _affine(self, name: str) -> Affine:
         return Affine(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))
 
-    @cached_property
-    def _layers(self) -> list[_Layer]:
-        layers = []
+    def _layers(self) -> Iterator[_Layer]:
+        """Layers in order, read and packed when they are first needed."""
         for n in range(self.config.layers):
-            blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
-            ln1, ln2 = self._affine(f"{blk}.ln1"), self._affine(f"{blk}.ln2")
-            layers.append(
-                _Layer(
-                    norm1=self._arithmetic.norm(ln1, self.config.epsilon),
-                    qkv=self._product(f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v", after=ln1),
-                    out=self._product(f"{blk}.attn_out"),
-                    norm2=self._arithmetic.norm(ln2, self.config.epsilon),
-                    fc1=self._product(fc1, after=ln2),
-                    fc2=self._product(fc2),
-                )
-            )
-        return layers
+            self.on_layer(n, self.config.layers)
+            if n == len(self._loaded):
+                self._loaded.append(self._layer(n))
+            yield self._loaded[n]
+        self.on_layer(self.config.layers, self.config.layers)
+
+    def _layer(self, n: int) -> _Layer:
+        blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
+        ln1, ln2 = self._affine(f"{blk}.ln1"), self._affine(f"{blk}.ln2")
+        return _Layer(
+            norm1=self._arithmetic.norm(ln1, self.config.epsilon),
+            qkv=self._product(f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v", after=ln1),
+            out=self._product(f"{blk}.attn_out"),
+            norm2=self._arithmetic.norm(ln2, self.config.epsilon),
+            fc1=self._product(fc1, after=ln2),
+            fc2=self._product(fc2),
+        )
 
     @cached_property
     def _embedding(self) -> tuple[PackedWeight, Float32, Float32]:
@@ -145,7 +151,13 @@ class VisionTower:
 
     def load(self) -> None:
         """Read and pack all weights now rather than at the first picture."""
-        _ = self._embedding, self._layers, self._post_norm
+        _ = self._embedding, list(self._layers()), self._post_norm
+
+    def unload(self) -> None:
+        """Drop all weights; the next picture reads them again."""
+        self._loaded = []
+        for name in ("_embedding", "_post_norm"):
+            self.__dict__.pop(name, None)
 
     def encode(self, slices: Sequence[Slice]) -> list[Float32]:
         """Patch features of each slice; all slices go through the tower together.
@@ -169,7 +181,7 @@ class VisionTower:
         scale = 1 / math.sqrt(config.width // config.heads)
 
         x = patch_embed(pixels, kernel, bias, table, ids)  # (P, width), P over all slices
-        for layer in self._layers:
+        for layer in self._layers():
             q, k, v = np.split(layer.qkv(layer.norm1(x)), 3, axis=1)
             x = layer.out(attend(q, k, v, config.heads, scale, offsets, offsets), residual=x)
             x = layer.fc2(layer.fc1(layer.norm2(x), gelu=True), residual=x)
