@@ -28,6 +28,8 @@ class Answer:
     completion_tokens: int
     slices: list[list[int]]
     """[width, height] of everything that was encoded."""
+    dropped_turns: int = 0
+    """Oldest turns of the conversation that were left out; 0 unless `context_shift` was asked for."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """load, image, encode, prefill, first_token (since the call), decode, total"""
 

@@ -1,4 +1,4 @@
-"""edge-runtime run | convert | info: arguments in, exit code out.
+"""edge-runtime run | convert | bench | info: arguments in, exit code out.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -120,6 +120,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
             click.option("--seed", type=click.IntRange(0), metavar="N", help="Repeats an answer.  [random]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
+            click.option("--context-shift", is_flag=True, help="Drop oldest turns that do not fit."),
             click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
         )
     ):
@@ -268,6 +269,24 @@ def convert(
         )
     for path in (files.decoder, files.mmproj):
         click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+@main.command(cls=Command)
+@model_options
+@click.option("--tune", "tuning", is_flag=True, help="Find the fastest settings and remember them.")
+@click.option("--budget", type=click.FloatRange(1), default=120, metavar="S", help="Seconds for --tune.  [120]")
+def bench(tuning: bool, budget: float, **options: Any) -> None:
+    """Measure a model on this machine: prefill, generation, picture encoding.
+
+    With --tune, measures threads, micro-batch, KV type and repacked weights first; what was best is used whenever
+    this model is loaded on this machine. The last line is one JSON object.
+    """
+    from edge_runtime.bench import measure, tune_model
+
+    name, setup, _ = take_setup(options)
+    facts = tune_model(name, setup["mmproj"], budget, click.echo) if tuning else {}
+    facts |= measure(name, setup, click.echo)
+    click.echo(json.dumps(facts))
 
 
 @main.command(cls=Command)

@@ -55,7 +55,10 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     finally:
         progress.clear()
         printed.end()
-    return stream.result()
+    result = stream.result()
+    if result.dropped_turns:
+        note(f"The context is full: the oldest {result.dropped_turns} turns of the conversation were left out.")
+    return result
 
 
 class Printer:

@@ -28,7 +28,8 @@ def file_identity(file: GGUFFile) -> bytes:
 
 
 def machine_identity() -> str:
-    """What decides speed: processor, cores this process may use, and llama.cpp's version."""
-    from edge_kernels.compile import cpu_count, cpu_name
+    """What decides speed: processor and its features, cores this process may use, and llama.cpp's version."""
+    from edge_kernels.compile import cpu_count, cpu_features, cpu_name
 
-    return f"{cpu_name()} x{cpu_count()} llama-cpp-python {metadata.version('llama-cpp-python')}"
+    features = hashlib.blake2b(" ".join(sorted(cpu_features())).encode(), digest_size=4).hexdigest()
+    return f"{cpu_name()} {features} x{cpu_count()} llama-cpp-python {metadata.version('llama-cpp-python')}"

@@ -63,6 +63,7 @@ class Parts:
     tokenizer: Tokenizer
     keeping: Keeping
     n_threads: int
+    """Of the vision kernels."""
 
 
 def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
@@ -86,7 +87,7 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     config = decoder_config(file)
     found = (remembered_tuning(file) if options.tuned else None) or Tuning()
     repack = found.repack and not options.low_memory
-    threads = options.n_threads or found.n_threads or cpu_count()
+    threads = options.n_threads or cpu_count()
     kv_type = choose_kv_type(file, options.kv_type or (None if exact else found.kv_type), exact=exact)
     n_ctx = choose_context(
         lambda n: reckon(
@@ -100,7 +101,7 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     setup = DecoderOptions(
         n_ctx=n_ctx,
         exact=exact,
-        n_threads=threads,
+        n_threads=options.n_threads or found.n_threads or threads,  # found for the decoder alone
         kv_type=kv_type,
         n_ubatch=found.n_ubatch,
         repack=repack,

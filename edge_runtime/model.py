@@ -164,7 +164,7 @@ class Model:
         adapter : name of a LoRA adapter the model was loaded with; None takes the model as it is.
         on_image : called with (decoded, total) while pictures are read.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools,
-            pixel_limit.
+            pixel_limit, context_shift.
 
         Raises
         ------
@@ -192,7 +192,7 @@ class Model:
             seed=seed,
         )
         started = time.perf_counter()
-        prepared = self._prepare(messages, on_image, thinking=thinking, **prompt_options)
+        prepared = self._prepare(messages, on_image, room=max_tokens, thinking=thinking, **prompt_options)
         image_s = time.perf_counter() - started
         request = Request(
             prepared.prompt,
@@ -226,6 +226,7 @@ class Model:
                 cached_tokens=end.cached_tokens,
                 completion_tokens=end.completion_tokens,
                 slices=prepared.slices,
+                dropped_turns=prepared.dropped_turns,
                 timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
             )
 
@@ -248,6 +249,7 @@ class Model:
         self,
         messages: str | Sequence[Any],
         on_image: Callable[[int, int], None] = lambda done, total: None,
+        room: int = 1,
         **options: Any,
     ) -> Prepared:
         unknown = sorted(set(options) - set(PromptOptions.__dataclass_fields__))
@@ -260,6 +262,8 @@ class Model:
             tokenizer=self.tokenizer,
             n_queries=self._encoder.n_queries,
             template=self._template,
+            n_ctx=self.n_ctx,
+            room=room,
             on_image=on_image,
         )
 
