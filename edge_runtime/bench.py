@@ -1,9 +1,9 @@
 """How fast a model is on this machine: prefill, generation, picture encoding; and which settings make it fastest.
 
 Rates are of the decoder alone, one sequence, without sampling. `tune` looks for the settings that take least time for
-a typical request (`REQUEST_PROMPT` tokens in, `REQUEST_ANSWER` out, see `trial`), one setting after another, each with
-the best of those before it. A KV cache in q8_0 is taken only where it is faster by more than `WORTH_ROUNDING`, one in
-q4_0, which costs answers, never.
+a typical request (`REQUEST_PROMPT` tokens in, `REQUEST_ANSWER` out, see `trial`), one setting after another, each
+with the best of those before it. A KV cache in q8_0 is taken only where it is faster by more than `WORTH_ROUNDING`,
+one in q4_0, which costs answers, never.
 """
 
 from __future__ import annotations

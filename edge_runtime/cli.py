@@ -68,7 +68,10 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--threads", **count, help="Threads.  [physical cores]"),
             click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
             click.option(
-                "--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), help="Numbers of the KV cache.  [f16]"
+                "--kv-type",
+                type=click.Choice(["f16", "q8_0", "q4_0"]),
+                metavar="TYPE",
+                help="KV cache in f16, q8_0 or q4_0.  [f16]",
             ),
             click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture."),
             click.option("--lora", **file, help="LoRA adapter (GGUF) to answer with."),

@@ -181,6 +181,8 @@ class DiskCache:
     def _write_file(self, name: str, facts: dict[str, Any], content: bytes) -> None:
         header = json.dumps(facts).encode()
         size = _HEAD.size + len(header) + len(content)
+        if size > self._limit:
+            return
         if self._total + self._written + size > self._limit or self._written > self._limit // 16:
             # Looked at anew now and then: other processes write here too.
             self._total, self._written = self._shrink(size), 0
@@ -196,7 +198,8 @@ class DiskCache:
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            raise
+            if not self.has(name):  # else somebody else was faster, and reads it: some systems do not replace it then
+                raise
         self._written += size
 
     def _shrink(self, wanted: int) -> int:

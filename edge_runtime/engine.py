@@ -24,6 +24,7 @@ from edge_runtime.tokenizer import Tokenizer
 
 MOST_REQUESTS = 64
 """Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""
+REST_AFTER_S = 0.2
 R = TypeVar("R")
 
 
@@ -143,7 +144,7 @@ def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -
     """Body of the thread. It must not refer to the engine, or that would never be collected."""
     while True:
         while not scheduler.is_busy or not inbox.empty():
-            item = inbox.get()
+            item = _next_item(inbox, scheduler)
             if item is None:
                 scheduler.close()
                 return
@@ -156,6 +157,15 @@ def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -
             scheduler.turn()
         except Exception as error:  # noqa: BLE001 - a dead thread would leave every caller waiting for ever
             scheduler.fail_all(error)
+
+
+def _next_item(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -> Task | _Call | None:
+    """Wait for something to do; when nothing comes for a moment, the scheduler may rest."""
+    try:
+        return inbox.get(timeout=REST_AFTER_S)
+    except queue.Empty:
+        scheduler.rest()
+        return inbox.get()
 
 
 def _run(call: _Call) -> None:

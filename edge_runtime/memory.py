@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -49,6 +51,24 @@ def available_bytes(root: Path = CGROUP) -> int:
         except (OSError, ValueError):  # no such group, or "max"
             continue
     return max(0, free)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library than glibc, which gives memory back by itself
+        return None
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where the C library would keep it for itself.
+
+    Batches of slices of changing sizes leave glibc with free pieces as large as all that is in use.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 def reckon(

@@ -22,6 +22,7 @@ from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Pa
 from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
 from edge_runtime.errors import ModelFileError
 from edge_runtime.keeping import Keeping
+from edge_runtime.memory import give_back
 from edge_runtime.messages import THINK_END
 from edge_runtime.requests import FinishReason, Progress, Task
 from edge_runtime.sampling import Sampler, is_finite
@@ -54,6 +55,7 @@ class Scheduler:
         """Sequences without a task; those unused for longest first."""
         self._is_crowded = False
         """Whether a task had to step back and nobody has ended since: nobody is let in then, or it would go on so."""
+        self._has_encoded = False
         self._row_s = TURN_S / 64
         """Seconds that a position of a prompt took lately."""
 
@@ -89,16 +91,23 @@ class Scheduler:
         self._encode()
         self._decode()
 
+    def rest(self) -> None:
+        """Nobody asks for anything: let go of the memory that encoding has left behind."""
+        if self._has_encoded:
+            self._has_encoded = False
+            give_back()
+
     # --- admission -----------------------------------------------------------------------------------------------
 
     def _admit(self, task: Task) -> None:
         """Give a task the sequence with the most of its beginning, and find out which pictures are missing."""
         task.lap = time.perf_counter()
         n = self._take_sequence(task)
-        if not task.n_tokens:
-            task.n_cached = n
         self._waiting.remove(task)  # only now: in one of the two lists at any time, so that no error loses it
         self._active.append(task)
+        n = self._restore(task, n)
+        if not task.n_tokens:
+            task.n_cached = n
         bounds = task.request.prompt.bounds
         behind = [i for i, (_, end) in enumerate(bounds) if end > n]
         known = {task.request.digests[i]: self._visual_tokens.get(task.request.digests[i]) for i in behind}
@@ -142,7 +151,7 @@ class Scheduler:
             decoder.share(source, best, n)
         self._idle.remove(best)
         task.sequence, self._adapters[best] = best, task.request.adapter
-        return self._restore(task, n)
+        return n
 
     def _common(self, sequence: int, task: Task) -> int:
         if self._adapters.get(sequence) != task.request.adapter:
@@ -229,6 +238,7 @@ class Scheduler:
                     patches += n_patches(group)
         if not batch:
             return
+        self._has_encoded = True
         wanting = [task for task in self._active if batch.keys() & task.missing.keys()]
         self._encoder.tower.on_layer = lambda done, total: self._on_layer(wanting, batch, done / total)
         try:

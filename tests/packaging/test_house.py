@@ -73,7 +73,7 @@ def test_readme_commands_exist():
     """Every `edge-runtime COMMAND --option` in the documents is one the program knows."""
     for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
         for command, rest in re.findall(
-            r"edge-runtime (run|convert|info)\b([^\n`]*)", (ROOT / document).read_text("utf-8")
+            r"edge-runtime (run|convert|bench|info)\b([^\n`]*)", (ROOT / document).read_text("utf-8")
         ):
             known = CliRunner().invoke(main, [command, "--help"]).stdout
             for option in re.findall(r"(?<![\w-])--[a-z-]+", rest):
