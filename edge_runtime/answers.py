@@ -24,7 +24,7 @@ class Answer:
     prompt_tokens: int
     visual_tokens: int
     cached_tokens: int
-    """Of the prompt: those that the KV cache still held from the request before."""
+    """Of the prompt: those that the KV cache still held from requests before, or that were kept on disk."""
     completion_tokens: int
     slices: list[list[int]]
     """[width, height] of everything that was encoded."""

@@ -25,6 +25,7 @@ from edge_runtime.tokenizer import Tokenizer
 MOST_REQUESTS = 64
 """Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""
 REST_AFTER_S = 0.2
+"""Without a request; then memory is given back."""
 R = TypeVar("R")
 
 

@@ -95,6 +95,8 @@ class Scheduler:
         """Nobody asks for anything: let go of the memory that encoding has left behind."""
         if self._has_encoded:
             self._has_encoded = False
+            if self._keeping.low_memory:  # still there when the last request was cancelled or failed
+                self._encoder.unload()
             give_back()
 
     # --- admission -----------------------------------------------------------------------------------------------
@@ -314,9 +316,9 @@ class Scheduler:
     def _plan(self) -> tuple[list[Task], list[Part]]:
         """Tasks of the next call and what each appends."""
         ready = [task for task in self._active if not task.missing]
-        is_flowing = any(task.n_tokens for task in ready)
-        ready = self._of_one_adapter(ready)
         left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in ready}
+        is_flowing = any(task.n_tokens and left[task] == 1 for task in ready)
+        ready = self._of_one_adapter(ready)
         running = [task for task in ready if left[task] == 1]
         room = CHUNK_TOKENS - len(running)
         if is_flowing:
@@ -360,7 +362,7 @@ class Scheduler:
 
     def _report_prefill(self, task: Task) -> None:
         done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
-        task.events.put(Progress("prefill", done, total, done / total))
+        task.events.put(Progress("prefill", done, total, max(0.0, done / total)))
 
     def _sample(self, task: Task, row: int) -> None:
         """Take a task's next token and end it if that was the last."""

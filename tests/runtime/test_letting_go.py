@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from edge_runtime import MessageError, Model
+from edge_runtime import MessageError, Model, memory
 from edge_runtime.decoder import Cancelled, Decoder, DecoderOptions, Part, choose_kv_type, kv_bytes
 from edge_runtime.memory import reckon
 from edge_runtime.weights import GGUFFile
@@ -185,3 +187,38 @@ def test_vision_and_decoder_take_turns_in_low_memory(exact_model):
     file, encoder = exact_model._decoder.file, exact_model._encoder
     usual, low = (reckon(file, encoder, 1000, exact=False, low_memory=low) for low in (False, True))
     assert usual.total - low.total == min(usual.weights, usual.vision)
+
+
+def test_low_memory_drops_them_after_a_cancelled_request_too(exact_folder: Path, images):
+    with Model.load(exact_folder, exact=True, low_memory=True) as model:
+        running = stream(model, images["wide"], "What is it?")
+        running.on_progress = lambda progress: running.cancel() if progress.share > 0 else None
+        assert running.result().finish_reason == "cancelled"
+        for _ in range(100):
+            if not model._encoder.tower._loaded:
+                break
+            time.sleep(0.05)
+        assert not model._encoder.tower._loaded
+
+
+def test_a_cancelled_reader_may_not_be_kept_waiting_by_a_full_house(model, monkeypatch):
+    """A request that was cancelled counts no more, even while the engine has not left it yet."""
+    monkeypatch.setattr("edge_runtime.engine.MOST_REQUESTS", 2)
+    for _ in range(6):
+        kept = [stream(model, "Tell me a story.") for _ in range(2)]
+        for one in kept:
+            one.cancel()
+        assert {one.result().finish_reason for one in kept} == {"cancelled"}
+    assert stream(model, "Hello").result().completion_tokens > 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back by themselves")
+def test_freed_memory_goes_back_when_the_engine_rests(model, images, monkeypatch):
+    given_back = threading.Event()
+    real = memory.give_back
+    monkeypatch.setattr("edge_runtime.scheduler.give_back", lambda: real() or given_back.set())
+    stream(model, "Hello").result()
+    assert not given_back.wait(0.6)  # nothing was encoded
+    stream(model, images["tiny"], "Hello").result()
+    assert given_back.wait(5)
+    assert memory._malloc_trim() is not None
