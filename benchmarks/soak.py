@@ -37,6 +37,7 @@ from edge_converters import convert_checkpoint
 from edge_runtime import EdgeRuntimeError, Model, ModelFileError
 from edge_runtime.answers import AnswerStream
 from edge_runtime.messages import Message
+from edge_runtime.visual_cache import VisualTokenCache
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"
 IN_FLIGHT = 12
@@ -207,8 +208,8 @@ def prepare(model: Model, seed: int, n_pictures: int = 9) -> Soak:
     for picture in range(-1, n_pictures):
         for question in QUESTIONS:
             soak.expected[picture, question] = str(soak.ask(picture, question).result())
-    remembered = model._engine._scheduler._visual_tokens
-    remembered._limit = REMEMBERED * 4 * model._encoder.n_queries * model._encoder.hidden
+    scheduler, n_bytes = model._engine._scheduler, 4 * model._encoder.n_queries * model._encoder.hidden
+    scheduler._visual_tokens = VisualTokenCache(REMEMBERED * n_bytes, scheduler._visual_tokens._saved)
     return soak
 
 

@@ -55,7 +55,7 @@ class Scheduler:
         """Sequences without a task; those unused for longest first."""
         self._is_crowded = False
         """Whether a task had to step back and nobody has ended since: nobody is let in then, or it would go on so."""
-        self._has_encoded = False
+        self._has_seen_pictures = False
         self._row_s = TURN_S / 64
         """Seconds that a position of a prompt took lately."""
 
@@ -72,6 +72,7 @@ class Scheduler:
     def add(self, task: Task) -> None:
         """Take in a new task; it is computed as soon as a sequence is free."""
         task.keys = task.keys or task.request.keys()
+        self._has_seen_pictures |= bool(task.request.groups)
         self._waiting.append(task)
 
     def remembered(self, task: Task) -> int:
@@ -92,9 +93,9 @@ class Scheduler:
         self._decode()
 
     def rest(self) -> None:
-        """Nobody asks for anything: let go of the memory that encoding has left behind."""
-        if self._has_encoded:
-            self._has_encoded = False
+        """Nobody asks for anything: let go of the memory that pictures have left behind, on all threads."""
+        if self._has_seen_pictures:
+            self._has_seen_pictures = False
             if self._keeping.low_memory:  # still there when the last request was cancelled or failed
                 self._encoder.unload()
             give_back()
@@ -240,7 +241,6 @@ class Scheduler:
                     patches += n_patches(group)
         if not batch:
             return
-        self._has_encoded = True
         wanting = [task for task in self._active if batch.keys() & task.missing.keys()]
         self._encoder.tower.on_layer = lambda done, total: self._on_layer(wanting, batch, done / total)
         try:

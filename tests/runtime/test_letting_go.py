@@ -218,7 +218,7 @@ def test_freed_memory_goes_back_when_the_engine_rests(model, images, monkeypatch
     real = memory.give_back
     monkeypatch.setattr("edge_runtime.scheduler.give_back", lambda: real() or given_back.set())
     stream(model, "Hello").result()
-    assert not given_back.wait(0.6)  # nothing was encoded
+    assert not given_back.wait(0.6)  # there was no picture
     stream(model, images["tiny"], "Hello").result()
     assert given_back.wait(5)
     assert memory._malloc_trim() is not None
