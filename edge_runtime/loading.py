@@ -36,13 +36,15 @@ class LoadOptions:
     tuned: bool = True
 
     def checked(self) -> LoadOptions:
-        """Return these options when every number is in range.
+        """Return these options when every number is in range and adapters have names.
 
         Raises
         ------
         MessageError
-            Naming the one that is not.
+            Naming the one that is not right.
         """
+        if not isinstance(self.adapters, Mapping) or not all(isinstance(name, str) for name in self.adapters):
+            raise MessageError(f"adapters is {self.adapters!r}; expected names with the files they stand for.")
         for name, what in (
             ("n_ctx", "number of tokens"),
             ("n_threads", "number"),

@@ -33,11 +33,17 @@ class Tuning:
 
 def tuning_path(decoder: GGUFFile) -> Path:
     """Where the tuning of a decoder file is kept."""
-    return Path(platformdirs.user_data_dir("edge-runtime")) / "tuning" / f"{file_identity(decoder).hex()}.json"
+    return _folder() / f"{file_identity(decoder).hex()}.json"
+
+
+def _folder() -> Path:
+    return Path(platformdirs.user_data_dir("edge-runtime")) / "tuning"
 
 
 def remembered_tuning(decoder: GGUFFile) -> Tuning | None:
     """The tuning that was found for a decoder file on this machine; None if there is none that can be used."""
+    if not _folder().is_dir():  # where nothing was tuned, no file need be told from others
+        return None
     try:
         known = json.loads(tuning_path(decoder).read_text("utf-8"))
         return _tuning(known[machine_identity()])

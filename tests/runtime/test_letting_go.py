@@ -169,6 +169,7 @@ def test_bytes_of_a_kv_cache():
         ({"kv_type": "q5"}, "KV type is 'q5'; expected one of f16, q8_0, q4_0"),
         ({"kv_type": "q8_0", "exact": True}, "expected 'f32', which exact"),
         ({"cache_limit": 0}, "cache_limit is 0"),
+        ({"adapters": ["a.gguf"]}, "expected names with the files"),
     ],
 )
 def test_settings_that_do_not_go_together_are_told(exact_folder, options, reason):
