@@ -65,7 +65,7 @@ def tune(
     n_physical: int,
     n_logical: int,
     budget_s: float,
-    tell: Callable[[str, Rates], None] = lambda what, rates: None,
+    tell: Callable[[str, Rates | None], None] = lambda what, rates: None,
 ) -> tuple[Tuning, list[dict[str, Any]]]:
     """Find the fastest settings of a decoder on this machine.
 
@@ -73,7 +73,7 @@ def tune(
     ----------
     n_physical, n_logical : cores this process may use, without and with hyper-threads.
     budget_s : nothing new is tried after so many seconds.
-    tell : called with each setting and what it reached.
+    tell : called with each setting and what it reached, None if it did not get there.
 
     Returns
     -------
@@ -89,11 +89,11 @@ def tune(
         if tuning.repack and available_bytes() < 2 * file.size_bytes:  # it would push out what it is to make faster
             return None
         rates = run_trial(file.path, tuning)
+        tell(_described(tuning), rates)
         if rates is None:  # not possible with this model or on this machine
             trials.append({**asdict(tuning), "request_s": None})
             return None
         trials.append({**asdict(tuning), **asdict(rates), "request_s": rates.request_s})
-        tell(_described(tuning), rates)
         return rates
 
     best_rates = attempt(best)
@@ -105,9 +105,9 @@ def tune(
     threads = [n for n in (n_logical, n_physical // 2) if n > 1 and n != n_physical]
     rounds: list[tuple[list[dict[str, Any]], float]] = [
         ([{"n_threads": n} for n in threads], NOISE),
-        ([{"n_ubatch": n} for n in (CHUNK_TOKENS // 2, CHUNK_TOKENS // 4)], NOISE),
-        ([{"kv_type": "q8_0"}], WORTH_ROUNDING),
         ([{"repack": True}], NOISE),
+        ([{"kv_type": "q8_0"}], WORTH_ROUNDING),
+        ([{"n_ubatch": CHUNK_TOKENS // 2}], NOISE),
     ]
     for changes, gain in rounds:
         base, base_s = best, best_rates.request_s
@@ -136,7 +136,10 @@ def tune_model(name: str, mmproj: Path | None, budget_s: float, say: Callable[[s
     decoder_config(file)
     say(f"{'settings':<44}{'prefill':>12}{'generation':>14}{'request':>11}")
 
-    def tell(what: str, rates: Rates) -> None:
+    def tell(what: str, rates: Rates | None) -> None:
+        if rates is None:
+            say(f"{what:<44}not possible here")
+            return
         say(f"{what:<44}{rates.prefill:>8.1f} t/s{rates.decode:>10.1f} t/s{rates.request_s:>9.2f} s")
 
     best, trials = tune(file, cpu_count(), allowed_cpus(), budget_s, tell)

@@ -62,7 +62,7 @@ def opened(file: GGUFFile, tuning: Tuning) -> Iterator[Decoder]:
         decoder.close()
 
 
-def decoder_rates(decoder: Decoder, n_prompt: int = CHUNK_TOKENS, n_decode: int = 16) -> Rates:
+def decoder_rates(decoder: Decoder, n_prompt: int = CHUNK_TOKENS, n_decode: int = 8) -> Rates:
     """Measure prefill and generation behind it; warm, the best of up to three repeats within `REPEAT_S`."""
     n_prompt = max(1, min(n_prompt, decoder.n_ctx - n_decode - 1))
     ids = [int(i) for i in np.random.default_rng(0).integers(0, decoder.config.vocabulary, n_prompt + n_decode)]
