@@ -25,10 +25,12 @@ class Answer:
     prompt_tokens: int
     visual_tokens: int
     cached_tokens: int
-    """Of the prompt: those that the KV cache still held from the request before."""
+    """Of the prompt: those that the KV cache still held from requests before, or that were kept on disk."""
     completion_tokens: int
     slices: list[list[int]]
     """[width, height] of everything that was encoded."""
+    dropped_turns: int = 0
+    """Oldest turns of the conversation that were left out; 0 unless `context_shift` was asked for."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """load, image, encode, prefill, first_token (since the call), decode, total"""
     logprobs: list[TokenLogprobs] | None = None

@@ -1,4 +1,4 @@
-"""edge-runtime run | convert | info: arguments in, exit code out. The commands of the store are in `store_commands`.
+"""edge-runtime run | convert | bench | info: arguments in, exit code out. The store's commands are in `store_commands`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -17,7 +17,8 @@ import click
 
 from edge_runtime import __version__
 from edge_runtime.command import INTERRUPTED, Command
-from edge_runtime.errors import ImageError
+from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.image import PIXEL_LIMIT
 from edge_runtime.store_commands import COMMANDS, announce
 
@@ -59,6 +60,27 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
             click.option("--threads", **count, help="Threads.  [physical cores]"),
             click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
+            click.option(
+                "--kv-type",
+                type=click.Choice(["f16", "q8_0", "q4_0"]),
+                metavar="TYPE",
+                help="KV cache in f16, q8_0 or q4_0.  [f16]",
+            ),
+            click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture."),
+            click.option("--lora", **file, help="LoRA adapter (GGUF) to answer with."),
+            click.option(
+                "--cache-dir",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Keep encoded pictures and read prompts here.",
+            ),
+            click.option(
+                "--cache-limit",
+                type=click.FloatRange(0, min_open=True),
+                metavar="GB",
+                default=DEFAULT_LIMIT_BYTES / 2**30,
+                help="Most that DIR may hold.  [4]",
+            ),
             click.option("--force", is_flag=True, help="Load it even if memory seems too short."),
         )
     ):
@@ -106,6 +128,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 flag_value=False,
                 help="Let an answer go in circles.",
             ),
+            click.option("--context-shift", is_flag=True, help="Drop oldest turns that do not fit."),
             click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
         )
     ):
@@ -140,11 +163,15 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, logprobs:
         raise click.UsageError("--json needs a question: add it as the last argument.")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs is printed as JSON: add --json.")
-    setup = {name: options.pop(name) for name in ("mmproj", "exact", "force")}
-    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
-    name = options.pop("model")
-    request = {"thinking": options.pop("think"), "pixel_limit": options.pop("max_pixels"), **options}
-    request |= {"logprobs": logprobs is not None, "top_logprobs": logprobs or 0}
+    name, setup, adapter = take_setup(options)
+    request = {
+        "adapter": adapter,
+        "thinking": options.pop("think"),
+        "pixel_limit": options.pop("max_pixels"),
+        "logprobs": logprobs is not None,
+        "top_logprobs": logprobs or 0,
+        **options,
+    }
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     with Model.load(name, **setup) as model:
         if chatting:
@@ -161,6 +188,22 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, logprobs:
             click.echo(json.dumps(found, ensure_ascii=False))
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
+
+
+def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:
+    """Take the values of `model_options` out of a command's options.
+
+    Returns
+    -------
+    name, setup, adapter : the model, keyword arguments of `Model.load`, and the adapter requests are to choose.
+    """
+    setup = {name: options.pop(name) for name in ("mmproj", "exact", "force", "kv_type", "low_memory", "cache_dir")}
+    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
+    setup["cache_limit"] = max(1, int(options.pop("cache_limit") * 2**30))
+    lora: Path | None = options.pop("lora")
+    adapter = None if lora is None else lora.name
+    setup["adapters"] = {} if lora is None else {adapter: lora}
+    return options.pop("model"), setup, adapter
 
 
 def parse_arguments(arguments: Sequence[str]) -> list[str | Path]:
@@ -247,6 +290,24 @@ def convert(
         )
     for path in (files.decoder, files.mmproj):
         click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+@main.command(cls=Command)
+@model_options
+@click.option("--tune", "tuning", is_flag=True, help="Find the fastest settings and remember them.")
+@click.option("--budget", type=click.FloatRange(1), default=120, metavar="S", help="Seconds for --tune.  [120]")
+def bench(tuning: bool, budget: float, **options: Any) -> None:
+    """Measure a model on this machine: prefill, generation, picture encoding.
+
+    With --tune, measures threads, micro-batch, KV type and repacked weights first; what was best is used whenever
+    this model is loaded on this machine. The last line is one JSON object.
+    """
+    from edge_runtime.bench import measure, tune_model
+
+    name, setup, _ = take_setup(options)
+    facts = tune_model(name, setup["mmproj"], budget, click.echo) if tuning else {}
+    facts |= measure(name, setup, click.echo)
+    click.echo(json.dumps(facts))
 
 
 @main.command(cls=Command)

@@ -55,7 +55,10 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     finally:
         progress.clear()
         printed.end()
-    return stream.result()
+    result = stream.result()
+    if result.dropped_turns:
+        note(f"The context is full: the oldest {result.dropped_turns} turns of the conversation were left out.")
+    return result
 
 
 class Printer:
@@ -108,9 +111,9 @@ class AnswerProgress:
     def on_event(self, event: Progress) -> None:
         """The engine made progress."""
         if event.stage == "encode":
-            self._show(f"looking at slices {event.done}/{event.total}")
-        elif event.done == 0:
-            self._show(f"reading the prompt, {event.total} tokens")
+            self._show(f"looking at {event.total} slices, {event.share:.0%}")
+        elif event.done < event.total:
+            self._show(f"reading the prompt, {event.total} tokens, {event.share:.0%}")
 
     def _show(self, text: str) -> None:
         if self._live:

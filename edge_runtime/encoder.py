@@ -60,6 +60,11 @@ class ImageEncoder:
         """Width of a visual token, which must be the decoder's."""
         return self.resampler.config.hidden
 
+    def unload(self) -> None:
+        """Drop all weights; the next picture reads them again."""
+        self.tower.unload()
+        self.resampler.unload()
+
     def encode(self, groups: Sequence[Group]) -> list[Float32]:
         """Visual tokens of each group.
 

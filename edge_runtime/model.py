@@ -12,25 +12,22 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, results
-from edge_runtime.config import decoder_config
-from edge_runtime.decoder import Decoder, DecoderOptions
-from edge_runtime.encoder import ImageEncoder
+from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.encoder import Group
 from edge_runtime.engine import Engine
-from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.errors import MessageError
 from edge_runtime.image import ImageSource, load_image
+from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.logprobs import TokenLogprobs
-from edge_runtime.memory import choose_context, reckon
 from edge_runtime.options import check_counts, check_lengths, check_streaming, count_beams
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
-from edge_runtime.products import check_instruction_set
 from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
 from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights import Float32
 
 
 @dataclass(frozen=True)
@@ -46,35 +43,15 @@ class Trace:
 class Model:
     """A loaded model. Make one with `Model.load`; it answers from any thread, many requests side by side."""
 
-    def __init__(
-        self, paths: ModelPaths, *, exact: bool, n_ctx: int | None, n_threads: int | None, force: bool
-    ) -> None:
-        from edge_kernels.compile import cpu_count
-
+    def __init__(self, paths: ModelPaths, options: LoadOptions) -> None:
         started = time.perf_counter()
-        check_instruction_set()
-        self.paths, self.exact = paths, exact
-        self._encoder = ImageEncoder(paths.mmproj, exact=exact)
-        threads = n_threads or cpu_count()
-        file = GGUFFile(paths.decoder)
-        config = decoder_config(file)
-        n_ctx = choose_context(
-            lambda n: reckon(file, self._encoder, n, exact=exact),
-            paths.name,
-            n_ctx,
-            config.context_length,
-            force=force,
-        )
-        self._decoder = Decoder(file, DecoderOptions(n_ctx, exact, threads))
-        try:
-            self._check_pair()
-            self.tokenizer = Tokenizer(self._decoder.file)
-        except BaseException:
-            self._decoder.close()
-            raise
+        self.paths, self.exact = paths, options.exact
+        self._low_memory = options.low_memory
+        parts = load_parts(paths, options)
+        self._encoder, self._decoder, self.tokenizer = parts.encoder, parts.decoder, parts.tokenizer
         self._template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
-        self._engine = Engine(self._encoder, self._decoder, self.tokenizer)
-        self._engine.call(lambda: _set_threads(threads))
+        self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
+        self._engine.call(lambda: set_threads(parts.n_threads))
         self.load_s = time.perf_counter() - started
         """Seconds that loading took."""
 
@@ -88,6 +65,12 @@ class Model:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         force: bool = False,
+        kv_type: str | None = None,
+        low_memory: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_limit: int = DEFAULT_LIMIT_BYTES,
+        adapters: Mapping[str, str | Path] | None = None,
+        tuned: bool = True,
     ) -> Model:
         """Load a model.
 
@@ -101,6 +84,12 @@ class Model:
             short.
         n_threads : default: the physical cores this process may use.
         force : load the model even if there seems to be too little memory.
+        kv_type : numbers of the KV cache: `f16`, or `q8_0` or `q4_0`, which take half and a quarter of the memory.
+        low_memory : drop the vision weights whenever no picture is waiting; the next one reads them again.
+        cache_dir : folder where visual tokens and beginnings of conversations are kept between processes.
+        cache_limit : most bytes in that folder.
+        adapters : name to file of the LoRA adapters that `chat(adapter=NAME)` can choose.
+        tuned : use what `edge-runtime bench --tune` found for this model on this machine, where nothing is given.
 
         Raises
         ------
@@ -109,19 +98,19 @@ class Model:
         NotEnoughMemoryError
             When the model needs more than is free; with the numbers.
         """
-        if n_ctx is not None and n_ctx < 1:
-            raise MessageError(f"n_ctx is {n_ctx}; expected a positive number of tokens.")
-        if n_threads is not None and n_threads < 1:
-            raise MessageError(f"n_threads is {n_threads}; expected a positive number.")
-        return cls(find_model(name, mmproj), exact=exact, n_ctx=n_ctx, n_threads=n_threads, force=force)
-
-    def _check_pair(self) -> None:
-        hidden, width = self._decoder.config.hidden, self._encoder.hidden
-        if hidden != width:
-            raise ModelFileError(
-                f"{self.paths.decoder.name} has hidden size {hidden}, but the visual tokens of "
-                f"{self.paths.mmproj.name} have {width}; use the decoder and the mmproj file of the same model."
-            )
+        options = LoadOptions(
+            exact=exact,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            force=force,
+            kv_type=kv_type,
+            low_memory=low_memory,
+            cache_dir=cache_dir,
+            cache_limit=cache_limit,
+            adapters=adapters or {},
+            tuned=tuned,
+        )
+        return cls(find_model(name, mmproj), options.checked())
 
     @property
     def name(self) -> str:
@@ -211,6 +200,7 @@ class Model:
         stop_in_reasoning: bool = False,
         thinking_budget: int | None = None,
         repetition_check: bool = True,
+        adapter: str | None = None,
         on_image: Callable[[int, int], None] = lambda done, total: None,
         **prompt_options: Any,
     ) -> list[AnswerStream]:
@@ -235,9 +225,10 @@ class Model:
         stop_in_reasoning : whether they end it in the reasoning already.
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
+        adapter : name of a LoRA adapter the model was loaded with; None takes the model as it is.
         on_image : called with (decoded, total) while pictures are read.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools,
-            pixel_limit.
+            pixel_limit, context_shift.
 
         Raises
         ------
@@ -271,7 +262,7 @@ class Model:
             logit_bias=logit_bias,
         )
         started = time.perf_counter()
-        prepared = self._prepare(messages, on_image, thinking=thinking, **prompt_options)
+        prepared = self._prepare(messages, on_image, room=max_tokens, thinking=thinking, **prompt_options)
         image_s = time.perf_counter() - started
         request = Request(
             prepared.prompt,
@@ -286,6 +277,7 @@ class Model:
             stop_in_reasoning,
             top_logprobs if logprobs else None,
             n_beams,
+            adapter,
         )
 
         def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
@@ -307,6 +299,7 @@ class Model:
                 cached_tokens=end.cached_tokens,
                 completion_tokens=end.completion_tokens,
                 slices=prepared.slices,
+                dropped_turns=prepared.dropped_turns,
                 timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
                 logprobs=scores if logprobs else None,
             )
@@ -330,6 +323,7 @@ class Model:
         self,
         messages: str | Sequence[Any],
         on_image: Callable[[int, int], None] = lambda done, total: None,
+        room: int = 1,
         **options: Any,
     ) -> Prepared:
         unknown = sorted(set(options) - set(PromptOptions.__dataclass_fields__))
@@ -342,6 +336,8 @@ class Model:
             tokenizer=self.tokenizer,
             n_queries=self._encoder.n_queries,
             template=self._template,
+            n_ctx=self.n_ctx,
+            room=room,
             on_image=on_image,
         )
 
@@ -373,7 +369,7 @@ class Model:
         left, groups = iter(frames), []
         for ids in temporal_ids:
             groups += pack_frames([self.slices(next(left), max_slices) for _ in ids], ids)
-        return self._engine.call(lambda: self._encoder.encode(groups))
+        return self._engine.call(lambda: self._encode(groups))
 
     def vision_features(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
         """Output of the vision tower, before the resampler: one ndarray [shape=(P, width), float32] per slice."""
@@ -400,8 +396,15 @@ class Model:
 
         return self._engine.call(compute)
 
+    def _encode(self, groups: Sequence[Group]) -> list[Float32]:
+        try:
+            return self._encoder.encode(groups)
+        finally:
+            if self._low_memory:
+                self._encoder.unload()
+
     def _embeddings(self, prepared: Prepared) -> Float32:
-        tokens = self._encoder.encode(prepared.groups)
+        tokens = self._encode(prepared.groups)
         places = dict(zip(prepared.prompt.bounds, tokens, strict=True))
         return embed(self._decoder, np.asarray(prepared.prompt.ids, np.int64), places)
 
@@ -416,10 +419,3 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _set_threads(n_threads: int) -> None:
-    """Set numba's thread count, on the thread that will run the kernels: numba keeps it per thread."""
-    from edge_kernels.compile import set_threads
-
-    set_threads(n_threads)

@@ -20,7 +20,8 @@ from edge_runtime.config import SlicingConfig
 from edge_runtime.encoder import Group
 from edge_runtime.errors import MessageError
 from edge_runtime.image import PIXEL_LIMIT, load_image
-from edge_runtime.messages import ImagePart, checked_max_slices, parse_messages
+from edge_runtime.messages import ImagePart, Message, checked_max_slices, parse_messages
+from edge_runtime.overflow import Placed, fit
 from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
 from edge_runtime.resampler import STILL
 from edge_runtime.slicing import Slice, SlicePlan, check_plan, plan_slices, slice_image
@@ -41,6 +42,8 @@ class PromptOptions:
     """Groups of frame times in units of 0.1 s that cover all pictures in order; -1 marks a still picture."""
     tools: Sequence[dict[str, Any]] = ()
     pixel_limit: int = PIXEL_LIMIT
+    context_shift: bool = False
+    """Leave out the oldest turns of a conversation that does not fit, rather than refuse it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Prepared:
     """One for each group; groups with equal digests have equal visual tokens."""
     slices: list[list[int]] = field(default_factory=list)
     """[width, height] of every slice, in order."""
+    dropped_turns: int = 0
+    """Oldest turns that were left out."""
 
 
 def prepare(
@@ -64,6 +69,8 @@ def prepare(
     tokenizer: Tokenizer,
     n_queries: int,
     template: str,
+    n_ctx: int = 0,
+    room: int = 0,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> Prepared:
     """Turn a conversation into a prompt and the slices behind it.
@@ -71,6 +78,7 @@ def prepare(
     Parameters
     ----------
     n_queries : visual tokens per slice.
+    n_ctx, room : positions of the context, and those to be kept free; for `PromptOptions.context_shift`.
     on_image : called with (pictures decoded, pictures in all).
 
     Raises
@@ -86,9 +94,7 @@ def prepare(
     times = options.temporal_ids if options.temporal_ids is not None else [[STILL]] * len(parts)
     check_groups(times, len(parts))
 
-    layouts: list[ImageLayout] = []
-    groups: list[Group] = []
-    sizes: list[list[int]] = []
+    placed: list[Placed] = []
     done = 0
     for ids in times:
         frames = []
@@ -97,21 +103,31 @@ def prepare(
             done += 1
             on_image(done, len(parts))
         plan = frames[0][0]
-        layouts.append(ImageLayout(done - len(ids), plan.grid, len(ids)))
-        groups += pack_frames([slices for _, slices in frames], ids)
-        sizes += [[int(s.pixels.shape[1]), int(s.pixels.shape[0])] for _, slices in frames for s in slices]
+        layout = ImageLayout(done - len(ids), plan.grid, len(ids))
+        sizes = [[int(s.pixels.shape[1]), int(s.pixels.shape[0])] for _, slices in frames for s in slices]
+        placed.append(Placed(layout, pack_frames([slices for _, slices in frames], ids), sizes))
 
-    prompt = build_prompt(
-        conversation,
-        layouts,
-        tokenizer,
-        n_queries=n_queries,
-        template=template,
-        thinking=options.thinking,
-        use_image_id=slicing.use_image_id if options.use_image_id is None else options.use_image_id,
-        tools=options.tools,
+    def build(messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
+        return build_prompt(
+            messages,
+            [item.layout for item in pictures],
+            tokenizer,
+            n_queries=n_queries,
+            template=template,
+            thinking=options.thinking,
+            use_image_id=slicing.use_image_id if options.use_image_id is None else options.use_image_id,
+            tools=options.tools,
+        )
+
+    left: Sequence[Placed] = placed
+    if options.context_shift:
+        prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
+    else:
+        prompt, n_dropped = build(conversation, placed), 0
+    groups = [group for item in left for group in item.groups]
+    return Prepared(
+        prompt, groups, [group_digest(group) for group in groups], [s for item in left for s in item.sizes], n_dropped
     )
-    return Prepared(prompt, groups, [group_digest(group) for group in groups], sizes)
 
 
 def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[SlicePlan, list[Slice]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from edge_runtime.encoder import Group
 from edge_runtime.logprobs import TokenScores, score
 from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
+from edge_runtime.saved_prefixes import Saved
 from edge_runtime.streaming import Piece, RepetitionDetector, TextStream
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import Float32
@@ -31,6 +33,8 @@ class Progress:
     stage: Literal["encode", "prefill"]
     done: int
     total: int
+    share: float = 0.0
+    """Of the stage that is done, from 0 to 1; finer than `done`, which counts whole slices."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Request:
     """Of the log probabilities that are told with each token; None tells none."""
     n_beams: int = 1
     """More than one: the answer of a beam search."""
+    adapter: str | None = None
+    """Name of the LoRA adapter to compute with."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
@@ -127,6 +133,8 @@ class Task:
     started: float = field(default_factory=time.perf_counter)
     keys: list[Hashable] = field(default_factory=list)
     """Prompt and answer so far."""
+    saved: Saved = field(default_factory=Saved)
+    """A beginning that was found on disk."""
     sequence: int = -1
     more_sequences: list[int] = field(default_factory=list)
     """Of the further beams."""
@@ -147,6 +155,9 @@ class Task:
         default_factory=lambda: dict.fromkeys(("encode", "prefill", "first_token", "decode"), 0.0)
     )
     lap: float = field(default_factory=time.perf_counter)
+    is_finished: bool = False
+    """Whether the last event was sent."""
+    _finishing: Any = field(default_factory=threading.RLock)  # collecting a forgotten request may cancel it in here
 
     @property
     def sequences(self) -> list[int]:
@@ -210,5 +221,17 @@ class Task:
         self.lap = now
 
     def finish(self, reason: FinishReason) -> None:
-        """Send the last event."""
-        self.events.put(Finished(reason, self.n_tokens, self.n_cached, self.timings))
+        """Send the last event, once; from any thread, for whoever cancels need not wait for this thread."""
+        with self._finishing:
+            if self.is_finished:
+                return
+            self.is_finished = True
+        self.events.put(Finished(reason, self.n_tokens, self.n_cached, dict(self.timings)))
+
+    def fail(self, error: Exception) -> None:
+        """Send an error as the last event, unless there was one."""
+        with self._finishing:
+            if self.is_finished:
+                return
+            self.is_finished = True
+        self.events.put(error)

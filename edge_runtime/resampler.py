@@ -171,6 +171,10 @@ class Resampler:
         """Read and pack all weights now rather than at the first picture."""
         _ = self._weights
 
+    def unload(self) -> None:
+        """Drop the weights; the next picture reads them again."""
+        self.__dict__.pop("_weights", None)
+
     def resample(self, groups: Sequence[Sequence[GroupItem]]) -> list[Float32]:
         """Visual tokens of each group.
 

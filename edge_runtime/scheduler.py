@@ -21,9 +21,12 @@ import numpy as np
 from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
 from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
 from edge_runtime.errors import ModelFileError
+from edge_runtime.keeping import Keeping
+from edge_runtime.memory import give_back
 from edge_runtime.messages import THINK_END
 from edge_runtime.requests import FinishReason, Progress, Task
 from edge_runtime.sampling import is_finite
+from edge_runtime.saved_prefixes import Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
 from edge_runtime.weights import Float32
@@ -37,15 +40,21 @@ WORTH_WAITING = 32  # tokens of a shared beginning that another request is just 
 class Scheduler:
     """Tasks and what they share: encoder, decoder, visual tokens. Used by the inference thread alone."""
 
-    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, keeping: Keeping) -> None:
         self._encoder, self._decoder, self._tokenizer = encoder, decoder, tokenizer
-        self._visual_tokens = VisualTokenCache()
+        self._keeping = keeping
+        self._visual_tokens = VisualTokenCache(saved=keeping.tokens)
+        self._adapters: dict[int, str | None] = {}
+        """Which adapter computed what a sequence holds."""
+        self._served: str | None = None
+        """Adapter of the last call."""
         self._waiting: deque[Task] = deque()
         self._active: list[Task] = []
         self._idle = list(range(decoder.n_sequences))
         """Sequences without a task; those unused for longest first."""
         self._is_crowded = False
         """Whether a task had to step back and nobody has ended since: nobody is let in then, or it would go on so."""
+        self._has_seen_pictures = False
         self._row_s = TURN_S / 64
         """Seconds that a position of a prompt took lately."""
 
@@ -61,8 +70,13 @@ class Scheduler:
 
     def add(self, task: Task) -> None:
         """Take in a new task; it is computed as soon as a sequence is free."""
-        task.keys = task.request.keys()
+        task.keys = task.keys or task.request.keys()
+        self._has_seen_pictures |= bool(task.request.groups)
         self._waiting.append(task)
+
+    def remembered(self, task: Task) -> int:
+        """Positions of a task's beginning that the KV cache holds now; from any thread, where it is but a hint."""
+        return max((self._common(s, task) for s in range(self._decoder.n_sequences)), default=0)
 
     def turn(self) -> None:
         """Do a bit of everything there is to do."""
@@ -77,16 +91,25 @@ class Scheduler:
         self._encode()
         self._decode()
 
+    def rest(self) -> None:
+        """Nobody asks for anything: let go of the memory that pictures have left behind, on all threads."""
+        if self._has_seen_pictures:
+            self._has_seen_pictures = False
+            if self._keeping.low_memory:  # still there when the last request was cancelled or failed
+                self._encoder.unload()
+            give_back()
+
     # --- admission -----------------------------------------------------------------------------------------------
 
     def _admit(self, task: Task) -> None:
         """Give a task the sequence with the most of its beginning, and find out which pictures are missing."""
         task.lap = time.perf_counter()
         n = self._take_sequence(task)
-        if not task.n_tokens:
-            task.n_cached = n
         self._waiting.remove(task)  # only now: in one of the two lists at any time, so that no error loses it
         self._active.append(task)
+        n = self._restore(task, n)
+        if not task.n_tokens:
+            task.n_cached = n
         bounds = task.request.prompt.bounds
         behind = [i for i, (_, end) in enumerate(bounds) if end > n]
         known = {task.request.digests[i]: self._visual_tokens.get(task.request.digests[i]) for i in behind}
@@ -104,9 +127,9 @@ class Scheduler:
         """Whether another task is computing a beginning that this one shares; waiting for it saves the work."""
         if task.leader is not None and task.leader in self._active and not task.leader.n_tokens:
             return True
-        known = max(self._decoder.common(s, task.keys) for s in range(self._decoder.n_sequences))
+        known = max(self.remembered(task), task.saved.n)
         for other in self._active:
-            if other.n_tokens:
+            if other.n_tokens or other.request.adapter != task.request.adapter:
                 continue
             common = common_beginning(task.keys, other.keys)
             # The same prompt, as with several answers to it, is worth waiting for however short it is.
@@ -120,7 +143,7 @@ class Scheduler:
     def _take_sequence(self, task: Task) -> int:
         """Choose a sequence; returns the number of positions that stay."""
         decoder = self._decoder
-        common = {s: decoder.common(s, task.keys) for s in range(decoder.n_sequences)}
+        common = {s: self._common(s, task) for s in range(decoder.n_sequences)}
         best = max(self._idle, key=lambda s: common[s])
         source = max(common, key=lambda s: common[s])
         # Going on in place destroys the rest of what the sequence holds: another conversation, if it is most of it.
@@ -136,7 +159,35 @@ class Scheduler:
         for _ in range(task.request.n_beams - 1):
             task.more_sequences.append(self._idle.pop(0))
             decoder.rewind(task.more_sequences[-1])
+        self._adapters |= dict.fromkeys(task.sequences, task.request.adapter)
         return n
+
+    def _common(self, sequence: int, task: Task) -> int:
+        if self._adapters.get(sequence) != task.request.adapter:
+            return 0
+        return self._decoder.common(sequence, task.keys)
+
+    def _restore(self, task: Task, n: int) -> int:
+        """Fill a sequence that holds `n` positions with what was found on disk; returns what it holds then."""
+        decoder, saved = self._decoder, task.saved
+        task.saved = Saved()
+        while saved.n > n + WORTH_WAITING:
+            try:
+                decoder.append_rows(task.sequence, task.keys[n : saved.n], saved.rows(n, saved.n))
+            except CacheFull:
+                if not self._forget_one():
+                    break
+            else:
+                return saved.n
+        return n
+
+    def _forget_one(self) -> bool:
+        """Empty the sequence that was unused for longest; False if all are in use."""
+        for sequence in (self._decoder.n_sequences, *self._idle):
+            if self._decoder.held(sequence):
+                self._decoder.rewind(sequence)
+                return True
+        return False
 
     def _release(self, task: Task) -> None:
         self._active.remove(task)
@@ -144,12 +195,23 @@ class Scheduler:
         task.sequence, task.more_sequences, task.beam_run = -1, [], None
 
     def _end(self, task: Task, reason: FinishReason) -> None:
+        sequence = task.sequence
         self._drop(task)
         task.finish(reason)
+        prefixes = self._keeping.prefixes
+        if prefixes is not None and sequence >= 0:  # nobody waits for this
+            n = min(self._decoder.held(sequence), len(task.request.prompt.ids))
+            prefixes.save(
+                self._decoder,
+                sequence,
+                task.keys[:n],
+                self._decoder.adapters.identities[task.request.adapter],
+                patient=not self.is_busy,
+            )
 
     def _fail(self, task: Task, error: Exception) -> None:
         self._drop(task)
-        task.events.put(error)
+        task.fail(error)
 
     def _drop(self, task: Task) -> None:
         self._is_crowded = False
@@ -159,6 +221,7 @@ class Scheduler:
             self._waiting.remove(task)
         if task.sampler is not None:
             task.sampler.close()
+        task.tokens, task.missing = {}, {}  # whoever keeps the answer need not keep these
 
     def fail_all(self, error: Exception) -> None:
         """Hand an error nobody expected to everybody who waits; the thread goes on."""
@@ -184,22 +247,41 @@ class Scheduler:
                     patches += n_patches(group)
         if not batch:
             return
+        wanting = [task for task in self._active if batch.keys() & task.missing.keys()]
+        self._encoder.tower.on_layer = lambda done, total: self._on_layer(wanting, batch, done / total)
         try:
             found = dict(zip(batch, self._encoder.encode([*batch.values()]), strict=True))
+        except Cancelled:
+            return  # the next turn ends them
         except Exception as error:  # noqa: BLE001 - handed to those who asked for these pictures
-            for task in [task for task in self._active if batch.keys() & task.missing.keys()]:
+            for task in wanting:
                 self._fail(task, error)
             return
+        finally:
+            self._encoder.tower.on_layer = lambda done, total: None
         for digest, tokens in found.items():
             self._visual_tokens.put(digest, tokens)
         for task in self._active:
             if task.missing.keys() & found.keys():
                 task.tokens |= {digest: found[digest] for digest in task.missing.keys() & found.keys()}
                 task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
-                left = sum(len(group) for group in task.missing.values())
-                task.events.put(Progress("encode", task.n_slices - left, task.n_slices))
+                self._report_encode(task)
                 if not task.missing:
                     self._begin_prefill(task)
+        if self._keeping.low_memory and not any(task.missing for task in self._active):
+            self._encoder.unload()
+
+    def _on_layer(self, tasks: list[Task], batch: dict[bytes, Group], share: float) -> None:
+        """Between two layers of the vision tower: stop if nobody waits for this batch any more, or tell of it."""
+        if all(task.is_cancelled() for task in tasks):
+            raise Cancelled
+        for task in tasks:
+            self._report_encode(task, share * sum(len(batch[name]) for name in batch.keys() & task.missing.keys()))
+
+    @staticmethod
+    def _report_encode(task: Task, partial: float = 0.0) -> None:
+        done = task.n_slices - sum(len(group) for group in task.missing.values())
+        task.events.put(Progress("encode", done, task.n_slices, (done + partial) / task.n_slices))
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
@@ -214,7 +296,9 @@ class Scheduler:
             return
         started, n_rows = time.perf_counter(), sum(len(part.keys) for part in parts)
         try:
-            rows = self._decoder.step(parts, lambda: all(task.is_cancelled() for task in tasks))
+            rows = self._decoder.step(
+                parts, lambda: all(task.is_cancelled() for task in tasks), tasks[0].request.adapter
+            )
         except Cancelled:
             return  # the next turn ends them
         except CacheFull:
@@ -240,9 +324,11 @@ class Scheduler:
 
     def _plan(self) -> tuple[list[Task], list[Part]]:
         """Tasks of the next call and what each appends; a task with beams stands there once for each."""
-        searching = [task for task in self._active if task.beam_run]
-        ready = [task for task in self._active if not task.missing and not task.beam_run]
-        left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in ready}
+        able = [task for task in self._active if not task.missing]
+        left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in able}
+        is_flowing = any(task.beam_run or (task.n_tokens and left[task] == 1) for task in able)
+        able = self._of_one_adapter(able)
+        searching, ready = [task for task in able if task.beam_run], [task for task in able if not task.beam_run]
         running = [task for task in ready if left[task] == 1]
         tasks, parts = [*running], [Part(task.sequence, task.keys[-1:]) for task in running]
         for task in searching:
@@ -251,7 +337,7 @@ class Scheduler:
             tasks += [task] * len(beams)
             parts += beams
         room = min(CHUNK_TOKENS, self._decoder.chunk) - len(parts)
-        if any(task.n_tokens for task in tasks):
+        if is_flowing:
             room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
         for task in ready:
             if left[task] > 1 and room > 0:
@@ -260,6 +346,15 @@ class Scheduler:
                 parts.append(self._prompt_part(task, n, whole=n == left[task]))
                 room -= n
         return tasks, parts
+
+    def _of_one_adapter(self, ready: list[Task]) -> list[Task]:
+        """Tasks that one call can compute together: adapters take turns."""
+        names = [*dict.fromkeys(task.request.adapter for task in ready)]
+        if len(names) < 2:
+            return ready
+        at = names.index(self._served) + 1 if self._served in names else 0
+        self._served = names[at % len(names)]
+        return [task for task in ready if task.request.adapter == self._served]
 
     def _prompt_part(self, task: Task, n: int, *, whole: bool) -> Part:
         first = self._decoder.held(task.sequence)
@@ -281,8 +376,8 @@ class Scheduler:
         )
 
     def _report_prefill(self, task: Task) -> None:
-        done = self._decoder.held(task.sequence) - task.n_cached
-        task.events.put(Progress("prefill", done, len(task.request.prompt.ids) - task.n_cached))
+        done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
+        task.events.put(Progress("prefill", done, total, max(0.0, done / total)))
 
     def _take_rows(self, task: Task, rows: list[int]) -> None:
         """Go on from a task's logits: of its answer, or of every beam."""
@@ -349,11 +444,8 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""
-        decoder = self._decoder
-        for sequence in (decoder.n_sequences, *self._idle):
-            if decoder.held(sequence):
-                decoder.rewind(sequence)
-                return
+        if self._forget_one():
+            return
         if len(self._active) == 1 and (run := self._active[0].beam_run) is not None:
             run.search.stop()  # beams that have drifted apart take more room than the context has tokens
             self._end_search(self._active[0])
@@ -367,7 +459,7 @@ class Scheduler:
             youngest.n_tokens = 0  # nothing of it was handed over: the search begins anew
         self._release(youngest)
         for sequence in sequences:
-            decoder.rewind(sequence)
+            self._decoder.rewind(sequence)
         self._waiting.appendleft(youngest)
         self._is_crowded = True
 

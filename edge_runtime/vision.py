@@ -8,7 +8,7 @@ products have is decided by who makes the tower (see `products`); everything bet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -74,6 +74,9 @@ class VisionTower:
 
     def __init__(self, file: GGUFFile, config: VisionConfig, slicing: SlicingConfig, arithmetic: Arithmetic) -> None:
         self._file, self.config, self._patch, self._arithmetic = file, config, slicing.patch_size, arithmetic
+        self._loaded: list[_Layer] = []
+        self.on_layer: Callable[[int, int], None] = lambda done, total: None
+        """Called between layers with (done, total), on the thread that encodes; what it raises ends the encoding."""
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -111,25 +114,27 @@ class VisionTower:
     def _affine(self, name: str) -> Affine:
         return Affine(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))
 
-    @cached_property
-    def _layers(self) -> list[_Layer]:
-        layers, make, heads = [], self._arithmetic, self.config.heads
-        scale = 1 / math.sqrt(self.config.width // heads)
+    def _layers(self) -> Iterator[_Layer]:
+        """Layers in order, read and packed when they are first needed."""
         for n in range(self.config.layers):
-            blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
-            ln1, ln2 = self._affine(f"{blk}.ln1"), self._affine(f"{blk}.ln2")
-            layers.append(
-                _Layer(
-                    norm1=make.norm(ln1, self.config.epsilon),
-                    attend=make.self_attention(
-                        self._weights(f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v"), heads, scale, ln1
-                    ),
-                    out=make.product(self._weights(f"{blk}.attn_out")),
-                    norm2=make.norm(ln2, self.config.epsilon),
-                    mlp=make.mlp(self._weights(fc1), self._weights(fc2), ln2),
-                )
-            )
-        return layers
+            self.on_layer(n, self.config.layers)
+            if n == len(self._loaded):
+                self._loaded.append(self._layer(n))
+            yield self._loaded[n]
+        self.on_layer(self.config.layers, self.config.layers)
+
+    def _layer(self, n: int) -> _Layer:
+        blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
+        ln1, ln2 = self._affine(f"{blk}.ln1"), self._affine(f"{blk}.ln2")
+        make, heads = self._arithmetic, self.config.heads
+        qkv = self._weights(f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v")
+        return _Layer(
+            norm1=make.norm(ln1, self.config.epsilon),
+            attend=make.self_attention(qkv, heads, 1 / math.sqrt(self.config.width // heads), ln1),
+            out=make.product(self._weights(f"{blk}.attn_out")),
+            norm2=make.norm(ln2, self.config.epsilon),
+            mlp=make.mlp(self._weights(fc1), self._weights(fc2), ln2),
+        )
 
     @cached_property
     def _embedding(self) -> tuple[PackedWeight, Float32, Float32]:
@@ -146,7 +151,13 @@ class VisionTower:
 
     def load(self) -> None:
         """Read and pack all weights now rather than at the first picture."""
-        _ = self._embedding, self._layers, self._post_norm
+        _ = self._embedding, list(self._layers()), self._post_norm
+
+    def unload(self) -> None:
+        """Drop all weights; the next picture reads them again."""
+        self._loaded = []
+        for name in ("_embedding", "_post_norm"):
+            self.__dict__.pop(name, None)
 
     def encode(self, slices: Sequence[Slice]) -> list[Float32]:
         """Patch features of each slice; all slices go through the tower together.
@@ -169,7 +180,7 @@ class VisionTower:
         pixels = np.concatenate([s.patches.reshape(len(s.patches), -1) for s in slices])
 
         x = patch_embed(pixels, kernel, bias, table, ids)  # (P, width), P over all slices
-        for layer in self._layers:
+        for layer in self._layers():
             x = layer.out(layer.attend(layer.norm1(x), offsets), residual=x, out=x)
             x = layer.mlp(layer.norm2(x), x)
         x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)

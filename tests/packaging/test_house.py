@@ -75,7 +75,7 @@ def test_readme_commands_exist():
     """Every `edge-runtime COMMAND --option` in the documents is one the program knows."""
     for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
         for command, rest in re.findall(
-            r"edge-runtime (run|convert|info|pull|list|show|rm|export ollama)\b([^\n`]*)",
+            r"edge-runtime (run|convert|bench|info|pull|list|show|rm|export ollama)\b([^\n`]*)",
             (ROOT / document).read_text("utf-8"),
         ):
             known = CliRunner().invoke(main, [*command.split(), "--help"]).stdout
