@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from edge_runtime import __version__
-from edge_runtime.errors import EdgeRuntimeError, ImageError
+from edge_runtime.errors import EdgeRuntimeError, ImageError, MessageError
 from edge_runtime.image import PIXEL_LIMIT
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
@@ -101,6 +101,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
             click.option("--seed", type=click.IntRange(0), metavar="N", help="Repeats an answer.  [random]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
+            click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema the answer must follow."),
             click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
         )
     ):
@@ -114,7 +115,8 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options: Any) -> None:
+@click.option("--draw", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the places the answer names.")
+def run(arguments: tuple[str, ...], system: str | None, as_json: bool, draw: Path | None, **options: Any) -> None:
     """Answer a question about pictures, or chat.
 
     Arguments keep their order: pictures and text may alternate. Without text, a chat begins.
@@ -122,14 +124,22 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
     \b
     edge-runtime run photo.jpg "What is on the sign?"
     edge-runtime run before.png after.png "What has changed?" --think
+    edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
     """
     from edge_runtime import console
+    from edge_runtime.grounding import check_drawing
     from edge_runtime.model import Model
 
     content = parse_arguments(arguments)
     chatting = not any(isinstance(part, str) for part in content)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
+    if draw is not None:
+        if chatting or not any(isinstance(part, Path) for part in content):
+            raise click.UsageError("--draw needs a picture and a question.")
+        check_drawing(draw)
+    if options["schema"] is not None:
+        options["schema"] = read_schema(options["schema"])
     setup = {name: options.pop(name) for name in ("mmproj", "exact", "force")}
     setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
     name = options.pop("model")
@@ -145,8 +155,35 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
         answer = console.answer(model, messages, request, quiet=as_json)
         if as_json:
             click.echo(json.dumps(asdict(answer), ensure_ascii=False))
+        if draw is not None:
+            pictures = [part for part in content if isinstance(part, Path)]
+            console.draw_places(answer, pictures[-1], draw, request["pixel_limit"])
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
+
+
+def read_schema(source: str) -> Any:
+    """A JSON schema from its text or from a file.
+
+    Raises
+    ------
+    MessageError
+        When there is no such file, or what is there is not JSON.
+    """
+    text, name = source, "--schema"
+    if not source.lstrip().startswith("{"):
+        name = source
+        try:
+            text = Path(source).expanduser().read_text("utf-8")
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no UTF-8
+            reason = getattr(error, "strerror", None) or error
+            raise MessageError(
+                f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that begins with '{{'."
+            ) from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"{name} is not valid JSON: {error}; expected a JSON schema.") from None
 
 
 def parse_arguments(arguments: Sequence[str]) -> list[str | Path]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -17,6 +18,8 @@ from edge_runtime.decoder import Decoder, DecoderOptions
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.forms import choose_form
+from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.memory import choose_context, reckon
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
@@ -28,6 +31,7 @@ from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tools import checked_tools, function_names
 from edge_runtime.weights import Float32, GGUFFile
 
 
@@ -154,6 +158,10 @@ class Model:
         stop: Sequence[str] = (),
         thinking_budget: int | None = None,
         repetition_check: bool = True,
+        schema: Mapping[str, Any] | None = None,
+        json: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
         **prompt_options: Any,
     ) -> Answer | AnswerStream:
@@ -171,9 +179,14 @@ class Model:
         stop : strings that end the answer.
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
+        schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
+            reasoning. The model is not told: say in the question what is wanted.
+        json : the answer is some JSON object.
+        tools : functions the model may call, in OpenAI's form; see `tools`.
+        tool_choice : "auto", "none" (the model is not told of them), "required" (the answer is one call), or a
+            function's name (a call of that one).
         on_image : called with (decoded, total) while pictures are read.
-        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools,
-            pixel_limit.
+        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit.
 
         Raises
         ------
@@ -201,7 +214,14 @@ class Model:
             seed=seed,
         )
         started = time.perf_counter()
-        prepared = self._prepare(messages, on_image, thinking=thinking, **prompt_options)
+        tools = checked_tools(tools, tool_choice)
+        form = choose_form(
+            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
+        )
+        prepared = self._prepare(messages, on_image, thinking=thinking, tools=tools, **prompt_options)
+        if form is not None and thinking:
+            room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
+            thinking_budget = form.limit_reasoning(thinking_budget, room)
         image_s = time.perf_counter() - started
         request = Request(
             prepared.prompt,
@@ -213,6 +233,8 @@ class Model:
             tuple(stop),
             thinking_budget,
             repetition_check,
+            form,
+            tuple(function_names(tools)),
         )
 
         def finish(answer: str, reasoning: str | None, end: Finished) -> Answer:
@@ -234,11 +256,17 @@ class Model:
                 cached_tokens=end.cached_tokens,
                 completion_tokens=end.completion_tokens,
                 slices=prepared.slices,
+                shortened=end.shortened,
+                pictures=prepared.pictures,
                 timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
             )
 
         answering = AnswerStream(self._engine.submit(request), finish)
         return answering if stream else answering.result()
+
+    @cached_property
+    def _grammar_vocabulary(self) -> GrammarVocabulary:
+        return GrammarVocabulary(self.tokenizer, self._decoder.config.vocabulary)
 
     def achat(self, messages: str | Sequence[Any], **options: Any) -> AsyncAnswer:
         """Answer a conversation in an event loop.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from edge_runtime.constraint import AnswerForm, Constraint
 from edge_runtime.encoder import Group
 from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
@@ -38,6 +39,8 @@ class Finished:
     """Tokens of the prompt that needed no prefill."""
     timings_s: dict[str, float]
     """encode, prefill, first_token (since submission), decode"""
+    shortened: bool = False
+    """Whether a structured answer was brought to its end because tokens ran out."""
 
 
 Event = Progress | Piece | Finished
@@ -60,6 +63,10 @@ class Request:
     """Tokens of reasoning after which it is ended."""
     repetition_check: bool = True
     """End an answer that goes in circles."""
+    form: AnswerForm | None = None
+    """What the answer must look like."""
+    tools: Sequence[str] = ()
+    """Names of the functions that the model may call."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
@@ -121,6 +128,9 @@ class Task:
     """Another task that is computing a beginning of this one; it is waited for."""
     sampler: Sampler | None = None
     stream: TextStream | None = None
+    constraint: Constraint | None = None
+    must_answer: bool = False
+    """Whether reasoning is to end with the next token."""
     circles: RepetitionDetector = field(default_factory=RepetitionDetector)
     tokens: dict[bytes, Float32] = field(default_factory=dict)
     """Visual tokens, as far as they are needed and known."""
@@ -142,4 +152,5 @@ class Task:
 
     def finish(self, reason: FinishReason) -> None:
         """Send the last event."""
-        self.events.put(Finished(reason, self.n_tokens, self.n_cached, self.timings))
+        shortened = self.constraint is not None and self.constraint.shortened
+        self.events.put(Finished(reason, self.n_tokens, self.n_cached, self.timings, shortened))

@@ -38,7 +38,7 @@ def test_json_has_the_documented_fields():
     assert answer["answer"] == "CAFE"
     assert set(answer) == {
         *("answer", "reasoning", "finish_reason", "model", "prompt_tokens", "visual_tokens", "cached_tokens"),
-        *("completion_tokens", "slices", "timings_s"),
+        *("completion_tokens", "slices", "timings_s", "shortened", "tool_calls", "malformed_calls", "pictures"),
     }
     assert answer["slices"][0] == [154, 84]
     assert answer["cached_tokens"] == 0
