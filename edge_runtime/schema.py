@@ -208,18 +208,24 @@ class _Walk:
 
     def _inner(self, schema: dict[str, Any], path: str) -> list[tuple[str, Any, bool]]:
         """Schemas directly inside one: path, schema, whether it is intersected with another."""
-        has_siblings = _constrains_beside(schema)
+        combined = _is_mixed(schema)
         inner: list[tuple[str, Any, bool]] = []
         for name in ("properties", "patternProperties"):
-            inner += [(path + _step(name) + _step(key), value, False) for key, value in schema.get(name, {}).items()]
-        for name in ("additionalProperties", "items"):
-            if name in schema:
-                inner.append((path + _step(name), schema[name], False))
+            inner += [
+                (path + _step(name) + _step(key), value, combined) for key, value in schema.get(name, {}).items()
+            ]
+        inner += [
+            (path + _step(name), schema[name], combined)
+            for name in ("additionalProperties", "items")
+            if name in schema
+        ]
         for name in ("prefixItems", "anyOf", "oneOf", "allOf"):
-            combined = name == "allOf" or (name != "prefixItems" and has_siblings)
-            inner += [(f"{path}.{name}[{i}]", value, combined) for i, value in enumerate(schema.get(name, []))]
+            is_all = name == "allOf"
+            inner += [
+                (f"{path}.{name}[{i}]", value, combined or is_all) for i, value in enumerate(schema.get(name, []))
+            ]
         if "$ref" in schema:
-            inner.append((path + _step("$ref"), self._target(schema["$ref"], path + _step("$ref")), has_siblings))
+            inner.append((path + _step("$ref"), self._target(schema["$ref"], path + _step("$ref")), combined))
         return inner
 
     def _target(self, reference: str, where: str) -> Any:
@@ -283,9 +289,9 @@ def _names_all_it_wants(schema: dict[str, Any]) -> bool:
     )
 
 
-def _constrains_beside(schema: dict[str, Any]) -> bool:
-    """Whether a schema with a combinator says more than that."""
-    return sum(name in KEYWORDS for name in schema) > 1
+def _is_mixed(schema: dict[str, Any]) -> bool:
+    """Whether a schema has a combinator and says more than that, so that both are intersected."""
+    return sum(name in KEYWORDS for name in schema) > 1 and any(name in schema for name in COMBINATORS)
 
 
 def _has_combined_reference(root: Any) -> bool:
@@ -297,12 +303,9 @@ def _has_combined_reference(root: Any) -> bool:
     while stack:
         node, combined = stack.pop()
         if isinstance(node, dict):
-            siblings = _constrains_beside(node)
-            if "$ref" in node and (combined or siblings):
+            if "$ref" in node and (combined or _is_mixed(node)):
                 return True
-            for name, value in node.items():
-                is_branch = name == "allOf" or (name in ("anyOf", "oneOf") and siblings)
-                stack.append((value, combined or is_branch))
+            stack += [(value, combined or _is_mixed(node) or name == "allOf") for name, value in node.items()]
         elif isinstance(node, list):
             stack += [(item, combined) for item in node]
     return False

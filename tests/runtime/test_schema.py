@@ -346,6 +346,9 @@ def test_bounds_do_not_contradict_what_a_schema_is_combined_with(model):
         made = json.loads(answer(model, schema, max_tokens=2000).answer)
         assert len(made["a"]) >= 200
         assert made["b"] is None
+    one, other = ({"type": "object", "properties": {name: {"type": "null"}}, "required": [name]} for name in "xy")
+    schema = {"type": "object", "properties": {"a": one}, "required": ["a"], "anyOf": [{"properties": {"a": other}}]}
+    assert {"x", "y"} <= set(json.loads(answer(model, schema).answer)["a"])
 
 
 def test_the_given_schema_is_not_changed(model):
