@@ -27,8 +27,10 @@ from edge_runtime.errors import (
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
+    from edge_runtime.grounding import Region
     from edge_runtime.model import Model
     from edge_runtime.streaming import Piece
+    from edge_runtime.tools import ToolCall
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,8 @@ __all__ = [
     "NotEnoughMemoryError",
     "Piece",
     "PromptTooLongError",
+    "Region",
+    "ToolCall",
     "UnsupportedModelError",
     "__version__",
 ]
@@ -58,6 +62,8 @@ _LAZY = {
     "AnswerStream": "answers",
     "AsyncAnswer": "answers",
     "Piece": "streaming",
+    "Region": "grounding",
+    "ToolCall": "tools",
 }
 
 

@@ -1,4 +1,4 @@
-"""edge-runtime run | convert | bench | info: arguments in, exit code out. The store's commands are in `store_commands`.
+"""edge-runtime run | convert | bench | info: arguments in, exit code out. The store has its own, `store_commands`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -18,7 +18,7 @@ import click
 from edge_runtime import __version__
 from edge_runtime.command import INTERRUPTED, Command
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
-from edge_runtime.errors import EdgeRuntimeError, ImageError
+from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import PIXEL_LIMIT
 from edge_runtime.store_commands import COMMANDS, announce
 
@@ -129,6 +129,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="Let an answer go in circles.",
             ),
             click.option("--context-shift", is_flag=True, help="Drop oldest turns that do not fit."),
+            click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema the answer must follow."),
             click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
         )
     ):
@@ -145,7 +146,15 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: of each token and N alternatives."
 )
-def run(arguments: tuple[str, ...], system: str | None, as_json: bool, logprobs: int | None, **options: Any) -> None:
+@click.option("--draw", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the places the answer names.")
+def run(
+    arguments: tuple[str, ...],
+    system: str | None,
+    as_json: bool,
+    logprobs: int | None,
+    draw: Path | None,
+    **options: Any,
+) -> None:
     """Answer a question about pictures, or chat.
 
     Arguments keep their order: pictures and text may alternate. Without text, a chat begins.
@@ -153,8 +162,10 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, logprobs:
     \b
     edge-runtime run photo.jpg "What is on the sign?"
     edge-runtime run before.png after.png "What has changed?" --think
+    edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
     """
     from edge_runtime import console
+    from edge_runtime.grounding import check_drawing
     from edge_runtime.model import Model
 
     content = parse_arguments(arguments)
@@ -163,6 +174,12 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, logprobs:
         raise click.UsageError("--json needs a question: add it as the last argument.")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs is printed as JSON: add --json.")
+    if draw is not None:
+        if chatting or not any(isinstance(part, Path) for part in content):
+            raise click.UsageError("--draw needs a picture and a question.")
+        check_drawing(draw)
+    if options["schema"] is not None:
+        options["schema"] = read_schema(options["schema"])
     name, setup, adapter = take_setup(options)
     request = {
         "adapter": adapter,
@@ -186,6 +203,9 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, logprobs:
             if logprobs is None:
                 del found["logprobs"]
             click.echo(json.dumps(found, ensure_ascii=False))
+        if draw is not None:
+            pictures = [part for part in content if isinstance(part, Path)]
+            console.draw_places(answer, pictures[-1], draw, request["pixel_limit"])
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
 
@@ -204,6 +224,30 @@ def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None
     adapter = None if lora is None else lora.name
     setup["adapters"] = {} if lora is None else {adapter: lora}
     return options.pop("model"), setup, adapter
+
+
+def read_schema(source: str) -> Any:
+    """A JSON schema from its text or from a file.
+
+    Raises
+    ------
+    MessageError
+        When there is no such file, or what is there is not JSON.
+    """
+    text, name = source, "--schema"
+    if not source.lstrip().startswith("{"):
+        name = source
+        try:
+            text = Path(source).expanduser().read_text("utf-8")
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no UTF-8
+            reason = getattr(error, "strerror", None) or error
+            raise MessageError(
+                f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that begins with '{{'."
+            ) from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"{name} is not valid JSON: {error}; expected a JSON schema.") from None
 
 
 def parse_arguments(arguments: Sequence[str]) -> list[str | Path]:

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
+from edge_runtime.grounding import draw_regions, save_drawing
+from edge_runtime.image import load_image
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edge_runtime.answers import Answer
     from edge_runtime.model import Model
     from edge_runtime.requests import Progress
@@ -59,6 +64,16 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     if result.dropped_turns:
         note(f"The context is full: the oldest {result.dropped_turns} turns of the conversation were left out.")
     return result
+
+
+def draw_places(answer: Answer, picture: Path, target: Path, pixel_limit: int) -> None:
+    """Draw the places that an answer names onto a copy of its last picture."""
+    regions = answer.regions()
+    if not regions:
+        note(f"The answer names no place in the picture, so {target} was not written.")
+        return
+    save_drawing(draw_regions(load_image(picture, pixel_limit=pixel_limit), regions), target)
+    note(f"{target}: {len(regions)} {'place' if len(regions) == 1 else 'places'} drawn.")
 
 
 class Printer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -16,10 +17,12 @@ from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.encoder import Group
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
+from edge_runtime.forms import choose_form
+from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.logprobs import TokenLogprobs
-from edge_runtime.options import check_counts, check_lengths, check_streaming, count_beams
+from edge_runtime.options import check_counts, check_form, check_lengths, check_streaming, count_beams
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
 from edge_runtime.requests import Finished, Request
@@ -27,6 +30,7 @@ from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
+from edge_runtime.tools import checked_tools, function_names
 from edge_runtime.weights import Float32
 
 
@@ -201,6 +205,10 @@ class Model:
         thinking_budget: int | None = None,
         repetition_check: bool = True,
         adapter: str | None = None,
+        schema: Mapping[str, Any] | None = None,
+        json: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
         **prompt_options: Any,
     ) -> list[AnswerStream]:
@@ -226,9 +234,15 @@ class Model:
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
         adapter : name of a LoRA adapter the model was loaded with; None takes the model as it is.
+        schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
+            reasoning. The model is not told: say in the question what is wanted.
+        json : the answer is some JSON object.
+        tools : functions the model may call, in OpenAI's form; see `tools`.
+        tool_choice : "auto", "none" (the model is not told of them), "required" (the answer is one call), or a
+            function's name (a call of that one).
         on_image : called with (decoded, total) while pictures are read.
-        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools,
-            pixel_limit, context_shift.
+        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
+            context_shift.
 
         Raises
         ------
@@ -262,7 +276,17 @@ class Model:
             logit_bias=logit_bias,
         )
         started = time.perf_counter()
-        prepared = self._prepare(messages, on_image, room=max_tokens, thinking=thinking, **prompt_options)
+        tools = checked_tools(tools, tool_choice)
+        form = choose_form(
+            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
+        )
+        check_form(form is not None, n_beams)
+        prepared = self._prepare(
+            messages, on_image, room=max_tokens, thinking=thinking, tools=tools, **prompt_options
+        )
+        if form is not None and thinking:
+            room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
+            thinking_budget = form.limit_reasoning(thinking_budget, room)
         image_s = time.perf_counter() - started
         request = Request(
             prepared.prompt,
@@ -278,6 +302,8 @@ class Model:
             top_logprobs if logprobs else None,
             n_beams,
             adapter,
+            form,
+            tuple(function_names(tools)),
         )
 
         def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
@@ -300,12 +326,18 @@ class Model:
                 completion_tokens=end.completion_tokens,
                 slices=prepared.slices,
                 dropped_turns=prepared.dropped_turns,
+                shortened=end.shortened,
+                pictures=prepared.pictures,
                 timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
                 logprobs=scores if logprobs else None,
             )
 
         requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
         return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
+
+    @cached_property
+    def _grammar_vocabulary(self) -> GrammarVocabulary:
+        return GrammarVocabulary(self.tokenizer, self._decoder.config.vocabulary)
 
     def achat(self, messages: str | Sequence[Any], **options: Any) -> AsyncAnswer:
         """Answer a conversation in an event loop.

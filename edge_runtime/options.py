@@ -78,3 +78,18 @@ def check_counts(
         raise MessageError(
             "thinking_budget was given, but a beam search ends reasoning where it finds best; leave one of them out."
         )
+
+
+def check_form(has_form: bool, beams: int) -> None:
+    """Refuse what cannot be done together: a search, and an answer that must look like something.
+
+    Raises
+    ------
+    MessageError
+        Saying so.
+    """
+    if has_form and beams > 1:
+        raise MessageError(
+            "A beam search (beams, or sampling=False) cannot be held to a schema or to a tool call; leave out one of "
+            "the two."
+        )

@@ -24,8 +24,9 @@ from edge_runtime.messages import ImagePart, Message, checked_max_slices, parse_
 from edge_runtime.overflow import Placed, fit
 from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
 from edge_runtime.resampler import STILL
-from edge_runtime.slicing import Slice, SlicePlan, check_plan, plan_slices, slice_image
+from edge_runtime.slicing import Size, Slice, SlicePlan, check_plan, plan_slices, slice_image
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tools import checked_tools
 from edge_runtime.video import check_groups
 
 
@@ -41,6 +42,7 @@ class PromptOptions:
     temporal_ids: Sequence[Sequence[int]] | None = None
     """Groups of frame times in units of 0.1 s that cover all pictures in order; -1 marks a still picture."""
     tools: Sequence[dict[str, Any]] = ()
+    """Functions the model is told of, in OpenAI's form."""
     pixel_limit: int = PIXEL_LIMIT
     context_shift: bool = False
     """Leave out the oldest turns of a conversation that does not fit, rather than refuse it."""
@@ -57,6 +59,8 @@ class Prepared:
     """One for each group; groups with equal digests have equal visual tokens."""
     slices: list[list[int]] = field(default_factory=list)
     """[width, height] of every slice, in order."""
+    pictures: list[list[int]] = field(default_factory=list)
+    """[width, height] of every picture, upright, in order."""
     dropped_turns: int = 0
     """Oldest turns that were left out."""
 
@@ -87,19 +91,21 @@ def prepare(
         When the conversation or a picture cannot be used; nothing was computed then.
     """
     checked_max_slices(options.max_slices)
-    if not isinstance(options.tools, list | tuple) or not all(isinstance(tool, dict) for tool in options.tools):
-        raise MessageError("The tools are no list of mappings; expected function descriptions in OpenAI's form.")
+    checked_tools(options.tools, "auto")
     conversation = parse_messages(messages)
     parts = list(iter_images(conversation))
     times = options.temporal_ids if options.temporal_ids is not None else [[STILL]] * len(parts)
     check_groups(times, len(parts))
 
     placed: list[Placed] = []
+    pictures: list[list[int]] = []
     done = 0
     for ids in times:
         frames = []
         for part in parts[done : done + len(ids)]:
-            frames.append(_cut(part, options, slicing))
+            size, plan, slices = _cut(part, options, slicing)
+            pictures.append([*size])
+            frames.append((plan, slices))
             done += 1
             on_image(done, len(parts))
         plan = frames[0][0]
@@ -125,17 +131,23 @@ def prepare(
     else:
         prompt, n_dropped = build(conversation, placed), 0
     groups = [group for item in left for group in item.groups]
+    n_left = sum(item.layout.frames for item in left)
     return Prepared(
-        prompt, groups, [group_digest(group) for group in groups], [s for item in left for s in item.sizes], n_dropped
+        prompt,
+        groups,
+        [group_digest(group) for group in groups],
+        [size for item in left for size in item.sizes],
+        pictures[len(pictures) - n_left :],
+        n_dropped,
     )
 
 
-def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[SlicePlan, list[Slice]]:
+def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[Size, SlicePlan, list[Slice]]:
     picture = load_image(part.source, pixel_limit=options.pixel_limit)
     limit = part.max_slices if part.max_slices is not None else options.max_slices
     plan = plan_slices(*picture.size, slicing, limit)
     check_plan(*picture.size, plan, slicing)
-    return plan, slice_image(picture, plan, slicing)
+    return picture.size, plan, slice_image(picture, plan, slicing)
 
 
 def group_digest(group: Group) -> bytes:

@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from edge_runtime.beams import Beam, BeamRun, BeamSearch
+from edge_runtime.constraint import AnswerForm, Constraint
 from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import Group
 from edge_runtime.logprobs import TokenScores, score
@@ -47,6 +48,8 @@ class Finished:
     """Tokens of the prompt that needed no prefill."""
     timings_s: dict[str, float]
     """encode, prefill, first_token (since submission), decode"""
+    shortened: bool = False
+    """Whether a structured answer was brought to its end because tokens ran out."""
 
 
 Event = Progress | Piece | Finished
@@ -77,6 +80,10 @@ class Request:
     """More than one: the answer of a beam search."""
     adapter: str | None = None
     """Name of the LoRA adapter to compute with."""
+    form: AnswerForm | None = None
+    """What the answer must look like."""
+    tools: Sequence[str] = ()
+    """Names of the functions that the model may call."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
@@ -143,6 +150,9 @@ class Task:
     """Another task that is computing a beginning of this one; it is waited for."""
     sampler: Sampler | None = None
     stream: TextStream | None = None
+    constraint: Constraint | None = None
+    must_answer: bool = False
+    """Whether reasoning is to end with the next token."""
     circles: RepetitionDetector = field(default_factory=RepetitionDetector)
     tokens: dict[bytes, Float32] = field(default_factory=dict)
     """Visual tokens, as far as they are needed and known."""
@@ -168,8 +178,14 @@ class Task:
         """Set up what turns logits into text, once the prompt is computed."""
         request = self.request
         self.stream = TextStream(
-            tokenizer, thinking=request.thinking, stop=request.stop, stop_in_reasoning=request.stop_in_reasoning
+            tokenizer,
+            thinking=request.thinking,
+            stop=request.stop,
+            stop_in_reasoning=request.stop_in_reasoning,
+            tools=request.tools,
         )
+        if request.form is not None:
+            self.constraint = request.form.start(tokenizer.encode("\n\n") if request.thinking else ())
         if request.n_beams == 1:
             self.sampler = Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx)
         self.take_lap("prefill")
@@ -226,7 +242,8 @@ class Task:
             if self.is_finished:
                 return
             self.is_finished = True
-        self.events.put(Finished(reason, self.n_tokens, self.n_cached, dict(self.timings)))
+        shortened = self.constraint is not None and self.constraint.shortened
+        self.events.put(Finished(reason, self.n_tokens, self.n_cached, dict(self.timings), shortened))
 
     def fail(self, error: Exception) -> None:
         """Send an error as the last event, unless there was one."""

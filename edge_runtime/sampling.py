@@ -6,6 +6,7 @@ temperature, top-k, top-p, min-p, typical. Beam search is in `beams`.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import secrets
 from collections.abc import Mapping
@@ -155,6 +156,10 @@ def _checked_bias(bias: Any, n_vocab: int | None) -> tuple[tuple[int, float], ..
     return tuple(sorted(pairs.items()))
 
 
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""llama_token_data"""
+
+
 class Sampler:
     """A chain of llama.cpp's samplers for one answer.
 
@@ -195,6 +200,21 @@ class Sampler:
     def sample(self, context: Any, row: int) -> int:
         """Choose a token from the logits of a row of the last call, and remember it for the penalty."""
         return int(self._lib.llama_sampler_sample(self._chain, context, row))
+
+    def choose(self, ids: np.ndarray[Any, np.dtype[np.int64]], logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
+        """Choose among some tokens only, without remembering it.
+
+        Parameters
+        ----------
+        ids : ndarray [shape=(n,), int64], at least one.
+        logits : ndarray [shape=(vocabulary,), float32]
+        """
+        candidates = np.zeros(len(ids), CANDIDATE)
+        candidates["id"], candidates["logit"] = ids, logits[ids]
+        data = candidates.ctypes.data_as(ctypes.POINTER(self._lib.llama_token_data))
+        array = self._lib.llama_token_data_array(data, len(ids), -1, False)
+        self._lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
 
     def accept(self, token_id: int) -> None:
         """Remember a token that was chosen by somebody else."""

@@ -421,9 +421,9 @@ class Scheduler:
             for piece in task.stream.feed(token_id, task.score(decoder, row, token_id)):
                 task.events.put(piece)
             task.keys.append(token_id)
-            if task.stream.stopped:
+            if task.stream.stopped or (task.constraint is not None and task.constraint.ended):
                 reason = "stop"
-            elif task.request.repetition_check and task.circles.feed(token_id):
+            elif task.request.repetition_check and self._goes_in_circles(task, token_id):
                 reason = "repetition"
             elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
                 reason = "length"
@@ -432,15 +432,37 @@ class Scheduler:
                 task.events.put(piece)
             self._end(task, reason)
 
+    @staticmethod
+    def _goes_in_circles(task: Task, token_id: int) -> bool:
+        """Whether an answer is to be ended because it repeats itself; one with a form may, and has its own end."""
+        assert task.stream is not None
+        if task.constraint is None:
+            return task.circles.feed(token_id)
+        if task.stream.is_reasoning and task.circles.feed(token_id):
+            task.must_answer = True
+        return False
+
     def _next_token(self, task: Task, row: int) -> int:
         """Sample a token, or end reasoning that has used up its budget."""
-        assert task.sampler is not None
-        assert task.stream is not None
+        sampler, stream, constraint = task.sampler, task.stream, task.constraint
+        assert sampler is not None
+        assert stream is not None
         budget, think_end = task.request.thinking_budget, self._tokenizer.special_ids.get(THINK_END)
-        if budget is None or think_end is None or not task.stream.is_reasoning or task.n_tokens < budget:
-            return task.sampler.sample(self._decoder.context, row)
-        task.sampler.accept(think_end)
-        return think_end
+        if think_end is not None and stream.is_reasoning:
+            is_over = task.must_answer or (budget is not None and task.n_tokens >= budget)
+            token_id = think_end if is_over else sampler.sample(self._decoder.context, row)
+            if constraint is not None and token_id in self._tokenizer.stop_ids:
+                token_id = think_end  # without an answer, the form would not be kept
+            if is_over:
+                sampler.accept(token_id)
+            return token_id
+        if constraint is None:
+            return sampler.sample(self._decoder.context, row)
+        logits = self._decoder.logits(row)
+        room = min(task.request.max_tokens - task.n_tokens, self._decoder.n_ctx - len(task.keys))
+        token_id = constraint.next_token(room, lambda ids: sampler.choose(ids, logits))
+        sampler.accept(token_id)
+        return token_id
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""

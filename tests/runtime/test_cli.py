@@ -39,6 +39,7 @@ def test_json_has_the_documented_fields():
     assert set(answer) == {
         *("answer", "reasoning", "finish_reason", "model", "prompt_tokens", "visual_tokens", "cached_tokens"),
         *("completion_tokens", "slices", "dropped_turns", "timings_s"),
+        *("shortened", "tool_calls", "malformed_calls", "pictures"),
     }
     assert answer["slices"][0] == [154, 84]
     assert answer["cached_tokens"] == 0
