@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 from functools import wraps
+from itertools import pairwise
 from types import FunctionType
 from typing import Any
 
 Rows = dict[str, tuple[float, float]]
 """Label → seconds, operations in units of 1e9."""
 
-PLUMBING = ("compile", "simd", "simd_int8", "reference")
+PLUMBING = ("compile", "reference", "simd", "simd_amx", "simd_bf16", "simd_int16", "simd_int8", "simd_rows")
 """Modules of `edge_kernels` whose functions are no operations."""
 
 PRODUCTS = {
@@ -116,6 +117,11 @@ def describe(name: str, arguments: dict[str, Any]) -> tuple[str, float]:
         work = 0.0 if name == "patch_embed" else 2.0 * m * weight.n * weight.k / 1e9
         product = PRODUCTS.get((weight.k, weight.n), "")
         return f"{product}{': ' if product else ''}{name} {weight.k} → {weight.n}{after}", work
+    if (packed := arguments.get("packed")) is not None:  # products and attention in one
+        starts, width = arguments["offsets"], packed.heads * packed.d
+        pairs = sum((stop - start) ** 2 for start, stop in pairwise(starts))
+        work = (6.0 * first.m * packed.weight.k * width + 4.0 * pairs * width) / 1e9
+        return f"q, k, v: {name} {packed.weight.k} → {packed.heads} heads of {packed.d}", work
     if {"q", "q_offsets", "kv_offsets"} <= set(arguments):
         q, starts, ends = arguments["q"], arguments["q_offsets"], arguments["kv_offsets"]
         pairs = sum((starts[s + 1] - starts[s]) * (ends[s + 1] - ends[s]) for s in range(len(starts) - 1))
@@ -126,8 +132,8 @@ def describe(name: str, arguments: dict[str, Any]) -> tuple[str, float]:
 
 
 def peak_of(operation: str) -> str:
-    """Which peak an operation is held against, "int8" or "float32"."""
-    return "int8" if any(kind in operation for kind in ("int4", "int8", "int16")) else "float32"
+    """Which peak an operation is held against, "int8" or "float32"; bfloat16's is half of int8's."""
+    return "int8" if any(kind in operation for kind in ("int8", "int16", "bf16", "self_attention")) else "float32"
 
 
 def summarise(runs: list[tuple[float, Rows]], least_share: float = 0.002) -> list[dict[str, Any]]:

@@ -14,6 +14,11 @@ sequences.
     rows_int8.quantize_rows            [M, K] → int8 with scale and offset per row, for one or more products
     rows_int8.layer_norm_quantized     the same after LayerNorm without gain and bias, in one pass
     linear_int8.linear_int8            `linear` with int8 products and int32 sums
+    linear_int8.linear_int8_quantized  the same, its result quantised for the next product, in groups of columns
+    attention_int16.attention_int16    `attention` with int16 products and int32 sums
+    attention_bf16.attention_bf16      `attention` in bfloat16 with float32 sums, on AMX
+    self_attention.pack_heads          weights of queries, keys and values, head by head, once at load
+    self_attention.self_attention      quantised → attended rows: products and attention in one pass, on AMX
     reference.gelu_tanh   the activation by itself (compiled code has it inside `linear`)
 
 Contracts shared by all of them:
@@ -29,6 +34,7 @@ Contracts shared by all of them:
   released.
 
 `compile` is the only home of compiler flags, cache location, threads and the choice of the instruction set
-(EDGE_RUNTIME_ISA forces one); `simd` and `simd_int8` of vector code and of the tables that say which instruction
-set gets which register tile. Importing this package imports neither numba nor any of its modules.
+(EDGE_RUNTIME_ISA forces one); `simd`, `simd_rows`, `simd_int8`, `simd_int16`, `simd_amx` and `simd_bf16` of vector
+code and of the tables that say which instruction set gets which register tile. Importing this package imports neither
+numba nor any of its modules.
 """

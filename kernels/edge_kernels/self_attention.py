@@ -108,36 +108,30 @@ def _project(rows, weight, bias, zeros, head, panels, d, steps, columns, start, 
     w, scales, w_sums, shifts = weight
     queries, keys, values, words = tiles
     for panel in range(start // DOT_MR, (stop + DOT_MR - 1) // DOT_MR):
-        for p in range(panels):
-            slab = (head * panels + p) * cells * DOT_NR * GROUP
-            dot_tile(x, panel * cells * DOT_MR * GROUP, w, slab, cells, sums, p * DOT_MR * DOT_NR, 0)
-        row, last = max(start, panel * DOT_MR), min(stop, (panel + 1) * DOT_MR)
-        while row < last:
-            # Blocks of rows begin where the sequence begins, panels do not.
-            here = (row - start) % BLOCK
-            n = min(last - row, BLOCK - here)
-            for p in range(panels):
-                column = (head * panels + p) * DOT_NR
+        first, last = max(start, panel * DOT_MR), min(stop, (panel + 1) * DOT_MR)
+        # Blocks of rows begin where the sequence begins, panels do not: rows may belong to two blocks, one after the
+        # other in the lines.
+        here = (first - start) % BLOCK
+        for p in range(panels + 1):
+            if p < panels:
+                slab = (head * panels + p) * cells * DOT_NR * GROUP
+                dot_tile(x, panel * cells * DOT_MR * GROUP, w, slab, cells, sums, p % 2 * DOT_MR * DOT_NR, 0)
+            if p > 0:  # one tile behind, as in `linear_int8`
+                column = (head * panels + p - 1) * DOT_NR
                 scale_tile(
-                    sums, (p * DOT_MR + row - panel * DOT_MR) * DOT_NR, n, x_scale, row, x_offset,
-                    scales, column, bias, column, w_sums, shifts, column, zeros, 0, 0,
-                    lines, here * stride + p * DOT_NR, stride,
+                    sums, ((p - 1) % 2 * DOT_MR + first - panel * DOT_MR) * DOT_NR, last - first,
+                    x_scale, first, x_offset, scales, column, bias, column, w_sums, shifts, column, zeros, 0, 0,
+                    lines, here * stride + (p - 1) * DOT_NR, stride,
                 )  # fmt: skip
-            row += n
-            if here + n == BLOCK or row == stop:
-                _lay(
-                    lines,
-                    stride,
-                    d,
-                    steps,
-                    columns,
-                    (row - 1 - start) // BLOCK,
-                    here + n,
-                    queries,
-                    keys,
-                    values,
-                    words,
-                )
+        filled, block = here + last - first, (first - start) // BLOCK
+        if filled >= BLOCK or last == stop:
+            n = min(filled, BLOCK)
+            _lay(lines, stride, d, steps, columns, block, n, queries, keys, values, words)
+        if filled > BLOCK:
+            n = filled - BLOCK
+            lines[: n * stride] = lines[BLOCK * stride : filled * stride]
+            if last == stop:
+                _lay(lines, stride, d, steps, columns, block + 1, n, queries, keys, values, words)
 
 
 @helper
@@ -153,9 +147,9 @@ def _worker(
     )
     values, tile = (
         aligned(n_blocks * columns // LANES * TILE_WORDS, np.int32),
-        aligned(panels * DOT_MR * DOT_NR, np.int32),
+        aligned(2 * DOT_MR * DOT_NR, np.int32),
     )
-    lines, words = aligned(BLOCK * stride, np.float32), np.zeros(LANES * steps * BLOCK, np.int16)
+    lines, words = aligned(2 * BLOCK * stride, np.float32), np.zeros(LANES * steps * BLOCK, np.int16)
     keys[:], lines[:] = 0, 0.0
     zeros, buffers = np.zeros(DOT_NR, np.float32), attention_buffers(most_rows, columns)
     tiles = queries, keys.view(np.int16), values.view(np.int16), words

@@ -34,14 +34,15 @@ def stream(model: Model, *content, **options):
 @pytest.fixture
 def slow_layers(model, monkeypatch):
     """Make every layer of the tower take a tenth of a second; returns when each of them ended."""
-    ended, attend = [], model._encoder.tower._arithmetic.attention
+    ended, layers = [], model._encoder.tower._layers
 
-    def slow(*arguments):
-        time.sleep(LAYER_S)
-        ended.append(time.perf_counter())
-        return attend(*arguments)
+    def slow():
+        for layer in layers():
+            time.sleep(LAYER_S)
+            ended.append(time.perf_counter())
+            yield layer
 
-    monkeypatch.setattr(model._encoder.tower._arithmetic, "attention", slow)
+    monkeypatch.setattr(model._encoder.tower, "_layers", slow)
     return ended
 
 
