@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime import llama
+from edge_runtime.adapter import attach_adapter
 from edge_runtime.config import decoder_config
 from edge_runtime.errors import ModelFileError, PromptTooLongError
 from edge_runtime.weights import Float32, GGUFFile
@@ -62,6 +63,8 @@ class DecoderOptions:
     n_threads: int = 1
     n_sequences: int = N_SEQUENCES
     """Requests that can be computed side by side."""
+    adapter: str | Path | None = None
+    """LoRA in a GGUF file, see `adapter`."""
 
 
 def common_beginning(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
@@ -88,6 +91,7 @@ class Decoder:
         self.config = decoder_config(self.file)
         # Every use of these may come after close(), so they must exist before anything can fail.
         self._model = self._context = None
+        self._batches: list[Any] = []
         self._cancelled: Callable[[], bool] = lambda: False
         self.n_sequences = options.n_sequences
         # One more than requests can have: for `prefill` and `decode`.
@@ -113,8 +117,15 @@ class Decoder:
                 f"llama.cpp cannot set up a context of {self.n_ctx} tokens for {self.file.path.name}: "
                 f"{llama.last_errors()}; try a smaller --ctx."
             )
+        if options.adapter is not None:
+            try:
+                attach_adapter(self._model, self._context, self.file, Path(options.adapter))
+            except BaseException:
+                self.close()
+                raise
         self._embedding_batch = lib.llama_batch_init(CHUNK_TOKENS, self.config.hidden, 1)
         self._token_batch = lib.llama_batch_init(CHUNK_TOKENS, 0, 1)
+        self._batches += [self._embedding_batch, self._token_batch]
 
     def _load_model(self) -> Any:
         lib = self._lib
@@ -267,8 +278,8 @@ class Decoder:
     def close(self) -> None:
         """Free the model and its context; further calls do nothing."""
         if self._context:
-            self._lib.llama_batch_free(self._embedding_batch)
-            self._lib.llama_batch_free(self._token_batch)
+            for batch in self._batches:
+                self._lib.llama_batch_free(batch)
             self._lib.llama_free(self._context)
         if self._model:
             self._lib.llama_model_free(self._model)

@@ -45,7 +45,14 @@ class Model:
     """A loaded model. Make one with `Model.load`; it answers from any thread, many requests side by side."""
 
     def __init__(
-        self, paths: ModelPaths, *, exact: bool, n_ctx: int | None, n_threads: int | None, force: bool
+        self,
+        paths: ModelPaths,
+        *,
+        exact: bool,
+        n_ctx: int | None,
+        n_threads: int | None,
+        force: bool,
+        lora: str | Path | None = None,
     ) -> None:
         from edge_kernels.compile import cpu_count
 
@@ -63,7 +70,7 @@ class Model:
             config.context_length,
             force=force,
         )
-        self._decoder = Decoder(file, DecoderOptions(n_ctx, exact, threads))
+        self._decoder = Decoder(file, DecoderOptions(n_ctx, exact, threads, adapter=lora))
         try:
             self._check_pair()
             self.tokenizer = Tokenizer(self._decoder.file)
@@ -82,6 +89,7 @@ class Model:
         name: str | Path = "demo",
         *,
         mmproj: str | Path | None = None,
+        lora: str | Path | None = None,
         exact: bool = False,
         n_ctx: int | None = None,
         n_threads: int | None = None,
@@ -93,6 +101,7 @@ class Model:
         ----------
         name : `demo`, a folder with a decoder and an `mmproj*` file, or a decoder file.
         mmproj : the mmproj file, when it does not lie beside the decoder.
+        lora : GGUF adapter that is added to the decoder, as `edge-runtime convert --lora-adapter` writes it.
         exact : compute as the official float32 code does: float32 vision, float32 KV cache, no flash attention.
         n_ctx : context length in tokens, at most what the model was trained for; default 8192, less where memory is
             short.
@@ -110,7 +119,8 @@ class Model:
             raise MessageError(f"n_ctx is {n_ctx}; expected a positive number of tokens.")
         if n_threads is not None and n_threads < 1:
             raise MessageError(f"n_threads is {n_threads}; expected a positive number.")
-        return cls(find_model(name, mmproj), exact=exact, n_ctx=n_ctx, n_threads=n_threads, force=force)
+        paths = find_model(name, mmproj)
+        return cls(paths, exact=exact, n_ctx=n_ctx, n_threads=n_threads, force=force, lora=lora)
 
     def _check_pair(self) -> None:
         hidden, width = self._decoder.config.hidden, self._encoder.hidden

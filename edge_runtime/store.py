@@ -9,6 +9,8 @@ from pathlib import Path
 from edge_runtime.errors import ModelFileError
 
 DEMO = "demo"
+ADAPTER_PREFIX = "adapter-"
+"""Files of this name are LoRA adapters, which `edge-runtime convert --lora-adapter` puts beside the model."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
 
 
 def _decoders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.gguf") if not _is_mmproj(p))
+    return sorted(p for p in folder.glob("*.gguf") if not (_is_mmproj(p) or p.name.startswith(ADAPTER_PREFIX)))
 
 
 def _mmprojs(folder: Path) -> list[Path]:

@@ -50,6 +50,8 @@ class PlannedTensor:
     """(start, stop) → values and dtype as stored, where rows may be copied as they are."""
     importance: Callable[[], npt.NDArray[np.float32]] | None = None
     """() → what an error in each column costs [shape=(columns,), float32]; see `encode_rows`."""
+    blocks: Callable[[int, int], npt.NDArray[np.uint8]] | None = None
+    """(start, stop) → rows as blocks of `type`, where the source has their integers."""
 
     @property
     def n_rows(self) -> int:
@@ -84,6 +86,8 @@ class PlannedTensor:
             if _SAME_BITS[dtype] == self.type:
                 self._check_finite(_finite(values, dtype))
                 return np.ascontiguousarray(values).view(np.uint8)
+        if self.blocks is not None:
+            return self.blocks(start, stop)
         rows = self.rows(start, stop)
         self._check_finite(bool(np.isfinite(rows).all()))
         importance = self.importance() if self.importance is not None else None
@@ -119,7 +123,8 @@ def copied(checkpoint: Checkpoint, source: str, name: str, kind: GGMLQuantizatio
     def stored(start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
         return checkpoint.rows(source, *((start, stop) if rows_are_vectors else (0, tensor.n_rows)))
 
-    return PlannedTensor(name, tensor.shape, kind, rows, stored)
+    blocks = tensor.blocks if kind == tensor.block_type else None
+    return PlannedTensor(name, tensor.shape, kind, rows, stored, blocks=blocks)
 
 
 def write_gguf(
