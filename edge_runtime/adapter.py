@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def check_adapter(file: GGUFFile, decoder: GGUFFile) -> None:
             raise wrong(f"has {str(value)[:40]!r} for {key}")
     if KEY_TRIGGER in file.metadata or not math.isfinite(file.get(KEY_ALPHA, float)):
         raise wrong("is switched by tokens, or its alpha is no number")
-    targets = sorted({name.removesuffix(suffix) for name in file.tensors for suffix in SUFFIXES})
+    targets = sorted({re.sub(r"\.lora_[ab]$", "", name) for name in file.tensors})
     for name in targets:
         pair = [file.tensors.get(name + suffix) for suffix in SUFFIXES]
         base = decoder.tensors.get(name)

@@ -8,8 +8,9 @@ a value is (q - z)·s; q and z are 0 to 15, there is no +1 on z:
     W.scales   float16 [i/128, o]
 
 **As Q4_1** the integers stay what they are: a group is four blocks of 32 with value = d·q + m, where d = s exactly
-and m = -z·s rounded to float16. z·s has at most 15 significant bits, so m is off by at most 2⁻¹² of itself: 0.0037
-steps of the 4-bit grid, and nothing where z is 0, 1, 2, 4 or 8. Every other 4-bit type would round to a second grid.
+and m = -z·s rounded to float16. z·s has up to 15 significant bits, float16 has 11, so m is off by at most 2⁻¹¹ of
+itself: 0.0073 steps of the 4-bit grid, and nothing where z is 0, 1, 2, 4 or 8. Every other type of four bits would
+round to a second grid.
 
 In other types values are float32. AutoAWQ computes (q - z)·s in float16, so an intermediate file keeps them as that.
 Source of the layout: AutoAWQ `utils/packing_utils.py`.
@@ -47,7 +48,8 @@ class AwqMatrix(SourceTensor):
         integers, zeros, scales = self._parts(start, stop)
         groups = integers.astype(np.float32).reshape(len(zeros), self.group, -1)
         groups -= zeros[:, None]
-        groups *= scales[:, None]
+        with np.errstate(invalid="ignore"):  # infinite scales; the writer finds what they make
+            groups *= scales[:, None]
         return np.ascontiguousarray(groups.reshape(len(integers), -1).T)
 
     @property

@@ -11,8 +11,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
 from edge_converters import awq, nf4
 from edge_converters.lora import Lora, read_lora
 from edge_converters.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, read_index
@@ -85,10 +83,6 @@ class Checkpoint:
                 f"config.json holds {value!r} for {'.'.join(keys)}, expected a number; use an unmodified config.json."
             )
         return value
-
-    def rows(self, name: str, start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
-        """Rows [start, stop) of a tensor as they may be copied; see `SourceTensor.rows`."""
-        return self.tensors[name].rows(start, stop)
 
     def float_rows(self, name: str, start: int, stop: int) -> Float32:
         """Rows [start, stop) as float32: ndarray [shape=(stop - start, row_length), float32]."""

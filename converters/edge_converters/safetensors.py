@@ -60,16 +60,6 @@ class SourceTensor(abc.ABC):
     def float_rows(self, start: int, stop: int) -> Float32:
         """Rows [start, stop): ndarray [shape=(stop - start, row_length), float32]."""
 
-    def rows(self, start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
-        """Rows [start, stop) as they may be copied.
-
-        Returns
-        -------
-        values : ndarray [shape=(stop - start, row_length), float32, float16, or the bits of bfloat16 as uint16].
-        dtype : F32, F16 or BF16.
-        """
-        return self.float_rows(start, stop), "F32"
-
     @property
     def block_type(self) -> GGMLQuantizationType | None:
         """Type whose blocks can be made of the integers that are stored, or None."""
@@ -115,7 +105,13 @@ class StoredTensor(SourceTensor):
         return raw
 
     def rows(self, start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
-        """Rows [start, stop) as stored."""
+        """Rows [start, stop) as stored.
+
+        Returns
+        -------
+        values : ndarray [shape=(stop - start, row_length), float32, float16, or the bits of bfloat16 as uint16].
+        dtype : F32, F16 or BF16.
+        """
         kind, size = STORED_DTYPES[self.dtype]
         row_bytes = self.row_length * size
         raw = self.raw(start * row_bytes, stop * row_bytes)

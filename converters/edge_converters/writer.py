@@ -23,6 +23,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.quantize import encode_rows
+from edge_converters.safetensors import StoredTensor
 from edge_runtime.errors import CheckpointError
 from edge_runtime.weights import KEY_ROW_LENGTH
 
@@ -120,8 +121,12 @@ def copied(checkpoint: Checkpoint, source: str, name: str, kind: GGMLQuantizatio
             return checkpoint.float_rows(source, start, stop)
         return checkpoint.float_rows(source, 0, tensor.n_rows).reshape(1, -1)
 
-    def stored(start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
-        return checkpoint.rows(source, *((start, stop) if rows_are_vectors else (0, tensor.n_rows)))
+    stored = None
+    if isinstance(tensor, StoredTensor):  # of all others, rows are made anew in any case
+        plain = tensor
+
+        def stored(start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
+            return plain.rows(*((start, stop) if rows_are_vectors else (0, plain.n_rows)))
 
     blocks = tensor.blocks if kind == tensor.block_type else None
     return PlannedTensor(name, tensor.shape, kind, rows, stored, blocks=blocks)
