@@ -123,6 +123,8 @@ def read_lora(folder: str | Path, tensors: dict[str, SourceTensor]) -> Lora:
     for stored in read_index([folder / WEIGHTS]).values():
         if stored.dtype not in FLOATS:
             raise CheckpointError(f"{WEIGHTS} holds {stored.name} as {stored.dtype}, expected F32, F16 or BF16.")
+        if stored.name.endswith(".base_layer.weight"):
+            continue  # PEFT saves what is below a changed head or embedding too, as it was
         name = stored.name.removeprefix(PREFIX).replace(".base_layer", "")
         if match := _PART.fullmatch(name):
             parts.setdefault(match["module"], {})[match["part"]] = stored

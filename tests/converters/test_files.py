@@ -37,6 +37,7 @@ DECODER_KEYS = {
     "tokenizer.ggml.bos_token_id": 578,
     "tokenizer.ggml.eos_token_id": 579,
     "tokenizer.ggml.padding_token_id": 577,
+    "tokenizer.ggml.unknown_token_id": 496,
     "tokenizer.ggml.add_bos_token": False,
     "edge_runtime.tokenizer.normalizer": "nfc",
 }
