@@ -210,7 +210,7 @@ def _is_file(argument: str) -> bool:
     "pictures",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Fit the int8 path to these pictures.",
+    help="Fit the types to the pictures and texts in it.",
 )
 @click.option("--report", is_flag=True, help="Tell what the types cost, tensor by tensor.")
 @click.option("--force", is_flag=True, help="Replace existing files.")

@@ -17,6 +17,7 @@ from edge_converters.checkpoint import Checkpoint
 from edge_converters.importance import Importance, read_importance
 from edge_converters.lora import Lora
 from edge_converters.metadata import calibrated_metadata, decoder_metadata, vision_metadata
+from edge_converters.observe import observe
 from edge_converters.overrides import choose_types
 from edge_converters.plan import Types, plan_decoder, plan_vision, refuse_unknown_tensors
 from edge_converters.quantize import quantize_gguf
@@ -94,8 +95,9 @@ def convert_checkpoint(
     lora : LoRA folder to be merged, in decoder and vision part.
     lora_adapter : LoRA folder whose decoder part becomes a file of its own, `adapter-<NAME>.gguf`; its vision part is
         merged, since an adapter cannot hold it.
-    pictures : folder of pictures to calibrate the int8 path with; see `calibrate`. Seconds per slice.
-    imatrix : importance matrix of llama-imatrix for the decoder's quantizer.
+    pictures : folder of pictures to calibrate the int8 path with, see `calibrate`; seconds per slice. With the texts
+        in it, they also make the importance matrix of the decoder's quantizer, see `observe`.
+    imatrix : importance matrix of llama-imatrix for the decoder's quantizer, instead of one made here.
     tensor_types, vision_tensor_types : `PATTERN=TYPE` for tensors of the two files; see `choose_types`.
     report : measure what the types cost, tensor by tensor.
     force : replace existing files.
@@ -122,7 +124,7 @@ def convert_checkpoint(
         decoder, mmproj = unfinished(result.decoder), unfinished(result.mmproj)
         adapter = unfinished(result.adapter) if result.adapter else None
         _write_vision(plan, mmproj, result.mmproj.name, pictures, progress)
-        _write_decoder(plan, decoder, result.decoder.name, progress)
+        _write_decoder(plan, decoder, result.decoder.name, progress, mmproj, pictures)
         if adapter is not None and result.adapter is not None and plan.lora is not None:
             _write(adapter, "qwen3", partial(adapter_metadata, plan.lora), plan.adapter_tensors, "adapter", progress)
             verify_gguf(adapter, plan.adapter_tensors, result.adapter.name, types_may_differ=False)
@@ -196,7 +198,9 @@ def _write_vision(plan: Plan, mmproj: Path, final_name: str, pictures: str | Pat
     verify_gguf(mmproj, plan.vision_tensors, final_name, types_may_differ=False)
 
 
-def _write_decoder(plan: Plan, decoder: Path, final_name: str, progress: Progress) -> None:
+def _write_decoder(
+    plan: Plan, decoder: Path, final_name: str, progress: Progress, mmproj: Path, pictures: str | Path | None
+) -> None:
     def metadata(writer: GGUFWriter) -> None:
         decoder_metadata(plan.checkpoint, writer, plan.recipe.file_type)
         plan.vocabulary.write(writer)
@@ -205,6 +209,8 @@ def _write_decoder(plan: Plan, decoder: Path, final_name: str, progress: Progres
     if is_mix:
         with _scratch(decoder.with_name(decoder.name + "-lossless")) as lossless:
             _write(lossless, "qwen3", metadata, plan.tensors, "decoder", progress)
+            if pictures is not None and plan.importance is None:
+                plan.importance = observe(lossless, mmproj, Path(pictures), progress)
             quantize_gguf(
                 lossless,
                 decoder,

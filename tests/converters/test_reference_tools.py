@@ -22,7 +22,9 @@ from checkpoint_copies import CheckpointCopy, read_shard
 from edge_converters import convert_checkpoint
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.importance import read_importance
+from edge_converters.observe import Observer
 from edge_runtime import Model
+from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import GGUFFile
 from naive import random_tensors, write_safetensors
 
@@ -199,6 +201,40 @@ def test_importance_matrices_are_used_as_by_llama_quantize(parts: Parts, tmp_pat
     assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
     without = convert_checkpoint(parts.checkpoint, tmp_path / "without").decoder
     assert ours.read_bytes() != without.read_bytes()
+
+
+def test_our_importance_matrix_equals_that_of_llama_imatrix(parts: Parts, tmp_path: Path) -> None:
+    """Over one text that fills its chunks, cut as there: 96 tokens with a memory of their own."""
+    files = convert_checkpoint(parts.checkpoint, tmp_path / "f32", decoder_type="f32", vision_type="f32")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox 123 " * 60)
+    options = (
+        "-m",
+        files.decoder,
+        "-f",
+        text,
+        "-o",
+        tmp_path / "theirs.gguf",
+        "-c",
+        96,
+        "-b",
+        96,
+        "-ub",
+        96,
+        "-t",
+        1,
+    )
+    tool("llama-imatrix", *options, "--no-ppl", "-ngl", 0, cwd=tmp_path)
+    file = GGUFFile(files.decoder)
+    ids = Tokenizer(file).encode(text.read_text())
+    with Observer(files.decoder) as observer:
+        for start in range(0, len(ids) - 95, 96):
+            observer.feed(file.rows("token_embd.weight", np.asarray(ids[start : start + 96])))
+        ours = observer.means()
+    theirs = read_importance(tmp_path / "theirs.gguf").squares
+    assert set(ours) == set(theirs)
+    for name, expected in theirs.items():
+        np.testing.assert_allclose(ours[name], expected, rtol=1e-3, atol=1e-5 * expected.mean(), err_msg=name)
 
 
 # --- PEFT -----------------------------------------------------------------------------------------------------
