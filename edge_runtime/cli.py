@@ -236,8 +236,8 @@ def convert(source: Path, output: Path | None, report: bool, **options: Any) -> 
     folder = output or Path("models") / source.resolve().name
     with console.ConvertProgress() as progress:
         files = convert_checkpoint(source, folder, report=report, progress=progress, **options)
-    for found in files.reports:
-        console.print_report(found)
+    for line in (line for found in files.reports for line in found.lines()):
+        click.echo(line)
     for path in filter(None, (files.decoder, files.mmproj, files.adapter)):
         click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     for sentence in files.notes:
@@ -280,7 +280,7 @@ def _compare(file: str | None, source: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(report) | {"error": report.error}))
     else:
-        console.print_report(report)
+        click.echo("\n".join(report.lines()))
 
 
 def _plain(value: Any) -> str:

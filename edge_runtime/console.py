@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import click
 
 if TYPE_CHECKING:
-    from edge_converters.report import FileReport
     from edge_runtime.answers import Answer
     from edge_runtime.model import Model
     from edge_runtime.requests import Progress
@@ -20,16 +19,6 @@ _KEPT_CONTROLS = "\n\t"
 def note(text: str) -> None:
     """Print a note to the person, dimmed, on stderr."""
     click.secho(text, err=True, dim=True)
-
-
-def print_report(report: FileReport) -> None:
-    """Print what the types of a file cost: one line per tensor, and one for all matrices."""
-    width = max(len(tensor.name) for tensor in report.tensors)
-    click.echo(f"{report.name}: {report.n_bytes / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits per weight")
-    for tensor in report.tensors:
-        size = " × ".join(map(str, tensor.shape))
-        click.echo(f"  {tensor.name:<{width}}  {tensor.type:<7} {size:>15}  {tensor.error:9.4%}")
-    click.echo(f"  {'all matrices':<{width}}  {'':<7} {'':>15}  {report.error:9.4%}")
 
 
 def note_first_compile() -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 # Upper bound for the slabs in which llama.cpp's quantizer works; its default of 1 GiB would dominate our memory.
 QUANTIZER_BUFFER_BYTES = 256 << 20
+FULL_BYTES = 1 << 20  # free on a disk that something has just failed to write to
 KEY_VALUE_BYTES = 127  # of text that llama.cpp's structure for keys takes
 _PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
 
@@ -101,6 +105,8 @@ def quantize_gguf(
     ------
     CheckpointError
         When llama.cpp refuses, with its last words.
+    OSError
+        When the disk is full.
     KeyboardInterrupt, or what `on_progress` raised
         As soon as the tensor at work is done.
     """
@@ -137,6 +143,8 @@ def quantize_gguf(
         if failures:
             raise failures[0]
         if status != 0:
+            if shutil.disk_usage(target.parent).free < FULL_BYTES:  # llama.cpp says "iostream error" alone
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise CheckpointError(
                 f"llama.cpp could not quantize to {file_type.name.removeprefix('MOSTLY_')}: {llama.last_errors()}; "
                 "free disk space or choose another --type."

@@ -52,6 +52,15 @@ class FileReport:
         squares = sum(n * tensor.error**2 for n, tensor in zip(counts, matrices, strict=True))
         return float((squares / max(1, sum(counts))) ** 0.5)
 
+    def lines(self) -> list[str]:
+        """The report for people: a heading, a line per tensor, and one for all matrices."""
+        width = max(len(tensor.name) for tensor in self.tensors)
+        lines = [f"{self.name}: {self.n_bytes / 1e6:.1f} MB, {self.bits_per_weight:.2f} bits per weight"]
+        for tensor in self.tensors:
+            size = " × ".join(map(str, tensor.shape))
+            lines.append(f"  {tensor.name:<{width}}  {tensor.type:<7} {size:>15}  {tensor.error:9.4%}")
+        return [*lines, f"  {'all matrices':<{width}}  {'':<7} {'':>15}  {self.error:9.4%}"]
+
 
 def report_file(
     path: Path, plan: list[PlannedTensor], name: str, progress: Callable[[str, int, int], None]
