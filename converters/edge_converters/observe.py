@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from edge_converters.calibrate import SUFFIXES as PICTURE_SUFFIXES
 from edge_converters.importance import Importance
@@ -162,8 +163,6 @@ class Observer:
     """
 
     def __init__(self, path: Path) -> None:
-        from edge_kernels.compile import cpu_count
-
         self.file = GGUFFile(path)
         self._lib = lib = llama.library()
         self._op_name, self._name = llama.ggml_base().ggml_op_name, llama.ggml_base().ggml_get_name
@@ -182,7 +181,7 @@ class Observer:
         options = lib.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = PROMPT_TOKENS, CALL_TOKENS, CALL_TOKENS
         options.n_outputs_max = CALL_TOKENS
-        options.n_threads = options.n_threads_batch = cpu_count()
+        options.n_threads = options.n_threads_batch = psutil.cpu_count(logical=False) or 1
         self._callback = lib.ggml_backend_sched_eval_callback(self._on_tensor)
         options.cb_eval = self._callback
         self._context = lib.llama_init_from_model(self._model, options)
