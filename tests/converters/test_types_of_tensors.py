@@ -43,7 +43,7 @@ def test_vision_tensors_get_their_types(checkpoint: Path, tmp_path: Path, images
     assert (types["v.position_embd.weight"], types["v.patch_embd.weight"]) == ("Q8_0", "F32")
     assert types["resampler.query"] == types["v.blk.1.attn_q.bias"] == "F32"
     with Model.load(tmp_path) as model:
-        assert len(model.encode_image(images["square"])) == 10
+        assert len(model.encode_image(images["square"])) == 1
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_report_tells_errors_sizes_and_bits(checkpoint: Path, tmp_path: Path) 
     ):
         file, reference = GGUFFile(path), GGUFFile(plain)
         assert (found.name, found.n_bytes) == (path.name, path.stat().st_size)
-        assert [tensor.name for tensor in found.tensors] == list(file.tensors)
+        assert {tensor.name for tensor in found.tensors} == set(file.tensors)
         n_bytes = sum(info.n_bytes for info in file.tensors.values())
         n_values = sum(info.n_elements for info in file.tensors.values())
         assert found.bits_per_weight == pytest.approx(8 * n_bytes / n_values)
