@@ -39,9 +39,10 @@ TOOLS := $(REFERENCE)/llama.cpp
 reference: $(REFERENCE)/ready
 
 $(REFERENCE)/ready: .venv/ready
-	rm -rf $(REFERENCE) && mkdir -p $(REFERENCE)/bin $(TOOLS)
+	rm -rf $(REFERENCE) && mkdir -p $(REFERENCE)/bin
 	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(REFERENCE) "$(LLAMA)"
-	tar -xzf $(REFERENCE)/llama_cpp_python-*.tar.gz -C $(TOOLS) --strip-components=3 --wildcards '*/vendor/llama.cpp/*'
+	tar -xzf $(REFERENCE)/llama_cpp_python-*.tar.gz -C $(REFERENCE)
+	mv $(REFERENCE)/llama_cpp_python-*/vendor/llama.cpp $(TOOLS)
 	lib=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('platlib'))")/lib; \
 	for tool in quantize imatrix; do \
 		$(CXX) -O2 -std=c++17 -I$(TOOLS)/common -I$(TOOLS)/include -I$(TOOLS)/ggml/include \

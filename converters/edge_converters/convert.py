@@ -111,6 +111,7 @@ def convert_checkpoint(
     checkpoint = Checkpoint(source)
     plan = _plan(checkpoint, decoder_type, vision_type, lora, lora_adapter, imatrix)
     plan = _with_types(plan, tensor_types, vision_tensor_types)
+    _weigh(plan)
     result = Converted(
         Path(folder) / f"ggml-model-{plan.recipe.label}.gguf",
         Path(folder) / f"mmproj-model-{vision_type}.gguf",
@@ -185,6 +186,22 @@ def _with_types(plan: Plan, tensor_types: Sequence[str], vision_tensor_types: Se
     decoder = choose_types(tensor_types, plan.tensors, recipes.DECODER_OVERRIDES, "--tensor-type")
     vision = choose_types(vision_tensor_types, plan.vision_tensors, recipes.VISION_OVERRIDES, "--vision-tensor-type")
     return replace(plan, decoder_types=decoder, vision_types=vision)
+
+
+def _weigh(plan: Plan) -> None:
+    """Give an importance matrix to the tensors that are encoded here; those of a mix get theirs from llama.cpp."""
+    if plan.importance is None or plan.recipe.matrix is None:
+        return
+    squares = plan.importance.squares
+    searched = [t.name for t in plan.tensors if t.type not in recipes.NOT_SEARCHED and t.name in squares]
+    plan.tensors = [
+        replace(t, importance=partial(squares.__getitem__, t.name)) if t.name in searched else t for t in plan.tensors
+    ]
+    if not searched:
+        plan.notes.append(
+            f"{plan.importance.name} changes nothing: types of eight and more bits, as in {plan.recipe.label}, have "
+            "no scales to search for."
+        )
 
 
 def _write_vision(plan: Plan, mmproj: Path, final_name: str, pictures: str | Path | None, progress: Progress) -> None:

@@ -67,7 +67,10 @@ VISION_TYPES = {
 # The values' way through the resampler: four products in series with no residual to carry what they lose. Eight bits
 # here take 27 MB more at full size and a quarter (trained weights) to two thirds (random ones) of the error away.
 SENSITIVE = frozenset(f"resampler.{name}.weight" for name in ("kv", "attn.v", "attn.out", "proj"))
-SEARCHED = frozenset({Q.Q4_0})  # types that `encode_rows` writes and whose scales it can search for
+NOT_SEARCHED = frozenset({Q.F32, Q.F16, Q.BF16, Q.Q8_0})  # types whose scales no importance changes
+SEARCHED = frozenset(
+    {Q.Q4_0}
+)  # of the vision file: types that `encode_rows` writes and whose scales it can search for
 
 # A tensor's dtype → its type in the intermediate file that llama.cpp quantizes: the one that loses nothing.
 LOSSLESS = {"F32": Q.F32, "F16": Q.F16, "BF16": Q.BF16}

@@ -72,6 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_importance_matrix_equals_the_definition(exact_folder: Path, checkpoint: Path, folder: Path) -> None:
     """Mean squares of every input of every matrix, in double precision."""
     decoder, mmproj = exact_folder / "ggml-model-F32.gguf", exact_folder / "mmproj-model-f32.gguf"
@@ -98,6 +99,7 @@ def test_an_importance_matrix_equals_the_definition(exact_folder: Path, checkpoi
         )
 
 
+@pytest.mark.slow
 def test_calibration_fits_the_decoders_types_too(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     """Other scales than without, less error where the model looks, and a word about it in the file."""
     plain = convert_checkpoint(checkpoint, tmp_path / "plain").decoder
@@ -180,6 +182,22 @@ def test_a_matrix_changes_what_it_weighs(
     ]
     assert errors[0] < 0.5 * errors[1]
     np.testing.assert_array_equal(file.blocks("blk.1.ffn_up.weight"), plain.blocks("blk.1.ffn_up.weight"))
+
+
+def test_a_matrix_weighs_single_tensors_of_few_bits_in_plain_types(checkpoint: Path, tmp_path: Path) -> None:
+    """They are encoded here then, to the bytes that llama.cpp makes in a mix; without any, the user is told."""
+    name, weights = "blk.1.ffn_gate.weight", np.random.default_rng(0).uniform(0.01, 9, 256)
+    path = matrix_file(tmp_path / "m.gguf", {name: weights})
+    plain = convert_checkpoint(checkpoint, tmp_path / "q8_0", decoder_type="q8_0", imatrix=path)
+    assert any("m.gguf changes nothing" in note for note in plain.notes)
+    blocks = []
+    for kind in ("q8_0", "q4_k_s"):
+        files = convert_checkpoint(
+            checkpoint, tmp_path / f"{kind}-4", decoder_type=kind, imatrix=path, tensor_types=[f"{name}=q4_k"]
+        )
+        assert files.notes == ()
+        blocks.append(GGUFFile(files.decoder).blocks(name))
+    np.testing.assert_array_equal(*blocks)
 
 
 def refuse(checkpoint: Path, folder: Path, path: Path, match: str) -> None:
