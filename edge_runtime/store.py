@@ -68,11 +68,15 @@ def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
 
 
 def _decoders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.gguf") if not (_is_mmproj(p) or p.name.startswith(ADAPTER_PREFIX)))
+    return sorted(p for p in _models(folder) if not _is_mmproj(p))
 
 
 def _mmprojs(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.gguf") if _is_mmproj(p))
+    return sorted(p for p in _models(folder) if _is_mmproj(p))
+
+
+def _models(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("*.gguf") if not p.name.startswith(ADAPTER_PREFIX)]
 
 
 def _is_mmproj(path: Path) -> bool:

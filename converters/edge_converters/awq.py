@@ -19,6 +19,8 @@ Source of the layout: AutoAWQ `utils/packing_utils.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +35,7 @@ PER_WORD = 8
 BLOCK = 32  # values of a Q4_1 block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AwqMatrix(SourceTensor):
     """A matrix of 4-bit integers with a scale and a zero point per group."""
 
@@ -81,9 +83,19 @@ class AwqMatrix(SourceTensor):
         """Integers [i, rows], zero points and scales [groups, rows] of some rows, that is outputs."""
         first, last = start // PER_WORD, -(-stop // PER_WORD)
         cut = slice(start - first * PER_WORD, stop - first * PER_WORD)
-        integers = _unpack(self.qweight.array()[:, first:last])[:, cut]
-        zeros = _unpack(self.qzeros.array()[:, first:last])[:, cut].astype(np.float32)
-        return integers, zeros, self.scales.array()[:, start:stop].astype(np.float32)
+        qweight, qzeros, scales = _stored(self)
+        integers = _unpack(qweight[:, first:last])[:, cut]
+        zeros = _unpack(qzeros[:, first:last])[:, cut].astype(np.float32)
+        return integers, zeros, scales[:, start:stop].astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def _stored(matrix: AwqMatrix) -> tuple[npt.NDArray[Any], ...]:
+    """The three parts of the matrix at work: an output's values lie all over them, so they are read as a whole, once.
+
+    25 MB at full size. Matrices are told apart as objects, so no other checkpoint's is ever taken for it.
+    """
+    return matrix.qweight.array(), matrix.qzeros.array(), matrix.scales.array()
 
 
 def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:

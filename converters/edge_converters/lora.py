@@ -68,7 +68,7 @@ class Change:
         return np.float32(self.scale) * (self.b.float_rows(start, stop) @ a)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MergedTensor(SourceTensor):
     """A tensor with a change added to it."""
 

@@ -55,7 +55,7 @@ class BlockMaxima:
         return self.numbers[codes] * scales + np.float32(self.offset)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FourBitMatrix(SourceTensor):
     """A matrix of 4-bit numbers of a table."""
 

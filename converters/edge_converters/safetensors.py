@@ -37,9 +37,9 @@ STORED_DTYPES: dict[str, tuple[str, int]] = {  # NumPy's name and bytes
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SourceTensor(abc.ABC):
-    """A tensor under its official name, whatever its values are stored as."""
+    """A tensor under its official name, whatever its values are stored as; two are the same only as objects."""
 
     name: str
     dtype: str
@@ -70,7 +70,7 @@ class SourceTensor(abc.ABC):
         raise NotImplementedError(self.name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredTensor(SourceTensor):
     """A tensor as it lies in a safetensors file; its `dtype` may be one of integers too."""
 

@@ -263,6 +263,13 @@ def test_what_stands_in_an_adapter(adapted: Path, pairs: q.Pairs, lora: Path) ->
     assert find_model(adapted).decoder.name == "ggml-model-F32.gguf"
 
 
+def test_adapters_are_no_models_whatever_their_name(adapted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(adapted, tmp_path / "model")
+    (folder / "adapter-signs.gguf").rename(folder / "adapter-mmproj.gguf")
+    found = find_model(folder)
+    assert (found.decoder.name, found.mmproj.name) == ("ggml-model-F32.gguf", "mmproj-model-f32.gguf")
+
+
 def test_other_scales_are_put_into_b(copy: CheckpointCopy, tmp_path: Path) -> None:
     """llama.cpp knows alpha over rank alone."""
     names = [f"{LAYER}self_attn.{part}_proj.weight" for part in "qv"]
