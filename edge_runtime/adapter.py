@@ -18,6 +18,7 @@ from edge_runtime.weights import GGUFFile
 
 KINDS = {"general.type": "adapter", "general.architecture": "qwen3", "adapter.type": "lora"}
 KEY_ALPHA, KEY_TRIGGER = "adapter.lora.alpha", "adapter.alora.invocation_tokens"
+FLOAT32 = 6  # number of the type in GGUF
 SUFFIXES = (".lora_a", ".lora_b")
 TYPES = frozenset({"F32", "F16", "BF16", "Q8_0"})
 
@@ -59,8 +60,11 @@ def check_adapter(file: GGUFFile, decoder: GGUFFile) -> None:
     for key, expected in KINDS.items():
         if (value := file.metadata.get(key)) != expected:
             raise wrong(f"has {str(value)[:40]!r} for {key}")
-    if KEY_TRIGGER in file.metadata or not math.isfinite(file.get(KEY_ALPHA, float)):
-        raise wrong("is switched by tokens, or its alpha is no number")
+    # llama.cpp ends the process over an alpha that is stored as anything but float32.
+    if file.kinds.get(KEY_ALPHA) != FLOAT32 or not math.isfinite(file.metadata[KEY_ALPHA]):
+        raise wrong(f"holds {str(file.metadata.get(KEY_ALPHA))[:40]!r} for {KEY_ALPHA}, no float32 number")
+    if KEY_TRIGGER in file.metadata:
+        raise wrong("is switched by tokens, which is not supported")
     targets = sorted({re.sub(r"\.lora_[ab]$", "", name) for name in file.tensors})
     for name in targets:
         pair = [file.tensors.get(name + suffix) for suffix in SUFFIXES]

@@ -110,6 +110,7 @@ class GGUFFile:
     Attributes
     ----------
     metadata : key to value; arrays of numbers are ndarrays, arrays of strings are lists.
+    kinds : key to the number of its type in GGUF.
     tensors : name to `TensorInfo`, in file order.
 
     Raises
@@ -122,7 +123,7 @@ class GGUFFile:
         self.path = Path(path)
         self._data = _map(self.path)
         header = _Header(self.path, self._data)
-        self.metadata = header.metadata
+        self.metadata, self.kinds = header.metadata, header.kinds
         self.tensors = header.tensors
         self.alignment = header.alignment
 
@@ -273,6 +274,7 @@ class _Header:
         self.path, self.size, self.position = path, int(data.size), 0
         self.view = data.data
         self.metadata: dict[str, Any] = {}
+        self.kinds: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = {}
         n_tensors, n_keys = self._preamble()
         for _ in range(n_keys):
@@ -332,7 +334,8 @@ class _Header:
         key = self.text("a key", MAX_KEY_BYTES)
         if key in self.metadata:
             raise self.broken(f"the key {key} occurs twice")
-        self.metadata[key] = self._value(self.u32(f"the type of {key}"), key)
+        self.kinds[key] = self.u32(f"the type of {key}")
+        self.metadata[key] = self._value(self.kinds[key], key)
 
     def _value(self, kind: int, key: str) -> Any:
         if kind == _STRING:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf import GGUFWriter
 
 import quantised_copies as q
 from checkpoint_copies import CheckpointCopy, Stored, read_shard, shard_bytes, stored
@@ -395,6 +396,27 @@ def test_adapters_that_do_not_fit_are_refused_before_llama_cpp_sees_them(
         Model.load(exact_folder, lora=cut)
     with pytest.raises(ModelFileError, match=r"nowhere\.gguf"):
         Model.load(exact_folder, lora=tmp_path / "nowhere.gguf")
+
+
+@pytest.mark.parametrize("add", ["add_float64", "add_uint32", "add_string", None])
+def test_an_alpha_of_another_type_is_refused(
+    adapted: Path, exact_folder: Path, tmp_path: Path, add: str | None
+) -> None:
+    """llama.cpp would end the process."""
+    source, path = GGUFFile(adapted / "adapter-signs.gguf"), tmp_path / "other.gguf"
+    writer = GGUFWriter(path, "qwen3")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    if add is not None:
+        getattr(writer, add)("adapter.lora.alpha", "8" if add == "add_string" else 8)
+    for name in source.tensors:
+        writer.add_tensor(name, source.array(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelFileError, match=r"for adapter\.lora\.alpha, no float32 number"):
+        Model.load(exact_folder, lora=path)
 
 
 def test_changed_adapters_run_or_are_refused(adapted: Path, exact_folder: Path, tmp_path: Path) -> None:
