@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.errors import (
     BackendUnavailable,
     CheckpointError,
+    DownloadError,
     EdgeRuntimeError,
     EngineBusy,
     ImageError,
@@ -26,8 +27,10 @@ from edge_runtime.errors import (
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
+    from edge_runtime.grounding import Region
     from edge_runtime.model import Model
     from edge_runtime.streaming import Piece
+    from edge_runtime.tools import ToolCall
 
 __version__ = "0.1.0"
 
@@ -37,6 +40,7 @@ __all__ = [
     "AsyncAnswer",
     "BackendUnavailable",
     "CheckpointError",
+    "DownloadError",
     "EdgeRuntimeError",
     "EngineBusy",
     "ImageError",
@@ -46,6 +50,8 @@ __all__ = [
     "NotEnoughMemoryError",
     "Piece",
     "PromptTooLongError",
+    "Region",
+    "ToolCall",
     "UnsupportedModelError",
     "__version__",
 ]
@@ -56,6 +62,8 @@ _LAZY = {
     "AnswerStream": "answers",
     "AsyncAnswer": "answers",
     "Piece": "streaming",
+    "Region": "grounding",
+    "ToolCall": "tools",
 }
 
 

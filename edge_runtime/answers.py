@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_runtime.engine import Running
+from edge_runtime.errors import MessageError
+from edge_runtime.grounding import Region, find_regions
+from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.requests import Event, Finished, FinishReason, Progress
 from edge_runtime.streaming import Piece
+from edge_runtime.tools import MalformedCall, ToolCall
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,60 @@ class Answer:
     prompt_tokens: int
     visual_tokens: int
     cached_tokens: int
-    """Of the prompt: those that the KV cache still held from the request before."""
+    """Of the prompt: those that the KV cache still held from requests before, or that were kept on disk."""
     completion_tokens: int
     slices: list[list[int]]
     """[width, height] of everything that was encoded."""
+    dropped_turns: int = 0
+    """Oldest turns of the conversation that were left out; 0 unless `context_shift` was asked for."""
+    shortened: bool = False
+    """Whether a structured answer was brought to its end because tokens ran out: whole, but perhaps not all of it."""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    malformed_calls: list[MalformedCall] = field(default_factory=list)
+    """What was meant as a tool call and is none; it is part of the text, too."""
+    pictures: list[list[int]] = field(default_factory=list)
+    """[width, height] of the conversation's pictures, upright, in order."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """load, image, encode, prefill, first_token (since the call), decode, total"""
+    logprobs: list[TokenLogprobs] | None = None
+    """Of every token but the one that ended the answer; None when they were not asked for."""
 
     def __str__(self) -> str:
         return self.answer
+
+    def regions(self, picture: int = -1) -> list[Region]:
+        """Places that the answer names (`<box>`, `<quad>`, `<point>`), in pixels of a picture.
+
+        Parameters
+        ----------
+        picture : its number in the conversation, counted from 0. The answer does not say which one it is about;
+            the default is the last, which the question usually follows.
+
+        Raises
+        ------
+        MessageError
+            When there is no such picture.
+        """
+        if not -len(self.pictures) <= picture < len(self.pictures):
+            raise MessageError(
+                f"Places were asked for in picture {picture}, but the conversation has {len(self.pictures)} "
+                "pictures; they are counted from 0."
+            )
+        width, height = self.pictures[picture]
+        return find_regions(self.answer, (width, height))
+
+    def boxes(self, picture: int = -1) -> list[Region]:
+        """The `regions` that are boxes."""
+        return [region for region in self.regions(picture) if region.kind == "box"]
+
+    def message(self) -> dict[str, Any]:
+        """The answer as a message of the conversation, to be followed by the results of its calls (role `tool`)."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.answer}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_message() for call in self.tool_calls]
+        return message
 
 
 class AnswerStream:
@@ -42,9 +91,14 @@ class AnswerStream:
     cancelled or read on.
     """
 
-    def __init__(self, running: Running, finish: Callable[[str, str | None, Finished], Answer]) -> None:
+    def __init__(
+        self, running: Running, finish: Callable[[str, str | None, list[TokenLogprobs], Finished], Answer]
+    ) -> None:
         self._running, self._finish = running, finish
-        self._text: dict[str, list[str]] = {"answer": [], "reasoning": []}
+        self._logprobs: list[TokenLogprobs] = []
+        self._text: dict[str, list[str]] = {"answer": [], "reasoning": [], "tool_call": []}
+        self._calls: list[ToolCall] = []
+        self._malformed: list[MalformedCall] = []
         self._result: Answer | Exception | None = None
         self.on_progress: Callable[[Progress], None] = lambda progress: None
         """Called with the progress of encoding and prefill."""
@@ -78,12 +132,16 @@ class AnswerStream:
     def _take(self, event: Event) -> Piece | None:
         if isinstance(event, Piece):
             self._text[event.kind].append(event.text)
+            self._logprobs += event.logprobs
+            self._calls += [event.call] if event.call else []
+            self._malformed += [event.malformed] if event.malformed else []
             return event
         if isinstance(event, Progress):
             self.on_progress(event)
         else:
             reasoning = "".join(self._text["reasoning"])
-            self._result = self._finish("".join(self._text["answer"]), reasoning or None, event)
+            answer = self._finish("".join(self._text["answer"]), reasoning or None, self._logprobs, event)
+            self._result = replace(answer, tool_calls=self._calls, malformed_calls=self._malformed)
         return None
 
     def cancel(self) -> None:
@@ -104,6 +162,16 @@ class AnswerStream:
         return self._result
 
 
+def results(streams: Sequence[AnswerStream]) -> list[Answer]:
+    """Whole answers of several streams; if one fails or waiting is interrupted, the others are cancelled."""
+    try:
+        return [stream.result() for stream in streams]
+    except BaseException:
+        for stream in streams:
+            stream.cancel()
+        raise
+
+
 class AsyncAnswer:
     """An answer in an event loop: `await` it, or iterate over its `Piece`s with `async for` and await it then.
 
@@ -111,38 +179,41 @@ class AsyncAnswer:
 
     Parameters
     ----------
-    start : prepares and submits the request.
+    start : prepares and submits the request; told whether its pieces are wanted as they come.
     """
 
-    def __init__(self, start: Callable[[], AnswerStream]) -> None:
+    def __init__(self, start: Callable[[bool], AnswerStream]) -> None:
         self._start = start
         self._stream: AnswerStream | None = None
 
-    async def _started(self) -> AnswerStream:
+    async def _started(self, *, streaming: bool) -> AnswerStream:
         if self._stream is None:
-            self._stream = await asyncio.to_thread(self._start)
+            self._stream = await asyncio.to_thread(self._start, streaming)
         return self._stream
 
     def __aiter__(self) -> AsyncAnswer:
         return self
 
     async def __anext__(self) -> Piece:
-        try:
-            piece = await (await self._started()).next_piece()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+        piece = await self._next_piece(streaming=True)
         if piece is None:
             raise StopAsyncIteration
         return piece
+
+    async def _next_piece(self, *, streaming: bool) -> Piece | None:
+        try:
+            return await (await self._started(streaming=streaming)).next_piece()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     def __await__(self) -> Generator[Any, None, Answer]:
         return self._whole().__await__()
 
     async def _whole(self) -> Answer:
-        async for _ in self:
+        while await self._next_piece(streaming=False):
             pass
-        return (await self._started()).finished()
+        return (await self._started(streaming=False)).finished()
 
     def cancel(self) -> None:
         """Stop generating; the answer then ends with the reason `cancelled`."""

@@ -1,4 +1,4 @@
-"""edge-runtime run | convert | info: arguments in, exit code out.
+"""edge-runtime run | convert | bench | info: arguments in, exit code out. The store has its own, `store_commands`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -16,10 +16,11 @@ from typing import Any
 import click
 
 from edge_runtime import __version__
-from edge_runtime.errors import EdgeRuntimeError, ImageError
+from edge_runtime.command import INTERRUPTED, Command
+from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import PIXEL_LIMIT
-
-INTERRUPTED = 130  # what shells report for Ctrl-C
+from edge_runtime.store_commands import COMMANDS, announce
 
 # Arguments of `run` that end like this are files, whether they exist or not.
 FILE_SUFFIXES = (
@@ -27,21 +28,6 @@ FILE_SUFFIXES = (
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
     *(".pdf", ".mp4", ".mov", ".mkv", ".avi", ".webm"),
 )
-
-
-class Command(click.Command):
-    """A command whose known errors end with one sentence and exit code 1."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
-        try:
-            return super().invoke(ctx)
-        except EdgeRuntimeError as error:
-            click.echo(f"edge-runtime: {error}", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo(err=True)
-            ctx.exit(INTERRUPTED)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -53,6 +39,10 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
 
 
+for store_command in COMMANDS:
+    main.add_command(store_command)
+
+
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options that choose and set up a model."""
     count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
@@ -60,13 +50,37 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         (
             click.option(
-                "-m", "--model", default="demo", metavar="MODEL", help="demo, a folder or a .gguf file.  [demo]"
+                "-m",
+                "--model",
+                default="demo",
+                metavar="MODEL",
+                help="demo, a pulled model, a folder or a file.  [demo]",
             ),
             click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
-            click.option("--lora", **file, help="Adapter file for the decoder."),
             click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
             click.option("--threads", **count, help="Threads.  [physical cores]"),
             click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
+            click.option(
+                "--kv-type",
+                type=click.Choice(["f16", "q8_0", "q4_0"]),
+                metavar="TYPE",
+                help="KV cache in f16, q8_0 or q4_0.  [f16]",
+            ),
+            click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture."),
+            click.option("--lora", **file, help="LoRA adapter (GGUF) to answer with."),
+            click.option(
+                "--cache-dir",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Keep encoded pictures and read prompts here.",
+            ),
+            click.option(
+                "--cache-limit",
+                type=click.FloatRange(0, min_open=True),
+                metavar="GB",
+                default=DEFAULT_LIMIT_BYTES / 2**30,
+                help="Most that DIR may hold.  [4]",
+            ),
             click.option("--force", is_flag=True, help="Load it even if memory seems too short."),
         )
     ):
@@ -100,8 +114,22 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="[1.03; thinking: 1]",
             ),
             click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
+            click.option("--typical-p", type=click.FloatRange(0, 1), metavar="X", help="[1]"),
+            click.option("--presence-penalty", type=float, metavar="X", help="[0]"),
+            click.option("--frequency-penalty", type=float, metavar="X", help="[0]"),
+            click.option("--beams", **count, help="Search with N beams; officially 3.  [1: none]"),
             click.option("--seed", type=click.IntRange(0), metavar="N", help="Repeats an answer.  [random]"),
             click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
+            click.option(
+                "--no-repetition-check",
+                "repetition_check",
+                is_flag=True,
+                default=True,
+                flag_value=False,
+                help="Let an answer go in circles.",
+            ),
+            click.option("--context-shift", is_flag=True, help="Drop oldest turns that do not fit."),
+            click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema the answer must follow."),
             click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
         )
     ):
@@ -115,7 +143,18 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: of each token and N alternatives."
+)
+@click.option("--draw", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the places the answer names.")
+def run(
+    arguments: tuple[str, ...],
+    system: str | None,
+    as_json: bool,
+    logprobs: int | None,
+    draw: Path | None,
+    **options: Any,
+) -> None:
     """Answer a question about pictures, or chat.
 
     Arguments keep their order: pictures and text may alternate. Without text, a chat begins.
@@ -123,18 +162,33 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
     \b
     edge-runtime run photo.jpg "What is on the sign?"
     edge-runtime run before.png after.png "What has changed?" --think
+    edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
     """
     from edge_runtime import console
+    from edge_runtime.grounding import check_drawing
     from edge_runtime.model import Model
 
     content = parse_arguments(arguments)
     chatting = not any(isinstance(part, str) for part in content)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
-    setup = {name: options.pop(name) for name in ("mmproj", "lora", "exact", "force")}
-    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
-    name = options.pop("model")
-    request = {"thinking": options.pop("think"), "pixel_limit": options.pop("max_pixels"), **options}
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs is printed as JSON: add --json.")
+    if draw is not None:
+        if chatting or not any(isinstance(part, Path) for part in content):
+            raise click.UsageError("--draw needs a picture and a question.")
+        check_drawing(draw)
+    if options["schema"] is not None:
+        options["schema"] = read_schema(options["schema"])
+    name, setup, adapter = take_setup(options)
+    request = {
+        "adapter": adapter,
+        "thinking": options.pop("think"),
+        "pixel_limit": options.pop("max_pixels"),
+        "logprobs": logprobs is not None,
+        "top_logprobs": logprobs or 0,
+        **options,
+    }
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     with Model.load(name, **setup) as model:
         if chatting:
@@ -145,9 +199,55 @@ def run(arguments: tuple[str, ...], system: str | None, as_json: bool, **options
         messages.append({"role": "user", "content": content})
         answer = console.answer(model, messages, request, quiet=as_json)
         if as_json:
-            click.echo(json.dumps(asdict(answer), ensure_ascii=False))
+            found = asdict(answer)
+            if logprobs is None:
+                del found["logprobs"]
+            click.echo(json.dumps(found, ensure_ascii=False))
+        if draw is not None:
+            pictures = [part for part in content if isinstance(part, Path)]
+            console.draw_places(answer, pictures[-1], draw, request["pixel_limit"])
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
+
+
+def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:
+    """Take the values of `model_options` out of a command's options.
+
+    Returns
+    -------
+    name, setup, adapter : the model, keyword arguments of `Model.load`, and the adapter requests are to choose.
+    """
+    setup = {name: options.pop(name) for name in ("mmproj", "exact", "force", "kv_type", "low_memory", "cache_dir")}
+    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
+    setup["cache_limit"] = max(1, int(options.pop("cache_limit") * 2**30))
+    lora: Path | None = options.pop("lora")
+    adapter = None if lora is None else lora.name
+    setup["adapters"] = {} if lora is None else {adapter: lora}
+    return options.pop("model"), setup, adapter
+
+
+def read_schema(source: str) -> Any:
+    """A JSON schema from its text or from a file.
+
+    Raises
+    ------
+    MessageError
+        When there is no such file, or what is there is not JSON.
+    """
+    text, name = source, "--schema"
+    if not source.lstrip().startswith("{"):
+        name = source
+        try:
+            text = Path(source).expanduser().read_text("utf-8")
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no UTF-8
+            reason = getattr(error, "strerror", None) or error
+            raise MessageError(
+                f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that begins with '{{'."
+            ) from None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"{name} is not valid JSON: {error}; expected a JSON schema.") from None
 
 
 def parse_arguments(arguments: Sequence[str]) -> list[str | Path]:
@@ -192,7 +292,7 @@ def _is_file(argument: str) -> bool:
 
 
 @main.command(cls=Command)
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files.  [default: models/NAME]")
 @click.option("--type", "decoder_type", metavar="TYPE", help="Decoder type.  [default: q4_k_m; AWQ: q4_1]")
 @click.option("--vision-type", default="q8_0", show_default=True, metavar="TYPE", help="Type of the vision part.")
@@ -214,10 +314,11 @@ def _is_file(argument: str) -> bool:
 )
 @click.option("--report", is_flag=True, help="Tell what the types cost, tensor by tensor.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
-def convert(source: Path, output: Path | None, report: bool, **options: Any) -> None:
+def convert(source: str, output: Path | None, report: bool, **options: Any) -> None:
     """Convert a MiniCPM-V 4.5 checkpoint (Hugging Face layout) into GGUF files.
 
-    The checkpoint may be quantised by bitsandbytes or AutoAWQ to 4 bits.
+    SOURCE is a folder, or hf:ORG/REPO or ms:ORG/REPO, which is pulled first. It may be quantised by bitsandbytes or
+    AutoAWQ to 4 bits.
 
     \b
     Decoder types: f32 f16 bf16 q8_0 q6_k q5_k_m q4_k_m q4_k_s q4_1 q4_0 iq4_nl
@@ -225,6 +326,7 @@ def convert(source: Path, output: Path | None, report: bool, **options: Any) -> 
     """
     from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint
     from edge_runtime import console
+    from edge_runtime.pulling import fetch_checkpoint
 
     for name, known, option in (
         ("decoder_type", DECODER_TYPES, "--type"),
@@ -233,15 +335,34 @@ def convert(source: Path, output: Path | None, report: bool, **options: Any) -> 
         options[name] = options[name] and options[name].lower()
         if options[name] not in (None, *known):
             raise click.UsageError(f"{option} is {options[name]!r}; expected one of {', '.join(known)}.")
-    folder = output or Path("models") / source.resolve().name
     with console.ConvertProgress() as progress:
-        files = convert_checkpoint(source, folder, report=report, progress=progress, **options)
+        checkpoint, name = fetch_checkpoint(source, progress, announce)
+        folder = output or Path("models") / name
+        files = convert_checkpoint(checkpoint, folder, report=report, progress=progress, **options)
     for line in (line for found in files.reports for line in found.lines()):
         click.echo(line)
     for path in filter(None, (files.decoder, files.mmproj, files.adapter)):
         click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     for sentence in files.notes:
         console.note(sentence)
+
+
+@main.command(cls=Command)
+@model_options
+@click.option("--tune", "tuning", is_flag=True, help="Find the fastest settings and remember them.")
+@click.option("--budget", type=click.FloatRange(1), default=120, metavar="S", help="Seconds for --tune.  [120]")
+def bench(tuning: bool, budget: float, **options: Any) -> None:
+    """Measure a model on this machine: prefill, generation, picture encoding.
+
+    With --tune, measures threads, micro-batch, KV type and repacked weights first; what was best is used whenever
+    this model is loaded on this machine. The last line is one JSON object.
+    """
+    from edge_runtime.bench import measure, tune_model
+
+    name, setup, _ = take_setup(options)
+    facts = tune_model(name, setup["mmproj"], budget, click.echo) if tuning else {}
+    facts |= measure(name, setup, click.echo)
+    click.echo(json.dumps(facts))
 
 
 @main.command(cls=Command)

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
+from edge_runtime.grounding import draw_regions, save_drawing
+from edge_runtime.image import load_image
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from edge_runtime.answers import Answer
     from edge_runtime.model import Model
     from edge_runtime.requests import Progress
@@ -40,7 +45,7 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     progress = AnswerProgress()
     if any(not isinstance(part, str) for message in messages for part in message["content"]):
         note_first_compile()
-    stream = model.chat(messages, stream=True, on_image=progress.on_image, **options)
+    (stream,) = model.submit(messages, on_image=progress.on_image, **options)
     stream.on_progress = progress.on_event
     printed = Printer(quiet)
     try:
@@ -55,7 +60,20 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     finally:
         progress.clear()
         printed.end()
-    return stream.result()
+    result = stream.result()
+    if result.dropped_turns:
+        note(f"The context is full: the oldest {result.dropped_turns} turns of the conversation were left out.")
+    return result
+
+
+def draw_places(answer: Answer, picture: Path, target: Path, pixel_limit: int) -> None:
+    """Draw the places that an answer names onto a copy of its last picture."""
+    regions = answer.regions()
+    if not regions:
+        note(f"The answer names no place in the picture, so {target} was not written.")
+        return
+    save_drawing(draw_regions(load_image(picture, pixel_limit=pixel_limit), regions), target)
+    note(f"{target}: {len(regions)} {'place' if len(regions) == 1 else 'places'} drawn.")
 
 
 class Printer:
@@ -108,9 +126,9 @@ class AnswerProgress:
     def on_event(self, event: Progress) -> None:
         """The engine made progress."""
         if event.stage == "encode":
-            self._show(f"looking at slices {event.done}/{event.total}")
-        elif event.done == 0:
-            self._show(f"reading the prompt, {event.total} tokens")
+            self._show(f"looking at {event.total} slices, {event.share:.0%}")
+        elif event.done < event.total:
+            self._show(f"reading the prompt, {event.total} tokens, {event.share:.0%}")
 
     def _show(self, text: str) -> None:
         if self._live:
@@ -125,7 +143,7 @@ class AnswerProgress:
 
 
 class ConvertProgress:
-    """A progress bar per stage of a conversion, shown on a terminal only."""
+    """A progress bar per stage of a conversion or file of a download, shown on a terminal only."""
 
     _UNITS: ClassVar = {"quantize": " tensors", "calibrate": " slices", "observe": " tokens", "report": " tensors"}
 

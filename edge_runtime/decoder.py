@@ -9,24 +9,27 @@ position is a key, and equal keys mean equal embeddings.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edge_runtime import llama
-from edge_runtime.adapter import attach_adapter
+from edge_runtime.adapters import Adapters
 from edge_runtime.config import decoder_config
-from edge_runtime.errors import ModelFileError, PromptTooLongError
+from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
+from edge_runtime.kv_state import KVRows, UnknownState, build, parse
 from edge_runtime.weights import Float32, GGUFFile
 
 CHUNK_TOKENS = 512
 """Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
 DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
+KV_TYPES = ("f16", "q8_0", "q4_0")
 FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
 
 
@@ -63,14 +66,50 @@ class DecoderOptions:
     n_threads: int = 1
     n_sequences: int = N_SEQUENCES
     """Requests that can be computed side by side."""
-    adapter: str | Path | None = None
-    """LoRA in a GGUF file, see `adapter`."""
+    kv_type: str | None = None
+    """One of `KV_TYPES`; None takes the default of the arithmetic."""
+    n_ubatch: int = CHUNK_TOKENS
+    """Positions that llama.cpp works on at a time inside a call."""
+    repack: bool = False
+    """Copy the weights into another order when loading; needs their size in memory again."""
+    adapters: Mapping[str, str | Path] = field(default_factory=dict)
+    """Name to LoRA file."""
 
 
 def common_beginning(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
     """Number of positions at which two sequences begin alike."""
     limit = min(len(one), len(other))
     return next((i for i in range(limit) if one[i] != other[i]), limit)
+
+
+def choose_kv_type(file: GGUFFile, asked: str | None, *, exact: bool) -> str:
+    """Type of the KV cache: what was asked for, checked; float32 for exact arithmetic, float16 otherwise.
+
+    Raises
+    ------
+    MessageError
+        When the type is unknown, or does not go with this model or with exact arithmetic.
+    """
+    default = "f32" if exact else "f16"
+    chosen = asked or default
+    if chosen not in (KV_TYPES if not exact else (default,)):
+        expected = "'f32', which exact arithmetic needs" if exact else f"one of {', '.join(KV_TYPES)}"
+        raise MessageError(f"The KV type is {chosen!r}; expected {expected}.")
+    heads = file.get("qwen3.attention.head_count", int, 1)
+    width = file.get("qwen3.attention.key_length", int, file.get("qwen3.embedding_length", int) // heads)
+    block = GGML_QUANT_SIZES[GGMLQuantizationType[chosen.upper()]][0]
+    if width % block:
+        raise MessageError(
+            f"The KV type is {chosen!r}, which stores blocks of {block} numbers, but heads of {file.path.name} have "
+            f"{width}; expected f16 for this model."
+        )
+    return chosen
+
+
+def kv_bytes(kv_type: str, n: int) -> int:
+    """Bytes of `n` numbers in a KV cache, whole blocks."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kv_type.upper()]]
+    return int(n // block * size)
 
 
 class Decoder:
@@ -94,20 +133,29 @@ class Decoder:
         self._batches: list[Any] = []
         self._cancelled: Callable[[], bool] = lambda: False
         self.n_sequences = options.n_sequences
-        # One more than requests can have: for `prefill` and `decode`.
+        # One more than requests can have: for `prefill` and `decode`, and between `read_rows` and `append_rows`.
         self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1)]
+        self._adapters: Adapters | None = None
         self._lib = lib = llama.library()
-        self._model = self._load_model()
+        self.kv_type = choose_kv_type(self.file, options.kv_type, exact=options.exact)
+        self._model = self._load_model(repack=options.repack)
+        try:
+            self._adapters = Adapters(self._model, self.file, options.adapters)
+        except BaseException:
+            self.close()
+            raise
         self.n_ctx = min(options.n_ctx, self.config.context_length)
         params = lib.llama_context_default_params()
         params.n_seq_max = params.n_outputs_max = options.n_sequences + 1  # one row of logits per sequence and call
         params.n_ctx = max(self.n_ctx, params.n_seq_max)  # with fewer cells than sequences llama.cpp aborts
-        params.n_batch = params.n_ubatch = CHUNK_TOKENS
+        params.n_batch, params.n_ubatch = CHUNK_TOKENS, min(options.n_ubatch, CHUNK_TOKENS)
         params.kv_unified = True  # what is free belongs to whoever needs it, and a shared beginning is held once
         params.n_threads = params.n_threads_batch = options.n_threads
+        params.type_k = params.type_v = GGMLQuantizationType[self.kv_type.upper()]
         if options.exact:
-            params.type_k = params.type_v = lib.GGML_TYPE_F32
             params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        elif self.kv_type != "f16":
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED  # quantised values need it
         self._abort = lib.ggml_abort_callback(lambda _data: self._cancelled())
         params.abort_callback = self._abort
         self._context = lib.llama_init_from_model(self._model, params)
@@ -117,23 +165,19 @@ class Decoder:
                 f"llama.cpp cannot set up a context of {self.n_ctx} tokens for {self.file.path.name}: "
                 f"{llama.last_errors()}; try a smaller --ctx."
             )
-        if options.adapter is not None:
-            try:
-                attach_adapter(self._model, self._context, self.file, Path(options.adapter))
-            except BaseException:
-                self.close()
-                raise
+        self.chunk = min(CHUNK_TOKENS, lib.llama_n_batch(self._context))
+        """Most positions of a call: fewer than `CHUNK_TOKENS` in a small context, where llama.cpp aborts at more."""
         self._embedding_batch = lib.llama_batch_init(CHUNK_TOKENS, self.config.hidden, 1)
         self._token_batch = lib.llama_batch_init(CHUNK_TOKENS, 0, 1)
         self._batches += [self._embedding_batch, self._token_batch]
 
-    def _load_model(self) -> Any:
+    def _load_model(self, *, repack: bool) -> Any:
         lib = self._lib
         params = lib.llama_model_default_params()
         params.n_gpu_layers = 0
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
         # Repacked weights cost 3.6 GB and 15 s of loading at full size, and make prefill slower (2 cores measured).
-        params.use_extra_bufts = False
+        params.use_extra_bufts = repack
         with llama.watch_log(lambda line: None):
             model = lib.llama_model_load_from_file(str(self.file.path).encode(), params)
         if not model:
@@ -141,6 +185,12 @@ class Decoder:
                 f"llama.cpp refuses {self.file.path.name}: {llama.last_errors()}; convert or download it again."
             )
         return model
+
+    @property
+    def adapters(self) -> Adapters:
+        """LoRA adapters that `step` can compute with."""
+        assert self._adapters is not None
+        return self._adapters
 
     @property
     def context(self) -> Any:
@@ -175,7 +225,7 @@ class Decoder:
 
         The last one is to be computed again in any case, or there would be no logits.
         """
-        return common_beginning(self._held[sequence], keys[:-1])
+        return common_beginning([*self._held[sequence]], keys[:-1])  # a copy: other threads may ask for a hint
 
     def rewind(self, sequence: int, n: int = 0) -> None:
         """Cut a sequence off behind its first `n` positions."""
@@ -189,12 +239,64 @@ class Decoder:
         self._lib.llama_memory_seq_cp(self._lib.llama_get_memory(self._context), source, sequence, 0, n)
         self._held[sequence] = self._held[source][:n]
 
-    def step(self, parts: Sequence[Part], cancelled: Callable[[], bool] = lambda: False) -> list[int]:
-        """Append parts to their sequences in one call; at most `CHUNK_TOKENS` positions together.
+    def read_rows(self, sequence: int, first: int, end: int) -> KVRows:
+        """Copy what the KV cache holds of positions `first` to `end` - 1 of a sequence.
+
+        Raises
+        ------
+        UnknownState
+            When llama.cpp saves it in a form that is not known.
+        """
+        spare, lib = self.n_sequences, self._lib
+        self.rewind(spare)
+        lib.llama_memory_seq_cp(lib.llama_get_memory(self._context), sequence, spare, first, end)
+        try:
+            state = np.empty(lib.llama_state_seq_get_size(self._context, spare), np.uint8)
+            lib.llama_state_seq_get_data(self._context, _pointer(state), len(state), spare)
+        finally:
+            self.rewind(spare)
+        rows = parse(state)
+        if len(rows) != end - first:
+            raise UnknownState(f"{len(rows)} cells instead of {end - first}")
+        return rows
+
+    def append_rows(self, sequence: int, keys: Sequence[Hashable], rows: KVRows) -> None:
+        """Append positions that were computed before, or elsewhere; the other way to fill a sequence than `step`.
+
+        Parameters
+        ----------
+        keys : what stands at the new positions, one for each row.
+
+        Raises
+        ------
+        CacheFull
+            When there is no room, or the rows are of another kind of KV cache; the sequences are as before.
+        """
+        spare, lib, first = self.n_sequences, self._lib, self.held(sequence)
+        state = build(rows, first)
+        # Into a sequence of its own: llama.cpp empties the one that it fills.
+        self.rewind(spare)
+        with llama.watch_log(lambda line: None):
+            n_read = lib.llama_state_seq_set_data(self._context, _pointer(state), len(state), spare)
+        if n_read != len(state):
+            self.rewind(spare)
+            raise CacheFull(llama.last_errors())
+        lib.llama_memory_seq_cp(lib.llama_get_memory(self._context), spare, sequence, first, first + len(rows))
+        self.rewind(spare)
+        self._held[sequence] += keys
+
+    def step(
+        self,
+        parts: Sequence[Part],
+        cancelled: Callable[[], bool] = lambda: False,
+        adapter: str | None = None,
+    ) -> list[int]:
+        """Append parts to their sequences in one call; at most `chunk` positions together.
 
         Parameters
         ----------
         cancelled : asked often, from inside llama.cpp.
+        adapter : name of the LoRA adapter to compute with.
 
         Returns
         -------
@@ -218,6 +320,7 @@ class Decoder:
             batch.logits[n - 1] = part.wants_logits
             rows.append(n - 1)
         batch.n_tokens = n
+        self.adapters.use(self._context, adapter)
         self._cancelled = cancelled
         try:
             with llama.watch_log(lambda line: None):
@@ -253,7 +356,7 @@ class Decoder:
         ctypes.memmove(self._embedding_batch.embd, embeddings.ctypes.data, embeddings.nbytes)
         return self._embedding_batch
 
-    def prefill(self, embeddings: Float32) -> None:
+    def prefill(self, embeddings: Float32, adapter: str | None = None) -> None:
         """Compute embeddings in a sequence of their own, outside any request; `decode` goes on with it.
 
         Parameters
@@ -264,16 +367,20 @@ class Decoder:
         self.rewind(self.n_sequences)
         for start in range(0, len(embeddings), CHUNK_TOKENS):
             chunk = embeddings[start : start + CHUNK_TOKENS]
-            self.step([Part(self.n_sequences, [object() for _ in chunk], chunk)])
+            self.step([Part(self.n_sequences, [object() for _ in chunk], chunk)], adapter=adapter)
 
-    def decode(self, token_id: int) -> None:
+    def decode(self, token_id: int, adapter: str | None = None) -> None:
         """Append one token to what `prefill` began."""
-        self.step([Part(self.n_sequences, [token_id])])
+        self.step([Part(self.n_sequences, [token_id])], adapter=adapter)
 
     def logits(self, row: int = -1) -> Float32:
         """Logits of a row of the last call: ndarray [shape=(vocabulary,), float32], a copy."""
+        return self.logits_view(row).copy()
+
+    def logits_view(self, row: int = -1) -> Float32:
+        """As `logits`, but llama.cpp's own memory, which the next call overwrites; not to be written to."""
         pointer = self._lib.llama_get_logits_ith(self._context, row)
-        return np.ctypeslib.as_array(pointer, (self.config.vocabulary,)).copy()
+        return np.ctypeslib.as_array(pointer, (self.config.vocabulary,))
 
     def close(self) -> None:
         """Free the model and its context; further calls do nothing."""
@@ -281,6 +388,12 @@ class Decoder:
             for batch in self._batches:
                 self._lib.llama_batch_free(batch)
             self._lib.llama_free(self._context)
+        if self._adapters:
+            self._adapters.close()
         if self._model:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
+
+
+def _pointer(data: npt.NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))

@@ -10,19 +10,22 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
+from edge_runtime.keeping import Keeping
 from edge_runtime.requests import Event, EventQueue, Request, Task
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.tokenizer import Tokenizer
 
 MOST_REQUESTS = 64
 """Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""
+REST_AFTER_S = 0.2
+"""Without a request; then memory is given back."""
 R = TypeVar("R")
 
 
@@ -37,8 +40,8 @@ class _Call:
 class Running:
     """A submitted request: take its events one by one, or cancel it. Forgetting it cancels it too."""
 
-    def __init__(self, events: EventQueue, cancelled: threading.Event) -> None:
-        self._events, self._cancelled = events, cancelled
+    def __init__(self, task: Task, cancelled: threading.Event) -> None:
+        self._task, self._cancelled = task, cancelled
 
     def next_event(self) -> Event:
         """Wait for the next event; `Finished` is the last.
@@ -50,17 +53,18 @@ class Running:
         EdgeRuntimeError
             When the request failed; no event follows.
         """
-        event: Event = _checked(self._events.get())
+        event: Event = _checked(self._task.events.get())
         return event
 
     async def next_event_async(self) -> Event:
         """Wait for the next event in an event loop; otherwise as `next_event`."""
-        event: Event = _checked(await self._events.get_async())
+        event: Event = _checked(await self._task.events.get_async())
         return event
 
     def cancel(self) -> None:
-        """End the request; its last event says `cancelled`."""
+        """End the request; its last event, sent at once, says `cancelled`. The engine leaves it as soon as it can."""
         self._cancelled.set()
+        self._task.finish("cancelled")
 
     def __del__(self) -> None:
         """Nobody listens any more."""
@@ -76,17 +80,23 @@ def _checked(event: Any) -> Any:
 class Engine:
     """Owns encoder and decoder, and the thread that runs them."""
 
-    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer) -> None:
-        self._decoder = decoder
+    def __init__(
+        self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, keeping: Keeping | None = None
+    ) -> None:
+        self._decoder, self._keeping = decoder, keeping or Keeping()
+        self._open: weakref.WeakSet[Task] = weakref.WeakSet()
+        self._opening = threading.Lock()
         self._inbox: queue.SimpleQueue[Task | _Call | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
-        self._scheduler = Scheduler(encoder, decoder, tokenizer)
+        self._scheduler = Scheduler(encoder, decoder, tokenizer, self._keeping)
         self._thread = threading.Thread(
             target=_work, args=(self._inbox, self._scheduler), name="edge-runtime inference", daemon=True
         )
         self._thread.start()
         # Runs at exit too: a thread inside llama.cpp while the interpreter goes down would crash it.
-        self._close = weakref.finalize(self, _shut_down, self._inbox, self._stopping, self._thread, decoder)
+        self._close = weakref.finalize(
+            self, _shut_down, self._inbox, self._stopping, self._thread, decoder, self._keeping
+        )
 
     def submit(self, request: Request) -> Running:
         """Queue a request.
@@ -99,14 +109,33 @@ class Engine:
             When too many requests wait already.
         """
         self._decoder.check_length(len(request.prompt.ids))
+        self._decoder.adapters.check(request.adapter)
         self._check_open()
-        waiting = self._scheduler.n_tasks + self._inbox.qsize()
-        if waiting >= MOST_REQUESTS:
-            raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
         cancelled, stopping = threading.Event(), self._stopping
         task = Task(request, lambda: cancelled.is_set() or stopping.is_set())
+        with self._opening:
+            waiting = sum(not task.is_finished for task in self._open)
+            if waiting >= MOST_REQUESTS:
+                raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
+            self._open.add(task)
+        if self._keeping.prefixes is not None:
+            task.keys = request.keys()
+            adapter = self._decoder.adapters.identities[request.adapter]
+            task.saved = self._keeping.prefixes.find(task.keys, adapter, self._scheduler.remembered(task))
         self._inbox.put(task)
-        return Running(task.events, cancelled)
+        return Running(task, cancelled)
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Running]:
+        """Queue several requests, or none of them; otherwise as `submit`."""
+        begun: list[Running] = []
+        try:
+            for request in requests:
+                begun.append(self.submit(request))  # noqa: PERF401 - what precedes a refusal must be known
+        except EdgeRuntimeError:
+            for running in begun:  # not left to the collector: the exception keeps them alive
+                running.cancel()
+            raise
+        return begun
 
     def call(self, function: Callable[[], R]) -> R:
         """Run a function on the inference thread and return its result; for work outside a request."""
@@ -128,7 +157,7 @@ def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -
     """Body of the thread. It must not refer to the engine, or that would never be collected."""
     while True:
         while not scheduler.is_busy or not inbox.empty():
-            item = inbox.get()
+            item = _next_item(inbox, scheduler)
             if item is None:
                 scheduler.close()
                 return
@@ -143,6 +172,15 @@ def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -
             scheduler.fail_all(error)
 
 
+def _next_item(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -> Task | _Call | None:
+    """Wait for something to do; when nothing comes for a moment, the scheduler may rest."""
+    try:
+        return inbox.get(timeout=REST_AFTER_S)
+    except queue.Empty:
+        scheduler.rest()
+        return inbox.get()
+
+
 def _run(call: _Call) -> None:
     try:
         call.events.put((call.function(),))
@@ -155,9 +193,11 @@ def _shut_down(
     stopping: threading.Event,
     thread: threading.Thread,
     decoder: Decoder,
+    keeping: Keeping,
 ) -> None:
     stopping.set()
     inbox.put(None)
     if thread is not threading.current_thread():
         thread.join()
+    keeping.close()
     decoder.close()

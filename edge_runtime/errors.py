@@ -6,6 +6,7 @@ Each message is one sentence or two with three parts: what was found, what was e
     ├── ModelFileError          a model file is missing, damaged, ambiguous or does not fit its partner
     │   └── UnsupportedModelError   the file is sound but of another architecture or a type we cannot run
     ├── CheckpointError         a Hugging Face checkpoint cannot be converted
+    ├── DownloadError           a model cannot be fetched, or what came is not what was announced
     ├── ImageError              a picture cannot be read, or is too large to be encoded
     ├── MessageError            a message, option or temporal id has the wrong form
     ├── PromptTooLongError      the prompt does not fit into the context
@@ -29,6 +30,10 @@ class UnsupportedModelError(ModelFileError):
 
 class CheckpointError(EdgeRuntimeError):
     """A Hugging Face checkpoint that cannot be converted, or an output that must not be overwritten."""
+
+
+class DownloadError(EdgeRuntimeError):
+    """A model that cannot be fetched or stored, or that arrived other than it was announced."""
 
 
 class ImageError(EdgeRuntimeError):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
 
-from edge_runtime.decoder import CHUNK_TOKENS, DEFAULT_CONTEXT
+from edge_runtime.decoder import CHUNK_TOKENS, DEFAULT_CONTEXT, kv_bytes
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder
 from edge_runtime.errors import NotEnoughMemoryError
 from edge_runtime.weights import GGUFFile
@@ -27,11 +29,14 @@ class Needs:
     """llama.cpp's buffers for one call."""
     vision: int
     """Weights repacked for the kernels, and the activations of one batch."""
+    in_turns: bool = False
+    """Whether the two take turns: vision weights are dropped after use, and the decoder's are mapped."""
 
     @property
     def total(self) -> int:
-        """Everything together."""
-        return sum(asdict(self).values())
+        """Everything that is in memory at the same time."""
+        largest = max(self.weights, self.vision) if self.in_turns else self.weights + self.vision
+        return self.kv_cache + self.compute + largest
 
 
 def available_bytes(root: Path = CGROUP) -> int:
@@ -48,13 +53,44 @@ def available_bytes(root: Path = CGROUP) -> int:
     return max(0, free)
 
 
-def reckon(decoder: GGUFFile, encoder: ImageEncoder, n_ctx: int, *, exact: bool) -> Needs:
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library than glibc, which gives memory back by itself
+        return None
+
+
+def give_back() -> None:
+    """Give memory that was freed back to the system, where the C library would keep it for itself.
+
+    Batches of slices of changing sizes leave glibc with free pieces as large as all that is in use.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+def reckon(
+    decoder: GGUFFile,
+    encoder: ImageEncoder,
+    n_ctx: int,
+    *,
+    exact: bool,
+    kv_type: str | None = None,
+    repack: bool = False,
+    low_memory: bool = False,
+) -> Needs:
     """Needs of a model whose files passed their checks.
 
     Parameters
     ----------
     n_ctx : positions of the KV cache.
+    kv_type : of its numbers; None takes the default of the arithmetic.
+    repack : whether weights are copied when the decoder is loaded.
+    low_memory : whether vision weights are dropped after pictures were encoded.
     """
+    stored = kv_type or ("f32" if exact else "f16")
 
     def number(key: str, default: int = 0) -> int:
         return decoder.get(f"qwen3.{key}", int, default)
@@ -62,16 +98,18 @@ def reckon(decoder: GGUFFile, encoder: ImageEncoder, n_ctx: int, *, exact: bool)
     heads = number("attention.head_count", 1)
     width = number("embedding_length")
     head = number("attention.key_length", width // heads), number("attention.value_length", width // heads)
-    per_position = number("block_count") * number("attention.head_count_kv", heads) * sum(head) * (4 if exact else 2)
+    kv_heads = number("attention.head_count_kv", heads)
+    per_position = number("block_count") * sum(kv_bytes(stored, kv_heads * n) for n in head)
     mlp = number("feed_forward_length")
     matrices = sum(info.n_elements for info in encoder.file.tensors.values() if len(info.shape) == 2)
     vision = encoder.tower.config
     activations = BATCH_PATCHES * 4 * (8 * vision.width + vision.mlp + 4 * encoder.hidden)
     return Needs(
-        weights=decoder.path.stat().st_size,
+        weights=decoder.path.stat().st_size * (2 if repack else 1),
         kv_cache=n_ctx * per_position,
         compute=CHUNK_TOKENS * 4 * (6 * width + 3 * mlp),
         vision=matrices * (4 if exact else 1) + activations,
+        in_turns=low_memory and not repack,
     )
 
 
@@ -105,7 +143,8 @@ def _refusal(needs: Needs, name: str, n_ctx: int, free: int) -> str:
     return (
         f"{name} needs about {_gb(needs.total)} GB of memory (weights {_gb(needs.weights)}, KV cache for {n_ctx} "
         f"tokens {_gb(needs.kv_cache)}, vision {_gb(needs.vision)}, buffers {_gb(needs.compute)}), {_gb(free)} GB "
-        "are free; close other programs, take a smaller --ctx or a smaller quantisation, or pass --force."
+        "are free; close other programs, take a smaller --ctx, --kv-type q8_0, --low-memory or a smaller "
+        "quantisation, or pass --force."
     )
 
 

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
-from edge_runtime.config import decoder_config
-from edge_runtime.decoder import Decoder, DecoderOptions
-from edge_runtime.encoder import ImageEncoder
+from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, results
+from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.encoder import Group
 from edge_runtime.engine import Engine
-from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.errors import MessageError
+from edge_runtime.forms import choose_form
+from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.image import ImageSource, load_image
-from edge_runtime.memory import choose_context, reckon
+from edge_runtime.loading import LoadOptions, load_parts, set_threads
+from edge_runtime.logprobs import TokenLogprobs
+from edge_runtime.options import check_counts, check_form, check_lengths, check_streaming, count_beams
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
-from edge_runtime.products import check_instruction_set
 from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
 from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.tools import checked_tools, function_names
+from edge_runtime.weights import Float32
 
 
 @dataclass(frozen=True)
@@ -44,42 +47,15 @@ class Trace:
 class Model:
     """A loaded model. Make one with `Model.load`; it answers from any thread, many requests side by side."""
 
-    def __init__(
-        self,
-        paths: ModelPaths,
-        *,
-        exact: bool,
-        n_ctx: int | None,
-        n_threads: int | None,
-        force: bool,
-        lora: str | Path | None = None,
-    ) -> None:
-        from edge_kernels.compile import cpu_count
-
+    def __init__(self, paths: ModelPaths, options: LoadOptions) -> None:
         started = time.perf_counter()
-        check_instruction_set()
-        self.paths, self.exact = paths, exact
-        self._encoder = ImageEncoder(paths.mmproj, exact=exact)
-        threads = n_threads or cpu_count()
-        file = GGUFFile(paths.decoder)
-        config = decoder_config(file)
-        n_ctx = choose_context(
-            lambda n: reckon(file, self._encoder, n, exact=exact),
-            paths.name,
-            n_ctx,
-            config.context_length,
-            force=force,
-        )
-        self._decoder = Decoder(file, DecoderOptions(n_ctx, exact, threads, adapter=lora))
-        try:
-            self._check_pair()
-            self.tokenizer = Tokenizer(self._decoder.file)
-        except BaseException:
-            self._decoder.close()
-            raise
+        self.paths, self.exact = paths, options.exact
+        self._low_memory = options.low_memory
+        parts = load_parts(paths, options)
+        self._encoder, self._decoder, self.tokenizer = parts.encoder, parts.decoder, parts.tokenizer
         self._template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
-        self._engine = Engine(self._encoder, self._decoder, self.tokenizer)
-        self._engine.call(lambda: _set_threads(threads))
+        self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
+        self._engine.call(lambda: set_threads(parts.n_threads))
         self.load_s = time.perf_counter() - started
         """Seconds that loading took."""
 
@@ -89,46 +65,56 @@ class Model:
         name: str | Path = "demo",
         *,
         mmproj: str | Path | None = None,
-        lora: str | Path | None = None,
         exact: bool = False,
         n_ctx: int | None = None,
         n_threads: int | None = None,
         force: bool = False,
+        kv_type: str | None = None,
+        low_memory: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_limit: int = DEFAULT_LIMIT_BYTES,
+        adapters: Mapping[str, str | Path] | None = None,
+        tuned: bool = True,
     ) -> Model:
         """Load a model.
 
         Parameters
         ----------
-        name : `demo`, a folder with a decoder and an `mmproj*` file, or a decoder file.
+        name : `demo`, a pulled model (`edge-runtime pull`), `ollama:NAME` from the Ollama store of this machine, a
+            folder with a decoder and an `mmproj*` file, or a decoder file.
         mmproj : the mmproj file, when it does not lie beside the decoder.
-        lora : GGUF adapter that is added to the decoder, as `edge-runtime convert --lora-adapter` writes it.
         exact : compute as the official float32 code does: float32 vision, float32 KV cache, no flash attention.
         n_ctx : context length in tokens, at most what the model was trained for; default 8192, less where memory is
             short.
         n_threads : default: the physical cores this process may use.
         force : load the model even if there seems to be too little memory.
+        kv_type : numbers of the KV cache: `f16`, or `q8_0` or `q4_0`, which take half and a quarter of the memory.
+        low_memory : drop the vision weights whenever no picture is waiting; the next one reads them again.
+        cache_dir : folder where visual tokens and beginnings of conversations are kept between processes.
+        cache_limit : most bytes in that folder.
+        adapters : name to file of the LoRA adapters that `chat(adapter=NAME)` can choose.
+        tuned : use what `edge-runtime bench --tune` found for this model on this machine, where nothing is given.
 
         Raises
         ------
         ModelFileError
-            When files are missing, damaged, ambiguous, or do not belong together.
+            When files are missing, damaged, ambiguous, not pulled, or do not belong together.
         NotEnoughMemoryError
             When the model needs more than is free; with the numbers.
         """
-        if n_ctx is not None and n_ctx < 1:
-            raise MessageError(f"n_ctx is {n_ctx}; expected a positive number of tokens.")
-        if n_threads is not None and n_threads < 1:
-            raise MessageError(f"n_threads is {n_threads}; expected a positive number.")
-        paths = find_model(name, mmproj)
-        return cls(paths, exact=exact, n_ctx=n_ctx, n_threads=n_threads, force=force, lora=lora)
-
-    def _check_pair(self) -> None:
-        hidden, width = self._decoder.config.hidden, self._encoder.hidden
-        if hidden != width:
-            raise ModelFileError(
-                f"{self.paths.decoder.name} has hidden size {hidden}, but the visual tokens of "
-                f"{self.paths.mmproj.name} have {width}; use the decoder and the mmproj file of the same model."
-            )
+        options = LoadOptions(
+            exact=exact,
+            n_ctx=n_ctx,
+            n_threads=n_threads,
+            force=force,
+            kv_type=kv_type,
+            low_memory=low_memory,
+            cache_dir=cache_dir,
+            cache_limit=cache_limit,
+            adapters=adapters or {},
+            tuned=tuned,
+        )
+        return cls(find_model(name, mmproj), options.checked())
 
     @property
     def name(self) -> str:
@@ -144,13 +130,63 @@ class Model:
     def chat(self, messages: str | Sequence[Any], *, stream: Literal[False] = False, **options: Any) -> Answer: ...
     @overload
     def chat(self, messages: str | Sequence[Any], *, stream: Literal[True], **options: Any) -> AnswerStream: ...
-    def chat(
+    def chat(self, messages: str | Sequence[Any], *, stream: bool = False, **options: Any) -> Answer | AnswerStream:
+        """Answer a conversation.
+
+        Parameters
+        ----------
+        messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
+        stream : return an `AnswerStream` at once instead of the whole `Answer`; not with beams, whose answer is
+            known at the end only.
+        options : as of `submit`.
+
+        Raises
+        ------
+        MessageError, ImageError, PromptTooLongError
+            Before anything is computed.
+        """
+        (answering,) = self._submit(messages, 1, stream, options)
+        return answering if stream else answering.result()
+
+    @overload
+    def chat_n(
+        self, messages: str | Sequence[Any], n: int, *, stream: Literal[False] = False, **options: Any
+    ) -> list[Answer]: ...
+    @overload
+    def chat_n(
+        self, messages: str | Sequence[Any], n: int, *, stream: Literal[True], **options: Any
+    ) -> list[AnswerStream]: ...
+    def chat_n(
+        self, messages: str | Sequence[Any], n: int, *, stream: bool = False, **options: Any
+    ) -> list[Answer] | list[AnswerStream]:
+        """Draw several answers to one conversation, side by side; its prompt is prepared and computed once.
+
+        Parameters
+        ----------
+        n : number of answers. With a seed, the i-th has the seed + i, and is what `chat` with that seed says.
+        messages, stream, options : as of `chat`.
+        """
+        answering = self._submit(messages, n, stream, options)
+        return answering if stream else results(answering)
+
+    def _submit(
+        self, messages: str | Sequence[Any], n: int, stream: bool, options: dict[str, Any]
+    ) -> list[AnswerStream]:
+        if "n" in options:
+            raise MessageError(f"n is {options['n']!r}, but chat gives one answer; call chat_n.")
+        if stream:
+            check_streaming(options)
+        return self.submit(messages, n=n, **options)
+
+    def submit(
         self,
         messages: str | Sequence[Any],
         *,
-        stream: bool = False,
+        n: int = 1,
         thinking: bool = False,
         max_tokens: int = MAX_NEW_TOKENS,
+        sampling: bool = True,
+        beams: int | None = None,
         greedy: bool = False,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -161,45 +197,73 @@ class Model:
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
         seed: int | None = None,
+        logit_bias: Mapping[int, float] | None = None,
+        logprobs: bool = False,
+        top_logprobs: int = 0,
         stop: Sequence[str] = (),
+        stop_in_reasoning: bool = False,
         thinking_budget: int | None = None,
         repetition_check: bool = True,
+        adapter: str | None = None,
+        schema: Mapping[str, Any] | None = None,
+        json: bool = False,
+        tools: Sequence[dict[str, Any]] = (),
+        tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
         **prompt_options: Any,
-    ) -> Answer | AnswerStream:
-        """Answer a conversation.
+    ) -> list[AnswerStream]:
+        """Begin answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.
 
         Parameters
         ----------
         messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
-        stream : return an `AnswerStream` at once instead of the whole `Answer`.
+        n : number of answers, see `chat_n`.
         thinking : let the model reason before it answers.
         max_tokens : most tokens to generate, reasoning included.
         greedy, temperature, top_p, top_k, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty,
         seed : sampling, see `SamplingOptions`; the official defaults where not given.
             greedy and temperature=0 take the most probable token, without penalties.
-        stop : strings that end the answer.
+        sampling : False searches as the official code does: 3 beams, repetition penalty 1.2.
+        beams : number of beams of a search for the most probable answer; its pieces come all at the end, and it is
+            not looked at for circles. See `edge_runtime.beams`.
+        logit_bias : token id → what is added to its logit, from -100 to 100.
+        logprobs : tell the log probability of every token; see `edge_runtime.logprobs`.
+        top_logprobs : and of so many of the most probable ones at its place, at most 20.
+        stop : strings that end the answer; they are not part of it.
+        stop_in_reasoning : whether they end it in the reasoning already.
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
+        adapter : name of a LoRA adapter the model was loaded with; None takes the model as it is.
+        schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
+            reasoning. The model is not told: say in the question what is wanted.
+        json : the answer is some JSON object.
+        tools : functions the model may call, in OpenAI's form; see `tools`.
+        tool_choice : "auto", "none" (the model is not told of them), "required" (the answer is one call), or a
+            function's name (a call of that one).
         on_image : called with (decoded, total) while pictures are read.
-        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, tools,
-            pixel_limit.
+        prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
+            context_shift.
 
         Raises
         ------
         MessageError, ImageError, PromptTooLongError
             Before anything is computed.
         """
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise MessageError(f"max_tokens is {max_tokens!r}; expected a positive whole number.")
-        if thinking_budget is not None and (type(thinking_budget) is not int or thinking_budget < 0):
-            raise MessageError(f"thinking_budget is {thinking_budget!r}; expected a whole number of tokens, or None.")
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
-            raise MessageError(f"stop is {stop!r}; expected a string or a list of strings.")
-        sampling = choose_options(
+        stop = check_lengths(max_tokens, thinking_budget, stop)
+        n_beams = count_beams(beams, sampling)
+        check_counts(
+            n=n,
+            beams=n_beams,
+            most_beams=self._decoder.n_sequences,
+            logprobs=logprobs,
+            top_logprobs=top_logprobs,
+            thinking_budget=thinking_budget,
+        )
+        chosen = choose_options(
             thinking,
             greedy=greedy,
+            searching=not sampling or n_beams > 1,
+            n_vocab=self._decoder.config.vocabulary,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -209,23 +273,40 @@ class Model:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
             seed=seed,
+            logit_bias=logit_bias,
         )
         started = time.perf_counter()
-        prepared = self._prepare(messages, on_image, thinking=thinking, **prompt_options)
+        tools = checked_tools(tools, tool_choice)
+        form = choose_form(
+            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
+        )
+        check_form(form is not None, n_beams)
+        prepared = self._prepare(
+            messages, on_image, room=max_tokens, thinking=thinking, tools=tools, **prompt_options
+        )
+        if form is not None and thinking:
+            room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
+            thinking_budget = form.limit_reasoning(thinking_budget, room)
         image_s = time.perf_counter() - started
         request = Request(
             prepared.prompt,
             prepared.groups,
             prepared.digests,
-            sampling,
+            chosen,
             thinking,
             max_tokens,
-            tuple(stop),
+            stop,
             thinking_budget,
             repetition_check,
+            stop_in_reasoning,
+            top_logprobs if logprobs else None,
+            n_beams,
+            adapter,
+            form,
+            tuple(function_names(tools)),
         )
 
-        def finish(answer: str, reasoning: str | None, end: Finished) -> Answer:
+        def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
             timings = {
                 "load": self.load_s,
                 "image": image_s,
@@ -244,11 +325,19 @@ class Model:
                 cached_tokens=end.cached_tokens,
                 completion_tokens=end.completion_tokens,
                 slices=prepared.slices,
+                dropped_turns=prepared.dropped_turns,
+                shortened=end.shortened,
+                pictures=prepared.pictures,
                 timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
+                logprobs=scores if logprobs else None,
             )
 
-        answering = AnswerStream(self._engine.submit(request), finish)
-        return answering if stream else answering.result()
+        requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
+        return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
+
+    @cached_property
+    def _grammar_vocabulary(self) -> GrammarVocabulary:
+        return GrammarVocabulary(self.tokenizer, self._decoder.config.vocabulary)
 
     def achat(self, messages: str | Sequence[Any], **options: Any) -> AsyncAnswer:
         """Answer a conversation in an event loop.
@@ -260,12 +349,13 @@ class Model:
         ----------
         messages, options : as of `chat`.
         """
-        return AsyncAnswer(lambda: self.chat(messages, stream=True, **options))
+        return AsyncAnswer(lambda streaming: self._submit(messages, 1, streaming, options)[0])
 
     def _prepare(
         self,
         messages: str | Sequence[Any],
         on_image: Callable[[int, int], None] = lambda done, total: None,
+        room: int = 1,
         **options: Any,
     ) -> Prepared:
         unknown = sorted(set(options) - set(PromptOptions.__dataclass_fields__))
@@ -278,6 +368,8 @@ class Model:
             tokenizer=self.tokenizer,
             n_queries=self._encoder.n_queries,
             template=self._template,
+            n_ctx=self.n_ctx,
+            room=room,
             on_image=on_image,
         )
 
@@ -309,7 +401,7 @@ class Model:
         left, groups = iter(frames), []
         for ids in temporal_ids:
             groups += pack_frames([self.slices(next(left), max_slices) for _ in ids], ids)
-        return self._engine.call(lambda: self._encoder.encode(groups))
+        return self._engine.call(lambda: self._encode(groups))
 
     def vision_features(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
         """Output of the vision tower, before the resampler: one ndarray [shape=(P, width), float32] per slice."""
@@ -320,24 +412,33 @@ class Model:
         """Text, token ids and places of the visual tokens of a conversation, without computing anything."""
         return self._prepare(messages, **prompt_options).prompt
 
-    def trace(self, messages: str | Sequence[Any], n_tokens: int, **prompt_options: Any) -> Trace:
+    def trace(
+        self, messages: str | Sequence[Any], n_tokens: int, *, adapter: str | None = None, **prompt_options: Any
+    ) -> Trace:
         """Logits after the prompt and the `n_tokens` most probable tokens; for comparing with the official code."""
         prepared = self._prepare(messages, **prompt_options)
 
         def compute() -> Trace:
-            self._decoder.prefill(self._embeddings(prepared))
+            self._decoder.prefill(self._embeddings(prepared), adapter)
             first = self._decoder.logits()
             logits, greedy = first, []
             for _ in range(n_tokens):
                 greedy.append(int(np.argmax(logits)))
-                self._decoder.decode(greedy[-1])
+                self._decoder.decode(greedy[-1], adapter)
                 logits = self._decoder.logits()
             return Trace(first, greedy)
 
         return self._engine.call(compute)
 
+    def _encode(self, groups: Sequence[Group]) -> list[Float32]:
+        try:
+            return self._encoder.encode(groups)
+        finally:
+            if self._low_memory:
+                self._encoder.unload()
+
     def _embeddings(self, prepared: Prepared) -> Float32:
-        tokens = self._encoder.encode(prepared.groups)
+        tokens = self._encode(prepared.groups)
         places = dict(zip(prepared.prompt.bounds, tokens, strict=True))
         return embed(self._decoder, np.asarray(prepared.prompt.ids, np.int64), places)
 
@@ -352,10 +453,3 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _set_threads(n_threads: int) -> None:
-    """Set numba's thread count, on the thread that will run the kernels: numba keeps it per thread."""
-    from edge_kernels.compile import set_threads
-
-    set_threads(n_threads)

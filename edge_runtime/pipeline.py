@@ -20,11 +20,13 @@ from edge_runtime.config import SlicingConfig
 from edge_runtime.encoder import Group
 from edge_runtime.errors import MessageError
 from edge_runtime.image import PIXEL_LIMIT, load_image
-from edge_runtime.messages import ImagePart, checked_max_slices, parse_messages
+from edge_runtime.messages import ImagePart, Message, checked_max_slices, parse_messages
+from edge_runtime.overflow import Placed, fit
 from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
 from edge_runtime.resampler import STILL
-from edge_runtime.slicing import Slice, SlicePlan, check_plan, plan_slices, slice_image
+from edge_runtime.slicing import Size, Slice, SlicePlan, check_plan, plan_slices, slice_image
 from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tools import checked_tools
 from edge_runtime.video import check_groups
 
 
@@ -40,7 +42,10 @@ class PromptOptions:
     temporal_ids: Sequence[Sequence[int]] | None = None
     """Groups of frame times in units of 0.1 s that cover all pictures in order; -1 marks a still picture."""
     tools: Sequence[dict[str, Any]] = ()
+    """Functions the model is told of, in OpenAI's form."""
     pixel_limit: int = PIXEL_LIMIT
+    context_shift: bool = False
+    """Leave out the oldest turns of a conversation that does not fit, rather than refuse it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,10 @@ class Prepared:
     """One for each group; groups with equal digests have equal visual tokens."""
     slices: list[list[int]] = field(default_factory=list)
     """[width, height] of every slice, in order."""
+    pictures: list[list[int]] = field(default_factory=list)
+    """[width, height] of every picture, upright, in order."""
+    dropped_turns: int = 0
+    """Oldest turns that were left out."""
 
 
 def prepare(
@@ -64,6 +73,8 @@ def prepare(
     tokenizer: Tokenizer,
     n_queries: int,
     template: str,
+    n_ctx: int = 0,
+    room: int = 0,
     on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> Prepared:
     """Turn a conversation into a prompt and the slices behind it.
@@ -71,6 +82,7 @@ def prepare(
     Parameters
     ----------
     n_queries : visual tokens per slice.
+    n_ctx, room : positions of the context, and those to be kept free; for `PromptOptions.context_shift`.
     on_image : called with (pictures decoded, pictures in all).
 
     Raises
@@ -79,47 +91,63 @@ def prepare(
         When the conversation or a picture cannot be used; nothing was computed then.
     """
     checked_max_slices(options.max_slices)
-    if not isinstance(options.tools, list | tuple) or not all(isinstance(tool, dict) for tool in options.tools):
-        raise MessageError("The tools are no list of mappings; expected function descriptions in OpenAI's form.")
+    checked_tools(options.tools, "auto")
     conversation = parse_messages(messages)
     parts = list(iter_images(conversation))
     times = options.temporal_ids if options.temporal_ids is not None else [[STILL]] * len(parts)
     check_groups(times, len(parts))
 
-    layouts: list[ImageLayout] = []
-    groups: list[Group] = []
-    sizes: list[list[int]] = []
+    placed: list[Placed] = []
+    pictures: list[list[int]] = []
     done = 0
     for ids in times:
         frames = []
         for part in parts[done : done + len(ids)]:
-            frames.append(_cut(part, options, slicing))
+            size, plan, slices = _cut(part, options, slicing)
+            pictures.append([*size])
+            frames.append((plan, slices))
             done += 1
             on_image(done, len(parts))
         plan = frames[0][0]
-        layouts.append(ImageLayout(done - len(ids), plan.grid, len(ids)))
-        groups += pack_frames([slices for _, slices in frames], ids)
-        sizes += [[int(s.pixels.shape[1]), int(s.pixels.shape[0])] for _, slices in frames for s in slices]
+        layout = ImageLayout(done - len(ids), plan.grid, len(ids))
+        sizes = [[int(s.pixels.shape[1]), int(s.pixels.shape[0])] for _, slices in frames for s in slices]
+        placed.append(Placed(layout, pack_frames([slices for _, slices in frames], ids), sizes))
 
-    prompt = build_prompt(
-        conversation,
-        layouts,
-        tokenizer,
-        n_queries=n_queries,
-        template=template,
-        thinking=options.thinking,
-        use_image_id=slicing.use_image_id if options.use_image_id is None else options.use_image_id,
-        tools=options.tools,
+    def build(messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
+        return build_prompt(
+            messages,
+            [item.layout for item in pictures],
+            tokenizer,
+            n_queries=n_queries,
+            template=template,
+            thinking=options.thinking,
+            use_image_id=slicing.use_image_id if options.use_image_id is None else options.use_image_id,
+            tools=options.tools,
+        )
+
+    left: Sequence[Placed] = placed
+    if options.context_shift:
+        prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
+    else:
+        prompt, n_dropped = build(conversation, placed), 0
+    groups = [group for item in left for group in item.groups]
+    n_left = sum(item.layout.frames for item in left)
+    return Prepared(
+        prompt,
+        groups,
+        [group_digest(group) for group in groups],
+        [size for item in left for size in item.sizes],
+        pictures[len(pictures) - n_left :],
+        n_dropped,
     )
-    return Prepared(prompt, groups, [group_digest(group) for group in groups], sizes)
 
 
-def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[SlicePlan, list[Slice]]:
+def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[Size, SlicePlan, list[Slice]]:
     picture = load_image(part.source, pixel_limit=options.pixel_limit)
     limit = part.max_slices if part.max_slices is not None else options.max_slices
     plan = plan_slices(*picture.size, slicing, limit)
     check_plan(*picture.size, plan, slicing)
-    return plan, slice_image(picture, plan, slicing)
+    return picture.size, plan, slice_image(picture, plan, slicing)
 
 
 def group_digest(group: Group) -> bytes:

@@ -1,11 +1,11 @@
 """Matrix products and layer norms of the vision part, in one of two arithmetics behind one interface.
 
 `FloatArithmetic` is the official one: float32 weights and activations. `Int8Arithmetic` stores weights as int8 (one
-scale per output) and quantises activations row by row, with int32 sums, and attends in int16 where that is faster;
-layer norm, softmax and the residual stream stay float32. A layer norm's gain and bias are folded into the products
-that follow it before those are quantised: channels that a gain makes fifty times larger than the rest would otherwise
-take their row's whole range. For products that no norm precedes, calibration finds factors to the same end (see
-`calibration`).
+scale per output) and quantises activations row by row, with int32 sums, and attends in bfloat16 or int16 where that
+is faster; layer norm, softmax and the residual stream stay float32. A layer norm's gain and bias are folded into the
+products that follow it before those are quantised: channels that a gain makes fifty times larger than the rest would
+otherwise take their row's whole range. For products that no norm precedes, calibration finds factors to the same end
+(see `calibration`).
 """
 
 from __future__ import annotations
@@ -58,27 +58,48 @@ Norm = Callable[[Float32], "Rows"]
 """Layer norm: rows [M, E] → rows that a product of the same arithmetic takes."""
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What a file has of one product."""
+
+    weight: Float32
+    """ndarray [shape=(N, K), float32]"""
+    bias: Float32 | None = None
+    """ndarray [shape=(N,), float32]"""
+    name: str = ""
+    """Of the tensors; what calibration has found is told by it."""
+
+
 class Product(Protocol):
     """y = x Wᵀ + b: rows [M, K] → ndarray [shape=(M, N), float32]; then tanh-GELU or a residual, where asked for."""
 
-    def __call__(self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None) -> Float32:
-        """Multiply."""
+    def __call__(
+        self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
+    ) -> Float32:
+        """Multiply, into `out` where there is one; it may be the residual."""
         ...
+
+
+SelfAttention = Callable[["Rows", "Int64"], Float32]
+"""Rows [M, E] and first rows of sequences [S+1] → attended values of all heads, ndarray [shape=(M, E), float32]."""
+
+Mlp = Callable[["Rows", Float32], Float32]
+"""residual + W2 gelu(W1 x + b1) + b2: rows [M, K] and residual [M, K], which is overwritten with the result."""
 
 
 class Arithmetic(Protocol):
     """Makes products and norms."""
 
-    def product(
-        self, weight: Float32, bias: Float32 | None, after: Affine | None = None, *, name: str = ""
-    ) -> Product:
-        """Pack a product of weight [N, K].
+    def product(self, weights: Weights, after: Affine | None = None) -> Product:
+        """Pack a product; `after` is the layer norm whose `norm` makes its input."""
+        ...
 
-        Parameters
-        ----------
-        after : the layer norm whose `norm` makes its input.
-        name : of the tensors; what calibration has found is told by it.
-        """
+    def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
+        """Pack the two products of an MLP; `after` is the layer norm whose `norm` makes its input."""
+        ...
+
+    def self_attention(self, qkv: Weights, heads: int, scale: float, after: Affine) -> SelfAttention:
+        """Pack the product that makes queries, keys and values, for rows that attend to those of their sequence."""
         ...
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
@@ -86,22 +107,57 @@ class Arithmetic(Protocol):
         ...
 
     def attention(
-        self, q: Float32, k: Float32, v: Float32, heads: int, scale: float, q_offsets: Int64, kv_offsets: Int64
+        self,
+        q: Float32,
+        k: Float32,
+        v: Float32,
+        heads: int,
+        scale: float,
+        q_offsets: Int64,
+        kv_offsets: Int64,
+        *,
+        fine_scores: bool = False,
     ) -> Float32:
-        """Attend within each of several sequences; see `edge_kernels.attention`."""
+        """Attend within each of several sequences; see `edge_kernels.attention`.
+
+        Parameters
+        ----------
+        fine_scores : the last digits of the scores matter.
+        """
         ...
 
 
 class FloatArithmetic:
     """float32 throughout."""
 
-    def product(
-        self, weight: Float32, bias: Float32 | None, after: Affine | None = None, *, name: str = ""
-    ) -> Product:
+    _space: Float32 | None = None
+
+    def product(self, weights: Weights, after: Affine | None = None) -> Product:
         """Pack a product; the norm before it is complete in itself, and nothing is rounded."""
         from edge_kernels.linear import pack_weight
 
-        return _FloatProduct(pack_weight(weight), bias)
+        return _FloatProduct(pack_weight(weights.weight), weights.bias)
+
+    def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
+        """Pack two products."""
+        fc1, fc2 = self.product(first, after), self.product(second)
+        return lambda x, residual: fc2(fc1(x, gelu=True), residual=residual, out=residual)
+
+    def self_attention(self, qkv: Weights, heads: int, scale: float, after: Affine) -> SelfAttention:
+        """Pack the product; attention comes after it."""
+        product, width = self.product(qkv, after), len(qkv.weight)
+
+        def run(x: Rows, offsets: Int64) -> Float32:
+            q, k, v = np.split(product(x, out=self._workspace((int(offsets[-1]), width))), 3, axis=1)
+            return self.attention(q, k, v, heads, scale, offsets, offsets)
+
+        return run
+
+    def _workspace(self, shape: tuple[int, int]) -> Float32:
+        """Memory that is overwritten at the next call: fresh memory is dearer than what fills it."""
+        if self._space is None or self._space.shape != shape:
+            self._space = np.empty(shape, np.float32)
+        return self._space
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
         """Make a layer norm."""
@@ -110,7 +166,16 @@ class FloatArithmetic:
         return lambda x: layer_norm(x, affine.gain, affine.bias, epsilon)
 
     def attention(
-        self, q: Float32, k: Float32, v: Float32, heads: int, scale: float, q_offsets: Int64, kv_offsets: Int64
+        self,
+        q: Float32,
+        k: Float32,
+        v: Float32,
+        heads: int,
+        scale: float,
+        q_offsets: Int64,
+        kv_offsets: Int64,
+        *,
+        fine_scores: bool = False,
     ) -> Float32:
         """Attend in float32."""
         from edge_kernels.attention import attention
@@ -124,21 +189,52 @@ class Int8Arithmetic(FloatArithmetic):
     def __init__(self, calibration: Calibration | None = None) -> None:
         self._calibration = calibration or Calibration()
 
-    def product(
-        self, weight: Float32, bias: Float32 | None, after: Affine | None = None, *, name: str = ""
-    ) -> Product:
+    def product(self, weights: Weights, after: Affine | None = None) -> Product:
         """Quantise and pack a product, with the norm's gain and bias folded in: W(g·n + b) = (W g) n + W b."""
         from edge_kernels.linear_int8 import pack_weight_int8
 
+        weight, bias, name = weights.weight, weights.bias, weights.name
         if after is not None:
-            # Not BLAS: its threads would spin on beside ours.
-            moved = np.einsum("nk,k->n", weight, after.bias)
-            return _Int8Product(pack_weight_int8(weight, factor=after.gain), moved if bias is None else bias + moved)
+            return _Int8Product(pack_weight_int8(weight, factor=after.gain), _folded_bias(weights, after))
         if name in self._calibration.in_float:
-            return super().product(weight, bias)
+            return super().product(weights)
         smooth = self._calibration.smooth.get(name)
         factor = None if smooth is None else np.float32(1) / smooth
         return _Int8Product(pack_weight_int8(weight, factor=smooth), bias, factor)
+
+    def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
+        """Pack two products; what passes between them is quantised where it is made, and never there in float32."""
+        from edge_kernels.linear_int8 import linear_int8, linear_int8_quantized, pack_weight_int8
+
+        if second.name in self._calibration.in_float:
+            return super().mlp(first, second, after)
+        fc1 = self.product(first, after)
+        assert isinstance(fc1, _Int8Product)
+        smooth = self._calibration.smooth.get(second.name)
+        factor = None if smooth is None else np.float32(1) / smooth
+        weight2 = pack_weight_int8(second.weight, factor=smooth, in_groups=True)
+
+        def run(x: Rows, residual: Float32) -> Float32:
+            grown = linear_int8_quantized(x, fc1.weight, fc1.bias, gelu=True, factor=factor)
+            return linear_int8(grown, weight2, second.bias, residual=residual, out=residual)
+
+        return run
+
+    def self_attention(self, qkv: Weights, heads: int, scale: float, after: Affine) -> SelfAttention:
+        """Pack the product; on AMX it is one with the attention, and what passes between them stays in the cache."""
+        from edge_kernels import attention_bf16
+
+        if not attention_bf16.IS_POSSIBLE:
+            return super().self_attention(qkv, heads, scale, after)
+        from edge_kernels.self_attention import pack_heads, self_attention
+
+        packed = pack_heads(qkv.weight, _folded_bias(qkv, after), heads, scale, factor=after.gain)
+
+        def run(x: Rows, offsets: Int64) -> Float32:
+            assert not isinstance(x, np.ndarray)
+            return self_attention(x, packed, offsets)
+
+        return run
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
         """Make a layer norm without gain and bias, quantised in the same pass; once for all products that read it."""
@@ -147,13 +243,32 @@ class Int8Arithmetic(FloatArithmetic):
         return lambda x: layer_norm_quantized(x, epsilon)
 
     def attention(
-        self, q: Float32, k: Float32, v: Float32, heads: int, scale: float, q_offsets: Int64, kv_offsets: Int64
+        self,
+        q: Float32,
+        k: Float32,
+        v: Float32,
+        heads: int,
+        scale: float,
+        q_offsets: Int64,
+        kv_offsets: Int64,
+        *,
+        fine_scores: bool = False,
     ) -> Float32:
-        """Attend in int16 with int32 sums, or in float32 where that is as fast."""
-        from edge_kernels.attention_int16 import GAINS, attention_int16
+        """Attend in bfloat16 on AMX, in int16 with int32 sums, or in float32 where that is as fast."""
+        from edge_kernels import attention_bf16, attention_int16
 
-        attend = attention_int16 if GAINS else super().attention
-        return attend(q, k, v, heads, scale, q_offsets, kv_offsets)
+        arguments = q, k, v, heads, scale, q_offsets, kv_offsets
+        if attention_bf16.IS_POSSIBLE:
+            return attention_bf16.attention_bf16(*arguments, fine_scores=fine_scores)
+        attend = attention_int16.attention_int16 if attention_int16.GAINS else super().attention
+        return attend(*arguments)
+
+
+def _folded_bias(weights: Weights, after: Affine) -> Float32:
+    """Bias with what the norm's bias amounts to behind the product."""
+    # Not BLAS: its threads would spin on beside ours.
+    moved: Float32 = np.einsum("nk,k->n", weights.weight, after.bias)
+    return moved if weights.bias is None else weights.bias + moved
 
 
 @dataclass(frozen=True)
@@ -161,11 +276,13 @@ class _FloatProduct:
     weight: PackedWeight
     bias: Float32 | None
 
-    def __call__(self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None) -> Float32:
+    def __call__(
+        self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
+    ) -> Float32:
         from edge_kernels.linear import linear
 
         assert isinstance(x, np.ndarray)
-        return linear(x, self.weight, self.bias, gelu=gelu, residual=residual)
+        return linear(x, self.weight, self.bias, gelu=gelu, residual=residual, out=out)
 
 
 @dataclass(frozen=True)
@@ -175,11 +292,13 @@ class _Int8Product:
     factor: Float32 | None = None
     """On the columns of the input."""
 
-    def __call__(self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None) -> Float32:
+    def __call__(
+        self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
+    ) -> Float32:
         from edge_kernels.linear_int8 import linear_int8
         from edge_kernels.rows_int8 import quantize_rows
 
         if self.factor is not None:
             assert isinstance(x, np.ndarray)
             x = quantize_rows(x, self.factor)
-        return linear_int8(x, self.weight, self.bias, gelu=gelu, residual=residual)
+        return linear_int8(x, self.weight, self.bias, gelu=gelu, residual=residual, out=out)

@@ -39,6 +39,9 @@ _ASSISTANT_MAY_WRITE = frozenset(
     for name in ("tool_call", "tool_response", "ref", "box", "quad", "point")
     for slash in ("", "/")
 )
+# The official way to ask for a place is to name it in `<ref>`; no turn and no picture begins or ends with these.
+_USER_MAY_WRITE = frozenset(f"<{slash}{name}>" for name in ("ref", "box", "quad", "point") for slash in ("", "/"))
+_MAY_WRITE = {"assistant": _ASSISTANT_MAY_WRITE, "user": _USER_MAY_WRITE}
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
@@ -161,7 +164,7 @@ def _render(
 
 def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
     """One message as templates expect it: content is a string with a placeholder for each picture."""
-    allowed = _ASSISTANT_MAY_WRITE if message.role == "assistant" else frozenset()
+    allowed = _MAY_WRITE.get(message.role, frozenset())
     texts = [
         PLACEHOLDER if isinstance(part, ImagePart) else tokenizer.guard(part, mark, allowed) for part in message.parts
     ]

@@ -5,15 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
+from edge_runtime.beams import Beam, BeamRun, BeamSearch
+from edge_runtime.constraint import AnswerForm, Constraint
+from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import Group
+from edge_runtime.logprobs import TokenScores, score
 from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
+from edge_runtime.saved_prefixes import Saved
 from edge_runtime.streaming import Piece, RepetitionDetector, TextStream
+from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import Float32
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled"]
@@ -26,6 +34,8 @@ class Progress:
     stage: Literal["encode", "prefill"]
     done: int
     total: int
+    share: float = 0.0
+    """Of the stage that is done, from 0 to 1; finer than `done`, which counts whole slices."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,8 @@ class Finished:
     """Tokens of the prompt that needed no prefill."""
     timings_s: dict[str, float]
     """encode, prefill, first_token (since submission), decode"""
+    shortened: bool = False
+    """Whether a structured answer was brought to its end because tokens ran out."""
 
 
 Event = Progress | Piece | Finished
@@ -60,6 +72,18 @@ class Request:
     """Tokens of reasoning after which it is ended."""
     repetition_check: bool = True
     """End an answer that goes in circles."""
+    stop_in_reasoning: bool = False
+    """Whether `stop` ends the reasoning too, and the answer with it."""
+    n_alternatives: int | None = None
+    """Of the log probabilities that are told with each token; None tells none."""
+    n_beams: int = 1
+    """More than one: the answer of a beam search."""
+    adapter: str | None = None
+    """Name of the LoRA adapter to compute with."""
+    form: AnswerForm | None = None
+    """What the answer must look like."""
+    tools: Sequence[str] = ()
+    """Names of the functions that the model may call."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
@@ -116,11 +140,19 @@ class Task:
     started: float = field(default_factory=time.perf_counter)
     keys: list[Hashable] = field(default_factory=list)
     """Prompt and answer so far."""
+    saved: Saved = field(default_factory=Saved)
+    """A beginning that was found on disk."""
     sequence: int = -1
+    more_sequences: list[int] = field(default_factory=list)
+    """Of the further beams."""
+    beam_run: BeamRun | None = None
     leader: Task | None = None
     """Another task that is computing a beginning of this one; it is waited for."""
     sampler: Sampler | None = None
     stream: TextStream | None = None
+    constraint: Constraint | None = None
+    must_answer: bool = False
+    """Whether reasoning is to end with the next token."""
     circles: RepetitionDetector = field(default_factory=RepetitionDetector)
     tokens: dict[bytes, Float32] = field(default_factory=dict)
     """Visual tokens, as far as they are needed and known."""
@@ -133,6 +165,70 @@ class Task:
         default_factory=lambda: dict.fromkeys(("encode", "prefill", "first_token", "decode"), 0.0)
     )
     lap: float = field(default_factory=time.perf_counter)
+    is_finished: bool = False
+    """Whether the last event was sent."""
+    _finishing: Any = field(default_factory=threading.RLock)  # collecting a forgotten request may cancel it in here
+
+    @property
+    def sequences(self) -> list[int]:
+        """All that the task occupies."""
+        return [self.sequence, *self.more_sequences]
+
+    def start_answer(self, tokenizer: Tokenizer, decoder: Decoder) -> None:
+        """Set up what turns logits into text, once the prompt is computed."""
+        request = self.request
+        self.stream = TextStream(
+            tokenizer,
+            thinking=request.thinking,
+            stop=request.stop,
+            stop_in_reasoning=request.stop_in_reasoning,
+            tools=request.tools,
+        )
+        if request.form is not None:
+            self.constraint = request.form.start(tokenizer.encode("\n\n") if request.thinking else ())
+        if request.n_beams == 1:
+            self.sampler = Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx)
+        self.take_lap("prefill")
+
+    def start_search(self, decoder: Decoder, stop_ids: frozenset[int]) -> BeamRun:
+        """Set up a beam search behind the prompt."""
+        request = self.request
+        search = BeamSearch(
+            request.n_beams,
+            stop_ids=stop_ids,
+            most_tokens=min(request.max_tokens, decoder.n_ctx - len(self.keys)),
+            repetition_penalty=request.sampling.repetition_penalty,
+            logit_bias=request.sampling.logit_bias,
+            n_alternatives=request.n_alternatives,
+        )
+        return BeamRun(search, decoder, self.sequences)
+
+    def count_token(self) -> None:
+        """Note that there is one token more."""
+        self.n_tokens += 1
+        self.take_lap("decode")
+        if self.n_tokens == 1:
+            self.timings["first_token"] = time.perf_counter() - self.started
+
+    def score(self, decoder: Decoder, row: int, token_id: int) -> TokenScores | None:
+        """Log probabilities of a chosen token, where they were asked for."""
+        n = self.request.n_alternatives
+        return None if n is None else score(decoder.logits_view(row), token_id, n)
+
+    def put_answer(self, found: Beam, stop_ids: frozenset[int]) -> FinishReason:
+        """Send the pieces of a whole answer; returns why it ends."""
+        assert self.stream is not None
+        self.n_tokens = len(found.ids)
+        reason: FinishReason = "length"
+        for token_id, scores in zip_longest(found.ids, found.scores):
+            if token_id in stop_ids:
+                reason = "stop"
+                break
+            for piece in self.stream.feed(token_id, scores):
+                self.events.put(piece)
+        for piece in self.stream.finish():
+            self.events.put(piece)
+        return "stop" if self.stream.stopped else reason
 
     def take_lap(self, name: str) -> None:
         """Add the seconds since the last lap to a timing."""
@@ -141,5 +237,18 @@ class Task:
         self.lap = now
 
     def finish(self, reason: FinishReason) -> None:
-        """Send the last event."""
-        self.events.put(Finished(reason, self.n_tokens, self.n_cached, self.timings))
+        """Send the last event, once; from any thread, for whoever cancels need not wait for this thread."""
+        with self._finishing:
+            if self.is_finished:
+                return
+            self.is_finished = True
+        shortened = self.constraint is not None and self.constraint.shortened
+        self.events.put(Finished(reason, self.n_tokens, self.n_cached, dict(self.timings), shortened))
+
+    def fail(self, error: Exception) -> None:
+        """Send an error as the last event, unless there was one."""
+        with self._finishing:
+            if self.is_finished:
+                return
+            self.is_finished = True
+        self.events.put(error)

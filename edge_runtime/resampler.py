@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from edge_runtime.config import ResamplerConfig
-from edge_runtime.products import Affine, Arithmetic, FloatArithmetic, Norm, Product
+from edge_runtime.products import Affine, Arithmetic, FloatArithmetic, Norm, Product, Weights
 from edge_runtime.sine import sine
 from edge_runtime.vision import offsets_of
 from edge_runtime.weights import Float32, GGUFFile
@@ -70,9 +70,13 @@ class PositionKeys:
         self._weight, self._hidden = weight, hidden
         self._columns = self._rows = np.empty((0, hidden), np.float32)
         self._times: dict[int, Float32] = {STILL: np.zeros(hidden, np.float32)}
+        self._last: tuple[list[tuple[tuple[int, int], int]], Float32] = ([], np.empty((0, hidden), np.float32))
 
     def of(self, items: Sequence[GroupItem]) -> Float32:
         """Keys of the positions of all patches of all items: ndarray [shape=(P, hidden), float32]."""
+        wanted = [(item.tgt_size, item.temporal_id) for item in items]
+        if wanted == self._last[0]:  # cells of a picture have one size
+            return self._last[1]
         side = max(max(item.tgt_size) for item in items)
         times = {item.temporal_id for item in items}
         if side > len(self._rows) or not times <= self._times.keys():
@@ -82,13 +86,14 @@ class PositionKeys:
             (rows, cols), time = item.tgt_size, self._times[item.temporal_id]
             by_row = self._rows[:rows] + time
             keys.append((by_row[:, None] + self._columns[:cols]).reshape(rows * cols, -1))
-        return np.concatenate(keys)
+        self._last = wanted, np.concatenate(keys)
+        return self._last[1]
 
     def _extend(self, side: int, times: set[int]) -> None:
         weight, half = self._weight(), self._hidden // 2
 
         def project(embeddings: Float32, columns: slice) -> Float32:
-            return FloatArithmetic().product(weight[:, columns], None)(embeddings)
+            return FloatArithmetic().product(Weights(weight[:, columns]))(embeddings)
 
         if side > len(self._rows):
             places = sine(half, np.arange(side))  # the first half of an embedding tells the column
@@ -143,29 +148,32 @@ class Resampler:
     def _weights(self) -> _Weights:
         from edge_kernels.norm import layer_norm
 
-        def weight(name: str) -> Float32:
-            return self._file.array(f"resampler.{name}.weight")
-
-        def bias(name: str) -> Float32:
-            return self._file.array(f"resampler.{name}.bias")
+        def weights(name: str, *, with_bias: bool = True) -> Weights:
+            name = f"resampler.{name}"
+            bias = self._file.array(f"{name}.bias") if with_bias else None
+            return Weights(self._file.array(f"{name}.weight"), bias, name)
 
         arithmetic, epsilon = self._arithmetic, self.config.epsilon
         norm_q, norm_kv, norm_post = (self._affine(name) for name in ("ln_q", "ln_kv", "ln_post"))
         queries = layer_norm(self._file.array("resampler.query"), norm_q.gain, norm_q.bias, epsilon)
         return _Weights(
-            kv=arithmetic.product(weight("kv"), None, name="resampler.kv"),
+            kv=arithmetic.product(weights("kv", with_bias=False)),
             norm_kv=arithmetic.norm(norm_kv, epsilon),
-            key=arithmetic.product(weight("attn.k"), bias("attn.k"), norm_kv),
-            value=arithmetic.product(weight("attn.v"), bias("attn.v"), norm_kv),
-            out=arithmetic.product(weight("attn.out"), bias("attn.out"), name="resampler.attn.out"),
+            key=arithmetic.product(weights("attn.k"), norm_kv),
+            value=arithmetic.product(weights("attn.v"), norm_kv),
+            out=arithmetic.product(weights("attn.out")),
             norm_post=arithmetic.norm(norm_post, epsilon),
-            projection=arithmetic.product(weight("proj"), None, norm_post),
-            queries=FloatArithmetic().product(weight("attn.q"), bias("attn.q"))(queries),
+            projection=arithmetic.product(weights("proj", with_bias=False), norm_post),
+            queries=FloatArithmetic().product(weights("attn.q"))(queries),
         )
 
     def load(self) -> None:
         """Read and pack all weights now rather than at the first picture."""
         _ = self._weights
+
+    def unload(self) -> None:
+        """Drop the weights; the next picture reads them again."""
+        self.__dict__.pop("_weights", None)
 
     def resample(self, groups: Sequence[Sequence[GroupItem]]) -> list[Float32]:
         """Visual tokens of each group.
@@ -187,6 +195,6 @@ class Resampler:
         k, v = w.key(content, residual=positions), w.value(content)
         q = np.tile(w.queries, (len(groups), 1))
         scale = 1 / math.sqrt(config.hidden // config.heads)
-        attended = self._arithmetic.attention(q, k, v, config.heads, scale, q_offsets, kv_offsets)
+        attended = self._arithmetic.attention(q, k, v, config.heads, scale, q_offsets, kv_offsets, fine_scores=True)
         tokens = w.projection(w.norm_post(w.out(attended)))
         return [tokens[q_offsets[i] : q_offsets[i + 1]] for i in range(len(groups))]

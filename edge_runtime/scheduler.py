@@ -21,10 +21,12 @@ import numpy as np
 from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
 from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
 from edge_runtime.errors import ModelFileError
+from edge_runtime.keeping import Keeping
+from edge_runtime.memory import give_back
 from edge_runtime.messages import THINK_END
 from edge_runtime.requests import FinishReason, Progress, Task
-from edge_runtime.sampling import Sampler, is_finite
-from edge_runtime.streaming import TextStream
+from edge_runtime.sampling import is_finite
+from edge_runtime.saved_prefixes import Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
 from edge_runtime.weights import Float32
@@ -38,15 +40,21 @@ WORTH_WAITING = 32  # tokens of a shared beginning that another request is just 
 class Scheduler:
     """Tasks and what they share: encoder, decoder, visual tokens. Used by the inference thread alone."""
 
-    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, keeping: Keeping) -> None:
         self._encoder, self._decoder, self._tokenizer = encoder, decoder, tokenizer
-        self._visual_tokens = VisualTokenCache()
+        self._keeping = keeping
+        self._visual_tokens = VisualTokenCache(saved=keeping.tokens)
+        self._adapters: dict[int, str | None] = {}
+        """Which adapter computed what a sequence holds."""
+        self._served: str | None = None
+        """Adapter of the last call."""
         self._waiting: deque[Task] = deque()
         self._active: list[Task] = []
         self._idle = list(range(decoder.n_sequences))
         """Sequences without a task; those unused for longest first."""
         self._is_crowded = False
         """Whether a task had to step back and nobody has ended since: nobody is let in then, or it would go on so."""
+        self._has_seen_pictures = False
         self._row_s = TURN_S / 64
         """Seconds that a position of a prompt took lately."""
 
@@ -62,8 +70,13 @@ class Scheduler:
 
     def add(self, task: Task) -> None:
         """Take in a new task; it is computed as soon as a sequence is free."""
-        task.keys = task.request.keys()
+        task.keys = task.keys or task.request.keys()
+        self._has_seen_pictures |= bool(task.request.groups)
         self._waiting.append(task)
+
+    def remembered(self, task: Task) -> int:
+        """Positions of a task's beginning that the KV cache holds now; from any thread, where it is but a hint."""
+        return max((self._common(s, task) for s in range(self._decoder.n_sequences)), default=0)
 
     def turn(self) -> None:
         """Do a bit of everything there is to do."""
@@ -71,12 +84,20 @@ class Scheduler:
             if task.is_cancelled():
                 self._end(task, "cancelled")
         for task in [*self._waiting]:
-            if not self._idle or (self._is_crowded and self._active):
+            if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
             if not self._follows(task):
                 self._admit(task)
         self._encode()
         self._decode()
+
+    def rest(self) -> None:
+        """Nobody asks for anything: let go of the memory that pictures have left behind, on all threads."""
+        if self._has_seen_pictures:
+            self._has_seen_pictures = False
+            if self._keeping.low_memory:  # still there when the last request was cancelled or failed
+                self._encoder.unload()
+            give_back()
 
     # --- admission -----------------------------------------------------------------------------------------------
 
@@ -84,10 +105,11 @@ class Scheduler:
         """Give a task the sequence with the most of its beginning, and find out which pictures are missing."""
         task.lap = time.perf_counter()
         n = self._take_sequence(task)
-        if not task.n_tokens:
-            task.n_cached = n
         self._waiting.remove(task)  # only now: in one of the two lists at any time, so that no error loses it
         self._active.append(task)
+        n = self._restore(task, n)
+        if not task.n_tokens:
+            task.n_cached = n
         bounds = task.request.prompt.bounds
         behind = [i for i, (_, end) in enumerate(bounds) if end > n]
         known = {task.request.digests[i]: self._visual_tokens.get(task.request.digests[i]) for i in behind}
@@ -105,9 +127,14 @@ class Scheduler:
         """Whether another task is computing a beginning that this one shares; waiting for it saves the work."""
         if task.leader is not None and task.leader in self._active and not task.leader.n_tokens:
             return True
-        known = max(self._decoder.common(s, task.keys) for s in range(self._decoder.n_sequences))
+        known = max(self.remembered(task), task.saved.n)
         for other in self._active:
-            if not other.n_tokens and common_beginning(task.keys, other.keys) > known + WORTH_WAITING:
+            if other.n_tokens or other.request.adapter != task.request.adapter:
+                continue
+            common = common_beginning(task.keys, other.keys)
+            # The same prompt, as with several answers to it, is worth waiting for however short it is.
+            worth = 1 if common == len(task.keys) else WORTH_WAITING
+            if common > known + worth:
                 task.leader = other
                 return True
         task.leader = None
@@ -116,7 +143,7 @@ class Scheduler:
     def _take_sequence(self, task: Task) -> int:
         """Choose a sequence; returns the number of positions that stay."""
         decoder = self._decoder
-        common = {s: decoder.common(s, task.keys) for s in range(decoder.n_sequences)}
+        common = {s: self._common(s, task) for s in range(decoder.n_sequences)}
         best = max(self._idle, key=lambda s: common[s])
         source = max(common, key=lambda s: common[s])
         # Going on in place destroys the rest of what the sequence holds: another conversation, if it is most of it.
@@ -129,20 +156,62 @@ class Scheduler:
             decoder.share(source, best, n)
         self._idle.remove(best)
         task.sequence = best
+        for _ in range(task.request.n_beams - 1):
+            task.more_sequences.append(self._idle.pop(0))
+            decoder.rewind(task.more_sequences[-1])
+        self._adapters |= dict.fromkeys(task.sequences, task.request.adapter)
         return n
+
+    def _common(self, sequence: int, task: Task) -> int:
+        if self._adapters.get(sequence) != task.request.adapter:
+            return 0
+        return self._decoder.common(sequence, task.keys)
+
+    def _restore(self, task: Task, n: int) -> int:
+        """Fill a sequence that holds `n` positions with what was found on disk; returns what it holds then."""
+        decoder, saved = self._decoder, task.saved
+        task.saved = Saved()
+        while saved.n > n + WORTH_WAITING:
+            try:
+                decoder.append_rows(task.sequence, task.keys[n : saved.n], saved.rows(n, saved.n))
+            except CacheFull:
+                if not self._forget_one():
+                    break
+            else:
+                return saved.n
+        return n
+
+    def _forget_one(self) -> bool:
+        """Empty the sequence that was unused for longest; False if all are in use."""
+        for sequence in (self._decoder.n_sequences, *self._idle):
+            if self._decoder.held(sequence):
+                self._decoder.rewind(sequence)
+                return True
+        return False
 
     def _release(self, task: Task) -> None:
         self._active.remove(task)
-        self._idle.append(task.sequence)
-        task.sequence = -1
+        self._idle += task.sequences
+        task.sequence, task.more_sequences, task.beam_run = -1, [], None
 
     def _end(self, task: Task, reason: FinishReason) -> None:
+        sequence = task.sequence
         self._drop(task)
         task.finish(reason)
+        prefixes = self._keeping.prefixes
+        if prefixes is not None and sequence >= 0:  # nobody waits for this
+            n = min(self._decoder.held(sequence), len(task.request.prompt.ids))
+            prefixes.save(
+                self._decoder,
+                sequence,
+                task.keys[:n],
+                self._decoder.adapters.identities[task.request.adapter],
+                patient=not self.is_busy,
+            )
 
     def _fail(self, task: Task, error: Exception) -> None:
         self._drop(task)
-        task.events.put(error)
+        task.fail(error)
 
     def _drop(self, task: Task) -> None:
         self._is_crowded = False
@@ -152,6 +221,7 @@ class Scheduler:
             self._waiting.remove(task)
         if task.sampler is not None:
             task.sampler.close()
+        task.tokens, task.missing = {}, {}  # whoever keeps the answer need not keep these
 
     def fail_all(self, error: Exception) -> None:
         """Hand an error nobody expected to everybody who waits; the thread goes on."""
@@ -177,22 +247,41 @@ class Scheduler:
                     patches += n_patches(group)
         if not batch:
             return
+        wanting = [task for task in self._active if batch.keys() & task.missing.keys()]
+        self._encoder.tower.on_layer = lambda done, total: self._on_layer(wanting, batch, done / total)
         try:
             found = dict(zip(batch, self._encoder.encode([*batch.values()]), strict=True))
+        except Cancelled:
+            return  # the next turn ends them
         except Exception as error:  # noqa: BLE001 - handed to those who asked for these pictures
-            for task in [task for task in self._active if batch.keys() & task.missing.keys()]:
+            for task in wanting:
                 self._fail(task, error)
             return
+        finally:
+            self._encoder.tower.on_layer = lambda done, total: None
         for digest, tokens in found.items():
             self._visual_tokens.put(digest, tokens)
         for task in self._active:
             if task.missing.keys() & found.keys():
                 task.tokens |= {digest: found[digest] for digest in task.missing.keys() & found.keys()}
                 task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
-                left = sum(len(group) for group in task.missing.values())
-                task.events.put(Progress("encode", task.n_slices - left, task.n_slices))
+                self._report_encode(task)
                 if not task.missing:
                     self._begin_prefill(task)
+        if self._keeping.low_memory and not any(task.missing for task in self._active):
+            self._encoder.unload()
+
+    def _on_layer(self, tasks: list[Task], batch: dict[bytes, Group], share: float) -> None:
+        """Between two layers of the vision tower: stop if nobody waits for this batch any more, or tell of it."""
+        if all(task.is_cancelled() for task in tasks):
+            raise Cancelled
+        for task in tasks:
+            self._report_encode(task, share * sum(len(batch[name]) for name in batch.keys() & task.missing.keys()))
+
+    @staticmethod
+    def _report_encode(task: Task, partial: float = 0.0) -> None:
+        done = task.n_slices - sum(len(group) for group in task.missing.values())
+        task.events.put(Progress("encode", done, task.n_slices, (done + partial) / task.n_slices))
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
@@ -207,36 +296,49 @@ class Scheduler:
             return
         started, n_rows = time.perf_counter(), sum(len(part.keys) for part in parts)
         try:
-            rows = self._decoder.step(parts, lambda: all(task.is_cancelled() for task in tasks))
+            rows = self._decoder.step(
+                parts, lambda: all(task.is_cancelled() for task in tasks), tasks[0].request.adapter
+            )
         except Cancelled:
             return  # the next turn ends them
         except CacheFull:
             self._make_room()
             return
         except Exception as error:  # noqa: BLE001 - handed to those whose tokens were computed
-            for task in tasks:
+            for task in dict.fromkeys(tasks):
                 self._fail(task, error)
             return
         if n_rows > len(tasks):
             self._row_s = (time.perf_counter() - started) / n_rows
+        rows_of: dict[Task, list[int]] = {}
         for task, part, row in zip(tasks, parts, rows, strict=True):
             if not task.n_tokens:
                 self._report_prefill(task)
             if part.wants_logits:
-                try:
-                    self._sample(task, row)
-                except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
-                    self._fail(task, error)
+                rows_of.setdefault(task, []).append(row)
+        for task, own in rows_of.items():
+            try:
+                self._take_rows(task, own)
+            except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
+                self._fail(task, error)
 
     def _plan(self) -> tuple[list[Task], list[Part]]:
-        """Tasks of the next call and what each appends."""
-        ready = [task for task in self._active if not task.missing]
-        left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in ready}
+        """Tasks of the next call and what each appends; a task with beams stands there once for each."""
+        able = [task for task in self._active if not task.missing]
+        left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in able}
+        is_flowing = any(task.beam_run or (task.n_tokens and left[task] == 1) for task in able)
+        able = self._of_one_adapter(able)
+        searching, ready = [task for task in able if task.beam_run], [task for task in able if not task.beam_run]
         running = [task for task in ready if left[task] == 1]
-        room = CHUNK_TOKENS - len(running)
-        if any(task.n_tokens for task in running):
-            room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
         tasks, parts = [*running], [Part(task.sequence, task.keys[-1:]) for task in running]
+        for task in searching:
+            assert task.beam_run is not None
+            beams = task.beam_run.parts()
+            tasks += [task] * len(beams)
+            parts += beams
+        room = min(CHUNK_TOKENS, self._decoder.chunk) - len(parts)
+        if is_flowing:
+            room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
         for task in ready:
             if left[task] > 1 and room > 0:
                 n = min(room, left[task])
@@ -244,6 +346,15 @@ class Scheduler:
                 parts.append(self._prompt_part(task, n, whole=n == left[task]))
                 room -= n
         return tasks, parts
+
+    def _of_one_adapter(self, ready: list[Task]) -> list[Task]:
+        """Tasks that one call can compute together: adapters take turns."""
+        names = [*dict.fromkeys(task.request.adapter for task in ready)]
+        if len(names) < 2:
+            return ready
+        at = names.index(self._served) + 1 if self._served in names else 0
+        self._served = names[at % len(names)]
+        return [task for task in ready if task.request.adapter == self._served]
 
     def _prompt_part(self, task: Task, n: int, *, whole: bool) -> Part:
         first = self._decoder.held(task.sequence)
@@ -265,37 +376,54 @@ class Scheduler:
         )
 
     def _report_prefill(self, task: Task) -> None:
-        done = self._decoder.held(task.sequence) - task.n_cached
-        task.events.put(Progress("prefill", done, len(task.request.prompt.ids) - task.n_cached))
+        done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
+        task.events.put(Progress("prefill", done, total, max(0.0, done / total)))
 
-    def _sample(self, task: Task, row: int) -> None:
-        """Take a task's next token and end it if that was the last."""
-        decoder, tokenizer = self._decoder, self._tokenizer
-        if task.sampler is None:
-            if not is_finite(decoder.logits(row)):
+    def _take_rows(self, task: Task, rows: list[int]) -> None:
+        """Go on from a task's logits: of its answer, or of every beam."""
+        if task.stream is None:
+            if not is_finite(self._decoder.logits_view(rows[0])):
                 raise ModelFileError(
                     "The decoder computes values that are not finite; its file is damaged: download or convert it "
                     "again."
                 )
-            task.sampler = Sampler(task.request.sampling, decoder.config.vocabulary, decoder.n_ctx)
-            task.stream = TextStream(tokenizer, thinking=task.request.thinking, stop=task.request.stop)
-            task.take_lap("prefill")
+            task.start_answer(self._tokenizer, self._decoder)
+        if task.request.n_beams > 1:
+            self._search(task, rows)
+        else:
+            self._sample(task, rows[0])
+
+    def _search(self, task: Task, rows: list[int]) -> None:
+        """Take a step of a beam search."""
+        if task.beam_run is None:
+            task.beam_run = task.start_search(self._decoder, self._tokenizer.stop_ids)
+        task.beam_run.advance(rows)
+        task.count_token()
+        if task.beam_run.search.is_done:
+            self._end_search(task)
+
+    def _end_search(self, task: Task) -> None:
+        """Hand over the answer that a search has found."""
+        assert task.beam_run is not None
+        reason = task.put_answer(task.beam_run.search.best, self._tokenizer.stop_ids)
+        self._end(task, reason)
+
+    def _sample(self, task: Task, row: int) -> None:
+        """Take a task's next token and end it if that was the last."""
+        decoder, tokenizer = self._decoder, self._tokenizer
         assert task.stream is not None
         token_id = self._next_token(task, row)
-        task.n_tokens += 1
-        task.take_lap("decode")
-        if task.n_tokens == 1:
-            task.timings["first_token"] = time.perf_counter() - task.started
+        task.count_token()
         reason: FinishReason | None = None
         if token_id in tokenizer.stop_ids:
             reason = "stop"
         else:
-            for piece in task.stream.feed(token_id):
+            for piece in task.stream.feed(token_id, task.score(decoder, row, token_id)):
                 task.events.put(piece)
             task.keys.append(token_id)
-            if task.stream.stopped:
+            if task.stream.stopped or (task.constraint is not None and task.constraint.ended):
                 reason = "stop"
-            elif task.request.repetition_check and task.circles.feed(token_id):
+            elif task.request.repetition_check and self._goes_in_circles(task, token_id):
                 reason = "repetition"
             elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
                 reason = "length"
@@ -304,30 +432,56 @@ class Scheduler:
                 task.events.put(piece)
             self._end(task, reason)
 
+    @staticmethod
+    def _goes_in_circles(task: Task, token_id: int) -> bool:
+        """Whether an answer is to be ended because it repeats itself; one with a form may, and has its own end."""
+        assert task.stream is not None
+        if task.constraint is None:
+            return task.circles.feed(token_id)
+        if task.stream.is_reasoning and task.circles.feed(token_id):
+            task.must_answer = True
+        return False
+
     def _next_token(self, task: Task, row: int) -> int:
         """Sample a token, or end reasoning that has used up its budget."""
-        assert task.sampler is not None
-        assert task.stream is not None
+        sampler, stream, constraint = task.sampler, task.stream, task.constraint
+        assert sampler is not None
+        assert stream is not None
         budget, think_end = task.request.thinking_budget, self._tokenizer.special_ids.get(THINK_END)
-        if budget is None or think_end is None or not task.stream.is_reasoning or task.n_tokens < budget:
-            return task.sampler.sample(self._decoder.context, row)
-        task.sampler.accept(think_end)
-        return think_end
+        if think_end is not None and stream.is_reasoning:
+            is_over = task.must_answer or (budget is not None and task.n_tokens >= budget)
+            token_id = think_end if is_over else sampler.sample(self._decoder.context, row)
+            if constraint is not None and token_id in self._tokenizer.stop_ids:
+                token_id = think_end  # without an answer, the form would not be kept
+            if is_over:
+                sampler.accept(token_id)
+            return token_id
+        if constraint is None:
+            return sampler.sample(self._decoder.context, row)
+        logits = self._decoder.logits(row)
+        room = min(task.request.max_tokens - task.n_tokens, self._decoder.n_ctx - len(task.keys))
+        token_id = constraint.next_token(room, lambda ids: sampler.choose(ids, logits))
+        sampler.accept(token_id)
+        return token_id
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""
-        decoder = self._decoder
-        for sequence in (decoder.n_sequences, *self._idle):
-            if decoder.held(sequence):
-                decoder.rewind(sequence)
-                return
+        if self._forget_one():
+            return
+        if len(self._active) == 1 and (run := self._active[0].beam_run) is not None:
+            run.search.stop()  # beams that have drifted apart take more room than the context has tokens
+            self._end_search(self._active[0])
+            return
         if len(self._active) == 1:
             self._fail(self._active[0], ModelFileError("The KV cache is full; load the model with a larger --ctx."))
             return
         youngest = max(self._active, key=lambda task: task.started)
-        sequence = youngest.sequence
+        sequences = youngest.sequences
+        if youngest.beam_run is not None:
+            youngest.n_tokens = 0  # nothing of it was handed over: the search begins anew
         self._release(youngest)
-        decoder.rewind(sequence)
+        for sequence in sequences:
+            self._decoder.rewind(sequence)
         self._waiting.appendleft(youngest)
         self._is_crowded = True
 

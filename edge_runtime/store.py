@@ -1,4 +1,4 @@
-"""Model names → files. So far: the built-in `demo`, a folder, or a decoder file with its mmproj file beside it."""
+"""Model names → files: the built-in `demo`, what was pulled, a folder, or a decoder with its mmproj beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+from edge_runtime import ollama
 from edge_runtime.errors import ModelFileError
+from edge_runtime.library import Library
+from edge_runtime.sources import ALIASES, Source, parse_source
 
 DEMO = "demo"
 ADAPTER_PREFIX = "adapter-"
@@ -27,13 +30,13 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
 
     Parameters
     ----------
-    name : `demo`, a folder, or a decoder file.
+    name : `demo`, a name as `edge-runtime pull` takes it, a folder, or a decoder file.
     mmproj : the mmproj file, when it is not the only one beside the decoder.
 
     Raises
     ------
     ModelFileError
-        When a file is missing, or when a folder holds several candidates.
+        When a file is missing, when a model was not pulled, or when a folder holds several candidates.
     """
     try:
         return _find(name, mmproj)
@@ -49,6 +52,9 @@ def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
         return ModelPaths(
             DEMO, _only(folder, _decoders(folder), "decoder"), _only(folder, _mmprojs(folder), "mmproj")
         )
+    source = parse_source(name) if isinstance(name, str) else None
+    if source is not None:  # likewise: an alias is never a folder, which would be ./minicpm-v-4.5
+        return _pulled(source, str(name), mmproj)
     path = Path(name)
     if path.is_dir():
         decoder = _only(path, _decoders(path), "decoder")
@@ -58,13 +64,43 @@ def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
     else:
         raise ModelFileError(
             f"The model {str(name)!r} is neither 'demo' nor an existing folder or file; give a folder made by "
-            "'edge-runtime convert', or a .gguf file."
+            f"'edge-runtime convert', a .gguf file, or the name of a model to pull ({', '.join(ALIASES)}, "
+            "hf:ORG/REPO)."
         )
     if mmproj is not None:
-        if not Path(mmproj).is_file():
-            raise ModelFileError(f"The mmproj file {mmproj} does not exist; check the path.")
-        return ModelPaths(label, decoder, Path(mmproj))
+        return ModelPaths(label, decoder, _given(mmproj))
     return ModelPaths(label, decoder, _only(decoder.parent, _mmprojs(decoder.parent), "mmproj"))
+
+
+def _pulled(source: Source, name: str, mmproj: str | Path | None) -> ModelPaths:
+    """Files of a model in the store, or in Ollama's."""
+    if source.kind == "ollama":
+        model = ollama.find(source.place)
+        return ModelPaths(name, model.decoder.path, _given(mmproj) if mmproj is not None else model.mmproj.path)
+    library = Library()
+    entry = library.find(source)
+    if entry is None or not entry.complete:
+        state = "was not pulled" if entry is None else "was not pulled to its end"
+        raise ModelFileError(f"The model {name} {state}; run 'edge-runtime pull {name}'.")
+    if entry.kind != "gguf":
+        raise ModelFileError(
+            f"{name} is a checkpoint, expected GGUF files; run 'edge-runtime convert {name} -o FOLDER', then name "
+            "that folder."
+        )
+    folder = library.snapshot(entry)
+    if mmproj is None and not entry.mmproj:
+        raise ModelFileError(f"{name} was pulled without an mmproj file; name one with --mmproj FILE.")
+    paths = ModelPaths(name, folder / entry.decoder, _given(mmproj) if mmproj is not None else folder / entry.mmproj)
+    for path in (paths.decoder, paths.mmproj):
+        if not path.is_file():
+            raise ModelFileError(f"{path} is missing from the store; run 'edge-runtime pull {name}'.")
+    return paths
+
+
+def _given(mmproj: str | Path) -> Path:
+    if not Path(mmproj).is_file():
+        raise ModelFileError(f"The mmproj file {mmproj} does not exist; check the path.")
+    return Path(mmproj)
 
 
 def _decoders(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ products have is decided by who makes the tower (see `products`); everything bet
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edge_runtime.config import SlicingConfig, VisionConfig
 from edge_runtime.errors import ModelFileError
-from edge_runtime.products import Affine, Arithmetic, Norm, Product
+from edge_runtime.products import Affine, Arithmetic, Mlp, Norm, Product, SelfAttention, Weights
 from edge_runtime.slicing import Slice
 from edge_runtime.weights import Float32, GGUFFile
 
@@ -57,12 +57,11 @@ class _Layer:
     """One encoder layer, weights packed for the kernels."""
 
     norm1: Norm
-    qkv: Product
+    attend: SelfAttention
     """Queries, keys and values side by side: one pass over the rows instead of three."""
     out: Product
     norm2: Norm
-    fc1: Product
-    fc2: Product
+    mlp: Mlp
 
 
 class VisionTower:
@@ -75,6 +74,9 @@ class VisionTower:
 
     def __init__(self, file: GGUFFile, config: VisionConfig, slicing: SlicingConfig, arithmetic: Arithmetic) -> None:
         self._file, self.config, self._patch, self._arithmetic = file, config, slicing.patch_size, arithmetic
+        self._loaded: list[_Layer] = []
+        self.on_layer: Callable[[int, int], None] = lambda done, total: None
+        """Called between layers with (done, total), on the thread that encodes; what it raises ends the encoding."""
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -103,32 +105,36 @@ class VisionTower:
         swapped = self._file.tensor(f"{down}.weight").shape[-1] == self.config.width
         return (down, up) if swapped else (up, down)
 
-    def _product(self, *names: str, after: Affine | None = None) -> Product:
-        """Product whose outputs are those of all `names`, one after the other."""
+    def _weights(self, *names: str) -> Weights:
+        """Of a product whose outputs are those of all `names`, one after the other."""
         parts = [[self._file.array(f"{name}.{part}") for name in names] for part in ("weight", "bias")]
         weight, bias = (found[0] if len(names) == 1 else np.concatenate(found) for found in parts)
-        return self._arithmetic.product(weight, bias, after, name=names[0])
+        return Weights(weight, bias, names[0])
 
     def _affine(self, name: str) -> Affine:
         return Affine(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))
 
-    @cached_property
-    def _layers(self) -> list[_Layer]:
-        layers = []
+    def _layers(self) -> Iterator[_Layer]:
+        """Layers in order, read and packed when they are first needed."""
         for n in range(self.config.layers):
-            blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
-            ln1, ln2 = self._affine(f"{blk}.ln1"), self._affine(f"{blk}.ln2")
-            layers.append(
-                _Layer(
-                    norm1=self._arithmetic.norm(ln1, self.config.epsilon),
-                    qkv=self._product(f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v", after=ln1),
-                    out=self._product(f"{blk}.attn_out"),
-                    norm2=self._arithmetic.norm(ln2, self.config.epsilon),
-                    fc1=self._product(fc1, after=ln2),
-                    fc2=self._product(fc2),
-                )
-            )
-        return layers
+            self.on_layer(n, self.config.layers)
+            if n == len(self._loaded):
+                self._loaded.append(self._layer(n))
+            yield self._loaded[n]
+        self.on_layer(self.config.layers, self.config.layers)
+
+    def _layer(self, n: int) -> _Layer:
+        blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
+        ln1, ln2 = self._affine(f"{blk}.ln1"), self._affine(f"{blk}.ln2")
+        make, heads = self._arithmetic, self.config.heads
+        qkv = self._weights(f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v")
+        return _Layer(
+            norm1=make.norm(ln1, self.config.epsilon),
+            attend=make.self_attention(qkv, heads, 1 / math.sqrt(self.config.width // heads), ln1),
+            out=make.product(self._weights(f"{blk}.attn_out")),
+            norm2=make.norm(ln2, self.config.epsilon),
+            mlp=make.mlp(self._weights(fc1), self._weights(fc2), ln2),
+        )
 
     @cached_property
     def _embedding(self) -> tuple[PackedWeight, Float32, Float32]:
@@ -145,7 +151,13 @@ class VisionTower:
 
     def load(self) -> None:
         """Read and pack all weights now rather than at the first picture."""
-        _ = self._embedding, self._layers, self._post_norm
+        _ = self._embedding, list(self._layers()), self._post_norm
+
+    def unload(self) -> None:
+        """Drop all weights; the next picture reads them again."""
+        self._loaded = []
+        for name in ("_embedding", "_post_norm"):
+            self.__dict__.pop(name, None)
 
     def encode(self, slices: Sequence[Slice]) -> list[Float32]:
         """Patch features of each slice; all slices go through the tower together.
@@ -162,17 +174,15 @@ class VisionTower:
         from edge_kernels.norm import layer_norm
         from edge_kernels.patch_embed import patch_embed
 
-        config, attend, (kernel, bias, table) = self.config, self._arithmetic.attention, self._embedding
+        config, (kernel, bias, table) = self.config, self._embedding
         offsets = offsets_of([len(s.patches) for s in slices])
         ids = np.concatenate([position_ids(*s.tgt_size, config.position_side) for s in slices])
         pixels = np.concatenate([s.patches.reshape(len(s.patches), -1) for s in slices])
-        scale = 1 / math.sqrt(config.width // config.heads)
 
         x = patch_embed(pixels, kernel, bias, table, ids)  # (P, width), P over all slices
-        for layer in self._layers:
-            q, k, v = np.split(layer.qkv(layer.norm1(x)), 3, axis=1)
-            x = layer.out(attend(q, k, v, config.heads, scale, offsets, offsets), residual=x)
-            x = layer.fc2(layer.fc1(layer.norm2(x), gelu=True), residual=x)
+        for layer in self._layers():
+            x = layer.out(layer.attend(layer.norm1(x), offsets), residual=x, out=x)
+            x = layer.mlp(layer.norm2(x), x)
         x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)
         if not np.isfinite(x).all():
             raise ModelFileError(

@@ -110,7 +110,7 @@ class GGUFFile:
     Attributes
     ----------
     metadata : key to value; arrays of numbers are ndarrays, arrays of strings are lists.
-    kinds : key to the number of its type in GGUF.
+    kinds : key to GGUF's number of its type.
     tensors : name to `TensorInfo`, in file order.
 
     Raises

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,6 +32,14 @@ def pytest_unconfigure() -> None:
     for name in ("outnull_file", "errnull_file"):
         if utils is not None:
             getattr(utils, name).close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tuning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Load models as they are loaded where nobody has tuned them."""
+    folder = str(tmp_path_factory.mktemp("data"))
+    with mock.patch("platformdirs.user_data_dir", return_value=folder):
+        yield
 
 
 @pytest.fixture(scope="session")

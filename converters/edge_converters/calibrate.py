@@ -23,7 +23,7 @@ from edge_runtime.calibration import SMOOTH_PREFIX, Calibration
 from edge_runtime.config import resampler_config, slicing_config, vision_config
 from edge_runtime.errors import CheckpointError, ImageError
 from edge_runtime.image import load_image
-from edge_runtime.products import Affine, FloatArithmetic, Int8Arithmetic, Product
+from edge_runtime.products import Affine, FloatArithmetic, Int8Arithmetic, Product, Weights
 from edge_runtime.resampler import GroupItem, Resampler
 from edge_runtime.slicing import Slice, plan_slices, slice_image
 from edge_runtime.vision import VisionTower
@@ -60,19 +60,19 @@ class Recorder(FloatArithmetic):
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
 
-    def product(
-        self, weight: Float32, bias: Float32 | None, after: Affine | None = None, *, name: str = ""
-    ) -> Product:
+    def product(self, weights: Weights, after: Affine | None = None) -> Product:
         """Pack a product that watches its input."""
-        inner = super().product(weight, bias, after)
-        if after is not None or not name:
+        inner = super().product(weights, after)
+        if after is not None or not weights.name:
             return inner
-        seen = self.seen[name] = Seen(np.zeros(weight.shape[1], np.float32), [])
+        seen = self.seen[weights.name] = Seen(np.zeros(weights.weight.shape[1], np.float32), [])
 
-        def watched(x: Rows, *, gelu: bool = False, residual: Float32 | None = None) -> Float32:
+        def watched(
+            x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
+        ) -> Float32:
             assert isinstance(x, np.ndarray)
             seen.add(x)
-            return inner(x, gelu=gelu, residual=residual)
+            return inner(x, gelu=gelu, residual=residual, out=out)
 
         return watched
 
@@ -119,7 +119,7 @@ def best_factor(weight: Float32, rows: Float32, magnitudes: Float32) -> tuple[Fl
     rows : ndarray [shape=(M, K), float32], some inputs.
     magnitudes : ndarray [shape=(K,), float32], largest of each column of all inputs.
     """
-    exact = FloatArithmetic().product(weight, None)(rows)
+    exact = FloatArithmetic().product(Weights(weight))(rows)
     inputs, outputs = _floored(magnitudes), _floored(np.abs(weight).max(axis=0))
     plain = _int8_error(weight, rows, exact, Calibration())
     best, least = None, WORTH * plain
@@ -140,7 +140,7 @@ def _floored(magnitudes: Float32) -> Float32:
 
 def _int8_error(weight: Float32, rows: Float32, exact: Float32, calibration: Calibration) -> float:
     """Root mean square error of the int8 product, as a share of the exact one's."""
-    found = Int8Arithmetic(calibration).product(weight, None)(rows)
+    found = Int8Arithmetic(calibration).product(Weights(weight))(rows)
     return float(np.linalg.norm(found - exact) / max(np.linalg.norm(exact), np.finfo(np.float32).tiny))
 
 

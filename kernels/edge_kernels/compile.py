@@ -15,12 +15,14 @@ never loaded.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import math
 import os
 import platform
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -85,12 +87,26 @@ def cpu_features() -> frozenset[str]:
         names = {name for name in names if not name.startswith("avx")}
     if platform.machine().lower() in ("arm64", "aarch64"):
         names.add("neon")  # part of the 64-bit base architecture, and not always listed
+    if "amx-tile" in names and not _tiles_permitted():
+        names = {name for name in names if not name.startswith("amx")}
     return frozenset(names)
+
+
+def _tiles_permitted() -> bool:
+    """Ask Linux for AMX's tile registers, which a process may use only after this; elsewhere they are left alone.
+
+    Source: Linux, Documentation/arch/x86/xstate.rst.
+    """
+    if sys.platform != "linux":
+        return False
+    system_call, request, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return int(ctypes.CDLL(None).syscall(system_call, request, tile_data)) == 0
 
 
 # Instruction sets that kernels have code of their own for, and the CPU features each needs, best first. `simd`
 # says what the code is; a name here needs a row in its table.
 ISAS: dict[str, frozenset[str]] = {
+    "amx": frozenset({"avx512f", "avx512bw", "avx512vnni", "amx-tile", "amx-int8", "amx-bf16"}),
     "avx512vnni": frozenset({"avx512f", "avx512bw", "avx512vnni"}),
     "avx512": frozenset({"avx512f", "avx512bw"}),
     "avxvnni": frozenset({"avx2", "fma", "avxvnni"}),
@@ -394,4 +410,12 @@ def aligned_empty(length: int) -> NDArray[np.float32]:
     spare = 64 // 4
     block = np.empty(length + spare, np.float32)
     start = (-block.__array_interface__["data"][0] // 4) % spare
+    return block[start : start + length]
+
+
+@helper
+def aligned(length: int, dtype: Any) -> NDArray[Any]:
+    """Allocate a vector of 4-byte elements in compiled code, from the start of a cache line on."""
+    block = np.empty(length + 16, dtype)
+    start = (-(block.ctypes.data // 4)) % 16
     return block[start : start + length]

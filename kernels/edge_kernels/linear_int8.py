@@ -17,21 +17,33 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned_empty, helper, kernel, parallel_region, rows_view, vector_view
+from edge_kernels.compile import aligned, aligned_empty, helper, kernel, parallel_region, rows_view, vector_view
 from edge_kernels.linear import TASKS_PER_WORKER, even_block
-from edge_kernels.rows_int8 import ROW_ZERO, QuantizedRows, quantize_into, quantize_rows, scatter
-from edge_kernels.simd import gelu, take_ticket
-from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP, dot_tile, row_magnitude
+from edge_kernels.reference import SCALE_COLUMNS
+from edge_kernels.rows_int8 import (
+    ROW_CELL,
+    ROW_INTEGER,
+    QuantizedRows,
+    empty_panels,
+    quantize_into,
+    quantize_rows,
+    scatter_row,
+)
+from edge_kernels.simd import take_ticket
+from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
+from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, cells_of, dot_tile, n_cells, output_cell
+from edge_kernels.simd_rows import gelu_row, row_magnitude, row_range, scale_tile
 
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
 Int32 = NDArray[np.int32]
 
-# In elements. A slab of a panel is K_BLOCK · DOT_NR bytes (8 to 24 KiB), the rows' slab ROW_BLOCK · K_BLOCK of one
-# or two bytes.
-K_BLOCK = 512
+# In elements. A slab of a panel is K_BLOCK · DOT_NR bytes (8 to 38 KiB), the rows' slab ROW_BLOCK · K_BLOCK of one
+# or two bytes. AMX has a larger one: its sums come and go through memory, as dear as a quarter of a block of 512.
+K_BLOCK = 1216 if HAS_TILES else 512
 ROW_BLOCK = 192 // DOT_MR * DOT_MR
 COLUMN_BLOCK = 576 // DOT_NR * DOT_NR
+STEP = GROUP * STEP_CELLS  # columns that blocks of K are cut into
 _CELL = np.dtype(f"i{GROUP}")  # a cell of a weight is moved as one integer
 
 
@@ -40,12 +52,13 @@ class PackedInt8Weight(NamedTuple):
 
     Attributes
     ----------
-    panels : ndarray [shape=(⌈n/DOT_NR⌉ · ⌈k/GROUP⌉ · DOT_NR · GROUP,), int8]
-        Panels of DOT_NR outputs, each [k / GROUP][output][GROUP], padded with zeros. Not for files.
+    panels : ndarray [shape=(⌈n/DOT_NR⌉ · n_cells(k) · DOT_NR · GROUP,), int8]
+        Panels of DOT_NR outputs, in cells at the places that `simd_int8.output_cell` tells, padded with zeros. Not
+        for files.
     scales : ndarray [shape=(⌈n/DOT_NR⌉ · DOT_NR,), float32]
         weight ≈ scale · q, per output; padded with zeros.
-    sums : ndarray [shape=(⌈n/DOT_NR⌉ · DOT_NR,), int32]
-        Sum of q over k, per output.
+    sums : ndarray [shape=(G, ⌈n/DOT_NR⌉ · DOT_NR), int32]
+        Sum of q over k, per output; or, where G > 1, over each group of SCALE_COLUMNS columns.
     n, k : int
         Number of outputs and of inputs.
     """
@@ -61,8 +74,8 @@ class PackedInt8Weight(NamedTuple):
 
 
 @helper
-def _pack_output(weight, row_stride, factors, integers, n, k, scales, sums, row, normal, line):
-    """Integers of one output to `line`, scale and sum to their places."""
+def _pack_output(weight, row_stride, factors, integers, n, k, scales, row, normal, line):
+    """Integers of one output to `line`, its scale to its place."""
     if row >= n:
         scales[row] = 0.0
         line[:k] = 0
@@ -76,31 +89,36 @@ def _pack_output(weight, row_stride, factors, integers, n, k, scales, sums, row,
     else:
         half = row_magnitude(weight, row * row_stride, k)
         scales[row] = quantize_into(weight, row * row_stride, k, np.float32(0.0), half, line)
-    total = np.int32(0)
-    for j in range(k):
-        total += line[j]
-    sums[row] = total
 
 
 @helper
-def _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sums, panel):
-    scratch, normal = np.zeros((k + GROUP - 1) // GROUP, _CELL), np.empty(k, np.float32)
+def _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sums, group_columns, panel):
+    scratch, normal = np.zeros(cells_of(k), _CELL), np.empty(k, np.float32)
+    line = scratch.view(np.int8)
     for j in range(DOT_NR):
-        _pack_output(
-            weight, row_stride, factors, integers, n, k, scales, sums, panel * DOT_NR + j, normal,
-            scratch.view(np.int8),
-        )  # fmt: skip
-        scatter(scratch, panels, panel * scratch.size * DOT_NR, j, DOT_NR, 0)
+        row = panel * DOT_NR + j
+        _pack_output(weight, row_stride, factors, integers, n, k, scales, row, normal, line)
+        for first in range(0, k, group_columns):
+            total = np.int32(0)
+            for i in range(first, min(first + group_columns, k)):
+                total += line[i]
+            sums[first // group_columns * scales.size + row] = total
+        for cell in range(scratch.size):
+            panels[panel * scratch.size * DOT_NR + output_cell(cell, j)] = scratch[cell]
 
 
 @kernel
-def _pack(weight, row_stride, factors, integers, n, k, panels, scales, sums):
+def _pack(weight, row_stride, factors, integers, n, k, panels, scales, sums, group_columns):
     for panel in numba.prange((n + DOT_NR - 1) // DOT_NR):
-        _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sums, panel)
+        _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sums, group_columns, panel)
 
 
 def pack_weight_int8(
-    weight: Float32 | Int8, scales: Float32 | None = None, *, factor: Float32 | None = None
+    weight: Float32 | Int8,
+    scales: Float32 | None = None,
+    *,
+    factor: Float32 | None = None,
+    in_groups: bool = False,
 ) -> PackedInt8Weight:
     """Quantise a weight as `reference.quantize_weight` does and bring it into panels, once at load.
 
@@ -115,15 +133,18 @@ def pack_weight_int8(
         Where the weight is int8: weight ≈ scale · integer.
     factor : ndarray [shape=(K,), float32] or None
         Multiplied into the columns of a float32 weight first.
+    in_groups : bool
+        For rows that come in groups of SCALE_COLUMNS columns with a scale each, out of another product.
 
     Returns
     -------
     PackedInt8Weight
     """
     n, k = weight.shape
-    n_padded = -(-n // DOT_NR) * DOT_NR
-    panels = aligned_empty(-(-n_padded * -(-k // GROUP) * GROUP // 4)).view(np.int8)
-    packed = PackedInt8Weight(panels, np.zeros(n_padded, np.float32), np.empty(n_padded, np.int32), n, k)
+    n_padded, group_columns = -(-n // DOT_NR) * DOT_NR, SCALE_COLUMNS if in_groups else k
+    panels = aligned_empty(-(-n_padded * n_cells(k) * GROUP // 4)).view(np.int8)
+    sums = np.empty((-(-k // group_columns), n_padded), np.int32)
+    packed = PackedInt8Weight(panels, np.zeros(n_padded, np.float32), sums, n, k)
     factors = vector_view(np.empty(0, np.float32) if factor is None else factor)
     if scales is None:
         (rows, row_stride), integers = rows_view(np.asarray(weight, np.float32)), np.empty(0, np.int8)
@@ -131,7 +152,10 @@ def pack_weight_int8(
         rows, row_stride, integers = np.empty(0, np.float32), 0, np.array(weight, np.int8, order="C").reshape(-1)
         packed.scales[:n] = scales
     with parallel_region():
-        _pack(rows, row_stride, factors, integers, n, k, packed.panels.view(_CELL), packed.scales, packed.sums)
+        _pack(
+            rows, row_stride, factors, integers, n, k,
+            packed.panels.view(_CELL), packed.scales, sums.reshape(-1), group_columns,
+        )  # fmt: skip
     return packed
 
 
@@ -139,123 +163,144 @@ def pack_weight_int8(
 
 
 @helper
-def _linear_task(
-    x,
-    x_scale,
-    x_offset,
-    k,
-    panels,
-    scales,
-    sums,
-    bias,
-    with_gelu,
-    residual,
-    residual_stride,
-    out,
-    n,
-    row,
-    rows,
-    panel,
-    n_panels,
-    tile,
-    line,
-):
-    # tile: [rows / DOT_MR][n_panels][DOT_MR][DOT_NR], sums of this task; line: [DOT_NR], what becomes of a row of one
-    row_tiles = (rows + DOT_MR - 1) // DOT_MR
-    cells = (k + GROUP - 1) // GROUP
-    k_blocks = (k + K_BLOCK - 1) // K_BLOCK
-    for b in range(k_blocks):
-        first, last = cells * b // k_blocks, cells * (b + 1) // k_blocks  # equal parts: no short last block
-        for p in range(n_panels):
-            slab = ((panel + p) * cells + first) * DOT_NR * GROUP
-            for r in range(row_tiles):
-                dot_tile(
-                    x, ((row // DOT_MR + r) * cells + first) * DOT_MR * GROUP, panels, slab, last - first,
-                    tile, (r * n_panels + p) * DOT_MR * DOT_NR, int(b > 0),
+def _linear_task(rows, weight, after, out, sizes, block, buffers):
+    """Compute a block of rows × a block of panels."""
+    x, x_scale, x_offset = rows
+    panels, scales, sums, shifts = weight
+    bias, factors, residual, residual_stride, with_gelu = after
+    result, out_panels, out_scale, out_offset = out
+    m, n, cells, group_cells = sizes
+    row, n_rows, panel, n_panels = block
+    # tile: [panel][rows / DOT_MR][DOT_MR][DOT_NR], sums; lines: [row][panel][DOT_NR], what they amount to; zeros:
+    # [DOT_NR]
+    tile, lines, zeros, scratch = buffers
+    row_tiles, width, n_padded = (n_rows + DOT_MR - 1) // DOT_MR, n_panels * DOT_NR, scales.size
+    in_rows = result.size == 0
+    for group in range((cells + group_cells - 1) // group_cells):
+        start, stop = group * group_cells, min((group + 1) * group_cells, cells)
+        steps = (stop - start) // STEP_CELLS
+        k_blocks = (steps * STEP + K_BLOCK - 1) // K_BLOCK
+        for b in range(k_blocks):
+            # Equal parts: no short last block.
+            first, last = start + steps * b // k_blocks * STEP_CELLS, start + steps * (b + 1) // k_blocks * STEP_CELLS
+            # One tile behind: its sums are made to floats while the next is multiplied.
+            for t in range(n_panels * row_tiles + 1):
+                if t < n_panels * row_tiles:
+                    p, r = t // row_tiles, t % row_tiles
+                    dot_tile(
+                        x, ((row // DOT_MR + r) * cells + first) * DOT_MR * GROUP,
+                        panels, ((panel + p) * cells + first) * DOT_NR * GROUP, last - first,
+                        tile, (t if k_blocks > 1 else t % 2) * DOT_MR * DOT_NR, int(b > 0),
+                    )  # fmt: skip
+                if t == 0 or b < k_blocks - 1:
+                    continue
+                p, i = (t - 1) // row_tiles, (t - 1) % row_tiles * DOT_MR
+                column, line = (panel + p) * DOT_NR, i * width + p * DOT_NR
+                # Straight to where it belongs, unless more is to be done with it or a panel has more than belongs.
+                is_direct = not (in_rows or with_gelu or column + DOT_NR > n)
+                before, before_at, before_stride = lines, line, width
+                if group == 0:
+                    before, before_at, before_stride = zeros, 0, 0
+                    if is_direct and residual.size > 0:
+                        before, before_stride = residual, residual_stride
+                        before_at = (row + i) * residual_stride + column
+                to, to_at, to_stride = lines, line, width
+                if is_direct and stop == cells:
+                    to, to_at, to_stride = result, (row + i) * n + column, n
+                scale_tile(
+                    tile, (t - 1 if k_blocks > 1 else (t - 1) % 2) * DOT_MR * DOT_NR, min(DOT_MR, n_rows - i),
+                    x_scale, group * m + row + i, x_offset,
+                    scales, column, bias if group == 0 else zeros, column if group == 0 else 0,
+                    sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at, to_stride,
                 )  # fmt: skip
-    for i in range(rows):
-        scale, offset = x_scale[row + i], x_offset[row + i]
+    if in_rows:
+        _quantize_lines(
+            lines, n_rows, width, with_gelu, factors, panel * DOT_NR, n, scratch, out_panels, out_scale, out_offset,
+            row, m,
+        )  # fmt: skip
+    else:
         for p in range(n_panels):
             column = (panel + p) * DOT_NR
-            at = ((i // DOT_MR * n_panels + p) * DOT_MR + i % DOT_MR) * DOT_NR
-            # Whole panel rows (what belongs to outputs is padded), as in `linear`.
-            for j in range(DOT_NR):
-                c = column + j
-                total = np.float32(tile[at + j] - np.int32(ROW_ZERO) * sums[c])
-                line[j] = scale * scales[c] * total + offset * (scales[c] * np.float32(sums[c])) + bias[c]
-            if with_gelu:
-                for j in range(DOT_NR):
-                    line[j] = gelu(line[j])
-            start, width = (row + i) * n + column, min(DOT_NR, n - column)
+            if with_gelu or column + DOT_NR > n:
+                _finish(
+                    lines, p * DOT_NR, width, with_gelu, residual, residual_stride, result, n, row, n_rows, column
+                )
+
+
+@helper
+def _finish(lines, at, width, with_gelu, residual, residual_stride, result, n, row, n_rows, column):
+    """Take a panel from the lines to the result."""
+    for i in range(n_rows):
+        line, to = at + i * width, (row + i) * n + column
+        if with_gelu:
+            gelu_row(lines, line, DOT_NR)
+        for j in range(min(DOT_NR, n - column)):
+            value = lines[line + j]
             if residual.size > 0:
-                start_residual = (row + i) * residual_stride + column
-                for j in range(width):
-                    out[start + j] = line[j] + residual[start_residual + j]
-            else:
-                for j in range(width):
-                    out[start + j] = line[j]
+                value += residual[(row + i) * residual_stride + column + j]
+            result[to + j] = value
+
+
+@helper
+def _quantize_lines(
+    lines, n_rows, width, with_gelu, factors, column, n, scratch, panels, scale, offset, first_row, m
+):  # fmt: skip
+    """Make rows of the next product of a block that is one group of its columns."""
+    integers, all_cells = scratch.view(ROW_INTEGER), cells_of(n)
+    columns = min(width, n - column)
+    cells = cells_of(columns)
+    for i in range((n_rows + DOT_MR - 1) // DOT_MR * DOT_MR):
+        row = first_row + i
+        if i < n_rows:
+            if with_gelu:
+                gelu_row(lines, i * width, width)
+            for j in range(columns if factors.size > 0 else 0):
+                lines[i * width + j] *= factors[column + j]
+            middle, half = row_range(lines, i * width, columns)
+            at = column // SCALE_COLUMNS * m + row
+            scale[at], offset[at] = quantize_into(lines, i * width, columns, middle, half, integers), middle
+            integers[columns : cells * GROUP] = 0
+        else:
+            scratch[:] = 0
+        scatter_row(scratch, cells, panels, row // DOT_MR * all_cells * DOT_MR, column // GROUP, row % DOT_MR)
 
 
 @helper
 def _linear_worker(
-    x,
-    x_scale,
-    x_offset,
-    m,
-    k,
-    panels,
-    scales,
-    sums,
-    bias,
-    with_gelu,
-    residual,
-    residual_stride,
-    out,
-    n,
-    row_block,
-    panel_block,
-    tickets,
-):
+    x, x_scale, x_offset, panels, scales, sums, shifts, bias, factors, residual, residual_stride, with_gelu,
+    result, out_panels, out_scale, out_offset, m, n, cells, group_cells, row_block, panel_block, tickets,
+):  # fmt: skip
     all_panels = (n + DOT_NR - 1) // DOT_NR
     row_tasks = (m + row_block - 1) // row_block
     panel_tasks = (all_panels + panel_block - 1) // panel_block
-    tile = np.empty(row_block * panel_block * DOT_NR, np.int32)
-    line = np.empty(DOT_NR, np.float32)
+    size = row_block * panel_block * DOT_NR
+    buffers = (
+        aligned(max(size, 2 * DOT_MR * DOT_NR), np.int32),
+        aligned(size, np.float32),
+        np.zeros(DOT_NR, np.float32),
+        np.zeros(panel_block * DOT_NR // GROUP, ROW_CELL),
+    )
+    rows, weight = (x, x_scale, x_offset), (panels, scales, sums, shifts)
+    after, out = (bias, factors, residual, residual_stride, with_gelu), (result, out_panels, out_scale, out_offset)
+    begin_tiles()
     task = take_ticket(tickets)
     while task < row_tasks * panel_tasks:
         row, panel = task % row_tasks * row_block, task // row_tasks * panel_block
-        _linear_task(
-            x, x_scale, x_offset, k, panels, scales, sums, bias, with_gelu, residual, residual_stride, out, n,
-            row, min(row_block, m - row), panel, min(panel_block, all_panels - panel), tile, line,
-        )  # fmt: skip
+        block = row, min(row_block, m - row), panel, min(panel_block, all_panels - panel)
+        _linear_task(rows, weight, after, out, (m, n, cells, group_cells), block, buffers)
         task = take_ticket(tickets)
+    end_tiles()
 
 
 @kernel
 def _linear(
-    x,
-    x_scale,
-    x_offset,
-    m,
-    k,
-    panels,
-    scales,
-    sums,
-    bias,
-    with_gelu,
-    residual,
-    residual_stride,
-    out,
-    n,
-    row_block,
-    panel_block,
-    tickets,
-    workers,
-):
+    x, x_scale, x_offset, panels, scales, sums, shifts, bias, factors, residual, residual_stride, with_gelu,
+    result, out_panels, out_scale, out_offset, m, n, cells, group_cells, row_block, panel_block, tickets, workers,
+):  # fmt: skip
     for _ in numba.prange(workers):
         _linear_worker(
-            x, x_scale, x_offset, m, k, panels, scales, sums, bias, with_gelu, residual, residual_stride, out, n,
-            row_block, panel_block, tickets,
+            x, x_scale, x_offset, panels, scales, sums, shifts, bias, factors, residual, residual_stride, with_gelu,
+            result, out_panels, out_scale, out_offset, m, n, cells, group_cells, row_block, panel_block, tickets,
         )  # fmt: skip
 
 
@@ -266,6 +311,41 @@ def _blocks(m: int, n: int, workers: int) -> tuple[int, int]:
     while -(-m // row_block) * -(-n // column_block) < wanted and column_block > DOT_NR:
         column_block = -(-column_block // (2 * DOT_NR)) * DOT_NR
     return row_block, column_block // DOT_NR
+
+
+def _run(
+    x: QuantizedRows | Float32,
+    weight: PackedInt8Weight,
+    bias: Float32 | None,
+    gelu: bool,
+    residual: Float32 | None,
+    factor: Float32 | None,
+    out: Float32 | QuantizedRows,
+) -> None:
+    rows = x if isinstance(x, QuantizedRows) else quantize_rows(x)
+    m, n, groups = rows.m, weight.n, len(weight.sums)
+    assert len(rows.scale) == groups, "rows and weight must have the same groups of columns"
+    padded_bias = np.zeros(len(weight.scales), np.float32)
+    if bias is not None:
+        padded_bias[:n] = bias
+    residual_view, residual_stride = (np.empty(0, np.float32), 0) if residual is None else rows_view(residual)
+    cells = n_cells(weight.k)
+    shifts = weight.scales * weight.sums.astype(np.float32)
+    nothing, no_cells = np.empty(0, np.float32), np.empty(0, ROW_CELL)
+    with parallel_region() as workers:
+        row_block, panel_block = _blocks(m, n, workers)
+        if isinstance(out, QuantizedRows):
+            panel_block = SCALE_COLUMNS // DOT_NR
+            result = nothing, out.panels.view(ROW_CELL), out.scale.reshape(-1), out.offset.reshape(-1)
+        else:
+            result = out.reshape(-1), no_cells, nothing, nothing
+        _linear(
+            rows.panels, rows.scale.reshape(-1), rows.offset.reshape(-1),
+            weight.panels, weight.scales, weight.sums.reshape(-1), shifts.reshape(-1),
+            padded_bias, nothing if factor is None else vector_view(factor), residual_view, residual_stride, gelu,
+            *result, m, n, cells, cells if groups == 1 else SCALE_COLUMNS // GROUP, row_block, panel_block,
+            np.zeros(1, np.int64), workers,
+        )  # fmt: skip
 
 
 def linear_int8(
@@ -308,23 +388,46 @@ def linear_int8(
     ValueError
         If `out` is not a C-contiguous float32 array: the result would be written to a copy.
     """
-    rows = x if isinstance(x, QuantizedRows) else quantize_rows(x)
-    m, n = rows.m, weight.n
+    m = x.m if isinstance(x, QuantizedRows) else len(x)
     if out is None:
-        out = np.empty((m, n), np.float32)
+        out = np.empty((m, weight.n), np.float32)
     elif out.dtype != np.float32 or not out.flags.c_contiguous:
         raise ValueError(f"out is {out.dtype} with strides {out.strides}; a C-contiguous float32 array is needed.")
-    if m == 0:
-        return out
-    padded_bias = np.zeros(len(weight.scales), np.float32)
-    if bias is not None:
-        padded_bias[:n] = bias
-    residual_view, residual_stride = (np.empty(0, np.float32), 0) if residual is None else rows_view(residual)
-    with parallel_region() as workers:
-        row_block, panel_block = _blocks(m, n, workers)
-        _linear(
-            rows.panels, vector_view(rows.scale), vector_view(rows.offset), m, weight.k,
-            weight.panels, weight.scales, weight.sums, padded_bias, gelu, residual_view, residual_stride,
-            out.reshape(-1), n, row_block, panel_block, np.zeros(1, np.int64), workers,
-        )  # fmt: skip
+    if m > 0:
+        _run(x, weight, bias, gelu, residual, None, out)
     return out
+
+
+def linear_int8_quantized(
+    x: QuantizedRows | Float32,
+    weight: PackedInt8Weight,
+    bias: Float32 | None = None,
+    *,
+    gelu: bool = False,
+    factor: Float32 | None = None,
+) -> QuantizedRows:
+    """Multiply rows as `linear_int8` does and quantise the result, which is never written out in float32.
+
+    Runs in parallel; `reference.linear_int8_quantized` defines it. An integer may differ by 1 from the reference's,
+    where the two results lie on two sides of a half. Writes M·N bytes instead of M·N floats, which would be
+    read again to be quantised.
+
+    Parameters
+    ----------
+    x, weight, bias, gelu
+        As in `linear_int8`.
+    factor : ndarray [shape=(N,), float32] or None
+        Multiplied into the columns of the result before it is quantised; its inverse belongs in the next weight.
+
+    Returns
+    -------
+    QuantizedRows
+        [M, N] in groups of SCALE_COLUMNS columns, for a weight that was packed with `in_groups`.
+    """
+    m, n = x.m if isinstance(x, QuantizedRows) else len(x), weight.n
+    groups = -(-n // SCALE_COLUMNS)
+    scale, offset = np.empty((groups, m), np.float32), np.empty((groups, m), np.float32)
+    rows = QuantizedRows(empty_panels(m, n), scale, offset, m, n)
+    if m > 0:
+        _run(x, weight, bias, gelu, None, factor, rows)
+    return rows

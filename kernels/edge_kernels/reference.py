@@ -221,6 +221,24 @@ def quantize_rows(x: Float32) -> tuple[Int8, Float32, Float32]:
     return q, scale, centre
 
 
+SCALE_COLUMNS = 576
+"""Columns that share a scale where rows are quantised as they come out of a product: a task of it sees no more. A
+multiple of every register tile's outputs and of every step."""
+
+
+def quantize_row_groups(x: Float32) -> tuple[Int8, Float32, Float32]:
+    """`quantize_rows` of each group of SCALE_COLUMNS columns by itself.
+
+    Returns
+    -------
+    q : ndarray [shape=(M, K), int8]
+    scale, offset : ndarray [shape=(G, M), float32]
+    """
+    groups = [quantize_rows(x[:, first : first + SCALE_COLUMNS]) for first in range(0, x.shape[1], SCALE_COLUMNS)]
+    q, scale, offset = zip(*groups, strict=True)
+    return np.concatenate(q, axis=1), np.stack(scale), np.stack(offset)
+
+
 def quantize_weight(weight: Float32) -> tuple[Int8, Float32]:
     """Write each row of a weight as weight ≈ scale · q, symmetric about 0.
 
@@ -253,13 +271,14 @@ def linear_int8(
     *,
     gelu: bool = False,
     residual: Float32 | None = None,
+    in_groups: bool = False,
 ) -> Float32:
     """`linear` with rows and weight in int8: integer products and sums, the rest in float32.
 
     Parameters
     ----------
     x : ndarray [shape=(M, K), float32]
-        Rows, quantised here by `quantize_rows`.
+        Rows, quantised here by `quantize_rows`, or by `quantize_row_groups` with `in_groups`.
     q_weight, weight_scale : ndarray [shape=(N, K), int8], ndarray [shape=(N,), float32]
         From `quantize_weight`.
     bias, gelu, residual
@@ -269,11 +288,19 @@ def linear_int8(
     -------
     ndarray [shape=(M, N), float32]
     """
-    q, scale, offset = quantize_rows(x)
-    # Σ (scale q + offset) · weight_scale q_weight; what the offset adds is the same in all rows, up to a factor.
-    weight_sums = q_weight.sum(axis=1, dtype=np.int32).astype(np.float32)
-    y = scale[:, None] * weight_scale * int8_sums(q, q_weight).astype(np.float32)
-    y = y + offset[:, None] * (weight_scale * weight_sums)
+    if in_groups:
+        q, scale, offset = quantize_row_groups(x)
+    else:
+        q, of_row, offset_of_row = quantize_rows(x)
+        scale, offset = of_row[None], offset_of_row[None]
+    columns = SCALE_COLUMNS if in_groups else x.shape[1]
+    y = np.zeros((len(x), len(q_weight)), np.float32)
+    for group, first in enumerate(range(0, x.shape[1], columns)):
+        part, part_weight = q[:, first : first + columns], q_weight[:, first : first + columns]
+        # Σ (scale q + offset) · weight_scale q_weight; what the offset adds is the same in all rows, up to a factor.
+        weight_sums = part_weight.sum(axis=1, dtype=np.int32).astype(np.float32)
+        y = y + scale[group][:, None] * weight_scale * int8_sums(part, part_weight).astype(np.float32)
+        y = y + offset[group][:, None] * (weight_scale * weight_sums)
     if bias is not None:
         y = y + bias
     if gelu:
@@ -281,6 +308,30 @@ def linear_int8(
     if residual is not None:
         y = y + residual
     return y
+
+
+def linear_int8_quantized(
+    x: Float32,
+    q_weight: Int8,
+    weight_scale: Float32,
+    bias: Float32 | None = None,
+    *,
+    gelu: bool = False,
+    factor: Float32 | None = None,
+) -> tuple[Int8, Float32, Float32]:
+    """`linear_int8`, its result quantised for another product.
+
+    Parameters
+    ----------
+    factor : ndarray [shape=(N,), float32] or None
+        Multiplied into the columns before they are quantised.
+
+    Returns
+    -------
+    As `quantize_row_groups`.
+    """
+    y = linear_int8(x, q_weight, weight_scale, bias, gelu=gelu)
+    return quantize_row_groups(y if factor is None else y * factor)
 
 
 def layer_norm_quantized(x: Float32, eps: float) -> tuple[Int8, Float32, Float32]:
@@ -381,3 +432,74 @@ def attention_int16(
             if kv_offsets[s] < kv_offsets[s + 1]:
                 out[q_rows, columns] = sums / total
     return out
+
+
+# --- bfloat16 attention -------------------------------------------------------------------------------------
+
+
+def round_to_bf16(x: Float32) -> Float32:
+    """Round to the nearest bfloat16, halves away from zero; as float32. NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64) + 0x8000
+    rounded = (bits & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    return np.where(np.isnan(x), np.float32(np.nan), rounded)
+
+
+def attention_bf16(
+    q: Float32,
+    k: Float32,
+    v: Float32,
+    heads: int,
+    scale: float,
+    q_offsets: Int64,
+    kv_offsets: Int64,
+    *,
+    fine_scores: bool = False,
+) -> Float32:
+    """`attention` with queries (times the factor on scores), keys, values and weights in bfloat16; sums in float32.
+
+    Weights are relative to the largest of their query. Each counts in the sum that divides as it counts in the
+    product: where all values are equal the result is that value.
+
+    Parameters
+    ----------
+    fine_scores : bool
+        Add what the rests of queries and of keys, in bfloat16 too, contribute to the scores.
+    """
+    q, k, v = (np.asarray(a, np.float32) for a in (q, k, v))
+    q = q * np.float32(scale * math.log2(math.e))  # in units of log2(e), so that softmax is a power of 2
+    out = np.zeros_like(q, order="C")
+    d = q.shape[1] // heads
+    for s in range(len(q_offsets) - 1):
+        q_rows = slice(int(q_offsets[s]), int(q_offsets[s + 1]))
+        kv_rows = slice(int(kv_offsets[s]), int(kv_offsets[s + 1]))
+        if kv_rows.start == kv_rows.stop:
+            continue
+        for h in range(heads):
+            columns = slice(h * d, (h + 1) * d)
+            queries, keys = round_to_bf16(q[q_rows, columns]), round_to_bf16(k[kv_rows, columns])
+            scores = queries @ keys.T
+            if fine_scores:
+                scores += queries @ round_to_bf16(k[kv_rows, columns] - keys).T
+                scores += round_to_bf16(q[q_rows, columns] - queries) @ keys.T
+            weights = round_to_bf16(np.exp2(scores - scores.max(axis=1, keepdims=True)))
+            values = weights @ round_to_bf16(v[kv_rows, columns])
+            out[q_rows, columns] = values / weights.sum(axis=1, keepdims=True)
+    return out
+
+
+def self_attention(
+    x: Float32, q_weight: Int8, weight_scale: Float32, bias: Float32, heads: int, scale: float, offsets: Int64
+) -> Float32:
+    """Attend with every row to all rows of its own sequence: `linear_int8`, then `attention_bf16`.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, K), float32]
+        Rows.
+    q_weight, weight_scale, bias
+        As in `linear_int8`, for 3·H·D outputs: queries, keys and values one after the other.
+    heads, scale, offsets
+        As in `attention`.
+    """
+    q, k, v = np.split(linear_int8(x, q_weight, weight_scale, bias), 3, axis=1)
+    return attention_bf16(q, k, v, heads, scale, offsets, offsets)

@@ -17,17 +17,20 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import helper, kernel, parallel_region, rows_view, vector_view
+from edge_kernels.compile import aligned_empty, helper, kernel, parallel_region, rows_view, vector_view
+from edge_kernels.reference import SCALE_COLUMNS
 from edge_kernels.simd import sum_row, sum_squares_row, take_ticket
-from edge_kernels.simd_int8 import DOT_MR, DOT_TILE, GROUP, quantize_row, row_range
+from edge_kernels.simd_int8 import DOT_MR, DOT_NR, DOT_TILE, GROUP, cells_of, n_cells, row_cell
+from edge_kernels.simd_rows import quantize_row, row_range
 
 Float32 = NDArray[np.float32]
 
 ROW_ZERO = DOT_TILE.row_zero
-_ROW_INTEGER = np.int16 if DOT_TILE.row_bits == 16 else np.int8
+ROW_INTEGER = np.dtype(np.int16 if DOT_TILE.row_bits == 16 else np.int8)
 # Cells are moved as one integer each. ROW_ZERO added to every byte of one is an exclusive or, as bytes wrap.
-_ROW_CELL = np.dtype(f"i{GROUP * DOT_TILE.row_bits // 8}")
-_ZERO_CELL = int(np.full(_ROW_CELL.itemsize, ROW_ZERO, np.uint8).view(_ROW_CELL)[0])
+ROW_CELL = np.dtype(f"i{GROUP * DOT_TILE.row_bits // 8}")
+ZERO_CELL = int(np.full(ROW_CELL.itemsize, ROW_ZERO, np.uint8).view(ROW_CELL)[0])
+assert SCALE_COLUMNS % (DOT_TILE.step_cells * GROUP) == SCALE_COLUMNS % DOT_NR == 0
 
 
 class QuantizedRows(NamedTuple):
@@ -35,11 +38,11 @@ class QuantizedRows(NamedTuple):
 
     Attributes
     ----------
-    panels : ndarray [shape=(⌈m/DOT_MR⌉ · ⌈k/GROUP⌉ · DOT_MR · GROUP,), int8 or int16]
-        q in panels of DOT_MR rows, each [k / GROUP][row][GROUP], padded with zeros. The layout belongs to this
-        machine. Machines that multiply unsigned × signed have q + 128, as bit pattern.
-    scale, offset : ndarray [shape=(m,), float32]
-        Per row.
+    panels : ndarray [shape=(⌈m/DOT_MR⌉ · n_cells(k) · DOT_MR · GROUP,), int8 or int16]
+        q in panels of DOT_MR rows, in cells at the places that `simd_int8.row_cell` tells, padded with zeros. The
+        layout belongs to this machine. Machines that multiply unsigned × signed have q + 128, as bit pattern.
+    scale, offset : ndarray [shape=(G, m), float32]
+        Per row; or, where G > 1, per row and group of SCALE_COLUMNS columns.
     m, k : int
         Number of rows and of columns.
     """
@@ -49,6 +52,12 @@ class QuantizedRows(NamedTuple):
     offset: Float32
     m: int
     k: int
+
+
+def empty_panels(m: int, k: int) -> NDArray[Any]:
+    """Allocate panels for m rows of k columns, from the start of a cache line on."""
+    integers = -(-m // DOT_MR) * n_cells(k) * DOT_MR * GROUP
+    return aligned_empty(-(-integers * ROW_INTEGER.itemsize // 4)).view(ROW_INTEGER)[:integers]
 
 
 @helper
@@ -75,15 +84,15 @@ def quantize_into(x, start, k, middle, half, scratch):
 
 
 @helper
-def scatter(cells, panels, start, row, rows, zero):
-    """Put a row of cells into a panel of `rows` rows that begins at cell `start`, each combined with `zero`."""
-    for cell in range(cells.size):
-        panels[start + cell * rows + row] = cells[cell] ^ zero
+def scatter_row(cells, n, panels, start, first, row):
+    """Put n cells of a row, from cell `first` of the row on, into the panel that begins at cell `start`."""
+    for cell in range(n):
+        panels[start + row_cell(first + cell, row)] = cells[cell] ^ ZERO_CELL
 
 
 @helper
 def _quantize_panel(x, x_stride, m, k, factors, normalise, eps, panels, scale, offset, panel, scratch, normal):
-    integers = scratch.view(_ROW_INTEGER)
+    integers = scratch.view(ROW_INTEGER)
     for r in range(DOT_MR):
         row = panel * DOT_MR + r
         if row >= m:
@@ -107,12 +116,12 @@ def _quantize_panel(x, x_stride, m, k, factors, normalise, eps, panels, scale, o
             middle, half = row_range(x, row * x_stride, k)
             scale[row] = quantize_into(x, row * x_stride, k, middle, half, integers)
             offset[row] = middle
-        scatter(scratch, panels, panel * scratch.size * DOT_MR, r, DOT_MR, _ZERO_CELL)
+        scatter_row(scratch, scratch.size, panels, panel * scratch.size * DOT_MR, 0, r)
 
 
 @helper
 def _quantize_worker(x, x_stride, m, k, factors, normalise, eps, panels, scale, offset, tickets):
-    scratch = np.zeros((k + GROUP - 1) // GROUP, _ROW_CELL)
+    scratch = np.zeros(cells_of(k), ROW_CELL)
     normal = np.empty(k, np.float32)
     panel = take_ticket(tickets)
     while panel * DOT_MR < m:
@@ -128,15 +137,15 @@ def _quantize_rows(x, x_stride, m, k, factors, normalise, eps, panels, scale, of
 
 def _quantize(x: Float32, factor: Float32 | None, eps: float | None) -> QuantizedRows:
     m, k = x.shape
-    panels = np.empty(-(-m // DOT_MR) * -(-k // GROUP) * DOT_MR * GROUP, _ROW_INTEGER)
-    scale, offset = np.empty(m, np.float32), np.empty(m, np.float32)
+    panels = empty_panels(m, k)
+    scale, offset = np.empty((1, m), np.float32), np.empty((1, m), np.float32)
     if m > 0:
         rows, row_stride = rows_view(x)
         factors = vector_view(np.empty(0, np.float32) if factor is None else factor)
         with parallel_region() as workers:
             _quantize_rows(
-                rows, row_stride, m, k, factors, eps is not None, float(eps or 0.0), panels.view(_ROW_CELL),
-                scale, offset, np.zeros(1, np.int64), workers,
+                rows, row_stride, m, k, factors, eps is not None, float(eps or 0.0), panels.view(ROW_CELL),
+                scale.reshape(-1), offset.reshape(-1), np.zeros(1, np.int64), workers,
             )  # fmt: skip
     return QuantizedRows(panels, scale, offset, m, k)
 

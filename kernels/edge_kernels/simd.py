@@ -37,8 +37,7 @@ class Tile(NamedTuple):
 # registers (16 in AVX2 and SSE, 32 in AVX-512 and NEON), and there are enough sums to cover latency times issue
 # rate (8 on x86 with FMA, up to 16 on big ARM cores).
 TILES: dict[str, Tile] = {
-    "avx512vnni": Tile(rows=8, vectors=3, width=16),
-    "avx512": Tile(rows=8, vectors=3, width=16),
+    **dict.fromkeys(("amx", "avx512vnni", "avx512"), Tile(rows=8, vectors=3, width=16)),
     "avxvnni": Tile(rows=6, vectors=2, width=8),
     "avx2": Tile(rows=6, vectors=2, width=8),
     "neon-i8mm": Tile(rows=6, vectors=4, width=4),
@@ -171,6 +170,13 @@ def _exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.fmul(result, power)
 
 
+def _gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Emit tanh-GELU of a float or a vector of floats; see `gelu`."""
+    square = builder.fmul(x, x)
+    slope = _multiply_add(builder, square, _constant(x.type, GELU_CUBIC), _constant(x.type, GELU_LINEAR))
+    return builder.fdiv(x, builder.fadd(_exp2(builder, builder.fmul(x, slope)), _constant(x.type, 1.0)))
+
+
 # --- for numba ----------------------------------------------------------------------------------------------
 
 
@@ -204,10 +210,7 @@ def gelu(typing_context, x):
     """
 
     def generate(context, builder, signature, args):
-        (x,) = args
-        square = builder.fmul(x, x)
-        slope = _multiply_add(builder, square, _constant(_FLOAT, GELU_CUBIC), _constant(_FLOAT, GELU_LINEAR))
-        return builder.fdiv(x, builder.fadd(_exp2(builder, builder.fmul(x, slope)), _constant(_FLOAT, 1.0)))
+        return _gelu(builder, args[0])
 
     return types.float32(types.float32), generate
 

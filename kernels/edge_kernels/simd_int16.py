@@ -44,7 +44,8 @@ from edge_kernels.simd import (
     _store,
     _takes,
 )
-from edge_kernels.simd_int8 import _ROUND, _SHORT, _call, _pairs, _repeat
+from edge_kernels.simd_int8 import _SHORT, _call, _pairs, _repeat
+from edge_kernels.simd_rows import _ROUND
 
 
 class PairTile(NamedTuple):
@@ -62,7 +63,7 @@ class PairTile(NamedTuple):
 # without, pmaddwd and an addition, which pays where more units add integers than multiply floats: 256-bit units of
 # AMD and Intel (measured on Zen 3), not the two of AVX-512 (counted). NEON's smlal takes four products, as fmla does.
 PAIR_TILES: dict[str, PairTile] = {
-    "avx512vnni": PairTile("vpdpwssds", rows=8, vectors=3, width=16, gains=True),
+    **dict.fromkeys(("amx", "avx512vnni"), PairTile("vpdpwssds", rows=8, vectors=3, width=16, gains=True)),
     "avx512": PairTile("pairs", rows=8, vectors=3, width=16, gains=False),
     "avxvnni": PairTile("vpdpwssds", rows=6, vectors=2, width=8, gains=True),
     "avx2": PairTile("pairs", rows=6, vectors=2, width=8, gains=True),

@@ -7,12 +7,17 @@ sums over it:
     vpdpbusd  AVX-512 VNNI, AVX-VNNI   4 products of unsigned × signed bytes into an int32 lane: rows carry +128
     sdot      ARMv8.2 dotprod          4 products of signed bytes into an int32 lane
     smmla     ARMv8.6 i8mm             2 rows × 2 outputs × 8 products of signed bytes into four int32 lanes
+    tdpbssd   AMX                      16 rows × 16 outputs × 64 products of signed bytes (see `simd_amx`)
     pairs     all others               2 products of int16 into an int32 lane (pmaddwd on x86)
 
 Why `pairs` on AVX2 and not pmaddubsw: that one takes unsigned × signed too, but saturates at 16 bits, so that it
 needs a sign flip of the weight per row, and it leaves 16-bit sums to be widened. Counted in instructions per
 product the two are equal; int16 has no worst case and takes one register less. Rows are widened when they are
 quantised, weights when they are loaded: in memory they are bytes.
+
+Where an instruction takes several cells of a row at once (AMX: 16), these lie together: [k / step][row][step] and
+[k / step][vector of outputs][cell][output][group], padded with zeros to whole steps; `row_cell` and `output_cell` say
+where a cell is.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -20,39 +25,23 @@ quantised, weights when they are loaded: in memory they are bytes.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import isa
-from edge_kernels.simd import (
-    _FLOAT,
-    _INT,
-    _VECTOR,
-    TILE,
-    _address,
-    _constant,
-    _floats,
-    _index,
-    _larger,
-    _load,
-    _loop,
-    _splat,
-    _store,
-    _takes,
-)
+from edge_kernels.compile import helper, isa
+from edge_kernels.simd import _INT, _address, _constant, _floats, _index, _load, _loop, _store, _takes
+from edge_kernels.simd_amx import emit_tile_product
 
 
 class DotTile(NamedTuple):
     """A tile of int32 sums held in registers: `rows` × (`vectors` · `width`), made by `instruction`.
 
     With smmla a vector of sums covers 2 rows × 2 outputs, so `rows` is even, and `vectors` · `width` outputs take
-    2 · `vectors` vectors of weights.
+    2 · `vectors` vectors of weights. With AMX the registers are its own: 2 × 2 tiles of 16 × 16 sums.
     """
 
     instruction: str
@@ -63,7 +52,12 @@ class DotTile(NamedTuple):
     @property
     def group(self) -> int:
         """Successive k in a cell."""
-        return {"vpdpbusd": 4, "sdot": 4, "smmla": 8, "pairs": 2}[self.instruction]
+        return {"tdpbssd": 4, "vpdpbusd": 4, "sdot": 4, "smmla": 8, "pairs": 2}[self.instruction]
+
+    @property
+    def step_cells(self) -> int:
+        """Cells that one instruction takes."""
+        return 16 if self.instruction == "tdpbssd" else 1
 
     @property
     def row_bits(self) -> int:
@@ -78,6 +72,7 @@ class DotTile(NamedTuple):
 
 # By the names of `compile.ISAS`; registers as in `simd.TILES`, and for `pairs` one more for the product.
 DOT_TILES: dict[str, DotTile] = {
+    "amx": DotTile("tdpbssd", rows=32, vectors=2, width=16),
     "avx512vnni": DotTile("vpdpbusd", rows=8, vectors=3, width=16),
     "avx512": DotTile("pairs", rows=8, vectors=3, width=16),
     "avxvnni": DotTile("vpdpbusd", rows=6, vectors=2, width=8),
@@ -92,12 +87,35 @@ DOT_TILE = DOT_TILES[isa()]
 DOT_MR = DOT_TILE.rows
 DOT_NR = DOT_TILE.vectors * DOT_TILE.width
 GROUP = DOT_TILE.group
+STEP_CELLS = DOT_TILE.step_cells
+_OUTPUTS_TOGETHER = DOT_TILE.width if STEP_CELLS > 1 else DOT_NR  # whose cells of one k lie side by side
 
 _BYTE = ir.IntType(8)
 _SHORT = ir.IntType(16)
 
-# 1.5 · 2^23: adding it rounds to an integer (halves to even), which is then in the low bits.
-_ROUND = 12582912.0
+
+def n_cells(k):
+    """Cells of k columns, padded to whole steps."""
+    return (k + GROUP * STEP_CELLS - 1) // (GROUP * STEP_CELLS) * STEP_CELLS
+
+
+cells_of = helper(n_cells)
+"""`n_cells` for compiled code."""
+
+
+@helper
+def row_cell(cell, row):
+    """Place of a cell of one row, within its panel of DOT_MR rows, in cells."""
+    return (cell // STEP_CELLS * DOT_MR + row) * STEP_CELLS + cell % STEP_CELLS
+
+
+@helper
+def output_cell(cell, output):
+    """Place of a cell of one output, within its panel of DOT_NR outputs, in cells."""
+    vectors, width = DOT_NR // _OUTPUTS_TOGETHER, _OUTPUTS_TOGETHER
+    return (
+        (cell // STEP_CELLS * vectors + output // width) * STEP_CELLS + cell % STEP_CELLS
+    ) * width + output % width
 
 
 # --- one step of a tile -------------------------------------------------------------------------------------
@@ -195,6 +213,9 @@ def _dot_tile(
     builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, cells: ir.Value, c: ir.Value, accumulate: ir.Value
 ) -> None:
     """Emit `dot_tile` for any tile, from addresses: a, b and c point at the first element."""
+    if tile.instruction == "tdpbssd":
+        emit_tile_product(builder, a, b, cells, c, accumulate)
+        return
     a_step = tile.rows * tile.group * tile.row_bits // 8
     b_step = tile.vectors * tile.width * tile.group
     matrix = tile.instruction == "smmla"
@@ -226,10 +247,11 @@ def _dot_tile(
 def dot_tile(typing_context, a, a_offset, b, b_offset, cells, c, c_offset, accumulate):
     """Multiply DOT_MR rows with one panel; this loop is where the time of `linear_int8` goes.
 
-    c[i, j] (+)= Σ a[a_offset + (g · DOT_MR + i) · GROUP + l] · b[b_offset + (g · DOT_NR + j) · GROUP + l]
+    c[i, j] (+)= Σ a[a_offset + row_cell(g, i) · GROUP + l] · b[b_offset + output_cell(g, j) · GROUP + l]
 
-    over g < cells and l < GROUP, in int32. `a` is int8 (unsigned where `row_zero` is 128) or int16, `b` int8. `c`
-    has DOT_MR rows of DOT_NR elements, all of which are written; `accumulate` 0 overwrites it, 1 adds to it.
+    over g < cells and l < GROUP, in int32. `cells` is a multiple of STEP_CELLS. `a` is int8 (unsigned where
+    `row_zero` is 128) or int16, `b` int8. `c` has DOT_MR rows of DOT_NR elements, all of which are written;
+    `accumulate` 0 overwrites it, 1 adds to it.
     """
 
     def generate(context, builder, signature, args):
@@ -242,141 +264,3 @@ def dot_tile(typing_context, a, a_offset, b, b_offset, cells, c, c_offset, accum
         return context.get_dummy_value()
 
     return _takes(a, a_offset, b, b_offset, cells, c, c_offset, accumulate), generate
-
-
-_CHAINS = 4  # vectors of partial results: enough to hide the latency of a comparison
-
-State = list[ir.Value]
-
-
-def _reduce_row(
-    builder: ir.IRBuilder,
-    row: ir.Value,
-    n: ir.Value,
-    initial: Sequence[float],
-    take: Callable[[ir.Value, Sequence[ir.Value]], State],
-    merge: Callable[[Sequence[ir.Value], Sequence[ir.Value]], State],
-) -> State:
-    """Emit the reduction of a row's values: vectors first, then the rest one by one.
-
-    `take` is (value, state) → state and `merge` (state, state) → state, of vectors as of scalars.
-    """
-    size, chunk = len(initial), _CHAINS * TILE.width
-
-    def vectors(j: ir.Value, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        results = []
-        for v in range(_CHAINS):
-            value = _load(builder, _address(builder, row, j, _index(v * TILE.width)))
-            results += take(value, states[size * v : size * (v + 1)])
-        return results
-
-    def scalar(j: ir.Value, state: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        return take(_load(builder, _address(builder, row, j), _FLOAT), state)
-
-    whole = builder.mul(builder.sdiv(n, _index(chunk)), _index(chunk))
-    first = [_constant(_VECTOR, value) for value in initial]
-    flat = _loop(builder, _index(0), whole, chunk, first * _CHAINS, vectors)
-    state = functools.reduce(merge, (flat[size * v : size * (v + 1)] for v in range(_CHAINS)))
-    lanes = ([builder.extract_element(part, ir.Constant(_INT, lane)) for part in state] for lane in range(TILE.width))
-    return _loop(builder, whole, n, 1, functools.reduce(merge, lanes), scalar)
-
-
-def _poison(builder: ir.IRBuilder, value: ir.Value, sum_: ir.Value) -> ir.Value:
-    """Emit a sum that stays 0, or is NaN once a value was not finite."""
-    return builder.fadd(sum_, builder.fmul(value, _constant(value.type, 0.0)))
-
-
-@intrinsic
-def row_range(typing_context, x, offset, n):
-    """Return (max + min) / 2 and (max - min) / 2 of x[offset : offset + n], n ≥ 1.
-
-    Both are NaN where the row has NaN or infinity. No intermediate result overflows.
-    """
-
-    def generate(context, builder, signature, args):
-        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
-
-        def smaller(a: ir.Value, b: ir.Value) -> ir.Value:
-            return builder.select(builder.fcmp_ordered("<", a, b), a, b)
-
-        def take(value: ir.Value, state: Sequence[ir.Value]) -> State:
-            return [
-                smaller(value, state[0]),
-                _larger(builder, value, state[1]),
-                _poison(builder, value, state[2]),
-            ]
-
-        def merge(a: Sequence[ir.Value], b: Sequence[ir.Value]) -> State:
-            return [smaller(a[0], b[0]), _larger(builder, a[1], b[1]), builder.fadd(a[2], b[2])]
-
-        initial = (float("inf"), float("-inf"), 0.0)
-        low, high, broken = _reduce_row(builder, row, args[2], initial, take, merge)
-        low, high = (builder.fmul(value, _constant(_FLOAT, 0.5)) for value in (low, high))
-        middle, half = (builder.fadd(value, broken) for value in (builder.fadd(high, low), builder.fsub(high, low)))
-        return context.make_tuple(builder, signature.return_type, [middle, half])
-
-    return types.UniTuple(types.float32, 2)(x, types.int64, types.int64), generate
-
-
-@intrinsic
-def row_magnitude(typing_context, x, offset, n):
-    """Return the largest |value| of x[offset : offset + n]; NaN where the row has NaN or infinity."""
-
-    def generate(context, builder, signature, args):
-        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
-
-        def take(value: ir.Value, state: Sequence[ir.Value]) -> State:
-            magnitude = _larger(builder, value, builder.fneg(value))
-            return [_larger(builder, magnitude, state[0]), _poison(builder, value, state[1])]
-
-        def merge(a: Sequence[ir.Value], b: Sequence[ir.Value]) -> State:
-            return [_larger(builder, a[0], b[0]), builder.fadd(a[1], b[1])]
-
-        largest, broken = _reduce_row(builder, row, args[2], (0.0, 0.0), take, merge)
-        return builder.fadd(largest, broken)
-
-    return types.float32(x, types.int64, types.int64), generate
-
-
-@intrinsic
-def quantize_row(typing_context, x, offset, n, middle, factor, q, q_offset):
-    """Write (x - middle) · factor to q (int8 or int16), rounded (halves to even) and kept within ±127.
-
-    Of n elements. NaN becomes some integer in that range.
-    """
-    element = ir.IntType(q.dtype.bitwidth)
-
-    def generate(context, builder, signature, args):
-        _, offset, n, middle, factor, _, q_offset = args
-        row = _address(builder, _floats(context, builder, signature, args, 0), offset)
-        out = _address(builder, _floats(context, builder, signature, args, 5), q_offset, element=element)
-
-        def emit(j: ir.Value, type_: ir.Type) -> None:
-            ints: ir.Type = _INT
-            narrow: ir.Type = element
-            m, f = middle, factor
-            if isinstance(type_, ir.VectorType):
-                ints, narrow = ir.VectorType(_INT, type_.count), ir.VectorType(element, type_.count)
-                m, f = (_splat(builder, value) for value in (m, f))
-            value = builder.fmul(builder.fsub(_load(builder, _address(builder, row, j), type_), m), f)
-            value = _larger(builder, value, _constant(type_, -127.0))
-            limit = _constant(type_, 127.0)
-            value = builder.select(builder.fcmp_ordered("<", value, limit), value, limit)
-            bits = builder.bitcast(builder.fadd(value, _constant(type_, _ROUND)), ints)
-            _store(builder, builder.trunc(bits, narrow), _address(builder, out, j, element=element), 1)
-
-        def vectors(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            emit(j, _VECTOR)
-            return []
-
-        def scalar(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            emit(j, _FLOAT)
-            return []
-
-        whole = builder.mul(builder.sdiv(n, _index(TILE.width)), _index(TILE.width))
-        _loop(builder, _index(0), whole, TILE.width, [], vectors)
-        _loop(builder, whole, n, 1, [], scalar)
-        return context.get_dummy_value()
-
-    index, real = types.int64, types.float32
-    return types.none(x, index, index, real, real, q, index), generate

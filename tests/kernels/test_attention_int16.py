@@ -351,7 +351,7 @@ def test_every_instruction_set_has_its_pair_tile():
     assert list(simd_int16.PAIR_TILES) == list(compilation.ISAS)
     assert simd_int16.PAIR_TILES[compilation.isa()].gains == GAINS
     for name, tile in simd_int16.PAIR_TILES.items():
-        registers = 32 if name.startswith(("avx512", "neon")) else 16
+        registers = 32 if name.startswith(("amx", "avx512", "neon")) else 16
         assert tile.rows * tile.vectors + tile.vectors + 2 <= registers
         assert tile.width == simd.TILES[name].width, "float32 and int32 vectors are one size"
 

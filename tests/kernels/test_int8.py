@@ -18,9 +18,16 @@ from assembly import ARM, X86, assemble, spills
 from edge_kernels import compile as compilation
 from edge_kernels import reference, simd, simd_int8
 from edge_kernels.compile import set_threads
-from edge_kernels.linear_int8 import COLUMN_BLOCK, K_BLOCK, ROW_BLOCK, linear_int8, pack_weight_int8
+from edge_kernels.linear_int8 import (
+    COLUMN_BLOCK,
+    K_BLOCK,
+    ROW_BLOCK,
+    linear_int8,
+    linear_int8_quantized,
+    pack_weight_int8,
+)
 from edge_kernels.rows_int8 import ROW_ZERO, QuantizedRows, layer_norm_quantized, quantize_rows
-from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP
+from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, n_cells
 from kernel_checks import U, random
 
 # GELU as in test_operations: 3 U · |x| on either side.
@@ -31,8 +38,9 @@ EPILOGUE = 8 * U
 
 def unpack(rows):
     """Bring quantised rows back into the order of the reference."""
-    cells = -(-rows.k // GROUP)
-    q = rows.panels.reshape(-1, cells, DOT_MR, GROUP).swapaxes(1, 2).reshape(-1, cells * GROUP)
+    cells = n_cells(rows.k)
+    q = rows.panels.reshape(-1, cells // STEP_CELLS, DOT_MR, STEP_CELLS * GROUP).swapaxes(1, 2)
+    q = q.reshape(-1, cells * GROUP)
     q = (q.view(np.uint8).astype(np.int16) - ROW_ZERO).astype(np.int8) if ROW_ZERO else q.astype(np.int8)
     assert not q[:, rows.k :].any(), "padding"
     assert not q[rows.m :].any(), "padding"
@@ -41,7 +49,8 @@ def unpack(rows):
 
 def sums_of(rows, weight):
     """Run the product with all scales 1 and offsets 0: the sums themselves, as float32 has them."""
-    plain = QuantizedRows(rows.panels, np.ones(rows.m, np.float32), np.zeros(rows.m, np.float32), rows.m, rows.k)
+    ones, zeros = np.ones((1, rows.m), np.float32), np.zeros((1, rows.m), np.float32)
+    plain = QuantizedRows(rows.panels, ones, zeros, rows.m, rows.k)
     return linear_int8(plain, pack_weight_int8(weight, np.ones(len(weight), np.float32)))
 
 
@@ -62,10 +71,10 @@ def check_linear_int8(m, n, k, *, with_bias=True, gelu=False, with_residual=Fals
 
     rows, packed = quantize_rows(x), pack_weight_int8(weight)
     np.testing.assert_array_equal(unpack(rows), q)
-    np.testing.assert_array_equal(rows.scale, scale)
-    np.testing.assert_array_equal(rows.offset, offset)
+    np.testing.assert_array_equal(rows.scale[0], scale)
+    np.testing.assert_array_equal(rows.offset[0], offset)
     np.testing.assert_array_equal(packed.scales[:n], w_scale)
-    np.testing.assert_array_equal(packed.sums[:n], q_weight.sum(1, dtype=np.int32))
+    np.testing.assert_array_equal(packed.sums[0, :n], q_weight.sum(1, dtype=np.int32))
     np.testing.assert_array_equal(sums_of(rows, q_weight), reference.int8_sums(q, q_weight).astype(np.float32))
 
     expected = reference.linear_int8(x, q_weight, w_scale, bias, gelu=gelu, residual=residual)
@@ -111,6 +120,41 @@ def test_linear_int8_of_any_small_size_against_reference(m, n, k, flags):
 )
 def test_linear_int8_at_block_borders_against_reference(m, n, k):
     check_linear_int8(m, n, k, gelu=True, with_residual=True)
+
+
+@pytest.mark.parametrize("with_factor", [False, True])
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("m, n", [(1, 1), (7, 575), (131, 577), (33, 1300)])
+def test_a_product_quantised_as_it_is_made_against_reference(m, n, gelu, with_factor):
+    x, weight, bias = random(m, 304) + np.float32(0.3), random(n, 304, seed=1, scale=304**-0.5), random(n)
+    factor = np.abs(random(n, seed=3)) + np.float32(0.1) if with_factor else None
+    q_weight, w_scale = reference.quantize_weight(weight)
+    q, scale, offset = reference.linear_int8_quantized(x, q_weight, w_scale, bias, gelu=gelu, factor=factor)
+    rows = linear_int8_quantized(x, pack_weight_int8(weight), bias, gelu=gelu, factor=factor)
+    found = unpack(rows)
+    assert np.abs(found.astype(int) - q).max() <= 1
+    assert np.mean(found != q) <= 0.01
+    y = reference.linear_int8(x, q_weight, w_scale, bias, gelu=gelu)
+    largest = (tolerance(x, q_weight, w_scale, np.abs(bias), y) * (1 if factor is None else factor)).max(1)
+    assert (np.abs(rows.scale - scale) * 127 <= largest + 4 * U * scale * 127).all()
+    assert (np.abs(rows.offset - offset) <= largest + 4 * U * np.abs(offset)).all()
+
+    # What takes it sums group by group, each with its own scale.
+    next_weight = random(40, n, seed=4, scale=n**-0.5)
+    q_next, next_scale = reference.quantize_weight(next_weight)
+    packed = pack_weight_int8(next_weight, in_groups=True)
+    residual = random(m, 40, seed=5)
+    sums = np.add.reduceat(q_next, np.arange(0, n, reference.SCALE_COLUMNS), 1, np.int32)
+    np.testing.assert_array_equal(packed.sums[:, :40], sums.T)
+    exact = residual.astype(np.float64)
+    magnitude = np.abs(exact)
+    for group, first in enumerate(range(0, n, reference.SCALE_COLUMNS)):
+        part = slice(first, first + reference.SCALE_COLUMNS)
+        values = found[:, part] * rows.scale[group][:, None].astype(np.float64) + rows.offset[group][:, None]
+        exact += values @ (q_next[:, part] * next_scale[:, None].astype(np.float64)).T
+        magnitude += np.abs(values) @ np.abs(q_next[:, part] * next_scale[:, None]).T
+    result = linear_int8(rows, packed, residual=residual)
+    assert (np.abs(result - exact) <= EPILOGUE * magnitude).all()
 
 
 @pytest.mark.parametrize("k", [4, 301, 4304])
@@ -172,12 +216,12 @@ def test_extreme_rows_against_reference():
     assert np.isfinite(offset).all()
     rows = quantize_rows(EXTREME)
     np.testing.assert_array_equal(unpack(rows), q)
-    np.testing.assert_array_equal(rows.scale, scale)
-    np.testing.assert_array_equal(rows.offset, offset)
+    np.testing.assert_array_equal(rows.scale[0], scale)
+    np.testing.assert_array_equal(rows.offset[0], offset)
     q, scale = reference.quantize_weight(EXTREME)
     packed = pack_weight_int8(EXTREME)
     np.testing.assert_array_equal(packed.scales[: len(scale)], scale)
-    np.testing.assert_array_equal(packed.sums[: len(scale)], q.sum(1, dtype=np.int32))
+    np.testing.assert_array_equal(packed.sums[0, : len(scale)], q.sum(1, dtype=np.int32))
 
 
 def test_constant_rows_are_exact():
@@ -216,8 +260,8 @@ def test_layer_norm_quantized_against_reference(m, e):
     assert np.abs(unpack(rows).astype(int) - q).max() <= 1
     assert np.mean(unpack(rows) != q) <= 0.01
     # As in test_operations: 8 U of |value| + 1, and the largest value is 127 steps and the offset.
-    np.testing.assert_allclose(rows.scale * 127, scale * 127, rtol=0, atol=8 * U * (np.abs(scale).max() * 127 + 4))
-    np.testing.assert_allclose(rows.offset, offset, rtol=0, atol=8 * U * (np.abs(scale).max() * 127 + 4))
+    np.testing.assert_allclose(rows.scale[0] * 127, scale * 127, rtol=0, atol=8 * U * (np.abs(scale).max() * 127 + 4))
+    np.testing.assert_allclose(rows.offset[0], offset, rtol=0, atol=8 * U * (np.abs(scale).max() * 127 + 4))
 
 
 # --- arguments, rows, threads -------------------------------------------------------------------------------
@@ -229,8 +273,8 @@ def test_quantize_rows_after_a_factor_is_quantize_rows_of_the_product(m, k):
     rows = quantize_rows(x, factor)
     q, scale, offset = reference.quantize_rows(x * factor)
     np.testing.assert_array_equal(unpack(rows), q)
-    np.testing.assert_array_equal(rows.scale, scale)
-    np.testing.assert_array_equal(rows.offset, offset)
+    np.testing.assert_array_equal(rows.scale[0], scale)
+    np.testing.assert_array_equal(rows.offset[0], offset)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (17, 33), (40, 4304)])
@@ -296,7 +340,9 @@ def test_int8_results_do_not_depend_on_the_number_of_threads():
 def test_every_instruction_set_has_its_tiles():
     assert set(compilation.ISAS) == set(simd.TILES) == set(simd_int8.DOT_TILES)
     for name, tile in simd_int8.DOT_TILES.items():
-        registers = 32 if name.startswith(("avx512", "neon")) else 16
+        if tile.instruction == "tdpbssd":  # has registers of its own
+            continue
+        registers = 32 if name.startswith(("amx", "avx512", "neon")) else 16
         spare = 2 if tile.instruction == "pairs" else 1
         operands = tile.vectors * (2 if tile.instruction == "smmla" else 1)
         assert tile.rows * tile.vectors + operands + spare <= registers
@@ -336,6 +382,12 @@ def test_the_tile_compiles_to_its_instruction(name, triple, features, mnemonic, 
     found = [line for line in lines if mnemonic in line.split() and register in line]
     assert len(found) >= tile.rows * tile.vectors
     assert len(spills(lines)) <= 16, "sums are spilled:\n" + "\n".join(spills(lines))
+
+
+def test_the_tiles_of_amx_compile_to_their_instructions():
+    lines = assembly("amx", X86, "+avx512f,+avx512bw,+avx512vnni,+amx-tile,+amx-int8")
+    assert sum(line.startswith("tdpbssd") and "%tmm" in line for line in lines) == 4
+    assert sum(line.startswith("tilestored") for line in lines) == 4
 
 
 def run_with(isa, *command):

@@ -238,7 +238,7 @@ def test_calls_from_several_python_threads_wait_for_each_other():
 
 def test_register_tiles_fit_the_registers():
     for name, tile in simd.TILES.items():
-        available = 32 if name.startswith(("avx512", "neon")) else 16
+        available = 32 if name.startswith(("amx", "avx512", "neon")) else 16
         assert tile.rows * tile.vectors + tile.vectors + 1 <= available
 
 

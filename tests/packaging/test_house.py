@@ -65,7 +65,9 @@ def test_the_wheel_holds_exactly_the_three_packages(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
-    assert {"edge_runtime/demo/ggml-model-Q4_K_M.gguf", "edge_runtime/chat_template.jinja"} <= set(names)
+    assert {"edge_runtime/demo/ggml-model-Q4_K_M.gguf", "edge_runtime/chat_template.jinja"} | {
+        "edge_runtime/ollama_template.gotmpl"
+    } <= set(names)
     assert sum(1 for name in names if name.endswith("py.typed")) == 3
 
 
@@ -73,9 +75,10 @@ def test_readme_commands_exist():
     """Every `edge-runtime COMMAND --option` in the documents is one the program knows."""
     for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
         for command, rest in re.findall(
-            r"edge-runtime (run|convert|info)\b([^\n`]*)", (ROOT / document).read_text("utf-8")
+            r"edge-runtime (run|convert|bench|info|pull|list|show|rm|export ollama)\b([^\n`]*)",
+            (ROOT / document).read_text("utf-8"),
         ):
-            known = CliRunner().invoke(main, [command, "--help"]).stdout
+            known = CliRunner().invoke(main, [*command.split(), "--help"]).stdout
             for option in re.findall(r"(?<![\w-])--[a-z-]+", rest):
                 assert option in known, f"{document}: edge-runtime {command} has no {option}"
 

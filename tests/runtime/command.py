@@ -10,18 +10,19 @@ from click.testing import CliRunner
 from edge_runtime.cli import main
 
 
-def refused(arguments: Sequence[str], reason: str) -> str:
+def refused(arguments: Sequence[str], reason: str, *, after_notes: bool = False) -> str:
     """Run `edge-runtime` and hold its refusal against the house rules; returns the sentence.
 
-    One line on stderr that begins with `edge-runtime: ` and matches `reason`, nothing on stdout, exit code 1, and
-    no exception but the exit.
+    One line on stderr (the last one, with `after_notes`) that begins with `edge-runtime: ` and matches `reason`,
+    nothing on stdout, exit code 1, and no exception but the exit.
     """
     result = CliRunner().invoke(main, list(arguments))
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 1
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    (line,) = result.stderr.splitlines()
+    *notes, line = result.stderr.splitlines()
+    assert after_notes or not notes
     assert line.startswith("edge-runtime: ")
     assert re.search(reason, line), line
     return line

@@ -38,7 +38,8 @@ def test_json_has_the_documented_fields():
     assert answer["answer"] == "CAFE"
     assert set(answer) == {
         *("answer", "reasoning", "finish_reason", "model", "prompt_tokens", "visual_tokens", "cached_tokens"),
-        *("completion_tokens", "slices", "timings_s"),
+        *("completion_tokens", "slices", "dropped_turns", "timings_s"),
+        *("shortened", "tool_calls", "malformed_calls", "pictures"),
     }
     assert answer["slices"][0] == [154, 84]
     assert answer["cached_tokens"] == 0
@@ -50,6 +51,22 @@ def test_options_reach_the_model():
     assert (one_slice["finish_reason"], one_slice["completion_tokens"]) == ("length", 1)
     with_system = json.loads(run("run", "Hi", "--json", "--system", "Be kind. " * 20).stdout)
     assert with_system["prompt_tokens"] > json.loads(run("run", "Hi", "--json").stdout)["prompt_tokens"] + 20
+
+
+def test_sampling_options_reach_the_request(monkeypatch):
+    seen, submit = [], Model.submit
+    monkeypatch.setattr(
+        Model, "submit", lambda self, messages, **options: seen.append(options) or submit(self, messages, **options)
+    )
+    flags = [("--typical-p", 0.9), ("--presence-penalty", -0.5), ("--frequency-penalty", 0.25), ("--min-p", 0.1)]
+    given = [part for name, value in flags for part in (name, str(value))]
+    assert run("run", "Hi", "--max-tokens", "1", *given, "--no-repetition-check").exit_code == 0
+    assert run("run", "Hi", "--max-tokens", "1", "--json", "--logprobs", "3").exit_code == 0
+    options, plain = seen
+    assert [options[name.strip("-").replace("-", "_")] for name, _ in flags] == [value for _, value in flags]
+    assert (options["repetition_check"], options["logprobs"], options["beams"]) == (False, False, None)
+    assert (plain["repetition_check"], plain["logprobs"], plain["top_logprobs"]) == (True, True, 3)
+    assert plain["typical_p"] is None
 
 
 def test_pictures_and_text_keep_their_order():

@@ -1,8 +1,9 @@
-"""Sampling against the official definition, as distributions over many draws; greedy against argmax."""
+"""Sampling against the official definition, as distributions over many draws of fixed seeds; greedy is argmax."""
 
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,14 +12,15 @@ from edge_runtime import MessageError, Model, llama
 from edge_runtime.sampling import Sampler, SamplingOptions, choose_options
 
 N_VOCAB = 300
-DRAWS = 4000
-# Largest deviation of an observed share: 4.5 standard errors of a share of one half, sqrt(1/4 / DRAWS) = 0.8 % each.
-DEVIATION = 4.5 * 0.5 / DRAWS**0.5
+DRAWS = 20_000
+LEAST_EXPECTED = 5.0  # draws of a bin; rarer tokens share one, or chi-square is not what its name says
 
 
 def official_distribution(logits, options: SamplingOptions, generated=()) -> np.ndarray:
-    """Probabilities by transformers' definition: penalty, temperature, top-k, top-p."""
+    """Probabilities as in transformers: bias, penalty, temperature, top-k, top-p, min-p, typical, in this order."""
     logits = logits.astype(np.float64).copy()
+    for token, bias in options.logit_bias:
+        logits[token] += bias
     for token in set(generated):
         penalty = options.repetition_penalty
         logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
@@ -26,82 +28,127 @@ def official_distribution(logits, options: SamplingOptions, generated=()) -> np.
     logits /= options.temperature
     if options.top_k:
         logits[logits < np.sort(logits)[-options.top_k]] = -np.inf
-    order = np.argsort(-logits)
-    probabilities = np.exp(logits - logits.max())
-    probabilities /= probabilities.sum()
+    probabilities = softmax(logits)
+    order = np.argsort(-probabilities)
     before = np.cumsum(probabilities[order]) - probabilities[order]
     probabilities[order[before >= options.top_p]] = 0
     probabilities[probabilities < options.min_p * probabilities.max()] = 0
+    probabilities /= probabilities.sum()
+    if options.typical_p < 1:
+        surprise = -np.log(probabilities, where=probabilities > 0, out=np.full_like(probabilities, np.inf))
+        entropy = (probabilities * np.where(probabilities > 0, surprise, 0)).sum()
+        order = np.argsort(np.abs(surprise - entropy))
+        before = np.cumsum(probabilities[order]) - probabilities[order]
+        probabilities[order[before >= options.typical_p]] = 0
     return probabilities / probabilities.sum()
 
 
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
 def draw(logits, options: SamplingOptions, n: int, generated=()) -> np.ndarray:
-    """Shares of `n` draws through llama.cpp's chain, applied to given logits."""
-    lib, counts = llama.library(), np.zeros(len(logits))
+    """Counts of `n` draws through llama.cpp's chain, applied to given logits."""
+    lib, counts = llama.library(), np.zeros(len(logits), np.int64)
     sampler = Sampler(options, len(logits), 4096)
     for token in generated:
-        lib.llama_sampler_accept(sampler._chain, token)
+        sampler.accept(token)
     data = (lib.llama_token_data * len(logits))()
+    view = np.frombuffer(data, [("id", "i4"), ("logit", "f4"), ("p", "f4")])
     for _ in range(n):
-        for i, logit in enumerate(logits):
-            data[i].id, data[i].logit, data[i].p = i, logit, 0.0
+        view["id"], view["logit"], view["p"] = np.arange(len(logits)), logits, 0.0
         candidates = lib.llama_token_data_array(data, len(logits), -1, False)
         lib.llama_sampler_apply(sampler._chain, ctypes.byref(candidates))
         counts[candidates.data[candidates.selected].id] += 1
     sampler.close()
-    return counts / n
+    return counts
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        SamplingOptions.official(thinking=False),
-        SamplingOptions.official(thinking=True),
-        SamplingOptions(temperature=1.3),
-        SamplingOptions(temperature=1.0, top_k=3),
-        SamplingOptions(temperature=1.0, top_p=0.5),
-        SamplingOptions(temperature=0.7, repetition_penalty=2.0),
-        SamplingOptions(temperature=1.0, min_p=0.2),
-        SamplingOptions(temperature=1.0, presence_penalty=1.5),
-        SamplingOptions(temperature=1.0, frequency_penalty=0.9),
-    ],
-    ids=[
-        "official",
-        "official thinking",
-        "temperature",
-        "top_k",
-        "top_p",
-        "penalty",
-        "min_p",
-        "presence",
-        "frequency",
-    ],
-)
+def chi_square(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
+    """Statistic of counts against a distribution, and the bound that one fair sample in 10,000 exceeds."""
+    if counts[probabilities == 0].any():
+        return np.inf, 0.0
+    expected = probabilities * counts.sum()
+    rare = (expected > 0) & (expected < LEAST_EXPECTED)
+    bins = [(counts[i], expected[i]) for i in np.flatnonzero(expected >= LEAST_EXPECTED)]
+    if rare.any():
+        bins.append((counts[rare].sum(), expected[rare].sum()))
+    statistic = sum((count - mean) ** 2 / mean for count, mean in bins)
+    freedom, z = len(bins) - 1, 3.719  # z: the standard normal's quantile of 1 - 1e-4
+    if freedom == 0:
+        return 0.0, 1.0
+    wilson_hilferty = freedom * (1 - 2 / (9 * freedom) + z * (2 / (9 * freedom)) ** 0.5) ** 3
+    return float(statistic), wilson_hilferty
+
+
+def peaked_logits() -> np.ndarray:
+    return np.random.default_rng(1).normal(0, 2.5, N_VOCAB).astype(np.float32)
+
+
+BEST = [int(i) for i in np.argsort(-peaked_logits())]
+GENERATED = [BEST[0], BEST[0], BEST[2], BEST[-1]]
+CASES = {
+    "official": SamplingOptions.official(thinking=False),
+    "official thinking": SamplingOptions.official(thinking=True),
+    "hot": SamplingOptions(temperature=1.3),
+    "cold": SamplingOptions(temperature=0.3),
+    "top_k": SamplingOptions(temperature=1.0, top_k=3),
+    "top_k of one": SamplingOptions(temperature=1.0, top_k=1),
+    "top_p": SamplingOptions(temperature=1.0, top_p=0.5),
+    "min_p": SamplingOptions(temperature=1.0, min_p=0.2),
+    "typical_p": SamplingOptions(temperature=1.0, typical_p=0.4),
+    "penalty": SamplingOptions(temperature=0.7, repetition_penalty=2.0),
+    "presence": SamplingOptions(temperature=1.0, presence_penalty=1.5),
+    "frequency": SamplingOptions(temperature=1.0, frequency_penalty=0.9),
+    "bias": SamplingOptions(temperature=1.0, logit_bias=((BEST[1], -100.0), (BEST[20], 3.0), (BEST[-1], 9.0))),
+    "all": SamplingOptions(
+        0.8, 40, 0.9, 1.2, 0.01, 0.95, 0.1, 0.2, logit_bias=((BEST[3], 1.0), (BEST[0], -1.0)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_draws_follow_the_official_distribution(options):
-    rng = np.random.default_rng(1)
-    logits = rng.normal(0, 2.5, N_VOCAB).astype(np.float32)
-    generated = [int(i) for i in np.argsort(-logits)[[0, 0, 2]]] + [int(np.argmin(logits))]
-    want = official_distribution(logits, options, generated)
-    got = draw(logits, SamplingOptions(**{**vars(options), "seed": 7}), DRAWS, generated)
-    assert not got[want == 0].any()
-    assert np.abs(got - want).max() < DEVIATION
+    """And not the one without these options, so that the test could tell."""
+    logits = peaked_logits()
+    counts = draw(logits, replace(options, seed=7), DRAWS, GENERATED)
+    statistic, bound = chi_square(counts, official_distribution(logits, options, GENERATED))
+    assert statistic < bound
+    statistic, bound = chi_square(counts, official_distribution(logits, SamplingOptions(temperature=1.0)))
+    assert statistic > bound
+
+
+def test_seeds_draw_independently():
+    """Answers of neighbouring seeds, as `chat_n` takes them, are as different as those of any others."""
+    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+    first = np.zeros(4, np.int64)
+    for seed in range(2000):
+        first += draw(logits, SamplingOptions(temperature=1.0, seed=seed), 1)
+    statistic, bound = chi_square(first, np.exp(logits.astype(np.float64)))
+    assert statistic < bound
 
 
 def test_typical_sampling_keeps_tokens_of_typical_surprise():
     logits = np.log(np.array([0.5, 0.2, 0.15, 0.1, 0.05], np.float32))
-    probabilities = np.exp(logits.astype(np.float64))
-    surprise = -np.log(probabilities)
-    order = np.argsort(np.abs(surprise - (probabilities * surprise).sum()))
-    n = int(np.searchsorted(np.cumsum(probabilities[order]), 0.3, side="right")) + 1
-    got = draw(logits, SamplingOptions(temperature=1.0, typical_p=0.3, seed=3), 500)
-    assert set(np.flatnonzero(got)) == set(order[:n])
-    assert 0 not in order[:n], "the most probable token is not the typical one here"
+    options = SamplingOptions(temperature=1.0, typical_p=0.3, seed=3)
+    want, got = official_distribution(logits, options), draw(logits, options, 500)
+    assert set(np.flatnonzero(got)) == set(np.flatnonzero(want))
+    assert got[0] == 0, "the most probable token is not the typical one here"
+
+
+def test_a_ban_of_minus_100_is_one_and_a_bias_comes_before_everything_else():
+    logits = peaked_logits()
+    banned = SamplingOptions(temperature=0.0, logit_bias=((BEST[0], -100.0),))
+    assert np.flatnonzero(draw(logits, banned, 1)) == BEST[1]
+    lifted = SamplingOptions(temperature=1.0, top_k=1, logit_bias=((BEST[-1], 100.0),))
+    assert np.flatnonzero(draw(logits, lifted, 3)) == BEST[-1]
 
 
 def test_temperature_zero_is_the_most_probable_token():
     logits = np.random.default_rng(2).normal(0, 1, N_VOCAB).astype(np.float32)
-    shares = draw(logits, choose_options(thinking=False, temperature=0.0), 3)
-    assert shares[np.argmax(logits)] == 1
+    counts = draw(logits, choose_options(thinking=False, temperature=0.0), 3)
+    assert counts[np.argmax(logits)] == 3
 
 
 def test_defaults_are_the_official_ones():
@@ -119,11 +166,35 @@ def test_greedy_has_no_penalty_unless_given(thinking):
 
 @pytest.mark.parametrize(
     "given",
-    [{"temperature": -1}, {"top_p": 1.5}, {"top_k": -3}, {"repetition_penalty": 0}, {"seed": -1}, {"top_p": "x"}],
+    [
+        *(
+            {"temperature": -1},
+            {"top_p": 1.5},
+            {"top_k": -3},
+            {"repetition_penalty": 0},
+            {"seed": -1},
+            {"top_p": "x"},
+        ),
+        *({"temperature": float("nan")}, {"logit_bias": [1]}, {"logit_bias": {-1: 1.0}}, {"logit_bias": {300: 1.0}}),
+        *({"logit_bias": {1: 101}}, {"logit_bias": {1: float("nan")}}, {"logit_bias": {"x": 1}}),
+        *({"logit_bias": {1: True}}, {"logit_bias": {True: 1}}, {"logit_bias": {1.0: 1}}, {"logit_bias": {"²": 1}}),
+    ],
+    ids=str,
 )
 def test_values_out_of_range_are_named(given):
     with pytest.raises(MessageError, match=next(iter(given))):
-        choose_options(thinking=False, **given)
+        choose_options(thinking=False, n_vocab=N_VOCAB, **given)
+
+
+def test_a_bias_may_have_ids_as_json_has_them():
+    assert choose_options(False, logit_bias={"7": 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1.0))
+
+
+@pytest.mark.parametrize("given", [{"greedy": True}, {"temperature": 0.5}, {"top_k": 4}, {"presence_penalty": 1.0}])
+def test_a_search_refuses_what_it_would_not_use(given):
+    with pytest.raises(MessageError, match=f"{next(iter(given))} .*leave one of them out"):
+        choose_options(thinking=False, searching=True, **given)
+    assert choose_options(thinking=False, searching=True, seed=3).repetition_penalty == 1.2
 
 
 def test_a_seed_repeats_an_answer(exact_model: Model):

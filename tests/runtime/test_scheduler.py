@@ -122,6 +122,17 @@ def _user(*content):
     return [{"role": "user", "content": [*content]}]
 
 
+def test_prompts_that_are_together_longer_than_a_small_context_are_computed_in_parts(exact_folder):
+    """llama.cpp takes no more rows per call than the context has, and ends the process when it is given more."""
+    with Model.load(exact_folder, exact=True, n_ctx=256) as small:
+        questions = [letter * 2 + " Tell me more of it." * 9 for letter in "abcd"]
+        assert 2 * len(small.build_prompt(questions[0]).ids) > 256
+        blocker = stream(small, "Why?", max_tokens=3)
+        together = text([stream(small, question) for question in questions])
+        assert together == [str(stream(small, question).result()) for question in questions]
+        assert blocker.result().finish_reason in ENDS
+
+
 def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch):
     encode = model._encoder.encode
 
@@ -152,6 +163,15 @@ def test_reasoning_ends_with_its_budget(model):
     none = model.chat("Why?", thinking=True, thinking_budget=0, max_tokens=5, seed=1)
     assert none.reasoning is None
     assert none.answer
+
+
+def test_stop_strings_end_reasoning_only_when_asked(model):
+    options = {"thinking": True, "max_tokens": 12, "greedy": True}
+    whole = model.chat("Why?", **options).reasoning
+    stop = whole[2:5]
+    assert model.chat("Why?", stop=stop, **options).reasoning == whole
+    cut = model.chat("Why?", stop=stop, stop_in_reasoning=True, **options)
+    assert (cut.reasoning, cut.answer, cut.finish_reason) == (whole[: whole.index(stop)], "", "stop")
 
 
 def test_an_answer_that_goes_in_circles_ends(model, monkeypatch):

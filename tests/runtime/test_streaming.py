@@ -98,6 +98,28 @@ def test_stop_strings_do_not_end_reasoning():
     assert stream.stopped
 
 
+@pytest.mark.parametrize(
+    ("ids", "reasoning", "answer"),
+    [
+        ([*b"go\n", *b"stop on", THINK_END, *b"yes"], "go", ""),
+        ([*b"a st\n", *b"op\n", THINK_END, *b"go stop"], "a st\nop", "go "),
+        ([*b"st\n\n", THINK_END, *b"op"], "st", "op"),
+    ],
+)
+def test_stop_strings_end_reasoning_when_asked(ids, reasoning, answer):
+    found, stream = pieces(ids, thinking=True, stop=["stop"], stop_in_reasoning=True)
+    assert (text_of(found, "reasoning"), text_of(found)) == (reasoning, answer)
+    assert stream.stopped == (answer != "op")
+
+
+@given(st.text("ab\n", max_size=12), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_in_reasoning_cut_where_the_first_begins(text, stops):
+    found, stream = pieces(text.encode(), thinking=True, stop=stops, stop_in_reasoning=True)
+    plain, same = pieces(text.lstrip("\n").encode(), stop=stops)
+    assert text_of(found, "reasoning").rstrip("\n") == text_of(plain).rstrip("\n")
+    assert stream.stopped == same.stopped
+
+
 def test_nothing_is_held_back_longer_than_needed():
     stream = TextStream(Bytes(), thinking=False, stop=["abc"])
     shown = list(itertools.accumulate(("".join(p.text for p in stream.feed(b)) for b in b"xababd"), str.__add__))

@@ -1,0 +1,180 @@
+"""An answer that must be JSON of a schema: which token comes next, and how it comes to its end in time.
+
+The grammar says what may follow, the sampler chooses among that. Before the tokens run out the answer is brought to
+its end on the shortest way the grammar has, so it is whole JSON in any case in which that fits at all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.ending import is_end, next_key, shortest_end
+from edge_runtime.errors import MessageError
+from edge_runtime.grammar import Grammar, allowed_ids
+from edge_runtime.json_position import JsonPosition
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+DEFAULT_BUDGET = 1024
+"""Tokens of an answer whose schema leaves open how long it gets; more where it requires more."""
+LOOK_EVERY = 32  # tokens between two looks at the shortest way, while the end is far
+
+Ids = npt.NDArray[np.int64]
+Choose = Callable[[Ids], int]
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """What an answer must look like, from its first token behind the reasoning to its last."""
+
+    grammar: Grammar
+    budget: int | None = None
+    """Tokens after which the answer is brought to its end; None: as many as the request allows."""
+    before: tuple[int, ...] = ()
+    """Tokens ahead of the JSON text."""
+    after: tuple[int, ...] = ()
+    """Tokens behind the JSON text."""
+
+    def limit_reasoning(self, budget: int | None, room: int) -> int:
+        """Tokens of reasoning that leave the answer its own: its budget, or half of the room where that is less.
+
+        Parameters
+        ----------
+        budget : tokens of reasoning that are wished for; None: no limit.
+        room : tokens that reasoning and answer may have together.
+        """
+        most = room - min(self.budget or DEFAULT_BUDGET, room // 2)
+        return most if budget is None else min(budget, most)
+
+    def start(self, separator: Sequence[int] = ()) -> Constraint:
+        """A new answer, with `separator` ahead of it."""
+        return Constraint(self, separator)
+
+
+class Constraint:
+    """One answer on its way; see `AnswerForm`."""
+
+    def __init__(self, form: AnswerForm, separator: Sequence[int] = ()) -> None:
+        self._grammar, self._vocabulary, self._after = form.grammar, form.grammar.vocabulary, form.after
+        self._forced = deque([*separator, *form.before])
+        self._left = form.budget
+        self._matcher, self._position = form.grammar.matcher(), JsonPosition()
+        self._is_complete = False
+        """Whether nothing but what is forced is to come."""
+        self._way: list[int] | None = None
+        """Once the end is near: the shortest way to it, which still fits."""
+        self._look_at: int | None = None
+        """So many tokens ahead of the last the shortest way is looked for next; None: at once."""
+        self.shortened = False
+        """Whether the answer was brought to its end because tokens ran out."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer is complete; nothing may follow then."""
+        return self._is_complete and not self._forced
+
+    def next_token(self, remaining: int, choose: Choose) -> int:
+        """Choose the next token, or an end token.
+
+        Parameters
+        ----------
+        remaining : tokens that the answer may still have, this one included.
+        choose : picks one of the token ids it is given: ndarray [shape=(n,), int64].
+        """
+        wanted = remaining if self._left is None else min(remaining, self._left)
+        if self._left is not None:
+            self._left -= 1
+        if not self._forced:
+            token = self._choose(wanted - len(self._after), remaining - len(self._after), choose)
+            if token is not None:
+                return token
+        return self._forced.popleft() if self._forced else min(self._vocabulary.stop_ids)
+
+    def _choose(self, wanted: int, remaining: int, choose: Choose) -> int | None:
+        """A token that the grammar allows; None when the way to the end must be taken instead.
+
+        Parameters
+        ----------
+        wanted, remaining : tokens that the answer should, and can, still have.
+        """
+        way = self._way_to_the_end(wanted, remaining)
+        if way is not None and len(way) >= wanted:
+            self._close(way)
+            return None
+        token, matcher, position = self._sampled(choose)
+        if token in self._vocabulary.stop_ids:
+            return token
+        if way is not None:
+            rest = self._way_behind(token, way, matcher, position)
+            if rest is None or len(rest) >= wanted:
+                self._close(way)  # one token further on, no way to the end would fit
+                return None
+            self._way = rest
+        self._matcher, self._position = matcher, position
+        if matcher.is_stopped():
+            self._forced.extend(self._after)
+            self._is_complete = True
+        return token
+
+    def _sampled(self, choose: Choose) -> tuple[int, LLMatcher, JsonPosition]:
+        """A token that the sampler takes from what the grammar allows, and where it leads."""
+        ids = allowed_ids(self._matcher, len(self._vocabulary.continues_number))
+        if self._matcher.is_error():
+            raise MessageError(f"The schema is too complex: {self._matcher.get_error()[:200]}; simplify it.")
+        for group in self._preferred(ids):
+            while len(group):
+                token = choose(group)
+                matcher, position = self._matcher.deep_copy(), self._position.copy()
+                if token in self._vocabulary.stop_ids or self._leads_on(token, matcher, position):
+                    return token, matcher, position
+                group = group[group != token]
+        raise MessageError("The schema asks for more different keys than its patterns allow; correct it.")
+
+    def _leads_on(self, token: int, matcher: LLMatcher, position: JsonPosition) -> bool:
+        """Take in a token; false where an object would get the same key twice, now or later."""
+        if not position.feed(self._vocabulary.token_bytes[token]) or not matcher.consume_token(token):
+            return False
+        runs_out = self._grammar.limits_keys and position.is_at_key
+        return not runs_out or next_key(matcher, position, self._vocabulary) is not None
+
+    def _way_to_the_end(self, wanted: int, remaining: int) -> list[int] | None:
+        """The shortest way to the end, when it is so near that it must be known; None too where it does not fit."""
+        if self._way is None and (self._look_at is None or wanted <= self._look_at):
+            way = shortest_end(self._matcher, self._position, self._vocabulary)
+            self._look_at = wanted - LOOK_EVERY
+            if way is not None and len(way) <= remaining:
+                near = len(way) + self._grammar.most_forced
+                if wanted <= near:
+                    self._way = way
+                else:
+                    self._look_at = max(near, self._look_at)
+        return self._way
+
+    def _way_behind(self, token: int, way: list[int], matcher: LLMatcher, position: JsonPosition) -> list[int] | None:
+        """The way to the end one token further on; inside a string it mostly stays the same."""
+        if way[:1] == [token]:
+            return way[1:]
+        if is_end(way, matcher, position, self._vocabulary):
+            return way
+        return shortest_end(matcher, position, self._vocabulary)
+
+    def _close(self, way: Sequence[int]) -> None:
+        self._forced.extend([*way, *self._after])
+        self._is_complete = self.shortened = True
+
+    def _preferred(self, ids: Ids) -> list[Ids]:
+        """Tokens in groups, the better ones first: what lengthens a long number or key comes last."""
+        if self._position.number_is_long:
+            is_late = self._vocabulary.continues_number[ids]
+        elif self._position.key_is_long:
+            is_late = ~self._vocabulary.starts_with_quote[ids]
+        else:
+            return [ids]
+        return [ids[~is_late], ids[is_late]]

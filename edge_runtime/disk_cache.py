@@ -1,0 +1,250 @@
+"""Named entries in a folder, of bounded size: written whole or not at all, checked when read, shared by processes.
+
+One file per entry, `NAME.entry`, NAME being 32 hexadecimal digits that stand for all the content depends on:
+
+    magic 8 bytes | version u32 | bytes of facts u32 | bytes of content u64 | digest 32 bytes | facts | content
+
+with BLAKE2b over lengths, name, facts (JSON) and content. A file that does not hold what it should is deleted and
+was never there. Writing goes through a temporary file in the same folder that is then renamed, on a thread of its
+own; readers map files, so that one deleted or replaced meanwhile stays whole for them. What was unused for longest
+(by the time of change, which use renews) leaves first. Knows nothing of pictures and sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import mmap
+import os
+import queue
+import re
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.errors import MessageError
+
+Bytes = npt.NDArray[np.uint8]
+
+MAGIC, VERSION = b"EDGECACH", 1
+_HEAD = struct.Struct("<8sIIQ32s")
+SUFFIX = ".entry"
+_NAME = re.compile(r"[0-9a-f]{32}\.entry")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+\.tmp")
+STALE_S = 3600  # a temporary file this old was left by a process that ended
+MOST_FACTS_BYTES = 1 << 20
+DEFAULT_LIMIT_BYTES = 4 << 30
+QUEUE_BYTES = 256 << 20
+"""Waiting to be written; what comes beyond is not kept."""
+
+logger = logging.getLogger("edge_runtime")
+
+
+class Entry(NamedTuple):
+    """What was kept under a name."""
+
+    facts: dict[str, Any]
+    content: Bytes
+    """ndarray [shape=(n,), uint8], mapped, read-only"""
+
+
+class DiskCache:
+    """A folder of entries; safe for several threads and processes.
+
+    Parameters
+    ----------
+    folder : is made if it does not exist.
+    limit_bytes : most bytes that all entries may have together.
+
+    Raises
+    ------
+    MessageError
+        When the folder cannot be written to.
+    """
+
+    def __init__(self, folder: str | Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
+        self.folder, self._limit = Path(folder).expanduser(), limit_bytes
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold what people asked
+            probe = self.folder / f".{os.urandom(16).hex()}.{os.getpid()}.0.tmp"
+            probe.touch(mode=0o600)
+            probe.unlink()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise MessageError(
+                f"The cache folder {str(folder)!r} cannot be written to ({reason}); choose another --cache-dir."
+            ) from None
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._waiting_bytes = 0
+        self._written = self._total = 0
+        """Bytes this process has written since it last looked at the folder, and what it found then."""
+        self._n_temporary = 0
+        self._is_broken = False
+        self._total = self._shrink(0)
+        self._writer = threading.Thread(
+            target=_write_jobs, args=(self._jobs,), name="edge-runtime cache", daemon=True
+        )
+        self._writer.start()
+
+    def path(self, name: str) -> Path:
+        """File of an entry, whether it exists or not."""
+        return self.folder / f"{name}{SUFFIX}"
+
+    def has(self, name: str) -> bool:
+        """Whether there seems to be such an entry; it was not checked."""
+        return self.path(name).exists()
+
+    def get(self, name: str) -> Entry | None:
+        """An entry that is as it was written; None if there is none, or if it was damaged and is now deleted."""
+        path = self.path(name)
+        try:
+            with path.open("rb") as stream:
+                data = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):  # not readable, or empty, which cannot be mapped
+            self.forget(name)
+            return None
+        entry = _checked(name, data)
+        if entry is None:
+            logger.warning("The entry %s in the cache is damaged; it is deleted and will be computed again.", path)
+            self.forget(name)
+        return entry
+
+    def touch(self, names: Sequence[str]) -> None:
+        """Say that entries were used; the first of them last, so that it stays longest."""
+        now = time.time_ns()
+        for i, name in enumerate(names):
+            with contextlib.suppress(OSError):
+                os.utime(self.path(name), ns=(now - i, now - i))
+
+    def forget(self, name: str) -> None:
+        """Delete an entry if it is there."""
+        with contextlib.suppress(OSError):
+            self.path(name).unlink()
+
+    def put(self, name: str, facts: dict[str, Any], content: Callable[[], bytes], n_bytes: int) -> None:
+        """Have an entry written soon, if there is room for it in the queue.
+
+        Parameters
+        ----------
+        content : makes `n_bytes` bytes; called on the writing thread.
+        """
+        with self._lock:
+            if self._is_broken or n_bytes > self._limit or self._waiting_bytes + n_bytes > QUEUE_BYTES:
+                return
+            self._waiting_bytes += n_bytes
+        self._jobs.put(lambda: self._write(name, facts, content, n_bytes))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more would be taken in now."""
+        return not self._is_broken and self._waiting_bytes < QUEUE_BYTES // 2
+
+    def flush(self) -> None:
+        """Wait until everything is written."""
+        done = threading.Event()
+        self._jobs.put(done.set)
+        done.wait()
+
+    def close(self) -> None:
+        """Write what waits and stop."""
+        self._jobs.put(None)
+        self._writer.join()
+
+    # --- on the writing thread -----------------------------------------------------------------------------------
+
+    def _write(self, name: str, facts: dict[str, Any], content: Callable[[], bytes], n_bytes: int) -> None:
+        try:
+            if not self._is_broken and not self.has(name):
+                self._write_file(name, facts, content())
+        except OSError as error:
+            self._is_broken = True
+            logger.warning(
+                "The cache folder %s cannot be written to any more (%s); nothing further is kept there.",
+                self.folder,
+                error.strerror or error,
+            )
+        finally:
+            with self._lock:
+                self._waiting_bytes -= n_bytes
+
+    def _write_file(self, name: str, facts: dict[str, Any], content: bytes) -> None:
+        header = json.dumps(facts).encode()
+        size = _HEAD.size + len(header) + len(content)
+        if size > self._limit:
+            return
+        if self._total + self._written + size > self._limit or self._written > self._limit // 16:
+            # Looked at anew now and then: other processes write here too.
+            self._total, self._written = self._shrink(size), 0
+        self._n_temporary += 1
+        temporary = self.folder / f".{name}.{os.getpid()}.{self._n_temporary}.tmp"
+        digest = _digest(name, header, content)
+        try:
+            with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+                stream.write(_HEAD.pack(MAGIC, VERSION, len(header), len(content), digest))
+                stream.write(header)
+                stream.write(content)
+            temporary.replace(self.path(name))
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            if not self.has(name):  # else somebody else was faster, and reads it: some systems do not replace it then
+                raise
+        self._written += size
+
+    def _shrink(self, wanted: int) -> int:
+        """Delete what was used for longest ago until `wanted` bytes fit; returns the bytes that are left."""
+        found = []
+        with contextlib.suppress(OSError), os.scandir(self.folder) as files:
+            for file in files:
+                with contextlib.suppress(OSError):  # deleted meanwhile by another process
+                    status = file.stat(follow_symlinks=False)
+                    if _NAME.fullmatch(file.name):
+                        found.append((status.st_mtime_ns, status.st_size, file.name))
+                    elif _TEMPORARY.fullmatch(file.name) and time.time() - status.st_mtime > STALE_S:
+                        (self.folder / file.name).unlink()
+        total = sum(size for _, size, _ in found)
+        for _, size, name in sorted(found):
+            if total + wanted <= self._limit:
+                break
+            with contextlib.suppress(OSError):
+                (self.folder / name).unlink()
+                total -= size
+        return total
+
+
+def _write_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+
+
+def _digest(name: str, header: bytes | Bytes, content: bytes | Bytes) -> bytes:
+    digest = hashlib.blake2b(f"{name} {len(header)} {len(content)} ".encode(), digest_size=32)
+    for part in (header, content):
+        digest.update(part if isinstance(part, bytes) else part.data)
+    return digest.digest()
+
+
+def _checked(name: str, data: Bytes) -> Entry | None:
+    """Take a file apart; None unless every byte is as it was written."""
+    if len(data) < _HEAD.size:
+        return None
+    magic, version, n_header, n_content, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())
+    if (magic, version) != (MAGIC, VERSION) or n_header > MOST_FACTS_BYTES:
+        return None
+    if _HEAD.size + n_header + n_content != len(data):
+        return None
+    header, content = data[_HEAD.size : _HEAD.size + n_header], data[_HEAD.size + n_header :]
+    if _digest(name, header, content) != digest:
+        return None
+    return Entry(json.loads(header.tobytes()), content)

@@ -1,0 +1,134 @@
+"""The shortest way to the end of an answer: which tokens complete its JSON text from wherever it stands.
+
+The grammar only tells what may follow. A simple rule goes through it: what is forced; else what closes; else the
+plainest value. It finds the shortest end or one that is little longer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from edge_runtime.errors import MessageError
+from edge_runtime.json_position import JsonPosition
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from edge_runtime.grammar import GrammarVocabulary
+
+MOST_KEYS_TRIED = 300
+LONGEST_END = 4096  # tokens of the shortest way to an end; beyond it there is taken to be none
+# Where there is a choice, a text ends soonest with a closing bracket, then with plain values, then with brackets.
+_OUTSIDE = (b'}],:"0123456789-.ntfaelrsu+E[{ ', b'}],:"0123456789-.ntfaelrsu+E{[ ')
+_INSIDE = b'"' + bytes(b for b in range(32, 127) if b not in b'"\\') + b"\\" + bytes(range(128, 256))
+_NUMBER = b"0123456789.-+eE"
+
+
+def shortest_end(matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary) -> list[int] | None:
+    """Tokens that lead from a place in an answer to its end, as few as a simple rule finds.
+
+    The rule: what is forced; else close; else the plainest value.
+
+    Returns
+    -------
+    ids : None where more than `LONGEST_END` tokens did not lead to an end.
+    """
+    for outside in _OUTSIDE:
+        ids = _end_by(outside, matcher.deep_copy(), position.copy(), vocabulary)
+        if ids is not None:
+            return ids
+    return None
+
+
+def is_end(ids: list[int], matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary) -> bool:
+    """Whether these tokens lead from a place in an answer to its end."""
+    further = matcher.deep_copy()
+    if further.try_consume_tokens(ids) < len(ids) or not further.is_accepting():
+        return False
+    return position.copy().feed(b"".join(vocabulary.token_bytes[i] for i in ids))
+
+
+def _end_by(
+    outside: bytes, matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary
+) -> list[int] | None:
+    ids: list[int] = []
+    while not matcher.is_accepting():
+        found = matcher.compute_ff_tokens()
+        if not found and position.is_at_key:
+            found = next_key(matcher, position, vocabulary) or []
+        if not found:
+            token = _closing_byte(outside, matcher, position, vocabulary)
+            found = [] if token is None else [token]
+        if matcher.is_error():
+            raise MessageError(f"The schema is too complex: {matcher.get_error()[:200]}; simplify it.")
+        if not found or len(ids) > LONGEST_END or not matcher.consume_tokens(found):
+            return None
+        if not position.feed(b"".join(vocabulary.token_bytes[i] for i in found)):
+            return None
+        ids += found
+    return ids
+
+
+def _closing_byte(
+    outside: bytes, matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary
+) -> int | None:
+    """The byte, as a token, that closes what is open, or else leads where that can be closed."""
+    closers = b'"' if position.in_string else outside[:3]
+    token = _first_allowed(closers, matcher, position, vocabulary)
+    if token is not None:
+        return token
+    if not position.in_string and not position.in_number:
+        return _first_allowed(outside, matcher, position, vocabulary)
+    # Another order at every place, or a pattern that allows a byte again and again would never end.
+    order = _INSIDE[1:] if position.in_string else _NUMBER
+    start = 7 * position.length % len(order)
+    for byte in order[start:] + order[:start]:
+        candidate = vocabulary.byte_tokens[byte]
+        if matcher.validate_tokens([candidate]):
+            token = candidate if token is None else token
+            branch = matcher.deep_copy()
+            branch.consume_token(candidate)
+            if branch.is_accepting() or any(branch.validate_tokens([vocabulary.byte_tokens[b]]) for b in closers):
+                return candidate
+    return token
+
+
+def _first_allowed(
+    order: bytes, matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary
+) -> int | None:
+    """The first byte of an order that may follow, as a token."""
+    for byte in order:
+        token = vocabulary.byte_tokens[byte]
+        if matcher.validate_tokens([token]) and position.copy().feed(bytes((byte,))):
+            return token
+    return None
+
+
+def next_key(matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary) -> list[int] | None:
+    """Tokens, a byte each, of the rest of a key that its object does not have yet, up to the quote that ends it.
+
+    Returns
+    -------
+    ids : empty where `MOST_KEYS_TRIED` beginnings did not lead to one, None where there is none.
+    """
+    beginnings: deque[tuple[LLMatcher, JsonPosition, list[int]]] = deque([(matcher, position, [])])
+    n_tried = 0
+    while beginnings:
+        matcher, position, ids = beginnings.popleft()
+        for byte in _INSIDE if position.in_string else b'" }':
+            token = vocabulary.byte_tokens[byte]
+            if not matcher.validate_tokens([token]):
+                continue
+            further = position.copy()
+            if not further.feed(bytes((byte,))):
+                continue
+            if not further.is_at_key:
+                return [*ids, token]
+            n_tried += 1
+            if n_tried > MOST_KEYS_TRIED:
+                return []
+            branch = matcher.deep_copy()
+            branch.consume_token(token)
+            beginnings.append((branch, further, [*ids, token]))
+    return None

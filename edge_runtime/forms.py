@@ -1,0 +1,82 @@
+"""What a caller asks of an answer's form (a schema, JSON, tools) → the form that the scheduler enforces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm
+from edge_runtime.errors import MessageError
+from edge_runtime.grammar import Grammar, GrammarVocabulary
+from edge_runtime.messages import THINK_END
+from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END, call_schema, chosen_functions
+
+
+def choose_form(
+    schema: Mapping[str, Any] | None,
+    json: bool,
+    tools: Sequence[Mapping[str, Any]],
+    tool_choice: Any,
+    thinking: bool,
+    tokenizer: Tokenizer,
+    vocabulary: Callable[[], GrammarVocabulary],
+) -> AnswerForm | None:
+    """Form of an answer; None where it is free.
+
+    Parameters
+    ----------
+    thinking : whether the model reasons first; the form begins behind that.
+    vocabulary : called only where there is something to enforce.
+
+    Raises
+    ------
+    MessageError
+        When the wishes contradict each other or cannot be enforced.
+    """
+    names = chosen_functions(tools, tool_choice)
+    if schema is not None and json:
+        raise MessageError("Both a schema and json=True were given; expected one of them: a schema says it all.")
+    if schema is None and not json and names is None:
+        return None
+    if thinking and THINK_END not in tokenizer.special_ids:
+        raise MessageError(
+            f"The vocabulary lacks the token {THINK_END}, so nobody can tell where the reasoning ends and the answer "
+            "begins; ask without thinking, or use MiniCPM-V 4.5."
+        )
+    if names is not None and schema is None and not json:
+        return _call_form(tools, names, tokenizer, vocabulary)
+    if tools:
+        raise MessageError(
+            "Both a schema and tools were given; expected one of them, or tool_choice='none': an answer is either "
+            "JSON or may call a tool."
+        )
+    grammar = Grammar(schema, vocabulary())
+    return AnswerForm(grammar, _budget(grammar))
+
+
+def _call_form(
+    tools: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    tokenizer: Tokenizer,
+    vocabulary: Callable[[], GrammarVocabulary],
+) -> AnswerForm:
+    missing = [tag for tag in (TOOL_CALL, TOOL_CALL_END) if tag not in tokenizer.special_ids]
+    if missing:
+        raise MessageError(
+            f"The vocabulary lacks the tokens {' and '.join(missing)}, so this model cannot be made to call tools; "
+            "use MiniCPM-V 4.5."
+        )
+    grammar = Grammar(call_schema(tools, names), vocabulary())
+    newline = tokenizer.encode("\n")
+    return AnswerForm(
+        grammar,
+        _budget(grammar),
+        before=(tokenizer.special_ids[TOOL_CALL], *newline),
+        after=(*newline, tokenizer.special_ids[TOOL_CALL_END]),
+    )
+
+
+def _budget(grammar: Grammar) -> int | None:
+    """Tokens of an answer that nothing else bounds; never so few that the shortest one would hardly fit."""
+    return max(DEFAULT_BUDGET, 2 * grammar.n_shortest) if grammar.is_open else None

@@ -1,0 +1,62 @@
+"""What an engine keeps beyond its KV cache: on disk, between processes; and what it lets go of between pictures."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from edge_runtime import __version__
+from edge_runtime.decoder import Decoder
+from edge_runtime.disk_cache import DiskCache
+from edge_runtime.encoder import ImageEncoder
+from edge_runtime.identity import file_identity
+from edge_runtime.saved_prefixes import SavedPrefixes
+from edge_runtime.visual_cache import SavedTokens
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where results go that outlive a request; nothing of it is needed for an answer."""
+
+    disk: DiskCache | None = None
+    tokens: SavedTokens | None = None
+    prefixes: SavedPrefixes | None = None
+    low_memory: bool = False
+    """Drop the vision weights whenever no picture is waiting; the next one reads them again."""
+
+    @classmethod
+    def in_folder(
+        cls,
+        folder: str | Path,
+        limit_bytes: int,
+        encoder: ImageEncoder,
+        decoder: Decoder,
+        *,
+        exact: bool,
+        low_memory: bool = False,
+    ) -> Keeping:
+        """Keep visual tokens and beginnings of conversations in a folder.
+
+        Entries stand for the files and the arithmetic they were computed with, so models can share a folder.
+
+        Raises
+        ------
+        MessageError
+            When the folder cannot be written to.
+        """
+        from edge_kernels.compile import isa
+
+        disk = DiskCache(folder, limit_bytes)
+        arithmetic = f"{__version__} exact={exact} {isa()} ".encode()
+        vision = hashlib.blake2b(arithmetic + file_identity(encoder.file), digest_size=16).digest()
+        context = f"llama.cpp {metadata.version('llama-cpp-python')} kv={decoder.kv_type} exact={exact} ".encode()
+        root = hashlib.blake2b(context + vision + file_identity(decoder.file), digest_size=16).digest()
+        tokens = SavedTokens(disk, vision, (encoder.n_queries, encoder.hidden))
+        return cls(disk, tokens, SavedPrefixes(disk, root), low_memory)
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        if self.disk is not None:
+            self.disk.close()

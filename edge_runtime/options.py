@@ -1,0 +1,95 @@
+"""What callers ask of an answer → the same, checked before anything is computed; not how tokens are chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edge_runtime.engine import MOST_REQUESTS
+from edge_runtime.errors import MessageError
+from edge_runtime.logprobs import MOST_ALTERNATIVES
+from edge_runtime.sampling import OFFICIAL_BEAMS
+
+
+def count_beams(beams: int | None, sampling: bool) -> int:
+    """Beams of a request: those given, else one, or with `sampling=False` the official number."""
+    if beams is not None:
+        return beams
+    return 1 if sampling else OFFICIAL_BEAMS
+
+
+def check_streaming(options: dict[str, Any]) -> None:
+    """Refuse to stream what is known at its end only.
+
+    Raises
+    ------
+    MessageError
+    """
+    if count_beams(options.get("beams"), options.get("sampling", True)) != 1:
+        raise MessageError(
+            "stream was given together with a beam search, whose answer is known at its end only; leave one of them "
+            "out."
+        )
+
+
+def check_lengths(max_tokens: Any, thinking_budget: Any, stop: Any) -> tuple[str, ...]:
+    """Check what ends an answer; returns the stop strings.
+
+    Raises
+    ------
+    MessageError
+        Naming the option that has the wrong form.
+    """
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise MessageError(f"max_tokens is {max_tokens!r}; expected a positive whole number.")
+    if thinking_budget is not None and (type(thinking_budget) is not int or thinking_budget < 0):
+        raise MessageError(f"thinking_budget is {thinking_budget!r}; expected a whole number of tokens, or None.")
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
+        raise MessageError(f"stop is {stop!r}; expected a string or a list of strings.")
+    return tuple(stop)
+
+
+def check_counts(
+    *, n: Any, beams: Any, most_beams: int, logprobs: bool, top_logprobs: Any, thinking_budget: int | None
+) -> None:
+    """Check how many answers, beams and alternatives are wanted, and whether that goes together.
+
+    Parameters
+    ----------
+    most_beams : sequences there are.
+
+    Raises
+    ------
+    MessageError
+        Naming the option that is out of range, or two that exclude each other.
+    """
+    for name, value, low, high in (
+        ("n", n, 1, MOST_REQUESTS),
+        ("beams", beams, 1, most_beams),
+        ("top_logprobs", top_logprobs, 0, MOST_ALTERNATIVES),
+    ):
+        if type(value) is not int or not low <= value <= high:
+            raise MessageError(f"{name} is {value!r}; expected a whole number from {low} to {high}.")
+    if top_logprobs and not logprobs:
+        raise MessageError(f"top_logprobs is {top_logprobs}, but logprobs is off; set logprobs=True.")
+    if beams > 1 and n > 1:
+        raise MessageError(f"n is {n}, but a beam search finds one answer; leave one of them out.")
+    if beams > 1 and thinking_budget is not None:
+        raise MessageError(
+            "thinking_budget was given, but a beam search ends reasoning where it finds best; leave one of them out."
+        )
+
+
+def check_form(has_form: bool, beams: int) -> None:
+    """Refuse what cannot be done together: a search, and an answer that must look like something.
+
+    Raises
+    ------
+    MessageError
+        Saying so.
+    """
+    if has_form and beams > 1:
+        raise MessageError(
+            "A beam search (beams, or sampling=False) cannot be held to a schema or to a tool call; leave out one of "
+            "the two."
+        )

@@ -1,0 +1,93 @@
+"""A conversation that has outgrown the context → what is left of it when its oldest turns are left out.
+
+Only done when asked for, and before anything is computed: a turn goes as a whole, its pictures with it, and the rest
+is a prompt like any other. Shifting positions inside the KV cache instead, as llama.cpp can, would be cheaper once an
+answer runs against the end, but what remains would still have been computed with what was dropped in sight, and
+positions that several sequences share have one number each. So an answer that reaches the end of the context ends.
+
+More is dropped than must be, a quarter of the context at a time: the same turns are missing then for a while, and the
+KV cache serves the prompts in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from edge_runtime.encoder import Group
+from edge_runtime.messages import ImagePart, Message
+from edge_runtime.prompt import ImageLayout, Prompt
+
+STEPS = 4
+"""Parts of the context; one of them is also kept free for the answer, unless the answer is to be shorter."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What stands for one placeholder: a picture, or a group of video frames."""
+
+    layout: ImageLayout
+    groups: list[Group]
+    sizes: list[list[int]]
+    """[width, height] of every slice."""
+
+
+Build = Callable[[Sequence[Message], Sequence[Placed]], Prompt]
+
+
+def turns(conversation: Sequence[Message], placed: Sequence[Placed] = ()) -> list[int]:
+    """First message of every turn: of a question with all that follows it until the next one.
+
+    System messages at the beginning belong to no turn; frames of one group are never in different ones.
+    """
+    roles = [message.role for message in conversation]
+    opening = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    starts = [i for i in range(opening, len(roles)) if i == opening or (roles[i] == "user" != roles[i - 1])]
+    pictures = [0]  # before each message
+    for message in conversation:
+        pictures.append(pictures[-1] + sum(isinstance(part, ImagePart) for part in message.parts))
+    inside = {n for item in placed for n in range(item.layout.index + 1, item.layout.index + item.layout.frames)}
+    return [start for start in starts if pictures[start] not in inside]
+
+
+def without_oldest(
+    conversation: Sequence[Message], placed: Sequence[Placed], n_turns: int
+) -> tuple[list[Message], list[Placed]]:
+    """The conversation without its first turns, and the pictures that are left, numbered anew."""
+    starts = turns(conversation, placed)
+    dropped = conversation[starts[0] : starts[n_turns]]
+    n = sum(isinstance(part, ImagePart) for message in dropped for part in message.parts)
+    left = [replace(p, layout=replace(p.layout, index=p.layout.index - n)) for p in placed if p.layout.index >= n]
+    return [*conversation[: starts[0]], *conversation[starts[n_turns] :]], left
+
+
+def fit(
+    build: Build, conversation: Sequence[Message], placed: Sequence[Placed], n_ctx: int, room: int
+) -> tuple[Prompt, Sequence[Placed], int]:
+    """Build the prompt, without the oldest turns if it does not fit with them.
+
+    Parameters
+    ----------
+    n_ctx : positions of the context.
+    room : positions to be kept free for the answer.
+
+    Returns
+    -------
+    prompt, placed, n_turns : the prompt, its pictures, and the number of turns that were left out. The last turn
+        never is: where it does not fit alone, the prompt is too long.
+    """
+    prompt = build(conversation, placed)
+    limit, step = n_ctx - min(room, n_ctx // STEPS), max(1, n_ctx // STEPS)
+    excess = len(prompt.ids) - limit
+    if excess <= 0:
+        return prompt, placed, 0
+    goal = len(prompt.ids) - -(-excess // step) * step
+    found: tuple[Prompt, Sequence[Placed], int] = prompt, placed, 0
+    for n_turns in range(1, len(turns(conversation, placed))):
+        messages, left = without_oldest(conversation, placed, n_turns)
+        shorter = build(messages, left)
+        if len(found[0].ids) > limit:
+            found = shorter, left, n_turns
+        if len(shorter.ids) <= goal:
+            return shorter, left, n_turns
+    return found

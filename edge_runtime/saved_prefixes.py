@@ -1,0 +1,155 @@
+"""Beginnings of conversations on disk: what a KV cache held of them, found again by what stands at each position.
+
+A beginning is kept in blocks of 32 positions, each an entry of its own. The name of a block is a digest of the name
+of the block before it and of the keys inside: token ids, and for visual tokens the fingerprint of their pixels. So
+the longest beginning that is known is found by asking for names until one is missing, without reading anything; and a
+conversation that goes on, or another question about the same picture, adds its own blocks alone. The first name
+stands for everything else the numbers depend on: the model's files, the type of the KV cache, the arithmetic, the
+adapter. A block whose predecessors were deleted is of no use, so predecessors count as used later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import struct
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from edge_runtime.decoder import Decoder
+from edge_runtime.disk_cache import DiskCache
+from edge_runtime.kv_state import KVForm, KVRows, UnknownState
+
+BLOCK = 32
+"""Positions per entry: at full size 4.7 MB, a second of prefill."""
+PIECE = 512
+"""Positions that are copied out of the KV cache at a time."""
+
+logger = logging.getLogger("edge_runtime")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A beginning that was found."""
+
+    blocks: list[KVRows] = field(default_factory=list)
+    """Mapped, not in memory yet."""
+
+    @property
+    def n(self) -> int:
+        """Positions."""
+        return BLOCK * len(self.blocks)
+
+    def rows(self, first: int, end: int) -> KVRows:
+        """Rows of positions `first` to `end` - 1."""
+        joined = KVRows.join(self.blocks[first // BLOCK : -(-end // BLOCK)])
+        start = first - first // BLOCK * BLOCK
+        return joined[start : start + end - first]
+
+
+class SavedPrefixes:
+    """Saves and finds beginnings of conversations.
+
+    Parameters
+    ----------
+    root : stands for all that the rows depend on besides keys and adapter.
+    """
+
+    def __init__(self, cache: DiskCache, root: bytes) -> None:
+        self._cache, self._root = cache, root
+        self._is_usable = True
+
+    def names(self, keys: Sequence[Hashable], adapter: bytes = b"") -> list[str]:
+        """Names of all whole blocks of a beginning."""
+        names, previous = [], hashlib.blake2b(self._root + b"adapter " + adapter, digest_size=16).digest()
+        for start in range(0, len(keys) - BLOCK + 1, BLOCK):
+            digest = hashlib.blake2b(previous, digest_size=16)
+            for key in keys[start : start + BLOCK]:
+                digest.update(_serialise(key))
+            previous = digest.digest()
+            names.append(previous.hex())
+        return names
+
+    def find(self, keys: Sequence[Hashable], adapter: bytes = b"", known: int = 0) -> Saved:
+        """The longest beginning that was saved, checked; from any thread.
+
+        Parameters
+        ----------
+        known : positions that need not be found; nothing is read unless there are more.
+        """
+        found = []
+        for name in self.names(keys[:-1], adapter):  # the last key is computed in any case, for its logits
+            if not self._cache.has(name):
+                break
+            found.append(name)
+        if BLOCK * len(found) <= known:
+            self._cache.touch(found)
+            return Saved()
+        blocks: list[KVRows] = []
+        is_whole = True
+        for name in found:  # behind a damaged one, too: what is damaged there would else never be written anew
+            block = self._block(name)
+            is_whole = is_whole and block is not None and (not blocks or block.form == blocks[0].form)
+            if is_whole and block is not None:
+                blocks.append(block)
+        self._cache.touch(found[: len(blocks)])
+        return Saved(blocks)
+
+    def _block(self, name: str) -> KVRows | None:
+        entry = self._cache.get(name)
+        if entry is None:
+            return None
+        try:
+            block = KVRows.from_bytes(KVForm(**entry.facts), entry.content)
+        except (TypeError, UnknownState):
+            block = None
+        if block is None or len(block) != BLOCK:
+            self._cache.forget(name)
+            return None
+        return block
+
+    def save(
+        self,
+        decoder: Decoder,
+        sequence: int,
+        keys: Sequence[Hashable],
+        adapter: bytes = b"",
+        *,
+        patient: bool = False,
+    ) -> None:
+        """Have those blocks of a sequence written that are not there yet; on the inference thread.
+
+        Parameters
+        ----------
+        keys : of a beginning that the sequence holds.
+        patient : wait for the writing thread where it is behind, rather than leave out the rest.
+        """
+        if not self._is_usable:
+            return
+        names = self.names(keys, adapter)
+        first = next((i for i, name in enumerate(names) if not self._cache.has(name)), len(names))
+        for start in range(first, len(names), PIECE // BLOCK):
+            if not self._cache.has_room:
+                if not patient:
+                    return
+                self._cache.flush()
+            piece = names[start : start + PIECE // BLOCK]
+            try:
+                rows = decoder.read_rows(sequence, start * BLOCK, (start + len(piece)) * BLOCK)
+            except UnknownState as error:
+                self._is_usable = False
+                logger.warning(
+                    "This llama.cpp saves sequences in a form that is not known (%s); none is kept.", error
+                )
+                return
+            for i, name in enumerate(piece):
+                block = rows[i * BLOCK : (i + 1) * BLOCK]
+                self._cache.put(name, rows.form.facts(), block.to_bytes, BLOCK * rows.form.position_bytes)
+
+
+def _serialise(key: Hashable) -> bytes:
+    if isinstance(key, int):
+        return struct.pack("<cq", b"t", key)
+    digest, place = cast("tuple[bytes, int]", key)
+    return struct.pack("<cq", b"v", place) + digest

@@ -1,0 +1,95 @@
+"""What `edge-runtime bench --tune` found: remembered per model file and machine, read when that model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from edge_runtime.decoder import CHUNK_TOKENS, KV_TYPES
+from edge_runtime.errors import BackendUnavailable
+from edge_runtime.identity import file_identity, machine_identity
+from edge_runtime.weights import GGUFFile
+
+MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of a decoder that change its speed and memory, not its kind of answers."""
+
+    n_threads: int | None = None
+    """None: the physical cores."""
+    n_ubatch: int = CHUNK_TOKENS
+    repack: bool = False
+    kv_type: str | None = None
+    """None: the default of the arithmetic."""
+
+
+def tuning_path(decoder: GGUFFile) -> Path:
+    """Where the tuning of a decoder file is kept."""
+    return _folder() / f"{file_identity(decoder).hex()}.json"
+
+
+def _folder() -> Path:
+    return Path(platformdirs.user_data_dir("edge-runtime")) / "tuning"
+
+
+def remembered_tuning(decoder: GGUFFile) -> Tuning | None:
+    """The tuning that was found for a decoder file on this machine; None if there is none that can be used."""
+    if not _folder().is_dir():  # where nothing was tuned, no file need be told from others
+        return None
+    try:
+        known = json.loads(tuning_path(decoder).read_text("utf-8"))
+        return _tuning(known[machine_identity()])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not as we write it
+        return None
+
+
+def _tuning(facts: dict[str, Any]) -> Tuning:
+    tuning = Tuning(**facts)
+    sizes = (tuning.n_threads or 1, MOST_THREADS), (tuning.n_ubatch, CHUNK_TOKENS)
+    if not all(type(value) is int and 1 <= value <= most for value, most in sizes):
+        raise ValueError("a number is out of range")
+    if tuning.kv_type not in (None, *KV_TYPES) or type(tuning.repack) is not bool:
+        raise ValueError("a setting is unknown")
+    return tuning
+
+
+def remember_tuning(decoder: GGUFFile, tuning: Tuning) -> Path:
+    """Keep a tuning for this machine, beside those of other machines that share the folder; returns the file.
+
+    Raises
+    ------
+    BackendUnavailable
+        When the folder cannot be written to.
+    """
+    path = tuning_path(decoder)
+    try:
+        known = json.loads(path.read_text("utf-8"))
+        known = known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        known = {}
+    known[machine_identity()] = asdict(tuning)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tuning")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(known, stream, indent=1)
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise BackendUnavailable(
+            f"The tuning cannot be kept in {path.parent} ({error.strerror or error}); make that folder writable, or "
+            "give --threads and --kv-type each time."
+        ) from None
+    return path
+
+
+def forget_tuning(decoder: GGUFFile) -> None:
+    """Delete what is remembered of a decoder file."""
+    tuning_path(decoder).unlink(missing_ok=True)
