@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test quick lint bench conformance clean
+.PHONY: setup test quick lint bench reference conformance clean
 
 setup: .venv/ready
 
@@ -29,6 +29,30 @@ bench: setup
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/vision.py --json build/bench/results/vision.json
 	$(BIN)/python benchmarks/report.py build/bench/results/vision.json
+
+# What tests/converters/test_reference_tools.py compares with: llama.cpp's conversion scripts from llama-cpp-python's
+# source distribution, its quantizer and its importance matrices compiled against the installed library (seconds, and
+# the same code), and an environment of their own with torch; 1.5 GB and about two minutes.
+REFERENCE := build/reference
+LLAMA := $(shell sed -n 's/.*"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.toml)
+TOOLS := $(REFERENCE)/llama.cpp
+reference: $(REFERENCE)/ready
+
+$(REFERENCE)/ready: .venv/ready
+	rm -rf $(REFERENCE) && mkdir -p $(REFERENCE)/bin
+	$(BIN)/pip download --quiet --no-deps --no-binary llama-cpp-python --dest $(REFERENCE) "$(LLAMA)"
+	tar -xzf $(REFERENCE)/llama_cpp_python-*.tar.gz -C $(REFERENCE)
+	mv $(REFERENCE)/llama_cpp_python-*/vendor/llama.cpp $(TOOLS)
+	lib=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('platlib'))")/lib; \
+	for tool in quantize imatrix; do \
+		$(CXX) -O2 -std=c++17 -I$(TOOLS)/common -I$(TOOLS)/include -I$(TOOLS)/ggml/include \
+			$(TOOLS)/tools/$$tool/*.cpp -o $(REFERENCE)/bin/llama-$$tool -L$$lib -lllama-common -lllama -lggml -lggml-base \
+			-lpthread -Wl,-rpath,$$lib -Wl,--disable-new-dtags || exit 1; \
+	done
+	$(PYTHON) -m venv $(REFERENCE)/venv
+	$(REFERENCE)/venv/bin/pip install --quiet torch==2.13.0 transformers==5.24.0 peft==0.21.2 bitsandbytes==0.50.2 \
+		sentencepiece safetensors
+	touch $@
 
 # The yardstick lies beside the checkout where it is at hand.
 conformance: setup

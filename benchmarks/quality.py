@@ -4,8 +4,9 @@
 
 For each pair of types: share of right answers (average of the core skills, and each), agreement with float32 (equal
 answers, right or wrong), and mean answer loss: the negative log probability per token of the right answer and its
-end, which still moves where accuracy is saturated. Vision types change at a float32 decoder and the other way round;
-the shipped pair and all-float32 are always among them.
+end, which still moves where accuracy is saturated. At the same tokens, against float32: the Kullback-Leibler
+divergence of the probabilities in nats, and how often the most probable token is the same. Vision types change at a
+float32 decoder and the other way round; the shipped pair and all-float32 are always among them.
 
 Two arithmetics: `exact` is float32 throughout, as `--exact`; `int8` is the default, which rounds what enters the
 tower's products as well. Decoder types are compared in `exact`, so that nothing else changes, and everything that
@@ -49,36 +50,65 @@ def arithmetics(decoder: str, vision: str) -> list[str]:
     return ["exact"] if vision == "f32" and decoder != "f32" else ["exact", "int8"]
 
 
-def answer_loss(model: Model, sample: Sample) -> float:
-    """Mean negative log probability of the tokens of the right answer and its end."""
-    wanted = [*model.tokenizer.encode(sample.answer), model.tokenizer.ids["<|im_end|>"]]
+Logs = list[np.ndarray]
+"""One ndarray [shape=(tokens, vocabulary), float32] per sample: log probabilities before each token of the answer."""
+
+
+def wanted_tokens(model: Model, sample: Sample) -> list[int]:
+    """Tokens of the right answer and its end."""
+    return [*model.tokenizer.encode(sample.answer), model.tokenizer.ids["<|im_end|>"]]
+
+
+def log_probabilities(model: Model, sample: Sample) -> np.ndarray:
+    """Log probabilities before each token of the right answer: ndarray [shape=(tokens, vocabulary), float32]."""
+    wanted = wanted_tokens(model, sample)
     prepared = model._prepare(sample.messages(), **sample.options())
 
-    def compute() -> float:
-        decoder, total = model._decoder, 0.0
+    def compute() -> np.ndarray:
+        decoder, rows = model._decoder, []
         decoder.prefill(model._embeddings(prepared))
         for i, token in enumerate(wanted):
-            logits = decoder.logits().astype(np.float64)
-            top = logits.max()
-            total += top + np.log(np.exp(logits - top).sum()) - logits[token]
+            rows.append(log_softmax(decoder.logits()))
             if i + 1 < len(wanted):
                 decoder.decode(token)
-        return total / len(wanted)
+        return np.stack(rows)
 
-    return float(model._engine.call(compute))
+    return np.asarray(model._engine.call(compute))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities, computed in double precision, kept in float32."""
+    logits = logits.astype(np.float64)
+    top = logits.max()
+    return (logits - top - np.log(np.exp(logits - top).sum())).astype(np.float32)
+
+
+def divergence(reference: Logs, logs: Logs) -> tuple[float, float]:
+    """Mean Kullback-Leibler divergence from the reference in nats, and share of equal most probable tokens."""
+    one, other = (np.concatenate(rows).astype(np.float64) for rows in (reference, logs))
+    nats = (np.exp(one) * (one - other)).sum(axis=1)
+    return float(nats.mean()), float(np.mean(one.argmax(axis=1) == other.argmax(axis=1)))
 
 
 def measure(folder: Path, samples: dict[str, list[Sample]], *, exact: bool) -> dict[str, Any]:
     """Answers and losses of one pair of files."""
     with Model.load(folder, exact=exact) as model:
         answers = {kind: [ask(model, sample) for sample in group] for kind, group in samples.items()}
-        losses = {kind: [answer_loss(model, sample) for sample in group] for kind, group in samples.items()}
+        logs = {kind: [log_probabilities(model, sample) for sample in group] for kind, group in samples.items()}
+        losses = {
+            kind: [
+                -float(np.mean(rows[np.arange(len(rows)), wanted_tokens(model, sample)]))
+                for rows, sample in zip(logs[kind], group, strict=True)
+            ]
+            for kind, group in samples.items()
+        }
     right = {
         kind: float(np.mean([a == s.answer for a, s in zip(answers[kind], group, strict=True)]))
         for kind, group in samples.items()
     }
     return {
         "answers": answers,
+        "logs": [rows for group in logs.values() for rows in group],
         "right": right,
         "average": float(np.mean(list(right.values()))),
         "loss": float(np.mean([np.mean(values) for values in losses.values()])),
@@ -97,9 +127,10 @@ def run(checkpoint: Path, count: int, *, exact_only: bool) -> list[dict[str, Any
     samples = {kind: [draw(kind, number) for number in range(count)] for kind in CORE}
     rows: list[dict[str, Any]] = []
     reference: dict[str, list[str]] = {}
+    reference_logs: Logs = []
     print(
-        f"{'decoder':<8} {'vision':<6} {'tower':<5} {'MB':>6} {'right':>7} {'as f32':>7} {'loss':>7}   "
-        + "  ".join(CORE)
+        f"{'decoder':<8} {'vision':<6} {'tower':<5} {'MB':>6} {'right':>7} {'as f32':>7} {'loss':>7} {'KL':>8} "
+        f"{'top 1':>7}   " + "  ".join(CORE)
     )
     for decoder, vision in PAIRS:
         with tempfile.TemporaryDirectory() as folder:
@@ -108,10 +139,11 @@ def run(checkpoint: Path, count: int, *, exact_only: bool) -> list[dict[str, Any
                 if exact_only and arithmetic != "exact":
                     continue
                 result = measure(Path(folder), samples, exact=arithmetic == "exact")
-                answers = result.pop("answers")
-                reference = reference or answers
+                answers, logs = result.pop("answers"), result.pop("logs")
+                reference, reference_logs = reference or answers, reference_logs or logs
+                kl, top1 = divergence(reference_logs, logs)
                 types = {"decoder": decoder, "vision": vision, "arithmetic": arithmetic}
-                rows.append({**types, "agreement": agreement(answers, reference), **result})
+                rows.append({**types, "agreement": agreement(answers, reference), "kl": kl, "top1": top1, **result})
                 _print_row(rows[-1])
     return rows
 
@@ -120,7 +152,8 @@ def _print_row(row: dict[str, Any]) -> None:
     each = "  ".join(f"{share:>{len(kind)}.1%}" for kind, share in row["right"].items())
     print(
         f"{row['decoder']:<8} {row['vision']:<6} {row['arithmetic']:<5} {row['bytes'] / 1e6:6.1f} "
-        f"{row['average']:7.2%} {row['agreement']:7.2%} {row['loss']:7.4f}   {each}",
+        f"{row['average']:7.2%} {row['agreement']:7.2%} {row['loss']:7.4f} {row['kl']:8.5f} "
+        f"{row['top1']:7.2%}   {each}",
         flush=True,
     )
 

@@ -201,6 +201,7 @@ RENDER_KIND: dict[str, Callable[[Result], str]] = {
 
 def quality(result: Result) -> str:
     """Answers of the demo model in each pair of types."""
+    measured = all("kl" in row for row in result["rows"])  # results from before it was measured lack it
     rows = [
         [
             f"{row['decoder']}, {row['vision']}, {row.get('arithmetic', 'int8')}",
@@ -208,10 +209,12 @@ def quality(result: Result) -> str:
             f"{row['average']:.2%}",
             f"{row['agreement']:.2%}",
             number(row["loss"], 4),
+            *([number(row["kl"], 5), f"{row['top1']:.2%}"] if measured else []),
         ]
         for row in result["rows"]
     ]
     heading = ["decoder, vision, arithmetic of the tower", "MB", "right answers", "same as float32", "answer loss"]
+    heading += ["KL divergence, nats", "same first token"] if measured else []
     note = f"{result['samples_per_skill']} held-out samples per skill; the shipped types lose"
     return f"{table(heading, rows)}\n\n{note} {result['points_lost']:.2f} points against float32."
 

@@ -294,46 +294,57 @@ def _is_file(argument: str) -> bool:
 @main.command(cls=Command)
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files.  [default: models/NAME]")
-@click.option("--type", "decoder_type", default="q4_k_m", show_default=True, metavar="TYPE", help="Decoder type.")
+@click.option("--type", "decoder_type", metavar="TYPE", help="Decoder type.  [default: q4_k_m; AWQ: q4_1]")
 @click.option("--vision-type", default="q8_0", show_default=True, metavar="TYPE", help="Type of the vision part.")
+@click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE", help="Type of some tensors.")
+@click.option("--vision-tensor-type", "vision_tensor_types", multiple=True, metavar="PATTERN=TYPE", help="The same.")
+@click.option("--lora", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA into the weights.")
 @click.option(
-    "--calibrate", type=click.Path(path_type=Path), metavar="FOLDER", help="Fit the int8 path to these pictures."
+    "--lora-adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Write its decoder part as an adapter."
 )
+@click.option(
+    "--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix of llama-imatrix."
+)
+@click.option(
+    "--calibrate",
+    "pictures",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Fit the types to the pictures and texts in it.",
+)
+@click.option("--report", is_flag=True, help="Tell what the types cost, tensor by tensor.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
-def convert(
-    source: str, output: Path | None, decoder_type: str, vision_type: str, calibrate: Path | None, force: bool
-) -> None:
+def convert(source: str, output: Path | None, report: bool, **options: Any) -> None:
     """Convert a MiniCPM-V 4.5 checkpoint (Hugging Face layout) into GGUF files.
 
-    SOURCE is a folder, or hf:ORG/REPO or ms:ORG/REPO, which is pulled first.
+    SOURCE is a folder, or hf:ORG/REPO or ms:ORG/REPO, which is pulled first. It may be quantised by bitsandbytes or
+    AutoAWQ to 4 bits.
 
     \b
-    Decoder types: f32 f16 bf16 q8_0 q6_k q4_k_m q4_0
-    Vision types:  f32 f16 q8_0 q4_0, and int4, which llama.cpp cannot read
+    Decoder types: f32 f16 bf16 q8_0 q6_k q5_k_m q4_k_m q4_k_s q4_1 q4_0 iq4_nl
+    Vision types:  f32 f16 bf16 q8_0 q4_0, and int4, which llama.cpp cannot read
     """
     from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint
-    from edge_runtime.console import ConvertProgress
+    from edge_runtime import console
     from edge_runtime.pulling import fetch_checkpoint
 
-    for given, known, option in (
-        (decoder_type, DECODER_TYPES, "--type"),
-        (vision_type, VISION_TYPES, "--vision-type"),
+    for name, known, option in (
+        ("decoder_type", DECODER_TYPES, "--type"),
+        ("vision_type", VISION_TYPES, "--vision-type"),
     ):
-        if given.lower() not in known:
-            raise click.UsageError(f"{option} is {given!r}; expected one of {', '.join(known)}.")
-    with ConvertProgress() as progress:
+        options[name] = options[name] and options[name].lower()
+        if options[name] not in (None, *known):
+            raise click.UsageError(f"{option} is {options[name]!r}; expected one of {', '.join(known)}.")
+    with console.ConvertProgress() as progress:
         checkpoint, name = fetch_checkpoint(source, progress, announce)
-        files = convert_checkpoint(
-            checkpoint,
-            output or Path("models") / name,
-            decoder_type=decoder_type.lower(),
-            vision_type=vision_type.lower(),
-            pictures=calibrate,
-            force=force,
-            progress=progress,
-        )
-    for path in (files.decoder, files.mmproj):
+        folder = output or Path("models") / name
+        files = convert_checkpoint(checkpoint, folder, report=report, progress=progress, **options)
+    for line in (line for found in files.reports for line in found.lines()):
+        click.echo(line)
+    for path in filter(None, (files.decoder, files.mmproj, files.adapter)):
         click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    for sentence in files.notes:
+        console.note(sentence)
 
 
 @main.command(cls=Command)
@@ -356,11 +367,20 @@ def bench(tuning: bool, budget: float, **options: Any) -> None:
 
 @main.command(cls=Command)
 @click.argument("model", required=False)
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Measure a .gguf file against this checkpoint, tensor by tensor.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(model: str | None, as_json: bool) -> None:
+def info(model: str | None, source: Path | None, as_json: bool) -> None:
     """Say what this machine offers and what was chosen; with MODEL (or a .gguf file), what is in it."""
     from edge_runtime.info import describe_machine, describe_model
 
+    if source is not None:
+        _compare(model, source, as_json)
+        return
     facts = describe_model(model) if model else describe_machine()
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
@@ -368,6 +388,20 @@ def info(model: str | None, as_json: bool) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         click.echo(f"{name:<{width}}  {_plain(value)}")
+
+
+def _compare(file: str | None, source: Path, as_json: bool) -> None:
+    from edge_converters.report import report_against
+    from edge_runtime import console
+
+    if file is None or not file.endswith(".gguf"):
+        raise click.UsageError("--source needs a .gguf file to measure: name it as the argument.")
+    with console.ConvertProgress() as progress:
+        report = report_against(file, source, progress)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"error": report.error}))
+    else:
+        click.echo("\n".join(report.lines()))
 
 
 def _plain(value: Any) -> str:

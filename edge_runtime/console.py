@@ -145,7 +145,7 @@ class AnswerProgress:
 class ConvertProgress:
     """A progress bar per stage of a conversion or file of a download, shown on a terminal only."""
 
-    _UNITS: ClassVar = {"quantize": " tensors", "calibrate": " slices"}
+    _UNITS: ClassVar = {"quantize": " tensors", "calibrate": " slices", "observe": " tokens", "report": " tensors"}
 
     def __init__(self) -> None:
         self._bar: Any = None

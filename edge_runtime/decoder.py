@@ -130,6 +130,7 @@ class Decoder:
         self.config = decoder_config(self.file)
         # Every use of these may come after close(), so they must exist before anything can fail.
         self._model = self._context = None
+        self._batches: list[Any] = []
         self._cancelled: Callable[[], bool] = lambda: False
         self.n_sequences = options.n_sequences
         # One more than requests can have: for `prefill` and `decode`, and between `read_rows` and `append_rows`.
@@ -168,6 +169,7 @@ class Decoder:
         """Most positions of a call: fewer than `CHUNK_TOKENS` in a small context, where llama.cpp aborts at more."""
         self._embedding_batch = lib.llama_batch_init(CHUNK_TOKENS, self.config.hidden, 1)
         self._token_batch = lib.llama_batch_init(CHUNK_TOKENS, 0, 1)
+        self._batches += [self._embedding_batch, self._token_batch]
 
     def _load_model(self, *, repack: bool) -> Any:
         lib = self._lib
@@ -354,7 +356,7 @@ class Decoder:
         ctypes.memmove(self._embedding_batch.embd, embeddings.ctypes.data, embeddings.nbytes)
         return self._embedding_batch
 
-    def prefill(self, embeddings: Float32) -> None:
+    def prefill(self, embeddings: Float32, adapter: str | None = None) -> None:
         """Compute embeddings in a sequence of their own, outside any request; `decode` goes on with it.
 
         Parameters
@@ -365,11 +367,11 @@ class Decoder:
         self.rewind(self.n_sequences)
         for start in range(0, len(embeddings), CHUNK_TOKENS):
             chunk = embeddings[start : start + CHUNK_TOKENS]
-            self.step([Part(self.n_sequences, [object() for _ in chunk], chunk)])
+            self.step([Part(self.n_sequences, [object() for _ in chunk], chunk)], adapter=adapter)
 
-    def decode(self, token_id: int) -> None:
+    def decode(self, token_id: int, adapter: str | None = None) -> None:
         """Append one token to what `prefill` began."""
-        self.step([Part(self.n_sequences, [token_id])])
+        self.step([Part(self.n_sequences, [token_id])], adapter=adapter)
 
     def logits(self, row: int = -1) -> Float32:
         """Logits of a row of the last call: ndarray [shape=(vocabulary,), float32], a copy."""
@@ -383,8 +385,8 @@ class Decoder:
     def close(self) -> None:
         """Free the model and its context; further calls do nothing."""
         if self._context:
-            self._lib.llama_batch_free(self._embedding_batch)
-            self._lib.llama_batch_free(self._token_batch)
+            for batch in self._batches:
+                self._lib.llama_batch_free(batch)
             self._lib.llama_free(self._context)
         if self._adapters:
             self._adapters.close()

@@ -412,17 +412,19 @@ class Model:
         """Text, token ids and places of the visual tokens of a conversation, without computing anything."""
         return self._prepare(messages, **prompt_options).prompt
 
-    def trace(self, messages: str | Sequence[Any], n_tokens: int, **prompt_options: Any) -> Trace:
+    def trace(
+        self, messages: str | Sequence[Any], n_tokens: int, *, adapter: str | None = None, **prompt_options: Any
+    ) -> Trace:
         """Logits after the prompt and the `n_tokens` most probable tokens; for comparing with the official code."""
         prepared = self._prepare(messages, **prompt_options)
 
         def compute() -> Trace:
-            self._decoder.prefill(self._embeddings(prepared))
+            self._decoder.prefill(self._embeddings(prepared), adapter)
             first = self._decoder.logits()
             logits, greedy = first, []
             for _ in range(n_tokens):
                 greedy.append(int(np.argmax(logits)))
-                self._decoder.decode(greedy[-1])
+                self._decoder.decode(greedy[-1], adapter)
                 logits = self._decoder.logits()
             return Trace(first, greedy)
 

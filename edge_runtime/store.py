@@ -12,6 +12,8 @@ from edge_runtime.library import Library
 from edge_runtime.sources import ALIASES, Source, parse_source
 
 DEMO = "demo"
+ADAPTER_PREFIX = "adapter-"
+"""Files of this name are LoRA adapters, which `edge-runtime convert --lora-adapter` puts beside the model."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,15 @@ def _given(mmproj: str | Path) -> Path:
 
 
 def _decoders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.gguf") if not _is_mmproj(p))
+    return sorted(p for p in _models(folder) if not _is_mmproj(p))
 
 
 def _mmprojs(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.gguf") if _is_mmproj(p))
+    return sorted(p for p in _models(folder) if _is_mmproj(p))
+
+
+def _models(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("*.gguf") if not p.name.startswith(ADAPTER_PREFIX)]
 
 
 def _is_mmproj(path: Path) -> bool:

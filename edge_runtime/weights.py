@@ -123,8 +123,7 @@ class GGUFFile:
         self.path = Path(path)
         self._data = _map(self.path)
         header = _Header(self.path, self._data)
-        self.metadata = header.metadata
-        self.kinds = header.kinds
+        self.metadata, self.kinds = header.metadata, header.kinds
         self.tensors = header.tensors
         self.alignment = header.alignment
 

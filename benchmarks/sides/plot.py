@@ -39,12 +39,14 @@ def plot_quality(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "svg.fonttype": "path",  # the same everywhere
         "svg.hashsalt": "edge-runtime",
     }
-    panels = (
+    panels: tuple[tuple[str, float, str], ...] = (
         ("average", 100.0, "right answers, average of the skills, %"),
         ("loss", 1.0, "answer loss, nats per token (lower is better)"),
     )
+    if all("kl" in row for row in rows):  # results from before it was measured lack it
+        panels += (("kl", 1.0, "KL divergence from float32, nats per token (lower is better)"),)
     with matplotlib.rc_context(style):
-        figure, axes = pyplot.subplots(1, 2, figsize=(12, 6), layout="constrained")
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 6), layout="constrained")
         for axis, (key, factor, label) in zip(axes, panels, strict=True):
             points = [(row["bytes"] / 1e6, row[key] * factor, row) for row in rows]
             for x, y, row in points:

@@ -1,8 +1,9 @@
 """Hugging Face checkpoint → GGUF: `convert` writes the decoder and the mmproj file that `edge_runtime` loads.
 
-Reading order: `checkpoint` (what enters), `vocabulary`, `tensor_names` (which tensor becomes which), `recipes`
-(which type each gets), `plan` (all tensors of a file), `quantize` (values → blocks), `writer` (blocks → file),
-`verify` (the file re-read), `convert` (the whole flow).
+Reading order: `safetensors`, `nf4`, `awq`, `lora` and `checkpoint` (what enters), `vocabulary`, `tensor_names` (which
+tensor becomes which), `recipes` and `overrides` (which type each gets), `plan` (all tensors of a file), `metadata`
+(its keys), `quantize` (values → blocks), `writer` (blocks → file), `verify` and `report` (the file re-read),
+`adapter`, `importance` and `calibrate` (what else can be made or taken), `convert` (the whole flow).
 """
 
 from edge_converters.convert import convert_checkpoint

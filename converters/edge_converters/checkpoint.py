@@ -1,50 +1,23 @@
 """A Hugging Face checkpoint in MiniCPM-V 4.5's official layout, read lazily: a folder enters, rows of tensors leave.
 
-Shards are read in chunks of rows, never mapped, so that a 17 GB checkpoint costs a few megabytes of memory. The
-safetensors header is parsed here and not by the safetensors library, because that one hands bfloat16 to torch only.
-
-Source of the format: the safetensors README (8 bytes header length, JSON header, data).
+Quantised checkpoints (bitsandbytes, AutoAWQ) and LoRA folders look the same from outside: tensors under the official
+names, whose values are made as they are read.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from edge_converters import awq, nf4
+from edge_converters.lora import Lora, read_lora
+from edge_converters.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, read_index
 from edge_runtime.errors import CheckpointError
 
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-STORED_DTYPES: dict[str, tuple[str, int]] = {"F32": ("<f4", 4), "F16": ("<f2", 2), "BF16": ("<u2", 2)}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a shard."""
-
-    name: str
-    shard: Path
-    dtype: str
-    """F32, F16 or BF16."""
-    shape: tuple[int, ...]
-    offset: int
-    """Bytes from the start of the shard."""
-
-    @property
-    def n_rows(self) -> int:
-        """Length of the first axis (1 for a scalar)."""
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def row_length(self) -> int:
-        """Values per entry of the first axis."""
-        return math.prod(self.shape[1:])
+QUANTIZED = {"bitsandbytes": "4 bits", "awq": "4 bits in the GEMM layout"}
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Checkpoint:
@@ -111,41 +84,27 @@ class Checkpoint:
             )
         return value
 
-    def rows(self, name: str, start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
-        """Rows [start, stop) of a tensor as stored.
-
-        Returns
-        -------
-        values : ndarray [shape=(stop - start, row_length), float32, float16, or the bits of bfloat16 as uint16].
-        dtype : F32, F16 or BF16.
-        """
-        tensor = self.tensors[name]
-        kind, size = STORED_DTYPES[tensor.dtype]
-        row_bytes = tensor.row_length * size
-        wanted = (stop - start) * row_bytes
-        raw = bytearray(wanted)
-        view, done = memoryview(raw), 0
-        try:
-            with tensor.shard.open("rb", buffering=0) as file:
-                file.seek(tensor.offset + start * row_bytes)
-                while done < wanted:  # one read returns at most 2 GiB
-                    if not (n := file.readinto(view[done:])):
-                        raise CheckpointError(
-                            f"{tensor.shard.name} ends inside {name}; download the checkpoint again."
-                        )
-                    done += n
-        except OSError as error:
-            raise CheckpointError(f"{tensor.shard} cannot be read: {error.strerror}; check the disk.") from None
-        return np.frombuffer(raw, kind).reshape(stop - start, tensor.row_length), tensor.dtype
-
-    def float_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+    def float_rows(self, name: str, start: int, stop: int) -> Float32:
         """Rows [start, stop) as float32: ndarray [shape=(stop - start, row_length), float32]."""
-        values, dtype = self.rows(name, start, stop)
-        if dtype == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32)
+        return self.tensors[name].float_rows(start, stop)
 
-    def _index(self) -> dict[str, StoredTensor]:
+    def add_lora(self, folder: str | Path, *, decoder: bool = True) -> Lora:
+        """Merge a LoRA folder into the tensors.
+
+        Parameters
+        ----------
+        decoder : false leaves the decoder as it is, for an adapter file.
+
+        Raises
+        ------
+        CheckpointError
+            When the folder is no LoRA of this model.
+        """
+        lora = read_lora(folder, self.tensors)
+        self.tensors = lora.merged(self.tensors, decoder=decoder)
+        return lora
+
+    def _index(self) -> dict[str, SourceTensor]:
         shards = sorted(path for path in self.folder.glob("*.safetensors") if path.is_file())
         index = self.json("model.safetensors.index.json")
         if index is not None:
@@ -164,23 +123,30 @@ class Checkpoint:
                 )
             shards = [self.folder / name for name in wanted]
         if not shards:
-            raise CheckpointError(
-                f"{self.folder} holds no *.safetensors file; expected the weights of the checkpoint."
-            )
-        tensors: dict[str, StoredTensor] = {}
-        for shard in shards:
-            for tensor in _read_header(shard):
-                if tensor.name in tensors:
-                    raise CheckpointError(
-                        f"{tensor.name} is in {tensors[tensor.name].shard.name} and in {shard.name}; keep only the "
-                        "files of one checkpoint in the folder."
-                    )
-                tensors[tensor.name] = tensor
-        if index is not None and (absent := sorted(set(index["weight_map"]) - set(tensors))):
+            raise CheckpointError(self._no_weights())
+        stored = read_index(shards)
+        if index is not None and (absent := sorted(set(index["weight_map"]) - set(stored))):
             raise CheckpointError(
                 f"The shards lack tensors of their index ({len(absent)}, such as {absent[0]}); download them again."
             )
+        tensors = awq.assemble(nf4.assemble(dict(stored)))
+        for tensor in tensors.values():
+            if isinstance(tensor, StoredTensor) and tensor.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{tensor.file.name}: {tensor.name} is stored as {tensor.dtype}; expected F32, F16 or BF16, as "
+                    "in the checkpoint openbmb/MiniCPM-V-4_5."
+                )
         return tensors
+
+    def _no_weights(self) -> str:
+        pickles = sorted(path.name for kind in PICKLES for path in self.folder.glob(kind))
+        if not pickles:
+            return f"{self.folder} holds no *.safetensors file; expected the weights of the checkpoint."
+        return (
+            f"{self.folder} holds its weights as {pickles[0]}, a format that runs code when it is read, and no "
+            "*.safetensors file; load the checkpoint in PyTorch and save it with save_pretrained(FOLDER), which "
+            "writes safetensors."
+        )
 
 
 def _check_architecture(config: dict[str, Any]) -> None:
@@ -195,12 +161,7 @@ def _check_architecture(config: dict[str, Any]) -> None:
         raise CheckpointError(
             f"This is MiniCPM-V version {version}; only 4.5 can be converted, whose resampler knows time."
         )
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"This checkpoint is already quantised ({method}); use the bfloat16 checkpoint openbmb/MiniCPM-V-4_5 "
-            "instead."
-        )
+    _check_quantization(config.get("quantization_config"))
     for key, expected in (("rope_scaling", None), ("attention_bias", False), ("hidden_act", "silu")):
         if config.get(key, expected) != expected:
             raise CheckpointError(
@@ -209,41 +170,17 @@ def _check_architecture(config: dict[str, Any]) -> None:
             )
 
 
-def _read_header(shard: Path) -> list[StoredTensor]:
-    """Parse and check the header of one safetensors file."""
-
-    def broken(what: str) -> CheckpointError:
-        return CheckpointError(f"{shard.name} is not a usable safetensors file: {what}; download it again.")
-
-    try:
-        size = shard.stat().st_size
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise broken(f"its header claims {length} of {size} bytes")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{shard} cannot be read: {error.strerror}; check its permissions.") from None
-    except (ValueError, RecursionError):
-        raise broken("its header is no JSON") from None
-    if not isinstance(header, dict):
-        raise broken("its header is no JSON object")
-    header.pop("__metadata__", None)
-    return [_entry(shard, name, entry, 8 + length, size, broken) for name, entry in header.items()]
-
-
-def _entry(shard: Path, name: str, entry: Any, data_start: int, size: int, broken: Any) -> StoredTensor:
-    try:
-        dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise broken(f"the entry of {name} is incomplete") from None
-    if dtype not in STORED_DTYPES:
+def _check_quantization(settings: Any) -> None:
+    """Refuse kinds of quantised checkpoints that cannot be read."""
+    if not settings:
+        return
+    known = settings if isinstance(settings, dict) else {"quant_method": settings}
+    method = str(known.get("quant_method"))[:40]
+    four_bits = known.get("load_in_4bit") if method == "bitsandbytes" else known.get("bits", 4) == 4
+    layout = str(known.get("version", "gemm")).lower() if method == "awq" else "gemm"
+    if method not in QUANTIZED or not four_bits or layout != "gemm":
+        kinds = " and ".join(f"{name} with {what}" for name, what in QUANTIZED.items())
         raise CheckpointError(
-            f"{shard.name}: {name} is stored as {dtype}; expected F32, F16 or BF16, as in the checkpoint "
-            "openbmb/MiniCPM-V-4_5."
+            f"This checkpoint is already quantised ({method}); of such, only {kinds} can be read: use one of them, "
+            "or the bfloat16 checkpoint openbmb/MiniCPM-V-4_5."
         )
-    n_bytes = math.prod(shape) * STORED_DTYPES[dtype][1]
-    if min((*shape, begin), default=0) < 0 or end - begin != n_bytes or data_start + end > size:
-        raise broken(f"{name} of shape {shape} does not lie inside the file at bytes {begin} to {end}")
-    return StoredTensor(name, shard, dtype, shape, data_start + begin)

@@ -1,32 +1,33 @@
-"""The whole conversion: one checkpoint folder enters, a decoder and an mmproj file leave, or an error and neither.
-
-The keys are those of llama.cpp's qwen3 and clip architectures, plus the `edge_runtime.*` keys documented in
-`edge_runtime.config`.
-"""
+"""The whole conversion: a checkpoint folder enters, a decoder and an mmproj file leave, or an error and neither."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGUFWriter
 
+from edge_converters import recipes
+from edge_converters.adapter import adapter_metadata, plan_adapter
 from edge_converters.calibrate import calibrate, smoothing_tensors
 from edge_converters.checkpoint import Checkpoint
-from edge_converters.plan import n_vision_layers, plan_decoder, plan_vision, refuse_unknown_tensors
+from edge_converters.importance import Importance, read_importance
+from edge_converters.lora import Lora
+from edge_converters.metadata import calibrated_metadata, decoder_metadata, vision_metadata
+from edge_converters.observe import observe
+from edge_converters.overrides import choose_types
+from edge_converters.plan import Types, plan_decoder, plan_vision, refuse_unknown_tensors
 from edge_converters.quantize import quantize_gguf
-from edge_converters.recipes import DECODER_TYPES, LOSSLESS, VISION_TYPES, VisionType
+from edge_converters.recipes import DECODER_TYPES, VISION_TYPES, DecoderType
+from edge_converters.report import FileReport, report_file
 from edge_converters.verify import verify_gguf
-from edge_converters.vocabulary import read_vocabulary
+from edge_converters.vocabulary import Vocabulary, read_vocabulary
 from edge_converters.writer import PlannedTensor, replacing, write_gguf
-from edge_runtime import config as keys
-from edge_runtime.calibration import KEY_FLOAT_PRODUCTS, Calibration
 from edge_runtime.errors import CheckpointError
-
-MINICPMV_VERSION = 6  # llama.cpp's number for the resampler of 4.0 and 4.5
+from edge_runtime.store import ADAPTER_PREFIX
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, units done, units in all)"""
@@ -34,19 +35,50 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Converted:
-    """The two files written."""
+    """The files written, and what was noticed."""
 
     decoder: Path
     mmproj: Path
+    adapter: Path | None = None
+    """The decoder's part of a LoRA, where one was asked for."""
+    reports: tuple[FileReport, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences for the user."""
+
+
+@dataclass
+class Plan:
+    """All that is decided before a byte is written."""
+
+    checkpoint: Checkpoint
+    recipe: DecoderType
+    vision: recipes.VisionType
+    lora: Lora | None = None
+    decoder_types: Types = field(default_factory=dict)
+    vision_types: Types = field(default_factory=dict)
+    importance: Importance | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.vocabulary: Vocabulary = read_vocabulary(self.checkpoint, self.checkpoint.size("vocab_size"))
+        self.tensors = plan_decoder(self.checkpoint, self.recipe, self.decoder_types)
+        self.vision_tensors = plan_vision(self.checkpoint, self.vision, self.vision_types)
+        self.adapter_tensors = [] if self.lora is None else plan_adapter(self.lora, self.checkpoint)
 
 
 def convert_checkpoint(
     source: str | Path,
     folder: str | Path,
     *,
-    decoder_type: str = "q4_k_m",
-    vision_type: str = "q8_0",
+    decoder_type: str | None = None,
+    vision_type: str = recipes.DEFAULT_VISION,
+    lora: str | Path | None = None,
+    lora_adapter: str | Path | None = None,
     pictures: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    tensor_types: Sequence[str] = (),
+    vision_tensor_types: Sequence[str] = (),
+    report: bool = False,
     force: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Converted:
@@ -54,12 +86,20 @@ def convert_checkpoint(
 
     Parameters
     ----------
-    source : folder with the checkpoint in the official layout.
+    source : folder with the checkpoint in the official layout: bfloat16, float16 or float32, bitsandbytes' 4 bits, or
+        AutoAWQ's.
     folder : where the files go; made if needed. They are named `ggml-model-<TYPE>.gguf` and
         `mmproj-model-<vtype>.gguf`.
-    decoder_type : a key of `DECODER_TYPES`.
+    decoder_type : a key of `DECODER_TYPES`; by default q4_k_m, and q4_1 for AWQ checkpoints, whose integers it keeps.
     vision_type : a key of `VISION_TYPES`.
-    pictures : folder of pictures to calibrate the int8 path with; see `calibrate`. Seconds per slice.
+    lora : LoRA folder to be merged, in decoder and vision part.
+    lora_adapter : LoRA folder whose decoder part becomes a file of its own, `adapter-<NAME>.gguf`; its vision part is
+        merged, since an adapter cannot hold it.
+    pictures : folder of pictures to calibrate the int8 path with, see `calibrate`; seconds per slice. With the texts
+        in it, they also make the importance matrix of the decoder's quantizer, see `observe`.
+    imatrix : importance matrix of llama-imatrix for the decoder's quantizer, instead of one made here.
+    tensor_types, vision_tensor_types : `PATTERN=TYPE` for tensors of the two files; see `choose_types`.
+    report : measure what the types cost, tensor by tensor.
     force : replace existing files.
     progress : called while working.
 
@@ -68,51 +108,137 @@ def convert_checkpoint(
     CheckpointError
         When the checkpoint cannot be converted or the files cannot be written. Nothing is left behind then.
     """
+    checkpoint = Checkpoint(source)
+    plan = _plan(checkpoint, decoder_type, vision_type, lora, lora_adapter, imatrix)
+    plan = _with_types(plan, tensor_types, vision_tensor_types)
+    _weigh(plan)
+    result = Converted(
+        Path(folder) / f"ggml-model-{plan.recipe.label}.gguf",
+        Path(folder) / f"mmproj-model-{vision_type}.gguf",
+        Path(folder) / f"{ADAPTER_PREFIX}{plan.lora.name}.gguf" if plan.lora else None,
+    )
+    with contextlib.ExitStack() as stack:
+
+        def unfinished(path: Path) -> Path:
+            return stack.enter_context(replacing(path, force))
+
+        decoder, mmproj = unfinished(result.decoder), unfinished(result.mmproj)
+        adapter = unfinished(result.adapter) if result.adapter else None
+        _write_vision(plan, mmproj, result.mmproj.name, pictures, progress)
+        _write_decoder(plan, decoder, result.decoder.name, progress, mmproj, pictures)
+        if adapter is not None and result.adapter is not None and plan.lora is not None:
+            _write(adapter, "qwen3", partial(adapter_metadata, plan.lora), plan.adapter_tensors, "adapter", progress)
+            verify_gguf(adapter, plan.adapter_tensors, result.adapter.name, types_may_differ=False)
+        reports = []
+        if report:
+            files = ((decoder, plan.tensors, result.decoder), (mmproj, plan.vision_tensors, result.mmproj))
+            reports = [report_file(path, tensors, final.name, progress) for path, tensors, final in files]
+    return replace(result, reports=tuple(reports), notes=tuple(plan.notes))
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    decoder_type: str | None,
+    vision_type: str,
+    lora: str | Path | None,
+    lora_adapter: str | Path | None,
+    imatrix: str | Path | None,
+) -> Plan:
+    """Check everything before a byte is written: the reasons to refuse should not come after minutes."""
+    decoder_type = decoder_type or _suitable_type(checkpoint)
     if decoder_type not in DECODER_TYPES or vision_type not in VISION_TYPES:
         raise CheckpointError(
             f"The types {decoder_type!r} and {vision_type!r} were asked for; expected one of "
             f"{', '.join(DECODER_TYPES)} for the decoder "
             f"and one of {', '.join(VISION_TYPES)} for the vision part."
         )
-    checkpoint, recipe, vision = Checkpoint(source), DECODER_TYPES[decoder_type], VISION_TYPES[vision_type]
-    result = Converted(
-        Path(folder) / f"ggml-model-{recipe.label}.gguf", Path(folder) / f"mmproj-model-{vision_type}.gguf"
-    )
-    # Everything is checked before a byte is written: the reasons to refuse should not come after minutes.
+    if lora is not None and lora_adapter is not None:
+        raise CheckpointError("A LoRA can be merged or become an adapter, not both; give --lora or --lora-adapter.")
     refuse_unknown_tensors(checkpoint)
-    matrix, file_type = (recipe.matrix, recipe.file_type) if recipe.matrix is not None else _lossless(checkpoint)
-    vision_tensors, decoder_tensors = plan_vision(checkpoint, vision), plan_decoder(checkpoint, matrix)
-    vocabulary = read_vocabulary(checkpoint, checkpoint.size("vocab_size"))
-
-    def decoder_metadata(writer: GGUFWriter) -> None:
-        _decoder_metadata(checkpoint, writer, file_type)
-        vocabulary.write(writer)
-
-    with contextlib.ExitStack() as stack:
-        decoder, mmproj = (stack.enter_context(replacing(path, force)) for path in (result.decoder, result.mmproj))
-        metadata: Callable[[GGUFWriter], None] = partial(_vision_metadata, checkpoint, vision)
-        _write(mmproj, "clip", metadata, vision_tensors, "vision", progress)
-        if pictures is not None:
-            calibration = calibrate(mmproj, Path(pictures), progress)
-            vision_tensors = [*vision_tensors, *smoothing_tensors(calibration)]
-            metadata = partial(_calibrated_metadata, calibration, metadata)
-            _write(mmproj, "clip", metadata, vision_tensors, "vision", progress)
-        verify_gguf(mmproj, vision_tensors, result.mmproj.name, types_may_differ=False)
-        if recipe.matrix is not None:
-            _write(decoder, "qwen3", decoder_metadata, decoder_tensors, "decoder", progress)
-        else:
-            lossless = stack.enter_context(_scratch(decoder.with_name(decoder.name + "-lossless")))
-            _write(lossless, "qwen3", decoder_metadata, decoder_tensors, "decoder", progress)
-            quantize_gguf(lossless, decoder, recipe.file_type, lambda n, total: progress("quantize", n, total))
-        verify_gguf(decoder, decoder_tensors, result.decoder.name, types_may_differ=recipe.matrix is None)
-    return result
+    beside, notes = None, []
+    if lora is not None:
+        checkpoint.add_lora(lora)
+    if lora_adapter is not None:
+        beside = checkpoint.add_lora(lora_adapter, decoder=False)
+        if beside.touches_vision():
+            notes.append(
+                "The LoRA changes the vision part too, which no adapter can hold: it is merged into the mmproj file, "
+                "which belongs with the adapter now."
+            )
+    importance = None if imatrix is None else read_importance(Path(imatrix))
+    plan = Plan(
+        checkpoint, DECODER_TYPES[decoder_type], VISION_TYPES[vision_type], beside, importance=importance, notes=notes
+    )
+    if importance is not None:
+        importance.check(plan.tensors)
+    return plan
 
 
-def _lossless(checkpoint: Checkpoint) -> tuple[GGMLQuantizationType, LlamaFileType]:
-    """Type of the file that llama.cpp quantizes: the one the decoder's matrices are stored in, if it is one."""
-    matrices = (t for n, t in checkpoint.tensors.items() if n.startswith("llm.") and len(t.shape) == 2)
-    dtypes = {tensor.dtype for tensor in matrices}
-    return LOSSLESS[dtypes.pop() if len(dtypes) == 1 else "F32"]
+def _suitable_type(checkpoint: Checkpoint) -> str:
+    """Default type of the decoder: the one that keeps a checkpoint's own integers, if there are any."""
+    kinds = {tensor.block_type for tensor in checkpoint.tensors.values()}
+    return recipes.DEFAULT_DECODER_OF_AWQ if recipes.Q.Q4_1 in kinds else recipes.DEFAULT_DECODER
+
+
+def _with_types(plan: Plan, tensor_types: Sequence[str], vision_tensor_types: Sequence[str]) -> Plan:
+    if not tensor_types and not vision_tensor_types:
+        return plan
+    decoder = choose_types(tensor_types, plan.tensors, recipes.DECODER_OVERRIDES, "--tensor-type")
+    vision = choose_types(vision_tensor_types, plan.vision_tensors, recipes.VISION_OVERRIDES, "--vision-tensor-type")
+    return replace(plan, decoder_types=decoder, vision_types=vision)
+
+
+def _weigh(plan: Plan) -> None:
+    """Give an importance matrix to the tensors that are encoded here; those of a mix get theirs from llama.cpp."""
+    if plan.importance is None or plan.recipe.matrix is None:
+        return
+    squares = plan.importance.squares
+    searched = [t.name for t in plan.tensors if t.type not in recipes.NOT_SEARCHED and t.name in squares]
+    plan.tensors = [
+        replace(t, importance=partial(squares.__getitem__, t.name)) if t.name in searched else t for t in plan.tensors
+    ]
+    if not searched:
+        plan.notes.append(
+            f"{plan.importance.name} changes nothing: types of eight and more bits, as in {plan.recipe.label}, have "
+            "no scales to search for."
+        )
+
+
+def _write_vision(plan: Plan, mmproj: Path, final_name: str, pictures: str | Path | None, progress: Progress) -> None:
+    metadata: Callable[[GGUFWriter], None] = partial(vision_metadata, plan.checkpoint, plan.vision)
+    _write(mmproj, "clip", metadata, plan.vision_tensors, "vision", progress)
+    if pictures is not None:
+        calibration = calibrate(mmproj, Path(pictures), progress)
+        plan.vision_tensors = [*plan.vision_tensors, *smoothing_tensors(calibration)]
+        metadata = partial(calibrated_metadata, calibration, metadata)
+        _write(mmproj, "clip", metadata, plan.vision_tensors, "vision", progress)
+    verify_gguf(mmproj, plan.vision_tensors, final_name, types_may_differ=False)
+
+
+def _write_decoder(
+    plan: Plan, decoder: Path, final_name: str, progress: Progress, mmproj: Path, pictures: str | Path | None
+) -> None:
+    def metadata(writer: GGUFWriter) -> None:
+        decoder_metadata(plan.checkpoint, writer, plan.recipe.file_type)
+        plan.vocabulary.write(writer)
+
+    is_mix = plan.recipe.matrix is None
+    if is_mix:
+        with _scratch(decoder.with_name(decoder.name + "-lossless")) as lossless:
+            _write(lossless, "qwen3", metadata, plan.tensors, "decoder", progress)
+            if pictures is not None and plan.importance is None:
+                plan.importance = observe(lossless, mmproj, Path(pictures), progress)
+            quantize_gguf(
+                lossless,
+                decoder,
+                plan.recipe.file_type,
+                lambda n, total: progress("quantize", n, total),
+                plan.importance,
+                plan.decoder_types,
+            )
+    else:
+        _write(decoder, "qwen3", metadata, plan.tensors, "decoder", progress)
+    verify_gguf(decoder, plan.tensors, final_name, types_may_differ=is_mix)
 
 
 @contextlib.contextmanager
@@ -140,95 +266,3 @@ def _write(
         progress(what, done, total)
 
     write_gguf(path, architecture, add_metadata, tensors, on_bytes)
-
-
-def _name(checkpoint: Checkpoint) -> str:
-    given = str(checkpoint.config.get("_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]
-    return given or checkpoint.folder.resolve().name
-
-
-def _decoder_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: LlamaFileType) -> None:
-    size, number = checkpoint.size, checkpoint.number
-    hidden, n_heads = size("hidden_size"), size("num_attention_heads")
-    head_dim = size("head_dim", default=hidden // n_heads)
-    writer.add_type("model")
-    writer.add_name(_name(checkpoint))
-    writer.add_block_count(size("num_hidden_layers"))
-    writer.add_context_length(size("max_position_embeddings"))
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(size("intermediate_size"))
-    writer.add_head_count(n_heads)
-    writer.add_head_count_kv(size("num_key_value_heads"))
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(number("rms_norm_eps"))
-    writer.add_rope_freq_base(number("rope_theta"))
-    writer.add_file_type(int(file_type))
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-
-
-def _vision_metadata(checkpoint: Checkpoint, vision: VisionType, writer: GGUFWriter) -> None:
-    size, number = checkpoint.size, checkpoint.number
-    activation = checkpoint.config.get("vision_config", {}).get("hidden_act", "gelu_pytorch_tanh")
-    if activation != "gelu_pytorch_tanh":
-        raise CheckpointError(
-            f"The vision tower uses {activation!r}; expected 'gelu_pytorch_tanh', as in MiniCPM-V 4.5."
-        )
-    writer.add_type("mmproj")
-    writer.add_name(_name(checkpoint))
-    writer.add_description("image encoder for MiniCPM-V")
-    writer.add_bool("clip.has_text_encoder", False)
-    writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_bool("clip.has_minicpmv_projector", True)
-    writer.add_file_type(int(vision.file_type))
-    # llama.cpp refuses a projector it does not know; of padded rows it would learn in the middle of a picture.
-    writer.add_string("clip.projector_type", keys.OWN_PROJECTOR if vision.ours_alone else keys.PROJECTOR)
-    writer.add_int32("clip.minicpmv_version", MINICPMV_VERSION)
-    writer.add_uint32("clip.minicpmv_query_num", size("query_num"))
-    writer.add_uint32("clip.vision.image_size", _slicing(checkpoint, "scale_resolution", keys.SCALE_RESOLUTION))
-    writer.add_uint32("clip.vision.patch_size", size("patch_size", default=14))
-    writer.add_uint32("clip.vision.embedding_length", size("vision_config", "hidden_size"))
-    writer.add_uint32("clip.vision.feed_forward_length", size("vision_config", "intermediate_size"))
-    writer.add_uint32("clip.vision.projection_dim", 0)
-    writer.add_uint32("clip.vision.attention.head_count", size("vision_config", "num_attention_heads"))
-    epsilon = number("vision_config", "layer_norm_eps", default=1e-6)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", epsilon)
-    writer.add_uint32("clip.vision.block_count", n_vision_layers(checkpoint))
-    writer.add_array("clip.vision.image_mean", _norm(checkpoint, "norm_mean"))
-    writer.add_array("clip.vision.image_std", _norm(checkpoint, "norm_std"))
-    writer.add_bool("clip.use_gelu", True)
-    writer.add_uint32(keys.KEY_MAX_SLICE_NUMS, _slicing(checkpoint, "max_slice_nums", keys.MAX_SLICE_NUMS))
-    writer.add_bool(keys.KEY_USE_IMAGE_ID, bool(checkpoint.preprocessor.get("use_image_id", True)))
-
-
-def _calibrated_metadata(calibration: Calibration, plain: Callable[[GGUFWriter], None], writer: GGUFWriter) -> None:
-    plain(writer)
-    if calibration.in_float:
-        writer.add_array(KEY_FLOAT_PRODUCTS, sorted(calibration.in_float))
-
-
-def _slicing(checkpoint: Checkpoint, name: str, default: int) -> int:
-    """Setting of preprocessor_config.json, else of config.json's slice_config, else the official default."""
-    value = settings = checkpoint.config.get("slice_config") or {}
-    if isinstance(settings, dict):
-        value = checkpoint.preprocessor.get(name, settings.get(name, default))
-        if isinstance(value, int) and value > 0:
-            return value
-    raise CheckpointError(
-        f"preprocessor_config.json or slice_config hold {value!r} for {name}, expected a positive whole number; use "
-        "the unmodified files."
-    )
-
-
-def _norm(checkpoint: Checkpoint, name: str) -> list[float]:
-    """Mean or standard deviation of the three colours."""
-    values = checkpoint.preprocessor.get(name, keys.NORM)
-    if (
-        isinstance(values, list | tuple)
-        and len(values) == 3
-        and all(isinstance(value, int | float) for value in values)
-    ):
-        return [float(value) for value in values]
-    raise CheckpointError(
-        f"preprocessor_config.json holds {values!r} for {name}, expected three numbers; use the unmodified file."
-    )

@@ -7,6 +7,7 @@ an error: dropped silently it would be a fine-tune's lost part.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ POSITIONS_SIDE = 70  # side of the position table that llama.cpp expects in the 
 MIN_IMPORTANCE = 0.01  # of a column, as a part of the mean
 
 Shape = tuple[int, ...]
+Types = Mapping[str, GGMLQuantizationType]
 
 
 def n_vision_layers(checkpoint: Checkpoint) -> int:
@@ -48,12 +50,20 @@ def refuse_unknown_tensors(checkpoint: Checkpoint) -> None:
     if unknown:
         raise CheckpointError(
             f"The checkpoint holds tensors that MiniCPM-V 4.5 does not have ({len(unknown)}, such as {unknown[0]}); "
-            "merge adapters into the weights first."
+            "for a LoRA, give its folder with --lora."
         )
 
 
-def plan_decoder(checkpoint: Checkpoint, matrix: GGMLQuantizationType) -> list[PlannedTensor]:
-    """Plan the decoder file, every matrix as `matrix`."""
+def plan_decoder(
+    checkpoint: Checkpoint, recipe: recipes.DecoderType, overrides: Types | None = None
+) -> list[PlannedTensor]:
+    """Plan the decoder file, or the intermediate one that llama.cpp quantizes where the recipe is a mix.
+
+    Parameters
+    ----------
+    overrides : types of single tensors, by GGUF name.
+    """
+    chosen = overrides or {}
     size = checkpoint.size
     hidden, vocabulary, mlp = size("hidden_size"), size("vocab_size"), size("intermediate_size")
     n_heads, n_kv = size("num_attention_heads"), size("num_key_value_heads")
@@ -76,12 +86,33 @@ def plan_decoder(checkpoint: Checkpoint, matrix: GGMLQuantizationType) -> list[P
     for source, name in names.decoder_names(size("num_hidden_layers"), tied).items():
         shape = shapes.get(name.split(".")[-2], (hidden,))
         _expect(checkpoint, source, shape)
-        plan.append(copied(checkpoint, source, name, recipes.decoder_tensor_type(shape, matrix)))
+        plan.append(copied(checkpoint, source, name, _decoder_type(checkpoint, source, name, recipe, chosen)))
     return plan
 
 
-def plan_vision(checkpoint: Checkpoint, vision: recipes.VisionType) -> list[PlannedTensor]:
-    """Plan the mmproj file."""
+def _decoder_type(
+    checkpoint: Checkpoint, source: str, name: str, recipe: recipes.DecoderType, overrides: Types
+) -> GGMLQuantizationType:
+    tensor = checkpoint.tensors[source]
+    if len(tensor.shape) < 2:
+        return recipes.Q.F32
+    if recipe.matrix is not None:
+        return overrides.get(name) or recipes.decoder_tensor_type(tensor.shape, recipe.matrix)
+    # llama.cpp copies what has the wanted type already, so integers of the source pass through the quantizer.
+    if name not in overrides and tensor.block_type is not None and tensor.block_type.name == recipe.label:
+        return tensor.block_type
+    return recipes.LOSSLESS[tensor.dtype]
+
+
+def plan_vision(
+    checkpoint: Checkpoint, vision: recipes.VisionType, overrides: Types | None = None
+) -> list[PlannedTensor]:
+    """Plan the mmproj file.
+
+    Parameters
+    ----------
+    overrides : types of single tensors, by GGUF name.
+    """
     size = checkpoint.size
     width, mlp = size("vision_config", "hidden_size"), size("vision_config", "intermediate_size")
     patch, hidden = size("patch_size", default=14), size("hidden_size")
@@ -106,6 +137,8 @@ def plan_vision(checkpoint: Checkpoint, vision: recipes.VisionType) -> list[Plan
     plan += _plan_rearranged(checkpoint, hidden, vision)
     if vision.ours_alone:  # nobody reads the positions then
         plan = [tensor for tensor in plan if tensor.name != names.RESAMPLER_POSITIONS]
+    chosen = overrides or {}
+    plan = [dataclasses.replace(tensor, type=chosen.get(tensor.name, tensor.type)) for tensor in plan]
     return [_weighted(checkpoint, tensor, hidden) for tensor in plan]
 
 

@@ -32,9 +32,16 @@ DECODER_TYPES = {
     "bf16": DecoderType("BF16", LlamaFileType.MOSTLY_BF16, Q.BF16),
     "q8_0": DecoderType("Q8_0", LlamaFileType.MOSTLY_Q8_0, Q.Q8_0),
     "q6_k": DecoderType("Q6_K", LlamaFileType.MOSTLY_Q6_K, None),
-    "q4_0": DecoderType("Q4_0", LlamaFileType.MOSTLY_Q4_0, None),
+    "q5_k_m": DecoderType("Q5_K_M", LlamaFileType.MOSTLY_Q5_K_M, None),
     "q4_k_m": DecoderType("Q4_K_M", LlamaFileType.MOSTLY_Q4_K_M, None),
+    "q4_k_s": DecoderType("Q4_K_S", LlamaFileType.MOSTLY_Q4_K_S, None),
+    "q4_1": DecoderType("Q4_1", LlamaFileType.MOSTLY_Q4_1, None),
+    "q4_0": DecoderType("Q4_0", LlamaFileType.MOSTLY_Q4_0, None),
+    "iq4_nl": DecoderType("IQ4_NL", LlamaFileType.MOSTLY_IQ4_NL, None),
 }
+DEFAULT_DECODER, DEFAULT_VISION = "q4_k_m", "q8_0"
+# AutoAWQ's groups are Q4_1 blocks almost to the bit (see `awq`): every other type of four bits would round them anew.
+DEFAULT_DECODER_OF_AWQ = "q4_1"
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class VisionType:
 VISION_TYPES = {
     "f32": VisionType(LlamaFileType.ALL_F32, Q.F32),
     "f16": VisionType(LlamaFileType.MOSTLY_F16, Q.F16),
+    "bf16": VisionType(LlamaFileType.MOSTLY_BF16, Q.BF16),
     "q8_0": VisionType(LlamaFileType.MOSTLY_Q8_0, Q.Q8_0),
     "q4_0": VisionType(LlamaFileType.MOSTLY_Q4_0, Q.Q4_0),
     "int4": VisionType(LlamaFileType.MOSTLY_Q4_0, Q.Q4_0, ours_alone=True),
@@ -59,14 +67,24 @@ VISION_TYPES = {
 # The values' way through the resampler: four products in series with no residual to carry what they lose. Eight bits
 # here take 27 MB more at full size and a quarter (trained weights) to two thirds (random ones) of the error away.
 SENSITIVE = frozenset(f"resampler.{name}.weight" for name in ("kv", "attn.v", "attn.out", "proj"))
-SEARCHED = frozenset({Q.Q4_0})  # types that `encode_rows` writes and whose scales it can search for
+NOT_SEARCHED = frozenset({Q.F32, Q.F16, Q.BF16, Q.Q8_0})  # types whose scales no importance changes
+SEARCHED = frozenset(
+    {Q.Q4_0}
+)  # of the vision file: types that `encode_rows` writes and whose scales it can search for
 
-# Stored dtype → the type of the intermediate file that llama.cpp quantizes: the one that loses nothing.
-LOSSLESS = {
-    "F32": (Q.F32, LlamaFileType.ALL_F32),
-    "F16": (Q.F16, LlamaFileType.MOSTLY_F16),
-    "BF16": (Q.BF16, LlamaFileType.MOSTLY_BF16),
+# A tensor's dtype → its type in the intermediate file that llama.cpp quantizes: the one that loses nothing.
+LOSSLESS = {"F32": Q.F32, "F16": Q.F16, "BF16": Q.BF16}
+
+# What single tensors can be set to. llama.cpp quantizes to these without an importance matrix; the vision part has
+# integer products for two of them.
+DECODER_OVERRIDES = {
+    kind.name.lower(): kind
+    for kind in (
+        *(Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q6_K, Q.Q5_K, Q.Q5_1, Q.Q5_0, Q.Q4_K, Q.Q4_1, Q.Q4_0),
+        *(Q.IQ4_NL, Q.IQ4_XS, Q.Q3_K, Q.Q2_K),
+    )
 }
+VISION_OVERRIDES = {kind.name.lower(): kind for kind in (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0)}
 
 
 def decoder_tensor_type(shape: tuple[int, ...], matrix: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -88,7 +106,11 @@ def vision_tensor_type(name: str, shape: tuple[int, ...], vision: VisionType) ->
     if vision.matrix == Q.F32 or not name.endswith(".weight") or len(shape) < 2:
         return Q.F32
     if name in ("v.patch_embd.weight", "v.position_embd.weight"):
-        return Q.F16  # a convolution kernel of 14-pixel rows and a lookup table: no block products to speed up
+        # A convolution kernel of 14-pixel rows and a lookup table: no block products to speed up. llama.cpp has no
+        # convolution in bfloat16, whose range float16 lacks.
+        if vision.matrix != Q.BF16:
+            return Q.F16
+        return Q.F32 if name == "v.patch_embd.weight" else Q.BF16
     matrix = Q.Q8_0 if vision.matrix == Q.Q4_0 and name in SENSITIVE else vision.matrix
     # fc2 of SigLIP has rows of 4304 = 134.5 blocks of 32: float16 is what llama.cpp can read.
     fits = shape[-1] % GGML_QUANT_SIZES[matrix][0] == 0

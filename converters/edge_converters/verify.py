@@ -66,14 +66,21 @@ def verify_gguf(path: Path, tensors: list[PlannedTensor], final_name: str, *, ty
             )
 
 
-def sampled_error(file: GGUFFile, tensor: PlannedTensor) -> float:
-    """Relative RMS error of a spread of rows of one tensor against its source, columns weighted as in encoding."""
+def sampled_error(
+    file: GGUFFile, tensor: PlannedTensor, n_sampled: int = SAMPLED_ROWS, *, weighted: bool = True
+) -> float:
+    """Relative RMS error of a spread of rows of one tensor against its source.
+
+    Parameters
+    ----------
+    weighted : weigh the columns as in encoding.
+    """
     n_rows = tensor.n_rows
-    index = np.unique(np.linspace(0, n_rows - 1, min(SAMPLED_ROWS, n_rows)).astype(np.int64))
+    index = np.unique(np.linspace(0, n_rows - 1, min(n_sampled, n_rows)).astype(np.int64))
     source = np.concatenate([tensor.rows(int(i), int(i) + 1) for i in index])
     flat = np.asarray(file.array(tensor.name)) if len(tensor.shape) > 2 else file.rows(tensor.name, index)
     written = flat.reshape(n_rows, -1)[index] if len(tensor.shape) > 2 else flat
-    importance = tensor.importance() if tensor.importance is not None else 1.0
+    importance = tensor.importance() if weighted and tensor.importance is not None else 1.0
     scale = float(np.sqrt(np.mean(importance * np.square(source, dtype=np.float64))))
     difference = float(np.sqrt(np.mean(importance * np.square(written - source, dtype=np.float64))))
     return difference / scale if scale > 0 else difference

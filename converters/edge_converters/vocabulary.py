@@ -30,7 +30,7 @@ class Vocabulary:
     """`nfc` or `none`."""
     chat_template: str
     special_ids: dict[str, int]
-    """bos, eos and padding, as far as the checkpoint names them."""
+    """bos, eos, unknown and padding, as far as the checkpoint names them."""
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the `tokenizer.*` keys to a file being written."""
@@ -180,7 +180,7 @@ def _chat_template(checkpoint: Checkpoint, settings: Any) -> str:
 def _special_ids(checkpoint: Checkpoint, settings: Any, texts: dict[int, str]) -> dict[str, int]:
     by_text = {text: i for i, text in texts.items()}
     ids = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("padding", "pad")):
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         text = settings.get(f"{key}_token")
         token_id = by_text.get(_text(text)) if text else checkpoint.config.get(f"{key}_token_id")
         if isinstance(token_id, int) and token_id in texts:

@@ -23,6 +23,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.quantize import encode_rows
+from edge_converters.safetensors import StoredTensor
 from edge_runtime.errors import CheckpointError
 from edge_runtime.weights import KEY_ROW_LENGTH
 
@@ -50,6 +51,8 @@ class PlannedTensor:
     """(start, stop) → values and dtype as stored, where rows may be copied as they are."""
     importance: Callable[[], npt.NDArray[np.float32]] | None = None
     """() → what an error in each column costs [shape=(columns,), float32]; see `encode_rows`."""
+    blocks: Callable[[int, int], npt.NDArray[np.uint8]] | None = None
+    """(start, stop) → rows as blocks of `type`, where the source has their integers."""
 
     @property
     def n_rows(self) -> int:
@@ -84,6 +87,8 @@ class PlannedTensor:
             if _SAME_BITS[dtype] == self.type:
                 self._check_finite(_finite(values, dtype))
                 return np.ascontiguousarray(values).view(np.uint8)
+        if self.blocks is not None:
+            return self.blocks(start, stop)
         rows = self.rows(start, stop)
         self._check_finite(bool(np.isfinite(rows).all()))
         importance = self.importance() if self.importance is not None else None
@@ -116,10 +121,15 @@ def copied(checkpoint: Checkpoint, source: str, name: str, kind: GGMLQuantizatio
             return checkpoint.float_rows(source, start, stop)
         return checkpoint.float_rows(source, 0, tensor.n_rows).reshape(1, -1)
 
-    def stored(start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
-        return checkpoint.rows(source, *((start, stop) if rows_are_vectors else (0, tensor.n_rows)))
+    stored = None
+    if isinstance(tensor, StoredTensor):  # of all others, rows are made anew in any case
+        plain = tensor
 
-    return PlannedTensor(name, tensor.shape, kind, rows, stored)
+        def stored(start: int, stop: int) -> tuple[npt.NDArray[Any], str]:
+            return plain.rows(*((start, stop) if rows_are_vectors else (0, plain.n_rows)))
+
+    blocks = tensor.blocks if kind == tensor.block_type else None
+    return PlannedTensor(name, tensor.shape, kind, rows, stored, blocks=blocks)
 
 
 def write_gguf(

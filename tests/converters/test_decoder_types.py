@@ -29,20 +29,28 @@ PRODUCT_ERROR = {
     "bf16": 2**-9,
     "q8_0": 0.0054 * math.sqrt(2),
     "q6_k": 0.018,
-    "q4_0": 0.087,
+    "q5_k_m": 0.036,
     "q4_k_m": 0.072,
+    "q4_k_s": 0.072,
+    "q4_1": 0.078,
+    "q4_0": 0.087,
+    "iq4_nl": 0.078,
 }
 # The errors of products in series are independent, so their squares add up over the matrices; measured between 0.7
 # and 1.2 times the result. Outside these factors a type is not what its name says.
 LOGITS_FACTORS = (0.35, 2.0)
 
 # Relative RMS error of normally distributed weights (a block of 32 spans ± 2.2 sigma on average): q8_0 has steps of
-# 2.2 / 127 sigma, over sqrt(12): 0.5 %; q4_0 of 2.2 / 8: 8 %; Q4_K, with a minimum per block, 7 %; Q6_K 1.8 %.
+# 2.2 / 127 sigma, over sqrt(12): 0.5 %; q4_0 of 2.2 / 8: 8 %; Q4_1, of 4.2 / 15, a little less, IQ4_NL, whose steps
+# are finer in the middle, as well; Q4_K, with a minimum per block, 7 %, Q5_K half of that; Q6_K 1.8 %.
 # float16 holds bfloat16 values exactly, but for those below 6e-5, which lose digits.
 WEIGHTS = {
     "F16": (0.0, 1e-8),
     "Q8_0": (0.004, 0.007),
     "Q4_0": (0.07, 0.10),
+    "Q4_1": (0.07, 0.09),
+    "IQ4_NL": (0.065, 0.085),
+    "Q5_K": (0.03, 0.042),
     "Q4_K": (0.06, 0.08),
     "Q6_K": (0.012, 0.024),
 }
@@ -94,7 +102,18 @@ def test_the_types_of_a_mix_are_those_of_the_recipe(converted: Callable[[str, st
         assert {info.type.name for info in infos if len(info.shape) == 1} == {"F32"}
 
 
-@pytest.mark.parametrize(("kind", "file_type"), [("q6_k", 18), ("q4_k_m", 15), ("q4_0", 2)])  # LLAMA_FTYPE_MOSTLY_*
+FILE_TYPES = {
+    "q6_k": 18,
+    "q5_k_m": 17,
+    "q4_k_m": 15,
+    "q4_k_s": 14,
+    "q4_1": 3,
+    "q4_0": 2,
+    "iq4_nl": 25,
+}  # LLAMA_FTYPE_*
+
+
+@pytest.mark.parametrize(("kind", "file_type"), FILE_TYPES.items())
 @pytest.mark.parametrize("source", ["bf16", "f32"])
 def test_quantized_files_equal_those_of_llama_quantize(
     converted: Callable[[str, str], Converted], tmp_path: Path, source: str, kind: str, file_type: int

@@ -26,6 +26,8 @@ F32_ERROR = 1e-3
 # With float16 weights llama.cpp also rounds the activations to float16 before each product (16 in a row, each
 # 2^-11 relative per element, averaging out in the sum). Measured 1.1e-3.
 F16_ERROR = 3e-3
+# Likewise with bfloat16, 2^-8 per element. Measured 9e-3.
+BF16_ERROR = 2.5e-2
 # With q8_0 weights it rounds activations to 8 bits per block of 32: step max/127, so 0.3 % of the RMS per product
 # and, over 16 of them, about 1 % of a row; 1 - 0.01^2 / 2 would be 0.99995. Measured 0.99993.
 Q8_COSINE = 0.999  # q4_0 weights are multiplied by activations rounded in the same way
@@ -50,7 +52,7 @@ def both(files: Converted, size: tuple[int, int]) -> tuple[npt.NDArray[np.float3
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("vision_type", "tolerance"), [("f32", F32_ERROR), ("f16", F16_ERROR)])
+@pytest.mark.parametrize(("vision_type", "tolerance"), [("f32", F32_ERROR), ("f16", F16_ERROR), ("bf16", BF16_ERROR)])
 def test_embeddings_equal_those_of_mtmd(
     converted: Callable[[str, str], Converted], vision_type: str, tolerance: float, size: tuple[int, int]
 ) -> None:

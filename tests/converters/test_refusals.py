@@ -42,9 +42,18 @@ CONFIGS: dict[str, tuple[Change, str]] = {
     "no model type": (lambda c: c.config.pop("model_type"), "model_type None"),
     "version 2.6": (lambda c: c.config.update(version=2.6), "version 2.6; only 4.5"),
     "no version": (lambda c: c.config.pop("version"), "version None"),
-    "quantised": (
-        lambda c: c.config.update(quantization_config={"quant_method": "awq"}),
-        r"already quantised \(awq\)",
+    "GPTQ": (lambda c: c.config.update(quantization_config={"quant_method": "gptq"}), r"already quantised \(gptq\)"),
+    "AWQ in another layout": (
+        lambda c: c.config.update(quantization_config={"quant_method": "awq", "version": "GEMV"}),
+        r"already quantised \(awq\); of such, only",
+    ),
+    "AWQ in 8 bits": (
+        lambda c: c.config.update(quantization_config={"quant_method": "awq", "bits": 8}),
+        r"already quantised \(awq\); of such, only",
+    ),
+    "bitsandbytes in 8 bits": (
+        lambda c: c.config.update(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        r"already quantised \(bitsandbytes\); of such, only",
     ),
     "quantised oddly": (lambda c: c.config.update(quantization_config="int4"), r"already quantised \(int4\)"),
     "no config": (lambda c: c.files.pop("config.json"), "no config.json"),

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
 
-from edge_converters import VISION_TYPES
+from edge_converters import DECODER_TYPES, VISION_TYPES
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.convert import Converted
 from edge_converters.plan import plan_decoder, plan_vision
@@ -108,7 +107,7 @@ def test_wrong_rows_are_found_in_few_bits(
     checkpoint: Path, converted: Callable[[str, str], Converted], tmp_path: Path, kind: str
 ) -> None:
     good = converted(kind, "f32").decoder
-    plan = plan_decoder(Checkpoint(checkpoint), GGMLQuantizationType.BF16)
+    plan = plan_decoder(Checkpoint(checkpoint), DECODER_TYPES["bf16"])
     bad = damaged(good, tmp_path, swap("blk.0.ffn_gate.weight", "blk.0.ffn_up.weight"))
     with pytest.raises(CheckpointError, match=r"blk.0.ffn_gate.weight differs"):
         verify_gguf(bad, plan, good.name, types_may_differ=True)
@@ -122,7 +121,7 @@ def test_wrong_types_shapes_and_names_are_found(checkpoint: Path, converted: Cal
     with pytest.raises(CheckpointError, match=f"{plan[-1].name} is missing or unexpected"):
         verify_gguf(file, plan[:-1], file.name, types_may_differ=False)
     with pytest.raises(CheckpointError, match="is missing or unexpected"):
-        verify_gguf(file, plan + plan_decoder(source, plan[0].type)[:1], file.name, types_may_differ=False)
+        verify_gguf(file, plan + plan_decoder(source, DECODER_TYPES["bf16"])[:1], file.name, types_may_differ=False)
 
 
 def test_a_file_cut_short_is_found(
@@ -139,5 +138,5 @@ def test_good_files_are_far_below_the_tolerances(
     checkpoint: Path, converted: Callable[[str, str], Converted]
 ) -> None:
     file = GGUFFile(converted("q8_0", "f32").decoder)
-    for tensor in plan_decoder(Checkpoint(checkpoint), GGMLQuantizationType.Q8_0):
+    for tensor in plan_decoder(Checkpoint(checkpoint), DECODER_TYPES["q8_0"]):
         assert sampled_error(file, tensor) < 0.01, tensor.name
