@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -31,17 +31,8 @@ from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.tools import checked_tools, function_names
+from edge_runtime.tracing import Trace, trace
 from edge_runtime.weights import Float32
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What the decoder computed for a prompt; for comparing with the official code."""
-
-    logits: Float32
-    """ndarray [shape=(vocabulary,), float32] after the prompt"""
-    greedy: list[int]
-    """The most probable continuation; end tokens do not stop it."""
 
 
 class Model:
@@ -417,18 +408,7 @@ class Model:
     ) -> Trace:
         """Logits after the prompt and the `n_tokens` most probable tokens; for comparing with the official code."""
         prepared = self._prepare(messages, **prompt_options)
-
-        def compute() -> Trace:
-            self._decoder.prefill(self._embeddings(prepared), adapter)
-            first = self._decoder.logits()
-            logits, greedy = first, []
-            for _ in range(n_tokens):
-                greedy.append(int(np.argmax(logits)))
-                self._decoder.decode(greedy[-1], adapter)
-                logits = self._decoder.logits()
-            return Trace(first, greedy)
-
-        return self._engine.call(compute)
+        return self._engine.call(lambda: trace(self._decoder, self._embeddings(prepared), n_tokens, adapter))
 
     def _encode(self, groups: Sequence[Group]) -> list[Float32]:
         try:

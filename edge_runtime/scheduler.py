@@ -21,11 +21,10 @@ import numpy as np
 from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
 from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
 from edge_runtime.errors import ModelFileError
+from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
 from edge_runtime.memory import give_back
-from edge_runtime.messages import THINK_END
 from edge_runtime.requests import FinishReason, Progress, Task
-from edge_runtime.sampling import is_finite
 from edge_runtime.saved_prefixes import Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
@@ -318,7 +317,8 @@ class Scheduler:
                 rows_of.setdefault(task, []).append(row)
         for task, own in rows_of.items():
             try:
-                self._take_rows(task, own)
+                if (reason := go_on(task, own, self._decoder, self._tokenizer)) is not None:
+                    self._end(task, reason)
             except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
                 self._fail(task, error)
 
@@ -379,98 +379,13 @@ class Scheduler:
         done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
         task.events.put(Progress("prefill", done, total, max(0.0, done / total)))
 
-    def _take_rows(self, task: Task, rows: list[int]) -> None:
-        """Go on from a task's logits: of its answer, or of every beam."""
-        if task.stream is None:
-            if not is_finite(self._decoder.logits_view(rows[0])):
-                raise ModelFileError(
-                    "The decoder computes values that are not finite; its file is damaged: download or convert it "
-                    "again."
-                )
-            task.start_answer(self._tokenizer, self._decoder)
-        if task.request.n_beams > 1:
-            self._search(task, rows)
-        else:
-            self._sample(task, rows[0])
-
-    def _search(self, task: Task, rows: list[int]) -> None:
-        """Take a step of a beam search."""
-        if task.beam_run is None:
-            task.beam_run = task.start_search(self._decoder, self._tokenizer.stop_ids)
-        task.beam_run.advance(rows)
-        task.count_token()
-        if task.beam_run.search.is_done:
-            self._end_search(task)
-
-    def _end_search(self, task: Task) -> None:
-        """Hand over the answer that a search has found."""
-        assert task.beam_run is not None
-        reason = task.put_answer(task.beam_run.search.best, self._tokenizer.stop_ids)
-        self._end(task, reason)
-
-    def _sample(self, task: Task, row: int) -> None:
-        """Take a task's next token and end it if that was the last."""
-        decoder, tokenizer = self._decoder, self._tokenizer
-        assert task.stream is not None
-        token_id = self._next_token(task, row)
-        task.count_token()
-        reason: FinishReason | None = None
-        if token_id in tokenizer.stop_ids:
-            reason = "stop"
-        else:
-            for piece in task.stream.feed(token_id, task.score(decoder, row, token_id)):
-                task.events.put(piece)
-            task.keys.append(token_id)
-            if task.stream.stopped or (task.constraint is not None and task.constraint.ended):
-                reason = "stop"
-            elif task.request.repetition_check and self._goes_in_circles(task, token_id):
-                reason = "repetition"
-            elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
-                reason = "length"
-        if reason:
-            for piece in task.stream.finish():
-                task.events.put(piece)
-            self._end(task, reason)
-
-    @staticmethod
-    def _goes_in_circles(task: Task, token_id: int) -> bool:
-        """Whether an answer is to be ended because it repeats itself; one with a form may, and has its own end."""
-        assert task.stream is not None
-        if task.constraint is None:
-            return task.circles.feed(token_id)
-        if task.stream.is_reasoning and task.circles.feed(token_id):
-            task.must_answer = True
-        return False
-
-    def _next_token(self, task: Task, row: int) -> int:
-        """Sample a token, or end reasoning that has used up its budget."""
-        sampler, stream, constraint = task.sampler, task.stream, task.constraint
-        assert sampler is not None
-        assert stream is not None
-        budget, think_end = task.request.thinking_budget, self._tokenizer.special_ids.get(THINK_END)
-        if think_end is not None and stream.is_reasoning:
-            is_over = task.must_answer or (budget is not None and task.n_tokens >= budget)
-            token_id = think_end if is_over else sampler.sample(self._decoder.context, row)
-            if constraint is not None and token_id in self._tokenizer.stop_ids:
-                token_id = think_end  # without an answer, the form would not be kept
-            if is_over:
-                sampler.accept(token_id)
-            return token_id
-        if constraint is None:
-            return sampler.sample(self._decoder.context, row)
-        logits = self._decoder.logits(row)
-        room = min(task.request.max_tokens - task.n_tokens, self._decoder.n_ctx - len(task.keys))
-        token_id = constraint.next_token(room, lambda ids: sampler.choose(ids, logits))
-        sampler.accept(token_id)
-        return token_id
-
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""
         if self._forget_one():
             return
         if len(self._active) == 1 and (run := self._active[0].beam_run) is not None:
             run.search.stop()  # beams that have drifted apart take more room than the context has tokens
-            self._end_search(self._active[0])
+            self._end(self._active[0], hand_over(self._active[0], self._tokenizer))
             return
         if len(self._active) == 1:
             self._fail(self._active[0], ModelFileError("The KV cache is full; load the model with a larger --ctx."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -155,8 +156,10 @@ def test_a_search_can_be_cancelled(model):
     (stream,) = model.submit("Tell me a story.", beams=3, max_tokens=2000)
     threading.Timer(0.2, stream.cancel).start()
     assert stream.result().finish_reason == "cancelled"
-    model._engine.call(lambda: None)  # the reader is told at once, the sequences are free after the step at work
-    model._engine.call(lambda: None)
+    while (
+        model._engine._scheduler.is_busy
+    ):  # the reader is told at once, the sequences are free after the step at work
+        time.sleep(0.01)
     assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
 
 
