@@ -19,7 +19,17 @@ from typing import Any
 Rows = dict[str, tuple[float, float]]
 """Label → seconds, operations in units of 1e9."""
 
-PLUMBING = ("compile", "reference", "simd", "simd_amx", "simd_bf16", "simd_int16", "simd_int8", "simd_rows")
+PLUMBING = (
+    "compile",
+    "reference",
+    "reference_attention",
+    "simd",
+    "simd_amx",
+    "simd_bf16",
+    "simd_int16",
+    "simd_int8",
+    "simd_rows",
+)
 """Modules of `edge_kernels` whose functions are no operations."""
 
 PRODUCTS = {

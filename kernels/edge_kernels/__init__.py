@@ -1,9 +1,9 @@
 """Numerical kernels of a vision transformer: arrays in, arrays out.
 
 This package knows no model, no file and no configuration. Every operation exists twice under one name: in
-`reference` as plain NumPy, which defines it, and in the module of its family as compiled code, which is what
-a program calls. Shape letters: P rows (patches), E width, N outputs, K inputs, H heads, D head width, S
-sequences.
+`reference` as plain NumPy, which defines it (attention with rounded operands in `reference_attention`), and in the
+module of its family as compiled code, which is what a program calls. Shape letters: P rows (patches), E width,
+N outputs, K inputs, H heads, D head width, S sequences.
 
     linear.pack_weight    [N, K] weight → panels, once at load
     linear.linear         [M, K] → [M, N]: x @ weight.T + bias, then tanh-GELU and a residual where asked for

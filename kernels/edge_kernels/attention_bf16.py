@@ -1,6 +1,6 @@
 """The attention of `attention` in bfloat16 with float32 sums, for machines with AMX.
 
-What enters and what leaves: as there, all float32. `reference.attention_bf16` tells what is rounded.
+What enters and what leaves: as there, all float32. `reference_attention.attention_bf16` tells what is rounded.
 
 A task is one head of one sequence: it lays keys and values into tiles and takes 32 queries at a time, with all keys
 at once. Scores are computed transposed, keys down and queries across, as in `attention`; they take 128 bytes per key
@@ -257,7 +257,7 @@ def attention_bf16(
     *,
     fine_scores: bool = False,
 ) -> Float32:
-    """Attend with every query to all keys of its own sequence; `reference.attention_bf16` defines it.
+    """Attend with every query to all keys of its own sequence; `reference_attention.attention_bf16` defines it.
 
     Runs in parallel, on machines with AMX only (`IS_POSSIBLE`). Sums are taken in another order than the reference's.
     A worker has some 700 bytes per key, of its sequence with the most.

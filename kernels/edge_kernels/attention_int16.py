@@ -1,7 +1,7 @@
 """The attention of `attention`, with both products in integers: int16 pairs and int32 sums.
 
-What enters and what leaves: as there, all float32. `reference.attention_int16` tells which integers lie between, and
-why no sum of them overflows.
+What enters and what leaves: as there, all float32. `reference_attention.attention_int16` tells which integers lie
+between, and why no sum of them overflows.
 
 A task is one head of one sequence and a block of its queries, which it quantises itself. Keys and values are
 quantised block of keys by block: before all tasks, since several need each, or by the task where a sequence has one
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import helper, kernel, parallel_region, rows_view
-from edge_kernels.reference import KEYS_PER_BLOCK, LARGEST_VALUE, score_limit
+from edge_kernels.reference_attention import KEYS_PER_BLOCK, LARGEST_VALUE, score_limit
 from edge_kernels.simd import take_ticket
 from edge_kernels.simd_int16 import (
     BLOCK_MAXIMUM,
@@ -56,7 +56,7 @@ TASKS_PER_WORKER = 4
 
 @helper
 def _factor_and_scale(largest, limit):
-    """Return limit / largest and largest / limit, with the exceptions of `reference.attention_int16`."""
+    """Return limit / largest and largest / limit, with the exceptions of `reference_attention.attention_int16`."""
     factor = limit / largest
     if not math.isfinite(largest):
         return np.float32(0.0), np.float32(np.nan)
@@ -283,7 +283,7 @@ def attention_int16(
     q_offsets: Int64,
     kv_offsets: Int64,
 ) -> Float32:
-    """Attend with every query to all keys of its own sequence; `reference.attention_int16` defines it.
+    """Attend with every query to all keys of its own sequence; `reference_attention.attention_int16` defines it.
 
     Runs in parallel. Against that reference a power may be off by 1 of LARGEST_POWER, and sums by a few roundings.
     Against `attention`, errors are half a step of each integer: for normal data some 0.1 % of the result, root mean

@@ -186,7 +186,7 @@ def _self_attention(
 
 
 def self_attention(x: QuantizedRows, packed: PackedHeads, offsets: Int64) -> Float32:
-    """Attend with every row to all rows of its own sequence; `reference.self_attention` defines it.
+    """Attend with every row to all rows of its own sequence; `reference_attention.self_attention` defines it.
 
     Runs in parallel, on machines with AMX only. 2·M·K·3·H·D operations in int8 and, per sequence of M rows and head,
     4·M²·D in bfloat16; reads the rows once per head.

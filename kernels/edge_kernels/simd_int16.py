@@ -5,7 +5,8 @@ What enters: flat arrays with element offsets, inside compiled code. What leaves
 
 Integers lie in *pairs*: int32 words of two int16, the one with the smaller index in the lower half. One instruction
 multiplies pair by pair and sums each pair into an int32 lane (pmaddwd and an addition; vpdpwssds does both), so
-a register tile takes words where that of `simd` takes floats. `reference.attention_int16` tells what the numbers are.
+a register tile takes words where that of `simd` takes floats. `reference_attention.attention_int16` tells what the
+numbers are.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -23,7 +24,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from edge_kernels.compile import isa
-from edge_kernels.reference import LARGEST_POWER
+from edge_kernels.reference_attention import LARGEST_POWER
 from edge_kernels.simd import (
     _FLOAT,
     _INT,

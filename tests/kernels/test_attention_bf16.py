@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import pytest
 
-from edge_kernels import reference
+from edge_kernels import reference, reference_attention
 from edge_kernels.attention_bf16 import IS_POSSIBLE, attention_bf16
 from edge_kernels.compile import set_threads
 from edge_kernels.rows_int8 import layer_norm_quantized, quantize_rows
@@ -51,7 +51,7 @@ CASES = [
 def test_attention_bf16_against_reference(heads, d, q_offsets, kv_offsets, fine_scores):
     q, k, v = (random(o[-1], heads * d, seed=seed) for seed, o in enumerate((q_offsets, kv_offsets, kv_offsets)))
     arguments = q, k, v, heads, d**-0.5, q_offsets, kv_offsets
-    expected = reference.attention_bf16(*arguments, fine_scores=fine_scores)
+    expected = reference_attention.attention_bf16(*arguments, fine_scores=fine_scores)
     actual = attention_bf16(*arguments, fine_scores=fine_scores)
     assert actual.dtype == np.float32
     # A weight on the other side of a half is off by a whole step; few are. Four times what all of them would do.
@@ -106,7 +106,7 @@ def test_self_attention_against_reference(heads, d, rows, k):
     x, weight = random(first[-1], k) + np.float32(0.2), random(3 * heads * d, k, seed=1, scale=k**-0.5)
     bias, scale = random(3 * heads * d), d**-0.5
     q_weight, w_scale = reference.quantize_weight(weight)
-    expected = reference.self_attention(x, q_weight, w_scale, bias, heads, scale, first)
+    expected = reference_attention.self_attention(x, q_weight, w_scale, bias, heads, scale, first)
     actual = self_attention(quantize_rows(x), pack_heads(weight, bias, heads, scale), first)
     q, key, v = np.split(reference.linear_int8(x, q_weight, w_scale, bias), 3, axis=1)
     # Queries, keys and values that differ in the last bit fall on two sides of a half, too.
@@ -155,4 +155,4 @@ def test_rounding_to_bf16():
     below = np.nextafter(np.float32(1.00390625), np.float32(0))
     x = np.float32([1.0, 1.00390625, below, -1.00390625, np.inf, -np.inf, np.nan, 0.0, -0.0])
     expected = np.float32([1.0, 1.0078125, 1.0, -1.0078125, np.inf, -np.inf, np.nan, 0.0, -0.0])
-    np.testing.assert_array_equal(reference.round_to_bf16(x), expected)
+    np.testing.assert_array_equal(reference_attention.round_to_bf16(x), expected)

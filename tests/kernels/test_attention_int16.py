@@ -14,10 +14,10 @@ from llvmlite import ir
 
 from assembly import ARM, X86, assemble, spills
 from edge_kernels import compile as compilation
-from edge_kernels import reference, simd, simd_int16
+from edge_kernels import reference_attention, simd, simd_int16
 from edge_kernels.attention_int16 import GAINS, QUERY_BLOCK, attention_int16
 from edge_kernels.compile import set_threads
-from edge_kernels.reference import KEYS_PER_BLOCK, LARGEST_POWER, LARGEST_VALUE, score_limit
+from edge_kernels.reference_attention import KEYS_PER_BLOCK, LARGEST_POWER, LARGEST_VALUE, score_limit
 from edge_kernels.simd_int16 import PAIR_NR
 from kernel_checks import U, offsets, random
 
@@ -102,7 +102,7 @@ def check(actual, expected, tolerance):
 def check_all(arguments):
     """The kernel against the reference, and both against float64."""
     one_step, whole = bounds(arguments)
-    expected, result = reference.attention_int16(*arguments), attention_int16(*arguments)
+    expected, result = reference_attention.attention_int16(*arguments), attention_int16(*arguments)
     check(result, expected, one_step)
     exact = attention64(arguments)
     check(expected, exact, whole)
@@ -147,7 +147,7 @@ def test_attention_int16_with_large_scores_against_reference(size):
     q, k, v, heads, _, *rest = inputs(2, 48, (37,), (411,))
     largest = max(np.abs(q[:, c : c + 48] @ k[:, c : c + 48].T).max() for c in (0, 48))
     arguments = (q, k, v, heads, float(size / largest), *rest)
-    check(attention_int16(*arguments), reference.attention_int16(*arguments), bounds(arguments)[0])
+    check(attention_int16(*arguments), reference_attention.attention_int16(*arguments), bounds(arguments)[0])
 
 
 def test_attention_int16_whose_scores_grow_from_block_to_block_against_reference():
@@ -174,7 +174,7 @@ def test_the_largest_integers_do_not_overflow_against_reference(d):
     for q_sign, k_sign, v_sign in ((1, 1, 1), (1, -1, 1), (-1, -1, -1), (1, 1, -1)):
         q, k, v = (np.full((n, d), sign, np.float32) for sign in (q_sign, k_sign, v_sign))
         arguments = (q, k, v, 1, d**-0.5, offsets(n), offsets(n))
-        for result in (attention_int16(*arguments), reference.attention_int16(*arguments)):
+        for result in (attention_int16(*arguments), reference_attention.attention_int16(*arguments)):
             np.testing.assert_allclose(result, v, rtol=8 * U, atol=0)
     # One key against all others: its score is d, theirs -d, which only right sums tell.
     k = np.full((n, d), -1, np.float32)
@@ -212,7 +212,7 @@ def test_accuracy_of_attention_int16_against_reference(kind, typical, largest):
     arguments = distribution(kind)
     exact = attention64(arguments)
     size = np.sqrt(np.mean(exact**2))
-    for run in (reference.attention_int16, attention_int16):
+    for run in (reference_attention.attention_int16, attention_int16):
         error = (run(*arguments) - exact) / size
         assert np.sqrt(np.mean(error**2)) <= typical
         assert np.abs(error).max() <= largest
@@ -255,7 +255,7 @@ def test_what_is_not_finite_becomes_nan_in_all_that_depends_on_it(bad, key):
         arguments = {"q": q, "k": k, "v": v} | changed
         result = attention_int16(*arguments.values(), *rest)
         np.testing.assert_array_equal(
-            np.isnan(result), np.isnan(reference.attention_int16(*arguments.values(), *rest))
+            np.isnan(result), np.isnan(reference_attention.attention_int16(*arguments.values(), *rest))
         )
         np.testing.assert_array_equal(result[~np.isnan(result)], clean[~np.isnan(result)])
         return np.isnan(result)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import Answer, EngineBusy, MessageError, Model, ModelFileError
+from edge_runtime.generation import go_on
 from edge_runtime.sampling import MAX_SEED
 
 EXACT = 1e-4  # log probabilities in float32; measured 6e-6
