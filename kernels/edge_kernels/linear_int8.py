@@ -37,6 +37,7 @@ from edge_kernels.simd_rows import gelu_row, row_magnitude, row_range, scale_til
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 
 # In elements. A slab of a panel is K_BLOCK · DOT_NR bytes (8 to 38 KiB), the rows' slab ROW_BLOCK · K_BLOCK of one
 # or two bytes. AMX has a larger one: its sums come and go through memory, as dear as a quarter of a block of 512.
@@ -74,30 +75,33 @@ class PackedInt8Weight(NamedTuple):
 
 
 @helper
-def _pack_output(weight, row_stride, factors, integers, n, k, scales, row, normal, line):
-    """Integers of one output to `line`, its scale to its place."""
-    if row >= n:
+def _pack_output(weight, row_stride, factors, integers, n, k, source, scales, row, normal, line):
+    """Integers of one output, row `source` of the weight, to `line`, its scale to its place."""
+    if not 0 <= source < n:
         scales[row] = 0.0
         line[:k] = 0
     elif integers.size > 0:
         for j in range(k):
-            line[j] = integers[row * k + j]
+            line[j] = integers[source * k + j]
     elif factors.size > 0:
         for j in range(k):
-            normal[j] = weight[row * row_stride + j] * factors[j]
+            normal[j] = weight[source * row_stride + j] * factors[j]
         scales[row] = quantize_into(normal, 0, k, np.float32(0.0), row_magnitude(normal, 0, k), line)
     else:
-        half = row_magnitude(weight, row * row_stride, k)
-        scales[row] = quantize_into(weight, row * row_stride, k, np.float32(0.0), half, line)
+        half = row_magnitude(weight, source * row_stride, k)
+        scales[row] = quantize_into(weight, source * row_stride, k, np.float32(0.0), half, line)
 
 
 @helper
-def _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sums, group_columns, panel):
+def _pack_panel(weight, row_stride, factors, integers, n, k, order, panels, scales, sums, group_columns, panel):
     scratch, normal = np.zeros(cells_of(k), _CELL), np.empty(k, np.float32)
     line = scratch.view(np.int8)
     for j in range(DOT_NR):
         row = panel * DOT_NR + j
-        _pack_output(weight, row_stride, factors, integers, n, k, scales, row, normal, line)
+        source = row
+        if order.size > 0:
+            source = order[row] if row < order.size else -1
+        _pack_output(weight, row_stride, factors, integers, n, k, source, scales, row, normal, line)
         for first in range(0, k, group_columns):
             total = np.int32(0)
             for i in range(first, min(first + group_columns, k)):
@@ -108,9 +112,9 @@ def _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sum
 
 
 @kernel
-def _pack(weight, row_stride, factors, integers, n, k, panels, scales, sums, group_columns):
-    for panel in numba.prange((n + DOT_NR - 1) // DOT_NR):
-        _pack_panel(weight, row_stride, factors, integers, n, k, panels, scales, sums, group_columns, panel)
+def _pack(weight, row_stride, factors, integers, n, k, order, panels, scales, sums, group_columns):
+    for panel in numba.prange(scales.size // DOT_NR):
+        _pack_panel(weight, row_stride, factors, integers, n, k, order, panels, scales, sums, group_columns, panel)
 
 
 def pack_weight_int8(
@@ -119,6 +123,7 @@ def pack_weight_int8(
     *,
     factor: Float32 | None = None,
     in_groups: bool = False,
+    order: Int64 | None = None,
 ) -> PackedInt8Weight:
     """Quantise a weight as `reference.quantize_weight` does and bring it into panels, once at load.
 
@@ -135,12 +140,14 @@ def pack_weight_int8(
         Multiplied into the columns of a float32 weight first.
     in_groups : bool
         For rows that come in groups of SCALE_COLUMNS columns with a scale each, out of another product.
+    order : ndarray [shape=(outputs,), int64] or None
+        For each output its row of a float32 weight, or -1 for an output that is always 0; None takes them in order.
 
     Returns
     -------
     PackedInt8Weight
     """
-    n, k = weight.shape
+    (n_rows, k), n = weight.shape, len(weight) if order is None else len(order)
     n_padded, group_columns = -(-n // DOT_NR) * DOT_NR, SCALE_COLUMNS if in_groups else k
     panels = aligned_empty(-(-n_padded * n_cells(k) * GROUP // 4)).view(np.int8)
     sums = np.empty((-(-k // group_columns), n_padded), np.int32)
@@ -153,7 +160,7 @@ def pack_weight_int8(
         packed.scales[:n] = scales
     with parallel_region():
         _pack(
-            rows, row_stride, factors, integers, n, k,
+            rows, row_stride, factors, integers, n_rows, k, np.empty(0, np.int64) if order is None else order,
             packed.panels.view(_CELL), packed.scales, sums.reshape(-1), group_columns,
         )  # fmt: skip
     return packed

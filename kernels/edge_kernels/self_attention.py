@@ -67,16 +67,16 @@ def pack_heads(
     factor : ndarray [shape=(K,), float32] or None
         Multiplied into the columns first.
     """
-    k, d = weight.shape[1], len(weight) // (3 * heads)
+    d = len(weight) // (3 * heads)
     outputs = -(-(3 * d + 1) // DOT_NR) * DOT_NR
-    by_head, bias_by_head = np.zeros((heads, outputs, k), np.float32), np.zeros((heads, outputs), np.float32)
-    # Scores in units of log2(e), so that softmax is a power of 2.
-    for part, times in enumerate((np.float32(scale * math.log2(math.e)), np.float32(1), np.float32(1))):
-        rows, columns = slice(part * heads * d, (part + 1) * heads * d), slice(part * d, (part + 1) * d)
-        by_head[:, columns] = weight[rows].reshape(heads, d, k) * times
-        bias_by_head[:, columns] = bias[rows].reshape(heads, d) * times
+    order, times = np.full((heads, outputs), -1), np.ones(outputs, np.float32)
+    order[:, : 3 * d] = np.arange(3 * heads * d).reshape(3, heads, d).swapaxes(0, 1).reshape(heads, 3 * d)
+    times[:d] = scale * math.log2(math.e)  # scores in units of log2(e), so that softmax is a power of 2
+    padded = np.append(bias, np.float32(0)).astype(np.float32)
+    bias_by_head = padded[order] * times
     bias_by_head[:, 3 * d] = 1
-    packed = pack_weight_int8(by_head.reshape(-1, k), factor=factor)
+    packed = pack_weight_int8(weight, factor=factor, order=order.reshape(-1))
+    packed.scales[:] *= np.tile(times, heads)  # the same integers, whatever a row is multiplied by
     return PackedHeads(packed, bias_by_head.reshape(-1), heads, d)
 
 
