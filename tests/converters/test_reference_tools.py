@@ -256,10 +256,11 @@ LORAS: dict[str, dict[str, Any]] = {
 }
 
 
-def our_logits(folder: Path, **options: Any) -> np.ndarray:
-    with Model.load(folder, exact=True, **options) as model:
+def our_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
+    adapters = {} if lora is None else {"signs": lora}
+    with Model.load(folder, exact=True, adapters=adapters) as model:
         embeddings = model._decoder.embed(np.arange(3, 60, 2))
-        model._engine.call(lambda: model._decoder.prefill(embeddings))
+        model._engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
         return model._engine.call(model._decoder.logits)
 
 
