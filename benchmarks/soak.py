@@ -35,7 +35,12 @@ import psutil
 from PIL import Image
 
 from edge_converters import convert_checkpoint
-from edge_runtime import EdgeRuntimeError, Model, ModelFileError
+from edge_runtime import (
+    EdgeRuntimeError,
+    Model,
+    ModelFileError,
+    scheduler,
+)
 from edge_runtime.answers import AnswerStream
 from edge_runtime.messages import Message
 from edge_runtime.visual_cache import VisualTokenCache
@@ -100,17 +105,16 @@ def failing_requests(model: Model) -> list[Callable[[], Any]]:
     ]
 
 
-def make_failures(model: Model) -> None:
+def make_failures() -> None:
     """Make the engine raise for the last token of prompts that say so, as damaged weights would."""
-    scheduler = model._engine._scheduler
-    sample = scheduler._sample
+    go_on = scheduler.go_on
 
-    def failing_sample(task: Any, row: int) -> None:
+    def failing(task: Any, *more: Any) -> Any:
         if FAILING in task.request.prompt.text:
             raise ModelFileError(FAILING)
-        sample(task, row)
+        return go_on(task, *more)
 
-    scheduler._sample = failing_sample
+    scheduler.go_on = failing
 
 
 def rss_anon_mb() -> float:
@@ -132,7 +136,7 @@ def run(soak: Soak, n_requests: int, say: Callable[[str], None] = print) -> dict
     facts : what happened, for the last line.
     """
     model, rng, started = soak.model, soak.rng, time.perf_counter()
-    make_failures(model)
+    make_failures()
     failures = failing_requests(model)
     running: list[tuple[tuple[int, str], AnswerStream]] = []
     for number in range(n_requests):

@@ -97,7 +97,13 @@ def test_without_penalties_and_draws_the_most_probable_allowed_token_is_taken(mo
     assert len({answer(model, schema, temperature=5, top_p=1, seed=seed).answer for seed in range(20)}) == 3
 
 
-def test_a_seed_repeats_its_answer_among_others(model):
+def test_a_seed_repeats_its_answer_among_others(exact_folder):
+    """In float32: with a KV cache in float16, company moves logits far enough to turn a draw now and then."""
+    with Model.load(exact_folder, n_ctx=16384, exact=True) as model:
+        repeat_among_others(model)
+
+
+def repeat_among_others(model: Model) -> None:
     schema = {"type": "array", "items": {"type": "string", "maxLength": 5}, "minItems": 4, "maxItems": 6}
     alone = answer(model, schema, seed=11).answer
     others = [ask(model, seed=seed) for seed in range(3)] + [ask(model, json=True, seed=seed) for seed in range(3)]
