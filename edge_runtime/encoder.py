@@ -65,6 +65,10 @@ class ImageEncoder:
         self.tower.unload()
         self.resampler.unload()
 
+    def rest(self) -> None:
+        """Drop what only pictures of the same size would use again."""
+        self.resampler.rest()
+
     def encode(self, groups: Sequence[Group]) -> list[Float32]:
         """Visual tokens of each group.
 

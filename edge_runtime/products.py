@@ -212,11 +212,11 @@ class Int8Arithmetic(FloatArithmetic):
         assert isinstance(fc1, _Int8Product)
         smooth = self._calibration.smooth.get(second.name)
         factor = None if smooth is None else np.float32(1) / smooth
-        weight2 = pack_weight_int8(second.weight, factor=smooth, in_groups=True)
+        weight2, bias2 = pack_weight_int8(second.weight, factor=smooth, in_groups=True), second.bias
 
-        def run(x: Rows, residual: Float32) -> Float32:
+        def run(x: Rows, residual: Float32) -> Float32:  # must not keep `second`: its weight is float32
             grown = linear_int8_quantized(x, fc1.weight, fc1.bias, gelu=True, factor=factor)
-            return linear_int8(grown, weight2, second.bias, residual=residual, out=residual)
+            return linear_int8(grown, weight2, bias2, residual=residual, out=residual)
 
         return run
 

@@ -89,6 +89,10 @@ class PositionKeys:
         self._last = wanted, np.concatenate(keys)
         return self._last[1]
 
+    def forget(self) -> None:
+        """Drop the last result."""
+        self._last = [], np.empty((0, self._hidden), np.float32)
+
     def _extend(self, side: int, times: set[int]) -> None:
         weight, half = self._weight(), self._hidden // 2
 
@@ -174,6 +178,10 @@ class Resampler:
     def unload(self) -> None:
         """Drop the weights; the next picture reads them again."""
         self.__dict__.pop("_weights", None)
+
+    def rest(self) -> None:
+        """Drop the keys of the last positions."""
+        self._position_keys.forget()
 
     def resample(self, groups: Sequence[Sequence[GroupItem]]) -> list[Float32]:
         """Visual tokens of each group.

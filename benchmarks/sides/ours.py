@@ -88,6 +88,14 @@ class Ours:
         _, seconds = timed(lambda: self.encoder.encode(self._groups[width, height]))
         return {"seconds": seconds, "tower_s": self._tower_s}
 
+    def rest(self) -> None:
+        """What the engine does when nobody has asked for anything for a moment."""
+        from edge_runtime.memory import give_back
+
+        self._features = []
+        self.encoder.rest()
+        give_back()
+
     def output(self, width: int, height: int, path: str) -> None:
         """Write the features and the visual tokens of a picture's first slice."""
         (tokens,) = self.encoder.encode(self._groups[width, height][:1])
