@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.sides.bench import MMPROJ, Bench
-from benchmarks.sides.child import PAUSE_S, Child
+from benchmarks.sides.child import PAUSE_S, Child, Memory
 from benchmarks.sides.planted import cosines
 from benchmarks.sides.profiling import peak_of
 from benchmarks.sides.scenarios import Scenario
@@ -128,17 +128,21 @@ def measure_memory(bench: Bench, scenario: Scenario) -> Result:
             _, peak_loading = child.watch("load")
             loaded = child.memory()
             child.call("prepare", width=width, height=height, slices=scenario.slices)
+
+            def settled_memory() -> Memory:
+                if side.startswith("ours"):
+                    child.call("rest")  # as the engine does when it has nothing to do
+                return child.memory()
+
             _, peak = child.watch("encode", width=width, height=height)
-            if side.startswith("ours"):
-                child.call("rest")  # as the engine does when it has nothing to do
-            after = child.memory()
+            after = settled_memory()
             settled = min(scenario.growth_settled, scenario.growth_pictures)
             child.call("many", count=settled, first=0)
-            before = child.memory()
+            before = settled_memory()
             samples = [before]
             for first in range(settled, scenario.growth_pictures, 10):
                 child.call("many", count=min(10, scenario.growth_pictures - first), first=first)
-                samples.append(child.memory())
+                samples.append(settled_memory())
             moments = {
                 "started": started,
                 "peak_loading": peak_loading,
