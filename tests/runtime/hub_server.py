@@ -75,10 +75,17 @@ class Hub:
         return [h for method, path, h in self.requests if method == "GET" and "/cdn/" in path and name in path]
 
 
+class _QuietServer(ThreadingHTTPServer):
+    """Says nothing when a client hangs up: it would stand in what a command printed meanwhile in this process."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Leave it at that."""
+
+
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
     """Run the server while the block lasts."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+    server = _QuietServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.port = server.server_address[1]
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
