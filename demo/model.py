@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from demo.unpack import unpack
 from edge_runtime.resampler import pos2d_table
 from edge_runtime.sine import sine
 from edge_runtime.vision import position_ids
@@ -264,10 +265,13 @@ class DemoModel(nn.Module):
         return self.llm(x, wanted)
 
 
-def load_model(folder: Path) -> DemoModel:
-    """Read a checkpoint in the official layout."""
-    model = DemoModel(json.loads((folder / "config.json").read_text("utf-8")))
-    missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+def load_model(folder: Path, source: Path) -> DemoModel:
+    """Read a checkpoint in the official layout, or the runtime's files of the configuration in `source`."""
+    stored = folder / "model.safetensors"
+    config = json.loads(((folder if stored.exists() else source) / "config.json").read_text("utf-8"))
+    model = DemoModel(config)
+    state = load_file(stored) if stored.exists() else unpack(folder, config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
     wrong = [name for name in missing if not name.startswith("smooth.")] + unexpected
     if wrong:
         raise ValueError(f"{folder} does not hold this network: {wrong[:3]}")

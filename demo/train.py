@@ -1,7 +1,7 @@
 """Train the demo model: a checkpoint in the official layout enters (or none), a better one leaves.
 
     python demo/train.py --out run --minutes 180               # from nothing; the same command resumes a run
-    python demo/train.py --out more --init run/checkpoint      # starts from a trained checkpoint
+    python demo/train.py --out more --init edge_runtime/demo   # starts from trained files, or from a checkpoint
     python demo/train.py --out quick --quick                   # tests the code, learns nothing
 
 Pictures are drawn by processes of their own while this one computes. The schedule follows the clock: a short rise, a
@@ -58,6 +58,7 @@ DENSE_ONLY, DENSE_SHARE, EASE_END = 0.07, 0.5, 0.65
 """From nothing: at first pictures full of characters only, then this share of them and easy text, both falling to
 none at a fraction of the run."""
 RISE = 100  # steps until the full learning rate
+HEADS_ALONE = 60  # first steps of a run from a trained network: new heads would teach it their own ignorance
 HEAD_WEIGHT = 0.3  # of the auxiliary losses in batches that also train the decoder
 LOG_EVERY, SAVE_EVERY_S, QUICK_STEPS = 25, 240, 8  # 8 steps of 2 batches go through all kinds
 
@@ -158,7 +159,7 @@ def mixture(progress: float, scratch: bool) -> dict[str, float]:
     """Shares of the kinds at a fraction of the run."""
     if scratch and progress < DENSE_ONLY:
         return {"dense": 1.0}
-    decoded = min(1.0, max(0.0, (progress - FILTER_BEGIN) / (FILTER_END - FILTER_BEGIN)))
+    decoded = min(1.0, max(0.0, (progress - FILTER_BEGIN) / (FILTER_END - FILTER_BEGIN))) if scratch else 1.0
     share = MIXTURE["filter"]
     dense = {"dense": DENSE_SHARE * max(0.0, 1 - progress / EASE_END)} if scratch else {}
     return MIXTURE | dense | {"filter": share * decoded, "filter vision": share * (1 - decoded)}
@@ -254,6 +255,8 @@ def train(run: Run, out: Path, options: argparse.Namespace) -> None:
         for parameter, *gradients in zip(parameters, *(result[3] for result in results), strict=True):
             known = [gradient for gradient in gradients if gradient is not None]
             parameter.grad = torch.stack(known).sum(0) / options.streams if known else None
+        if not run.scratch and run.step < HEADS_ALONE:
+            run.model.zero_grad()
         hold_ramp(run.model.resampler)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimiser in run.optimisers:
@@ -287,7 +290,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--init", type=Path, help="checkpoint to start from; default nothing")
+    parser.add_argument("--init", type=Path, help="trained checkpoint or files to start from; default nothing")
     parser.add_argument("--minutes", type=float, default=60, help="of training in all, breaks not counted")
     parser.add_argument("--decay", type=float, help="minutes of decay at the end; default a quarter")
     parser.add_argument("--rate", type=float, default=1, help="factor on all learning rates")
@@ -309,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     state = options.out / "state.pt"
     saved = torch.load(state, weights_only=False) if state.exists() else None
-    model = load_model(options.init) if options.init and not saved else new_model(options.seed)
+    model = load_model(options.init, SKELETON) if options.init and not saved else new_model(options.seed)
     if not saved and not has_ramp(model.resampler):
         add_ramp(model.resampler)
     model = model.to(options.device)

@@ -216,7 +216,9 @@ class Child:
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in SOURCE_ROOTS)}
+    """Folders already in PYTHONPATH come first: another build of a peer may lie there."""
+    roots = [*filter(None, [os.environ.get("PYTHONPATH")]), *(str(ROOT / part) for part in SOURCE_ROOTS)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(roots)}
     if threads:
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         environment |= dict.fromkeys(names, str(threads))

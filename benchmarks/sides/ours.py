@@ -89,10 +89,11 @@ class Ours:
         return {"seconds": seconds, "tower_s": self._tower_s}
 
     def rest(self) -> None:
-        """What the engine does when nobody has asked for anything for a moment."""
+        """What the engine does when nobody has asked for anything for a moment: requests are gone, slices with them."""
         from edge_runtime.memory import give_back
 
         self._features = []
+        self._groups.clear()
         self.encoder.rest()
         give_back()
 

@@ -21,7 +21,7 @@ from demo import data, things  # noqa: E402
 from demo.batches import SKELETON, BatchMaker  # noqa: E402
 from demo.initialise import new_model  # noqa: E402
 from demo.model import DemoModel, load_model, save_model  # noqa: E402
-from demo.ramp import add_ramp, ramp_weights  # noqa: E402
+from demo.ramp import add_ramp, has_ramp, ramp_weights  # noqa: E402
 from demo.sample import Sample  # noqa: E402
 from edge_runtime.sine import sine  # noqa: E402
 from tolerances import LOGITS  # noqa: E402
@@ -84,6 +84,16 @@ def test_torch_and_runtime_compute_the_same(network: DemoModel, runtime: Model, 
         assert difference.max() <= LOGITS, f"{kind}: max {difference.max():.1e}, mean {difference.mean():.1e}"
 
 
+def test_files_of_the_runtime_are_weights_to_train_on_from(network: DemoModel, folder: Path) -> None:
+    unpacked, state = load_model(folder, SKELETON), network.state_dict()
+    table = "vpm.embeddings.position_embedding.weight"
+    for name, values in unpacked.state_dict().items():
+        if not name.startswith("smooth."):
+            expected = network.position_table() if name == table else state[name]
+            assert torch.equal(values, expected), name
+    assert has_ramp(unpacked.resampler)
+
+
 def test_scores_rise_evenly_with_time() -> None:
     scores = torch.from_numpy(sine(256, np.arange(things.MAX_START + 60))[:, 96:128]) @ ramp_weights(256)
     steps = scores.diff()
@@ -112,7 +122,7 @@ def test_the_quick_run_trains_resumes_and_converts(tmp_path: Path) -> None:
         subprocess.run(command, check=True, timeout=300)
         log = json.loads((tmp_path / "run" / "log.json").read_text("utf-8"))
         assert log["steps"] == steps * log["quick_steps"]
-    load_model(tmp_path / "run" / "checkpoint")
+    load_model(tmp_path / "run" / "checkpoint", SKELETON)
     convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "gguf")
     with Model.load(tmp_path / "gguf") as model:
         sample = data.KINDS["text to 4"](np.random.default_rng(0))

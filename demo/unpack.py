@@ -1,0 +1,50 @@
+"""Files of the runtime → weights to train on from: the way back of the converter.
+
+A run need not begin at nothing when the model in the package is at hand. What rounding took is not given back, but a
+few hundred steps find it again; afterwards the weights are float32 numbers like any others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edge_converters import tensor_names as names
+from edge_runtime.store import find_model
+from edge_runtime.weights import GGUFFile
+
+
+def unpack(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Read a decoder and an mmproj file.
+
+    Parameters
+    ----------
+    folder : where both lie.
+    config : content of the network's config.json; says how many layers there are.
+
+    Returns
+    -------
+    state : tensors in float32, by the checkpoint's names.
+
+    Raises
+    ------
+    ModelFileError
+        When a file is missing or damaged.
+    """
+    paths = find_model(folder)
+    decoder, vision = GGUFFile(paths.decoder), GGUFFile(paths.mmproj)
+    tied = bool(config.get("tie_word_embeddings"))
+    state = {
+        source: decoder.array(name) for source, name in names.decoder_names(config["num_hidden_layers"], tied).items()
+    }
+    tables = names.vision_names(config["vision_config"]["num_hidden_layers"]) | names.RESAMPLER
+    state |= {source: vision.array(name) for source, name in tables.items()}
+    for source, part in zip(names.RESAMPLER_IN_PROJ, ("weight", "bias"), strict=True):
+        state[source] = np.concatenate([vision.array(f"resampler.attn.{letter}.{part}") for letter in "qkv"])
+    source, name = names.RESAMPLER_PROJ
+    state[source] = vision.array(name).T
+    return {source: torch.from_numpy(np.array(values, np.float32)) for source, values in state.items()}
