@@ -13,6 +13,7 @@ import psutil
 from edge_runtime.decoder import CHUNK_TOKENS, DEFAULT_CONTEXT, kv_bytes
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder
 from edge_runtime.errors import NotEnoughMemoryError
+from edge_runtime.products import bytes_per_weight
 from edge_runtime.weights import GGUFFile
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -108,7 +109,7 @@ def reckon(
         weights=decoder.path.stat().st_size * (2 if repack else 1),
         kv_cache=n_ctx * per_position,
         compute=CHUNK_TOKENS * 4 * (6 * width + 3 * mlp),
-        vision=matrices * (4 if exact else 1) + activations,
+        vision=matrices * bytes_per_weight(exact=exact) + activations,
         in_turns=low_memory and not repack,
     )
 

@@ -1,11 +1,11 @@
 """Matrix products and layer norms of the vision part, in one of two arithmetics behind one interface.
 
-`FloatArithmetic` is the official one: float32 weights and activations. `Int8Arithmetic` stores weights as int8 (one
-scale per output) and quantises activations row by row, with int32 sums, and attends in bfloat16 or int16 where that
-is faster; layer norm, softmax and the residual stream stay float32. A layer norm's gain and bias are folded into the
-products that follow it before those are quantised: channels that a gain makes fifty times larger than the rest would
-otherwise take their row's whole range. For products that no norm precedes, calibration finds factors to the same end
-(see `calibration`).
+`FloatArithmetic` is the official one: float32 weights and activations (on AMX as three bfloat16 each, which loses
+nothing). `Int8Arithmetic` stores weights as int8 (one scale per output) and quantises activations row by row, with
+int32 sums, and attends in bfloat16 or int16 where that is faster; layer norm, softmax and the residual stream stay
+float32. A layer norm's gain and bias are folded into the products that follow it before those are quantised: channels
+that a gain makes fifty times larger than the rest would otherwise take their row's whole range. For products that no
+norm precedes, calibration finds factors to the same end (see `calibration`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edge_runtime.weights import Float32
 if TYPE_CHECKING:
     from edge_kernels.linear import PackedWeight
     from edge_kernels.linear_int8 import PackedInt8Weight
+    from edge_kernels.linear_split import SplitWeight
     from edge_kernels.rows_int8 import QuantizedRows
 
     Rows = Float32 | QuantizedRows
@@ -44,6 +45,15 @@ def check_instruction_set() -> None:
         isa()
     except ValueError as error:
         raise BackendUnavailable(str(error)) from None
+
+
+def bytes_per_weight(*, exact: bool) -> int:
+    """What a weight takes once it is packed, at most."""
+    if not exact:
+        return 1
+    from edge_kernels import linear_split
+
+    return 6 if linear_split.IS_POSSIBLE else 4
 
 
 @dataclass(frozen=True)
@@ -134,9 +144,11 @@ class FloatArithmetic:
 
     def product(self, weights: Weights, after: Affine | None = None) -> Product:
         """Pack a product; the norm before it is complete in itself, and nothing is rounded."""
-        from edge_kernels.linear import pack_weight
+        from edge_kernels import linear, linear_split
 
-        return _FloatProduct(pack_weight(weights.weight), weights.bias)
+        if linear_split.IS_POSSIBLE:
+            return _SplitProduct(linear_split.pack_split(weights.weight), weights.bias)
+        return _FloatProduct(linear.pack_weight(weights.weight), weights.bias)
 
     def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
         """Pack two products."""
@@ -283,6 +295,20 @@ class _FloatProduct:
 
         assert isinstance(x, np.ndarray)
         return linear(x, self.weight, self.bias, gelu=gelu, residual=residual, out=out)
+
+
+@dataclass(frozen=True)
+class _SplitProduct:
+    weight: SplitWeight
+    bias: Float32 | None
+
+    def __call__(
+        self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
+    ) -> Float32:
+        from edge_kernels.linear_split import linear_split
+
+        assert isinstance(x, np.ndarray)
+        return linear_split(x, self.weight, self.bias, gelu=gelu, residual=residual, out=out)
 
 
 @dataclass(frozen=True)

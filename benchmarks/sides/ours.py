@@ -89,7 +89,7 @@ class Ours:
         return {"seconds": seconds, "tower_s": self._tower_s}
 
     def rest(self) -> None:
-        """What the engine does when nobody has asked for anything for a moment: requests are gone, slices with them."""
+        """What the engine does when nobody has asked for anything for a moment; requests and slices are gone."""
         from edge_runtime.memory import give_back
 
         self._features = []

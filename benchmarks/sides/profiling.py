@@ -29,6 +29,7 @@ PLUMBING = (
     "simd_int16",
     "simd_int8",
     "simd_rows",
+    "simd_split",
 )
 """Modules of `edge_kernels` whose functions are no operations."""
 

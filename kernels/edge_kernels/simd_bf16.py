@@ -114,12 +114,14 @@ def _each(builder: ir.IRBuilder, n: ir.Value, emit: Callable[[ir.Value, ir.Value
     whole = builder.and_(n, _index(-LANES))
     _loop(builder, _index(0), whole, LANES, [], body)
     with builder.if_then(builder.icmp_signed("!=", whole, n)):
-        rest = builder.insert_element(
-            ir.Constant(_INTS, ir.Undefined), builder.trunc(builder.sub(n, whole), _INT), ir.Constant(_INT, 0)
-        )
-        zeros = ir.Constant(_INTS, [0] * LANES)
-        lanes = ir.Constant(_INTS, list(range(LANES)))
-        emit(whole, builder.icmp_signed("<", lanes, builder.shuffle_vector(rest, rest, zeros)))
+        emit(whole, _lanes_below(builder, builder.sub(n, whole)))
+
+
+def _lanes_below(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
+    """Emit the mask of the first n of 16 lanes."""
+    count = builder.insert_element(ir.Constant(_INTS, ir.Undefined), builder.trunc(n, _INT), ir.Constant(_INT, 0))
+    spread = builder.shuffle_vector(count, count, ir.Constant(_INTS, [0] * LANES))
+    return builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), spread)
 
 
 def _masked_load(builder: ir.IRBuilder, address: ir.Value, mask: ir.Value) -> ir.Value:
