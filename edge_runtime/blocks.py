@@ -9,6 +9,9 @@ values 0 to 15, the high halves 16 to 31, each plus 8).
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,7 @@ Float32 = npt.NDArray[np.float32]
 BLOCK = 32  # values, of both types
 SCALE_BYTES = 2
 CHUNK = 1 << 18  # values at once: enough to hide NumPy's overhead, few enough for temporaries to stay in caches
+CHUNKS_PER_THREAD = 4  # at least: a smaller tensor is not worth a thread
 _LOW_HALVES = np.uint64(0x0F0F0F0F0F0F0F0F)
 
 
@@ -95,16 +99,36 @@ def _from_float16(values: npt.NDArray[np.float16]) -> Float32:
     result = np.empty(values.shape, np.float32)
     flat, bits = result.reshape(-1), values.reshape(-1).view(np.int16)
     sign_exponent_fraction = np.int32(~0x70000000)  # the three bits between sign and exponent are copies of the sign
-    for start in range(0, bits.size, CHUNK):
-        out = flat[start : start + CHUNK]
+
+    def convert(chunk: slice) -> None:
+        out = flat[chunk]
         integers = out.view(np.int32)
-        np.copyto(integers, bits[start : start + CHUNK])
+        np.copyto(integers, bits[chunk])
         np.left_shift(integers, 13, out=integers)
         np.bitwise_and(integers, sign_exponent_fraction, out=integers)
         np.multiply(out, np.float32(2.0**112), out=out)
         if out.max() >= 65536 or out.min() <= -65536:
-            np.copyto(out, values.reshape(-1)[start : start + CHUNK])
+            np.copyto(out, values.reshape(-1)[chunk])
+
+    _for_chunks(bits.size, CHUNK, convert)
     return result
+
+
+def _for_chunks(total: int, step: int, work: Callable[[slice], None]) -> None:
+    """Call `work` for slices of a range, side by side where there are many: NumPy lets go of the interpreter."""
+    chunks = [slice(start, min(start + step, total)) for start in range(0, total, step)]
+    threads = min(len(chunks) // CHUNKS_PER_THREAD, _cpus())
+    if threads < 2:
+        for chunk in chunks:
+            work(chunk)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, chunks))  # a list, so that errors are raised
+
+
+def _cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _from_blocks(blocks: BlockParts, kind: GGMLQuantizationType, columns: int | None) -> Float32:
@@ -112,16 +136,17 @@ def _from_blocks(blocks: BlockParts, kind: GGMLQuantizationType, columns: int | 
     n_rows, n_stored = len(scales), scales.shape[1] * BLOCK
     values = np.empty((n_rows, n_stored if columns is None else columns), np.float32)
     whole, step = values.shape[1] == n_stored, max(1, CHUNK // n_stored)
-    scratch = np.empty((0 if whole else min(step, n_rows), n_stored), np.float32)
-    for start in range(0, n_rows, step):
-        chunk = slice(start, min(start + step, n_rows))
+
+    def convert(chunk: slice) -> None:
         integers = blocks.integers[chunk]
         integers = integers if kind == GGMLQuantizationType.Q8_0 else _four_bit_integers(integers)
-        target = values[chunk] if whole else scratch[: chunk.stop - start]
+        target = values[chunk] if whole else np.empty((len(integers), n_stored), np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; what computes finds the infinities
             np.multiply(integers, scales[chunk], out=target.reshape(integers.shape))
         if not whole:
             values[chunk] = target[:, :columns]
+
+    _for_chunks(n_rows, step, convert)
     return values
 
 

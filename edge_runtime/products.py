@@ -22,9 +22,8 @@ from edge_runtime.errors import BackendUnavailable
 from edge_runtime.weights import Float32
 
 if TYPE_CHECKING:
-    from edge_kernels.linear import PackedWeight
+    from edge_kernels.linear_float import PackedFloatWeight
     from edge_kernels.linear_int8 import PackedInt8Weight
-    from edge_kernels.linear_split import SplitWeight
     from edge_kernels.rows_int8 import QuantizedRows
 
     Rows = Float32 | QuantizedRows
@@ -51,9 +50,9 @@ def bytes_per_weight(*, exact: bool) -> int:
     """What a weight takes once it is packed, at most."""
     if not exact:
         return 1
-    from edge_kernels import linear_split
+    from edge_kernels.linear_float import BYTES_PER_WEIGHT
 
-    return 6 if linear_split.IS_POSSIBLE else 4
+    return BYTES_PER_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -144,11 +143,9 @@ class FloatArithmetic:
 
     def product(self, weights: Weights, after: Affine | None = None) -> Product:
         """Pack a product; the norm before it is complete in itself, and nothing is rounded."""
-        from edge_kernels import linear, linear_split
+        from edge_kernels.linear_float import pack_float_weight
 
-        if linear_split.IS_POSSIBLE:
-            return _SplitProduct(linear_split.pack_split(weights.weight), weights.bias)
-        return _FloatProduct(linear.pack_weight(weights.weight), weights.bias)
+        return _FloatProduct(pack_float_weight(weights.weight), weights.bias)
 
     def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
         """Pack two products."""
@@ -285,30 +282,16 @@ def _folded_bias(weights: Weights, after: Affine) -> Float32:
 
 @dataclass(frozen=True)
 class _FloatProduct:
-    weight: PackedWeight
+    weight: PackedFloatWeight
     bias: Float32 | None
 
     def __call__(
         self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
     ) -> Float32:
-        from edge_kernels.linear import linear
+        from edge_kernels.linear_float import linear_float
 
         assert isinstance(x, np.ndarray)
-        return linear(x, self.weight, self.bias, gelu=gelu, residual=residual, out=out)
-
-
-@dataclass(frozen=True)
-class _SplitProduct:
-    weight: SplitWeight
-    bias: Float32 | None
-
-    def __call__(
-        self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
-    ) -> Float32:
-        from edge_kernels.linear_split import linear_split
-
-        assert isinstance(x, np.ndarray)
-        return linear_split(x, self.weight, self.bias, gelu=gelu, residual=residual, out=out)
+        return linear_float(x, self.weight, self.bias, gelu=gelu, residual=residual, out=out)
 
 
 @dataclass(frozen=True)

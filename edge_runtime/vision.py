@@ -23,7 +23,7 @@ from edge_runtime.slicing import Slice
 from edge_runtime.weights import Float32, GGUFFile
 
 if TYPE_CHECKING:
-    from edge_kernels.linear import PackedWeight
+    from edge_kernels.linear_float import PackedFloatWeight
 
 
 @lru_cache(maxsize=256)
@@ -137,12 +137,12 @@ class VisionTower:
         )
 
     @cached_property
-    def _embedding(self) -> tuple[PackedWeight, Float32]:
+    def _embedding(self) -> tuple[PackedFloatWeight, Float32]:
         """Patch kernel as a product over flattened patches, and its bias."""
-        from edge_kernels.linear import pack_weight
+        from edge_kernels.linear_float import pack_float_weight
 
         kernel = self._file.array("v.patch_embd.weight").reshape(self.config.width, -1)
-        return pack_weight(kernel), self._file.array("v.patch_embd.bias")
+        return pack_float_weight(kernel), self._file.array("v.patch_embd.bias")
 
     @cached_property
     def _post_norm(self) -> Affine:

@@ -196,6 +196,20 @@ def _blocks(m: int, n: int, workers: int) -> tuple[int, int]:
     return row_block, column_block // SPLIT_ROWS
 
 
+_space = aligned_empty(0)
+
+
+def _row_space(length: int) -> Int16:
+    """Memory for split rows, the same at every call: fresh memory is dearer than what fills it.
+
+    To be asked for inside a parallel region, where no other thread is.
+    """
+    global _space
+    if _space.size < length:
+        _space = aligned_empty(length)
+    return _space.view(np.int16)
+
+
 def linear_split(
     x: Float32,
     weight: SplitWeight,
@@ -236,13 +250,13 @@ def linear_split(
     if m == 0:
         return out
     rows, row_stride = rows_view(x)
-    panels = aligned_empty(-(-m // SPLIT_ROWS) * -(-k // STEP) * PARTS * TILE).view(np.int16)
     padded_bias = np.zeros(-(-n // SPLIT_ROWS) * SPLIT_ROWS, np.float32)
     if bias is not None:
         padded_bias[:n] = bias
     after = (padded_bias, int(gelu), *((np.empty(0, np.float32), 0) if residual is None else rows_view(residual)))
     tickets = np.zeros(2, np.int64)
     with parallel_region() as workers:
+        panels = _row_space(-(-m // SPLIT_ROWS) * -(-k // STEP) * PARTS * TILE)
         _split(rows, row_stride, m, k, panels, tickets[:1], workers)
         row_block, panel_block = _blocks(m, n, workers)
         _linear(

@@ -16,6 +16,7 @@ from edge_kernels import reference, simd
 from edge_kernels.attention import attention
 from edge_kernels.compile import set_threads
 from edge_kernels.linear import linear, pack_weight
+from edge_kernels.linear_float import pack_float_weight
 from edge_kernels.norm import layer_norm
 from edge_kernels.patch_embed import patch_embed
 from kernel_checks import (
@@ -185,7 +186,7 @@ def test_patch_embed_against_reference(with_bias):
     ids = np.random.default_rng(0).integers(0, 49, 37)
     bias = random(160) if with_bias else None
     expected = reference.patch_embed(pixels, weight, bias, table, ids)
-    actual = patch_embed(pixels, pack_weight(weight), bias, table, ids)
+    actual = patch_embed(pixels, pack_float_weight(weight), bias, table, ids)
     check(actual, expected, linear_tolerance(pixels, weight, expected))
 
 
