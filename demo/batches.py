@@ -21,8 +21,9 @@ from demo.draw import COLORS, SHAPES
 from demo.sample import CHARACTERS, Mark, Sample
 from demo.things import count_sample, pictures_sample, shape_sample, video_sample
 from edge_runtime.messages import ImagePart, Message
-from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, ImageLayout, Prompt, build_prompt
+from edge_runtime.prompt import ImageLayout, Prompt, build_prompt
 from edge_runtime.slicing import SlicePlan, plan_slices, slice_image
+from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.tokenizer import CONTROL, USER_DEFINED, Tokenizer
 
 SKELETON = Path(__file__).resolve().parent / "skeleton"
