@@ -1,0 +1,12 @@
+"""The HTTP server: Ollama's and OpenAI's ways of asking, translated to and from the runtime's own.
+
+    settings ─ app ─┬─ ollama ─────┐                        ┌─ models ─ catalog (names → models, loaded on demand)
+                    ├─ openai ─────┼─ inference (ChatCall) ─┤
+                    ├─ anthropic ──┤  ─ replies (streams)   └─ Model.submit ─ engine
+                    ├─ pages       │
+                    └─ system ─────┘
+
+`ollama`, `openai` (with `responses`) and `anthropic` translate and do nothing else; `inference` knows no protocol;
+`errors` is the one place where an error gets a status and a body; `limits` stands before everything. Needs the extra
+[serve].
+"""

@@ -1,0 +1,77 @@
+"""Anthropic's messages API → `ChatCall`, and events → its replies; pure translation."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from edge_runtime.answers import Answer
+from edge_runtime.server import sse
+from edge_runtime.server.anthropic_replies import (
+    AnthropicErrorReply,
+    MessageEvents,
+    MessageReply,
+    TokenCount,
+    whole_message,
+)
+from edge_runtime.server.anthropic_requests import CountRequest, MessagesRequest
+from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
+from edge_runtime.server.routing import JSONRoute
+from edge_runtime.server.state import State
+
+router = APIRouter(tags=["Anthropic"], route_class=JSONRoute)
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": AnthropicErrorReply},
+    "5XX": {"model": AnthropicErrorReply},
+}
+PING = {"type": "ping"}
+
+
+@router.post(
+    "/v1/messages",
+    response_model=None,
+    responses={
+        200: {"model": MessageReply, "content": sse.DESCRIBED},
+        **ERRORS,
+    },
+)
+async def messages(request: Request, state: State, body: MessagesRequest) -> Response:
+    """Answer a conversation in Anthropic's form, whole or as a stream of events."""
+    call = ChatCall(body.model, body.conversation(), body.options())
+    model = body.model or state.catalog.default
+    if body.stream:
+        answering = await begin(request, state.inference, call)
+        typed = MessageEvents(model, most_calls=body.most_calls)
+        return AnswerStreamResponse(answering, lambda events: _lines(events, typed), "sse", "anthropic")
+
+    async def reply(answering: Answering) -> Response:
+        (answer,) = await answering.whole()
+        return sse.body(whole_message(answer, model, most_calls=body.most_calls))
+
+    return await whole(request, state.inference, call, reply)
+
+
+async def _lines(events: AsyncIterator[tuple[int, Event]], typed: MessageEvents) -> AsyncIterator[str]:
+    for line in typed.begin():
+        yield sse.event(line, named=True)
+    async for _, event in events:
+        if isinstance(event, Heartbeat):
+            yield sse.event(PING, named=True)
+            continue
+        for line in typed.end(event) if isinstance(event, Answer) else typed.piece(event):
+            yield sse.event(line, named=True)
+
+
+@router.post("/v1/messages/count_tokens", response_model=None, responses={200: {"model": TokenCount}, **ERRORS})
+async def count_tokens(request: Request, state: State, body: CountRequest) -> Response:
+    """Count the tokens of a conversation, those of its pictures included, without answering it."""
+    options = body.prompt_options()
+    if options.pop("tool_choice", None) == "none":
+        options["tools"] = []
+    call = ChatCall(body.model, body.conversation(), options)
+    counted: TokenCount = {"input_tokens": await while_connected(request, state.inference.count_tokens(call))}
+    return sse.body(counted)

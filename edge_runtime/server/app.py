@@ -1,0 +1,57 @@
+"""Settings → application: routes, what stands before them, and the life of the models behind them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from edge_runtime import __version__
+from edge_runtime.server import anthropic, errors, limits, ollama, openai, pages, system
+from edge_runtime.server.catalog import Catalog
+from edge_runtime.server.inference import Inference
+from edge_runtime.server.metrics import Metrics
+from edge_runtime.server.models import ModelRegistry
+from edge_runtime.server.settings import Settings
+from edge_runtime.server.state import ServerState
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Make the application; models are loaded when it starts and when they are asked for.
+
+    Raises
+    ------
+    ModelFileError
+        When one of the owner's models is not there.
+    MessageError
+        When a setting is out of range.
+    """
+    settings = settings.checked()
+    catalog = Catalog(settings)
+    registry = ModelRegistry(settings, catalog)
+    inference = Inference(settings, registry)
+    state = ServerState(settings, catalog, registry, inference, Metrics(inference))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await registry.preload()
+        try:
+            yield
+        finally:
+            state.inference.close()
+            await registry.close()
+
+    app = FastAPI(
+        title="edge-runtime",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # they load scripts from a CDN; /openapi.json has the description
+        redoc_url=None,
+        middleware=limits.middleware(settings),
+    )
+    app.state.server = state
+    errors.install(app)
+    for router in (ollama.router, openai.router, anthropic.router, system.router, pages.router):
+        app.include_router(router)
+    return app

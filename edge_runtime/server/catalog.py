@@ -1,0 +1,297 @@
+"""Names that clients give → models of this machine: the demo, what the owner named, what was pulled or created.
+
+A name is looked up, never opened: only what stands in a list here leads to a file. Ollama's clients write
+`NAME:latest` for `NAME`, and `hf.co/ORG/REPO` for a repository of the hub.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edge_runtime.errors import ModelFileError
+from edge_runtime.library import Entry, Library
+from edge_runtime.server.blobs import Blobs
+from edge_runtime.server.errors import ModelNotFound, NotAllowed, RequestError
+from edge_runtime.server.names import Names, Record, checked_name
+from edge_runtime.server.ollama_options import submit_options
+from edge_runtime.server.settings import Settings
+from edge_runtime.sources import ALIASES, parse_source, visible
+from edge_runtime.store import DEMO, ModelPaths, find_model
+
+LATEST = ":latest"
+FOLDER = ".served"
+"""Of names and uploads, in the model store."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A model that clients may name."""
+
+    name: str
+    """As lists show it, `:latest` left out."""
+    paths: ModelPaths
+    modified: datetime.datetime
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    system: str = ""
+    """Stands before conversations that bring no system prompt."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Options, in Ollama's words, where a request gives none."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """Stand before every conversation."""
+    template: str = ""
+    """What a Modelfile gave; shown, not used."""
+    license: str = ""
+    parent: str = ""
+    """What it was made from."""
+
+    @property
+    def tag(self) -> str:
+        """The name as Ollama's clients expect it: with a tag."""
+        return self.name if ":" in self.name else self.name + LATEST
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that is loaded; names for the same files are the same model."""
+        return (self.paths.decoder, self.paths.mmproj, *self.adapters.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self.files)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Options, as `Model.submit` takes them, where a request gives none."""
+        return submit_options(self.parameters)
+
+
+def plain_name(name: str) -> str:
+    """The one spelling of a client's name for a model."""
+    name = name.strip().removesuffix(LATEST).removeprefix("registry.ollama.ai/").removeprefix("library/")
+    for hub in ("hf.co/", "huggingface.co/"):
+        if name.startswith(hub):
+            return "hf:" + name.removeprefix(hub)
+    return name
+
+
+class Catalog:
+    """What may be named.
+
+    Parameters
+    ----------
+    settings : with the owner's models.
+    library : the store; default: the machine's.
+    """
+
+    def __init__(self, settings: Settings, library: Library | None = None) -> None:
+        self.library = library or Library()
+        self.names = Names(self.library.root / FOLDER / "names")
+        self.blobs = Blobs(self.library.root / FOLDER / "blobs", settings.max_blob_bytes)
+        self._owned: dict[str, Listed] = {}
+        for name in (DEMO, *settings.models):
+            paths = find_model(name)
+            self._owned.setdefault(plain_name(paths.name), Listed(paths.name, paths, _modified(paths.decoder)))
+        self.default = plain_name(find_model(settings.models[0]).name) if settings.models else DEMO
+
+    def all(self) -> list[Listed]:
+        """Every model that can be used, by name."""
+        found = dict(self._owned)
+        records = {record.name: record for record in self.names.all()}
+        for record in records.values():
+            listed = self._made(record)
+            if listed is not None:
+                found.setdefault(listed.name, listed)
+        for entry in self._pulled():
+            if entry.label not in records and (listed := self._stored(entry)) is not None:
+                found.setdefault(listed.name, listed)
+        return sorted(found.values(), key=lambda listed: listed.name.lower())
+
+    def owned(self, name: str) -> Listed:
+        """A model by the name the owner gave at the start, which may be a path."""
+        return self._owned[plain_name(find_model(name).name)]
+
+    def find(self, name: str | None) -> Listed:
+        """The model of this name; None takes the default.
+
+        Raises
+        ------
+        ModelNotFound
+            When there is none.
+        """
+        wanted = plain_name(name) if name else self.default
+        listed = self._find(wanted)
+        if listed is None:
+            raise ModelNotFound(f"model '{visible(wanted)[:120]}' not found, try pulling it first")
+        return listed
+
+    def _find(self, wanted: str) -> Listed | None:
+        if wanted in self._owned:
+            return self._owned[wanted]
+        record = self.names.get(wanted)
+        if record is not None:
+            return self._made(record)
+        entry = self._entry(wanted)
+        if entry is None or ((hidden := self.names.get(entry.label)) is not None and hidden.hidden):
+            return None
+        return self._stored(entry)
+
+    def copy(self, source: str, destination: str) -> None:
+        """Give a model another name.
+
+        Raises
+        ------
+        ModelNotFound, RequestError
+            When there is no such model, or the name may not be given.
+        """
+        self.put(replace(self.record_of(source), created=_now()), destination)
+
+    def record_of(self, name: str) -> Record:
+        """What a model is made of, as a record to be changed.
+
+        Raises
+        ------
+        ModelNotFound
+        """
+        listed = self.find(name)
+        record = self.names.get(plain_name(name))
+        if record is not None and listed.name == record.name:
+            return record
+        entry = None if listed.name in self._owned else self._entry(listed.name)
+        return Record(listed.name, base=listed.name if entry is None else entry.name)
+
+    def put(self, record: Record, name: str) -> Record:
+        """Write a record under a client's name.
+
+        Raises
+        ------
+        RequestError
+            When the name is the owner's, a catalogue's, or none.
+        """
+        name = checked_name(plain_name(name))
+        if name in self._owned or name in ALIASES:
+            raise RequestError(f"{name} is the name of a model that clients cannot replace; choose another one.")
+        record = replace(record, name=name, hidden=False)
+        if self._made(record) is None:
+            raise RequestError(f"The files of {name} are not all here; upload or pull them first.")
+        old = self.names.get(name)
+        self.names.put(record)
+        if old is not None:
+            self._let_go(old)
+        return record
+
+    def delete(self, name: str) -> Listed | None:
+        """Forget a name; what no other name needs is removed from the disk.
+
+        Returns
+        -------
+        listed : the model that went, if it could be used.
+
+        Raises
+        ------
+        ModelNotFound
+            When there is none of this name.
+        NotAllowed
+            When it is the owner's.
+        """
+        wanted = plain_name(name)
+        if wanted in self._owned:
+            raise NotAllowed(
+                f"{wanted} was given by the owner of this server, or is part of it; clients cannot delete it."
+            )
+        record = self.names.get(wanted)
+        listed = self.find(name) if record is None else self._made(record)
+        if record is not None:
+            if record.hidden:
+                raise ModelNotFound(f"model '{visible(wanted)[:120]}' not found")
+            self.names.remove(record.name)
+            self._let_go(record)
+            return listed
+        entry = self._entry(wanted)
+        assert entry is not None, "what is neither the owner's nor created was pulled"
+        if any(other.base == entry.name for other in self.names.all()):
+            self.names.put(Record(entry.label, base=entry.name, hidden=True, created=_now()))
+        else:
+            self.library.remove(entry)
+        return listed
+
+    def unhide(self, entry: Entry) -> None:
+        """Show a pulled model again: somebody asked for it."""
+        record = self.names.get(entry.label)
+        if record is not None and record.hidden:
+            self.names.remove(entry.label)
+
+    def _let_go(self, record: Record) -> None:
+        """Remove what only this record needed."""
+        others = self.names.all()
+        for digest in record.digests - set().union(*(other.digests for other in others)):
+            self.blobs.remove(digest)
+        of_base = [other for other in others if other.base == record.base]
+        if record.base and of_base and all(other.hidden for other in of_base):
+            entry = self.library.entry(record.base)
+            if entry is not None:
+                self.library.remove(entry)
+            for other in of_base:
+                self.names.remove(other.name)
+
+    def _pulled(self) -> list[Entry]:
+        return [entry for entry in self.library.entries() if entry.complete and entry.kind != "checkpoint"]
+
+    def _entry(self, name: str) -> Entry | None:
+        """The pulled model that a name means."""
+        try:
+            source = parse_source(name)
+            entry = self.library.find(source) if source is not None else None
+        except ModelFileError:
+            return None
+        return entry if entry is not None and entry.complete and entry.kind != "checkpoint" else None
+
+    def _stored(self, entry: Entry) -> Listed | None:
+        """A pulled model; None where its files were removed behind our back."""
+        try:
+            paths = find_model(entry.name)
+            return Listed(entry.label, paths, _modified(paths.decoder), license=entry.licence)
+        except (ModelFileError, OSError):
+            return None
+
+    def _made(self, record: Record) -> Listed | None:
+        """A model that a client made; None where something of it is missing."""
+        base = self._base(record.base) if record.base else None
+        decoder = base.paths.decoder if base is not None else None
+        mmproj = base.paths.mmproj if base is not None else None
+        decoder = self.blobs.path(record.decoder) if record.decoder else decoder
+        mmproj = self.blobs.path(record.mmproj) if record.mmproj else mmproj
+        adapters = {digest: self.blobs.path(digest) for digest in record.adapters}
+        if record.hidden or decoder is None or mmproj is None:
+            return None
+        if not all(path.is_file() for path in (decoder, mmproj, *adapters.values())):
+            return None
+        return Listed(
+            record.name,
+            ModelPaths(record.name, decoder, mmproj),
+            datetime.datetime.fromisoformat(record.created),
+            adapters,
+            record.system,
+            record.parameters,
+            record.messages,
+            record.template,
+            record.license or (base.license if base else ""),
+            record.parent,
+        )
+
+    def _base(self, name: str) -> Listed | None:
+        if name in self._owned:
+            return self._owned[name]
+        entry = self.library.entry(name)
+        return self._stored(entry) if entry is not None and entry.complete else None
+
+
+def _modified(path: Path) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.UTC)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat()

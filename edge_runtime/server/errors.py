@@ -1,0 +1,210 @@
+"""An error → status and body, in the form of the API that was asked; also in the middle of a stream.
+
+Known errors keep their sentence, without paths of this machine. Anything else is written to the log, and the client
+is told that it happened, nothing more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from edge_runtime.errors import (
+    BackendUnavailable,
+    DownloadError,
+    EdgeRuntimeError,
+    EngineBusy,
+    ImageError,
+    MessageError,
+    ModelFileError,
+    NotEnoughMemoryError,
+    PromptTooLongError,
+)
+
+logger = logging.getLogger("edge_runtime.server")
+
+RETRY_AFTER_S = 5
+"""Told to whom there is no room for."""
+Api = Literal["ollama", "openai", "anthropic"]
+
+
+class ServerError(EdgeRuntimeError):
+    """A request that this server refuses; subclasses say with which status and OpenAI's `code`."""
+
+    status = 400
+    code: str | None = None
+
+
+class RequestError(ServerError):
+    """A body or a field of the wrong form."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFound(ServerError):  # noqa: N818 - as OpenAI calls it
+    """A name that stands for no model here."""
+
+    status, code = 404, "model_not_found"
+
+
+class NotAllowed(ServerError):  # noqa: N818 - says what is the matter
+    """Something that the owner has not allowed."""
+
+    status = 403
+
+
+class Unauthorized(ServerError):  # noqa: N818 - as HTTP calls it
+    """No key, or a wrong one."""
+
+    status, code = 401, "invalid_api_key"
+
+
+class TooLarge(ServerError):  # noqa: N818 - says what is the matter
+    """A body, or something inside it, beyond its limit."""
+
+    status = 413
+
+
+class TimedOut(ServerError):  # noqa: N818 - says what is the matter
+    """A request that took longer than the owner allows."""
+
+    status, code = 504, "timeout"
+
+
+class ShuttingDown(ServerError):  # noqa: N818 - says what is the matter
+    """The server is ending."""
+
+    status = 503
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error as clients are told."""
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    retry_after: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type`."""
+        if self.status == 401:
+            return "authentication_error"
+        if self.status == 403:
+            return "permission_error"
+        if self.status == 404:
+            return "not_found_error"
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self, api: Api) -> dict[str, Any]:
+        """The JSON object of an API."""
+        if api == "ollama":
+            return {"error": self.message}
+        if api == "anthropic":
+            kind = {413: "request_too_large", 529: "overloaded_error"}.get(self.status, self.kind)
+            kind = "api_error" if kind == "server_error" else kind
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self, api: Api) -> Response:
+        """The answer to a request."""
+        headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(api), self.status, headers)
+
+
+# Classes of the runtime's errors, most special first: (status, OpenAI's code, Retry-After).
+_STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] = (
+    (PromptTooLongError, 400, "context_length_exceeded", None),
+    (ImageError, 400, "invalid_image", None),
+    (MessageError, 400, "invalid_request", None),
+    (EngineBusy, 429, "rate_limit_exceeded", RETRY_AFTER_S),
+    (NotEnoughMemoryError, 503, "not_enough_memory", RETRY_AFTER_S),
+    (ModelFileError, 500, "model_unusable", None),
+    (DownloadError, 502, "download_failed", None),
+    (BackendUnavailable, 501, "not_available", None),
+)
+
+
+def problem_of(error: BaseException) -> Problem:
+    """What clients are told of an error."""
+    if isinstance(error, ServerError):
+        retry = RETRY_AFTER_S if error.status in (429, 503) else None
+        return Problem(error.status, without_paths(str(error)), error.code, getattr(error, "param", None), retry)
+    for kind, status, code, retry in _STATUS:
+        if isinstance(error, kind):
+            keeps_text = isinstance(error, MessageError | PromptTooLongError)  # /properties/a is a place in a schema
+            return Problem(status, str(error) if keeps_text else without_paths(str(error)), code, None, retry)
+    if isinstance(error, RequestValidationError):
+        return _validation(error)
+    if isinstance(error, HTTPException):
+        return Problem(error.status_code, str(error.detail))
+    if isinstance(error, asyncio.CancelledError):
+        return Problem(503, "The server is shutting down; try again later.", retry_after=RETRY_AFTER_S)
+    logger.error("A request failed unexpectedly", exc_info=error)
+    return Problem(500, "Something went wrong inside the server; its log says what.", "internal_error")
+
+
+_PATH = re.compile(r"(?<![\w:/.#$~-])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()]+)*[/\\]([^\s/\\'\",;:()]+)")
+
+
+def without_paths(text: str) -> str:
+    """A sentence in which paths of this machine are cut to their last part; web addresses stay."""
+    return _PATH.sub(r"\1", text)
+
+
+def _validation(error: RequestValidationError) -> Problem:
+    """The first thing that pydantic found, as a sentence."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    where = ".".join(part for part in place if "[" not in part)  # without names of the alternatives of a union
+    if first["type"] == "json_invalid":
+        return Problem(400, f"The body is not valid JSON ({first['ctx']['error']}); expected one JSON object.")
+    what = f"{where}: " if where else "The body: "
+    return Problem(400, f"{what}{first['msg']}.", "invalid_request", where or None)
+
+
+def api_of(path: str) -> Api:
+    """The API that a path belongs to, whose clients expect errors in its form."""
+    if path.startswith("/v1/messages"):
+        return "anthropic"
+    return "openai" if path.startswith("/v1/") else "ollama"
+
+
+def error_response(error: Exception, path: str) -> Response:
+    """An error as the answer to a request for this path."""
+    return problem_of(error).response(api_of(path))
+
+
+def error_line(error: BaseException, api: Api) -> str:
+    """An error as the last JSON object of a stream."""
+    return json.dumps(problem_of(error).body(api), ensure_ascii=False)
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of a route be answered from here."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        response = error_response(error, request.url.path)
+        if isinstance(error, HTTPException):
+            response.headers.update(error.headers or {})  # such as Allow, of a method that a route does not have
+        return response
+
+    for kind in (EdgeRuntimeError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)

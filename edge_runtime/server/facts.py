@@ -1,0 +1,118 @@
+"""The headers of a model's files → what clients are told about it, in Ollama's words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import LlamaFileType
+
+from edge_runtime.errors import ModelFileError
+from edge_runtime.server.catalog import Listed
+from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.weights import GGUFFile
+
+LONGEST_ARRAY = 64
+"""Longer ones are told on request only: a vocabulary has megabytes."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is in the two files of a model."""
+
+    family: str
+    parameters: int
+    """Numbers in the decoder and the vision part together."""
+    quantisation: str
+    context_length: int
+    """What the model was trained for."""
+    template: str
+    """Jinja."""
+    decoder: Mapping[str, Any]
+    """Metadata."""
+    projector: Mapping[str, Any]
+
+    @property
+    def capabilities(self) -> list[str]:
+        """What the model can do, by Ollama's names: its template tells of tools and of reasoning."""
+        told = {"tools": "tools", "thinking": "enable_thinking"}
+        return ["completion", "vision", *(name for name, word in told.items() if word in self.template)]
+
+
+def facts_of(listed: Listed) -> Facts:
+    """Facts of a model; kept as long as its files stay the same.
+
+    Raises
+    ------
+    ModelFileError
+        When a file is damaged or gone.
+    """
+    try:
+        stamps = [path.stat() for path in (listed.paths.decoder, listed.paths.mmproj)]
+    except OSError as error:
+        raise ModelFileError(f"The files of {listed.name} cannot be read: {error.strerror}; pull it again.") from None
+    versions = tuple((stamp.st_mtime_ns, stamp.st_size) for stamp in stamps)
+    return _facts(listed.paths.decoder, listed.paths.mmproj, versions)
+
+
+@lru_cache(maxsize=64)
+def _facts(decoder: Path, mmproj: Path, versions: tuple[tuple[int, int], ...]) -> Facts:
+    text, vision = GGUFFile(decoder), GGUFFile(mmproj)
+    family = text.get("general.architecture", str)
+    kind = text.get("general.file_type", int, -1)
+    names = {int(each): each.name.removeprefix("MOSTLY_").removeprefix("ALL_") for each in LlamaFileType}
+    return Facts(
+        family=family,
+        parameters=sum(tensor.n_elements for file in (text, vision) for tensor in file.tensors.values()),
+        quantisation=names.get(kind, "unknown"),
+        context_length=text.get(f"{family}.context_length", int, 0),
+        template=text.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE),
+        decoder=_plain(text.metadata),
+        projector=_plain(vision.metadata),
+    )
+
+
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata as JSON has it; long arrays become None."""
+    return {key: _plain_value(value) for key, value in metadata.items() if key != "tokenizer.chat_template"}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, np.ndarray | list):
+        return None if len(value) > LONGEST_ARRAY else [_plain_value(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None  # JSON has no such numbers
+    return value
+
+
+def details(listed: Listed, facts: Facts) -> dict[str, Any]:
+    """`details` of Ollama's replies."""
+    return {
+        "parent_model": listed.parent,
+        "format": "gguf",
+        "family": facts.family,
+        "families": [facts.family, "clip"],
+        "parameter_size": _size(facts.parameters),
+        "quantization_level": facts.quantisation,
+    }
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.1f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
+
+
+def fingerprint(listed: Listed) -> str:
+    """64 hexadecimal digits that change when the model behind a name does; not a checksum of its files' contents."""
+    digest = hashlib.sha256()
+    for path in listed.files:
+        stamp = path.stat()
+        digest.update(repr((path.name, stamp.st_size, stamp.st_mtime_ns)).encode())
+    digest.update(repr((listed.system, sorted(listed.parameters.items()), listed.messages)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,286 @@
+"""A `ChatCall` → events: the one way from any protocol to the engine and back.
+
+Nothing here knows how a request or an answer is written. A call is admitted (or refused: the queue is full), its
+model pinned, its pictures decoded off the event loop, then it is submitted; what follows are the engine's own pieces,
+signs of life while there are none, and the whole `Answer` of each. Whoever stops listening ends the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_runtime.answers import Answer, AnswerStream
+from edge_runtime.errors import EngineBusy, MessageError
+from edge_runtime.requests import Progress
+from edge_runtime.sampling import MAX_NEW_TOKENS
+from edge_runtime.server.catalog import Listed
+from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut
+from edge_runtime.server.fetching import Fetcher
+from edge_runtime.server.media import brought_in
+from edge_runtime.server.models import ModelRegistry, Use
+from edge_runtime.server.settings import Settings
+from edge_runtime.streaming import Piece
+from edge_runtime.video import VideoLimits
+
+DECODERS = 4
+"""Threads that decode pictures; more would only hold more decoded pictures in memory."""
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """What a client wants, in the runtime's words."""
+
+    model: str | None
+    """As the client names it; None takes the default."""
+    messages: str | Sequence[Any]
+    """As `edge_runtime.messages` takes them."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments of `Model.submit`, `n` left out."""
+    n: int = 1
+    keep_alive_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Nothing new to show."""
+
+    progress: Progress | None
+    """How far the work before the first token is, if that was told."""
+
+
+Event = Piece | Heartbeat | Answer
+"""An `Answer` is the last event of each answer."""
+
+
+@dataclass
+class Outcome:
+    """What became of a call, for whoever counts."""
+
+    model: str
+    started: float
+    """time.perf_counter()"""
+    answers: list[Answer] = field(default_factory=list)
+    error: BaseException | None = None
+    seconds: float = 0.0
+
+
+class Answering:
+    """The answers to one call while they are made. Close it, whatever happens."""
+
+    def __init__(
+        self,
+        streams: list[AnswerStream],
+        use: Use,
+        release: contextlib.AsyncExitStack,
+        deadline: float,
+        beat_s: float,
+    ) -> None:
+        self.use = use
+        self._streams, self._release, self._deadline, self._beat_s = streams, release, deadline, beat_s
+        self._progress: Progress | None = None
+        self._queue: asyncio.Queue[tuple[int, Piece | Answer | Exception]] = asyncio.Queue()
+        self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
+        self.outcome: Outcome = Outcome(use.listed.name, time.perf_counter())
+
+    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Events with the number of the answer they belong to.
+
+        Raises
+        ------
+        EdgeRuntimeError
+            When an answer fails; all of them end then. `TimedOut` after the time for a request.
+        """
+        left = len(self._streams)
+        while left:
+            try:
+                event = await self._next()
+            except Exception as error:
+                self.outcome.error = error
+                raise
+            if event is None:
+                yield 0, Heartbeat(self._progress)
+                continue
+            if isinstance(event[1], Answer):
+                left -= 1
+                self.outcome.answers.append(event[1])
+            yield event
+
+    async def _next(self) -> tuple[int, Piece | Answer] | None:
+        """The next event, or None after a while without one."""
+        if not self._queue.empty():
+            found = self._queue.get_nowait()
+        else:
+            rest = self._deadline - time.monotonic()
+            if rest <= 0:
+                raise TimedOut("The answer took longer than this server allows; ask for less, or try again later.")
+            try:
+                found = await asyncio.wait_for(self._queue.get(), min(self._beat_s, rest))
+            except TimeoutError:
+                return None
+        number, event = found
+        if isinstance(event, Exception):
+            raise event
+        return number, event
+
+    async def whole(self) -> list[Answer]:
+        """Wait for all answers; otherwise as `events`."""
+        found = {number: event async for number, event in self.events() if isinstance(event, Answer)}
+        return [found[number] for number in sorted(found)]
+
+    async def _pump(self, number: int, stream: AnswerStream) -> None:
+        """Bring the pieces of one answer into the common queue."""
+
+        def note(progress: Progress) -> None:
+            self._progress = progress
+
+        stream.on_progress = note
+        try:
+            while (piece := await stream.next_piece()) is not None:
+                self._queue.put_nowait((number, piece))
+            answer = stream.finished()
+            if answer.finish_reason == "cancelled":
+                raise ShuttingDown("The answer was stopped; try again later.")
+            self._queue.put_nowait((number, answer))
+        except Exception as error:  # noqa: BLE001 - handed to the reader, who raises it
+            self._queue.put_nowait((number, error))
+
+    async def close(self) -> None:
+        """End whatever still runs, and let go of the model."""
+        for stream in self._streams:
+            stream.cancel()
+        for pump in self._pumps:
+            pump.cancel()
+        self._streams, self._pumps = [], []
+        await self._release.aclose()
+
+
+def with_texts(listed: Listed, messages: str | Sequence[Any]) -> str | Sequence[Any]:
+    """A conversation behind the texts that belong to the model: its system prompt, unless there is one, and turns."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence) or not (listed.system or listed.messages):
+        return messages
+    roles = [message.get("role") for message in messages if isinstance(message, Mapping)]
+    has_system = any(role in ("system", "developer") for role in roles[:1])
+    system = [{"role": "system", "content": listed.system}] if listed.system and not has_system else []
+    own = [*messages[:1]] if has_system else system
+    return [*own, *listed.messages, *messages[1 if has_system else 0 :]]
+
+
+class Inference:
+    """The door to the models.
+
+    Parameters
+    ----------
+    on_end : called with the outcome of every call that was begun.
+    """
+
+    def __init__(self, settings: Settings, registry: ModelRegistry) -> None:
+        self.settings, self.registry = settings, registry
+        self.n_open = 0
+        """Calls that wait or are worked on."""
+        self.on_end: list[Callable[[Outcome], None]] = []
+        self._decoders = ThreadPoolExecutor(DECODERS, "edge-runtime pictures")
+        self._running: set[Answering] = set()
+        self._fetcher = Fetcher(settings)
+        self._limits = {
+            "pixel_limit": settings.max_pixels,
+            "video_limits": VideoLimits(most_bytes=settings.max_video_bytes, most_pixels=settings.max_pixels),
+        }
+
+    async def begin(self, call: ChatCall) -> Answering:
+        """Admit a call, prepare and submit it.
+
+        Raises
+        ------
+        EngineBusy
+            When too many calls are open.
+        EdgeRuntimeError
+            When something about the call, or its model, is not right; nothing was computed then.
+        """
+        started, deadline = time.perf_counter(), time.monotonic() + self.settings.request_timeout_s
+        async with contextlib.AsyncExitStack() as stack:
+            self._admit(stack)
+            use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
+            streams = await self._submit(call, use)
+            answering = Answering(streams, use, stack.pop_all(), deadline, self.settings.heartbeat_s)
+            answering.outcome.started = started
+            self._watch(answering)
+            return answering
+
+    def _admit(self, stack: contextlib.AsyncExitStack) -> None:
+        if self.n_open >= self.settings.max_queue:
+            raise EngineBusy(f"{self.n_open} requests are waiting or running, which is the limit; try again later.")
+        self.n_open += 1
+
+        def leave() -> None:
+            self.n_open -= 1
+
+        stack.callback(leave)
+
+    def _watch(self, answering: Answering) -> None:
+        """Keep book of the call until it is closed."""
+        self._running.add(answering)
+
+        def ended() -> None:
+            self._running.discard(answering)
+            answering.outcome.seconds = time.perf_counter() - answering.outcome.started
+            for told in self.on_end:
+                told(answering.outcome)
+
+        answering._release.callback(ended)
+
+    async def _submit(self, call: ChatCall, use: Use) -> list[AnswerStream]:
+        """Decode pictures and submit, off the event loop."""
+        if not 1 <= call.n <= self.settings.max_answers:
+            raise RequestError(f"n is {call.n}; expected a number from 1 to {self.settings.max_answers}.", "n")
+        options = {**self._limits, **use.listed.defaults, **call.options}
+        if use.listed.adapters:
+            options.setdefault("adapter", next(iter(use.listed.adapters)))
+        messages = call.messages if options.get("raw") else with_texts(use.listed, call.messages)
+        if type(options.setdefault("max_tokens", MAX_NEW_TOKENS)) is int:
+            options["max_tokens"] = min(options["max_tokens"], self.settings.max_tokens)
+        messages = await brought_in(messages, self.settings, self._fetcher)
+
+        def submit() -> list[AnswerStream]:
+            try:
+                return use.model.submit(messages, n=call.n, **options)
+            except TypeError as error:  # an option that Model.submit does not have
+                raise MessageError(f"An option is not known: {error}.") from error
+
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._decoders, submit)
+
+    async def count_tokens(self, call: ChatCall) -> int:
+        """Tokens of the prompt that a call would have, without computing anything; admitted as `begin` does.
+
+        Raises
+        ------
+        EdgeRuntimeError
+            As `begin`.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            self._admit(stack)
+            use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
+            messages = await brought_in(with_texts(use.listed, call.messages), self.settings, self._fetcher)
+            options = {**self._limits, **call.options}
+            loop = asyncio.get_running_loop()
+            build = functools.partial(use.model.build_prompt, messages, **options)
+            return len((await loop.run_in_executor(self._decoders, build)).ids)
+
+    def stop(self) -> None:
+        """Cancel all answers; their readers are told that the server is shutting down."""
+        for answering in [*self._running]:
+            for stream in answering._streams:
+                stream.cancel()
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)

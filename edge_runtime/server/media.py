@@ -1,0 +1,170 @@
+"""What clients put into messages besides text → `data:` URIs alone, and no more of them than allowed.
+
+A path in a message must never make this machine read a file, and an address must never make it fetch something the
+owner has not allowed. So in a part that is not text every string either describes (a name, a kind), or is data: a
+`data:` URI stays, base64 becomes one, since `////////dev/zero` is base64 as well, an address is fetched by `fetching`
+or refused, and anything else is refused. Parts of kinds unknown here pass under the same rule; the runtime's own
+parser says whether it knows them.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edge_runtime.errors import ImageError
+from edge_runtime.server.errors import NotAllowed, RequestError, TooLarge
+from edge_runtime.server.fetching import Fetcher
+from edge_runtime.server.settings import Settings
+
+DESCRIPTIONS = frozenset(
+    {"type", "detail", "format", "filename", "name", "media_type", "mime_type", "id", "text", "quality"}
+    | {"pages", "password"}  # of a document
+)
+"""Keys of a part whose strings describe and lead nowhere."""
+TEXT_KINDS = ("text", "input_text", "output_text", "refusal")
+VIDEO_KINDS = ("video", "video_url", "input_video")
+LARGE_KINDS = (*VIDEO_KINDS, "file", "input_file", "document")
+"""Parts that may be as large as a video."""
+DATA, HTTP = "data:", ("http://", "https://")
+LEAST_BASE64 = 16  # a picture has more; a short word that happens to be base64 is a name of something
+_BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
+
+
+async def brought_in(messages: Any, settings: Settings, fetcher: Fetcher) -> Any:
+    """Return a conversation that is complete in itself: addresses are fetched, where the owner allows that.
+
+    Raises
+    ------
+    RequestError, TooLarge
+        As `checked_messages`.
+    NotAllowed, ImageError
+        When an address may not be fetched, or does not deliver.
+    """
+    addresses: dict[str, int] = {}
+    Media(settings, to_be_fetched=addresses).conversation(messages)
+    fetched: dict[str, str] = {}
+    left = settings.max_body_bytes  # fetched bytes lie in memory as sent ones do
+    for address, most in addresses.items():
+        try:
+            data = await fetcher.fetch(address, min(most, left))
+        except ImageError:
+            if left < most:
+                raise TooLarge(
+                    f"The pictures to be fetched have more than {settings.max_body_bytes} bytes together, which is "
+                    "the limit; send fewer."
+                ) from None
+            raise
+        left -= len(data)
+        fetched[address] = _uri(base64.b64encode(data).decode())
+    return checked_messages(messages, settings, fetched)
+
+
+def checked_messages(messages: Any, settings: Settings, fetched: Mapping[str, str] | None = None) -> Any:
+    """Return a conversation in which nothing leads out of the request.
+
+    Parameters
+    ----------
+    fetched : address to `data:` URI of what was fetched for it.
+
+    Raises
+    ------
+    RequestError
+        When a part holds a path, or something else that is no data.
+    NotAllowed
+        When it holds an address that was not fetched.
+    TooLarge
+        When there are too many pictures, or one is too large.
+    """
+    return Media(settings, fetched or {}).conversation(messages)
+
+
+@dataclass
+class Media:
+    """One pass over a conversation."""
+
+    settings: Settings
+    fetched: Mapping[str, str] = field(default_factory=dict)
+    to_be_fetched: dict[str, int] | None = None
+    """If not None, addresses are noted here, with the most bytes that each may have, instead of replaced."""
+    n_media: int = 0
+
+    def conversation(self, messages: Any) -> Any:
+        """The same conversation, with data alone."""
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            return messages
+        return [self._message(message) if isinstance(message, Mapping) else message for message in messages]
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(message)
+        images, content = message.get("images"), message.get("content")
+        if isinstance(images, list | tuple):
+            found["images"] = [self._data(image, "images", self.settings.max_image_bytes) for image in images]
+        if isinstance(content, Mapping):
+            found["content"] = self._part(content)
+        elif isinstance(content, list | tuple):
+            found["content"] = [self._part(part) if isinstance(part, Mapping) else part for part in content]
+        return found
+
+    def _part(self, part: Mapping[str, Any]) -> dict[str, Any]:
+        kind = part.get("type") or ("video" if "video" in part else "text")
+        if kind in TEXT_KINDS:
+            texts = {key: value for key, value in part.items() if key in ("text", "refusal")}
+            rest = {key: value for key, value in part.items() if key not in texts}
+            return {**self._walk(rest, "", self.settings.max_image_bytes), **texts}
+        most = self.settings.max_video_bytes if kind in LARGE_KINDS else self.settings.max_image_bytes
+        found: dict[str, Any] = self._walk(part, "", most)
+        if kind in VIDEO_KINDS:
+            frames, limit = found.get("max_frames"), self.settings.max_video_frames
+            found["max_frames"] = limit if frames is None else min(frames, limit) if type(frames) is int else frames
+        return found
+
+    def _walk(self, value: Any, key: str, most: int) -> Any:
+        if isinstance(value, Mapping):
+            return {name: self._walk(item, str(name), most) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._walk(item, key, most) for item in value]
+        if isinstance(value, str) and key not in DESCRIPTIONS:
+            return self._data(value, key, most)
+        return value
+
+    def _data(self, value: Any, where: str, most: int) -> str:
+        """One picture, video or document."""
+        self.n_media += 1
+        if self.n_media > self.settings.max_images:
+            raise TooLarge(f"The request holds more than {self.settings.max_images} pictures, which is the limit.")
+        text = value if isinstance(value, str) else ""
+        if text.startswith(HTTP):
+            return self._address(text, most)
+        if not text.startswith(DATA):
+            if len(text) < LEAST_BASE64 or len(text) % 4 or not _BASE64.fullmatch(text):
+                raise _no_data(value, where)
+            text = _uri(text)
+        n_bytes = (len(text) - text.find(",") - 1) * 3 // 4
+        if n_bytes > most:
+            raise TooLarge(f"A picture has {n_bytes} bytes, at most {most} are taken; scale it down.")
+        return text
+
+    def _address(self, address: str, most: int) -> str:
+        if self.to_be_fetched is not None:
+            self.to_be_fetched[address] = most
+            return address
+        if address not in self.fetched:
+            raise NotAllowed(f"{address[:80]!r} is an address, and is not fetched for this request; send the data.")
+        return self.fetched[address]
+
+
+def _uri(text: str) -> str:
+    return f"data:application/octet-stream;base64,{text}"
+
+
+def _no_data(value: Any, where: str) -> RequestError:
+    shown = value[:40] if isinstance(value, str) else type(value).__name__
+    return RequestError(
+        f"{where!r} of a message is {shown!r}; expected a data: URI (data:image/png;base64,...) or base64: this "
+        "server opens no files for a request.",
+        where,
+    )

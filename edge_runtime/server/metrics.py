@@ -1,0 +1,128 @@
+"""What the server did and does, in Prometheus's words: one registry for each server, filled from outcomes of calls.
+
+Counters of tokens and seconds give rates, the histogram gives quantiles of the time to the first token; what is a
+state (queue, memory, caches) is looked at when it is asked for. Labels are names of models that are listed here, so
+no client can make them many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from edge_runtime.answers import Answer
+from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.server.errors import problem_of
+from edge_runtime.server.inference import Inference, Outcome
+from edge_runtime.server.models import ModelRegistry
+
+FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+"""Upper ends of the histogram: from the demo model to a full-size one with ten slices on a small processor."""
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs (RssAnon): what can leak. All of it where the system does not say."""
+    try:
+        for line in Path("/proc/self/status").read_text("ascii").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return int(psutil.Process().memory_info().rss)
+
+
+class Metrics:
+    """The numbers of one server.
+
+    Parameters
+    ----------
+    inference : its calls are counted from now on.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self.registry = CollectorRegistry()
+        name: dict[str, Any] = {"registry": self.registry, "namespace": "edge_runtime"}
+        self._requests = Counter("requests", "Calls that ended, by how.", ["model", "status"], **name)
+        self._prompt = Counter("prompt_tokens", "Tokens of prompts, visual tokens included.", ["model"], **name)
+        self._cached = Counter("cached_prompt_tokens", "Of them, those that needed no prefill.", ["model"], **name)
+        self._visual = Counter("visual_tokens", "Of them, those that stand for pictures.", ["model"], **name)
+        self._answer = Counter("completion_tokens", "Tokens that were generated.", ["model"], **name)
+        self._seconds = Counter("work_seconds", "Seconds of requests, by stage.", ["model", "stage"], **name)
+        self._first = Histogram(
+            "time_to_first_token_seconds",
+            "From a request's arrival to the first token of its answer.",
+            ["model"],
+            buckets=FIRST_TOKEN_S,
+            **name,
+        )
+        self.registry.register(_State(inference))
+        ProcessCollector(registry=self.registry)
+        inference.on_end.append(self.note)
+
+    def note(self, outcome: Outcome) -> None:
+        """Take in what became of a call."""
+        status = "ok" if outcome.answers else "cancelled"
+        if outcome.error is not None:
+            # Others were written to the log where they were answered.
+            status = str(problem_of(outcome.error).status) if isinstance(outcome.error, EdgeRuntimeError) else "500"
+        self._requests.labels(outcome.model, status).inc()
+        for number, answer in enumerate(outcome.answers):
+            self._note_answer(outcome.model, answer, counts_prompt=number == 0)
+
+    def _note_answer(self, model: str, answer: Answer, *, counts_prompt: bool) -> None:
+        timings = answer.timings_s
+        if counts_prompt:  # several answers to one request share it
+            self._prompt.labels(model).inc(answer.prompt_tokens)
+            self._cached.labels(model).inc(answer.cached_tokens)
+            self._visual.labels(model).inc(answer.visual_tokens)
+        self._answer.labels(model).inc(answer.completion_tokens)
+        for stage in ("image", "encode", "prefill", "decode"):
+            self._seconds.labels(model, stage).inc(timings.get(stage, 0.0))
+        if timings.get("first_token"):
+            self._first.labels(model).observe(timings["first_token"])
+
+    def text(self) -> bytes:
+        """All of it, in Prometheus's text format."""
+        return generate_latest(self.registry)
+
+
+class _State(Collector):
+    """What is looked at when it is asked for."""
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    def collect(self) -> Iterator[Metric]:
+        registry: ModelRegistry = self._inference.registry
+        yield GaugeMetricFamily("edge_runtime_open_requests", "Calls that wait or run.", self._inference.n_open)
+        yield GaugeMetricFamily("edge_runtime_anonymous_memory_bytes", "RssAnon of the process.", anonymous_bytes())
+        waiting = GaugeMetricFamily("edge_runtime_queue", "Requests of a model that wait.", labels=["model"])
+        running = GaugeMetricFamily("edge_runtime_running", "Requests of a model at work.", labels=["model"])
+        n_bytes = GaugeMetricFamily("edge_runtime_model_bytes", "Memory reckoned for a model.", labels=["model"])
+        lookups = CounterMetricFamily(
+            "edge_runtime_picture_lookups", "Groups of slices that requests needed.", labels=["model"]
+        )
+        hits = CounterMetricFamily(
+            "edge_runtime_picture_hits", "Of them, those whose visual tokens were known.", labels=["model"]
+        )
+        kept = GaugeMetricFamily(
+            "edge_runtime_picture_cache_bytes", "Visual tokens kept in memory.", labels=["model"]
+        )
+        for slot in registry.loaded():
+            model, name = slot.model, [slot.listed.name]
+            if model is None:
+                continue
+            activity = model.activity
+            waiting.add_metric(name, activity.waiting)
+            running.add_metric(name, activity.running)
+            n_bytes.add_metric(name, slot.n_bytes)
+            lookups.add_metric(name, activity.picture_lookups)
+            hits.add_metric(name, activity.picture_hits)
+            kept.add_metric(name, activity.picture_bytes)
+        yield from (waiting, running, n_bytes, lookups, hits, kept)

@@ -1,0 +1,199 @@
+"""Ollama's /api/chat and /api/generate → `ChatCall`, and events → its replies; pure translation.
+
+Replies are one JSON object a line. While a picture is encoded or a prompt is read, lines with empty content say that
+the answer is alive (never an empty line: clients parse every one); `progress` in them tells how far it is. Durations
+are nanoseconds. Tool arguments are objects. Source: api/types.go and server/routes.go of Ollama.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from edge_runtime import __version__
+from edge_runtime.answers import Answer
+from edge_runtime.logprobs import TokenLogprob, TokenLogprobs
+from edge_runtime.server import ollama_models, replies
+from edge_runtime.server.errors import RequestError
+from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.ollama_bodies import ChatBody, GenerateBody
+from edge_runtime.server.ollama_options import (
+    format_options,
+    keep_alive_seconds,
+    submit_options,
+    thinking_options,
+)
+from edge_runtime.server.routing import JSONRoute
+from edge_runtime.server.state import ServerState, State
+from edge_runtime.streaming import Piece
+from edge_runtime.tools import ToolCall
+
+router = APIRouter(prefix="/api", tags=["Ollama"], route_class=JSONRoute)
+router.include_router(ollama_models.router)
+
+API_VERSION = "0.12.6"
+"""Of Ollama, whose API this is: clients look at it before they use what came late."""
+
+Fields = dict[str, Any]
+Part = Callable[..., Fields]
+"""The part of a reply that holds text, reasoning and calls; differs between chat and generate."""
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The version of Ollama whose API this is, and ours behind it."""
+    return {"version": f"{API_VERSION}-edge-runtime-{__version__}"}
+
+
+@router.post("/chat")
+async def chat(body: ChatBody, request: Request, state: State) -> Response:
+    """Answer a conversation; without messages, load or unload the model."""
+    if not body.messages:
+        return await _load_or_leave(body, state, _message)
+    options = {**_options(body), **({"tools": body.tools} if body.tools else {})}
+    call = ChatCall(body.wanted, body.messages, options, keep_alive_s=keep_alive_seconds(body.keep_alive))
+    return await _answer(call, body, request, state, _message)
+
+
+@router.post("/generate")
+async def generate(body: GenerateBody, request: Request, state: State) -> Response:
+    """Answer a prompt; without one, load or unload the model."""
+    _refuse_what_is_not_done(body)
+    if not body.prompt and not body.images:
+        return await _load_or_leave(body, state, _response)
+    options = {**_options(body), **({"raw": True} if body.raw else {})}
+    messages: list[Fields] = [{"role": "system", "content": body.system}] if body.system and not body.raw else []
+    messages.append({"role": "user", "content": body.prompt or "", "images": body.images or []})
+    call = ChatCall(body.wanted, messages, options, keep_alive_s=keep_alive_seconds(body.keep_alive))
+    return await _answer(call, body, request, state, _response)
+
+
+def _options(body: ChatBody | GenerateBody) -> Fields:
+    return {
+        **submit_options(body.options),
+        **thinking_options(body.think),
+        **format_options(body.format),
+        **({"logprobs": True, "top_logprobs": body.top_logprobs or 0} if body.logprobs else {}),
+    }
+
+
+def _refuse_what_is_not_done(body: GenerateBody) -> None:
+    for name, value, instead in (
+        ("suffix", body.suffix, "the model cannot fill in text before a suffix; leave it out"),
+        (
+            "template",
+            body.template,
+            "prompts are made with the model's own template; send raw=true to write the whole",
+        ),
+        ("context", body.context, "token ids of an earlier answer are not taken back; send the turns to /api/chat"),
+    ):
+        if value:
+            raise RequestError(f"{name} was given, but {instead}.", name)
+    if body.raw and (body.think or body.format):
+        raise RequestError("raw was given together with think or format, which need the template; leave one out.")
+
+
+def _message(text: str = "", reasoning: str = "", calls: list[ToolCall] | None = None) -> Fields:
+    message: Fields = {"role": "assistant", "content": text}
+    if reasoning:
+        message["thinking"] = reasoning
+    if calls:
+        message["tool_calls"] = [{"function": {"name": call.name, "arguments": call.arguments}} for call in calls]
+    return {"message": message}
+
+
+def _response(text: str = "", reasoning: str = "", calls: list[ToolCall] | None = None) -> Fields:
+    return {"response": text, **({"thinking": reasoning} if reasoning else {})}
+
+
+def _head(model: str) -> Fields:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+    return {"model": model, "created_at": now.replace("+00:00", "Z")}
+
+
+async def _load_or_leave(body: ChatBody | GenerateBody, state: ServerState, part: Part) -> Response:
+    keep_s = keep_alive_seconds(body.keep_alive)
+    if keep_s == 0:
+        await state.registry.forget(state.catalog.find(body.wanted))
+        return JSONResponse({**_head(body.wanted), **part(), "done": True, "done_reason": "unload"})
+    async with state.registry.use(body.wanted, keep_s) as use:
+        loaded = {"load_duration": round(use.load_s * 1e9), "total_duration": round(use.load_s * 1e9)}
+    return JSONResponse({**_head(body.wanted), **part(), "done": True, "done_reason": "load", **loaded})
+
+
+async def _answer(
+    call: ChatCall, body: ChatBody | GenerateBody, request: Request, state: ServerState, part: Part
+) -> Response:
+    """The reply to a call, whole or as a stream."""
+
+    async def whole(answering: Answering) -> Response:
+        (answer,) = await answering.whole()
+        shown = part(answer.answer, answer.reasoning or "", answer.tool_calls)
+        logprobs = {"logprobs": [_logprob(each) for each in answer.logprobs]} if answer.logprobs is not None else {}
+        return JSONResponse({**_head(body.wanted), **shown, **_end(answer, answering), **logprobs})
+
+    if body.stream is False:
+        return await replies.whole(request, state.inference, call, whole)
+    answering = await replies.begin(request, state.inference, call)
+
+    async def lines(events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[Mapping[str, Any]]:
+        async for _, event in events:
+            if isinstance(event, Answer):
+                yield {**_head(body.wanted), **part(), **_end(event, answering)}
+            elif isinstance(event, Heartbeat):
+                yield {**_head(body.wanted), **part(), "done": False, **_progress(event)}
+            else:
+                yield {**_head(body.wanted), **_piece(event, part), "done": False}
+
+    return replies.AnswerStreamResponse(answering, lines, "ndjson", "ollama")
+
+
+def _piece(piece: Piece, part: Part) -> Fields:
+    if piece.call is not None:
+        shown = part(calls=[piece.call])
+    elif piece.kind == "reasoning":
+        shown = part(reasoning=piece.text)
+    else:
+        shown = part(piece.text)
+    return {**shown, **({"logprobs": [_logprob(each) for each in piece.logprobs]} if piece.logprobs else {})}
+
+
+def _progress(beat: Heartbeat) -> Fields:
+    """How far the work before the first token is; a field of our own, which other clients pass over."""
+    if beat.progress is None:
+        return {}
+    at = beat.progress
+    return {"progress": {"stage": at.stage, "done": at.done, "total": at.total, "share": round(at.share, 4)}}
+
+
+def _end(answer: Answer, answering: Answering) -> Fields:
+    """The facts about a finished answer."""
+    times = answer.timings_s
+    prompt_s = sum(times.get(stage, 0.0) for stage in ("image", "encode", "prefill"))
+    return {
+        "done": True,
+        # An answer that went in circles was cut, as one that ran out of tokens.
+        "done_reason": "stop" if answer.finish_reason == "stop" else "length",
+        "total_duration": _nanoseconds(time.perf_counter() - answering.outcome.started),
+        "load_duration": _nanoseconds(answering.use.load_s),
+        "prompt_eval_count": answer.prompt_tokens,
+        "prompt_eval_duration": _nanoseconds(prompt_s),
+        "eval_count": answer.completion_tokens,
+        "eval_duration": _nanoseconds(times.get("decode", 0.0)),
+    }
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _logprob(each: TokenLogprobs) -> Fields:
+    def fields(token: TokenLogprob) -> Fields:
+        return {"token": token.token, "logprob": token.logprob, "bytes": token.bytes}
+
+    return {**fields(each), "top_logprobs": [fields(other) for other in each.top_logprobs]}

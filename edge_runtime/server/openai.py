@@ -1,0 +1,176 @@
+"""OpenAI's API → `ChatCall`, and events → its replies; pure translation.
+
+What requests mean is in `openai_requests`, what replies look like in `openai_replies`; responses have `responses`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from edge_runtime.answers import Answer
+from edge_runtime.server import openai_shapes as shapes
+from edge_runtime.server import responses, sse
+from edge_runtime.server.catalog import Listed
+from edge_runtime.server.errors import RequestError
+from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.openai_replies import (
+    ChatChunks,
+    TextCompletions,
+    add_usage,
+    chat_completion,
+    usage,
+)
+from edge_runtime.server.openai_requests import ChatCompletionRequest, CompletionRequest, Loose
+from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
+from edge_runtime.server.routing import JSONRoute
+from edge_runtime.server.state import State
+
+router = APIRouter(tags=["OpenAI"], route_class=JSONRoute)
+router.include_router(responses.router)
+
+Described = dict[int | str, dict[str, Any]]
+ERRORS: Described = {"4XX": {"model": shapes.ErrorReply}, "5XX": {"model": shapes.ErrorReply}}
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses={200: {"model": shapes.ChatCompletion, "content": sse.DESCRIBED}, **ERRORS},
+)
+async def chat_completions(request: Request, state: State, body: ChatCompletionRequest) -> Response:
+    """Answer a conversation, with pictures, documents and videos in it, whole or as a stream of chunks."""
+    call = ChatCall(body.model, body.conversation(), body.options(), n=body.n_answers)
+    model = body.model or state.catalog.default
+    if body.stream:
+        chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, most_calls=body.most_calls)
+        answering = await begin(request, state.inference, call)
+        return AnswerStreamResponse(answering, lambda events: _chat_lines(events, chunks), "sse", "openai")
+
+    async def reply(answering: Answering) -> Response:
+        return sse.body(chat_completion(await answering.whole(), model, most_calls=body.most_calls))
+
+    return await whole(request, state.inference, call, reply)
+
+
+async def _chat_lines(events: AsyncIterator[tuple[int, Event]], chunks: ChatChunks) -> AsyncIterator[str]:
+    """Role, pieces and end of each answer; then the tokens, where they were asked for."""
+    answers: dict[int, Answer] = {}
+    for chunk in chunks.begin():
+        yield sse.event(chunk)
+    async for number, event in events:
+        if isinstance(event, Heartbeat):
+            yield sse.BEAT
+        elif isinstance(event, Answer):
+            answers[number] = event
+            yield sse.event(chunks.end(number, event.finish_reason))
+        else:
+            for chunk in chunks.piece(number, event):
+                yield sse.event(chunk)
+    for chunk in chunks.usage([*answers.values()]):
+        yield sse.event(chunk)
+    yield sse.DONE
+
+
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": shapes.TextCompletion, "content": sse.DESCRIBED}, **ERRORS},
+)
+async def completions(request: Request, state: State, body: CompletionRequest) -> Response:
+    """Go on with a text as it stands, without the chat template; so do llama-server and vLLM."""
+    options, prompts = body.options(), body.prompts
+    texts = TextCompletions(
+        body.model or state.catalog.default,
+        include_usage=body.include_usage,
+        n_top=body.logprobs or 0,
+    )
+    calls = [ChatCall(body.model, prompt, options, n=body.n_answers) for prompt in prompts]
+    if body.stream:
+        if len(calls) > 1:
+            raise RequestError(
+                f"prompt holds {len(calls)} texts, but a stream has the answers to one; send one, or leave out "
+                "stream.",
+                "prompt",
+            )
+        answering = await begin(request, state.inference, calls[0])
+        echoed = [prompts[0] if body.echo else ""] * body.n_answers
+        return AnswerStreamResponse(answering, lambda events: _text_lines(events, texts, echoed), "sse", "openai")
+
+    async def reply() -> Response:
+        async with AsyncExitStack() as stack:
+            begun = []
+            for call in calls:
+                begun.append(await state.inference.begin(call))
+                stack.push_async_callback(begun[-1].close)
+            found = [await answering.whole() for answering in begun]
+        answers = [answer for of_prompt in found for answer in of_prompt]
+        echoed = [prompt if body.echo else "" for prompt in prompts for _ in range(body.n_answers)]
+        return sse.body(texts.whole(answers, echoed, add_usage([usage(of_prompt) for of_prompt in found])))
+
+    return await while_connected(request, reply())
+
+
+async def _text_lines(
+    events: AsyncIterator[tuple[int, Event]], texts: TextCompletions, echoed: list[str]
+) -> AsyncIterator[str]:
+    answers: dict[int, Answer] = {}
+    for number, prompt in enumerate(echoed):
+        for chunk in texts.begin(number, prompt):
+            yield sse.event(chunk)
+    async for number, event in events:
+        if isinstance(event, Heartbeat):
+            yield sse.BEAT
+        elif isinstance(event, Answer):
+            answers[number] = event
+            yield sse.event(texts.end(number, event.finish_reason))
+        elif event.kind == "answer":
+            yield sse.event(texts.piece(number, event))
+    for chunk in texts.usage(usage([*answers.values()])):
+        yield sse.event(chunk)
+    yield sse.DONE
+
+
+def _entry(listed: Listed) -> shapes.ModelEntry:
+    return {
+        "id": listed.name,
+        "object": "model",
+        "created": int(listed.modified.timestamp()),
+        "owned_by": "library",
+    }
+
+
+@router.get("/v1/models", response_model=None, responses={200: {"model": shapes.ModelList}, **ERRORS})
+async def models(state: State) -> Response:
+    """List the models of this machine."""
+    found = await asyncio.to_thread(state.catalog.all)
+    listed: shapes.ModelList = {"object": "list", "data": [_entry(item) for item in found]}
+    return sse.body(listed)
+
+
+@router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": shapes.ModelEntry}, **ERRORS})
+async def model(state: State, model: str) -> Response:
+    """Tell of one model; its name may have slashes."""
+    return sse.body(_entry(await asyncio.to_thread(state.catalog.find, model)))
+
+
+class EmbeddingsRequest(Loose):
+    """Body of `POST /v1/embeddings`."""
+
+    model: str | None = None
+    input: Any = None
+
+
+@router.post("/v1/embeddings", response_model=None, responses=ERRORS)
+async def embeddings(state: State, body: EmbeddingsRequest) -> Response:
+    """Refuse: a model that answers about pictures makes no embeddings of texts."""
+    listed = await asyncio.to_thread(state.catalog.find, body.model)
+    raise RequestError(
+        f"{listed.name} answers questions and makes no embeddings; use a model made for them on another server.",
+        "model",
+    )

@@ -1,0 +1,303 @@
+"""Answers of the engine → replies and chunks of OpenAI's chat completions and completions.
+
+Enters: pieces while an answer is made, `Answer`s when it is finished. Leaves: the dictionaries of `openai_shapes`.
+Knows neither requests nor connections. Source: openai-python's types; the order of chunks is that of OpenAI's own
+servers.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from edge_runtime import __version__
+from edge_runtime import tools as runtime_tools
+from edge_runtime.answers import Answer
+from edge_runtime.logprobs import TokenLogprobs
+from edge_runtime.requests import FinishReason as EngineReason
+from edge_runtime.server import openai_shapes as shapes
+from edge_runtime.streaming import Piece
+
+FINGERPRINT = f"fp_edge_runtime_{__version__}"
+
+
+def new_id(prefix: str) -> str:
+    """An id that nobody had before."""
+    return f"{prefix}{secrets.token_hex(12)}"
+
+
+def finish_reason(reason: EngineReason, *, has_calls: bool = False) -> shapes.FinishReason:
+    """Why an answer ended: one that went in circles or was cut off by its time is not whole, as one without room."""
+    if reason != "stop":
+        return "length"
+    return "tool_calls" if has_calls else "stop"
+
+
+def usage(answers: Sequence[Answer]) -> shapes.Usage:
+    """Tokens of the answers to one prompt."""
+    first, n_completion = answers[0], sum(answer.completion_tokens for answer in answers)
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": n_completion,
+        "total_tokens": first.prompt_tokens + n_completion,
+        "prompt_tokens_details": {"cached_tokens": first.cached_tokens, "image_tokens": first.visual_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(answer.reasoning_tokens for answer in answers)},
+    }
+
+
+def timings(answer: Answer) -> shapes.Timings:
+    """Tell where the time of an answer went."""
+    seconds = answer.timings_s
+    decode_s = seconds.get("decode", 0.0)
+    return {
+        "prompt_n": answer.prompt_tokens - answer.cached_tokens,
+        "prompt_ms": seconds.get("prefill", 0.0) * 1e3,
+        "predicted_n": answer.completion_tokens,
+        "predicted_ms": decode_s * 1e3,
+        "predicted_per_second": answer.completion_tokens / decode_s if decode_s else 0.0,
+        "image_ms": (seconds.get("image", 0.0) + seconds.get("encode", 0.0)) * 1e3 if answer.pictures else 0.0,
+        "first_token_ms": seconds.get("first_token", 0.0) * 1e3,
+    }
+
+
+def add_usage(parts: Sequence[shapes.Usage]) -> shapes.Usage:
+    """Tokens of several prompts."""
+    prompt, completion = (sum(part[key] for part in parts) for key in ("prompt_tokens", "completion_tokens"))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(part["prompt_tokens_details"]["cached_tokens"] for part in parts),
+            "image_tokens": sum(part["prompt_tokens_details"]["image_tokens"] for part in parts),
+        },
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(part["completion_tokens_details"]["reasoning_tokens"] for part in parts)
+        },
+    }
+
+
+def token_logprobs(scores: Iterable[TokenLogprobs]) -> list[shapes.TokenLogprob]:
+    """Log probabilities of the answer's tokens, without those of the reasoning."""
+    return [
+        {
+            "token": score.token,
+            "bytes": score.bytes,
+            "logprob": score.logprob,
+            "top_logprobs": [
+                {"token": top.token, "bytes": top.bytes, "logprob": top.logprob} for top in score.top_logprobs
+            ],
+        }
+        for score in scores
+        if score.kind == "answer"
+    ]
+
+
+def _logprobs(scores: Iterable[TokenLogprobs]) -> shapes.Logprobs:
+    return {"content": token_logprobs(scores), "refusal": None}
+
+
+def arguments_text(call: runtime_tools.ToolCall) -> str:
+    """Arguments of a call as OpenAI's APIs carry them: JSON in a string."""
+    return json.dumps(call.arguments, ensure_ascii=False)
+
+
+def _tool_call(call: runtime_tools.ToolCall) -> shapes.ToolCall:
+    return {
+        "id": new_id("call_"),
+        "type": "function",
+        "function": {"name": call.name, "arguments": arguments_text(call)},
+    }
+
+
+def chat_completion(answers: Sequence[Answer], model: str, *, most_calls: int | None = None) -> shapes.ChatCompletion:
+    """Whole reply to a chat.
+
+    Parameters
+    ----------
+    model : as the client called it.
+    most_calls : 1 where the client takes one call at a time.
+    """
+    return {
+        "id": new_id("chatcmpl-"),
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": FINGERPRINT,
+        "choices": [_choice(index, answer, most_calls) for index, answer in enumerate(answers)],
+        "usage": usage(answers),
+    }
+
+
+def _choice(index: int, answer: Answer, most_calls: int | None) -> shapes.Choice:
+    calls = answer.tool_calls[:most_calls]
+    message: shapes.Message = {"role": "assistant", "content": answer.answer, "refusal": None}
+    if calls:
+        message["tool_calls"] = [_tool_call(call) for call in calls]
+        message["content"] = answer.answer or None
+    if answer.reasoning:
+        message["reasoning"] = message["reasoning_content"] = answer.reasoning
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": None if answer.logprobs is None else _logprobs(answer.logprobs),
+        "finish_reason": finish_reason(answer.finish_reason, has_calls=bool(calls)),
+    }
+
+
+@dataclass
+class ChatChunks:
+    """Chunks of one streamed chat: `begin`, then `piece` and `end` for each answer, then `usage`."""
+
+    model: str
+    n: int = 1
+    include_usage: bool = False
+    most_calls: int | None = None
+    id: str = field(default_factory=lambda: new_id("chatcmpl-"))
+    created: int = field(default_factory=lambda: int(time.time()))
+    _calls: dict[int, int] = field(default_factory=dict)
+    """Number of an answer → calls that were sent of it."""
+
+    def begin(self) -> Iterator[shapes.ChatChunk]:
+        """Say who speaks, once for each answer."""
+        return (self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.n))
+
+    def piece(self, index: int, piece: Piece) -> Iterator[shapes.ChatChunk]:
+        """Translate a piece; one that has nothing to be shown makes no chunk."""
+        scores = _logprobs(piece.logprobs) if piece.logprobs else None
+        if scores is not None and not scores["content"]:
+            scores = None
+        if piece.kind == "reasoning":
+            delta: shapes.Delta = {"reasoning": piece.text, "reasoning_content": piece.text}
+        elif piece.call is not None:
+            number = self._calls.get(index, 0)
+            if number == self.most_calls:
+                return
+            self._calls[index] = number + 1
+            delta = {"tool_calls": [{"index": number, **_tool_call(piece.call)}]}
+        else:
+            delta = {"content": piece.text}
+        if piece.text or scores:
+            yield self._chunk(index, delta, scores)
+
+    def end(self, index: int, reason: EngineReason) -> shapes.ChatChunk:
+        """Say why an answer ended."""
+        return self._chunk(index, {}, reason=finish_reason(reason, has_calls=index in self._calls))
+
+    def usage(self, answers: Sequence[Answer]) -> Iterator[shapes.ChatChunk]:
+        """Tell the tokens, where that was asked for."""
+        if self.include_usage:
+            yield self._frame([]) | {"usage": usage(answers), "timings": timings(answers[0])}
+
+    def _chunk(
+        self,
+        index: int,
+        delta: shapes.Delta,
+        logprobs: shapes.Logprobs | None = None,
+        reason: shapes.FinishReason | None = None,
+    ) -> shapes.ChatChunk:
+        choice: shapes.ChunkChoice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self._frame([choice])
+
+    def _frame(self, choices: list[shapes.ChunkChoice]) -> shapes.ChatChunk:
+        chunk: shapes.ChatChunk = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+        }
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+
+@dataclass
+class TextCompletions:
+    """Replies and chunks of one request for completions; answers are numbered through all its prompts."""
+
+    model: str
+    include_usage: bool = False
+    n_top: int = 0
+    id: str = field(default_factory=lambda: new_id("cmpl-"))
+    created: int = field(default_factory=lambda: int(time.time()))
+    _offsets: dict[int, int] = field(default_factory=dict)
+    """Number of an answer → characters that were sent of it."""
+
+    def whole(self, answers: Sequence[Answer], prompts: Sequence[str], total: shapes.Usage) -> shapes.TextCompletion:
+        """Whole reply.
+
+        Parameters
+        ----------
+        prompts : one for each answer: what is repeated before it; empty where that was not asked for.
+        """
+        choices: list[shapes.TextChoice] = []
+        for index, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
+            scores = None if answer.logprobs is None else self._logprobs(answer.logprobs, len(prompt))
+            choices.append(self._choice(index, prompt + answer.answer, scores, answer.finish_reason))
+        return self._frame(choices) | {"usage": total}
+
+    def begin(self, index: int, prompt: str) -> Iterator[shapes.TextCompletion]:
+        """Repeat the prompt, where that was asked for."""
+        self._offsets[index] = len(prompt)
+        if prompt:
+            yield self._chunk(self._choice(index, prompt, None, None))
+
+    def piece(self, index: int, piece: Piece) -> shapes.TextCompletion:
+        """Translate a piece."""
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + len(piece.text)
+        scores = self._logprobs(piece.logprobs, offset) if piece.logprobs else None
+        return self._chunk(self._choice(index, piece.text, scores, None))
+
+    def end(self, index: int, reason: EngineReason) -> shapes.TextCompletion:
+        """Say why an answer ended."""
+        return self._chunk(self._choice(index, "", None, reason))
+
+    def usage(self, total: shapes.Usage) -> Iterator[shapes.TextCompletion]:
+        """Tell the tokens, where that was asked for."""
+        if self.include_usage:
+            yield self._frame([]) | {"usage": total}
+
+    def _choice(
+        self, index: int, text: str, logprobs: shapes.TextLogprobs | None, reason: EngineReason | None
+    ) -> shapes.TextChoice:
+        ended: shapes.TextChoice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+        if reason is not None:
+            ended["finish_reason"] = "stop" if reason == "stop" else "length"
+        return ended
+
+    def _logprobs(self, scores: Iterable[TokenLogprobs], offset: int) -> shapes.TextLogprobs:
+        scores = [score for score in scores if score.kind == "answer"]
+        offsets = []
+        for score in scores:
+            offsets.append(offset)
+            offset += len(score.token)
+        return {
+            "tokens": [score.token for score in scores],
+            "token_logprobs": [score.logprob for score in scores],
+            "top_logprobs": [{top.token: top.logprob for top in score.top_logprobs} for score in scores]
+            if self.n_top
+            else None,
+            "text_offset": offsets,
+        }
+
+    def _chunk(self, choice: shapes.TextChoice) -> shapes.TextCompletion:
+        chunk = self._frame([choice])
+        if self.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def _frame(self, choices: list[shapes.TextChoice]) -> shapes.TextCompletion:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+        }

@@ -1,0 +1,217 @@
+"""What OpenAI's chat completions, completions and models answer with, as types.
+
+The checker holds the code to them, and FastAPI describes them. Source: openai-python's types.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from typing_extensions import TypedDict  # pydantic cannot describe typing's own before Python 3.12
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class TopLogprob(TypedDict):
+    """One of the most probable tokens at a place."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    """A token of an answer."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(TypedDict):
+    """Of the tokens of an answer; reasoning is not among them."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class CalledFunction(TypedDict):
+    """A function and its arguments, which are JSON in a string."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """A call that the model makes."""
+
+    index: NotRequired[int]
+    """In a stream only."""
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class PromptDetails(TypedDict):
+    """Parts of the prompt's tokens."""
+
+    cached_tokens: int
+    image_tokens: int
+
+
+class CompletionDetails(TypedDict):
+    """Parts of the answer's tokens."""
+
+    reasoning_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens of a request: the prompt once, the answers together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class Timings(TypedDict):
+    """Where the time went, in milliseconds; not OpenAI's: all but the last two are llama-server's."""
+
+    prompt_n: int
+    """Tokens of the prompt that were computed: all but the cached ones."""
+    prompt_ms: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_second: float
+    image_ms: float
+    """Decoding, cutting and encoding pictures."""
+    first_token_ms: float
+    """From the request's preparation on, everything before included."""
+
+
+class Message(TypedDict):
+    """A whole answer."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    reasoning: NotRequired[str]
+    """As Ollama calls it."""
+    reasoning_content: NotRequired[str]
+    """The same, as llama-server and vLLM call it."""
+    tool_calls: NotRequired[list[ToolCall]]
+
+
+class Choice(TypedDict):
+    """One of the answers."""
+
+    index: int
+    message: Message
+    logprobs: Logprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    """Reply to `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class Delta(TypedDict, total=False):
+    """What an answer has more than before."""
+
+    role: Literal["assistant"]
+    content: str
+    reasoning: str
+    reasoning_content: str
+    tool_calls: list[ToolCall]
+
+
+class ChunkChoice(TypedDict):
+    """A piece of one of the answers."""
+
+    index: int
+    delta: Delta
+    logprobs: Logprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(TypedDict):
+    """An event of a streamed chat completion."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChunkChoice]
+    usage: NotRequired[Usage | None]
+    """Where it was asked for: null but in the last chunk."""
+    timings: NotRequired[Timings]
+    """Beside the usage."""
+
+
+class TextLogprobs(TypedDict):
+    """Of the tokens of a completion, in lists side by side."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(TypedDict):
+    """A completion, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class TextCompletion(TypedDict):
+    """Reply to `POST /v1/completions`, and event of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoice]
+    usage: NotRequired[Usage | None]
+
+
+class ModelEntry(TypedDict):
+    """A model of this server."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(TypedDict):
+    """Reply to `GET /v1/models`."""
+
+    object: Literal["list"]
+    data: list[ModelEntry]
+
+
+class ErrorBody(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(TypedDict):
+    """Reply to a request that failed."""
+
+    error: ErrorBody

@@ -1,0 +1,29 @@
+"""Routes that read JSON whatever its label says, as Ollama and llama-server do: curl calls it a form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from starlette.responses import Response
+
+
+class JSONRoute(APIRoute):
+    """A route whose body is JSON.
+
+    A browser sends a form to any server without asking it first. That is why `limits` refuses origins that were not
+    allowed: the label of the body is no protection here.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler of a request."""
+        handle = super().get_route_handler()
+
+        async def relabelled(request: Request) -> Response:
+            headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
+            request.scope["headers"] = [*headers, (b"content-type", b"application/json")]
+            return await handle(Request(request.scope, request.receive))
+
+        return relabelled

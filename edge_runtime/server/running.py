@@ -1,0 +1,128 @@
+"""An application → a process that serves it: sockets, signals, and an end that lets running answers finish."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from edge_runtime.errors import BackendUnavailable
+from edge_runtime.server.connections import KEEP_ALIVE_S, guarded
+from edge_runtime.server.settings import Settings
+from edge_runtime.server.state import server_of
+
+AFTERWARDS_S = 2.0
+"""For the last words to clients whose answers were stopped at the end of the grace time."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells its address and finishes what runs before it ends.
+
+    The first signal closes the doors: running answers have the grace time, then they are stopped and their clients
+    told. A second Ctrl-C ends at once. Signals are not raised again at the end, as uvicorn does, for models are still
+    to be closed then.
+    """
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        self.state, self.settings = server_of(app), settings
+        self.caught: int | None = None
+        """The signal that ended it."""
+        config = uvicorn.Config(
+            app,
+            lifespan="off",  # `serve` is inside it, so that its errors are ours
+            log_config=None,
+            access_log=False,
+            server_header=False,  # tells attackers what to look up, and nobody else anything
+            proxy_headers=False,  # nothing here depends on who a client says it is
+            http=guarded(settings),
+            ws="none",
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=round(settings.grace_s + AFTERWARDS_S + 0.5),
+        )
+        super().__init__(config)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Listen for signals while the block lasts."""
+        with contextlib.ExitStack() as stack:
+            for number in SIGNALS:
+                try:
+                    before = signal.signal(number, self.handle_exit)
+                except ValueError:  # not in the main thread: whoever started this ends it
+                    break
+                stack.callback(signal.signal, number, before)
+            yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin the end."""
+        self.caught = sig
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running answers finish, and stop those that take too long."""
+        stopping = asyncio.get_running_loop().call_later(self.settings.grace_s, self.state.inference.stop)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            stopping.cancel()
+
+
+async def serve(app: FastAPI, settings: Settings, on_start: Callable[[str, Server], None]) -> int | None:
+    """Load the owner's models and serve until told to end.
+
+    Parameters
+    ----------
+    on_start : called with the address once the server answers.
+
+    Returns
+    -------
+    caught : the signal that ended it.
+
+    Raises
+    ------
+    EdgeRuntimeError
+        When a model cannot be loaded, or the address cannot be had.
+    """
+    with contextlib.closing(_listen(settings)) as listener:
+        async with app.router.lifespan_context(app):
+            server = Server(app, settings)
+            running = asyncio.create_task(server.serve([listener]))
+            while not server.started and not running.done():
+                await asyncio.sleep(0.01)
+            on_start(_address(settings, listener), server)
+            await running
+            return server.caught
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Take the address before anything slow is done.
+
+    Raises
+    ------
+    BackendUnavailable
+        When it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host.strip("[]"), settings.port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BackendUnavailable(
+            f"The address {settings.host} port {settings.port} cannot be had: {reason}; end what uses it (Ollama "
+            "listens on 11434), or choose another with --port."
+        ) from None
+
+
+def _address(settings: Settings, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    host = settings.host.strip("[]")
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

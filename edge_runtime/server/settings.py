@@ -1,0 +1,102 @@
+"""What the owner of a server decides, in one immutable place; everything else reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any
+
+from edge_runtime.errors import MessageError
+
+MEGABYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of `edge-runtime serve`; sizes in bytes, times in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 11434
+    """0 takes a free one."""
+    models: tuple[str, ...] = ()
+    """Loaded at the start: names as for `Model.load`, folders and files of the owner included. The first one takes
+    requests that name none; without any, the demo model does."""
+    api_key: str | None = field(default=None, repr=False)
+    """What clients must send as a bearer token; None asks for nothing."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages, besides the server's own, that may use it; `*` for all."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names in the Host header by which the server is reached."""
+    allow_url: tuple[str, ...] = ()
+    """Hosts from which pictures and models may be fetched because a request says so; none by default."""
+
+    max_body_bytes: int = 256 * MEGABYTE
+    """Of one request; uploads of model files (blobs) have their own."""
+    max_blob_bytes: int = 64 << 30
+    max_images: int = 64
+    """Pictures in one request."""
+    max_image_bytes: int = 64 * MEGABYTE
+    max_pixels: int = 64_000_000
+    """Of one picture."""
+    max_pages: int = 64
+    """Of one document."""
+    max_video_bytes: int = 128 * MEGABYTE
+    max_video_frames: int = 180
+    max_queue: int = 64
+    """Requests that are worked on or wait; further ones are told to come back."""
+    max_tokens: int = 32_768
+    """Most tokens of one answer, whatever a request asks for."""
+    max_answers: int = 8
+    """Most answers to one request (OpenAI's n)."""
+    header_timeout_s: float = 20.0
+    """For the head of a request to arrive."""
+    body_timeout_s: float = 60.0
+    """Without a byte of a body that was announced."""
+    request_timeout_s: float = 1800.0
+    """From a request's arrival to the end of its answer."""
+    fetch_timeout_s: float = 20.0
+    heartbeat_s: float = 1.0
+    """Between signs of life while nothing else is to be said."""
+    grace_s: float = 30.0
+    """For running answers when the server is told to end."""
+    keep_alive_s: float = 300.0
+    """How long a model stays loaded after its last request; below 0: for ever."""
+    max_loaded_bytes: int | None = None
+    """Most memory of all loaded models together; None: what the machine has free."""
+    load: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of `Model.load`, such as n_ctx and n_threads."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return is_loopback(self.host)
+
+    def checked(self) -> Settings:
+        """Return these settings when every number is in range.
+
+        Raises
+        ------
+        MessageError
+            Naming the one that is not.
+        """
+        for name, value in vars(self).items():
+            if name.startswith("max_") and value is not None and value < 1:
+                raise MessageError(f"{name} is {value}; expected a positive whole number.")
+            if name.endswith("_s") and name != "keep_alive_s" and not 0 < value < 1e9:
+                raise MessageError(f"{name} is {value}; expected a positive number of seconds.")
+        if not 0 <= self.port <= 65535:
+            raise MessageError(f"port is {self.port}; expected a number from 0 to 65535.")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
+            raise MessageError("The API key is empty or holds odd characters; expected printable ASCII.")
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name is of this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

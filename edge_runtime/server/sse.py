@@ -1,0 +1,37 @@
+"""JSON objects → server-sent events and bodies, whatever characters a client has sent along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.responses import Response
+
+DESCRIBED: dict[str, Any] = {"text/event-stream": {}}
+"""A stream in a description of replies; OpenAPI 3.1 has no words for its events."""
+DONE = "data: [DONE]\n\n"
+BEAT = ": working\n\n"
+"""A comment, which clients skip: it says that the connection lives."""
+
+
+def as_json(value: Any) -> str:
+    """JSON in which halves of surrogate pairs, which JSON may hold and UTF-8 may not, are U+FFFD."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def event(value: Mapping[str, Any], *, named: bool = False) -> str:
+    """One event.
+
+    Parameters
+    ----------
+    named : put its `type` before it, too, as clients of typed events expect it.
+    """
+    name = f"event: {value['type']}\n" if named else ""
+    return f"{name}data: {as_json(value)}\n\n"
+
+
+def body(value: Mapping[str, Any]) -> Response:
+    """A whole reply."""
+    return Response(as_json(value), media_type="application/json")

@@ -1,0 +1,99 @@
+"""A server on the loopback: the real application in uvicorn, in a thread, with the demo model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from edge_runtime.server import running as serving
+from edge_runtime.server.app import create_app
+from edge_runtime.server.running import Server
+from edge_runtime.server.settings import Settings
+from edge_runtime.server.state import ServerState
+
+SIGN = Path(__file__).parents[2] / "examples" / "sign.png"
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    url: str
+    app: FastAPI
+    server: Server
+
+    @property
+    def state(self) -> ServerState:
+        """What its routes share."""
+        return self.app.state.server
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[Served]:
+    """Run a server while the block lasts, as the command does, in a thread."""
+    app = create_app(settings)
+    started: queue.Queue[tuple[str, Server] | BaseException] = queue.Queue()
+
+    def run() -> None:
+        try:
+            asyncio.run(serving.serve(app, settings, lambda url, server: started.put((url, server))))
+        except BaseException as error:  # noqa: BLE001 - raised where the test waits
+            started.put(error)
+
+    thread = threading.Thread(target=run, name="server under test")
+    thread.start()
+    found = started.get(timeout=120)
+    if isinstance(found, BaseException):
+        raise found
+    url, server = found
+    try:
+        yield Served(url, app, server)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive(), "the server did not end"
+
+
+@pytest.fixture(scope="session")
+def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Empty stores, ours and Ollama's, for all servers of a session."""
+    folder = tmp_path_factory.mktemp("stores")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGE_RUNTIME_MODELS", str(folder / "models"))
+        patch.setenv("OLLAMA_MODELS", str(folder / "ollama"))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def server(own_store: Path) -> Iterator[Served]:
+    """A server with the demo model, for tests that change nothing in it."""
+    with running(Settings(port=0, models=("demo",), heartbeat_s=0.05)) as served:
+        yield served
+
+
+@pytest.fixture
+def serve(own_store: Path) -> Iterator[Callable[..., Served]]:
+    """Start further servers, with settings of the test's own."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**settings: Any) -> Served:
+            return stack.enter_context(running(Settings(**{"port": 0, "heartbeat_s": 0.05, **settings})))
+
+        yield start
+
+
+@pytest.fixture
+def client(server: Served) -> Iterator[httpx.Client]:
+    """A plain HTTP client of the common server."""
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+        yield client

@@ -1,0 +1,477 @@
+"""The `openai` package against a running server; every reply and event is read by its types, strictly."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
+
+from edge_runtime.errors import EngineBusy, ImageError
+from edge_runtime.server import responses, sse
+from edge_runtime.server.errors import TimedOut
+from edge_runtime.server.inference import Answering, Heartbeat
+from edge_runtime.server.responses_events import ResponseEvents
+from edge_runtime.server.responses_requests import ResponsesRequest
+from edge_runtime.server.settings import Settings
+from edge_runtime.streaming import Piece
+from server.conftest import SIGN, Served, running
+from server.test_openai_replies import read, read_text_chunk
+from server.test_responses_events import checked, read_response
+
+URI = "data:image/png;base64," + base64.b64encode(SIGN.read_bytes()).decode()
+PICTURE = {"type": "image_url", "image_url": {"url": URI}}
+QUESTION = [{"role": "user", "content": [PICTURE, {"type": "text", "text": "What does it say?"}]}]
+HELLO = [{"role": "user", "content": "Who are you?"}]
+ANSWER = "I am a tiny demo model."
+PROMPT = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""The same as the chat template writes it, for completions have none."""
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather at a place.",
+        "parameters": {
+            "type": "object",
+            "properties": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "required": ["days"],
+            "additionalProperties": False,
+        },
+    },
+}
+CLOCK = {"type": "function", "function": {"name": "clock"}}
+
+
+class Sign(BaseModel):
+    """What a structured answer is to be."""
+
+    shape: bool
+    count: int
+
+
+def openai_client(served: Served) -> openai.OpenAI:
+    plain = openai.DefaultHttpxClient(trust_env=False)
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60, http_client=plain)
+
+
+@pytest.fixture
+def ai(server: Served) -> Iterator[openai.OpenAI]:
+    """A client of the demo model."""
+    with openai_client(server) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def tiny_server(own_store: Path, exact_folder: Path) -> Iterator[Served]:
+    """A server with a model that knows the tags of tool calls, if nothing else."""
+    with running(Settings(port=0, models=(str(exact_folder),), heartbeat_s=0.05, load={"exact": True})) as served:
+        yield served
+
+
+@pytest.fixture
+def tiny(tiny_server: Served) -> Iterator[openai.OpenAI]:
+    """A client of that model, which takes requests without a name, too."""
+    with openai_client(tiny_server) as client:
+        yield client
+
+
+@pytest.fixture
+def tiny_name(tiny_server: Served) -> str:
+    """What the model is called."""
+    return tiny_server.state.catalog.default
+
+
+def events_of(reply: httpx.Response) -> list[str]:
+    """Data of a stream of server-sent events."""
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    return [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: ")]
+
+
+@pytest.mark.parametrize("spelling", ["object", "string"])
+def test_a_question_about_a_picture(ai, spelling):
+    part = PICTURE if spelling == "object" else {"type": "image_url", "image_url": URI}
+    messages: Any = [{"role": "user", "content": [part, QUESTION[0]["content"][1]]}]
+    raw = ai.chat.completions.with_raw_response.create(model="demo", messages=messages, temperature=0)
+    reply = read(ChatCompletion, json.loads(raw.text))
+    assert reply.choices[0].message.content == "CAFE"
+    assert reply.choices[0].finish_reason == "stop"
+    usage = reply.usage
+    assert 0 < usage.prompt_tokens_details.image_tokens < usage.prompt_tokens
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert raw.parse().choices[0].message.content == "CAFE"
+
+
+def test_a_stream_of_chunks(client):
+    body = {"model": "demo", "messages": QUESTION, "temperature": 0, "stream": True}
+    reply = client.post("/v1/chat/completions", json=body | {"stream_options": {"include_usage": True}})
+    *found, done = events_of(reply)
+    assert done == "[DONE]"
+    chunks = [read(ChatCompletionChunk, json.loads(line)) for line in found]
+    first, *deltas, finish, usage = chunks
+    assert first.choices[0].delta.model_dump(exclude_unset=True) == {"role": "assistant", "content": ""}
+    assert "".join(chunk.choices[0].delta.content for chunk in deltas) == "CAFE"
+    assert (finish.choices[0].delta.model_dump(exclude_unset=True), finish.choices[0].finish_reason) == ({}, "stop")
+    assert (usage.choices, usage.usage.completion_tokens > 0) == ([], True)
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert "usage" not in json.loads(events_of(client.post("/v1/chat/completions", json=body))[0])
+
+
+def test_the_packages_own_stream(ai):
+    with ai.chat.completions.stream(model="demo", messages=HELLO, temperature=0) as stream:
+        told = "".join(event.delta for event in stream if event.type == "content.delta")
+        final = stream.get_final_completion()
+    assert told == final.choices[0].message.content == ANSWER
+
+
+def test_signs_of_life_are_no_chunks(client):
+    """While a picture is encoded comments are sent, which every client of server-sent events skips."""
+    body = {"messages": QUESTION, "stream": True}
+    with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+        lines = [line for line in reply.iter_lines() if line]
+    assert {line.partition(" ")[0] for line in lines} <= {"data:", ":"}
+
+
+def test_several_answers(ai):
+    reply = ai.chat.completions.create(model="demo", messages=HELLO, n=3, seed=7, temperature=0)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    assert {choice.message.content for choice in reply.choices} == {ANSWER}
+    one = ai.chat.completions.create(model="demo", messages=HELLO, temperature=0)
+    assert reply.usage.prompt_tokens == one.usage.prompt_tokens, "the prompt counts once"
+    assert reply.usage.completion_tokens == 3 * one.usage.completion_tokens
+
+
+def test_several_answers_in_a_stream(ai):
+    texts = {0: "", 1: ""}
+    ends = {}
+    for chunk in ai.chat.completions.create(model="demo", messages=HELLO, n=2, temperature=0, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+        ends[choice.index] = choice.finish_reason
+    assert (texts, ends) == ({0: ANSWER, 1: ANSWER}, {0: "stop", 1: "stop"})
+
+
+def test_log_probabilities(ai):
+    options: Any = {"model": "demo", "messages": HELLO, "temperature": 0, "logprobs": True, "top_logprobs": 2}
+    raw = ai.chat.completions.with_raw_response.create(**options)
+    tokens = read(ChatCompletion, json.loads(raw.text)).choices[0].logprobs.content
+    assert b"".join(bytes(token.bytes) for token in tokens).decode() == ANSWER
+    assert all(token.top_logprobs[0].token == token.token for token in tokens), "the most probable was taken"
+    assert all(len(token.top_logprobs) == 2 and token.logprob <= 0 for token in tokens)
+    streamed = [
+        token
+        for chunk in ai.chat.completions.create(**options, stream=True)
+        if chunk.choices[0].logprobs
+        for token in chunk.choices[0].logprobs.content
+    ]
+    assert [token.token for token in streamed] == [token.token for token in tokens]
+
+
+def test_sampling_is_passed_on(ai):
+    def answer(**options: Any) -> Any:
+        return ai.chat.completions.create(model="demo", messages=HELLO, temperature=0, **options).choices[0]
+
+    first_token = answer(logprobs=True).logprobs.content[0]
+    assert first_token.token == "I"
+    assert answer(stop=" tiny").message.content == "I am a"
+    assert answer(max_tokens=2).finish_reason == "length"
+    assert answer(max_completion_tokens=3, max_tokens=1).message.content == "I am a"
+    assert answer(logit_bias={"40": -100}).message.content != ANSWER
+    warm = {"messages": HELLO, "model": "demo", "temperature": 5.0, "top_p": 1, "max_tokens": 8}
+    seeded = [ai.chat.completions.create(**warm, seed=seed).choices[0].message.content for seed in (1, 1, 2, -3)]
+    assert seeded[0] == seeded[1] != seeded[2]
+
+
+def test_reasoning_has_both_names(ai, client):
+    options: Any = {"model": "demo", "messages": HELLO, "max_tokens": 60}
+    reply = ai.chat.completions.create(**options, reasoning_effort="low")
+    message: Any = reply.choices[0].message
+    assert message.reasoning == message.reasoning_content
+    assert message.reasoning
+    assert reply.usage.completion_tokens_details.reasoning_tokens > 0
+    quiet: Any = ai.chat.completions.create(
+        **options, extra_body={"chat_template_kwargs": {"enable_thinking": False}}, reasoning_effort="high"
+    )
+    assert "reasoning" not in quiet.choices[0].message.model_extra
+    lines = events_of(client.post("/v1/chat/completions", json=options | {"stream": True, "reasoning_effort": "low"}))
+    deltas = [json.loads(line)["choices"][0]["delta"] for line in lines[:-1]]
+    assert any(delta.get("reasoning") for delta in deltas)
+    assert all(delta.get("reasoning") == delta.get("reasoning_content") for delta in deltas)
+
+
+def test_a_schema_is_kept(ai):
+    reply = ai.chat.completions.parse(model="demo", messages=HELLO, response_format=Sign)
+    assert isinstance(reply.choices[0].message.parsed, Sign)
+    options: Any = {"model": "demo", "messages": HELLO, "max_tokens": 40}
+    some = ai.chat.completions.create(**options, response_format={"type": "json_object"})
+    assert isinstance(json.loads(some.choices[0].message.content), dict)
+
+
+def test_a_schema_after_reasoning(ai):
+    options: Any = {"model": "demo", "messages": HELLO, "reasoning_effort": "low", "max_tokens": 120}
+    reply: Any = ai.chat.completions.parse(**options, response_format=Sign)
+    assert isinstance(reply.choices[0].message.parsed, Sign)
+    assert reply.choices[0].message.reasoning
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_is_called(tiny, tiny_name, choice):
+    options: Any = {"model": tiny_name, "messages": HELLO, "tools": [WEATHER], "tool_choice": choice}
+    raw = tiny.chat.completions.with_raw_response.create(**options)
+    (told,) = read(ChatCompletion, json.loads(raw.text)).choices
+    assert (told.finish_reason, told.message.content) == ("tool_calls", None)
+    (call,) = told.message.tool_calls
+    assert call.function.name == "weather"
+    assert 1 <= json.loads(call.function.arguments)["days"] <= 9
+    with tiny.chat.completions.stream(**options) as stream:
+        for event in stream:
+            assert event
+        (final,) = stream.get_final_completion().choices
+    assert final.finish_reason == "tool_calls"
+    assert 1 <= json.loads(final.message.tool_calls[0].function.arguments)["days"] <= 9
+
+
+def test_results_of_tools_go_back(tiny, tiny_name):
+    options: Any = {"model": tiny_name, "tools": [WEATHER, CLOCK], "tool_choice": "required", "max_tokens": 80}
+    called = tiny.chat.completions.create(**options, messages=HELLO).choices[0].message
+    result = {"role": "tool", "tool_call_id": called.tool_calls[0].id, "content": "sunny"}
+    messages: Any = [*HELLO, called.model_dump(exclude_none=True), result]
+    reply = tiny.chat.completions.create(**options | {"tool_choice": "none", "max_tokens": 3}, messages=messages)
+    assert not reply.choices[0].message.tool_calls
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions(ai, client, stream):
+    body = {"model": "demo", "prompt": PROMPT, "max_tokens": 4, "logprobs": 1, "temperature": 0, "n": 2}
+    if not stream:
+        raw = ai.completions.with_raw_response.create(**body, echo=True)
+        reply = read(Completion, json.loads(raw.text))
+        assert [choice.index for choice in reply.choices] == [0, 1]
+        assert reply.choices[0].text == PROMPT + "I am a tiny"
+        assert reply.choices[0].logprobs.text_offset[0] == len(PROMPT)
+        assert (reply.choices[0].finish_reason, reply.usage.completion_tokens) == ("length", 8)
+        return
+    *lines, done = events_of(client.post("/v1/completions", json=body | {"stream": True}))
+    chunks = [read_text_chunk(json.loads(line)) for line in lines]
+    assert done == "[DONE]"
+    texts = {0: "", 1: ""}
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    whole = client.post("/v1/completions", json=body).json()
+    assert texts == {choice["index"]: choice["text"] for choice in whole["choices"]}
+    assert list(ai.completions.create(**body, stream=True))[-1].choices[0].finish_reason in ("stop", "length")
+
+
+def test_several_prompts(ai):
+    prompts = [PROMPT, PROMPT.replace("Who are you", "Hello")]
+    reply = ai.completions.create(model="demo", prompt=prompts, max_tokens=4, temperature=0)
+    each = [ai.completions.create(model="demo", prompt=one, max_tokens=4, temperature=0) for one in prompts]
+    assert [choice.text for choice in reply.choices] == [one.choices[0].text for one in each]
+    assert reply.choices[0].text == "I am a tiny"
+    assert reply.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in each)
+    with pytest.raises(openai.BadRequestError) as error:
+        ai.completions.create(model="demo", prompt=prompts, stream=True)
+    assert error.value.param == "prompt"
+
+
+def test_models(ai, client):
+    listed = ai.models.list()
+    assert "demo" in [model.id for model in listed]
+    for entry in client.get("/v1/models").json()["data"]:
+        read(Model, entry)
+    assert ai.models.retrieve("demo").id == ai.models.retrieve("demo:latest").id == "demo"
+    with pytest.raises(openai.NotFoundError) as error:
+        ai.models.retrieve("org/unknown")
+    assert error.value.code == "model_not_found"
+    with pytest.raises(openai.NotFoundError):
+        ai.chat.completions.create(model="unknown", messages=HELLO)
+
+
+def test_embeddings_are_refused(ai):
+    with pytest.raises(openai.BadRequestError, match="makes no embeddings"):
+        ai.embeddings.create(model="demo", input="a")
+
+
+def picture(url: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"temperature": "warm"}, "temperature"),
+        ({"temperature": 1000}, None),
+        ({"max_tokens": 0}, None),
+        ({"n": 1000}, "n"),
+        (picture("/etc/passwd"), "messages[0].content[0].image_url"),
+        (picture("file:///etc/passwd"), "messages[0].content[0].image_url"),
+        (picture("data:image/png;base64,?"), None),
+        (picture("data:image/png;base64,AAAA"), None),
+        ({"messages": [{"role": "user", "content": "word " * 9000}]}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "set"}}}}, None),
+        ({"tools": [{"type": "custom"}]}, "tools[0]"),
+        ({"tool_choice": "required"}, None),
+        ({"logit_bias": {"a": 1}}, None),
+    ],
+)
+def test_mistakes_are_told_in_openais_form(client, fields, param):
+    reply = client.post("/v1/chat/completions", json={"model": "demo", "messages": HELLO, **fields})
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert {*error} == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert (error["param"] or "").startswith(param or "")
+    assert len(error["message"]) > 10
+    assert "passwd" not in error["message"] or "data: URI" in error["message"]
+
+
+def test_other_methods_are_told_which_there_are(client):
+    for method, path, allowed in (("GET", "chat/completions", "POST"), ("POST", "models", "GET")):
+        reply = client.request(method, f"/v1/{path}")
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+        assert reply.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_addresses_are_the_owners_to_allow(ai):
+    with pytest.raises(openai.PermissionDeniedError, match="allow-url"):
+        ai.chat.completions.create(model="demo", **picture("http://127.0.0.1/a.png"))
+
+
+@pytest.mark.parametrize("route", ["chat/completions", "completions", "responses", "messages"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"a": NaN}', b"\xff", b'{"model": "\\ud800"}'])
+def test_bodies_that_are_no_requests(client, route, body):
+    reply = client.post(f"/v1/{route}", content=body)
+    assert reply.status_code in (400, 404)
+    assert reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("chat/completions", '{"messages": [{"role": "user", "content": "a"}], "logit_bias": {"\\ud800": "x"}}'),
+        ("chat/completions", '{"messages": [{"role": "user", "content": "a"}], "tool_choice": "\\ud800"}'),
+        ("chat/completions", '{"messages": [{"role": "user", "content": [{"type": "\\ud800"}]}]}'),
+        ("chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}'),
+        ("responses", '{"input": "a", "metadata": {"\\ud800": "x"}, "max_output_tokens": 1}'),
+        ("responses", '{"input": "a", "tools": [{"type": "function", "name": "\\ud800"}], "max_output_tokens": 1}'),
+        ("responses", '{"input": "a", "max_output_tokens": 1, "temperature": NaN}'),
+    ],
+)
+def test_half_characters_and_odd_numbers_do_no_harm(client, route, body):
+    reply = client.post(f"/v1/{route}", content=body)
+    assert reply.status_code in (200, 400, 404), reply.text
+    assert reply.json()
+
+
+def test_a_response(ai):
+    content = [{"type": "input_image", "image_url": URI}, {"type": "input_text", "text": "What does it say?"}]
+    options: Any = {"model": "demo", "input": [{"role": "user", "content": content}], "temperature": 0}
+    raw = ai.responses.with_raw_response.create(**options)
+    reply = read_response(json.loads(raw.text))
+    assert (reply.output_text, reply.status) == ("CAFE", "completed")
+    assert reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens
+    follow: Any = [*options["input"], *reply.output, {"role": "user", "content": "Who are you?"}]
+    again = ai.responses.create(model="demo", input=follow, temperature=0)
+    assert again.usage.input_tokens > reply.usage.input_tokens + reply.usage.output_tokens
+    assert again.usage.input_tokens_details.cached_tokens > reply.usage.input_tokens / 2, "the picture was kept"
+
+
+def test_a_streamed_response(ai, client):
+    body: Any = {"model": "demo", "input": "Who are you?", "temperature": 0}
+    lines = events_of(client.post("/v1/responses", json=body | {"stream": True}))
+    events = [checked(json.loads(line)) for line in lines]
+    assert (events[0].type, events[-1].type) == ("response.created", "response.completed")
+    assert events[-1].response.output_text == ANSWER
+    with ai.responses.stream(**body) as stream:
+        told = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        assert told == stream.get_final_response().output_text == ANSWER
+
+
+def test_a_response_with_reasoning_and_a_schema(ai):
+    options: Any = {"model": "demo", "input": "Who are you?", "max_output_tokens": 120}
+    reply = ai.responses.parse(**options, reasoning={"effort": "low"}, text_format=Sign)
+    assert isinstance(reply.output_parsed, Sign)
+    assert [item.type for item in reply.output] == ["reasoning", "message"]
+    assert reply.usage.output_tokens_details.reasoning_tokens > 0
+    cut = ai.responses.create(**options | {"max_output_tokens": 1})
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_a_response_that_calls_a_tool(tiny, tiny_name):
+    options: Any = {
+        "model": tiny_name,
+        "input": "Weather?",
+        "tools": [{"type": "function", **WEATHER["function"], "strict": True}],
+        "tool_choice": "required",
+    }
+    reply = tiny.responses.create(**options)
+    (call,) = reply.output
+    assert (call.type, call.name, call.status) == ("function_call", "weather", "completed")
+    with tiny.responses.stream(**options) as stream:
+        done = [event for event in stream if event.type == "response.function_call_arguments.done"]
+        (again,) = stream.get_final_response().output
+    assert json.loads(done[0].arguments) == json.loads(again.arguments)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    follow: Any = [{"role": "user", "content": "Weather?"}, *reply.output, result]
+    assert tiny.responses.create(model=tiny_name, input=follow, max_output_tokens=3).output
+
+
+class Failing:
+    """Events of an answer that begins and fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Any]]:
+        yield 0, Piece("I am", "answer")
+        yield 0, Heartbeat(None)
+        raise self._error
+
+
+async def collected(lines: AsyncIterator[str]) -> list[str]:
+    return [line async for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (EngineBusy("Too many."), "rate_limit_exceeded"),
+        (TimedOut("Too long."), "server_error"),
+        (ImageError("It is no picture."), "invalid_prompt"),
+        (RuntimeError("/secret/path"), "server_error"),
+    ],
+)
+def test_a_response_that_fails_says_so(error, code, caplog):
+    typed = ResponseEvents(ResponsesRequest(input="Hi"), "demo")
+    lines = asyncio.run(collected(responses._lines(Failing(error).__aiter__(), typed)))
+    assert sse.BEAT in lines
+    events = [checked(json.loads(line.split("data: ", 1)[1])) for line in lines if line != sse.BEAT]
+    assert [event.type for event in events[-2:]] == ["response.output_item.done", "response.failed"]
+    assert events[-1].response.error.code == code
+    assert "secret" not in lines[-1]
+
+
+def test_a_chat_that_fails_says_so(ai, server, monkeypatch):
+    """The status is sent by then: the error is the last event, and the package raises it."""
+
+    async def failing(answering: Answering) -> AsyncIterator[tuple[int, Any]]:
+        async for event in Failing(TimedOut("Too long.")).__aiter__():
+            yield event
+
+    monkeypatch.setattr(Answering, "events", failing)
+    stream = ai.chat.completions.create(model="demo", messages=HELLO, stream=True)
+    told = [next(stream).choices[0].delta.content for _ in range(2)]
+    assert told == ["", "I am"]
+    with pytest.raises(openai.APIError, match="Too long"):
+        next(stream)

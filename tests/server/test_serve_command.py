@@ -1,0 +1,128 @@
+"""`edge-runtime serve` as a process: what it says, how it ends, and what it refuses to start with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from runtime.command import refused
+
+QUESTION = {"model": "demo", "messages": [{"role": "user", "content": "ab"}]}
+ITEMS = 300
+LONG = {
+    **QUESTION,  # about 3000 tokens, some seconds; drawn among many, so that it does not go in circles
+    "format": {"type": "array", "items": {"enum": [*"abcdefghijkl"]}, "minItems": ITEMS, "maxItems": ITEMS},
+    "options": {"num_predict": 3500, "temperature": 50.0, "top_k": 0, "top_p": 1.0, "seed": 3},
+}
+
+
+@contextlib.contextmanager
+def process(store: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the command on a free port; yields the process and its address."""
+    environment = {**os.environ, "EDGE_RUNTIME_MODELS": str(store)}
+    command = [sys.executable, "-m", "edge_runtime", "serve", "--port", "0", *options]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            assert child.stdout is not None
+            line = child.stdout.readline()
+            found = re.search(r"http://\S+:\d+", line)
+            assert found, line + (child.stderr.read() if child.stderr and child.poll() is not None else "")
+            yield child, found[0]
+        finally:
+            child.kill()
+
+
+def until_refused(address: str) -> None:
+    """Ask until nobody takes connections any more."""
+    for _ in range(1000):
+        try:
+            httpx.get(f"{address}/api/version", trust_env=False)
+        except httpx.ConnectError:
+            return
+        except httpx.RemoteProtocolError:
+            continue  # it had waited in line when the doors closed
+    raise AssertionError("the server still takes connections")
+
+
+def test_it_says_where_it_is_and_its_example_works(tmp_path):
+    with process(tmp_path) as (child, address), httpx.Client(base_url=address, trust_env=False) as client:
+        assert child.stdout is not None
+        said = [child.stdout.readline() for _ in range(4)]
+        assert f"OLLAMA_HOST={address}\n" in said[2]
+        url, body = re.fullmatch(r"  curl (\S+) -d '(.*)'\n", said[3]).groups()  # type: ignore[union-attr]
+        reply = client.post(url, content=body, timeout=60)
+        assert json.loads(reply.text.splitlines()[-1])["done"] is True
+        child.send_signal(signal.SIGINT)
+        assert child.wait(30) == 130
+        assert child.stderr is not None
+        assert "Traceback" not in child.stderr.read()
+
+
+def test_sigterm_lets_a_running_answer_finish(tmp_path):
+    with process(tmp_path, "--grace", "600") as (child, address), httpx.Client(trust_env=False, timeout=60) as client:
+        with client.stream("POST", f"{address}/api/chat", json=LONG) as reply:
+            lines = reply.iter_lines()
+            told = [json.loads(next(lines))]
+            child.send_signal(signal.SIGTERM)
+            told += map(json.loads, lines)
+        assert told[-1]["done"] is True
+        assert len(json.loads("".join(line["message"]["content"] for line in told))) == ITEMS
+        assert child.wait(30) == 0
+
+
+def test_after_the_grace_time_clients_are_told(tmp_path):
+    with process(tmp_path, "--grace", "0.3") as (child, address), httpx.Client(trust_env=False, timeout=60) as client:
+        with client.stream("POST", f"{address}/api/chat", json=LONG) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            child.send_signal(signal.SIGTERM)
+            until_refused(address)
+            *_, last = map(json.loads, lines)
+        assert list(last) == ["error"], last
+        assert child.wait(30) == 0
+        assert child.stderr is not None
+        assert "Traceback" not in child.stderr.read()
+
+
+def test_a_host_for_everybody_without_a_key_is_warned_about(tmp_path):
+    with process(tmp_path, "--host", "0.0.0.0") as (child, _):
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+        assert child.stderr is not None
+        assert child.stderr.read().startswith("WARNING: Everybody who reaches 0.0.0.0")
+
+
+def test_what_it_does_not_start_with(own_store):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        refused(["serve", "--port", port], rf"port {port} cannot be had: .*; end what uses it")
+    refused(["serve", "-m", "nowhere"], "'nowhere' is neither 'demo' nor an existing folder or file")
+    refused(["serve", "--keep-alive", "soon"], "keep_alive is 'soon'")
+    refused(["serve", "--api-key", ""], "The API key is empty")
+
+
+def test_without_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastapi" else object())
+    refused(["serve"], r"needs fastapi, which is not installed; run: pip install 'edge-runtime\[serve\]'")
+
+
+def test_ends_of_a_server_in_a_thread(serve):
+    """Fixtures end servers without a signal: nothing of theirs stays behind."""
+    before = threading.active_count()
+    served = serve()
+    with httpx.Client(base_url=served.url, trust_env=False) as client:
+        assert client.get("/health").status_code == 200
+    assert threading.active_count() > before

@@ -1,0 +1,100 @@
+"""What owners look at, and llama-server's way to tokens."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.conftest import SIGN, Served
+
+PICTURE = base64.b64encode(SIGN.read_bytes()).decode()
+
+
+def numbers(served: Served) -> dict[str, float]:
+    """Samples of the demo model and of the process, by name."""
+    text = httpx.get(served.url + "/metrics", trust_env=False).text
+    return {
+        sample.name
+        + "".join(f"[{value}]" for name, value in sorted(sample.labels.items()) if name != "model"): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.labels.get("model", "demo") == "demo"
+    }
+
+
+def test_health(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.head("/api/version").status_code in (200, 405)
+
+
+def test_metrics_count_what_happens(server, client):
+    """Twice the same picture: the second time its visual tokens and the whole beginning are known."""
+    message = {"role": "user", "content": "What does it say?", "images": [PICTURE]}
+    body = {"model": "demo", "messages": [message], "stream": False, "options": {"temperature": 0}}
+    client.post("/api/chat", json=body)
+    before = numbers(server)
+    reply = client.post("/api/chat", json=body).json()
+    client.post("/api/chat", json={**body, "messages": [{"role": "nobody"}]})
+    after = numbers(server)
+    grown = {name: after[name] - before.get(name, 0.0) for name in after}
+    assert grown["edge_runtime_requests_total[ok]"] == 1
+    assert grown["edge_runtime_completion_tokens_total"] == reply["eval_count"]
+    assert grown["edge_runtime_visual_tokens_total"] > 0
+    assert grown["edge_runtime_prompt_tokens_total"] > grown["edge_runtime_cached_prompt_tokens_total"] > 0
+    assert grown["edge_runtime_time_to_first_token_seconds_count"] == 1
+    assert 0 < grown["edge_runtime_time_to_first_token_seconds_sum"] < 60
+    assert grown["edge_runtime_work_seconds_total[decode]"] > 0
+    assert after["edge_runtime_anonymous_memory_bytes"] > 1e6
+    assert after["edge_runtime_model_bytes"] > 1e5
+    assert after["edge_runtime_picture_cache_bytes"] > 1000
+    assert after["edge_runtime_open_requests"] == after["edge_runtime_queue"] == after["edge_runtime_running"] == 0
+    assert after["edge_runtime_picture_lookups_total"] >= after["edge_runtime_picture_hits_total"] >= 0
+
+
+def test_metrics_have_no_label_of_a_client(server, client):
+    client.post("/api/chat", json={"model": "made-up-name", "messages": []})
+    assert "made-up-name" not in client.get("/metrics").text
+
+
+def test_props(client):
+    props = client.get("/props").json()
+    assert props["default_generation_settings"]["n_ctx"] > 0
+    assert props["total_slots"] > 1
+    assert props["modalities"]["vision"] is True
+    assert "<|im_start|>" in props["chat_template"]
+    assert "/" not in props["model_path"]
+    assert client.get("/props", params={"model": "nothing"}).status_code == 404
+
+
+@pytest.mark.parametrize("text", ["", "Hello, wörld", "<|im_end|> 😀", "a\nb", "\udc80"])
+def test_tokens_there_and_back(client, text):
+    body = '{"content": "' + "".join(f"\\u{unit:04x}" for unit in units(text)) + '"}'
+    tokens = client.post("/tokenize", content=body).json()["tokens"]
+    found = client.post("/detokenize", json={"tokens": tokens}).json()["content"]
+    assert found == re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def units(text: str) -> list[int]:
+    """Numbers of UTF-16, as JSON escapes have them."""
+    data = text.encode("utf-16-be", "surrogatepass")
+    return [int.from_bytes(data[i : i + 2], "big") for i in range(0, len(data), 2)]
+
+
+def test_special_tokens_and_pieces(client):
+    one = client.post("/tokenize", json={"content": "<|im_end|>", "with_pieces": True}).json()["tokens"]
+    assert [token["piece"] for token in one] == ["<|im_end|>"]
+    plain = client.post("/tokenize", json={"content": "<|im_end|>", "parse_special": False}).json()["tokens"]
+    assert len(plain) > 1
+    halves = client.post("/tokenize", json={"content": "😀", "with_pieces": True}).json()["tokens"]
+    assert all(isinstance(token["piece"], str | list) for token in halves)
+
+
+def test_tokens_that_are_none(client):
+    for tokens in ([-1], [10**9], ["a"], "abc"):
+        assert client.post("/detokenize", json={"tokens": tokens}).status_code == 400
+    assert client.post("/tokenize", json={"content": 5}).status_code == 400
+    assert client.post("/tokenize", json={"content": "a", "model": "nothing"}).status_code == 404
