@@ -3,7 +3,7 @@
     python benchmarks/make_checkpoint.py FOLDER [--gb 4] [--tokenizer DIR] [--seed 0]
 
 Embedding, head, vision tower and resampler have their full size (3.5 GB together); decoder layers are added as long
-as they fit into `--gb`, at least one. Weights are bfloat16 in shards of at most 2 GB with an index. All tensors draw
+as they fit into `--gb`, at least one. Weights are bfloat16 in shards of at most 5 GB with an index. All tensors draw
 their values from one block of normal random numbers, each from another offset, so that writing runs at the disk's
 speed and in little memory.
 
@@ -32,7 +32,7 @@ VISION, VISION_MLP, VISION_LAYERS, VISION_HEADS, PATCH, POSITIONS, QUERIES = 115
 BASE_VOCABULARY = 151643  # ids from here on are added tokens
 UNK_ID = 128244  # inside the base vocabulary, flagged special
 
-SHARD_BYTES = 2_000_000_000
+SHARD_BYTES = 5_000_000_000  # four shards at full size, as the official checkpoint has
 BLOCK_VALUES = (8 << 20) + 61  # odd, so that rows do not repeat
 SPREAD = 0.02  # the initialisation's; norms get 1 ± SPREAD
 

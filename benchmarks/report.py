@@ -220,15 +220,35 @@ def quality(result: Result) -> str:
 
 
 def conversion(result: Result) -> str:
-    """Time and memory of one conversion."""
-    row = [
-        f"`{result['scenario'].removeprefix('convert-')}`",
-        megabytes(result["checkpoint_bytes"]),
-        number(result["ours_s"], 0),
-        megabytes(result["peak_anon_bytes"]),
-        megabytes(result["peak_rss_bytes"]),
+    """Time and memory of one conversion, and of the peer's where it was measured."""
+    kind = result["scenario"].removeprefix("convert-")
+    sides = {f"edge-runtime, `{kind}`": result | {"seconds": result["ours_s"]}}
+    if peer := result.get("peer"):
+        sides |= {
+            f"llama.cpp: {one['step']}": one | {"peak_anon_bytes": one["anon"], "peak_rss_bytes": one["high_water"]}
+            for one in peer["steps"]
+        }
+        sides["llama.cpp, all steps"] = peer
+    rows = [
+        [
+            side,
+            number(of["seconds"], 0),
+            megabytes(of["peak_anon_bytes"]),
+            megabytes(of["peak_rss_bytes"]),
+        ]
+        for side, of in sides.items()
     ]
-    return table(["conversion", "checkpoint MB", "seconds", "peak anonymous MB", "peak RSS MB"], [row])
+    heading = f"conversion of {megabytes(result['checkpoint_bytes'])} MB"
+    return table([heading, "seconds", "peak anonymous MB", "peak RSS MB"], rows)
+
+
+def goals(result: Result) -> str:
+    """What a benchmark of the engine was to reach."""
+    rows = [
+        [goal["what"], number(goal["value"]), f"{goal['bound']:g}", "met" if goal["met"] else "missed"]
+        for goal in result["goals"]
+    ]
+    return table([result["scenario"].replace("_", " "), "measured", "goal", ""], rows)
 
 
 def kernels(result: Result) -> str:
@@ -240,6 +260,38 @@ def kernels(result: Result) -> str:
     return table(["kernel", "ours ms", "NumPy ms", "ratio"], rows)
 
 
+def video(result: Result) -> str:
+    """A video beside mtmd, which sees every frame as a picture."""
+    frames, peer = result["frames"], result["mtmd"]
+    rows = [
+        [
+            f"edge-runtime, {name}",
+            number(seconds, 1),
+            str(result["tokens"][name]),
+            number(result["times_faster"][name]),
+            number(result["times_fewer_tokens"][name]),
+        ]
+        for name, seconds in result["ours_s"].items()
+    ]
+    rows.append(
+        ["llama.cpp mtmd, each frame a picture", number(result["peers_s"]["mtmd"], 1), str(result["tokens"]["mtmd"])]
+        + [number(1.0)] * 2
+    )
+    heading = [
+        f"video of {frames} frames",
+        "first token, seconds",
+        "prompt tokens",
+        "times faster",
+        "times fewer tokens",
+    ]
+    note = (
+        f"mtmd's time is extrapolated: {peer['seconds_per_frame']:.2f} s a frame, measured on "
+        f"{peer['measured_frames']} frames, times {frames}, and {peer['prefill_s']:.0f} s measured for reading the "
+        "whole prompt. Ours is measured whole, with decoding the file."
+    )
+    return f"{about_machine(result)}\n\n{table(heading, rows)}\n\n{note}"
+
+
 def render(result: Result) -> str:
     """The tables of one result.
 
@@ -249,7 +301,8 @@ def render(result: Result) -> str:
         When the result is of no known scenario.
     """
     scenario = str(result.get("scenario"))
-    known = {"vision": vision, "quality-demo": quality, "vision-kernels": kernels}
+    known = {"vision": vision, "quality-demo": quality, "vision-kernels": kernels, "video": video}
+    known |= dict.fromkeys(("turns", "first_token", "together", "decode"), goals)
     if scenario in known:
         return known[scenario](result)
     if scenario.startswith("convert-"):

@@ -1,10 +1,16 @@
 """The second question about a picture beside the first: time to the first token, in one process and after a restart.
 
-    python benchmarks/turns.py MODEL [--side 1344] [--json FILE]
+    python benchmarks/turns.py MODEL [--side 1344] [--pause 5] [--repeats 2] [--json FILE]
 
-Three processes, one after the other: both turns in one process; the first turn with a cache folder, empty before;
-and, with that folder, the second turn in a new process. Answers have 16 tokens, the second question as many at most.
-The last line is one JSON object.
+Four processes, one after the other, each a new one: both turns, the second asked at once; both turns as in a chat
+(`follow_up`), the second asked after a pause, in which the answer is read ahead; the first turn with a cache folder,
+empty before; and, with that folder, the second turn. Answers have 16 tokens, the second question as many at most.
+
+In the template an answer of the past has no think block before it, so the KV cache that wrote the answer is of no
+use behind the question: asked at once, the next turn reads the answer again. `read_s` tells what the tokens of each
+second turn took, and how many they were.
+
+No round is begun that would end after `--most-s` seconds. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,21 +20,31 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in ("converters", "kernels", "."):
+    sys.path.insert(0, str(ROOT / folder))
+
+from benchmarks.sides.child import environment  # noqa: E402
+from benchmarks.sides.goals import Goal, finish  # noqa: E402
 
 QUESTIONS = ("What is shown in this picture, please?", "And what is behind it?")
 TOKENS = 16
+MOST_OF_FIRST, MOST_AFTER_RESTART = 5.0, 25.0  # per cent
 
 
-def turn(model: Any, messages: list[Any]) -> tuple[dict[str, Any], str]:
+def turn(model: Any, messages: list[Any], follow_up: bool) -> tuple[dict[str, Any], str]:
     """Ask, and return what is to be compared."""
-    answer = model.chat(messages, greedy=True, max_tokens=TOKENS, repetition_check=False)
+    answer = model.chat(messages, greedy=True, max_tokens=TOKENS, repetition_check=False, follow_up=follow_up)
     facts = {name: getattr(answer, f"{name}_tokens") for name in ("prompt", "visual", "cached")}
     return facts | {"first_token_s": answer.timings_s["first_token"], "timings_s": answer.timings_s}, answer.answer
 
 
-def child(name: str, side: int, turns: list[int], cache: str | None, said: str) -> None:
+def child(name: str, side: int, turns: list[int], cache: str | None, said: str, pause: float) -> None:
     """Ask some of the questions in this process and print what they took."""
     import numpy as np
     from PIL import Image
@@ -42,16 +58,43 @@ def child(name: str, side: int, turns: list[int], cache: str | None, said: str) 
     with Model.load(name, cache_dir=cache, n_ctx=2048) as model:
         for number in turns:
             then = [{"role": "assistant", "content": said}, {"role": "user", "content": QUESTIONS[1]}]
-            found[str(number)], text = turn(model, [first, *then][: 1 if number == 1 else 3])
+            messages = [first, *then][: 1 if number == 1 else 3]
+            found[str(number)], text = turn(model, messages, follow_up=pause > 0 and number == 1)
             said = text if number == 1 else said
+            if number == 1:
+                time.sleep(pause)
     print(json.dumps({"turns": found, "said": said}))
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
     """Run this script as a child."""
-    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment(None))
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], int]:
+    """One round: what each turn took, and the bytes in the cache folder."""
+
+    def ask(turns: list[int], folder: str | None = None, said: str = "", pause: float = 0.0) -> dict[str, Any]:
+        what = json.dumps({"turns": turns, "cache": folder, "said": said, "pause": pause})
+        return run([options.model, "--side", str(options.side), "--child", what])
+
+    with tempfile.TemporaryDirectory() as cache:
+        at_once, paused = ask([1, 2])["turns"], ask([1, 2], pause=options.pause)["turns"]
+        before = ask([1], cache)
+        after = ask([2], cache, before["said"])["turns"]
+        n_bytes = sum(path.stat().st_size for path in Path(cache).iterdir())
+    rows = {
+        "first turn": at_once["1"],
+        "second turn, asked at once": at_once["2"],
+        "first turn of a chat": paused["1"],
+        "second turn, after a pause": paused["2"],
+        "first turn, cache folder empty": before["turns"]["1"],
+        "second turn after a restart": after["2"],
+    }
+    return rows, n_bytes
 
 
 def main() -> None:
@@ -59,45 +102,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--side", type=int, default=1344, help="pixels of the square picture")
+    parser.add_argument("--pause", type=float, default=5.0, help="seconds between two turns of a chat")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--most-s", type=float, default=450.0)
     parser.add_argument("--json", type=Path, help="write the last line to this file too")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.model, arguments.side, **json.loads(arguments.child))
+    options = parser.parse_args()
+    if options.child:
+        child(options.model, options.side, **json.loads(options.child))
         return
-    with tempfile.TemporaryDirectory() as cache:
-
-        def ask(turns: list[int], folder: str | None, said: str = "") -> dict[str, Any]:
-            what = json.dumps({"turns": turns, "cache": folder, "said": said})
-            return run([arguments.model, "--side", str(arguments.side), "--child", what])
-
-        together = ask([1, 2], None)["turns"]
-        before = ask([1], cache)
-        after = ask([2], cache, before["said"])["turns"]
-        n_bytes = sum(path.stat().st_size for path in Path(cache).iterdir())
-    rows = {
-        "first turn": together["1"],
-        "second turn": together["2"],
-        "first turn, cache folder empty": before["turns"]["1"],
-        "second turn after a restart": after["2"],
-    }
-    print(f"{'':<32}{'first token':>12}{'prompt':>8}{'cached':>8}")
-    for what, facts in rows.items():
-        print(f"{what:<32}{facts['first_token_s']:>10.2f} s{facts['prompt']:>8}{facts['cached']:>8}")
-    seconds = {what: facts["first_token_s"] for what, facts in rows.items()}
-    facts = {
+    rounds: list[dict[str, dict[str, Any]]] = []
+    started, n_bytes = time.perf_counter(), 0
+    while len(rounds) < options.repeats:
+        if rounds and (time.perf_counter() - started) * (len(rounds) + 1) / len(rounds) > options.most_s:
+            break
+        rows, n_bytes = measure(options)
+        rounds.append(rows)
+        print(f"{'':<32}{'first token':>12}{'prompt':>8}{'read':>6}{'in':>9}")
+        for what, facts in rows.items():
+            n_read, read_s = facts["prompt"] - facts["cached"], facts["timings_s"]["prefill"]
+            print(
+                f"{what:<32}{facts['first_token_s']:>10.2f} s{facts['prompt']:>8}{n_read:>6}{read_s:>7.2f} s",
+                flush=True,
+            )
+    seconds = {what: median(rows[what]["first_token_s"] for rows in rounds) for what in rounds[0]}
+    first = median([seconds[what] for what in seconds if what.startswith("first")])
+    shares = {what: 100 * value / first for what, value in seconds.items() if what.startswith("second")}
+    result = {
         "scenario": "turns",
-        "ours_s": seconds,
+        "ours_s": {what: round(value, 4) for what, value in seconds.items()},
         "peers_s": {},
-        "second_of_first": round(seconds["second turn"] / seconds["first turn"], 4),
-        "restarted_of_first": round(seconds["second turn after a restart"] / seconds["first turn"], 4),
+        "per_cent_of_first": {what: round(value, 3) for what, value in shares.items()},
+        "read_s": {
+            what: [
+                [rows[what]["prompt"] - rows[what]["cached"], rows[what]["timings_s"]["prefill"]] for rows in rounds
+            ]
+            for what in shares
+        },
+        "pause_s": options.pause,
         "cache_bytes": n_bytes,
-        "samples": rows,
+        "samples": rounds,
     }
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(facts) + "\n")
-    print(json.dumps(facts))
+    bounds = {what: MOST_AFTER_RESTART if "restart" in what else MOST_OF_FIRST for what in shares}
+    finish(result, [Goal(what, shares[what], bounds[what], " % of the first") for what in shares], options.json)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ from edge_runtime.errors import (
     ModelFileError,
     NotEnoughMemoryError,
     PromptTooLongError,
+    RequestCancelled,
     UnsupportedModelError,
+    VideoError,
 )
 
 if TYPE_CHECKING:
@@ -51,8 +53,10 @@ __all__ = [
     "Piece",
     "PromptTooLongError",
     "Region",
+    "RequestCancelled",
     "ToolCall",
     "UnsupportedModelError",
+    "VideoError",
     "__version__",
 ]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_runtime.engine import Running
-from edge_runtime.errors import MessageError
+from edge_runtime.errors import MessageError, RequestCancelled
 from edge_runtime.grounding import Region, find_regions
 from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.requests import Event, Finished, FinishReason, Progress
@@ -40,11 +41,16 @@ class Answer:
     malformed_calls: list[MalformedCall] = field(default_factory=list)
     """What was meant as a tool call and is none; it is part of the text, too."""
     pictures: list[list[int]] = field(default_factory=list)
-    """[width, height] of the conversation's pictures, upright, in order."""
+    """[width, height] of the conversation's pictures and video frames, upright, in order."""
+    videos: list[dict[str, Any]] = field(default_factory=list)
+    """Of each video: size, fps, frames_in_video, seconds, packing, and for every group of frames times_s (in the
+    video) and temporal_ids (from the beginning of the part that was looked at)."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """load, image, encode, prefill, first_token (since the call), decode, total"""
     logprobs: list[TokenLogprobs] | None = None
     """Of every token but the one that ended the answer; None when they were not asked for."""
+    reasoning_tokens: int = 0
+    """Of those of the completion: all up to the token that ended the reasoning."""
 
     def __str__(self) -> str:
         return self.answer
@@ -179,16 +185,32 @@ class AsyncAnswer:
 
     Parameters
     ----------
-    start : prepares and submits the request; told whether its pieces are wanted as they come.
+    start : prepares and submits the request; told whether its pieces are wanted as they come, and the options.
+    options : of the request. While pictures and videos are read, `on_image` and `on_look` are where a cancelled
+        answer is left.
     """
 
-    def __init__(self, start: Callable[[bool], AnswerStream]) -> None:
-        self._start = start
+    def __init__(self, start: Callable[[bool, dict[str, Any]], AnswerStream], options: Mapping[str, Any]) -> None:
+        self._start, self._options = start, dict(options)
         self._stream: AnswerStream | None = None
+        self._cancelled = threading.Event()
+        for name in ("on_image", "on_look"):
+            self._options[name] = self._unless_cancelled(self._options.get(name))
+
+    def _unless_cancelled(self, call: Callable[..., None] | None) -> Callable[..., None]:
+        def called(*arguments: Any) -> None:
+            if self._cancelled.is_set():
+                raise RequestCancelled("The request was cancelled while its pictures and videos were read.")
+            if call is not None:
+                call(*arguments)
+
+        return called
 
     async def _started(self, *, streaming: bool) -> AnswerStream:
         if self._stream is None:
-            self._stream = await asyncio.to_thread(self._start, streaming)
+            self._stream = await asyncio.to_thread(self._start, streaming, self._options)
+            if self._cancelled.is_set():
+                self._stream.cancel()
         return self._stream
 
     def __aiter__(self) -> AsyncAnswer:
@@ -216,6 +238,10 @@ class AsyncAnswer:
         return (await self._started(streaming=False)).finished()
 
     def cancel(self) -> None:
-        """Stop generating; the answer then ends with the reason `cancelled`."""
+        """Stop generating; the answer then ends with the reason `cancelled`.
+
+        While pictures and videos are read, there is no answer yet: waiting for one raises `RequestCancelled` then.
+        """
+        self._cancelled.set()
         if self._stream is not None:
             self._stream.cancel()

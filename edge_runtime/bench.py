@@ -2,16 +2,18 @@
 
 Rates are of the decoder alone, one sequence, without sampling. `tune` looks for the settings that take least time for
 a typical request (`REQUEST_PROMPT` tokens in, `REQUEST_ANSWER` out, see `trial`), one setting after another, each
-with the best of those before it. A KV cache in q8_0 is taken only where it is faster by more than `WORTH_ROUNDING`,
-one in q4_0, which costs answers, never.
+against the best of those before it: both in turns, `TURNS` times, medians. Machines are noisy, so a setting is kept
+only where it gains more than the samples of either side differ among themselves. A KV cache in q8_0 is taken only
+where it is faster by more than `WORTH_ROUNDING`, one in q4_0, which costs answers, never.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,14 +29,17 @@ from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.memory import available_bytes
 from edge_runtime.slicing import plan_slices, slice_image
 from edge_runtime.store import find_model
-from edge_runtime.trial import REQUEST_PROMPT, Rates, decoder_rates, run_trial
+from edge_runtime.trial import REQUEST_PROMPT, Rates, Trial, decoder_rates
 from edge_runtime.tuning import Tuning, remember_tuning
 from edge_runtime.weights import GGUFFile
 
 WORTH_ROUNDING = 0.1
 """Share of the time that a coarser KV cache must save to be taken."""
 NOISE = 0.03
-"""Share of the time below which settings count as equally fast; the one tried first stays."""
+"""Share of the time below which settings count as equally fast, however steady the samples are."""
+TURNS = 3
+"""Samples of each side; two where the first two show already that nothing is gained."""
+SAMPLE_PROMPT = 128  # tokens; a micro-batch is told from another by whole chunks only
 PICTURE_SIDE = 1344  # pixels; ten slices at full size
 
 
@@ -60,12 +65,79 @@ def encoding_s(encoder: ImageEncoder, repeats: int = 2) -> dict[str, float]:
     return {"first": samples[0], "warm": warm, "slices": n_slices, "per_slice": warm / n_slices}
 
 
+@dataclass
+class Side:
+    """Settings, the process that has them, and what was measured with them in one contest."""
+
+    tuning: Tuning
+    trial: Trial
+    samples: list[Rates] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of the typical request, one for each sample."""
+        return [rates.request_s for rates in self.samples]
+
+    @property
+    def rates(self) -> Rates:
+        """Medians."""
+        return Rates(median(one.prefill for one in self.samples), median(one.decode for one in self.samples))
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Settings beside the best ones so far, as it went."""
+
+    tuning: Tuning
+    rates: Rates | None
+    """Medians; None when these settings are not possible here."""
+    seconds: Sequence[float] = ()
+    """Of the typical request, one for each sample; so for the best ones so far, measured in turns with these."""
+    best_s: Sequence[float] = ()
+    is_kept: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """For the JSON object."""
+        known = {} if self.rates is None else asdict(self.rates)
+        return {
+            **asdict(self.tuning),
+            **known,
+            "request_s": median(self.seconds) if self.seconds else None,
+            "samples_s": [*self.seconds],
+            "best_samples_s": [*self.best_s],
+            "kept": self.is_kept,
+        }
+
+
+def gains_enough(candidate_s: Sequence[float], best_s: Sequence[float], least: float) -> bool:
+    """Whether the candidate's median is less by more than a share of the best's, and by more than either spreads."""
+    spread = max(max(seconds) - min(seconds) for seconds in (candidate_s, best_s))
+    return median(best_s) - median(candidate_s) > max(least * median(best_s), spread)
+
+
+def hold_contest(best: Side, candidate: Side, n_prompt: int) -> bool:
+    """Measure both in turns; False when the candidate cannot be measured."""
+    best.samples, candidate.samples = [], []
+    if candidate.trial.sample(n_prompt) is None:  # not counted: what stands before the samples is computed here
+        return False
+    for turn in range(TURNS):
+        if turn == 2 and min(candidate.seconds) >= max(best.seconds):
+            break
+        order = (best, candidate) if turn % 2 == 0 else (candidate, best)
+        for side in order:
+            rates = side.trial.sample(n_prompt)
+            if rates is None:
+                return False
+            side.samples.append(rates)
+    return True
+
+
 def tune(
     file: GGUFFile,
     n_physical: int,
     n_logical: int,
     budget_s: float,
-    tell: Callable[[str, Rates | None], None] = lambda what, rates: None,
+    tell: Callable[[str, Contest], None] = lambda what, contest: None,
 ) -> tuple[Tuning, list[dict[str, Any]]]:
     """Find the fastest settings of a decoder on this machine.
 
@@ -73,49 +145,59 @@ def tune(
     ----------
     n_physical, n_logical : cores this process may use, without and with hyper-threads.
     budget_s : nothing new is tried after so many seconds.
-    tell : called with each setting and what it reached, None if it did not get there.
+    tell : called with each setting and how it did.
 
     Returns
     -------
-    best, trials : the settings, and every trial with its rates in the order they were made.
+    best, trials : the settings, and every contest as a dictionary in the order they were held; the first is of the
+        usual settings alone.
+
+    Raises
+    ------
+    BackendUnavailable
+        When the usual settings cannot be measured, too.
     """
     started = time.perf_counter()
-    trials: list[dict[str, Any]] = []
-    best = Tuning(n_physical, kv_type="f16")
+    usual = Tuning(n_physical, kv_type="f16")
+    with ExitStack() as processes:
+        best = Side(usual, processes.enter_context(Trial(file.path, usual)))
+        best.trial.sample(SAMPLE_PROMPT)
+        rates = best.trial.sample(SAMPLE_PROMPT)
+        if rates is None:
+            raise BackendUnavailable(
+                f"{file.path.name} cannot be measured: the trial with the usual settings ended without a result; "
+                f"see what 'echo 128 | python -m edge_runtime.trial {file.path} {{}}' says."
+            )
+        contests = [Contest(usual, rates, [rates.request_s], is_kept=True)]
+        tell(_described(usual), contests[0])
+        for change, n_prompt, gain in _changes(n_physical, n_logical):
+            if time.perf_counter() - started > budget_s:
+                break
+            tuning = replace(best.tuning, **change)
+            if tuning.repack and available_bytes() < 2 * file.size_bytes:
+                continue  # it would push out what it is to make faster
+            candidate = Side(tuning, processes.enter_context(Trial(file.path, tuning)))
+            if not hold_contest(best, candidate, n_prompt):
+                contests.append(Contest(tuning, None))
+            else:
+                is_kept = gains_enough(candidate.seconds, best.seconds, gain)
+                contests.append(Contest(tuning, candidate.rates, candidate.seconds, best.seconds, is_kept))
+            tell(_described(tuning), contests[-1])
+            left = candidate
+            if contests[-1].is_kept:
+                best, left = candidate, best
+            left.trial.close()
+    return best.tuning, [contest.facts() for contest in contests]
 
-    def attempt(tuning: Tuning) -> Rates | None:
-        if trials and time.perf_counter() - started > budget_s:
-            return None
-        if tuning.repack and available_bytes() < 2 * file.size_bytes:  # it would push out what it is to make faster
-            return None
-        rates = run_trial(file.path, tuning)
-        tell(_described(tuning), rates)
-        if rates is None:  # not possible with this model or on this machine
-            trials.append({**asdict(tuning), "request_s": None})
-            return None
-        trials.append({**asdict(tuning), **asdict(rates), "request_s": rates.request_s})
-        return rates
 
-    best_rates = attempt(best)
-    if best_rates is None:
-        raise BackendUnavailable(
-            f"{file.path.name} cannot be measured: the trial with the usual settings ended without a result; see "
-            f"what 'python -m edge_runtime.trial {file.path}' with '{{}}' says."
-        )
-    threads = [n for n in (n_logical, n_physical // 2) if n > 1 and n != n_physical]
-    rounds: list[tuple[list[dict[str, Any]], float]] = [
-        ([{"n_threads": n} for n in threads], NOISE),
-        ([{"repack": True}], NOISE),
-        ([{"kv_type": "q8_0"}], WORTH_ROUNDING),
-        ([{"n_ubatch": CHUNK_TOKENS // 2}], NOISE),
-    ]
-    for changes, gain in rounds:
-        base, base_s = best, best_rates.request_s
-        for change in changes:
-            rates = attempt(replace(base, **change))
-            if rates is not None and rates.request_s < min(best_rates.request_s, base_s * (1 - gain)):
-                best, best_rates = replace(base, **change), rates
-    return best, trials
+def _changes(n_physical: int, n_logical: int) -> Iterator[tuple[dict[str, Any], int, float]]:
+    """What is tried one after the other, prompt tokens per sample, and the share of the time it must gain."""
+    for n in (n_logical, n_physical // 2):
+        if n > 1 and n != n_physical:
+            yield {"n_threads": n}, SAMPLE_PROMPT, NOISE
+    yield {"repack": True}, SAMPLE_PROMPT, NOISE
+    yield {"kv_type": "q8_0"}, SAMPLE_PROMPT, WORTH_ROUNDING
+    yield {"n_ubatch": CHUNK_TOKENS // 2}, CHUNK_TOKENS, NOISE
 
 
 def _described(tuning: Tuning) -> str:
@@ -134,13 +216,16 @@ def tune_model(name: str, mmproj: Path | None, budget_s: float, say: Callable[[s
 
     file = GGUFFile(find_model(name, mmproj).decoder)
     decoder_config(file)
-    say(f"{'settings':<44}{'prefill':>12}{'generation':>14}{'request':>11}")
+    say(f"{'settings':<44}{'prefill':>12}{'generation':>14}{'request':>11}{'best so far':>14}")
 
-    def tell(what: str, rates: Rates | None) -> None:
+    def tell(what: str, contest: Contest) -> None:
+        rates = contest.rates
         if rates is None:
             say(f"{what:<44}not possible here")
             return
-        say(f"{what:<44}{rates.prefill:>8.1f} t/s{rates.decode:>10.1f} t/s{rates.request_s:>9.2f} s")
+        beside = f"{median(contest.best_s):>12.2f} s" if contest.best_s else f"{'–':>14}"
+        request = f"{median(contest.seconds):>9.2f} s{beside}{'  kept' if contest.is_kept else ''}"
+        say(f"{what:<44}{rates.prefill:>8.1f} t/s{rates.decode:>10.1f} t/s{request}")
 
     best, trials = tune(file, cpu_count(), allowed_cpus(), budget_s, tell)
     path = remember_tuning(file, best)

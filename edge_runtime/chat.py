@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import click
 from edge_runtime import console
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.image import load_image
+from edge_runtime.messages import VideoPart
 from edge_runtime.model import Model
+from edge_runtime.video import VideoOptions
+from edge_runtime.video_arguments import is_video, look_at
 
 HELP = """\
-/image FILE   add a picture to the next question
+/image FILE   add a picture or a video to the next question
 /think        switch reasoning on or off
 /clear        forget the conversation
 /help         show this list
@@ -28,18 +32,22 @@ class Chat:
     ----------
     messages : what precedes it (a system prompt, or nothing).
     options : arguments of `Model.chat`.
+    video : what is looked at of videos.
     """
 
-    def __init__(self, model: Model, messages: list[Any], options: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Model, messages: list[Any], options: dict[str, Any], video: VideoOptions | None = None
+    ) -> None:
+        self._video = video or VideoOptions()
         self._model, self._opening, self._options = model, list(messages), dict(options)
         self._messages = list(messages)
-        self._pictures: list[Path] = []
+        self._pictures: list[Path | VideoPart] = []
         self._interactive = sys.stdin.isatty()
 
-    def loop(self, pictures: list[Path]) -> None:
+    def loop(self, pictures: Sequence[Path | VideoPart]) -> None:
         """Ask and answer until the input ends."""
         for picture in pictures:
-            self._add_picture(str(picture))
+            self._add_picture(str(picture.source if isinstance(picture, VideoPart) else picture))
         if self._interactive:
             self._load_line_editing()
             console.note(f"Chat with {self._model.name}; /help lists the commands.")
@@ -94,6 +102,12 @@ class Chat:
             return
         path = Path(name).expanduser()
         try:
+            if is_video(path):
+                video = VideoPart(path, self._video)
+                found = look_at(video)
+                self._pictures.append(video)
+                console.note(f"{found} goes with the next question.")
+                return
             width, height = load_image(path, pixel_limit=self._options["pixel_limit"]).size
         except EdgeRuntimeError as error:
             click.echo(f"edge-runtime: {error}", err=True)
@@ -104,9 +118,12 @@ class Chat:
     def _ask(self, question: str) -> None:
         turn = {"role": "user", "content": [*self._pictures, question]}
         try:
-            answer = console.answer(self._model, [*self._messages, turn], self._options)
+            answer = console.answer(self._model, [*self._messages, turn], self._options | {"follow_up": True})
         except EdgeRuntimeError as error:
             click.echo(f"edge-runtime: {error}", err=True)
+            return
+        except KeyboardInterrupt:  # before there was an answer to end: pictures or a video were being read
+            console.note("Stopped.")
             return
         self._pictures = []
         self._messages += [turn, {"role": "assistant", "content": answer.answer}]

@@ -1,4 +1,6 @@
-"""edge-runtime run | convert | bench | info: arguments in, exit code out. The store has its own, `store_commands`.
+"""edge-runtime run | convert | bench | info: arguments in, exit code out.
+
+The store and the server have modules of their own, `store_commands` and `serve_command`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -20,13 +22,16 @@ from edge_runtime.command import INTERRUPTED, Command
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import PIXEL_LIMIT
+from edge_runtime.messages import VIDEO_SUFFIXES, VideoPart
+from edge_runtime.serve_command import serve
 from edge_runtime.store_commands import COMMANDS, announce
+from edge_runtime.video_arguments import take_video, video_options, with_videos
 
 # Arguments of `run` that end like this are files, whether they exist or not.
 FILE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
-    *(".pdf", ".mp4", ".mov", ".mkv", ".avi", ".webm"),
+    *(".pdf", *VIDEO_SUFFIXES),
 )
 
 
@@ -39,8 +44,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
 
 
-for store_command in COMMANDS:
-    main.add_command(store_command)
+for command_elsewhere in (*COMMANDS, serve):
+    main.add_command(command_elsewhere)
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -142,6 +147,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @model_options
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
+@video_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: of each token and N alternatives."
@@ -153,31 +159,38 @@ def run(
     as_json: bool,
     logprobs: int | None,
     draw: Path | None,
+    storyboard: Path | None,
     **options: Any,
 ) -> None:
-    """Answer a question about pictures, or chat.
+    """Answer a question about pictures and videos, or chat.
 
-    Arguments keep their order: pictures and text may alternate. Without text, a chat begins.
+    Arguments keep their order: pictures and text may alternate. Without text, a chat begins. A folder of frames is a
+    video, too: end its name with a slash.
 
     \b
     edge-runtime run photo.jpg "What is on the sign?"
     edge-runtime run before.png after.png "What has changed?" --think
     edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
+    edge-runtime run clip.mp4 "What happens?" --end 1:30 --storyboard seen.png
     """
     from edge_runtime import console
     from edge_runtime.grounding import check_drawing
     from edge_runtime.model import Model
 
-    content = parse_arguments(arguments)
+    video = take_video(options)
+    content = with_videos(parse_arguments(arguments), video)
     chatting = not any(isinstance(part, str) for part in content)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs is printed as JSON: add --json.")
     if draw is not None:
-        if chatting or not any(isinstance(part, Path) for part in content):
+        seen = [part for part in content if not isinstance(part, str)]
+        if chatting or not seen or isinstance(seen[-1], VideoPart):
             raise click.UsageError("--draw needs a picture and a question.")
         check_drawing(draw)
+    if storyboard is not None:
+        console.draw_storyboard([part for part in content if isinstance(part, VideoPart)], storyboard)
     if options["schema"] is not None:
         options["schema"] = read_schema(options["schema"])
     name, setup, adapter = take_setup(options)
@@ -194,7 +207,7 @@ def run(
         if chatting:
             from edge_runtime.chat import Chat
 
-            Chat(model, messages, request).loop([part for part in content if isinstance(part, Path)])
+            Chat(model, messages, request, video).loop([part for part in content if not isinstance(part, str)])
             return
         messages.append({"role": "user", "content": content})
         answer = console.answer(model, messages, request, quiet=as_json)
@@ -275,7 +288,7 @@ def parse_arguments(arguments: Sequence[str]) -> list[str | Path]:
 def _is_file(argument: str) -> bool:
     path = Path(argument).expanduser()
     try:
-        if path.is_file():
+        if path.is_file() or (path.is_dir() and any(c in argument for c in "/\\")):
             return True
     except PermissionError:
         raise ImageError(f"The file {argument} cannot be read: permission denied; check its permissions.") from None

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from edge_runtime.grounding import draw_regions, save_drawing
+from edge_runtime.grounding import check_drawing, draw_regions, save_drawing
 from edge_runtime.image import load_image
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from edge_runtime.answers import Answer
+    from edge_runtime.messages import VideoPart
     from edge_runtime.model import Model
     from edge_runtime.requests import Progress
 
@@ -45,7 +47,7 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     progress = AnswerProgress()
     if any(not isinstance(part, str) for message in messages for part in message["content"]):
         note_first_compile()
-    (stream,) = model.submit(messages, on_image=progress.on_image, **options)
+    (stream,) = model.submit(messages, on_image=progress.on_image, on_look=progress.on_look, **options)
     stream.on_progress = progress.on_event
     printed = Printer(quiet)
     try:
@@ -74,6 +76,21 @@ def draw_places(answer: Answer, picture: Path, target: Path, pixel_limit: int) -
         return
     save_drawing(draw_regions(load_image(picture, pixel_limit=pixel_limit), regions), target)
     note(f"{target}: {len(regions)} {'place' if len(regions) == 1 else 'places'} drawn.")
+
+
+def draw_storyboard(videos: Sequence[VideoPart], target: Path) -> None:
+    """Draw which frames of a video go into which group."""
+    from edge_runtime.video_arguments import draw
+
+    if len(videos) != 1:
+        raise click.UsageError(f"--storyboard needs one video; {len(videos)} are named.")
+    check_drawing(target)
+    progress = AnswerProgress()
+    try:
+        draw(videos[0], target, progress.on_drawing)
+    finally:
+        progress.clear()
+    note(f"{target}: the frames that are looked at.")
 
 
 class Printer:
@@ -115,7 +132,7 @@ class AnswerProgress:
     """One line on stderr, on a terminal only: pictures read, slices encoded, prompt read."""
 
     def __init__(self) -> None:
-        self._shown = False
+        self._shown, self._text = False, ""
         self._live = sys.stderr.isatty()
 
     def on_image(self, done: int, total: int) -> None:
@@ -123,14 +140,30 @@ class AnswerProgress:
         if total > 1:
             self._show(f"reading pictures {done}/{total}")
 
+    def on_look(self, share: float) -> None:
+        """An index of the videos is being made."""
+        self._show_share("looking through the video", share)
+
+    def on_drawing(self, share: float) -> None:
+        """A storyboard is being drawn."""
+        self._show_share("drawing the storyboard", share)
+
+    def _show_share(self, what: str, share: float) -> None:
+        text = f"{what}, {share:.0%}"
+        if text != self._text:  # it is told for every packet
+            self._show(text)
+
     def on_event(self, event: Progress) -> None:
         """The engine made progress."""
-        if event.stage == "encode":
+        if event.stage == "decode":
+            self._show(f"reading frames {event.done}/{event.total}")
+        elif event.stage == "encode":
             self._show(f"looking at {event.total} slices, {event.share:.0%}")
         elif event.done < event.total:
             self._show(f"reading the prompt, {event.total} tokens, {event.share:.0%}")
 
     def _show(self, text: str) -> None:
+        self._text = text
         if self._live:
             click.echo(f"\r\x1b[K\x1b[2m{text}\x1b[0m", err=True, nl=False)
             self._shown = True

@@ -213,7 +213,8 @@ class Decoder:
             raise PromptTooLongError(
                 f"The prompt has {n_prompt} tokens, but the context holds {self.n_ctx} (the model was trained for "
                 f"{self.config.context_length}), one of them for the answer; "
-                "use fewer or smaller pictures (--max-slices), a shorter text, or a larger --ctx."
+                "use fewer or smaller pictures (--max-slices), less of a video (--packing, --max-frames), a shorter "
+                "text, or a larger --ctx."
             )
 
     def held(self, sequence: int) -> int:
@@ -295,7 +296,7 @@ class Decoder:
 
         Parameters
         ----------
-        cancelled : asked often, from inside llama.cpp.
+        cancelled : asked often, from inside llama.cpp; whether to leave it and forget what the call has done.
         adapter : name of the LoRA adapter to compute with.
 
         Returns
@@ -305,7 +306,7 @@ class Decoder:
         Raises
         ------
         Cancelled
-            When `cancelled` answered true; the sequences are as before.
+            When `cancelled` answered true before the call was done; the sequences are as before.
         CacheFull
             When there is no room; the sequences are as before.
         """
@@ -327,12 +328,12 @@ class Decoder:
                 status = self._lib.llama_decode(self._context, batch)
         finally:
             self._cancelled = lambda: False
-        if status != 0 or cancelled():
+        if status != 0:
             for part in parts:
                 self.rewind(part.sequence, self.held(part.sequence))
             if status == FULL:
                 raise CacheFull
-            if status in (0, ABORTED):
+            if status == ABORTED:
                 raise Cancelled
             raise ModelFileError(
                 f"llama.cpp failed to decode (status {status}): {llama.last_errors()}; the model file may be "

@@ -5,7 +5,9 @@ The numba kernels underneath run parallel code, which one Python thread at a tim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from edge_runtime.calibration import read_calibration
@@ -22,8 +24,50 @@ BATCH_PATCHES = 1100
 Enough for efficient products, and few enough that what a layer writes stays in the caches: two slices at once take a
 tenth longer than one after the other."""
 
-Group = list[tuple[Slice, int]]
+LoadedGroup = list[tuple[Slice, int]]
 """Slices with their temporal ids (-1: a still picture) that share one set of queries."""
+
+
+class LazyGroup(ABC):
+    """A group whose slices are made when they are needed."""
+
+    @property
+    @abstractmethod
+    def n_patches(self) -> int:
+        """Patches of all its slices."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> bytes:
+        """Fingerprint of all that decides its visual tokens."""
+
+    @property
+    @abstractmethod
+    def reading(self) -> tuple[int, int]:
+        """Pictures that were read, and those that are to be: of all that is read together with this one."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Slices."""
+
+    @abstractmethod
+    def ask(self) -> bool:
+        """Have it made; True when `load` will not wait."""
+
+    @abstractmethod
+    def wait(self, timeout_s: float) -> None:
+        """Wait until it is made, or the time is up."""
+
+    @abstractmethod
+    def load(self) -> LoadedGroup:
+        """The group; raises why it cannot be made."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """It is needed no more: stop making it."""
+
+
+Group = LoadedGroup | LazyGroup
 
 
 class ImageEncoder:
@@ -77,17 +121,50 @@ class ImageEncoder:
         tokens : one ndarray [shape=(queries, hidden), float32] per group.
         """
         tokens: list[Float32] = []
-        for batch in _batches(groups):
+        for found in _batches(groups):
+            batch = [group.load() if isinstance(group, LazyGroup) else group for group in found]
             slices = [item for group in batch for item, _ in group]
-            features = iter(self.tower.encode(slices))
+            features = iter(self._features(slices))
             tokens += self.resampler.resample(
                 [[GroupItem(next(features), item.tgt_size, time) for item, time in group] for group in batch]
             )
         return tokens
 
+    def _features(self, slices: Sequence[Slice]) -> list[Float32]:
+        """Patch features of each slice; a large group of frames goes through the tower in several runs."""
+        runs, told = [*_runs(slices)], self.tower.on_layer
+        features: list[Float32] = []
+        try:
+            for i, run in enumerate(runs):
+                self.tower.on_layer = partial(_tell, told, i, len(runs))
+                features += self.tower.encode(run)
+        finally:
+            self.tower.on_layer = told
+        return features
+
+
+def _tell(told: Callable[[int, int], None], run: int, n_runs: int, done: int, total: int) -> None:
+    """Tell of layers of one of several runs."""
+    told(run * total + done, n_runs * total)
+
+
+def _runs(slices: Sequence[Slice]) -> Iterator[list[Slice]]:
+    """Consecutive slices of at most `BATCH_PATCHES` patches together."""
+    run: list[Slice] = []
+    patches = 0
+    for item in slices:
+        if run and patches + len(item.patches) > BATCH_PATCHES:
+            yield run
+            run, patches = [], 0
+        run.append(item)
+        patches += len(item.patches)
+    yield run
+
 
 def n_patches(group: Group) -> int:
     """Patches of all slices of a group."""
+    if isinstance(group, LazyGroup):
+        return group.n_patches
     return sum(len(item.patches) for item, _ in group)
 
 

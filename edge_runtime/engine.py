@@ -18,7 +18,7 @@ from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
 from edge_runtime.keeping import Keeping
-from edge_runtime.requests import Event, EventQueue, Request, Task
+from edge_runtime.requests import Activity, Event, EventQueue, Request, Task
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.tokenizer import Tokenizer
 
@@ -125,6 +125,26 @@ class Engine:
         self._inbox.put(task)
         return Running(task, cancelled)
 
+    def read_ahead(self, request: Request) -> Running:
+        """Compute a prompt that will probably be asked for, as long as nobody asks for anything.
+
+        Whatever comes first ends it; what was computed until then stays in the KV cache.
+
+        Raises
+        ------
+        PromptTooLongError
+            When the prompt does not fit.
+        """
+        self._decoder.check_length(len(request.prompt.ids))
+        self._check_open()
+        cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self._inbox, self._scheduler
+        task = Task(
+            request,
+            lambda: cancelled.is_set() or stopping.is_set() or not inbox.empty() or scheduler.n_tasks > 1,
+        )
+        inbox.put(task)
+        return Running(task, cancelled)
+
     def submit_all(self, requests: Sequence[Request]) -> list[Running]:
         """Queue several requests, or none of them; otherwise as `submit`."""
         begun: list[Running] = []
@@ -136,6 +156,11 @@ class Engine:
                 running.cancel()
             raise
         return begun
+
+    @property
+    def activity(self) -> Activity:
+        """What goes on now."""
+        return self._scheduler.activity
 
     def call(self, function: Callable[[], R]) -> R:
         """Run a function on the inference thread and return its result; for work outside a request."""

@@ -8,7 +8,9 @@ Each message is one sentence or two with three parts: what was found, what was e
     ├── CheckpointError         a Hugging Face checkpoint cannot be converted
     ├── DownloadError           a model cannot be fetched, or what came is not what was announced
     ├── ImageError              a picture cannot be read, or is too large to be encoded
+    │   └── VideoError              a video, or a frame of it, cannot be read, or is larger than was allowed
     ├── MessageError            a message, option or temporal id has the wrong form
+    ├── RequestCancelled        the caller gave it up while pictures and videos were read
     ├── PromptTooLongError      the prompt does not fit into the context
     └── BackendUnavailable      a library or machine feature that is needed is not there
 """
@@ -40,6 +42,10 @@ class ImageError(EdgeRuntimeError):
     """A picture that cannot be decoded, or that is too large to be encoded."""
 
 
+class VideoError(ImageError):
+    """A video, or a frame of it, that cannot be decoded, or that is larger than was allowed."""
+
+
 class MessageError(EdgeRuntimeError):
     """A message, an option or a list of temporal ids that has the wrong form."""
 
@@ -50,6 +56,10 @@ class PromptTooLongError(EdgeRuntimeError):
 
 class EngineBusy(EdgeRuntimeError):  # noqa: N818 - says what is the matter, not that something broke
     """Too many requests are waiting; the same one may be made again later."""
+
+
+class RequestCancelled(EdgeRuntimeError):  # noqa: N818 - says what happened, not that something broke
+    """A request that was cancelled before there was an answer to end."""
 
 
 class NotEnoughMemoryError(EdgeRuntimeError):

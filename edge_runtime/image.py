@@ -41,6 +41,9 @@ _PILLOW_ERRORS = (
 
 _pillow_lock = threading.Lock()
 
+_PROGRAMS = frozenset({"EPS"})
+"""Formats that Pillow has another program draw (Ghostscript): no place for bytes from anybody."""
+
 
 def load_image(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> Image.Image:
     """Decode a picture and turn it upright.
@@ -60,11 +63,11 @@ def load_image(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> Image.
         When there is no file, it is no picture, it is cut short, or it is too large.
     """
     if isinstance(source, Image.Image):
-        with _explained("The picture", pixel_limit):
-            return _to_rgb(source, "The picture", pixel_limit)
+        with explained("The picture", pixel_limit):
+            return to_rgb(source, "The picture", pixel_limit)
     if isinstance(source, str) and source.startswith("data:"):
         source = _decode_data_uri(source)
-    if source == b"":
+    if isinstance(source, bytes) and not source:
         raise ImageError("The picture is empty (0 bytes), expected an encoded picture; get it again.")
     if not isinstance(source, str | Path | bytes):
         raise ImageError(
@@ -73,8 +76,8 @@ def load_image(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> Image.
         )
     name = "The picture" if isinstance(source, bytes) else str(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else _existing_file(source)
-    with _explained(name, pixel_limit), Image.open(file) as picture:
-        return _to_rgb(picture, name, pixel_limit)
+    with explained(name, pixel_limit), Image.open(file) as picture:
+        return to_rgb(picture, name, pixel_limit)
 
 
 def _existing_file(path: str | Path) -> Path:
@@ -104,7 +107,10 @@ def _decode_data_uri(uri: str) -> bytes:
         raise ImageError("A data: URI is not valid base64; expected 'data:image/png;base64,...'.") from None
 
 
-def _to_rgb(picture: Image.Image, name: str, pixel_limit: int) -> Image.Image:
+def to_rgb(picture: Image.Image, name: str, pixel_limit: int) -> Image.Image:
+    """Turn an opened picture upright and into RGB, as `load_image` does; inside `explained`."""
+    if picture.format in _PROGRAMS:
+        raise ImageError(f"{name} is a PostScript drawing, which has no pixels yet; export it as PNG.")
     width, height = picture.size
     if width < 1 or height < 1:
         raise ImageError(f"{name} has {width} x {height} pixels; there is nothing to see, use another picture.")
@@ -141,7 +147,7 @@ def _from_16_bit_grey(picture: Image.Image, name: str) -> Image.Image:
 
 
 @contextmanager
-def _explained(name: str, pixel_limit: int) -> Iterator[None]:
+def explained(name: str, pixel_limit: int) -> Iterator[None]:
     """Turn whatever Pillow raises into a sentence, with its guard against decompression bombs set to our limit.
 
     The guard is a module global, hence the lock; it also covers pictures inside pictures (icons), whose size no

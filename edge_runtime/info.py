@@ -38,8 +38,16 @@ def describe_machine() -> dict[str, Any]:
         "kernel cache": str(cache_directory() or "none (not writable)"),
         "numba": metadata.version("numba"),
         "llama-cpp-python": metadata.version("llama-cpp-python"),
+        "video files": _video_library(),
         "llama.cpp": llama.library().llama_print_system_info().decode().strip(" |"),
     }
+
+
+def _video_library() -> str:
+    try:
+        return f"PyAV {metadata.version('av')}"
+    except metadata.PackageNotFoundError:
+        return "not installed: pip install 'edge-runtime[video]'"
 
 
 def describe_model(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.config import decoder_config
-from edge_runtime.decoder import Decoder, DecoderOptions, choose_kv_type
+from edge_runtime.decoder import DEFAULT_CONTEXT, Decoder, DecoderOptions, choose_kv_type
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import MessageError, ModelFileError
@@ -126,6 +126,21 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
         decoder.close()
         raise
     return Parts(encoder, decoder, tokenizer, keeping, threads)
+
+
+def needed_bytes(paths: ModelPaths, options: LoadOptions) -> int:
+    """Memory that a model will need with the context that is wanted, reckoned from its files' headers.
+
+    Raises
+    ------
+    ModelFileError
+        When files are damaged.
+    """
+    file = GGUFFile(paths.decoder)
+    encoder = ImageEncoder(paths.mmproj, exact=options.exact)
+    n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, decoder_config(file).context_length)
+    kv_type, low = options.kv_type, options.low_memory
+    return reckon(file, encoder, n_ctx, exact=options.exact, kv_type=kv_type, low_memory=low).total
 
 
 def set_threads(n_threads: int) -> None:

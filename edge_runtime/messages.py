@@ -3,6 +3,10 @@
 Accepted content: a string; a list of pictures and strings in order (the official form); OpenAI parts (`text`,
 `image_url`, `input_text`, `input_image`) with `data:` URIs; `{"image": ...}` and `{"type": "image", "image": ...}`
 as in Hugging Face chats; and Ollama's `images` beside the content, which come first.
+
+Videos: `{"type": "video", "video": ..., **options}` with a path (of a file, or a folder of frames), bytes, a file
+object, a `data:` URI or a list of frames; `{"type": "video_url", "video_url": {"url": "data:..."}, **options}`; and
+paths whose suffix is a video's. Options are those of `video.VideoOptions`.
 """
 
 from __future__ import annotations
@@ -18,8 +22,14 @@ from PIL import Image
 
 from edge_runtime.errors import MessageError
 from edge_runtime.image import ImageSource
+from edge_runtime.video import VideoOptions
+from edge_runtime.video_content import VideoSource
 
 THINK, THINK_END = "<think>", "</think>"
+VIDEO_SUFFIXES = (
+    *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf"),
+    *(".ogv", ".ts", ".vob", ".webm", ".wmv"),
+)
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -33,11 +43,22 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class VideoPart:
+    """A video inside a message, not opened yet."""
+
+    source: VideoSource
+    options: VideoOptions = VideoOptions()  # noqa: RUF009 - frozen
+
+
+Part = str | ImagePart | VideoPart
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn."""
 
     role: str
-    parts: tuple[str | ImagePart, ...]
+    parts: tuple[Part, ...]
     reasoning: str | None = None
     tool_calls: list[Any] = field(default_factory=list)
 
@@ -78,12 +99,12 @@ def _parse(entry: Any, number: int) -> Message:
         role = "system"
     if role not in ROLES:
         raise MessageError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}.")
-    parts: list[str | ImagePart] = [_ollama_image(image, where) for image in _list(entry, "images", where)]
+    parts: list[Part] = [_ollama_image(image, where) for image in _list(entry, "images", where)]
     parts += _parse_content(entry.get("content"), where)
     reasoning = entry.get("reasoning_content") or entry.get("reasoning") or entry.get("thinking")
     if role == "assistant":
         reasoning, parts = _without_reasoning(reasoning, parts)
-    elif role == "system" and any(isinstance(part, ImagePart) for part in parts):
+    elif role == "system" and any(isinstance(part, ImagePart | VideoPart) for part in parts):
         raise MessageError(f"{where} puts a picture into the system prompt; pictures belong to user messages.")
     return Message(role, tuple(parts), reasoning, _list(entry, "tool_calls", where))
 
@@ -95,9 +116,9 @@ def _list(entry: Mapping[str, Any], key: str, where: str) -> list[Any]:
     return list(value)
 
 
-def _without_reasoning(reasoning: Any, parts: list[str | ImagePart]) -> tuple[str | None, list[str | ImagePart]]:
+def _without_reasoning(reasoning: Any, parts: list[Part]) -> tuple[str | None, list[Part]]:
     """Take the reasoning out of an earlier answer, as the template does, so that the rest can be guarded as text."""
-    if any(isinstance(part, ImagePart) for part in parts):
+    if not all(isinstance(part, str) for part in parts):
         return reasoning, parts
     written, answer = split_reasoning("\n".join(str(part) for part in parts))
     return (str(reasoning) if reasoning else written), [answer]
@@ -111,7 +132,7 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
     return before.rstrip("\n").split(THINK)[-1].lstrip("\n"), answer.lstrip("\n")
 
 
-def _parse_content(content: Any, where: str) -> list[str | ImagePart]:
+def _parse_content(content: Any, where: str) -> list[Part]:
     if content is None:
         return []
     if isinstance(content, str | Image.Image | Path | bytes | Mapping):
@@ -124,13 +145,17 @@ def _parse_content(content: Any, where: str) -> list[str | ImagePart]:
     return [_parse_part(part, where) for part in content]
 
 
-def _parse_part(part: Any, where: str) -> str | ImagePart:
-    if isinstance(part, str | ImagePart):
+def _parse_part(part: Any, where: str) -> Part:
+    if isinstance(part, Part):
         return part
+    if isinstance(part, Path) and part.suffix.lower() in VIDEO_SUFFIXES:
+        return VideoPart(part)
     if isinstance(part, Image.Image | Path | bytes):
         return ImagePart(part)
     if isinstance(part, Mapping):
         kind = part.get("type")
+        if kind in ("video", "video_url") or (kind is None and "video" in part):
+            return _parse_video(part, where)
         if kind in ("text", "input_text") or (kind is None and "text" in part):
             return str(part.get("text", ""))
         if kind in ("image_url", "input_image"):
@@ -144,8 +169,23 @@ def _parse_part(part: Any, where: str) -> str | ImagePart:
                     "picture."
                 )
             return ImagePart(source, checked_max_slices(part.get("max_slice_nums")))
-        raise MessageError(f"{where} has a part of type {kind!r}; expected 'text', 'image' or 'image_url'.")
+        raise MessageError(
+            f"{where} has a part of type {kind!r}; expected 'text', 'image', 'image_url', 'video' or 'video_url'."
+        )
     raise MessageError(f"{where} has a part of type {type(part).__name__}; expected a string or a picture.")
+
+
+def _parse_video(part: Mapping[str, Any], where: str) -> VideoPart:
+    source = part.get("video")
+    if part.get("type") == "video_url":
+        url = part.get("video_url")
+        source = _checked_url(url.get("url") if isinstance(url, Mapping) else url, where, "video", "video/mp4")
+    if source is None:
+        raise MessageError(f"{where} has a video without content; expected it under 'video', or 'video_url'.")
+    options = {name: value for name, value in part.items() if name not in ("type", "video", "video_url")}
+    if "max_slice_nums" in options:
+        options["max_slices"] = options.pop("max_slice_nums")
+    return VideoPart(source, VideoOptions.of(options))
 
 
 def checked_max_slices(value: Any) -> int | None:
@@ -161,11 +201,11 @@ def checked_max_slices(value: Any) -> int | None:
     return value
 
 
-def _checked_url(url: Any, where: str) -> str:
+def _checked_url(url: Any, where: str, what: str = "image", kind: str = "image/png") -> str:
     """Only data URIs: an address or path in a client's message must never make us read or fetch something."""
     if not isinstance(url, str) or not url.startswith("data:"):
         raise MessageError(
-            f"{where} has the image address {str(url)[:40]!r}; expected a data: URI (data:image/png;base64,...), "
+            f"{where} has the {what} address {str(url)[:40]!r}; expected a data: URI (data:{kind};base64,...), "
             "nothing is fetched."
         )
     return url

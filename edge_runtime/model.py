@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, overload
 
 import numpy as np
 
+from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, results
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.encoder import Group
@@ -24,12 +24,13 @@ from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.options import check_counts, check_form, check_lengths, check_streaming, count_beams
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
-from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, Prompt
-from edge_runtime.requests import Finished, Request
+from edge_runtime.prompt import Prompt
+from edge_runtime.requests import Activity, Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
+from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.tools import checked_tools, function_names
 from edge_runtime.tracing import Trace, trace
 from edge_runtime.weights import Float32
@@ -44,8 +45,10 @@ class Model:
         self._low_memory = options.low_memory
         parts = load_parts(paths, options)
         self._encoder, self._decoder, self.tokenizer = parts.encoder, parts.decoder, parts.tokenizer
-        self._template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
+        self.template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
+        """The chat template (Jinja)."""
         self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
+        self._ahead = ReadingAhead(self._engine)
         self._engine.call(lambda: set_threads(parts.n_threads))
         self.load_s = time.perf_counter() - started
         """Seconds that loading took."""
@@ -116,6 +119,11 @@ class Model:
     def n_ctx(self) -> int:
         """Context length in tokens."""
         return self._decoder.n_ctx
+
+    @property
+    def activity(self) -> Activity:
+        """How many requests wait and run now, of how many at most, and how often a picture was known already."""
+        return self._engine.activity
 
     @overload
     def chat(self, messages: str | Sequence[Any], *, stream: Literal[False] = False, **options: Any) -> Answer: ...
@@ -196,11 +204,13 @@ class Model:
         thinking_budget: int | None = None,
         repetition_check: bool = True,
         adapter: str | None = None,
+        follow_up: bool = False,
         schema: Mapping[str, Any] | None = None,
         json: bool = False,
         tools: Sequence[dict[str, Any]] = (),
         tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
+        on_look: Callable[[float], None] = lambda share: None,
         **prompt_options: Any,
     ) -> list[AnswerStream]:
         """Begin answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.
@@ -225,6 +235,7 @@ class Model:
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
         adapter : name of a LoRA adapter the model was loaded with; None takes the model as it is.
+        follow_up : another turn is expected: read this one's answer as history while nobody waits; see `ahead`.
         schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
             reasoning. The model is not told: say in the question what is wanted.
         json : the answer is some JSON object.
@@ -232,8 +243,10 @@ class Model:
         tool_choice : "auto", "none" (the model is not told of them), "required" (the answer is one call), or a
             function's name (a call of that one).
         on_image : called with (decoded, total) while pictures are read.
+        on_look : called often with the share that is done while an index of videos is made; their frames are
+            decoded later, beside the encoding. What this or `on_image` raises ends the work.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
-            context_shift.
+            video_limits, context_shift, raw.
 
         Raises
         ------
@@ -273,7 +286,7 @@ class Model:
         )
         check_form(form is not None, n_beams)
         prepared = self._prepare(
-            messages, on_image, room=max_tokens, thinking=thinking, tools=tools, **prompt_options
+            messages, on_image, on_look, room=max_tokens, thinking=thinking, tools=tools, **prompt_options
         )
         if form is not None and thinking:
             room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
@@ -306,7 +319,7 @@ class Model:
             }
             if timings["first_token"]:
                 timings["first_token"] += image_s
-            return Answer(
+            found = Answer(
                 answer=answer,
                 reasoning=reasoning,
                 finish_reason=end.reason,
@@ -319,9 +332,14 @@ class Model:
                 dropped_turns=prepared.dropped_turns,
                 shortened=end.shortened,
                 pictures=prepared.pictures,
+                videos=prepared.videos,
                 timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
                 logprobs=scores if logprobs else None,
+                reasoning_tokens=end.reasoning_tokens,
             )
+            if follow_up:
+                self._ahead.follow(prepared, request, found)
+            return found
 
         requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
         return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
@@ -340,36 +358,35 @@ class Model:
         ----------
         messages, options : as of `chat`.
         """
-        return AsyncAnswer(lambda streaming: self._submit(messages, 1, streaming, options)[0])
+        return AsyncAnswer(lambda streaming, options: self._submit(messages, 1, streaming, options)[0], options)
 
     def _prepare(
         self,
         messages: str | Sequence[Any],
         on_image: Callable[[int, int], None] = lambda done, total: None,
+        on_look: Callable[[float], None] = lambda share: None,
         room: int = 1,
         **options: Any,
     ) -> Prepared:
-        unknown = sorted(set(options) - set(PromptOptions.__dataclass_fields__))
-        if unknown:
-            raise TypeError(f"chat() got an unexpected keyword argument {unknown[0]!r}")
         return prepare(
             messages,
-            PromptOptions(**options),
+            PromptOptions.of(options),
             slicing=self._encoder.slicing,
             tokenizer=self.tokenizer,
             n_queries=self._encoder.n_queries,
-            template=self._template,
+            template=self.template,
             n_ctx=self.n_ctx,
             room=room,
             on_image=on_image,
+            on_look=on_look,
         )
 
     def slices(self, image: ImageSource, max_slices: int | None = None) -> list[Slice]:
         """Slices of a picture as the vision tower gets them."""
-        picture = load_image(image)
-        plan = plan_slices(*picture.size, self._encoder.slicing, max_slices)
-        check_plan(*picture.size, plan, self._encoder.slicing)
-        return slice_image(picture, plan, self._encoder.slicing)
+        picture, slicing = load_image(image), self._encoder.slicing
+        plan = plan_slices(*picture.size, slicing, max_slices)
+        check_plan(*picture.size, plan, slicing)
+        return slice_image(picture, plan, slicing)
 
     def encode_image(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
         """Visual tokens of a picture: one ndarray [shape=(queries, hidden), float32] per slice."""
@@ -389,9 +406,11 @@ class Model:
         -------
         tokens : one ndarray [shape=(queries, hidden), float32] per group, slice after slice inside a group of frames.
         """
-        left, groups = iter(frames), []
-        for ids in temporal_ids:
-            groups += pack_frames([self.slices(next(left), max_slices) for _ in ids], ids)
+        left = iter(frames)
+        frame_slices = ([self.slices(next(left), max_slices) for _ in ids] for ids in temporal_ids)
+        groups = [
+            group for ids, cut in zip(temporal_ids, frame_slices, strict=True) for group in pack_frames(cut, ids)
+        ]
         return self._engine.call(lambda: self._encode(groups))
 
     def vision_features(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
@@ -411,15 +430,13 @@ class Model:
         return self._engine.call(lambda: trace(self._decoder, self._embeddings(prepared), n_tokens, adapter))
 
     def _encode(self, groups: Sequence[Group]) -> list[Float32]:
-        try:
-            return self._encoder.encode(groups)
-        finally:
-            if self._low_memory:
-                self._encoder.unload()
+        tokens = self._encoder.encode(groups)
+        if self._low_memory:
+            self._encoder.unload()
+        return tokens
 
     def _embeddings(self, prepared: Prepared) -> Float32:
-        tokens = self._encode(prepared.groups)
-        places = dict(zip(prepared.prompt.bounds, tokens, strict=True))
+        places = dict(zip(prepared.prompt.bounds, self._encode(prepared.groups), strict=True))
         return embed(self._decoder, np.asarray(prepared.prompt.ids, np.int64), places)
 
     def close(self) -> None:
@@ -429,7 +446,5 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from edge_runtime.clips import Clip
 from edge_runtime.encoder import Group
 from edge_runtime.messages import ImagePart, Message
 from edge_runtime.prompt import ImageLayout, Prompt
@@ -30,6 +31,8 @@ class Placed:
     groups: list[Group]
     sizes: list[list[int]]
     """[width, height] of every slice."""
+    clip: Clip | None = None
+    """The video that the frames are of."""
 
 
 Build = Callable[[Sequence[Message], Sequence[Placed]], Prompt]

@@ -1,6 +1,7 @@
 """The whole data flow as one readable function. Start here.
 
     messages ─ parse_messages ─┬─ pictures ─ load_image ─ plan_slices ─ slice_image ─ groups ──────────┐
+                               ├─ videos ─ choose ─ parts for frames, groups that decode themselves ───┤
                                └─ text + layouts ─ build_prompt ─ ids + bounds ────────────────────────┴─ Request
 
 What follows happens on the engine's thread (`engine`): groups ─ vision ─ resampler ─ visual tokens; ids ─ embedding
@@ -10,24 +11,24 @@ rows; both become one stream of embeddings ─ decoder ─ sampler ─ pieces of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
-from edge_runtime.encoder import Group
+from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError
 from edge_runtime.image import PIXEL_LIMIT, load_image
 from edge_runtime.messages import ImagePart, Message, checked_max_slices, parse_messages
 from edge_runtime.overflow import Placed, fit
 from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
-from edge_runtime.resampler import STILL
 from edge_runtime.slicing import Size, Slice, SlicePlan, check_plan, plan_slices, slice_image
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tools import checked_tools
-from edge_runtime.video import check_groups
+from edge_runtime.video import VideoLimits, check_groups
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,25 @@ class PromptOptions:
     max_slices: int | None = None
     """Most cells per picture; None takes the model's limit."""
     use_image_id: bool | None = None
-    """Whether pictures are numbered; None takes the model's setting."""
+    """Whether pictures are numbered; None takes the model's setting, but beside a video none is, as officially."""
     temporal_ids: Sequence[Sequence[int]] | None = None
     """Groups of frame times in units of 0.1 s that cover all pictures in order; -1 marks a still picture."""
     tools: Sequence[dict[str, Any]] = ()
     """Functions the model is told of, in OpenAI's form."""
+    raw: bool = False
+    """Take the text as the prompt, without the chat template."""
     pixel_limit: int = PIXEL_LIMIT
+    video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 - frozen
     context_shift: bool = False
     """Leave out the oldest turns of a conversation that does not fit, rather than refuse it."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> PromptOptions:
+        """Take keyword arguments of `Model.chat`; an unknown one is a TypeError, as Python's own."""
+        unknown = sorted(set(options) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise TypeError(f"chat() got an unexpected keyword argument {unknown[0]!r}")
+        return cls(**options)
 
 
 @dataclass(frozen=True)
@@ -60,9 +72,13 @@ class Prepared:
     slices: list[list[int]] = field(default_factory=list)
     """[width, height] of every slice, in order."""
     pictures: list[list[int]] = field(default_factory=list)
-    """[width, height] of every picture, upright, in order."""
+    """[width, height] of every picture and video frame, upright, in order."""
+    videos: list[dict[str, Any]] = field(default_factory=list)
+    """What is told of each video; see `Answer.videos`."""
     dropped_turns: int = 0
     """Oldest turns that were left out."""
+    with_more: Callable[[Sequence[Message]], Prompt] | None = None
+    """The prompt that this conversation would have with further messages, without pictures, behind it."""
 
 
 def prepare(
@@ -76,6 +92,7 @@ def prepare(
     n_ctx: int = 0,
     room: int = 0,
     on_image: Callable[[int, int], None] = lambda done, total: None,
+    on_look: Callable[[float], None] = lambda share: None,
 ) -> Prepared:
     """Turn a conversation into a prompt and the slices behind it.
 
@@ -83,35 +100,32 @@ def prepare(
     ----------
     n_queries : visual tokens per slice.
     n_ctx, room : positions of the context, and those to be kept free; for `PromptOptions.context_shift`.
-    on_image : called with (pictures decoded, pictures in all).
+    on_image : called with (pictures decoded, pictures in all); what it raises ends the work, as with `on_look`.
+    on_look : called often with the share of the videos whose index was made.
 
     Raises
     ------
     MessageError, ImageError
-        When the conversation or a picture cannot be used; nothing was computed then.
+        When the conversation, a picture or a video cannot be used; nothing was computed then.
     """
     checked_max_slices(options.max_slices)
     checked_tools(options.tools, "auto")
-    conversation = parse_messages(messages)
+    conversation = expand_videos(parse_messages(messages), slicing, options.video_limits, on_look)
     parts = list(iter_images(conversation))
-    times = options.temporal_ids if options.temporal_ids is not None else [[STILL]] * len(parts)
+    times = group_ids(parts, options.temporal_ids)
     check_groups(times, len(parts))
+    has_video = any(isinstance(part, FramePart) for part in parts)
+    numbered = slicing.use_image_id and not has_video if options.use_image_id is None else options.use_image_id
 
     placed: list[Placed] = []
     pictures: list[list[int]] = []
     done = 0
     for ids in times:
-        frames = []
-        for part in parts[done : done + len(ids)]:
-            size, plan, slices = _cut(part, options, slicing)
-            pictures.append([*size])
-            frames.append((plan, slices))
-            done += 1
-            on_image(done, len(parts))
-        plan = frames[0][0]
-        layout = ImageLayout(done - len(ids), plan.grid, len(ids))
-        sizes = [[int(s.pixels.shape[1]), int(s.pixels.shape[0])] for _, slices in frames for s in slices]
-        placed.append(Placed(layout, pack_frames([slices for _, slices in frames], ids), sizes))
+        found, sizes = _place(parts[done : done + len(ids)], ids, done, options, slicing)
+        placed.append(found)
+        pictures += sizes
+        done += len(ids)
+        on_image(done, len(parts))
 
     def build(messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
         return build_prompt(
@@ -121,8 +135,9 @@ def prepare(
             n_queries=n_queries,
             template=template,
             thinking=options.thinking,
-            use_image_id=slicing.use_image_id if options.use_image_id is None else options.use_image_id,
+            use_image_id=numbered,
             tools=options.tools,
+            raw=options.raw,
         )
 
     left: Sequence[Placed] = placed
@@ -138,8 +153,32 @@ def prepare(
         [group_digest(group) for group in groups],
         [size for item in left for size in item.sizes],
         pictures[len(pictures) - n_left :],
+        [clip.facts() for clip in dict.fromkeys(item.clip for item in left) if clip is not None],
         n_dropped,
+        None if n_dropped else lambda more: build([*conversation, *more], placed),
     )
+
+
+def _place(
+    parts: Sequence[ImagePart], ids: Sequence[int], index: int, options: PromptOptions, slicing: SlicingConfig
+) -> tuple[Placed, list[list[int]]]:
+    """What stands for one placeholder, and the sizes of its pictures; frames of videos are not decoded.
+
+    Parameters
+    ----------
+    index : of the first picture in the conversation.
+    """
+    first = parts[0]
+    if isinstance(first, FramePart):
+        clip = first.clip
+        layout = ImageLayout(index, clip.plan.grid, len(ids))
+        slices = [[*size] for _ in ids for size in clip.plan.sizes]
+        return Placed(layout, [*clip.group(first.number)], slices, clip), [[*clip.size] for _ in ids]
+    frames = [_cut(part, options, slicing) for part in parts]
+    layout = ImageLayout(index, frames[0][1].grid, len(ids))
+    sizes = [[int(s.pixels.shape[1]), int(s.pixels.shape[0])] for _, _, slices in frames for s in slices]
+    groups = pack_frames([slices for _, _, slices in frames], ids)
+    return Placed(layout, [*groups], sizes), [[*size] for size, _, _ in frames]
 
 
 def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[Size, SlicePlan, list[Slice]]:
@@ -151,7 +190,9 @@ def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tup
 
 
 def group_digest(group: Group) -> bytes:
-    """Fingerprint of all that decides a group's visual tokens: pixels, their arrangement, times."""
+    """Fingerprint of all that decides a group's visual tokens: pixels or where they come from, arrangement, times."""
+    if isinstance(group, LazyGroup):
+        return group.digest
     digest = hashlib.blake2b(digest_size=16)
     for item, time in group:
         digest.update(repr((item.pixels.shape, time)).encode())
@@ -159,7 +200,7 @@ def group_digest(group: Group) -> bytes:
     return digest.digest()
 
 
-def pack_frames(frames: Sequence[list[Slice]], ids: Sequence[int]) -> list[Group]:
+def pack_frames(frames: Sequence[list[Slice]], ids: Sequence[int]) -> list[LoadedGroup]:
     """Groups of one set of frames: slice j of all frames together, slice after slice.
 
     Raises

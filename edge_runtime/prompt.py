@@ -1,7 +1,7 @@
 """Messages and the shapes of their pictures → prompt text, token ids and the places of the visual tokens.
 
-Three steps: `render` (chat template in a sandbox), `expand` (image placeholders), `tokenize`. Knows pictures only
-by their slice grids; where their embeddings come from is not its business.
+Three steps: `templates.render` (chat template in a sandbox), `expand` (image placeholders), `tokenize`. Knows
+pictures only by their slice grids; where their embeddings come from is not its business.
 
 What the user typed stays text: special tokens in messages are guarded by a mark character before the template sees
 them (see `Tokenizer.guard`), so no `<|im_end|>` or `<image>` of a user, a document or a tool can end a turn or move
@@ -13,24 +13,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Any
 
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.messages import ImagePart, Message
+from edge_runtime.templates import render
 from edge_runtime.tokenizer import Tokenizer
-
-OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime").joinpath("chat_template.jinja").read_text("utf-8")
-"""The chat template of MiniCPM-V 4.5, for files that carry none."""
 
 PLACEHOLDER = "(<image>./</image>)"
 """What stands in a rendered prompt for each picture, as in the official processor."""
 
 UNK, IMAGE, IMAGE_END = "<unk>", "<image>", "</image>"
 SLICE, SLICE_END, ID, ID_END = "<slice>", "</slice>", "<image_id>", "</image_id>"
-
-MAX_RENDERED_CHARACTERS = 16 << 20  # a template is foreign code: it may not fill the memory
 
 # What a model may have said in an earlier turn and meant: reasoning, tool calls, grounding boxes. Turn and picture
 # boundaries are not among them, whoever wrote the message.
@@ -78,6 +72,7 @@ def build_prompt(
     thinking: bool,
     use_image_id: bool,
     tools: Sequence[dict[str, Any]] = (),
+    raw: bool = False,
 ) -> Prompt:
     """Build the prompt of a conversation.
 
@@ -87,6 +82,8 @@ def build_prompt(
     n_queries : visual tokens per slice.
     template : the chat template (Jinja).
     thinking : whether the answer starts with reasoning.
+    raw : the messages' text is the prompt as it stands, without the template; special tokens in it are meant, but
+        for those that hold pictures.
 
     Raises
     ------
@@ -96,10 +93,27 @@ def build_prompt(
         When the vocabulary lacks the tokens that hold pictures, or the template is broken.
     """
     mark = _unused_character(messages, tools)
-    rendered = _whole_characters(_render(messages, tokenizer, mark, template, thinking, tools))
+    text = (
+        _as_it_stands(messages, tokenizer, mark)
+        if raw
+        else _render(messages, tokenizer, mark, template, thinking, tools)
+    )
+    rendered = _whole_characters(text)
     marked = _expand(rendered, layouts, n_queries, use_image_id)
     ids = tokenizer.encode_special(marked, mark)
     return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
+
+
+def _as_it_stands(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) -> str:
+    """The text of all messages, a placeholder for each picture in it."""
+    if not any(part for message in messages for part in message.parts):
+        raise MessageError("The raw prompt is empty; expected text for the model to go on with.")
+    holders = {UNK, IMAGE, IMAGE_END, SLICE, SLICE_END, ID, ID_END}
+    allowed = frozenset(tokenizer.special_ids) - holders
+    parts = [part for message in messages for part in message.parts]
+    return "".join(
+        tokenizer.guard(part, mark, allowed) if isinstance(part, str) else PLACEHOLDER + "\n" for part in parts
+    )
 
 
 def _whole_characters(text: str) -> str:
@@ -129,45 +143,19 @@ def _render(
 ) -> str:
     guarded = [_template_message(message, tokenizer, mark) for message in messages]
     guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]
-    compiled = _compile(template)
-    from jinja2 import TemplateError
-
-    text, length = [], 0
-    try:
-        for piece in compiled.generate(
-            messages=guarded,
-            tools=guarded_tools or None,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-        ):
-            text.append(piece)
-            length += len(piece)
-            if length > MAX_RENDERED_CHARACTERS:
-                raise ModelFileError(
-                    "The model's chat template writes endlessly; use a file with the official template."
-                )
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        ArithmeticError,
-        RecursionError,
-    ) as error:
-        raise MessageError(
-            f"The model's chat template refuses this conversation: {error}. Check the order and roles of the "
-            "messages."
-        ) from None
-    return "".join(text)
+    context = {
+        "messages": guarded,
+        "tools": guarded_tools or None,
+        "add_generation_prompt": True,
+        "enable_thinking": thinking,
+    }
+    return render(template, context)
 
 
 def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
     """One message as templates expect it: content is a string with a placeholder for each picture."""
     allowed = _MAY_WRITE.get(message.role, frozenset())
-    texts = [
-        PLACEHOLDER if isinstance(part, ImagePart) else tokenizer.guard(part, mark, allowed) for part in message.parts
-    ]
+    texts = [tokenizer.guard(part, mark, allowed) if isinstance(part, str) else PLACEHOLDER for part in message.parts]
     entry: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
     if message.reasoning is not None:
         entry["reasoning_content"] = tokenizer.guard(message.reasoning, mark)
@@ -184,31 +172,6 @@ def _guard_all(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
     if isinstance(value, list | tuple):
         return [_guard_all(item, tokenizer, mark) for item in value]
     return value
-
-
-@cache
-def _compile(template: str) -> Any:
-    """Compile a template from a model file: foreign code, so only in Jinja's immutable sandbox."""
-    from jinja2 import TemplateSyntaxError
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, indent: int | None = None) -> str:
-        # As transformers has it: Jinja's own tojson escapes <, > and & for HTML.
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    try:
-        return environment.from_string(template)
-    except TemplateSyntaxError as error:
-        raise ModelFileError(
-            f"The model's chat template is not valid Jinja ({error}); convert or download the model again."
-        ) from None
 
 
 def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool) -> str:

@@ -12,7 +12,7 @@ import datetime
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def _source(name: str) -> Source:
 def _link(source: Source, library: Library, progress: Progress) -> Entry:
     """Check a model of the Ollama store, and remember it; its files stay where they are."""
     model = ollama.verify(source.place, progress)
-    _check_roles({"decoder": model.decoder.path, "mmproj": model.mmproj.path})
+    check_roles({"decoder": model.decoder.path, "mmproj": model.mmproj.path})
     entry = Entry(source.name, "ollama", pulled=_today(), complete=True)
     library.write(entry)
     return entry
@@ -247,7 +247,7 @@ class _Pull:
             except ModelFileError:
                 path.unlink()  # nothing may run it; fetching it again is all that can help
                 raise
-        _check_roles(paths)
+        check_roles(paths)
 
     def _tidy(self) -> None:
         """Remove earlier versions and what was left of cut downloads."""
@@ -263,7 +263,18 @@ class _Pull:
                     path.unlink()
 
 
-def _check_roles(paths: dict[str, Path]) -> None:
+def check_roles(paths: Mapping[str, Path]) -> None:
+    """Check that files are what they are taken for, and belong to one model.
+
+    Parameters
+    ----------
+    paths : `decoder` and `mmproj`, or one of them.
+
+    Raises
+    ------
+    ModelFileError
+        When one is damaged or of another type, or their widths differ.
+    """
     found = {role: check_model_file(path) for role, path in paths.items()}
     for role, (actual, _) in found.items():
         if role != actual:

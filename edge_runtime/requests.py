@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from edge_runtime.beams import Beam, BeamRun, BeamSearch
 from edge_runtime.constraint import AnswerForm, Constraint
-from edge_runtime.decoder import Decoder
+from edge_runtime.decoder import Decoder, Part
 from edge_runtime.encoder import Group
 from edge_runtime.logprobs import TokenScores, score
 from edge_runtime.prompt import Prompt
@@ -31,7 +31,8 @@ FinishReason = Literal["stop", "length", "repetition", "cancelled"]
 class Progress:
     """How far the work before the first token is."""
 
-    stage: Literal["encode", "prefill"]
+    stage: Literal["decode", "encode", "prefill"]
+    """`decode`: frames of videos, which is told only while nothing else can be done."""
     done: int
     total: int
     share: float = 0.0
@@ -50,6 +51,8 @@ class Finished:
     """encode, prefill, first_token (since submission), decode"""
     shortened: bool = False
     """Whether a structured answer was brought to its end because tokens ran out."""
+    reasoning_tokens: int = 0
+    """Of those of the completion."""
 
 
 Event = Progress | Piece | Finished
@@ -84,6 +87,8 @@ class Request:
     """What the answer must look like."""
     tools: Sequence[str] = ()
     """Names of the functions that the model may call."""
+    reads_ahead: bool = False
+    """Compute the prompt and nothing else, as long as nobody asks for anything; see `ahead`."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
@@ -91,6 +96,22 @@ class Request:
         for digest, (first, end) in zip(self.digests, self.prompt.bounds, strict=True):
             keys[first:end] = [(digest, i) for i in range(end - first)]
         return keys
+
+
+@dataclass(frozen=True)
+class Activity:
+    """How busy the engine is, and how often it was spared a picture."""
+
+    waiting: int
+    running: int
+    slots: int
+    """Most that can run."""
+    picture_lookups: int
+    """Groups of slices that requests needed, since the start."""
+    picture_hits: int
+    """Of them, those whose visual tokens were still there."""
+    picture_bytes: int
+    """Memory of the visual tokens that are kept."""
 
 
 class EventQueue:
@@ -243,7 +264,8 @@ class Task:
                 return
             self.is_finished = True
         shortened = self.constraint is not None and self.constraint.shortened
-        self.events.put(Finished(reason, self.n_tokens, self.n_cached, dict(self.timings), shortened))
+        n_reasoning = self.stream.n_reasoning if self.stream is not None else 0
+        self.events.put(Finished(reason, self.n_tokens, self.n_cached, dict(self.timings), shortened, n_reasoning))
 
     def fail(self, error: Exception) -> None:
         """Send an error as the last event, unless there was one."""
@@ -252,3 +274,23 @@ class Task:
                 return
             self.is_finished = True
         self.events.put(error)
+
+
+def is_worth_leaving(tasks: Sequence[Task], parts: Sequence[Part], started: float, row_s: float) -> bool:
+    """Whether to give up a call of llama.cpp for the sake of those who were cancelled.
+
+    Leaving loses what the call has done for the others, staying computes the rest for nobody. So it is left while the
+    share of the time that has passed is smaller than the share of the rows that nobody wants any more: then the
+    others are done sooner, too. Where it is not left, its rest is shorter than the others' part.
+
+    Parameters
+    ----------
+    parts : of the call, one for each task.
+    started : when it began, by `time.perf_counter`.
+    row_s : seconds that a row takes.
+    """
+    sizes = [(len(part.keys), task.is_cancelled()) for task, part in zip(tasks, parts, strict=True)]
+    unwanted, n_rows = sum(n for n, is_cancelled in sizes if is_cancelled), sum(n for n, _ in sizes)
+    if unwanted in (0, n_rows):
+        return unwanted > 0
+    return time.perf_counter() - started < unwanted * row_s

@@ -18,22 +18,26 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.batches import await_frames, next_batch, release
 from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
-from edge_runtime.encoder import BATCH_PATCHES, Group, ImageEncoder, n_patches
+from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
 from edge_runtime.memory import give_back
-from edge_runtime.requests import FinishReason, Progress, Task
+from edge_runtime.requests import Activity, FinishReason, Progress, Task, is_worth_leaving
 from edge_runtime.saved_prefixes import Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
 from edge_runtime.weights import Float32
+from edge_runtime.width import CallWidth
 
 TURN_S = 0.25
 """How long a prompt may hold up running answers at a time."""
 LEAST_CHUNK = 16  # tokens of a prompt per turn, however slow the machine
 WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing
+AHEAD_CHUNK = 64
+"""Tokens read ahead per call: as many are lost when somebody asks meanwhile."""
 
 
 class Scheduler:
@@ -56,11 +60,19 @@ class Scheduler:
         self._has_seen_pictures = False
         self._row_s = TURN_S / 64
         """Seconds that a position of a prompt took lately."""
+        self._width = CallWidth()
 
     @property
     def n_tasks(self) -> int:
         """Tasks waiting or at work."""
         return len(self._waiting) + len(self._active)
+
+    @property
+    def activity(self) -> Activity:
+        """What goes on now; from any thread, where it is but a glance."""
+        tokens = self._visual_tokens
+        slots = self._decoder.n_sequences
+        return Activity(len(self._waiting), len(self._active), slots, tokens.lookups, tokens.hits, tokens.n_bytes)
 
     @property
     def is_busy(self) -> bool:
@@ -118,7 +130,9 @@ class Scheduler:
             task.request.digests[i]: task.request.groups[i] for i in behind if known[task.request.digests[i]] is None
         }
         task.n_slices = sum(len(group) for group in task.missing.values())
-        if task.missing:
+        if task.missing and task.request.reads_ahead:
+            self._end(task, "cancelled")  # what stood here was forgotten meanwhile
+        elif task.missing:
             task.events.put(Progress("encode", 0, task.n_slices))
         else:
             self._begin_prefill(task)
@@ -221,6 +235,7 @@ class Scheduler:
             self._waiting.remove(task)
         if task.sampler is not None:
             task.sampler.close()
+        release(task.missing.values())
         task.tokens, task.missing = {}, {}  # whoever keeps the answer need not keep these
 
     def fail_all(self, error: Exception) -> None:
@@ -237,15 +252,13 @@ class Scheduler:
 
     def _encode(self) -> None:
         """Encode one batch of slices, of as many tasks as fit; a single group while answers are running."""
-        batch: dict[bytes, Group] = {}
-        patches = 0
         limit = 0 if any(task.n_tokens for task in self._active) else BATCH_PATCHES
-        for task in self._active:
-            for digest, group in task.missing.items():
-                if digest not in batch and (not batch or patches + n_patches(group) <= limit):
-                    batch[digest] = group
-                    patches += n_patches(group)
+        chosen = next_batch(self._active, limit)
+        for task, error in chosen.failed.items():
+            self._fail(task, error)
+        batch = chosen.groups
         if not batch:
+            await_frames(chosen.waiting, idle=len(chosen.waiting) == len(self._active))
             return
         wanting = [task for task in self._active if batch.keys() & task.missing.keys()]
         self._encoder.tower.on_layer = lambda done, total: self._on_layer(wanting, batch, done / total)
@@ -271,7 +284,7 @@ class Scheduler:
         if self._keeping.low_memory and not any(task.missing for task in self._active):
             self._encoder.unload()
 
-    def _on_layer(self, tasks: list[Task], batch: dict[bytes, Group], share: float) -> None:
+    def _on_layer(self, tasks: list[Task], batch: dict[bytes, LoadedGroup], share: float) -> None:
         """Between two layers of the vision tower: stop if nobody waits for this batch any more, or tell of it."""
         if all(task.is_cancelled() for task in tasks):
             raise Cancelled
@@ -297,12 +310,15 @@ class Scheduler:
         started, n_rows = time.perf_counter(), sum(len(part.keys) for part in parts)
         try:
             rows = self._decoder.step(
-                parts, lambda: all(task.is_cancelled() for task in tasks), tasks[0].request.adapter
+                parts, lambda: is_worth_leaving(tasks, parts, started, self._row_s), tasks[0].request.adapter
             )
         except Cancelled:
-            return  # the next turn ends them
+            return  # the next turn ends those who were cancelled, and computes the others' parts again
         except CacheFull:
-            self._make_room()
+            if tasks[0].request.reads_ahead:
+                self._end(tasks[0], "cancelled")
+            else:
+                self._make_room()
             return
         except Exception as error:  # noqa: BLE001 - handed to those whose tokens were computed
             for task in dict.fromkeys(tasks):
@@ -310,11 +326,15 @@ class Scheduler:
             return
         if n_rows > len(tasks):
             self._row_s = (time.perf_counter() - started) / n_rows
+        else:
+            self._width.note(n_rows, time.perf_counter() - started)
         rows_of: dict[Task, list[int]] = {}
         for task, part, row in zip(tasks, parts, rows, strict=True):
             if not task.n_tokens:
                 self._report_prefill(task)
-            if part.wants_logits:
+            if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
+                self._end(task, "stop")
+            elif part.wants_logits and not task.is_cancelled():
                 rows_of.setdefault(task, []).append(row)
         for task, own in rows_of.items():
             try:
@@ -330,7 +350,9 @@ class Scheduler:
         is_flowing = any(task.beam_run or (task.n_tokens and left[task] == 1) for task in able)
         able = self._of_one_adapter(able)
         searching, ready = [task for task in able if task.beam_run], [task for task in able if not task.beam_run]
-        running = [task for task in ready if left[task] == 1]
+        running = [task for task in ready if left[task] == 1 and not task.request.reads_ahead]
+        if len(running) == len(able):  # nothing but next tokens: who has waited for longest comes first
+            running = sorted(running, key=lambda task: task.lap)[: self._width.choose(len(running))]
         tasks, parts = [*running], [Part(task.sequence, task.keys[-1:]) for task in running]
         for task in searching:
             assert task.beam_run is not None
@@ -341,8 +363,8 @@ class Scheduler:
         if is_flowing:
             room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
         for task in ready:
-            if left[task] > 1 and room > 0:
-                n = min(room, left[task])
+            if (left[task] > 1 or task.request.reads_ahead) and room > 0:
+                n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)
                 tasks.append(task)
                 parts.append(self._prompt_part(task, n, whole=n == left[task]))
                 room -= n
@@ -361,7 +383,7 @@ class Scheduler:
         first = self._decoder.held(task.sequence)
         keys = task.keys[first : first + n]
         embeddings = self._embeddings(task, first, first + n)
-        return Part(task.sequence, keys, embeddings, wants_logits=whole)
+        return Part(task.sequence, keys, embeddings, wants_logits=whole and not task.request.reads_ahead)
 
     def _embeddings(self, task: Task, start: int, stop: int) -> Float32 | None:
         """Embeddings of positions of a prompt; None where there is only text."""

@@ -142,6 +142,11 @@ def slice_image(picture: Image.Image, plan: SlicePlan, config: SlicingConfig) ->
     -------
     slices : the overview, then the cells row by row.
     """
+    return [make_slice(pixels, config) for pixels in cut_picture(picture, plan)]
+
+
+def cut_picture(picture: Image.Image, plan: SlicePlan) -> list[npt.NDArray[np.uint8]]:
+    """Pixels of the slices of an RGB picture: ndarray [shape=(height, width, 3), uint8] each, overview first."""
     crops = [_resize(picture, plan.source)]
     if plan.n_slices > 1:
         refined, (w, h) = _resize(picture, plan.refine), plan.cell
@@ -150,7 +155,7 @@ def slice_image(picture: Image.Image, plan: SlicePlan, config: SlicingConfig) ->
             for row in range(plan.grid[1])
             for col in range(plan.grid[0])
         ]
-    return [_prepare(crop, config) for crop in crops]
+    return crops
 
 
 def _resize(picture: Image.Image, size: Size) -> npt.NDArray[np.uint8]:
@@ -163,7 +168,8 @@ def _resize(picture: Image.Image, size: Size) -> npt.NDArray[np.uint8]:
     return np.asarray(columns_done.resize(size, Image.Resampling.BICUBIC))
 
 
-def _prepare(pixels: npt.NDArray[np.uint8], config: SlicingConfig) -> Slice:
+def make_slice(pixels: npt.NDArray[np.uint8], config: SlicingConfig) -> Slice:
+    """Normalise the pixels of a slice and cut them into patches."""
     p = config.patch_size
     rows, cols = pixels.shape[0] // p, pixels.shape[1] // p
     mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)

@@ -76,6 +76,8 @@ class TextStream:
         self._at_start = thinking
         self.stopped = False
         """Whether a stop string was met."""
+        self.n_reasoning = 0
+        """Tokens of the reasoning so far, the one that ended it included."""
 
     @property
     def is_reasoning(self) -> bool:
@@ -86,6 +88,7 @@ class TextStream:
         """Pieces that can be shown after this token."""
         if self.stopped:
             return []
+        self.n_reasoning += self.is_reasoning
         if self._call is not None or (token_id == self._call_begins is not None and not self.is_reasoning):
             return self._feed_call(token_id, scores)
         self._note(scores)

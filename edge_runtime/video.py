@@ -7,9 +7,10 @@ truncation).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Integral
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
 
 from edge_runtime.errors import MessageError
 
@@ -18,6 +19,111 @@ MAX_NUM_PACKING = 3  # frames per group unless the caller allows more
 PACKING_LIMIT = 6  # most frames the resampler was trained to take at once
 TIME_SCALE = 0.1  # seconds per temporal id
 DEFAULT_CHOOSE_FPS = 3
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """What is looked at of one video; None takes the recipe's value.
+
+    Raises
+    ------
+    MessageError
+        When a value is out of its range.
+    """
+
+    fps: float | None = None
+    """Frames per second that are chosen (the recipe's choose_fps: 3); of pictures in a folder or a list, which are
+    all taken, the rate at which they were made (1)."""
+    max_frames: int | None = None
+    """The recipe's MAX_NUM_FRAMES (180): most frames, times the packing where a video is long."""
+    packing: int | None = None
+    """Frames that share one set of visual tokens, 1 to 6 (the recipe: 1 to 3, by the length)."""
+    start: float | None = None
+    """Seconds before which nothing is looked at; ids count from here, as in a file that was cut."""
+    end: float | None = None
+    """Seconds from which on nothing is looked at."""
+    timestamps: bool = False
+    """Write the time of its first frame before each group."""
+    max_slices: int = 1
+    """Most cells per frame; officially frames are not cut."""
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "start", "end"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and (value > 0 if name == "fps" else value >= 0)):
+                wanted = "more than 0" if name == "fps" else "of seconds, 0 or more"
+                raise MessageError(f"{name} of a video is {value!r}; expected a number {wanted}.")
+        for name, most in (("max_frames", None), ("packing", PACKING_LIMIT), ("max_slices", None)):
+            value = getattr(self, name)
+            if not _is_count(value, most) and (value is not None or name == "max_slices"):
+                wanted = f"a whole number from 1 to {most}" if most else "1 or a larger whole number"
+                raise MessageError(f"{name} of a video is {value!r}; expected {wanted}.")
+        if not isinstance(self.timestamps, bool):
+            raise MessageError(f"timestamps of a video is {self.timestamps!r}; expected true or false.")
+        if self.end is not None and self.end <= (self.start or 0):
+            raise MessageError(
+                f"The part of a video from {self.start or 0:g} to {self.end:g} s is empty; expected an end behind "
+                "its start."
+            )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> VideoOptions:
+        """Options from the keys of a message's part.
+
+        Raises
+        ------
+        MessageError
+            When a key is none of them, or a value is out of its range.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise MessageError(f"A video has the option {name!r}; expected one of {', '.join(known)}.")
+        return cls(**values)
+
+    def choose(self, n_frames: int, rate: float, *, sampled: bool = False) -> FrameChoice:
+        """Frames of a video, or of the part between `start` and `end`, that has `n_frames` at `rate` per second.
+
+        Parameters
+        ----------
+        sampled : the frames were chosen already: all of them are taken, as far as `max_frames` allows.
+        """
+        return choose_frames(
+            n_frames,
+            rate,
+            rate if sampled else self.fps or DEFAULT_CHOOSE_FPS,
+            self.packing,
+            max_frames=self.max_frames or MAX_NUM_FRAMES,
+            max_packing=self.packing or MAX_NUM_PACKING,
+        )
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_count(value: object, most: int | None) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int) and 1 <= value <= (most or value)
+
+
+def clock(seconds: float) -> str:
+    """A time as people write it: `0:05.3`, `1:02:03.0`."""
+    tenths = round(10 * seconds)
+    hours, minutes = divmod(tenths // 600, 60)
+    rest = f"{tenths % 600 / 10:04.1f}"
+    return f"{hours}:{minutes:02}:{rest}" if hours else f"{minutes}:{rest}"
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """What is refused; for videos of people one does not know."""
+
+    most_bytes: int | None = None
+    """Of a file."""
+    most_seconds: float | None = None
+    """Of a video."""
+    most_pixels: int = 8192 * 4320
+    """Of one decoded frame; a decoder holds up to twenty of them."""
 
 
 @dataclass(frozen=True)

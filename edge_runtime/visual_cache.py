@@ -59,7 +59,9 @@ class VisualTokenCache:
     def __init__(self, limit_bytes: int = LIMIT_BYTES, saved: SavedTokens | None = None) -> None:
         self._limit, self._saved = limit_bytes, saved
         self._tokens: OrderedDict[bytes, Float32] = OrderedDict()
-        self._n_bytes = 0
+        self.n_bytes = 0
+        self.lookups = self.hits = 0
+        """Since the start."""
 
     def get(self, digest: bytes) -> Float32 | None:
         """Tokens of a group, ndarray [shape=(queries, hidden), float32], if they are still here."""
@@ -68,6 +70,8 @@ class VisualTokenCache:
             self._tokens.move_to_end(digest)
         elif self._saved is not None and (found := self._saved.get(digest)) is not None:
             self._keep(digest, found)
+        self.lookups += 1
+        self.hits += found is not None
         return found
 
     def put(self, digest: bytes, tokens: Float32) -> None:
@@ -80,6 +84,6 @@ class VisualTokenCache:
         if digest in self._tokens or tokens.nbytes > self._limit:
             return
         self._tokens[digest] = tokens.copy()  # a part of an array would keep its whole batch alive
-        self._n_bytes += tokens.nbytes
-        while self._n_bytes > self._limit:
-            self._n_bytes -= self._tokens.popitem(last=False)[1].nbytes
+        self.n_bytes += tokens.nbytes
+        while self.n_bytes > self._limit:
+            self.n_bytes -= self._tokens.popitem(last=False)[1].nbytes

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import conversion_memory, make_checkpoint
+from benchmarks import make_checkpoint
+from benchmarks.sides import memory
 from edge_converters import convert_checkpoint
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import GGUFFile
@@ -53,7 +54,7 @@ def test_a_random_checkpoint_converts(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_memory_of_a_child_and_its_children_is_seen() -> None:
     hold = f"b = bytearray({MEGABYTES} << 20); import time; time.sleep(0.3)"
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}], check=True)"
-    peak, seconds = conversion_memory.watch([sys.executable, "-c", nested])
+    peak, seconds = memory.watch([sys.executable, "-c", nested])
     assert peak.rss > MEGABYTES << 20
     assert peak.anon > MEGABYTES << 20
     assert peak.high_water > MEGABYTES << 20

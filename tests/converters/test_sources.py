@@ -12,7 +12,7 @@ from gguf import TokenType
 from checkpoint_copies import CheckpointCopy, Stored, stored
 from edge_converters import convert_checkpoint
 from edge_runtime import Model
-from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import GGUFFile
 

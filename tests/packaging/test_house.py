@@ -66,7 +66,8 @@ def test_the_wheel_holds_exactly_the_three_packages(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
     assert {"edge_runtime/demo/ggml-model-Q4_K_M.gguf", "edge_runtime/chat_template.jinja"} | {
-        "edge_runtime/ollama_template.gotmpl"
+        "edge_runtime/ollama_template.gotmpl",
+        *(f"edge_runtime/server/static/{path.name}" for path in (ROOT / "edge_runtime/server/static").iterdir()),
     } <= set(names)
     assert sum(1 for name in names if name.endswith("py.typed")) == 3
 
@@ -75,7 +76,7 @@ def test_readme_commands_exist():
     """Every `edge-runtime COMMAND --option` in the documents is one the program knows."""
     for document in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
         for command, rest in re.findall(
-            r"edge-runtime (run|convert|bench|info|pull|list|show|rm|export ollama)\b([^\n`]*)",
+            r"edge-runtime (run|convert|bench|info|pull|list|show|rm|export ollama|serve)\b([^\n`]*)",
             (ROOT / document).read_text("utf-8"),
         ):
             known = CliRunner().invoke(main, [*command.split(), "--help"]).stdout

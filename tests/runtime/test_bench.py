@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner
 
 from edge_runtime import BackendUnavailable, Model, loading, trial
-from edge_runtime.bench import NOISE, WORTH_ROUNDING, tune
+from edge_runtime.bench import NOISE, TURNS, WORTH_ROUNDING, gains_enough, tune
 from edge_runtime.cli import main
 from edge_runtime.decoder import Decoder, DecoderOptions
-from edge_runtime.trial import Rates
+from edge_runtime.trial import SAMPLE_ANSWER, Rates, Sampling, Trial
 from edge_runtime.tuning import Tuning, forget_tuning, remember_tuning, remembered_tuning, tuning_path
 from edge_runtime.weights import GGUFFile
 
@@ -54,6 +54,7 @@ def test_tune_remembers_what_was_best_and_loading_uses_it(decoder, data_folder):
     assert {trial["n_ubatch"] for trial in facts["trials"]} == {256, 512}
     assert {trial["repack"] for trial in facts["trials"]} == {False, True}
     assert {trial["kv_type"] for trial in facts["trials"]} == {"f16", "q8_0"}
+    assert all(trial["request_s"] is None or len(trial["samples_s"]) >= 2 for trial in facts["trials"][1:])
     assert any(line.startswith("best:") for line in table)
     assert [path.suffix for path in (data_folder / "edge-runtime" / "tuning").iterdir()] == [".json"]
 
@@ -127,6 +128,44 @@ def test_a_damaged_tuning_is_none(decoder, text):
     assert remembered_tuning(decoder) == Tuning(2)
 
 
+class MadeUp:
+    """Trials on a machine that is made up.
+
+    Parameters
+    ----------
+    gains : `SETTING=VALUE` to the share of the time that it saves.
+    slow_calls : which samples, of all that are taken, come in a moment when everything takes twice as long.
+    """
+
+    def __init__(self, gains: dict[str, float], slow_calls: range = range(0)) -> None:
+        self.gains, self.slow_calls, self.n_calls = gains, slow_calls, 0
+        self.n_open = 0
+
+    def __call__(self, path: Path, tuning: Tuning) -> MadeUp:
+        one = MadeUp(self.gains)
+        one.__dict__ |= {"machine": self, "tuning": tuning}
+        return one
+
+    def __enter__(self) -> MadeUp:
+        self.machine.n_open += 1
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.machine.n_open -= 1
+
+    def sample(self, n_prompt: int) -> Rates | None:
+        factor = 1.0
+        for setting, gain in self.gains.items():
+            name, value = setting.split("=")
+            factor *= 1 - gain if str(getattr(self.tuning, name)) == value else 1
+        self.machine.n_calls += 1
+        factor *= 1 + (self.machine.n_calls in self.machine.slow_calls)
+        return Rates(100 / factor, 10 / factor)
+
+
 @pytest.mark.parametrize(
     ("gains", "expected"),
     [
@@ -139,47 +178,88 @@ def test_a_damaged_tuning_is_none(decoder, text):
     ],
 )
 def test_the_best_is_what_gains_enough(decoder, monkeypatch, gains, expected):
-    """On a machine that is made up: each setting saves the time it is said to."""
-
-    def rates(path: Path, tuning: Tuning) -> Rates:
-        factor = 1.0
-        for setting, gain in gains.items():
-            name, value = setting.split("=")
-            factor *= 1 - gain if str(getattr(tuning, name)) == value else 1
-        return Rates(100 / factor, 10 / factor)
-
-    monkeypatch.setattr("edge_runtime.bench.run_trial", rates)
+    machine = MadeUp(gains)
+    monkeypatch.setattr("edge_runtime.bench.Trial", machine)
     best, trials = tune(decoder, 4, 8, budget_s=60)
     assert best == expected
+    assert [trial["kept"] for trial in trials].count(True) == 1 + len(
+        [name for name in gains if str(getattr(best, name.split("=")[0])) == name.split("=")[1]]
+    )
     assert len(trials) == 6
     assert len(tune(decoder, 4, 8, budget_s=0)[1]) == 1
 
 
+@pytest.mark.parametrize("start", range(1, 40))
+def test_a_slow_moment_of_the_machine_makes_no_decision(decoder, monkeypatch, start):
+    """Four samples in a row take twice as long, whenever that is: nothing that gains nothing is kept."""
+    monkeypatch.setattr("edge_runtime.bench.Trial", MadeUp({}, range(start, start + 4)))
+    best, _ = tune(decoder, 4, 8, budget_s=60)
+    assert best == Tuning(4, kv_type="f16")
+
+
+def test_a_gain_must_be_more_than_the_samples_spread():
+    assert gains_enough([9.0, 9.1, 8.9], [10.0, 10.1, 9.9], 0.03)
+    assert not gains_enough([9.0, 9.1, 7.9], [10.0, 10.1, 9.9], 0.03)
+    assert not gains_enough([9.0, 9.1, 8.9], [10.0, 12.1, 9.9], 0.03)
+    assert not gains_enough([9.8, 9.8, 9.8], [10.0, 10.0, 10.0], 0.03)
+    assert not gains_enough([10.0, 10.0], [9.0, 9.0], 0.03)
+
+
+def test_sides_are_measured_in_turns_and_processes_end(decoder, monkeypatch):
+    machine = MadeUp({"n_threads=8": 0.2})
+    monkeypatch.setattr("edge_runtime.bench.Trial", machine)
+    _, trials = tune(decoder, 4, 8, budget_s=60)
+    assert len(trials[1]["samples_s"]) == len(trials[1]["best_samples_s"]) == TURNS
+    assert len(trials[2]["samples_s"]) == 2  # half the threads gain nothing: two turns tell
+    assert machine.n_open <= 0
+
+
 def test_settings_that_end_the_process_are_left_out(decoder, monkeypatch):
-    real = trial.run_trial
+    class Crashing(MadeUp):
+        """A real child process where weights are repacked, ended by a signal or by itself."""
 
-    def crash(path: Path, tuning: Tuning) -> Rates | None:
-        """A real child process; the one that repacks is ended by a signal."""
-        if not tuning.repack:
-            return Rates(100, 10)
-        with monkeypatch.context() as patch:
-            patch.setattr(trial.sys, "executable", shutil.which("false") or "false")
-            return real(path, tuning)
+        def __call__(self, path: Path, tuning: Tuning):
+            if not tuning.repack:
+                return super().__call__(path, tuning)
+            with monkeypatch.context() as patch:
+                patch.setattr(trial.sys, "executable", shutil.which("false") or "false")
+                return Trial(path, tuning)
 
-    monkeypatch.setattr("edge_runtime.bench.run_trial", crash)
+    monkeypatch.setattr("edge_runtime.bench.Trial", Crashing({}))
     best, trials = tune(decoder, 2, 2, budget_s=60)
     assert not best.repack
     assert [trial["request_s"] is None for trial in trials] == [trial["repack"] for trial in trials]
 
 
 def test_a_trial_measures_in_its_own_process(decoder):
-    rates = trial.run_trial(decoder.path, Tuning(1, kv_type="f16"))
-    assert rates is not None
-    assert min(rates.prefill, rates.decode) > 0
-    assert trial.run_trial(decoder.path, Tuning(1, kv_type="nonsense")) is None
+    with Trial(decoder.path, Tuning(1, kv_type="f16")) as one:
+        for n_prompt in (16, 512, 16):
+            rates = one.sample(n_prompt)
+            assert rates is not None
+            assert min(rates.prefill, rates.decode) > 0
+    assert one.sample(16) is None
+    with Trial(decoder.path, Tuning(1, kv_type="nonsense")) as one:
+        assert one.sample(16) is None
+
+
+def test_samples_end_at_the_same_place(demo):
+    """So that attention has as much to look at however many tokens are measured; all but those are computed once."""
+    decoder, computed = demo._decoder, []
+    step = decoder.step
+    sampling = Sampling(decoder)
+    try:
+        decoder.step = lambda parts, *more: computed.append(len(parts[0].keys)) or step(parts, *more)
+        for n_prompt in (128, 128, 512):
+            sampling.take(n_prompt)
+            assert decoder.held(0) == 512 + SAMPLE_ANSWER
+    finally:
+        del decoder.step
+        decoder.rewind(0)
+    answer = [1] * SAMPLE_ANSWER
+    assert computed == [8, 512 - 128 - 8, 128, *answer, 128, *answer, 512, *answer]
 
 
 def test_a_model_that_cannot_be_measured_is_told(decoder, monkeypatch):
-    monkeypatch.setattr("edge_runtime.bench.run_trial", lambda path, tuning: None)
+    monkeypatch.setattr("edge_runtime.bench.Trial.sample", lambda self, n_prompt: None)
     with pytest.raises(BackendUnavailable, match="cannot be measured"):
         tune(decoder, 2, 2, budget_s=60)

@@ -107,6 +107,7 @@ def test_forced_tokens_have_theirs_too(model):
     answer = model.chat("Why?", thinking=True, thinking_budget=3, max_tokens=6, seed=1, logprobs=True)
     assert [token.kind for token in answer.logprobs] == ["reasoning"] * 4 + ["answer"] * 2
     assert answer.logprobs[3].token == "</think>"
+    assert (answer.reasoning_tokens, answer.completion_tokens) == (4, 6)
     assert math.isfinite(answer.logprobs[3].logprob)
 
 

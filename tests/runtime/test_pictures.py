@@ -328,3 +328,12 @@ def test_a_message_with_a_bad_picture_leaves_the_model_usable(demo: Model) -> No
     with pytest.raises(EdgeRuntimeError):
         demo.chat([{"role": "user", "content": [JPEG[:1000], "What?"]}])
     assert demo.chat("Hello", greedy=True, max_tokens=2).completion_tokens
+
+
+def test_no_program_is_started_for_a_picture(monkeypatch):
+    """Pillow runs Ghostscript for EPS, whatever the file's name says."""
+    data = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(data, "EPS")
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **more: pytest.fail("a program was run"))
+    with pytest.raises(ImageError, match="PostScript"):
+        load_image(data.getvalue())

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from conftest import golden
-from edge_runtime import MessageError, Model, ModelFileError
+from edge_runtime import MessageError, Model, ModelFileError, templates
 from edge_runtime.messages import parse_messages
-from edge_runtime.prompt import OFFICIAL_CHAT_TEMPLATE, ImageLayout, build_prompt, placeholder_text
+from edge_runtime.prompt import ImageLayout, build_prompt, placeholder_text
+from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 
 CHATS = ["text_fast", "text_think", "one_fast", "wide_think", "history", "no_id_2_slices", "video_fast"]
 SPECIAL = [
@@ -194,6 +195,11 @@ def test_frames_cut_differently_cannot_share_a_group(exact_model: Model):
         ("{{ messages.append(1) }}", MessageError),
         ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", ModelFileError),  # endless output
         ("no picture here", MessageError),
+        ("{{ 'x' * 10 ** 11 }}", ModelFileError),  # more than there is memory, and at compile time already
+        (
+            "{% set ns = namespace(x='x' * 99) %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            ModelFileError,
+        ),
     ],
 )
 def test_templates_are_foreign_code(exact_model: Model, template, error):
@@ -208,3 +214,50 @@ def test_templates_are_foreign_code(exact_model: Model, template, error):
             thinking=False,
             use_image_id=True,
         )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",  # not a character
+        "{{ (99 ** 99999) ** 9999 }}",  # one operation, which no Python code can interrupt
+    ],
+)
+def test_a_template_that_computes_for_ever_is_ended(template, monkeypatch):
+    """And the next one is rendered, in a new process."""
+    monkeypatch.setattr(templates, "MOST_S", 0.3)
+    with pytest.raises(ModelFileError, match=r"longer than 0\.3 s"):
+        templates.render(template, {})
+    assert templates.render("{{ 1 + 1 }}", {}) == "2"
+
+
+def test_a_template_of_a_file_finds_no_keys_in_its_process(monkeypatch):
+    """The sandbox lets nothing out; should that fail one day, there is nothing to be found."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    renderer = templates.Renderer()
+    try:
+        assert renderer.render("{{ x }}", {"x": "é\ud800"}) == "é\ud800"
+        environment = Path(f"/proc/{renderer._process.pid}/environ")
+        if not environment.exists():
+            pytest.skip("this system does not show a process's environment")
+        assert b"PYTHONPATH=" in environment.read_bytes()
+        assert b"secret" not in environment.read_bytes()
+    finally:
+        renderer.close()
+
+
+def test_a_renderer_that_was_killed_is_replaced():
+    renderer = templates.Renderer()
+    try:
+        renderer.render("a", {})
+        renderer._process.kill()
+        renderer._process.wait()
+        assert renderer.render("b", {}) == "b"
+    finally:
+        renderer.close()
+
+
+def test_the_official_template_needs_no_process(monkeypatch):
+    monkeypatch.setattr(templates, "_renderer", lambda: pytest.fail("a process was asked for"))
+    context = {"messages": [{"role": "user", "content": "q"}], "tools": None, "add_generation_prompt": True}
+    assert "user\nq" in templates.render(OFFICIAL_CHAT_TEMPLATE, context)
