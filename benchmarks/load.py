@@ -266,6 +266,12 @@ def peers(options: argparse.Namespace, clients: int, port: int) -> list[str]:
     ]
 
 
+def loaded_model(url: str) -> str:
+    """The model that our server was started with: it lists others, too, and the demo comes first."""
+    (model,) = httpx2.get(url + "/api/ps", timeout=60, trust_env=False).json()["models"]
+    return str(model["name"])
+
+
 def free_port() -> int:
     """A port nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as found:
@@ -287,8 +293,7 @@ def hold(options: argparse.Namespace) -> dict[str, Any]:
     kept: list[float] = []
     clients = options.clients[0]
     with running(ours(options), None) as url:
-        model = httpx2.get(url + "/api/tags", trust_env=False).json()["models"][0]["name"]
-        model = options.model if options.model == "demo" else model
+        model = loaded_model(url)
         end = time.monotonic() + 60 * options.minutes
 
         async def watch() -> None:
@@ -348,7 +353,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 is_ours = side == "ours"
                 command = ours(options) if is_ours else peers(options, clients, port)
                 with running(command, None if is_ours else f"http://127.0.0.1:{port}") as url:
-                    asyncio.run(_ask_side(url, clients, options.requests, tallies[side], options.seed + turn))
+                    asyncio.run(
+                        _ask_side(url, clients, options.requests, tallies[side], options.seed + turn, is_ours=is_ours)
+                    )
                 print(f"{clients} clients, {side}: {tallies[side].facts()}", file=sys.stderr, flush=True)
         facts = {side: tally.facts() for side, tally in tallies.items()}
         ratio = facts["ours"]["tokens_per_s"] / max(facts["llama-server"]["tokens_per_s"], 1e-9)
@@ -362,9 +369,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def _ask_side(url: str, clients: int, requests: int, tally: Tally, seed: int) -> None:
-    async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+async def _ask_side(url: str, clients: int, requests: int, tally: Tally, seed: int, *, is_ours: bool) -> None:
+    model = loaded_model(url) if is_ours else "the only one"
 
     async def ask(client: httpx2.AsyncClient, rng: random.Random, tally: Tally) -> None:
         await ask_openai(client, rng, tally, model=model)

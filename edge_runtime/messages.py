@@ -160,7 +160,8 @@ def _parse_part(part: Any, where: str) -> Part:
             return str(part.get("text", ""))
         if kind in ("image_url", "input_image"):
             url = part.get("image_url")
-            return ImagePart(_checked_url(url.get("url") if isinstance(url, Mapping) else url, where))
+            source = _checked_url(url.get("url") if isinstance(url, Mapping) else url, where)
+            return ImagePart(source, _max_slices(part))
         if kind in (None, "image") and part.get("image") is not None:
             source = part["image"]
             if not isinstance(source, Image.Image | Path | bytes | str):
@@ -168,11 +169,16 @@ def _parse_part(part: Any, where: str) -> Part:
                     f"{where} has an image of type {type(source).__name__}; expected a path, bytes or a Pillow "
                     "picture."
                 )
-            return ImagePart(source, checked_max_slices(part.get("max_slice_nums")))
+            return ImagePart(source, _max_slices(part))
         raise MessageError(
             f"{where} has a part of type {kind!r}; expected 'text', 'image', 'image_url', 'video' or 'video_url'."
         )
     raise MessageError(f"{where} has a part of type {type(part).__name__}; expected a string or a picture.")
+
+
+def _max_slices(part: Mapping[str, Any]) -> int | None:
+    """The limit of cells of one picture; `max_slice_nums` is its official name."""
+    return checked_max_slices(part.get("max_slices", part.get("max_slice_nums")))
 
 
 def _parse_video(part: Mapping[str, Any], where: str) -> VideoPart:

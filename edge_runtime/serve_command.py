@@ -40,7 +40,6 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--max-body", **SIZE, default=256, metavar="MB", help="Largest request.  [256]")
 @click.option("--max-images", **COUNT, default=64, help="Most pictures in a request.  [64]")
 @click.option("--max-pixels", **COUNT, default=64_000_000, help="Largest picture.  [64 million]")
-@click.option("--max-pages", **COUNT, default=64, help="Most pages of a document.  [64]")
 @click.option("--max-video", **SIZE, default=128, metavar="MB", help="Largest video.  [128]")
 @click.option("--max-frames", "max_video_frames", **COUNT, default=180, help="Most frames of a video.  [180]")
 @click.option("--max-tokens", **COUNT, default=32_768, help="Longest answer in tokens.  [32768]")

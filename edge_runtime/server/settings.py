@@ -39,8 +39,6 @@ class Settings:
     max_image_bytes: int = 64 * MEGABYTE
     max_pixels: int = 64_000_000
     """Of one picture."""
-    max_pages: int = 64
-    """Of one document."""
     max_video_bytes: int = 128 * MEGABYTE
     max_video_frames: int = 180
     max_queue: int = 64

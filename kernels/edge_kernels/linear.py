@@ -221,13 +221,34 @@ def even_block(total: int, most: int, unit: int) -> int:
     return -(-total // (parts * unit)) * unit
 
 
-def _blocks(m: int, n: int, workers: int) -> tuple[int, int]:
-    """Choose rows and panels per task: what the caches like, but enough tasks for all workers."""
-    row_block, column_block = even_block(m, ROW_BLOCK, MR), even_block(n, COLUMN_BLOCK, NR)
+def task_blocks(m: int, n: int, workers: int, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[int, int]:
+    """Choose rows and panels per task: what the caches like, but enough tasks for all workers.
+
+    Parameters
+    ----------
+    rows, columns : most per task, and those of a register tile.
+    """
+    (most_rows, tile_rows), (most_columns, tile_columns) = rows, columns
+    row_block, column_block = even_block(m, most_rows, tile_rows), even_block(n, most_columns, tile_columns)
     wanted = TASKS_PER_WORKER * workers if workers > 1 else 1
-    while -(-m // row_block) * -(-n // column_block) < wanted and column_block > NR:
-        column_block = -(-column_block // (2 * NR)) * NR
-    return row_block, column_block // NR
+    while -(-m // row_block) * -(-n // column_block) < wanted and column_block > tile_columns:
+        column_block = -(-column_block // (2 * tile_columns)) * tile_columns
+    return row_block, column_block // tile_columns
+
+
+def result_rows(out: Float32 | None, m: int, n: int) -> Float32:
+    """Return `out` when a product can be written into it, or new memory where there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is not a C-contiguous float32 array: the result would be written to a copy.
+    """
+    if out is None:
+        return np.empty((m, n), np.float32)
+    if out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise ValueError(f"out is {out.dtype} with strides {out.strides}; a C-contiguous float32 array is needed.")
+    return out
 
 
 def linear(
@@ -271,10 +292,7 @@ def linear(
         If `out` is not a C-contiguous float32 array: the result would be written to a copy.
     """
     m, n = x.shape[0], weight.n
-    if out is None:
-        out = np.empty((m, n), np.float32)
-    elif out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ValueError(f"out is {out.dtype} with strides {out.strides}; a C-contiguous float32 array is needed.")
+    out = result_rows(out, m, n)
     if m == 0:
         return out
     rows, row_stride = rows_view(x)
@@ -284,7 +302,7 @@ def linear(
     residual_view, residual_stride = (np.empty(0, np.float32), 0) if residual is None else rows_view(residual)
     tickets = np.zeros(1, np.int64)
     with parallel_region() as workers:
-        row_block, panel_block = _blocks(m, n, workers)
+        row_block, panel_block = task_blocks(m, n, workers, (ROW_BLOCK, MR), (COLUMN_BLOCK, NR))
         _linear(
             rows, row_stride, m, weight.k, weight.panels, padded_bias, gelu, residual_view, residual_stride,
             out.reshape(-1), n, row_block, panel_block, tickets, workers,

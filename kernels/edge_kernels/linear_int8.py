@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import aligned, aligned_empty, helper, kernel, parallel_region, rows_view, vector_view
-from edge_kernels.linear import TASKS_PER_WORKER, even_block
+from edge_kernels.linear import result_rows, task_blocks
 from edge_kernels.reference import SCALE_COLUMNS
 from edge_kernels.rows_int8 import (
     ROW_CELL,
@@ -311,15 +311,6 @@ def _linear(
         )  # fmt: skip
 
 
-def _blocks(m: int, n: int, workers: int) -> tuple[int, int]:
-    """Choose rows and panels per task, as `linear` does."""
-    row_block, column_block = even_block(m, ROW_BLOCK, DOT_MR), even_block(n, COLUMN_BLOCK, DOT_NR)
-    wanted = TASKS_PER_WORKER * workers if workers > 1 else 1
-    while -(-m // row_block) * -(-n // column_block) < wanted and column_block > DOT_NR:
-        column_block = -(-column_block // (2 * DOT_NR)) * DOT_NR
-    return row_block, column_block // DOT_NR
-
-
 def _run(
     x: QuantizedRows | Float32,
     weight: PackedInt8Weight,
@@ -340,7 +331,7 @@ def _run(
     shifts = weight.scales * weight.sums.astype(np.float32)
     nothing, no_cells = np.empty(0, np.float32), np.empty(0, ROW_CELL)
     with parallel_region() as workers:
-        row_block, panel_block = _blocks(m, n, workers)
+        row_block, panel_block = task_blocks(m, n, workers, (ROW_BLOCK, DOT_MR), (COLUMN_BLOCK, DOT_NR))
         if isinstance(out, QuantizedRows):
             panel_block = SCALE_COLUMNS // DOT_NR
             result = nothing, out.panels.view(ROW_CELL), out.scale.reshape(-1), out.offset.reshape(-1)
@@ -396,10 +387,7 @@ def linear_int8(
         If `out` is not a C-contiguous float32 array: the result would be written to a copy.
     """
     m = x.m if isinstance(x, QuantizedRows) else len(x)
-    if out is None:
-        out = np.empty((m, weight.n), np.float32)
-    elif out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ValueError(f"out is {out.dtype} with strides {out.strides}; a C-contiguous float32 array is needed.")
+    out = result_rows(out, m, weight.n)
     if m > 0:
         _run(x, weight, bias, gelu, residual, None, out)
     return out

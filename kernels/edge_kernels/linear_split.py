@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import aligned, aligned_empty, helper, kernel, parallel_region, rows_view
-from edge_kernels.linear import TASKS_PER_WORKER, even_block
+from edge_kernels.linear import result_rows, task_blocks
 from edge_kernels.simd import take_ticket
 from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
 from edge_kernels.simd_split import PARTS, SPLIT_ROWS, STEP, TILE, finish_tile, split_outputs, split_rows, split_tile
@@ -187,15 +187,6 @@ def _linear(rows, weight, parts, k, after, out, m, n, row_block, panel_block, ti
         _worker(rows, weight, parts, k, after, out, m, n, row_block, panel_block, tickets)
 
 
-def _blocks(m: int, n: int, workers: int) -> tuple[int, int]:
-    """Choose rows and panels per task: what the caches like, but enough tasks for all workers."""
-    row_block, column_block = even_block(m, ROW_BLOCK, SPLIT_ROWS), even_block(n, COLUMN_BLOCK, SPLIT_ROWS)
-    wanted = TASKS_PER_WORKER * workers if workers > 1 else 1
-    while -(-m // row_block) * -(-n // column_block) < wanted and column_block > SPLIT_ROWS:
-        column_block = -(-column_block // (2 * SPLIT_ROWS)) * SPLIT_ROWS
-    return row_block, column_block // SPLIT_ROWS
-
-
 _space = aligned_empty(0)
 
 
@@ -243,10 +234,7 @@ def linear_split(
         If `out` is not a C-contiguous float32 array: the result would be written to a copy.
     """
     m, n, k = x.shape[0], weight.n, weight.k
-    if out is None:
-        out = np.empty((m, n), np.float32)
-    elif out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ValueError(f"out is {out.dtype} with strides {out.strides}; a C-contiguous float32 array is needed.")
+    out = result_rows(out, m, n)
     if m == 0:
         return out
     rows, row_stride = rows_view(x)
@@ -258,7 +246,7 @@ def linear_split(
     with parallel_region() as workers:
         panels = _row_space(-(-m // SPLIT_ROWS) * -(-k // STEP) * PARTS * TILE)
         _split(rows, row_stride, m, k, panels, tickets[:1], workers)
-        row_block, panel_block = _blocks(m, n, workers)
+        row_block, panel_block = task_blocks(m, n, workers, (ROW_BLOCK, SPLIT_ROWS), (COLUMN_BLOCK, SPLIT_ROWS))
         _linear(
             panels, weight.panels, weight.parts, k, after, out.reshape(-1), m, n, row_block, panel_block, tickets[1:],
             workers,

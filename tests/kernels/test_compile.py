@@ -47,11 +47,15 @@ USE_EVERYTHING = textwrap.dedent(
         linear_int8(linear_int8_quantized(quantize_rows(x), weight, factor=gain), weight, residual=x)
         if HAS_TILES:
             from edge_kernels.attention_bf16 import attention_bf16
+            from edge_kernels.linear_split import linear_split, pack_split
             from edge_kernels.self_attention import pack_heads, self_attention
 
             attention_bf16(x, x, x[:, ::-1], 2, 0.5, ends, ends, fine_scores=m > 1)
             heads = pack_heads(np.ones((120, 40), np.float32), np.ones(120, np.float32), 2, 0.5, factor=gain)
             self_attention(quantize_rows(x), heads, ends)
+            weight = pack_split(np.ones((40, 40), np.float32))
+            linear_split(x, weight)
+            linear_split(x[:, ::-1], pack_split(gain[:, None] * gain), gain, gelu=True, residual=x)
     many, ends = np.ones((400, 40), np.float32), np.array([0, 400])  # several blocks of queries
     attention_int16(many, many, many[:, ::-1], 2, 0.5, ends, ends)
     print(*cache_statistics(), len(_kernels))

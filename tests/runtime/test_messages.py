@@ -53,9 +53,11 @@ def test_ollamas_images_come_first(image):
     assert question == "q"
 
 
-def test_limit_per_picture():
-    (message,) = parse_messages([{"role": "user", "content": [{"image": "a.png", "max_slice_nums": 2}]}])
-    assert message.parts[0] == ImagePart("a.png", 2)
+@pytest.mark.parametrize("key", ["max_slices", "max_slice_nums"])
+def test_limit_per_picture(key):
+    uri = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}, key: 1}
+    (message,) = parse_messages([{"role": "user", "content": [{"image": "a.png", key: 2}, uri]}])
+    assert message.parts == (ImagePart("a.png", 2), ImagePart("data:image/png;base64,AAAA", 1))
 
 
 def test_reasoning_of_earlier_answers():

@@ -97,3 +97,10 @@ def client(server: Served) -> Iterator[httpx.Client]:
     """A plain HTTP client of the common server."""
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that end only when they are stopped, or at their `num_predict`."""
+    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: 40)
+    monkeypatch.setattr("edge_runtime.streaming.RepetitionDetector.feed", lambda self, token_id: False)

@@ -427,3 +427,19 @@ def test_options_of_a_responses_request():
         "schema": SCHEMA,
     }
     assert responses(top_logprobs=2).options() == {"thinking": False, "logprobs": True, "top_logprobs": 2}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_logprobs": False}, {"temperature": "1"}, {"n": True}, {"stream": 1}, {"logprobs": "true"}, {"seed": "3"}],
+)
+def test_nothing_is_turned_into_a_number_or_a_truth_value(fields):
+    with pytest.raises(ValidationError, match=r"expected (a number|true or false)"):
+        ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "a"}], **fields})
+
+
+def test_whole_numbers_may_have_a_point():
+    request = ChatCompletionRequest.model_validate(
+        {"messages": [{"role": "user", "content": "a"}], "n": 2.0, "temperature": 1, "stream": None}
+    )
+    assert (request.n, request.temperature, request.stream) == (2, 1.0, None)

@@ -12,12 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import httpx
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, expect, sync_playwright
 
-from edge_runtime.grounding import find_regions
 from edge_runtime.streaming import TextStream
 from server.conftest import SIGN, Served
 
@@ -25,7 +23,6 @@ pytestmark = pytest.mark.slow
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 CHAT = "**/v1/chat/completions"
-PHONE = {"width": 390, "height": 844}
 ARGUMENTS = [
     "--no-sandbox",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # what leaves the machine fails, and is seen
@@ -34,21 +31,6 @@ ARGUMENTS = [
 ]
 WAIT_MS = 90_000  # the first picture on a machine compiles the kernels
 expect.set_options(timeout=20_000)  # for the machine may be busy
-HOSTILE = """<img src=x onerror="window.hacked=1"> <script>window.hacked=1</script> <svg onload="window.hacked=1">
-
-[one](javascript:window.hacked=1) [two](  JaVaScRiPt:window.hacked=1) [three](data:text/html,<script>1</script>)
-![a picture](https://tracker.example/pixel.png) <a href="javascript:window.hacked=1">four</a>
-<javascript:window.hacked=1> [five](&#106;avascript:window.hacked=1) [six](//tracker.example)
-[fine](https://example.org/page "title")
-
-| <b>x</b> | <iframe src="https://tracker.example"></iframe> |
-|---|---|
-| `<img src=x onerror=window.hacked=1>` | <style>body{display:none}</style> |
-
-```html
-<img src=x onerror="window.hacked=1">
-```
-"""
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +255,7 @@ def test_files_come_by_paste_drop_and_camera(visit: Callable[..., Page]):
     say(page, "Seen", seen=seen)
     give = """(kind) => {
         const transfer = new DataTransfer();
-        transfer.items.add(new File([new Uint8Array([1, 2, 3])], "scan.pdf", { type: "application/pdf" }));
+        transfer.items.add(new File([new Uint8Array([1, 2, 3])], "scan.tif", { type: "image/tiff" }));
         transfer.items.add(new File([new Uint8Array([1, 2, 3])], "notes.zip", { type: "application/zip" }));
         const options = { clipboardData: transfer, dataTransfer: transfer, bubbles: true, cancelable: true };
         const Kind = kind === "paste" ? ClipboardEvent : DragEvent;
@@ -284,8 +266,8 @@ def test_files_come_by_paste_drop_and_camera(visit: Callable[..., Page]):
     page.evaluate(give, "drop")
     page.evaluate(give, "paste")
     expect(page.locator("#attached .tile")).to_have_count(2)
-    expect(page.locator("#notice")).to_contain_text("notes.zip is neither a picture, a video nor a PDF")
-    page.get_by_role("button", name="Remove scan.pdf").last.click()
+    expect(page.locator("#notice")).to_contain_text("notes.zip is neither a picture nor a video")
+    page.get_by_role("button", name="Remove scan.tif").last.click()
 
     page.get_by_role("button", name="Take a picture").click()
     page.get_by_role("button", name="Take the picture").click()
@@ -295,9 +277,9 @@ def test_files_come_by_paste_drop_and_camera(visit: Callable[..., Page]):
     ask(page, "What is this?")
     answer_of(page)
     (message,) = seen[0]["messages"]
-    assert [part["type"] for part in message["content"]] == ["file", "image_url", "video_url", "text"]
+    assert [part["type"] for part in message["content"]] == ["image_url", "image_url", "video_url", "text"]
     types = re.findall(r"data:([\w/]+);base64,", json.dumps(message))
-    assert types == ["application/pdf", "image/jpeg", "video/mp4"]
+    assert types == ["image/tiff", "image/jpeg", "video/mp4"]
 
 
 def test_enter_sends_and_shift_enter_does_not(visit: Callable[..., Page]):
@@ -312,114 +294,6 @@ def test_enter_sends_and_shift_enter_does_not(visit: Callable[..., Page]):
     answer_of(page)
     assert seen[0]["messages"][0]["content"] == "one\ntwo"
     expect(page.get_by_label("Question", exact=True)).to_be_focused()
-
-
-# --- What comes out ---
-
-
-def test_hostile_text_stays_text(visit: Callable[..., Page]):
-    page = visit()
-    say(page, HOSTILE, thinking=HOSTILE)
-    ask(page, "Be hostile")
-    answer = answer_of(page)
-    assert page.evaluate("window.hacked") is None
-    found = answer.locator(".prose").evaluate_all(
-        "(nodes) => nodes.flatMap((node) => [...node.querySelectorAll('*')].map((x) => x.tagName))"
-    )
-    assert not {name.lower() for name in found} & {"img", "script", "iframe", "style", "object", "embed", "b"}
-    addresses = answer.locator(".prose a").evaluate_all("(links) => links.map((link) => link.href)")
-    # Addresses in plain sight may be followed by whoever reads them, but nothing follows them by itself.
-    tracker = "https://tracker.example/"
-    assert set(addresses) == {tracker, f"{tracker}pixel.png", "https://example.org/page"}
-    assert answer.locator(".prose a").first.get_attribute("rel") == "noopener noreferrer nofollow"
-    assert "<script>window.hacked=1</script>" in answer.locator("> .prose").inner_text()
-
-
-def test_markup_would_not_run_even_if_it_got_in(visit: Callable[..., Page]):
-    """The second lock: under the page's policy a script's mistake cannot become markup, nor markup a script."""
-    page = visit(tolerate=("Trusted", "Content Security Policy"))
-    sinks = {
-        "innerHTML": "document.body.innerHTML = '<b>x</b>'",
-        "a handler": "document.body.setAttribute('onclick', 'window.hacked = 1')",
-        "a script": "document.createElement('script').src = '/static/app.js'",
-        "a timer": "setTimeout('window.hacked = 1')",
-    }
-    for name, code in sinks.items():
-        error = page.evaluate(f"() => {{ try {{ {code}; return null; }} catch (error) {{ return error.name; }} }}")
-        assert error == "TypeError", f"{name} was not refused"
-    assert page.evaluate("window.hacked") is None
-
-
-def test_markdown_is_shown(visit: Callable[..., Page]):
-    page = visit()
-    text = (
-        "# Title\n\nSome **bold**, *slanted*, `code` and ~~gone~~; snake_case_stays, 2 * 3 * 4 too.\nA new line.\n\n"
-        "1. one\n2. two\n   - deeper\n\n   still two\n3. three\n\n> quoted\n\n"
-        "| a | b |\n|---|--:|\n| 1 | 2 \\| 3 |\n\n```python\nprint('<x>')\n```\n\n---\n\n"
-        "https://example.org/a_b_c. &lt;done&gt;\n\n" + ">" * 50 + " deep"
-    )
-    say(page, text)
-    ask(page, "Show it")
-    body = answer_of(page).locator("> .prose")
-    assert body.locator("h3").inner_text() == "Title"
-    assert [body.locator(name).first.inner_text() for name in ("strong", "em", "del")] == ["bold", "slanted", "gone"]
-    assert "snake_case_stays, 2 * 3 * 4 too.\nA new line." in body.inner_text()
-    assert body.locator("> ol > li").count() == 3
-    assert body.locator("> ol > li:nth-child(2) li").inner_text() == "deeper"
-    assert body.locator("td").all_inner_texts() == ["1", "2 | 3"]
-    assert body.locator("pre").inner_text() == "print('<x>')"
-    assert body.locator("a").get_attribute("href") == "https://example.org/a_b_c"
-    assert "<done>" in body.inner_text()
-    body.get_by_role("button", name="Copy").click()
-    assert page.evaluate("navigator.clipboard.readText()") == "print('<x>')"
-    page.locator(".actions").get_by_role("button", name="Copy").click()
-    assert page.evaluate("navigator.clipboard.readText()").replace("\r", "") == text
-
-
-def test_thinking_is_folded(visit: Callable[..., Page]):
-    page = visit()
-    say(page, "42", thinking="Six times seven is\n\n**forty-two**.")
-    ask(page, "What is six times seven?")
-    answer = answer_of(page)
-    thought = answer.get_by_text("forty-two")
-    expect(thought).to_be_hidden()
-    answer.get_by_text(re.compile("^Thought")).click()
-    expect(thought).to_be_visible()
-    assert answer.locator("> .prose").inner_text() == "42"
-
-
-def test_places_are_drawn_where_the_model_says(visit: Callable[..., Page]):
-    page = visit()
-    text = (
-        "A <ref>word</ref><box>230 340 780 680</box>, its <ref>middle</ref><point>500 500</point> "
-        "and <quad>0 0 999 0 999 999 0 2000</quad>."
-    )
-    say(page, text)
-    ask(page, "Where is the <ref>word</ref>?", SIGN)
-    answer = answer_of(page)
-    assert answer.locator("> .prose").inner_text() == "A word1, its middle2 and 3."
-    width, height = size_of_sign()
-    box, point, quad = find_regions(text, (width, height))
-
-    def pixels(attribute: str) -> list[tuple[float, float]]:
-        numbers = [float(number) for number in re.findall(r"[\d.]+", attribute)]
-        return [(x * width / 1000, y * height / 1000) for x, y in zip(numbers[::2], numbers[1::2], strict=True)]
-
-    polygons = [pixels(node.get_attribute("points")) for node in answer.locator("polygon.line").all()]
-    assert polygons[0][0] == pytest.approx(box.points[0])
-    assert polygons[0][2] == pytest.approx(box.points[1])
-    assert [number for xy in polygons[1] for number in xy] == pytest.approx(
-        [number for xy in quad.points for number in xy]
-    )
-    start = re.match(r"M([\d.]+),([\d.]+)h", answer.locator("path.line").get_attribute("d"))
-    assert (float(start[1]) * width / 1000, float(start[2]) * height / 1000) == pytest.approx(point.points[0])
-    # On the screen, too: the outline lies on the picture where the numbers say.
-    picture = answer.locator(".canvas img").bounding_box()
-    drawn = answer.locator("polygon.line").first.bounding_box()
-    assert drawn["x"] - picture["x"] == pytest.approx(0.23 * picture["width"], abs=3)
-    assert drawn["height"] == pytest.approx(0.34 * picture["height"], abs=6)
-    answer.get_by_role("button", name="Place 1 in the picture").hover()
-    expect(answer.locator("g.place").first).to_have_class("place pointed")
 
 
 # --- What goes wrong ---
@@ -483,109 +357,3 @@ def test_the_page_opens_without_a_server(visit: Callable[..., Page]):
     page.reload()
     assert prose(page) == "Kept"
     expect(page.locator("#notice")).to_contain_text("The server does not answer")
-
-
-# --- For everybody ---
-
-
-def unnamed(page: Page) -> list[str]:
-    """Controls that a screen reader could only call "button"."""
-    session = page.context.new_cdp_session(page)
-    roles = {"button", "textbox", "combobox", "checkbox", "radio", "link", "switch", "dialog", "DisclosureTriangle"}
-    nodes = session.send("Accessibility.getFullAXTree")["nodes"]
-    return [
-        node["role"]["value"]
-        for node in nodes
-        if not node["ignored"] and node["role"]["value"] in roles and not node["name"]["value"].strip()
-    ]
-
-
-def test_every_control_has_a_name(visit: Callable[..., Page]):
-    page = visit()
-    say(page, "A <ref>word</ref><box>230 340 780 680</box>\n\n```\ncode\n```", thinking="Hm")
-    ask(page, "Where?", SIGN)
-    answer_of(page)
-    page.set_input_files("#files", SIGN)
-    assert unnamed(page) == []
-    page.get_by_role("button", name="Settings").click()
-    assert unnamed(page) == []
-    page.keyboard.press("Escape")
-    page.get_by_role("button", name="Enlarge sign.png").click()
-    assert unnamed(page) == []
-
-
-def test_tab_leads_through_the_page(visit: Callable[..., Page]):
-    page = visit()
-    page.get_by_text("Skip to the question").focus()
-    met = []
-    for _ in range(30):
-        page.keyboard.press("Tab")
-        met.append(
-            page.evaluate(
-                "document.activeElement.id || document.activeElement.dataset.question || document.activeElement.name"
-            )
-        )
-        if met[-1] == "attach":
-            break
-    order = [name for name in met if name in ("new", "theme", "open-settings", "question", "attach")]
-    assert order == ["new", "theme", "open-settings", "question", "attach"]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark(visit: Callable[..., Page], scheme: str):
-    page = visit(color_scheme=scheme)
-    other = {"light": "dark", "dark": "light"}[scheme]
-    root = page.locator("html")
-    expect(root).to_have_attribute("data-theme", scheme)
-    page.get_by_label(f"{other.capitalize()} colours").check()
-    expect(root).to_have_attribute("data-theme", other)
-    page.reload()
-    expect(root).to_have_attribute("data-theme", other)
-    page.get_by_label("Colours as the system").check()
-    expect(root).to_have_attribute("data-theme", scheme)
-
-
-def test_a_phone(visit: Callable[..., Page]):
-    page = visit(viewport=PHONE, is_mobile=True, has_touch=True, device_scale_factor=2)
-
-    def check() -> None:
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-        assert page.evaluate(
-            "document.getElementById('log').scrollWidth <= document.getElementById('log').clientWidth"
-        )
-        small = page.locator("button:visible, select:visible").evaluate_all(
-            """(nodes) => nodes.filter((node) => {
-                const { width, height } = node.getBoundingClientRect();
-                return Math.min(width, height) < 24 && !node.classList.contains("place-number");
-            }).map((node) => node.outerHTML)"""
-        )
-        assert small == [], "too small for a finger"
-
-    check()
-    wide = (
-        "| " + " | ".join(f"column {i}" for i in range(12)) + " |\n" + "|---" * 12 + "|\n" + "| value " * 12 + "|\n\n"
-    )
-    say(page, f"{wide}```\n{'x' * 300}\n```\n\n{'y' * 300}\n\n<box>1 1 900 900</box>", thinking="z" * 300)
-    ask(page, "w" * 200, SIGN)
-    answer_of(page)
-    check()
-    page.get_by_role("button", name="Chats and settings").tap()
-    expect(page.get_by_role("button", name="New chat").first).to_be_focused()
-    check()
-    page.keyboard.press("Escape")
-    expect(page.get_by_role("button", name="Chats and settings")).to_be_focused()
-    expect(page.locator("#side")).to_be_hidden()
-
-
-def test_it_can_be_installed(visit: Callable[..., Page], server: Served):
-    page = visit()
-    session = page.context.new_cdp_session(page)
-    manifest = session.send("Page.getAppManifest")
-    assert manifest["errors"] == []
-    page.evaluate("navigator.serviceWorker.ready")
-    errors = session.send("Page.getInstallabilityErrors")["installabilityErrors"]
-    assert [error["errorId"] for error in errors if error["errorId"] != "in-incognito"] == []
-    data = json.loads(manifest["data"])
-    with httpx.Client(base_url=server.url, trust_env=False) as client:
-        for icon in data["icons"]:
-            assert client.get(f"/static/{icon['src']}").headers["content-type"] == icon["type"]

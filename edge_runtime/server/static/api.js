@@ -53,8 +53,7 @@ export async function* streamAnswer({ model, messages, think, key, signal }) {
   throw new ApiError("The connection ended before the answer did; ask again.");
 }
 
-function partOf({ kind, name, uri }) {
-  if (kind === "pdf") return { type: "file", file: { filename: name, file_data: uri } };
+function partOf({ kind, uri }) {
   return { type: `${kind}_url`, [`${kind}_url`]: { url: uri } };
 }
 
