@@ -12,6 +12,7 @@ from edge_runtime.engine import Running
 from edge_runtime.errors import MessageError, RequestCancelled
 from edge_runtime.grounding import Region, find_regions
 from edge_runtime.logprobs import TokenLogprobs
+from edge_runtime.pipeline import Prepared
 from edge_runtime.requests import Event, Finished, FinishReason, Progress
 from edge_runtime.streaming import Piece
 from edge_runtime.tools import MalformedCall, ToolCall
@@ -166,6 +167,37 @@ class AnswerStream:
             assert self._result is not None
             raise self._result
         return self._result
+
+
+def make_answer(
+    prepared: Prepared,
+    end: Finished,
+    answer: str,
+    reasoning: str | None,
+    *,
+    model: str,
+    timings: Mapping[str, float],
+    logprobs: list[TokenLogprobs] | None,
+) -> Answer:
+    """An answer out of what was asked and how it ended."""
+    return Answer(
+        answer=answer,
+        reasoning=reasoning,
+        finish_reason=end.reason,
+        model=model,
+        prompt_tokens=len(prepared.prompt.ids),
+        visual_tokens=sum(last - first for first, last in prepared.prompt.bounds),
+        cached_tokens=end.cached_tokens,
+        completion_tokens=end.completion_tokens,
+        slices=prepared.slices,
+        dropped_turns=prepared.dropped_turns,
+        shortened=end.shortened,
+        pictures=prepared.pictures,
+        videos=prepared.videos,
+        timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
+        logprobs=logprobs,
+        reasoning_tokens=end.reasoning_tokens,
+    )
 
 
 def results(streams: Sequence[AnswerStream]) -> list[Answer]:

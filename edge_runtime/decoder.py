@@ -398,3 +398,23 @@ class Decoder:
 
 def _pointer(data: npt.NDArray[np.uint8]) -> Any:
     return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+def embed(decoder: Decoder, ids: npt.NDArray[np.int64], visual: Mapping[tuple[int, int], Float32]) -> Float32:
+    """One stream of embeddings: token rows with visual tokens in their places.
+
+    Parameters
+    ----------
+    ids : ndarray [shape=(n,), int64]
+    visual : (first, end) → ndarray [shape=(end - first, hidden), float32]; places may begin before the first id and
+        end behind the last.
+
+    Returns
+    -------
+    embeddings : ndarray [shape=(n, hidden), float32]
+    """
+    embeddings = np.array(decoder.embed(ids))
+    for (first, end), tokens in visual.items():
+        inside = slice(max(first, 0), min(end, len(ids)))
+        embeddings[inside] = tokens[inside.start - first : inside.stop - first]
+    return embeddings

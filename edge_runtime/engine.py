@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from edge_runtime.tokenizer import Tokenizer
 
 MOST_REQUESTS = 64
 """Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""
+PATIENCE, MOST_PATIENCE_S = 0.02, 0.02
+"""Share of the time that a first request's prompt will take, and most seconds, in which others may join it."""
 REST_AFTER_S = 0.2
 """Without a request; then memory is given back."""
 R = TypeVar("R")
@@ -181,16 +184,20 @@ class Engine:
 def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -> None:
     """Body of the thread. It must not refer to the engine, or that would never be collected."""
     while True:
+        is_first, began = not scheduler.is_busy, 0.0
         while not scheduler.is_busy or not inbox.empty():
             item = _next_item(inbox, scheduler)
             if item is None:
                 scheduler.close()
                 return
             if isinstance(item, Task):
+                began = began or time.perf_counter()
                 scheduler.add(item)
             else:
                 _run(item)
             del item
+            if is_first and began:
+                _await_company(inbox, scheduler, began)
         try:
             scheduler.turn()
         except Exception as error:  # noqa: BLE001 - a dead thread would leave every caller waiting for ever
@@ -204,6 +211,13 @@ def _next_item(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Schedul
     except queue.Empty:
         scheduler.rest()
         return inbox.get()
+
+
+def _await_company(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler, began: float) -> None:
+    """Let requests that come together begin together: a pass over the weights costs as much for one as for many."""
+    ends = began + min(MOST_PATIENCE_S, PATIENCE * scheduler.waiting_s)
+    while inbox.empty() and time.perf_counter() < ends:
+        time.sleep(0.001)
 
 
 def _run(call: _Call) -> None:

@@ -12,7 +12,8 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_runtime.ahead import ReadingAhead
-from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, results
+from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, make_answer, results
+from edge_runtime.decoder import embed
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.encoder import Group
 from edge_runtime.engine import Engine
@@ -27,7 +28,6 @@ from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity, Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
-from edge_runtime.scheduler import embed
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
@@ -319,24 +319,8 @@ class Model:
             }
             if timings["first_token"]:
                 timings["first_token"] += image_s
-            found = Answer(
-                answer=answer,
-                reasoning=reasoning,
-                finish_reason=end.reason,
-                model=self.name,
-                prompt_tokens=len(prepared.prompt.ids),
-                visual_tokens=sum(last - first for first, last in prepared.prompt.bounds),
-                cached_tokens=end.cached_tokens,
-                completion_tokens=end.completion_tokens,
-                slices=prepared.slices,
-                dropped_turns=prepared.dropped_turns,
-                shortened=end.shortened,
-                pictures=prepared.pictures,
-                videos=prepared.videos,
-                timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
-                logprobs=scores if logprobs else None,
-                reasoning_tokens=end.reasoning_tokens,
-            )
+            given = scores if logprobs else None
+            found = make_answer(prepared, end, answer, reasoning, model=self.name, timings=timings, logprobs=given)
             if follow_up:
                 self._ahead.follow(prepared, request, found)
             return found

@@ -155,7 +155,7 @@ def prepare(
         pictures[len(pictures) - n_left :],
         [clip.facts() for clip in dict.fromkeys(item.clip for item in left) if clip is not None],
         n_dropped,
-        None if n_dropped else lambda more: build([*conversation, *more], placed),
+        None if n_dropped or options.raw else lambda more: build([*conversation, *more], placed),
     )
 
 

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from edge_runtime.batches import await_frames, next_batch, release
-from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
+from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning, embed
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
@@ -78,6 +76,11 @@ class Scheduler:
     def is_busy(self) -> bool:
         """Whether there is anything to do."""
         return self.n_tasks > 0
+
+    @property
+    def waiting_s(self) -> float:
+        """About how long the prompts of waiting tasks will take."""
+        return self._row_s * sum(len(task.keys) for task in self._waiting)
 
     def add(self, task: Task) -> None:
         """Take in a new task; it is computed as soon as a sequence is free."""
@@ -422,25 +425,3 @@ class Scheduler:
             self._decoder.rewind(sequence)
         self._waiting.appendleft(youngest)
         self._is_crowded = True
-
-
-def embed(
-    decoder: Decoder, ids: np.ndarray[Any, np.dtype[np.int64]], visual: Mapping[tuple[int, int], Float32]
-) -> Float32:
-    """One stream of embeddings: token rows with visual tokens in their places.
-
-    Parameters
-    ----------
-    ids : ndarray [shape=(n,), int64]
-    visual : (first, end) → ndarray [shape=(end - first, hidden), float32]; places may begin before the first id and
-        end behind the last.
-
-    Returns
-    -------
-    embeddings : ndarray [shape=(n, hidden), float32]
-    """
-    embeddings = np.array(decoder.embed(ids))
-    for (first, end), tokens in visual.items():
-        inside = slice(max(first, 0), min(end, len(ids)))
-        embeddings[inside] = tokens[inside.start - first : inside.stop - first]
-    return embeddings

@@ -120,6 +120,7 @@ class VisionTower:
             self.on_layer(n, self.config.layers)
             if n == len(self._loaded):
                 self._loaded.append(self._layer(n))
+                self._file.let_go()  # packed weights are copies
             yield self._loaded[n]
         self.on_layer(self.config.layers, self.config.layers)
 

@@ -32,6 +32,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from edge_runtime import blocks
 from edge_runtime.blocks import BlockParts, Bytes
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
+from edge_runtime.mapping import let_go, map_file
 
 Float32 = blocks.Float32
 
@@ -121,7 +122,7 @@ class GGUFFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._data = _map(self.path)
+        self._data = map_file(self.path)
         header = _Header(self.path, self._data)
         self.metadata, self.kinds = header.metadata, header.kinds
         self.tensors = header.tensors
@@ -241,25 +242,9 @@ class GGUFFile:
         """Length of the file."""
         return int(self._data.size)
 
-
-def _map(path: Path) -> Bytes:
-    """Map a file read-only, with a sentence for everything that may be wrong with the path."""
-    try:
-        if path.is_dir():
-            raise ModelFileError(f"{path} is a folder, expected a GGUF file; name the file inside it.")
-        size = path.stat().st_size
-        if size < 24:  # magic, version, two counts
-            raise ModelFileError(
-                f"{path.name} has {size} bytes, too few for a GGUF file; download or convert it again."
-            )
-        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-    except FileNotFoundError:
-        raise ModelFileError(f"The model file {path} does not exist; check the path.") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        reason = getattr(error, "strerror", None) or error
-        raise ModelFileError(
-            f"The model file {str(path)!r} cannot be read: {reason}; check the path and its permissions."
-        ) from None
+    def let_go(self) -> None:
+        """Give the pages that were read back to the system; whoever reads on gets them from the file again."""
+        let_go(self._data)
 
 
 def _printable(text: str) -> str:

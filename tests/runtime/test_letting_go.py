@@ -224,3 +224,24 @@ def test_freed_memory_goes_back_when_the_engine_rests(model, images, monkeypatch
     stream(model, images["tiny"], "Hello").result()
     assert given_back.wait(5)
     assert memory._malloc_trim() is not None
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what a mapping holds")
+def test_pages_of_the_vision_file_do_not_stay_beside_the_packed_weights(tmp_path, checkpoint, images):
+    from edge_converters import convert_checkpoint
+
+    files = convert_checkpoint(checkpoint, tmp_path, decoder_type="f32", vision_type="f32")
+
+    def resident_kb() -> int:
+        found, inside = 0, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            inside = str(files.mmproj) in line if "-" in line.split()[0] else inside
+            found += int(line.split()[1]) if inside and line.startswith("Rss:") else 0
+        return found
+
+    with Model.load(tmp_path, exact=True, n_ctx=256) as model:
+        model._encoder.file.blocks("v.post_ln.weight").sum()
+        assert resident_kb() > 0
+        tokens = model.encode_image(images["tiny"])
+        assert resident_kb() == 0
+        assert (model.encode_image(images["tiny"])[0] == tokens[0]).all()  # what is read again is the same

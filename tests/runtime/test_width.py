@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import pytest
 
 from edge_runtime import Model
@@ -61,3 +64,25 @@ def test_answers_are_the_same_whatever_the_width(exact_folder, monkeypatch):
         streams = [model.chat(question, stream=True, **options) for question in questions]
         assert [str(stream.result()) for stream in streams] == alone
     assert widths.count(7) > 8, "these answers were never eight at once"
+
+
+def test_requests_that_come_together_share_their_first_call(exact_folder, monkeypatch):
+    """A first request waits for others a little, by the time that its prompt takes."""
+    calls: list[int] = []
+    with Model.load(exact_folder, exact=True, n_ctx=1024, n_threads=1) as model:
+        step, scheduler = model._decoder.step, model._engine._scheduler
+        monkeypatch.setattr(
+            model._decoder, "step", lambda parts, *more: calls.append(len(parts)) or step(parts, *more)
+        )
+        monkeypatch.setattr("edge_runtime.engine.MOST_PATIENCE_S", 0.5)
+        model.chat("Hello", max_tokens=1)  # what is built at the first request takes its time
+        calls.clear()
+        scheduler._row_s = 10.0
+        streams = [model.chat(f"{n}. Why?", stream=True, greedy=True, max_tokens=2) for n in range(4)]
+        assert all(stream.result().completion_tokens for stream in streams)
+        assert calls[0] == 4
+        scheduler._row_s, slept = 0.0, []
+        clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=slept.append)
+        monkeypatch.setattr("edge_runtime.engine.time", clock)
+        model.chat("Hello you", max_tokens=1)
+        assert not slept, "a prompt that takes no time waited for others"
