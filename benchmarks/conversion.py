@@ -39,6 +39,7 @@ from edge_runtime.weights import GGUFFile  # noqa: E402
 PARTS = ROOT / "benchmarks" / "sides" / "llama_conversion.py"
 VISION_SCRIPT = Path("tools", "mtmd", "legacy-models", "minicpmv-convert-image-encoder-to-gguf.py")
 MOST_GB, MOST_TIMES = 2.5, 1.0
+REWRITTEN = ("config.json", "tokenizer_config.json")
 DECODER_KEYS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
     *("intermediate_size", "hidden_act", "rms_norm_eps", "rope_theta", "max_position_embeddings", "attention_bias"),
@@ -79,8 +80,13 @@ def decoder_folder(checkpoint: Path, folder: Path) -> Path:
     """The decoder as Qwen3ForCausalLM: the checkpoint's own shards by links, and settings that say so."""
     folder.mkdir(parents=True)
     for path in checkpoint.iterdir():
-        if path.name.startswith("model") or (path.suffix in (".json", ".txt") and not path.name.startswith("config")):
+        if path.name.startswith("model") or (path.suffix in (".json", ".txt") and path.name not in REWRITTEN):
             (folder / path.name).symlink_to(path.resolve())
+    # The official class is the Qwen2 one with names for its tokens; where there is no tokenizer.json, that must load.
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text("utf-8"))
+    settings = {name: value for name, value in settings.items() if name != "auto_map"}
+    settings["tokenizer_class"] = "Qwen2Tokenizer"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), "utf-8")
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     known = {key: config[key] for key in DECODER_KEYS if key in config}
     known |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
     from edge_runtime.grounding import Region
     from edge_runtime.model import Model
+    from edge_runtime.page_by_page import PageAnswer, each_page, join_pages
     from edge_runtime.streaming import Piece
     from edge_runtime.tools import ToolCall
 
@@ -50,6 +51,7 @@ __all__ = [
     "Model",
     "ModelFileError",
     "NotEnoughMemoryError",
+    "PageAnswer",
     "Piece",
     "PromptTooLongError",
     "Region",
@@ -58,6 +60,8 @@ __all__ = [
     "UnsupportedModelError",
     "VideoError",
     "__version__",
+    "each_page",
+    "join_pages",
 ]
 
 _LAZY = {
@@ -65,9 +69,12 @@ _LAZY = {
     "Answer": "answers",
     "AnswerStream": "answers",
     "AsyncAnswer": "answers",
+    "PageAnswer": "page_by_page",
     "Piece": "streaming",
     "Region": "grounding",
     "ToolCall": "tools",
+    "each_page": "page_by_page",
+    "join_pages": "page_by_page",
 }
 
 

@@ -36,6 +36,8 @@ class Answer:
     """[width, height] of everything that was encoded."""
     dropped_turns: int = 0
     """Oldest turns of the conversation that were left out; 0 unless `context_shift` was asked for."""
+    fitted_slices: int | None = None
+    """Most cells per picture after `fit` has lowered them; None where nothing was lowered."""
     shortened: bool = False
     """Whether a structured answer was brought to its end because tokens ran out: whole, but perhaps not all of it."""
     tool_calls: list[ToolCall] = field(default_factory=list)
@@ -191,6 +193,7 @@ def make_answer(
         completion_tokens=end.completion_tokens,
         slices=prepared.slices,
         dropped_turns=prepared.dropped_turns,
+        fitted_slices=prepared.fitted_slices,
         shortened=end.shortened,
         pictures=prepared.pictures,
         videos=prepared.videos,

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from edge_runtime import console
+from edge_runtime.documents import describe
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.image import load_image
 from edge_runtime.messages import VideoPart
@@ -18,7 +19,7 @@ from edge_runtime.video import VideoOptions
 from edge_runtime.video_arguments import is_video, look_at
 
 HELP = """\
-/image FILE   add a picture or a video to the next question
+/image FILE   add a picture, a document or a video to the next question
 /think        switch reasoning on or off
 /clear        forget the conversation
 /help         show this list
@@ -108,12 +109,15 @@ class Chat:
                 self._pictures.append(video)
                 console.note(f"{found} goes with the next question.")
                 return
-            width, height = load_image(path, pixel_limit=self._options["pixel_limit"]).size
+            what = describe(path, self._options)
+            if what is None:
+                width, height = load_image(path, pixel_limit=self._options["pixel_limit"]).size
+                what = f"{width} x {height}"
         except EdgeRuntimeError as error:
             click.echo(f"edge-runtime: {error}", err=True)
             return
         self._pictures.append(path)
-        console.note(f"{path.name} ({width} x {height}) goes with the next question.")
+        console.note(f"{path.name} ({what}) goes with the next question.")
 
     def _ask(self, question: str) -> None:
         turn = {"role": "user", "content": [*self._pictures, question]}

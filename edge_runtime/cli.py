@@ -20,6 +20,14 @@ import click
 from edge_runtime import __version__
 from edge_runtime.command import INTERRUPTED, Command
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.document_options import (
+    SliceLimits,
+    answer_pages,
+    document_options,
+    limit_slices,
+    note_fitted,
+    take_documents,
+)
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import PIXEL_LIMIT
 from edge_runtime.messages import VIDEO_SUFFIXES, VideoPart
@@ -108,7 +116,12 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
             ),
             click.option("--greedy", is_flag=True, help="Take the most probable token."),
             click.option("--max-tokens", **count, default=2048, help="Most tokens to generate.  [2048]"),
-            click.option("--max-slices", **count, help="Most cells per picture.  [the model's: 9]"),
+            click.option(
+                "--max-slices",
+                type=SliceLimits(),
+                metavar="N[,N...]",
+                help="Most cells per picture; or one N per file.  [9]",
+            ),
             click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 is greedy.  [0.7]"),
             click.option("--top-p", type=click.FloatRange(0, 1), metavar="X", help="[0.8; thinking: 1]"),
             click.option("--top-k", type=click.IntRange(0), metavar="N", help="[100; thinking: 50]"),
@@ -147,6 +160,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @model_options
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
+@document_options
 @video_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -162,14 +176,15 @@ def run(
     storyboard: Path | None,
     **options: Any,
 ) -> None:
-    """Answer a question about pictures and videos, or chat.
+    """Answer a question about pictures, documents and videos, or chat.
 
-    Arguments keep their order: pictures and text may alternate. Without text, a chat begins. A folder of frames is a
+    Arguments keep their order: files and text may alternate. Without text, a chat begins. A folder of frames is a
     video, too: end its name with a slash.
 
     \b
     edge-runtime run photo.jpg "What is on the sign?"
     edge-runtime run before.png after.png "What has changed?" --think
+    edge-runtime run scan.pdf --each-page --preset markdown > scan.md
     edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
     edge-runtime run clip.mp4 "What happens?" --end 1:30 --storyboard seen.png
     """
@@ -179,7 +194,8 @@ def run(
 
     video = take_video(options)
     content = with_videos(parse_arguments(arguments), video)
-    chatting = not any(isinstance(part, str) for part in content)
+    chatting = not any(isinstance(part, str) for part in content) and options["preset"] is None
+    each_page = take_documents(options, content, others=draw is not None)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
     if logprobs is not None and not as_json:
@@ -194,6 +210,7 @@ def run(
     if options["schema"] is not None:
         options["schema"] = read_schema(options["schema"])
     name, setup, adapter = take_setup(options)
+    parts = limit_slices(content, options, chatting=chatting)
     request = {
         "adapter": adapter,
         "thinking": options.pop("think"),
@@ -209,16 +226,19 @@ def run(
 
             Chat(model, messages, request, video).loop([part for part in content if not isinstance(part, str)])
             return
-        messages.append({"role": "user", "content": content})
+        if each_page:
+            answer_pages(model, messages, parts, request, as_json=as_json)
+            return
+        messages.append({"role": "user", "content": parts})
         answer = console.answer(model, messages, request, quiet=as_json)
+        note_fitted(answer.fitted_slices)
         if as_json:
             found = asdict(answer)
             if logprobs is None:
                 del found["logprobs"]
             click.echo(json.dumps(found, ensure_ascii=False))
         if draw is not None:
-            pictures = [part for part in content if isinstance(part, Path)]
-            console.draw_places(answer, pictures[-1], draw, request["pixel_limit"])
+            console.draw_places(answer, [part for part in content if isinstance(part, Path)][-1], draw, request)
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
 

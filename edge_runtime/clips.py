@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -98,6 +98,10 @@ class Clip:
             return cut_picture(picture, plan)
 
         self.reader = FrameReader(chosen.source, chosen.groups, cut)
+
+    def cut_into(self, most: int) -> Clip:
+        """The same frames in at most so many cells each."""
+        return Clip(self.chosen, replace(self.options, max_slices=most), self.slicing)
 
     @cached_property
     def n_frames(self) -> int:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
+from edge_runtime.documents import last_picture
 from edge_runtime.grounding import check_drawing, draw_regions, save_drawing
 from edge_runtime.image import load_image
+from edge_runtime.messages import parse_messages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,17 +39,24 @@ def note_first_compile() -> None:
         note("First picture on this machine: compiling the vision kernels, 20 to 40 seconds.")
 
 
-def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet: bool = False) -> Answer:
+def answer(
+    model: Model, messages: list[Any], options: dict[str, Any], *, quiet: bool = False, label: str = ""
+) -> Answer:
     """Answer, streaming to stdout; Ctrl-C ends the answer, and what was said so far is returned.
 
     Parameters
     ----------
     quiet : print nothing on stdout, and no reasoning.
+    label : what the line of progress begins with.
     """
-    progress = AnswerProgress()
-    if any(not isinstance(part, str) for message in messages for part in message["content"]):
+    progress = AnswerProgress(label)
+    if any(not isinstance(part, str) for message in parse_messages(messages) for part in message.parts):
         note_first_compile()
-    (stream,) = model.submit(messages, on_image=progress.on_image, on_look=progress.on_look, **options)
+    try:
+        (stream,) = model.submit(messages, on_image=progress.on_image, on_look=progress.on_look, **options)
+    except BaseException:
+        progress.clear()
+        raise
     stream.on_progress = progress.on_event
     printed = Printer(quiet)
     try:
@@ -68,13 +77,21 @@ def answer(model: Model, messages: list[Any], options: dict[str, Any], *, quiet:
     return result
 
 
-def draw_places(answer: Answer, picture: Path, target: Path, pixel_limit: int) -> None:
-    """Draw the places that an answer names onto a copy of its last picture."""
+def draw_places(answer: Answer, picture: Path, target: Path, options: dict[str, Any]) -> None:
+    """Draw the places that an answer names onto a copy of its last picture.
+
+    Parameters
+    ----------
+    picture : the last file of the question; of a document, its last page that was looked at counts.
+    options : of the request.
+    """
     regions = answer.regions()
     if not regions:
         note(f"The answer names no place in the picture, so {target} was not written.")
         return
-    save_drawing(draw_regions(load_image(picture, pixel_limit=pixel_limit), regions), target)
+    width, height = answer.pictures[-1]
+    source = last_picture(picture, options, (width, height))
+    save_drawing(draw_regions(load_image(source, pixel_limit=options["pixel_limit"]), regions), target)
     note(f"{target}: {len(regions)} {'place' if len(regions) == 1 else 'places'} drawn.")
 
 
@@ -131,8 +148,8 @@ def printable(text: str) -> str:
 class AnswerProgress:
     """One line on stderr, on a terminal only: pictures read, slices encoded, prompt read."""
 
-    def __init__(self) -> None:
-        self._shown, self._text = False, ""
+    def __init__(self, label: str = "") -> None:
+        self._label, self._shown, self._text = label, False, ""
         self._live = sys.stderr.isatty()
 
     def on_image(self, done: int, total: int) -> None:
@@ -165,7 +182,7 @@ class AnswerProgress:
     def _show(self, text: str) -> None:
         self._text = text
         if self._live:
-            click.echo(f"\r\x1b[K\x1b[2m{text}\x1b[0m", err=True, nl=False)
+            click.echo(f"\r\x1b[K\x1b[2m{self._label}{text}\x1b[0m", err=True, nl=False)
             self._shown = True
 
     def clear(self) -> None:

@@ -7,7 +7,7 @@ Each message is one sentence or two with three parts: what was found, what was e
     │   └── UnsupportedModelError   the file is sound but of another architecture or a type we cannot run
     ├── CheckpointError         a Hugging Face checkpoint cannot be converted
     ├── DownloadError           a model cannot be fetched, or what came is not what was announced
-    ├── ImageError              a picture cannot be read, or is too large to be encoded
+    ├── ImageError              a picture or document cannot be read, or is too large to be encoded
     │   └── VideoError              a video, or a frame of it, cannot be read, or is larger than was allowed
     ├── MessageError            a message, option or temporal id has the wrong form
     ├── RequestCancelled        the caller gave it up while pictures and videos were read
@@ -39,7 +39,7 @@ class DownloadError(EdgeRuntimeError):
 
 
 class ImageError(EdgeRuntimeError):
-    """A picture that cannot be decoded, or that is too large to be encoded."""
+    """A picture or document that cannot be decoded, or that is too large to be encoded."""
 
 
 class VideoError(ImageError):

@@ -2,7 +2,10 @@
 
 Accepted content: a string; a list of pictures and strings in order (the official form); OpenAI parts (`text`,
 `image_url`, `input_text`, `input_image`) with `data:` URIs; `{"image": ...}` and `{"type": "image", "image": ...}`
-as in Hugging Face chats; and Ollama's `images` beside the content, which come first.
+as in Hugging Face chats; and Ollama's `images` beside the content, which come first. A part with a picture may carry
+`max_slices`.
+
+Documents are told from pictures by `documents`; parts that must be one are read in `attachments`.
 
 Videos: `{"type": "video", "video": ..., **options}` with a path (of a file, or a folder of frames), bytes, a file
 object, a `data:` URI or a list of frames; `{"type": "video_url", "video_url": {"url": "data:..."}, **options}`; and
@@ -20,8 +23,10 @@ from typing import Any
 
 from PIL import Image
 
+from edge_runtime.attachments import KINDS, document_fields
 from edge_runtime.errors import MessageError
 from edge_runtime.image import ImageSource
+from edge_runtime.pages import Page, PageChoice
 from edge_runtime.video import VideoOptions
 from edge_runtime.video_content import VideoSource
 
@@ -40,6 +45,18 @@ class ImagePart:
     source: ImageSource
     max_slices: int | None = None
     """Limit for this picture alone; None takes the request's."""
+
+
+@dataclass(frozen=True)
+class DocumentPart(ImagePart):
+    """A document inside a message; a picture for each page takes its place (`documents.with_pages`)."""
+
+    must_be_pdf: bool = False
+    """Otherwise it may be a picture as well."""
+    pages: PageChoice | None = None
+    """Those that are wanted; None takes the request's choice, as for the rest."""
+    dpi: float | None = None
+    password: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,7 @@ def split_reasoning(text: str) -> tuple[str | None, str]:
 def _parse_content(content: Any, where: str) -> list[Part]:
     if content is None:
         return []
-    if isinstance(content, str | Image.Image | Path | bytes | Mapping):
+    if isinstance(content, str | Image.Image | Path | bytes | Mapping | Page) or hasattr(content, "read"):
         content = [content]
     if not isinstance(content, Sequence):
         raise MessageError(
@@ -150,7 +167,7 @@ def _parse_part(part: Any, where: str) -> Part:
         return part
     if isinstance(part, Path) and part.suffix.lower() in VIDEO_SUFFIXES:
         return VideoPart(part)
-    if isinstance(part, Image.Image | Path | bytes):
+    if _is_picture(part):
         return ImagePart(part)
     if isinstance(part, Mapping):
         kind = part.get("type")
@@ -162,18 +179,28 @@ def _parse_part(part: Any, where: str) -> Part:
             url = part.get("image_url")
             source = _checked_url(url.get("url") if isinstance(url, Mapping) else url, where)
             return ImagePart(source, _max_slices(part))
+        if kind in KINDS:
+            return DocumentPart(**document_fields(part, where), max_slices=_max_slices(part))
         if kind in (None, "image") and part.get("image") is not None:
             source = part["image"]
-            if not isinstance(source, Image.Image | Path | bytes | str):
+            if not isinstance(source, str) and not _is_picture(source):
                 raise MessageError(
-                    f"{where} has an image of type {type(source).__name__}; expected a path, bytes or a Pillow "
-                    "picture."
+                    f"{where} has an image of type {type(source).__name__}; expected a path, bytes, an open file or "
+                    "a Pillow picture."
                 )
+            if part.get("pages") is not None:  # of a TIFF, or a PDF that came as an image
+                return DocumentPart(source, _max_slices(part), pages=part["pages"])
             return ImagePart(source, _max_slices(part))
         raise MessageError(
-            f"{where} has a part of type {kind!r}; expected 'text', 'image', 'image_url', 'video' or 'video_url'."
+            f"{where} has a part of type {kind!r}; expected 'text', 'image', 'image_url', 'pdf', 'file', 'video' or "
+            "'video_url'."
         )
     raise MessageError(f"{where} has a part of type {type(part).__name__}; expected a string or a picture.")
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a value is a picture wherever it stands: all of `ImageSource` but strings, which may be text."""
+    return isinstance(value, Image.Image | Path | bytes | Page) or hasattr(value, "read")
 
 
 def _max_slices(part: Mapping[str, Any]) -> int | None:

@@ -242,11 +242,12 @@ class Model:
         tools : functions the model may call, in OpenAI's form; see `tools`.
         tool_choice : "auto", "none" (the model is not told of them), "required" (the answer is one call), or a
             function's name (a call of that one).
-        on_image : called with (decoded, total) while pictures are read.
+        on_image : called with (decoded, total) while pictures are read and pages drawn.
         on_look : called often with the share that is done while an index of videos is made; their frames are
             decoded later, beside the encoding. What this or `on_image` raises ends the work.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
-            video_limits, context_shift, raw.
+            video_limits, context_shift, raw, fit, preset; for documents pages, dpi, password, page_limit,
+            file_limit_bytes.
 
         Raises
         ------
@@ -286,7 +287,13 @@ class Model:
         )
         check_form(form is not None, n_beams)
         prepared = self._prepare(
-            messages, on_image, on_look, room=max_tokens, thinking=thinking, tools=tools, **prompt_options
+            messages,
+            *(on_image, on_look),
+            room=max_tokens,
+            refuse=True,
+            thinking=thinking,
+            tools=tools,
+            **prompt_options,
         )
         if form is not None and thinking:
             room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
@@ -350,6 +357,7 @@ class Model:
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
         room: int = 1,
+        refuse: bool = False,
         **options: Any,
     ) -> Prepared:
         return prepare(
@@ -361,6 +369,7 @@ class Model:
             template=self.template,
             n_ctx=self.n_ctx,
             room=room,
+            refuse=refuse,
             on_image=on_image,
             on_look=on_look,
         )

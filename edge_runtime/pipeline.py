@@ -1,8 +1,9 @@
 """The whole data flow as one readable function. Start here.
 
-    messages ─ parse_messages ─┬─ pictures ─ load_image ─ plan_slices ─ slice_image ─ groups ──────────┐
-                               ├─ videos ─ choose ─ parts for frames, groups that decode themselves ───┤
-                               └─ text + layouts ─ build_prompt ─ ids + bounds ────────────────────────┴─ Request
+    messages ─ parse_messages ─┬─ documents ─ with_pages ─┐
+                               ├─ pictures ───────────────┴─ load_image ─ slice_image ─ groups ──────────┐
+                               ├─ videos ─ choose ─ parts for frames, groups that decode themselves ─────┤
+                               └─ text + layouts ─ build_prompt ─ ids + bounds ──────────────────────────┴─ Request
 
 What follows happens on the engine's thread (`engine`): groups ─ vision ─ resampler ─ visual tokens; ids ─ embedding
 rows; both become one stream of embeddings ─ decoder ─ sampler ─ pieces of text.
@@ -17,13 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.budget import Budget
 from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
+from edge_runtime.documents import DocumentOptions, with_pages
 from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError
 from edge_runtime.image import PIXEL_LIMIT, load_image
 from edge_runtime.messages import ImagePart, Message, checked_max_slices, parse_messages
 from edge_runtime.overflow import Placed, fit
+from edge_runtime.presets import with_preset
 from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
 from edge_runtime.slicing import Size, Slice, SlicePlan, check_plan, plan_slices, slice_image
 from edge_runtime.tokenizer import Tokenizer
@@ -31,8 +35,8 @@ from edge_runtime.tools import checked_tools
 from edge_runtime.video import VideoLimits, check_groups
 
 
-@dataclass(frozen=True)
-class PromptOptions:
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(DocumentOptions):
     """How messages become a prompt."""
 
     thinking: bool = False
@@ -50,6 +54,10 @@ class PromptOptions:
     video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 - frozen
     context_shift: bool = False
     """Leave out the oldest turns of a conversation that does not fit, rather than refuse it."""
+    fit: bool | int = False
+    """Cut all pictures into fewer cells until the conversation fits; a number: until they take so many tokens."""
+    preset: str | None = None
+    """Name of a question to be asked, see `presets`."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PromptOptions:
@@ -77,6 +85,8 @@ class Prepared:
     """What is told of each video; see `Answer.videos`."""
     dropped_turns: int = 0
     """Oldest turns that were left out."""
+    fitted_slices: int | None = None
+    """Most cells per picture that `fit` has left; None where nothing was lowered."""
     with_more: Callable[[Sequence[Message]], Prompt] | None = None
     """The prompt that this conversation would have with further messages, without pictures, behind it."""
 
@@ -91,6 +101,7 @@ def prepare(
     template: str,
     n_ctx: int = 0,
     room: int = 0,
+    refuse: bool = False,
     on_image: Callable[[int, int], None] = lambda done, total: None,
     on_look: Callable[[float], None] = lambda share: None,
 ) -> Prepared:
@@ -99,33 +110,31 @@ def prepare(
     Parameters
     ----------
     n_queries : visual tokens per slice.
-    n_ctx, room : positions of the context, and those to be kept free; for `PromptOptions.context_shift`.
-    on_image : called with (pictures decoded, pictures in all); what it raises ends the work, as with `on_look`.
+    n_ctx, room : positions of the context, and those to be kept free; for `context_shift` and `fit`.
+    refuse : refuse what does not fit before pictures are decoded.
+    on_image : called with (pictures decoded or pages drawn, all of them); what it raises ends the work, as with
+        `on_look`.
     on_look : called often with the share of the videos whose index was made.
 
     Raises
     ------
     MessageError, ImageError
-        When the conversation, a picture or a video cannot be used; nothing was computed then.
+        When the conversation, a document, a picture or a video cannot be used; nothing was computed then.
+    PromptTooLongError
+        When it does not fit, with `refuse` or `fit`.
     """
     checked_max_slices(options.max_slices)
     checked_tools(options.tools, "auto")
-    conversation = expand_videos(parse_messages(messages), slicing, options.video_limits, on_look)
+    conversation: Sequence[Message] = parse_messages(messages)
+    if options.preset is not None:
+        conversation = with_preset(conversation, options.preset)
+    conversation = with_pages(conversation, options, slicing, options.max_slices)
+    conversation = expand_videos(conversation, slicing, options.video_limits, on_look)
     parts = list(iter_images(conversation))
     times = group_ids(parts, options.temporal_ids)
     check_groups(times, len(parts))
     has_video = any(isinstance(part, FramePart) for part in parts)
     numbered = slicing.use_image_id and not has_video if options.use_image_id is None else options.use_image_id
-
-    placed: list[Placed] = []
-    pictures: list[list[int]] = []
-    done = 0
-    for ids in times:
-        found, sizes = _place(parts[done : done + len(ids)], ids, done, options, slicing)
-        placed.append(found)
-        pictures += sizes
-        done += len(ids)
-        on_image(done, len(parts))
 
     def build(messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
         return build_prompt(
@@ -139,6 +148,24 @@ def prepare(
             tools=options.tools,
             raw=options.raw,
         )
+
+    fitted: int | None = None
+    if refuse or options.fit:
+        budget = Budget(
+            slicing, n_queries, options.max_slices, options.pixel_limit, options.fit, options.context_shift
+        )
+        conversation, fitted = budget.settle(conversation, times, build, n_ctx, room)
+        parts = list(iter_images(conversation))
+
+    placed: list[Placed] = []
+    pictures: list[list[int]] = []
+    done = 0
+    for ids in times:
+        found, sizes = _place(parts[done : done + len(ids)], ids, done, options, slicing)
+        placed.append(found)
+        pictures += sizes
+        done += len(ids)
+        on_image(done, len(parts))
 
     left: Sequence[Placed] = placed
     if options.context_shift:
@@ -155,6 +182,7 @@ def prepare(
         pictures[len(pictures) - n_left :],
         [clip.facts() for clip in dict.fromkeys(item.clip for item in left) if clip is not None],
         n_dropped,
+        fitted,
         None if n_dropped or options.raw else lambda more: build([*conversation, *more], placed),
     )
 

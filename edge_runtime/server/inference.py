@@ -192,6 +192,8 @@ class Inference:
         self._fetcher = Fetcher(settings)
         self._limits = {
             "pixel_limit": settings.max_pixels,
+            "page_limit": settings.max_pages,
+            "file_limit_bytes": settings.max_video_bytes,
             "video_limits": VideoLimits(most_bytes=settings.max_video_bytes, most_pixels=settings.max_pixels),
         }
 

@@ -40,7 +40,10 @@ class Settings:
     max_pixels: int = 64_000_000
     """Of one picture."""
     max_video_bytes: int = 128 * MEGABYTE
+    """Of a document, too."""
     max_video_frames: int = 180
+    max_pages: int = 100
+    """Pages of a document that may be looked at."""
     max_queue: int = 64
     """Requests that are worked on or wait; further ones are told to come back."""
     max_tokens: int = 32_768

@@ -38,7 +38,7 @@ def test_json_has_the_documented_fields():
     assert answer["answer"] == "CAFE"
     assert set(answer) == {
         *("answer", "reasoning", "finish_reason", "model", "prompt_tokens", "visual_tokens", "cached_tokens"),
-        *("completion_tokens", "slices", "dropped_turns", "timings_s", "videos"),
+        *("completion_tokens", "slices", "dropped_turns", "fitted_slices", "timings_s", "videos"),
         *("shortened", "tool_calls", "malformed_calls", "pictures", "reasoning_tokens"),
     }
     assert answer["slices"][0] == [154, 84]

@@ -216,7 +216,11 @@ REFUSED: dict[str, tuple[str, bytes, str]] = {
     "damaged PNG": ("bad.png", encoded(Image.fromarray(noise(9, 9, 3))).replace(b"IDAT", b"IDAX"), "picture"),
     "empty file": ("empty.png", b"", "is empty"),
     "random bytes": ("random.webp", noise(5000).tobytes(), "not a picture in a known format"),
-    "HEIC": ("photo.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 500, "not a picture in a known format"),
+    "HEIC without a picture": (
+        "photo.heic",
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 500,
+        "not a picture in a known format|cannot be decoded",
+    ),
     "floating point": ("float.tiff", encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "floating-point"),
     "32-bit grey": ("deep.tiff", encoded(Image.new("I", (4, 4), 1 << 20), "TIFF"), "32-bit samples"),
     "400 million pixels": ("bomb.png", png_header(20_000, 20_000), "400000000 pixels, at most 200000000"),

@@ -44,6 +44,8 @@ def test_data_stays_and_base64_becomes_data():
         {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}},
         {"type": "image_url", "image_url": "FILE:///etc/passwd"},
         {"type": "video", "video": ["/etc/passwd"]},
+        {"type": "pdf", "pdf": "/etc/passwd"},
+        {"type": "file", "file": {"file_data": "scan.pdf", "filename": "scan.pdf"}},
         {"type": "something new", "deep": [{"down": "../../etc/passwd"}]},
         {"text": "harmless", "image": "/etc/passwd"},
         {"image": "C:\\Windows\\win.ini"},

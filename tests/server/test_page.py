@@ -255,7 +255,7 @@ def test_files_come_by_paste_drop_and_camera(visit: Callable[..., Page]):
     say(page, "Seen", seen=seen)
     give = """(kind) => {
         const transfer = new DataTransfer();
-        transfer.items.add(new File([new Uint8Array([1, 2, 3])], "scan.tif", { type: "image/tiff" }));
+        transfer.items.add(new File([new Uint8Array([1, 2, 3])], "scan.pdf", { type: "application/pdf" }));
         transfer.items.add(new File([new Uint8Array([1, 2, 3])], "notes.zip", { type: "application/zip" }));
         const options = { clipboardData: transfer, dataTransfer: transfer, bubbles: true, cancelable: true };
         const Kind = kind === "paste" ? ClipboardEvent : DragEvent;
@@ -266,8 +266,8 @@ def test_files_come_by_paste_drop_and_camera(visit: Callable[..., Page]):
     page.evaluate(give, "drop")
     page.evaluate(give, "paste")
     expect(page.locator("#attached .tile")).to_have_count(2)
-    expect(page.locator("#notice")).to_contain_text("notes.zip is neither a picture nor a video")
-    page.get_by_role("button", name="Remove scan.tif").last.click()
+    expect(page.locator("#notice")).to_contain_text("notes.zip is neither a picture, a video nor a PDF")
+    page.get_by_role("button", name="Remove scan.pdf").last.click()
 
     page.get_by_role("button", name="Take a picture").click()
     page.get_by_role("button", name="Take the picture").click()
@@ -277,9 +277,9 @@ def test_files_come_by_paste_drop_and_camera(visit: Callable[..., Page]):
     ask(page, "What is this?")
     answer_of(page)
     (message,) = seen[0]["messages"]
-    assert [part["type"] for part in message["content"]] == ["image_url", "image_url", "video_url", "text"]
+    assert [part["type"] for part in message["content"]] == ["file", "image_url", "video_url", "text"]
     types = re.findall(r"data:([\w/]+);base64,", json.dumps(message))
-    assert types == ["image/tiff", "image/jpeg", "video/mp4"]
+    assert types == ["application/pdf", "image/jpeg", "video/mp4"]
 
 
 def test_enter_sends_and_shift_enter_does_not(visit: Callable[..., Page]):

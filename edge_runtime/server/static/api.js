@@ -53,7 +53,8 @@ export async function* streamAnswer({ model, messages, think, key, signal }) {
   throw new ApiError("The connection ended before the answer did; ask again.");
 }
 
-function partOf({ kind, uri }) {
+function partOf({ kind, name, uri }) {
+  if (kind === "pdf") return { type: "file", file: { filename: name, file_data: uri } };
   return { type: `${kind}_url`, [`${kind}_url`]: { url: uri } };
 }
 

@@ -2,9 +2,9 @@
 
 import { element, icon, iconButton } from "./dom.js";
 
-export const ACCEPT = "image/*,video/*,.heic,.heif,.avif";
+export const ACCEPT = "image/*,video/*,application/pdf,.heic,.heif,.avif";
 // Browsers on some systems know no type for these.
-const TYPES = { heic: "image/heic", heif: "image/heif", avif: "image/avif", mkv: "video/x-matroska" };
+const TYPES = { heic: "image/heic", heif: "image/heif", avif: "image/avif", pdf: "application/pdf", mkv: "video/x-matroska" };
 
 /** An attachment, or null when it is nothing the model could look at. */
 export function attachmentOf(file) {
@@ -15,7 +15,8 @@ export function attachmentOf(file) {
   return withUrl({ id: crypto.randomUUID?.() ?? randomId(), name, type, kind, blob: file });
 }
 
-export const kindOf = (type) => ["image", "video"].find((kind) => type.startsWith(`${kind}/`));
+export const kindOf = (type) =>
+  type === "application/pdf" ? "pdf" : ["image", "video"].find((kind) => type.startsWith(`${kind}/`));
 
 /** What came back from the store, with an address to show it by. */
 export function withUrl(attachment) {
@@ -41,7 +42,7 @@ export function dataUri(attachment) {
 export function tile(attachment, { onremove, onopen } = {}) {
   const { name, kind } = attachment;
   const face = faceOf(attachment);
-  const open = onopen
+  const open = onopen && kind !== "pdf"
     ? element("button", { type: "button", class: "open", "aria-label": `Enlarge ${name}`, onclick: onopen }, face)
     : face;
   const remove = onremove && iconButton("close", `Remove ${name}`, onremove, { class: "remove" });
@@ -49,6 +50,7 @@ export function tile(attachment, { onremove, onopen } = {}) {
 }
 
 function faceOf({ name, kind, url }) {
+  if (kind === "pdf") return element("span", { class: "document" }, icon("file"), element("span", {}, name));
   if (kind === "video") {
     const video = element("video", { src: url, muted: true, playsinline: true, preload: "metadata", "aria-label": name });
     return element("span", { class: "film" }, video, icon("play"));

@@ -85,7 +85,7 @@ export class Composer {
     for (const file of files) {
       const attachment = attachmentOf(file);
       if (attachment) this.files.push(attachment);
-      else this.onnotice(`${file.name} is neither a picture nor a video, so it cannot be asked about.`);
+      else this.onnotice(`${file.name} is neither a picture, a video nor a PDF, so it cannot be asked about.`);
     }
     if (this.files.length) say(`${this.files.length} attached`);
     this.update();

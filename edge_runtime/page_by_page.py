@@ -1,0 +1,143 @@
+"""One question about every page of documents → one answer per page, and their texts joined.
+
+Every page is a request of its own, made when the one before is answered: one page is drawn at a time, and the file is
+closed in between, so that memory does not grow with the number of pages. A damaged page costs no answer but its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_runtime.documents import document_options, page_numbers, read
+from edge_runtime.errors import ImageError, MessageError
+from edge_runtime.image import existing_file
+from edge_runtime.messages import DocumentPart, ImagePart, Message, parse_messages
+
+if TYPE_CHECKING:
+    from edge_runtime.answers import Answer
+    from edge_runtime.model import Model
+
+_FENCED = re.compile(r"\s*```(?:markdown|md)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PageAsked:
+    """A page, and the message that asks about it."""
+
+    file: int
+    """Number of its document or picture among those of the content, counted from 0."""
+    page: int
+    """Counted from 1; a picture has one."""
+    message: Message
+
+
+@dataclass(frozen=True)
+class PageAnswer:
+    """What was answered about one page."""
+
+    file: int
+    """Number of its document or picture among those of the content, counted from 0."""
+    page: int
+    """Counted from 1; a picture has one."""
+    answer: Answer | None
+    """None when the page could not be read."""
+    error: str | None = None
+    """Why not."""
+
+    @property
+    def text(self) -> str:
+        """The answer's text; empty when there is none."""
+        return "" if self.answer is None else self.answer.answer
+
+
+def each_page(model: Model, content: Any, *, before: Sequence[Any] = (), **options: Any) -> Iterator[PageAnswer]:
+    """Ask the same about every page.
+
+        for page in each_page(model, [Path("scan.pdf")], preset="markdown"):
+            print(page.page, page.text)
+
+    Parameters
+    ----------
+    content : content of a message of the user: texts, and the documents or pictures whose pages are asked about.
+    before : messages that precede every question, such as a system prompt.
+    options : as of `Model.chat`.
+
+    Yields
+    ------
+    answers : one for each page, in order, as soon as it is there.
+
+    Raises
+    ------
+    EdgeRuntimeError
+        When a document cannot be opened, or what is asked can never be answered (too long, a wrong option).
+    """
+    for asked in pages_asked(content, options):
+        try:
+            answer = model.chat([*before, asked.message], **asked_options(options))
+        except ImageError as error:
+            yield PageAnswer(asked.file, asked.page, None, str(error))
+        else:
+            yield PageAnswer(asked.file, asked.page, answer)
+
+
+def pages_asked(content: Any, options: dict[str, Any]) -> Iterator[PageAsked]:
+    """The message about every page.
+
+    Parameters
+    ----------
+    content, options : as of `each_page`.
+
+    Raises
+    ------
+    MessageError, ImageError
+        When there is nothing to ask about, or a document cannot be opened.
+    """
+    (message,) = parse_messages([{"role": "user", "content": content}])
+    how = document_options(options)
+    # Open files are read once, not for every page.
+    parts = [read(part, how) if isinstance(part, ImagePart) else part for part in message.parts]
+    places = [i for i, part in enumerate(parts) if isinstance(part, ImagePart)]
+    if not places:
+        raise MessageError("There is no document and no picture to be asked about; name one.")
+    for file, place in enumerate(places):
+        part = parts[place]
+        assert isinstance(part, ImagePart)
+        others = [
+            [other for other in side if not isinstance(other, ImagePart)]
+            for side in (parts[:place], parts[place + 1 :])
+        ]
+        numbers = page_numbers(part, how)
+        if numbers is None and isinstance(part.source, str | Path) and not str(part.source).startswith("data:"):
+            existing_file(part.source)  # what is not there at all is told at once
+        for number in [1] if numbers is None else numbers:
+            page = part if numbers is None else _page_of(part, number)
+            yield PageAsked(file, number, replace(message, parts=(*others[0], page, *others[1])))
+
+
+def asked_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the request about one page, whose part says which page it is."""
+    return {name: value for name, value in options.items() if name != "pages"}
+
+
+def _page_of(part: ImagePart, number: int) -> DocumentPart:
+    if isinstance(part, DocumentPart):
+        return replace(part, pages=[number])
+    return DocumentPart(part.source, part.max_slices, pages=[number])
+
+
+def join_pages(texts: Sequence[str]) -> str:
+    """Texts of pages as one: blank lines between them, empty pages left out, fences around a whole page taken off."""
+    bare = (without_fence(text) for text in texts)
+    return "\n\n".join(text for text in bare if text)
+
+
+def without_fence(text: str) -> str:
+    """A page's text without blank ends, and without the fence that models like to put around Markdown."""
+    match = _FENCED.fullmatch(text)
+    if match and "```" not in match[1]:
+        text = match[1]
+    return text.strip("\n").rstrip()

@@ -1,0 +1,83 @@
+"""First bytes of a file → what to do before Pillow can read it, or why it cannot.
+
+Pillow knows most formats by itself. HEIC needs a plugin of its own (extra `heif`), and some files that people take
+for pictures are none.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from edge_runtime.errors import BackendUnavailable, ImageError
+
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+_AVIF_BRANDS = {b"avif", b"avis"}
+
+
+def prepare_format(head: bytes, name: str) -> None:
+    """Teach Pillow the format of a file, where that is needed.
+
+    Parameters
+    ----------
+    head : the file's first bytes, 1024 of them or as many as there are.
+    name : what the file is called in errors.
+
+    Raises
+    ------
+    BackendUnavailable
+        When the format needs a library that is not installed.
+    ImageError
+        When the file is a drawing or a document.
+    """
+    brands = _brands(head)
+    if brands & _HEIF_BRANDS and not brands & _AVIF_BRANDS and not _register_heif():
+        raise BackendUnavailable(
+            f"{name} is a HEIC picture, which pillow-heif reads, and that is not installed; run "
+            "pip install 'edge-runtime[heif]', or save it as JPEG."
+        )
+    if _is_svg(head):
+        raise ImageError(f"{name} is an SVG drawing, which has no pixels yet; export it as PNG in the size you want.")
+    if head.startswith(b"%PDF-"):
+        raise ImageError(f"{name} is a PDF document, expected a picture; ask about it in a message, or name a page.")
+
+
+def unknown_format(head: bytes, name: str) -> str:
+    """Why Pillow does not know a file."""
+    if _brands(head) & _AVIF_BRANDS:
+        from PIL import __version__
+
+        return (
+            f"{name} is an AVIF picture, or begins like one, which Pillow {__version__} does not read; install "
+            "Pillow 11.3 or newer, or save it as JPEG."
+        )
+    return (
+        f"{name} is not a picture in a known format; expected JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP, TIFF or another "
+        "that Pillow reads."
+    )
+
+
+def _brands(head: bytes) -> set[bytes]:
+    """Brands of an ISO base media file (HEIC, AVIF and MP4 are such): the major one and the compatible ones."""
+    if head[4:8] != b"ftyp":
+        return set()
+    end = min(int.from_bytes(head[:4], "big"), len(head))
+    return {head[8:12], *(head[i : i + 4] for i in range(16, end - 3, 4))}
+
+
+def _is_svg(head: bytes) -> bool:
+    """Whether XML or a comment leads to an `svg` element; a picture's own format never begins with `<`."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        head = head.decode("utf-16", "replace").encode()
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return text.startswith(b"<") and b"<svg" in text
+
+
+@cache
+def _register_heif() -> bool:
+    """Make pillow-heif a plugin of Pillow; False when it is not installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True

@@ -1,0 +1,80 @@
+"""TIFF file of several pages → each as upright RGB picture, read when it is looked at."""
+
+from __future__ import annotations
+
+import io
+import threading
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from edge_runtime.image import PIXEL_LIMIT, explained, to_rgb, upright_size
+from edge_runtime.pages import Page
+
+
+class TiffFile:
+    """An open TIFF file.
+
+    Parameters
+    ----------
+    source : path, or the file's bytes.
+    name : what it is called in errors.
+    page_limit : pages to be counted; what lies behind one more is not looked for.
+
+    Raises
+    ------
+    ImageError
+        When it is damaged.
+    """
+
+    def __init__(self, source: Path | bytes, name: str, page_limit: int) -> None:
+        self.name = name
+        self._lock = threading.Lock()
+        with explained(name, PIXEL_LIMIT):
+            self._picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            self.close = weakref.finalize(self, self._picture.close)
+            """Close the file; its pages cannot be read any more."""
+            self.n_pages = 1
+            # Pillow's own count would follow a chain of directories to its end, however many there are.
+            with suppress(EOFError):
+                while self.n_pages <= page_limit:
+                    self._picture.seek(self.n_pages)
+                    self.n_pages += 1
+
+    def page(self, index: int) -> TiffPage:
+        """A page, counted from 0."""
+        return TiffPage(self, index)
+
+    def size(self, index: int, pixel_limit: int) -> tuple[int, int]:
+        """(width, height) of a page, upright."""
+        with self._lock, explained(self._page_name(index), pixel_limit):
+            self._picture.seek(index)
+            return upright_size(self._picture, self._page_name(index), pixel_limit)
+
+    def read(self, index: int, pixel_limit: int) -> Image.Image:
+        """A page as RGB picture."""
+        with self._lock, explained(self._page_name(index), pixel_limit):
+            self._picture.seek(index)
+            return to_rgb(self._picture, self._page_name(index), pixel_limit)
+
+    def _page_name(self, index: int) -> str:
+        return f"Page {index + 1} of {self.name}"
+
+
+@dataclass(frozen=True)
+class TiffPage(Page):
+    """A page of a TIFF file."""
+
+    file: TiffFile
+    index: int
+
+    def size(self, pixel_limit: int) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.file.size(self.index, pixel_limit)
+
+    def render(self, pixel_limit: int) -> Image.Image:
+        """The page as picture."""
+        return self.file.read(self.index, pixel_limit)
