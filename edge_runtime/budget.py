@@ -108,28 +108,32 @@ class Reckoning:
         )
 
     def _told(self, most: int) -> str:
-        runs, first, n_groups = [], 1, 0
-        told = zip([picture.of_video for picture in self._pictures], self.visual(most), strict=True)
-        for (of_video, tokens), run in groupby(told):
+        """What the pictures take, in order; neighbours that take the same are told together."""
+        moves = [picture.of_video for picture in self._pictures]
+        n_pictures = moves.count(False)
+        runs, last = [], 0
+        for (of_video, tokens), run in groupby(zip(moves, self.visual(most), strict=True)):
             n = len(list(run))
-            each = f"{tokens}" if n == 1 else f"{tokens} each"
             if of_video:
-                n_groups += n
-                runs.append(f"{_count(n, 'group')} of frames: {each}")
+                name = f"{_count(n, 'group')} of frames"
             else:
-                first += n
-                runs.append(f"{f'picture {first - 1}' if n == 1 else f'pictures {first - n} to {first - 1}'}: {each}")
-        n_pictures = first - 1
-        kinds = [_count(n_pictures, "picture")] * bool(n_pictures) + ["videos"] * bool(n_groups)
-        rest = [f"and so on to picture {n_pictures}" if n_pictures else "and so on"]
-        return f"{' and '.join(kinds)} ({', '.join(runs[:_MOST_TOLD] + rest * (len(runs) > _MOST_TOLD))})"
+                last += n
+                name = f"picture {last}" if n == 1 else f"pictures {last - n + 1} to {last}"
+            runs.append(f"{name}: {tokens}{' each' if n > 1 else ''}")
+        if len(runs) > _MOST_TOLD:
+            runs[_MOST_TOLD:] = [f"and so on to picture {n_pictures}" if n_pictures else "and so on"]
+        kinds = [_count(n_pictures, "picture")] * (n_pictures > 0) + ["videos"] * any(moves)
+        return f"{' and '.join(kinds)} ({', '.join(runs)})"
 
     def _advice(self, room: Room) -> str:
+        """What would help, and does: a limit for all pictures is none for a video, whose frames have their own."""
         most = self.lowered(room)
+        videos = [picture for picture in self._pictures if picture.of_video]
         if most is not None and most < self.largest:
-            return f"They fit with --max-slices {most} or --fit; as they are, with a larger --ctx."
+            option = f"--max-slices {most} or --fit" if all(v.max_slices <= most for v in videos) else "--fit"
+            return f"They fit with {option}; as they are, with a larger --ctx."
         fewer = ["choose some of them (--pages)", "ask about one at a time (--each-page)"]
-        if any(picture.of_video for picture in self._pictures):
+        if videos:
             fewer = ["look at fewer frames (--max-frames) or more in a group (--packing)"]
         return f"Uncut they take {sum(self.visual(1))}: {', '.join(fewer)}, shorten the text, or use a larger --ctx."
 

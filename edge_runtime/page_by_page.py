@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edge_runtime.documents import document_options, page_numbers, read
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import existing_file
-from edge_runtime.messages import DocumentPart, ImagePart, Message, parse_messages
+from edge_runtime.messages import DocumentPart, ImagePart, Message, VideoPart, parse_messages
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer
@@ -94,9 +94,11 @@ def pages_asked(content: Any, options: dict[str, Any]) -> Iterator[PageAsked]:
     Raises
     ------
     MessageError, ImageError
-        When there is nothing to ask about, or a document cannot be opened.
+        When there is nothing to ask about, or a video, or a document cannot be opened.
     """
     (message,) = parse_messages([{"role": "user", "content": content}])
+    if any(isinstance(part, VideoPart) for part in message.parts):
+        raise MessageError("There is a video, which has no pages; ask about it by itself.")
     how = document_options(options)
     # Open files are read once, not for every page.
     parts = [read(part, how) if isinstance(part, ImagePart) else part for part in message.parts]
