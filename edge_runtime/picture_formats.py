@@ -50,6 +50,8 @@ def unknown_format(head: bytes, name: str) -> str:
             f"{name} is an AVIF picture, or begins like one, which Pillow {__version__} does not read; install "
             "Pillow 11.3 or newer, or save it as JPEG."
         )
+    if name.lower().endswith(".pdf"):
+        return f"{name} is no PDF: it does not begin as one does; get the file again."
     return (
         f"{name} is not a picture in a known format; expected JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP, TIFF or another "
         "that Pillow reads."
