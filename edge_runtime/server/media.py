@@ -145,7 +145,9 @@ class Media:
             text = _uri(text)
         n_bytes = (len(text) - text.find(",") - 1) * 3 // 4
         if n_bytes > most:
-            raise TooLarge(f"A picture has {n_bytes} bytes, at most {most} are taken; scale it down.")
+            raise TooLarge(
+                f"A picture, video or document has {n_bytes} bytes, at most {most} are taken; send a smaller one."
+            )
         return text
 
     def _address(self, address: str, most: int) -> str:

@@ -1,4 +1,4 @@
-"""Documents in the requests of all three APIs, and in the page: every page is a picture, within the server's limits."""
+"""Documents in requests of all three APIs, and in the page: every page is a picture, within the server's limits."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import pytest
 from edge_runtime.errors import EngineBusy, ImageError, MessageError, PromptTooLongError
 from edge_runtime.requests import Progress
 from edge_runtime.server import models
+from edge_runtime.server.settings import Settings
 from edge_runtime.streaming import Piece
 from edge_runtime.tools import ToolCall
 from server.conftest import SIGN
@@ -110,7 +111,8 @@ def test_what_is_asked_of_the_model(scripted):
     chat(client, options={**options, "seed": -1, "mirostat": 2}, think="low", logprobs=True, top_logprobs=3)
     asked = model.asked[-1][1]
     assert asked.pop("pixel_limit") > 1_000_000
-    assert asked.pop("video_limits").most_bytes > 1_000_000
+    assert asked.pop("video_limits").most_bytes == asked.pop("file_limit_bytes") > 1_000_000
+    assert asked.pop("page_limit") == Settings().max_pages == 100
     assert asked == {
         "temperature": 0.5,
         "top_k": 40,
