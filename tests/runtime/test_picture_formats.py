@@ -132,7 +132,7 @@ def test_a_document_where_only_a_picture_will_do() -> None:
 def test_what_is_named_a_pdf_file_and_is_none(tmp_path: Path) -> None:
     path = tmp_path / "scan.PDF"
     path.write_bytes(b"<html>Your session has ended.</html>")
-    refused(["run", str(path), "What is it?"], r"scan\.PDF is no PDF: it does not begin as one does; get the file again")
+    refused(["run", str(path), "What is it?"], r"scan\.PDF is no PDF: it does not begin as one does")
 
 
 def test_open_files_are_pictures_too(tmp_path: Path) -> None:

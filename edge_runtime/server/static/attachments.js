@@ -50,16 +50,19 @@ export function tile(attachment, { onremove, onopen } = {}) {
 }
 
 function faceOf({ name, kind, url }) {
-  if (kind === "pdf") return element("span", { class: "document" }, icon("file"), element("span", {}, name));
+  if (kind === "pdf") return named("file", name);
   if (kind === "video") {
     const video = element("video", { src: url, muted: true, playsinline: true, preload: "metadata", "aria-label": name });
     return element("span", { class: "film" }, video, icon("play"));
   }
   const image = element("img", { src: url, alt: name });
   // HEIC, for one, the server can read but most browsers cannot show.
-  image.addEventListener("error", () => image.replaceWith(element("span", { class: "document" }, icon("image"), element("span", {}, name))));
+  image.addEventListener("error", () => image.replaceWith(named("image", name)));
   return image;
 }
+
+/** What has no picture to be shown by; a long name is cut there, and whole under the pointer. */
+const named = (symbol, name) => element("span", { class: "document", title: name }, icon(symbol), element("span", {}, name));
 
 /** Files in a drop or paste, in order. */
 export function filesIn(transfer) {
