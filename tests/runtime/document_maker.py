@@ -1,4 +1,4 @@
-"""Documents made for a test: PDF files with reportlab, TIFF files with Pillow."""
+"""Documents made for a test, PDF files with reportlab, TIFF files with Pillow; and the pictures that they become."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ from PIL import Image
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 
+from edge_runtime.config import SlicingConfig
+from edge_runtime.documents import DocumentOptions, with_pages
+from edge_runtime.image import load_image
+from edge_runtime.messages import parse_messages
+from edge_runtime.prompt import iter_images
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+COLOURS = [RED, GREEN, BLUE]
+SLICING = SlicingConfig(448, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 PAGE = (160, 80)  # points; the demo model reads a word of this size
 
 
@@ -70,8 +79,24 @@ def written_pdf(pages: Sequence[bytes], *, rotate: int = 0, crop: Sequence[int] 
     return out + head + table + tail
 
 
+def blocks(sizes: list[tuple[int, int]]) -> list[Image.Image]:
+    """A picture of one colour in each size."""
+    return [Image.new("RGB", size, colour) for size, colour in zip(sizes, COLOURS, strict=True)]
+
+
 def pages_tiff(pages: Sequence[Image.Image], **options: Any) -> bytes:
     """A TIFF file of several pages."""
     out = io.BytesIO()
     pages[0].save(out, "TIFF", save_all=True, append_images=list(pages[1:]), **options)
     return out.getvalue()
+
+
+def pictures(content: Any, **options: Any) -> list[Image.Image]:
+    """Pictures that a message's content becomes."""
+    messages = parse_messages([{"role": "user", "content": content}])
+    expanded = with_pages(messages, DocumentOptions(**options), SLICING)
+    return [load_image(part.source) for part in iter_images(expanded)]
+
+
+def colours(found: list[Image.Image]) -> list[tuple[int, ...]]:
+    return [picture.getpixel((picture.width // 2, picture.height // 2)) for picture in found]  # type: ignore[misc]
