@@ -108,13 +108,13 @@ def encoded(source: ImageSource) -> bytes | Path:
         source = decode_data_uri(source)
     elif not isinstance(source, Image.Image | str | Path | bytes | Page) and hasattr(source, "read"):
         source = read_file_object(source)
-    if source == b"":
-        raise ImageError("The picture is empty (0 bytes), expected an encoded picture; get it again.")
     if not isinstance(source, str | Path | bytes):
         raise ImageError(
             f"The picture is of type {type(source).__name__}; expected a path, bytes, a data: URI, an open file or a "
             "Pillow picture."
         )
+    if isinstance(source, bytes) and not source:
+        raise ImageError("The picture is empty (0 bytes), expected an encoded picture; get it again.")
     return source if isinstance(source, bytes) else existing_file(source)
 
 
