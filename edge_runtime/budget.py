@@ -51,6 +51,8 @@ class Measured:
     """Most cells that were asked for."""
     frames: int = 1
     of_video: bool = False
+    has_own_limit: bool = False
+    """A limit for all pictures is none for this one; nor is it for a video's frames."""
 
     def slices(self, config: SlicingConfig, most: int) -> tuple[int, int]:
         """Number of slices, and of rows of cells, with at most `most` cells."""
@@ -126,14 +128,15 @@ class Reckoning:
         return f"{' and '.join(kinds)} ({', '.join(runs)})"
 
     def _advice(self, room: Room) -> str:
-        """What would help, and does: a limit for all pictures is none for a video, whose frames have their own."""
+        """What would help, and does."""
         most = self.lowered(room)
-        videos = [picture for picture in self._pictures if picture.of_video]
         if most is not None and most < self.largest:
-            option = f"--max-slices {most} or --fit" if all(v.max_slices <= most for v in videos) else "--fit"
+            larger = [picture for picture in self._pictures if picture.max_slices > most]
+            alone = any(picture.of_video or picture.has_own_limit for picture in larger)
+            option = "--fit" if alone else f"--max-slices {most} or --fit"
             return f"They fit with {option}; as they are, with a larger --ctx."
         fewer = ["choose some of them (--pages)", "ask about one at a time (--each-page)"]
-        if videos:
+        if any(picture.of_video for picture in self._pictures):
             fewer = ["look at fewer frames (--max-frames) or more in a group (--packing)"]
         return f"Uncut they take {sum(self.visual(1))}: {', '.join(fewer)}, shorten the text, or use a larger --ctx."
 
@@ -219,7 +222,7 @@ class Budget:
                 found.append(Measured(part.clip.size, self.limit(part), len(group), of_video=True))
             else:
                 size = picture_size(part.source, pixel_limit=self.pixel_limit)
-                found.append(Measured(size, self.limit(part), len(group)))
+                found.append(Measured(size, self.limit(part), len(group), has_own_limit=part.max_slices is not None))
             done += len(group)
         return found
 

@@ -88,6 +88,16 @@ def test_the_advice_holds() -> None:
             model.chat(messages, max_tokens=1, max_slices=most + 1)
 
 
+def test_pictures_with_limits_of_their_own_are_not_told_of_one_for_all() -> None:
+    messages = asked([{"type": "image", "image": picture(shade=i), "max_slices": 9} for i in range(3)])
+    with Model.load("demo", n_ctx=320) as model:
+        with pytest.raises(PromptTooLongError, match=r"They fit with --fit; as they are"):
+            model.chat(messages, max_tokens=1)
+        with pytest.raises(PromptTooLongError):
+            model.chat(messages, max_tokens=1, max_slices=1)
+        assert model.chat(messages, max_tokens=1, fit=True).fitted_slices is not None
+
+
 def test_fit_leaves_alone_what_fits(demo: Model) -> None:
     messages = asked([picture()])
     whole, fitted = (demo.chat(messages, max_tokens=1, greedy=True, fit=fit) for fit in (False, True))
