@@ -30,13 +30,16 @@ def note(text: str) -> None:
     click.secho(text, err=True, dim=True)
 
 
-def note_first_compile() -> None:
-    """Say why the first picture on this machine takes longer; its machine code is kept for the next start."""
+def note_first_compile(*, pictures: bool, prompts: bool) -> None:
+    """Say why the first picture, or prompt, on this machine takes longer; machine code is kept for the next start."""
     from edge_kernels.compile import cache_directory
 
     folder = cache_directory()
-    if folder is None or not any(folder.rglob("*.nbc")):
+    compiled = [] if folder is None else [path.name.split(".")[0] for path in folder.rglob("*.nbc")]
+    if pictures and not set(compiled) - {"linear_blocks", "attention_causal", "decoder_rows"}:
         note("First picture on this machine: compiling the vision kernels, 20 to 40 seconds.")
+    if prompts and "linear_blocks" not in compiled:
+        note("First prompt on this machine: compiling its kernels, 10 to 20 seconds.")
 
 
 def answer(
@@ -50,8 +53,8 @@ def answer(
     label : what the line of progress begins with.
     """
     progress = AnswerProgress(label)
-    if any(not isinstance(part, str) for message in parse_messages(messages) for part in message.parts):
-        note_first_compile()
+    pictures = any(not isinstance(part, str) for message in parse_messages(messages) for part in message.parts)
+    note_first_compile(pictures=pictures, prompts=model.fills_itself)
     try:
         (stream,) = model.submit(messages, on_image=progress.on_image, on_look=progress.on_look, **options)
     except BaseException:

@@ -16,20 +16,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 
 from edge_runtime import llama
 from edge_runtime.adapters import Adapters
 from edge_runtime.config import decoder_config
-from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
+from edge_runtime.errors import ModelFileError, PromptTooLongError
+from edge_runtime.filling import fill, own_parts, pays
 from edge_runtime.kv_state import KVRows, UnknownState, build, parse
+from edge_runtime.kv_types import choose_kv_type
+from edge_runtime.mapping import Region, watched
+from edge_runtime.prefill import Prefill, can_fill
 from edge_runtime.weights import Float32, GGUFFile
 
 CHUNK_TOKENS = 512
 """Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
+ROWS_AT_A_TIME = 128
+"""Positions that are handed to the KV cache together: they are copied for it."""
 DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
-KV_TYPES = ("f16", "q8_0", "q4_0")
 FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
 
 
@@ -67,49 +72,21 @@ class DecoderOptions:
     n_sequences: int = N_SEQUENCES
     """Requests that can be computed side by side."""
     kv_type: str | None = None
-    """One of `KV_TYPES`; None takes the default of the arithmetic."""
+    """One of `kv_types.KV_TYPES`; None takes the default of the arithmetic."""
     n_ubatch: int = CHUNK_TOKENS
     """Positions that llama.cpp works on at a time inside a call."""
     repack: bool = False
     """Copy the weights into another order when loading; needs their size in memory again."""
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     """Name to LoRA file."""
+    own_prefill: bool | None = None
+    """Whether prompts are computed by our kernels (`prefill`); None: where that pays. Never with `exact`."""
 
 
 def common_beginning(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
     """Number of positions at which two sequences begin alike."""
     limit = min(len(one), len(other))
     return next((i for i in range(limit) if one[i] != other[i]), limit)
-
-
-def choose_kv_type(file: GGUFFile, asked: str | None, *, exact: bool) -> str:
-    """Type of the KV cache: what was asked for, checked; float32 for exact arithmetic, float16 otherwise.
-
-    Raises
-    ------
-    MessageError
-        When the type is unknown, or does not go with this model or with exact arithmetic.
-    """
-    default = "f32" if exact else "f16"
-    chosen = asked or default
-    if chosen not in (KV_TYPES if not exact else (default,)):
-        expected = "'f32', which exact arithmetic needs" if exact else f"one of {', '.join(KV_TYPES)}"
-        raise MessageError(f"The KV type is {chosen!r}; expected {expected}.")
-    heads = file.get("qwen3.attention.head_count", int, 1)
-    width = file.get("qwen3.attention.key_length", int, file.get("qwen3.embedding_length", int) // heads)
-    block = GGML_QUANT_SIZES[GGMLQuantizationType[chosen.upper()]][0]
-    if width % block:
-        raise MessageError(
-            f"The KV type is {chosen!r}, which stores blocks of {block} numbers, but heads of {file.path.name} have "
-            f"{width}; expected f16 for this model."
-        )
-    return chosen
-
-
-def kv_bytes(kv_type: str, n: int) -> int:
-    """Bytes of `n` numbers in a KV cache, whole blocks."""
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kv_type.upper()]]
-    return int(n // block * size)
 
 
 class Decoder:
@@ -136,6 +113,7 @@ class Decoder:
         # One more than requests can have: for `prefill` and `decode`, and between `read_rows` and `append_rows`.
         self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1)]
         self._adapters: Adapters | None = None
+        self._region: Region | None = None
         self._lib = lib = llama.library()
         self.kv_type = choose_kv_type(self.file, options.kv_type, exact=options.exact)
         self._model = self._load_model(repack=options.repack)
@@ -167,9 +145,35 @@ class Decoder:
             )
         self.chunk = min(CHUNK_TOKENS, lib.llama_n_batch(self._context))
         """Most positions of a call: fewer than `CHUNK_TOKENS` in a small context, where llama.cpp aborts at more."""
+        self._own_logits: dict[int, Float32] = {}
+        """Of rows of the last call that were not computed by llama.cpp."""
+        self._last_row = -1
+        self._prefill = self._choose_prefill(options)
         self._embedding_batch = lib.llama_batch_init(CHUNK_TOKENS, self.config.hidden, 1)
         self._token_batch = lib.llama_batch_init(CHUNK_TOKENS, 0, 1)
         self._batches += [self._embedding_batch, self._token_batch]
+
+    def _choose_prefill(self, options: DecoderOptions) -> Prefill | None:
+        """Our way to compute prompts, where it is wanted and llama.cpp takes what comes of it."""
+        wanted, is_possible = options.own_prefill, not options.exact and self.kv_type == "f16" and can_fill(self.file)
+        if wanted is None:
+            wanted = pays(self.file, self.kv_type, exact=options.exact)
+        if not wanted or not is_possible or options.repack:
+            return None
+        found = Prefill(self.file, self._region)
+        nothing = np.zeros((1, found.form.key_bytes), np.uint8)
+        try:
+            self.append_rows(0, [0], KVRows(found.form, *[[nothing] * found.form.layers] * 2))
+            return found if self.read_rows(0, 0, 1).form == found.form else None
+        except (CacheFull, UnknownState):
+            return None
+        finally:
+            self.rewind(0)
+
+    @property
+    def fills_itself(self) -> bool:
+        """Whether prompts are computed by our kernels."""
+        return self._prefill is not None
 
     def _load_model(self, *, repack: bool) -> Any:
         lib = self._lib
@@ -178,8 +182,9 @@ class Decoder:
         params.load_mode = lib.LLAMA_LOAD_MODE_MMAP
         # Repacked weights cost 3.6 GB and 15 s of loading at full size, and make prefill slower (2 cores measured).
         params.use_extra_bufts = repack
-        with llama.watch_log(lambda line: None):
+        with llama.watch_log(lambda line: None), watched(self.file.path) as regions:
             model = lib.llama_model_load_from_file(str(self.file.path).encode(), params)
+        self._region = regions[0] if regions else None
         if not model:
             raise ModelFileError(
                 f"llama.cpp refuses {self.file.path.name}: {llama.last_errors()}; convert or download it again."
@@ -273,17 +278,20 @@ class Decoder:
         CacheFull
             When there is no room, or the rows are of another kind of KV cache; the sequences are as before.
         """
-        spare, lib, first = self.n_sequences, self._lib, self.held(sequence)
-        state = build(rows, first)
-        # Into a sequence of its own: llama.cpp empties the one that it fills.
-        self.rewind(spare)
-        with llama.watch_log(lambda line: None):
-            n_read = lib.llama_state_seq_set_data(self._context, _pointer(state), len(state), spare)
-        if n_read != len(state):
+        spare, lib, before = self.n_sequences, self._lib, self.held(sequence)
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            part, first = rows[start : start + ROWS_AT_A_TIME], before + start
+            state = build(part, first)
+            # Into a sequence of its own: llama.cpp empties the one that it fills.
             self.rewind(spare)
-            raise CacheFull(llama.last_errors())
-        lib.llama_memory_seq_cp(lib.llama_get_memory(self._context), spare, sequence, first, first + len(rows))
-        self.rewind(spare)
+            with llama.watch_log(lambda line: None):
+                n_read = lib.llama_state_seq_set_data(self._context, _pointer(state), len(state), spare)
+            if n_read != len(state):
+                self.rewind(spare)
+                self.rewind(sequence, before)
+                raise CacheFull(llama.last_errors())
+            lib.llama_memory_seq_cp(lib.llama_get_memory(self._context), spare, sequence, first, first + len(part))
+            self.rewind(spare)
         self._held[sequence] += keys
 
     def step(
@@ -310,6 +318,33 @@ class Decoder:
         CacheFull
             When there is no room; the sequences are as before.
         """
+        own = [] if adapter is not None else own_parts(self, self._prefill, parts)
+        before = [self.held(part.sequence) for part in parts]
+        self._own_logits.clear()
+        rows = [0] * len(parts)
+        try:
+            rest = [i for i in range(len(parts)) if i not in own]
+            for i, row in zip(rest, self._call([parts[i] for i in rest], cancelled, adapter), strict=True):
+                rows[i] = row
+            if own and self._prefill is not None:
+                found = fill(self, self._prefill, [parts[i] for i in own], cancelled)
+                if found is None:
+                    raise Cancelled
+                for i, logits in zip(own, found, strict=True):
+                    rows[i] = -2 - i  # llama.cpp counts from -1 downwards, too
+                    if logits is not None:
+                        self._own_logits[rows[i]] = logits
+        except BaseException:
+            for part, n in zip(parts, before, strict=True):
+                self.rewind(part.sequence, n)
+            raise
+        self._last_row = rows[-1]
+        return rows
+
+    def _call(self, parts: Sequence[Part], cancelled: Callable[[], bool], adapter: str | None) -> list[int]:
+        """Compute parts in one call of llama.cpp; errors as of `step`."""
+        if not parts:
+            return []
         batch, rows, n = self._filled_batch(parts), [], 0
         for part in parts:
             for i in range(len(part.keys)):
@@ -329,8 +364,6 @@ class Decoder:
         finally:
             self._cancelled = lambda: False
         if status != 0:
-            for part in parts:
-                self.rewind(part.sequence, self.held(part.sequence))
             if status == FULL:
                 raise CacheFull
             if status == ABORTED:
@@ -374,12 +407,18 @@ class Decoder:
         """Append one token to what `prefill` began."""
         self.step([Part(self.n_sequences, [token_id])], adapter=adapter)
 
-    def logits(self, row: int = -1) -> Float32:
-        """Logits of a row of the last call: ndarray [shape=(vocabulary,), float32], a copy."""
-        return self.logits_view(row).copy()
+    def logits(self, row: int | None = None) -> Float32:
+        """Logits of a row of the last call, by default the last: ndarray [shape=(vocabulary,), float32], a copy."""
+        return self.logits_view(self._last_row if row is None else row).copy()
 
-    def logits_view(self, row: int = -1) -> Float32:
-        """As `logits`, but llama.cpp's own memory, which the next call overwrites; not to be written to."""
+    def is_own(self, row: int) -> bool:
+        """Whether a row of the last call was computed by our kernels, so that llama.cpp's samplers cannot see it."""
+        return row in self._own_logits
+
+    def logits_view(self, row: int) -> Float32:
+        """As `logits`, but memory that the next call may overwrite; not to be written to."""
+        if row in self._own_logits:
+            return self._own_logits[row]
         pointer = self._lib.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, (self.config.vocabulary,))
 
@@ -398,23 +437,3 @@ class Decoder:
 
 def _pointer(data: npt.NDArray[np.uint8]) -> Any:
     return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-
-
-def embed(decoder: Decoder, ids: npt.NDArray[np.int64], visual: Mapping[tuple[int, int], Float32]) -> Float32:
-    """One stream of embeddings: token rows with visual tokens in their places.
-
-    Parameters
-    ----------
-    ids : ndarray [shape=(n,), int64]
-    visual : (first, end) → ndarray [shape=(end - first, hidden), float32]; places may begin before the first id and
-        end behind the last.
-
-    Returns
-    -------
-    embeddings : ndarray [shape=(n, hidden), float32]
-    """
-    embeddings = np.array(decoder.embed(ids))
-    for (first, end), tokens in visual.items():
-        inside = slice(max(first, 0), min(end, len(ids)))
-        embeddings[inside] = tokens[inside.start - first : inside.stop - first]
-    return embeddings

@@ -98,14 +98,14 @@ def _next_token(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) ->
     budget, think_end = task.request.thinking_budget, tokenizer.special_ids.get(THINK_END)
     if think_end is not None and stream.is_reasoning:
         is_over = task.must_answer or (budget is not None and task.n_tokens >= budget)
-        token_id = think_end if is_over else sampler.sample(decoder.context, row)
+        token_id = think_end if is_over else sampler.sample(decoder, row)
         if constraint is not None and token_id in tokenizer.stop_ids:
             token_id = think_end  # without an answer, the form would not be kept
         if is_over:
             sampler.accept(token_id)
         return token_id
     if constraint is None:
-        return sampler.sample(decoder.context, row)
+        return sampler.sample(decoder, row)
     logits = decoder.logits(row)
     room = min(task.request.max_tokens - task.n_tokens, decoder.n_ctx - len(task.keys))
     token_id = constraint.next_token(room, lambda ids: sampler.choose(ids, logits))

@@ -28,12 +28,15 @@ def describe_machine() -> dict[str, Any]:
     from edge_runtime import llama
 
     check_instruction_set()
+    from edge_kernels.linear_blocks import IS_POSSIBLE  # which looks at the instruction set
+
     return {
         "edge-runtime": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "kernels": isa(),
+        "prefill": "these kernels" if IS_POSSIBLE else "llama.cpp",
         "threads": cpu_count(),
         "kernel cache": str(cache_directory() or "none (not writable)"),
         "numba": metadata.version("numba"),

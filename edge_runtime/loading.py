@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.config import decoder_config
-from edge_runtime.decoder import DEFAULT_CONTEXT, Decoder, DecoderOptions, choose_kv_type
+from edge_runtime.decoder import DEFAULT_CONTEXT, Decoder, DecoderOptions
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.keeping import Keeping
+from edge_runtime.kv_types import choose_kv_type
 from edge_runtime.memory import choose_context, reckon
 from edge_runtime.products import check_instruction_set
 from edge_runtime.store import ModelPaths

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +17,10 @@ import numpy.typing as npt
 from edge_runtime.errors import ModelFileError
 
 Bytes = npt.NDArray[np.uint8]
+
+_own: set[int] = set()
+"""Addresses of what `map_file` has mapped and is still there."""
+_one_at_a_time = threading.Lock()
 
 
 def map_file(path: Path) -> Bytes:
@@ -23,7 +33,11 @@ def map_file(path: Path) -> Bytes:
             raise ModelFileError(
                 f"{path.name} has {size} bytes, too few for a GGUF file; download or convert it again."
             )
-        return np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
+        address = mapped.ctypes.data
+        _own.add(address)
+        weakref.finalize(mapped, _own.discard, address)
+        return mapped.view(np.ndarray)
     except FileNotFoundError:
         raise ModelFileError(f"The model file {path} does not exist; check the path.") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
@@ -43,3 +57,60 @@ def let_go(data: Bytes) -> None:
     mapped = getattr(data.base, "_mmap", None)
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class Region(NamedTuple):
+    """Where a part of a file lies in this process's memory."""
+
+    begin: int
+    end: int
+    offset: int
+    """Of its first byte in the file."""
+
+
+def foreign_regions(path: Path) -> set[Region]:
+    """Where others in this process than `map_file` have mapped a file; nothing where the system does not tell."""
+    try:
+        inode = path.stat().st_ino
+        lines = Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()
+    except OSError:  # not Linux
+        return set()
+    found = set()
+    for line in lines:
+        addresses, access, offset, _, number, *_ = line.split(maxsplit=5)
+        begin, end = (int(address, 16) for address in addresses.split("-"))
+        if int(number) == inode and access.startswith("r") and begin not in _own:
+            found.add(Region(begin, end, int(offset, 16)))
+    return found
+
+
+@contextmanager
+def watched(path: Path) -> Iterator[list[Region]]:
+    """Find out what is mapped of a file while the block lasts: the list holds it afterwards, if it is one region.
+
+    Two mappings of a file are one in memory, but each page of each is a fault to bring in, and counts again in what
+    the system tells of this process. So we read weights where llama.cpp has mapped them. Which mapping is its, and
+    will be there for as long as its model is, only the moment tells at which it appears; where two do, none is taken.
+    """
+    found: list[Region] = []
+    with _one_at_a_time:
+        before = {region.begin for region in foreign_regions(path)}
+        yield found
+        found += [region for region in foreign_regions(path) if region.begin not in before]
+        if len(found) > 1:
+            found.clear()
+
+
+def region_bytes(region: Region, first: int, end: int) -> Bytes | None:
+    """Bytes `first` to `end` - 1 of the file whose region this is; None where they are not all in it.
+
+    Returns
+    -------
+    data : ndarray [shape=(end - first,), uint8], not to be written to, nor to be used once the region is unmapped.
+    """
+    place = region.begin + first - region.offset
+    if first < region.offset or place + end - first > region.end:
+        return None
+    found: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * (end - first)).from_address(place))
+    found.flags.writeable = False
+    return found

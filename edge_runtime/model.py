@@ -13,8 +13,8 @@ import numpy as np
 
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, make_answer, results
-from edge_runtime.decoder import embed
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.embedding import embed
 from edge_runtime.encoder import Group
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
@@ -114,6 +114,11 @@ class Model:
     def name(self) -> str:
         """What the model was called when it was loaded."""
         return self.paths.name
+
+    @property
+    def fills_itself(self) -> bool:
+        """Whether prompts are computed by our kernels, which must be compiled once on a machine."""
+        return self._decoder.fills_itself
 
     @property
     def n_ctx(self) -> int:

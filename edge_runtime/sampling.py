@@ -11,12 +11,15 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_runtime import llama
 from edge_runtime.errors import MessageError
+
+if TYPE_CHECKING:
+    from edge_runtime.decoder import Decoder
 
 MAX_NEW_TOKENS = 2048  # official default
 OFFICIAL_BEAMS = 3
@@ -197,9 +200,14 @@ class Sampler:
         for link in links:
             lib.llama_sampler_chain_add(self._chain, link)
 
-    def sample(self, context: Any, row: int) -> int:
+    def sample(self, decoder: Decoder, row: int) -> int:
         """Choose a token from the logits of a row of the last call, and remember it for the penalty."""
-        return int(self._lib.llama_sampler_sample(self._chain, context, row))
+        if not decoder.is_own(row):
+            return int(self._lib.llama_sampler_sample(self._chain, decoder.context, row))
+        logits = decoder.logits_view(row)
+        token_id = self.choose(np.arange(len(logits)), logits)
+        self.accept(token_id)
+        return token_id
 
     def choose(self, ids: np.ndarray[Any, np.dtype[np.int64]], logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
         """Choose among some tokens only, without remembering it.

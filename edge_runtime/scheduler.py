@@ -17,7 +17,8 @@ from collections import deque
 import numpy as np
 
 from edge_runtime.batches import await_frames, next_batch, release
-from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning, embed
+from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
+from edge_runtime.embedding import embed
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
@@ -33,6 +34,7 @@ from edge_runtime.width import CallWidth
 TURN_S = 0.25
 """How long a prompt may hold up running answers at a time."""
 LEAST_CHUNK = 16  # tokens of a prompt per turn, however slow the machine
+LEAST_OWN_CHUNK = 128  # the same where our prefill computes them: fewer take nearly as long
 WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing
 AHEAD_CHUNK = 64
 """Tokens read ahead per call: as many are lost when somebody asks meanwhile."""
@@ -284,8 +286,10 @@ class Scheduler:
                 self._report_encode(task)
                 if not task.missing:
                     self._begin_prefill(task)
-        if self._keeping.low_memory and not any(task.missing for task in self._active):
-            self._encoder.unload()
+        if not any(task.missing for task in self._active):
+            if self._keeping.low_memory:
+                self._encoder.unload()
+            give_back()  # what pictures have left behind would stand beside what their prompts take
 
     def _on_layer(self, tasks: list[Task], batch: dict[bytes, LoadedGroup], share: float) -> None:
         """Between two layers of the vision tower: stop if nobody waits for this batch any more, or tell of it."""
@@ -364,7 +368,8 @@ class Scheduler:
             parts += beams
         room = min(CHUNK_TOKENS, self._decoder.chunk) - len(parts)
         if is_flowing:
-            room = min(room, max(LEAST_CHUNK, int(TURN_S / self._row_s)))
+            least = LEAST_OWN_CHUNK if self._decoder.fills_itself else LEAST_CHUNK
+            room = min(room, max(least, int(TURN_S / self._row_s)))
         for task in ready:
             if (left[task] > 1 or task.request.reads_ahead) and room > 0:
                 n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)

@@ -11,9 +11,10 @@ from typing import Any
 
 import platformdirs
 
-from edge_runtime.decoder import CHUNK_TOKENS, KV_TYPES
+from edge_runtime.decoder import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.identity import file_identity, machine_identity
+from edge_runtime.kv_types import KV_TYPES
 from edge_runtime.weights import GGUFFile
 
 MOST_THREADS = 1024

@@ -32,7 +32,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from edge_runtime import blocks
 from edge_runtime.blocks import BlockParts, Bytes
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
-from edge_runtime.mapping import let_go, map_file
+from edge_runtime.mapping import Region, let_go, map_file, region_bytes
 
 Float32 = blocks.Float32
 
@@ -241,6 +241,18 @@ class GGUFFile:
     def size_bytes(self) -> int:
         """Length of the file."""
         return int(self._data.size)
+
+    def tensor_bytes(self, region: Region | None) -> tuple[Bytes, int]:
+        """Bytes of all tensors, from a region of the file that somebody else has mapped where it has them all.
+
+        Returns
+        -------
+        data, first : ndarray [shape=(n,), uint8], and where in the file it begins.
+        """
+        first = min(info.offset for info in self.tensors.values())
+        end = max(info.offset + info.n_bytes for info in self.tensors.values())
+        found = None if region is None else region_bytes(region, first, end)
+        return (self._data[first:end] if found is None else found), first
 
     def let_go(self) -> None:
         """Give the pages that were read back to the system; whoever reads on gets them from the file again."""

@@ -56,6 +56,20 @@ USE_EVERYTHING = textwrap.dedent(
             weight = pack_split(np.ones((40, 40), np.float32))
             linear_split(x, weight)
             linear_split(x[:, ::-1], pack_split(gain[:, None] * gain), gain, gelu=True, residual=x)
+            from edge_kernels.attention_causal import attention_causal
+            from edge_kernels.decoder_rows import norm_and_rotate, rms_norm
+            from edge_kernels.linear_blocks import BLOCK_BYTES, BlockWeight, linear_blocks, pack_gated, pack_rows
+
+            wide, norm = np.ones((m, 256), np.float32), np.ones(256, np.float32)
+            norm.flags.writeable = False
+            for kind, size in BLOCK_BYTES.items():
+                blocks = np.zeros(40 * size, np.uint8)
+                blocks.flags.writeable = kind == "Q4_K"
+                linear_blocks(pack_rows(wide[:, ::-1]), BlockWeight(blocks, kind, 40, 256))
+                linear_blocks(pack_gated(wide, wide), BlockWeight(blocks, kind, 40, 256), residual=x)
+            rms_norm(rms_norm(wide, norm, 1e-6), wide[0], 1e-6)
+            norm_and_rotate(wide, norm, 1e-6, np.ones((m, 128), np.float32), np.zeros((m, 128), np.float32))
+            attention_causal(wide, np.zeros((9, 128), np.uint16), np.zeros((9, 128), np.uint16), 64)
     many, ends = np.ones((400, 40), np.float32), np.array([0, 400])  # several blocks of queries
     attention_int16(many, many, many[:, ::-1], 2, 0.5, ends, ends)
     print(*cache_statistics(), len(_kernels))

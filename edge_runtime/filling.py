@@ -1,0 +1,70 @@
+"""Which parts of a call our own prefill computes, and how they get into llama.cpp's KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edge_runtime.prefill import Prefill, Stretch, can_fill
+from edge_runtime.weights import Float32, GGUFFile
+
+if TYPE_CHECKING:
+    from edge_runtime.decoder import Decoder, Part
+
+LEAST_BYTES = 1 << 28
+"""Of a decoder file; with smaller ones there is nothing to be gained."""
+LEAST_ROWS = 8
+"""Fewer cost less in llama.cpp: from here on it unpacks weights before it multiplies them, too."""
+MOST_PAST_BYTES = 1 << 30
+"""What the KV cache may hold of a sequence that is gone on with: it is copied out for it."""
+
+
+def pays(file: GGUFFile, kv_type: str, *, exact: bool) -> bool:
+    """Whether a decoder's prompts are computed by our kernels, unless somebody decides otherwise."""
+    return not exact and kv_type == "f16" and file.path.stat().st_size >= LEAST_BYTES and can_fill(file)
+
+
+def own_parts(decoder: Decoder, prefill: Prefill | None, parts: Sequence[Part]) -> list[int]:
+    """Places of those parts that are computed by our kernels: prompts, if there is enough of them."""
+    if prefill is None:
+        return []
+    most = MOST_PAST_BYTES // prefill.form.position_bytes
+    own = [
+        i
+        for i, part in enumerate(parts)
+        # Through the sequence behind the last one rows are read and written.
+        if len(part.keys) > 1 and decoder.held(part.sequence) <= most and part.sequence != decoder.n_sequences
+    ]
+    return own if sum(len(parts[i].keys) for i in own) >= LEAST_ROWS else []
+
+
+def fill(
+    decoder: Decoder, prefill: Prefill, parts: Sequence[Part], cancelled: Callable[[], bool]
+) -> list[Float32 | None] | None:
+    """Compute parts and append them to their sequences.
+
+    Returns
+    -------
+    logits : of the last position of each part that wants them; None altogether when `cancelled` answered true.
+
+    Raises
+    ------
+    CacheFull
+        When there is no room; some parts may have been appended.
+    """
+    stretches = []
+    for part in parts:
+        held = decoder.held(part.sequence)
+        embeddings = part.embeddings
+        if embeddings is None:
+            embeddings = decoder.embed(np.asarray(part.keys, np.int64))
+        past = decoder.read_rows(part.sequence, 0, held) if held else None
+        stretches.append(Stretch(embeddings, past, part.wants_logits))
+    filled = prefill.compute(stretches, cancelled)
+    if filled is None:
+        return None
+    for part, (rows, _) in zip(parts, filled, strict=True):
+        decoder.append_rows(part.sequence, part.keys, rows)
+    return [logits for _, logits in filled]

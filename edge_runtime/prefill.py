@@ -1,0 +1,228 @@
+"""Embeddings → rows for the KV cache and logits, by our own kernels: the other way to fill a sequence.
+
+llama.cpp multiplies prompts on vector units alone, and unpacks weights for every call; on AMX the same takes a third
+of the time. So where a processor has it, prompts go this way, and llama.cpp goes on with the answer: its KV cache is
+filled with what was computed here (`kv_state`). Weights are read where they lie in the file.
+
+The layers are those of Qwen3 (reference implementation: transformers' modeling_qwen3). Positions that are computed
+together may belong to several sequences; they share every product, and each attends to its own past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from edge_runtime.kv_state import Bytes, KVForm, KVRows
+from edge_runtime.mapping import Region
+from edge_runtime.weights import Float32, GGUFFile
+
+if TYPE_CHECKING:
+    from edge_kernels.linear_blocks import BlockWeight
+
+_HALF = int(GGMLQuantizationType.F16)
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_NORMS = ("attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """New positions of one sequence."""
+
+    embeddings: Float32
+    """ndarray [shape=(n, hidden), float32]"""
+    past: KVRows | None = None
+    """What the sequence holds before them, from its first position on; None where it is empty."""
+    wants_logits: bool = True
+    """Of the last position."""
+
+
+class Filled(NamedTuple):
+    """What was computed for a stretch."""
+
+    rows: KVRows
+    logits: Float32 | None
+
+
+class _Layer(NamedTuple):
+    attn_q: BlockWeight
+    attn_k: BlockWeight
+    attn_v: BlockWeight
+    attn_output: BlockWeight
+    ffn_gate: BlockWeight
+    ffn_up: BlockWeight
+    ffn_down: BlockWeight
+    attn_norm: Float32
+    attn_q_norm: Float32
+    attn_k_norm: Float32
+    ffn_norm: Float32
+
+
+def can_fill(file: GGUFFile) -> bool:
+    """Whether this machine can compute a decoder's prompts here, as far as its file tells.
+
+    Its matrices must have types that can be unpacked, and nothing may be in the file that is not computed here.
+    """
+    from edge_kernels.linear_blocks import IS_POSSIBLE
+    from edge_kernels.simd_blocks import SIDE
+
+    layers = range(file.get("qwen3.block_count", int))
+    matrices = [f"blk.{n}.{name}.weight" for n in layers for name in _MATRICES]
+    known = {f"blk.{n}.{name}.weight" for n in layers for name in (*_MATRICES, *_NORMS)}
+    known |= {"token_embd.weight", "output_norm.weight", "output.weight"}
+    return (
+        IS_POSSIBLE
+        and set(file.tensors) <= known
+        and all(name in file.tensors and _is_readable(file, name) for name in (*matrices, _head_name(file)))
+        and file.get("qwen3.attention.key_length", int, 1) % SIDE == 0
+        and file.get("qwen3.rope.scaling.type", str, "none") == "none"
+    )
+
+
+def _head_name(file: GGUFFile) -> str:
+    return "output.weight" if "output.weight" in file.tensors else "token_embd.weight"
+
+
+def _is_readable(file: GGUFFile, name: str) -> bool:
+    from edge_kernels.linear_blocks import BLOCK, BLOCK_BYTES
+
+    info = file.tensors[name]
+    return info.type.name in BLOCK_BYTES and info.shape[-1] % BLOCK == 0 and not info.padding
+
+
+class Prefill:
+    """The layers of a decoder file for which `can_fill` holds.
+
+    Parameters
+    ----------
+    region : where llama.cpp has mapped the file, to read weights there; this is to be used no longer than its model
+        is there then. None reads them where we have mapped it.
+    """
+
+    def __init__(self, file: GGUFFile, region: Region | None = None) -> None:
+        from edge_kernels.linear_blocks import BlockWeight
+
+        data, first = file.tensor_bytes(region)
+
+        def weight(name: str) -> BlockWeight:
+            info = file.tensors[name]
+            start = info.offset - first
+            return BlockWeight(data[start : start + info.n_bytes], info.type.name, *info.shape)
+
+        def layer(n: int) -> _Layer:
+            parts: dict[str, Any] = {name: weight(f"blk.{n}.{name}.weight") for name in _MATRICES}
+            parts |= {name: file.array(f"blk.{n}.{name}.weight") for name in _NORMS}
+            return _Layer(**parts)
+
+        self._layers = [layer(n) for n in range(file.get("qwen3.block_count", int))]
+        self._head, self._head_norm = weight(_head_name(file)), file.array("output_norm.weight")
+        self._eps = file.get("qwen3.attention.layer_norm_rms_epsilon", float, 1e-6)
+        self._base = file.get("qwen3.rope.freq_base", float, 1e4)
+        self._dims = len(self._layers[0].attn_q_norm)
+        width = 2 * self._layers[0].attn_k.n
+        self.form = KVForm(len(self._layers), _HALF, width, _HALF, width, transposed=False)
+        """How rows leave: float16."""
+
+    def compute(
+        self, stretches: Sequence[Stretch], cancelled: Callable[[], bool] = lambda: False
+    ) -> list[Filled] | None:
+        """Compute new positions of some sequences.
+
+        Parameters
+        ----------
+        cancelled : asked before every layer; whether to leave.
+
+        Returns
+        -------
+        filled : for each stretch, in order; None when `cancelled` answered true.
+        """
+        from edge_kernels.decoder_rows import rms_norm
+        from edge_kernels.linear_blocks import linear_blocks, pack_gated, pack_rows
+
+        ends = np.cumsum([len(stretch.embeddings) for stretch in stretches])
+        bounds = [*zip([0, *ends[:-1]], ends, strict=True)]
+        x = np.concatenate([stretch.embeddings for stretch in stretches]).astype(np.float32, copy=False)
+        angles = self._angles(stretches)
+        kept: tuple[list[list[Bytes]], list[list[Bytes]]] = [[] for _ in stretches], [[] for _ in stretches]
+        space = _Space(len(x), self._layers[0])
+        for n, layer in enumerate(self._layers):
+            if cancelled():
+                return None
+            self._attend(layer, n, x, angles, stretches, bounds, kept, space)
+            rows = pack_rows(rms_norm(x, layer.ffn_norm, self._eps))
+            gate = linear_blocks(rows, layer.ffn_gate, out=space.gate)
+            up = linear_blocks(rows, layer.ffn_up, out=space.up)
+            linear_blocks(pack_gated(gate, up), layer.ffn_down, residual=x, out=x)
+        logits = iter(
+            self._logits(x, [end - 1 for (_, end), s in zip(bounds, stretches, strict=True) if s.wants_logits])
+        )
+        return [
+            Filled(KVRows(self.form, *rows), next(logits) if stretch.wants_logits else None)
+            for stretch, *rows in zip(stretches, *kept, strict=True)
+        ]
+
+    def _angles(self, stretches: Sequence[Stretch]) -> tuple[Float32, Float32]:
+        """Cosines and sines of the positions: ndarray [shape=(n, dims / 2), float32] each."""
+        firsts = [0 if stretch.past is None else len(stretch.past) for stretch in stretches]
+        positions = np.concatenate(
+            [np.arange(first, first + len(s.embeddings)) for first, s in zip(firsts, stretches, strict=True)]
+        )
+        turns = self._base ** (-np.arange(0, self._dims, 2) / self._dims)
+        angles = positions[:, None] * turns
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def _attend(
+        self,
+        layer: _Layer,
+        n: int,
+        x: Float32,
+        angles: tuple[Float32, Float32],
+        stretches: Sequence[Stretch],
+        bounds: Sequence[tuple[int, int]],
+        kept: tuple[list[list[Bytes]], list[list[Bytes]]],
+        space: _Space,
+    ) -> None:
+        """Add a layer's attention to x, and keep the keys and values of the new positions."""
+        from edge_kernels.attention_causal import attention_causal
+        from edge_kernels.decoder_rows import norm_and_rotate, rms_norm
+        from edge_kernels.linear_blocks import linear_blocks, pack_rows
+
+        rows = pack_rows(rms_norm(x, layer.attn_norm, self._eps))
+        queries = linear_blocks(rows, layer.attn_q, out=space.queries)
+        new_keys, new_values = linear_blocks(rows, layer.attn_k), linear_blocks(rows, layer.attn_v)
+        norm_and_rotate(queries, layer.attn_q_norm, self._eps, *angles)
+        norm_and_rotate(new_keys, layer.attn_k_norm, self._eps, *angles)
+        for i, (stretch, (first, end)) in enumerate(zip(stretches, bounds, strict=True)):
+            past = stretch.past
+            keys = _kept(new_keys[first:end], kept[0][i], None if past is None else past.keys[n])
+            values = _kept(new_values[first:end], kept[1][i], None if past is None else past.values[n])
+            attention_causal(queries[first:end], keys, values, self._dims, out=space.attended[first:end])
+        linear_blocks(pack_rows(space.attended), layer.attn_output, residual=x, out=x)
+
+    def _logits(self, x: Float32, rows: Sequence[int]) -> Float32:
+        from edge_kernels.decoder_rows import rms_norm
+        from edge_kernels.linear_blocks import linear_blocks, pack_rows
+
+        if not rows:
+            return np.empty((0, self._head.n), np.float32)
+        return linear_blocks(pack_rows(rms_norm(x[[*rows]], self._head_norm, self._eps)), self._head)
+
+
+def _kept(new: Float32, kept: list[Bytes], past: Bytes | None) -> npt.NDArray[np.uint16]:
+    """Keep new rows as float16; returns them behind those of the past."""
+    halves = new.astype(np.float16)
+    kept.append(halves.view(np.uint8))
+    return halves.view(np.uint16) if past is None else np.concatenate([past.view(np.uint16), halves.view(np.uint16)])
+
+
+class _Space:
+    """Memory that every layer writes anew: fresh memory is dearer than what fills it."""
+
+    def __init__(self, n: int, layer: _Layer) -> None:
+        self.queries, self.attended = (np.empty((n, layer.attn_q.n), np.float32) for _ in range(2))
+        self.gate, self.up = (np.empty((n, layer.ffn_gate.n), np.float32) for _ in range(2))

@@ -1,0 +1,375 @@
+"""Prompts computed by our kernels: as near to float64 as llama.cpp, and of no consequence for anything else.
+
+What the decoder and the engine do with such prompts is tested with a plain prefill in NumPy too, which runs anywhere.
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edge_runtime.decoder as decoding
+from edge_kernels.linear_blocks import IS_POSSIBLE
+from edge_runtime import Model, console, filling
+from edge_runtime.decoder import CacheFull, Cancelled, Decoder, DecoderOptions, Part
+from edge_runtime.encoder import ImageEncoder
+from edge_runtime.filling import LEAST_ROWS
+from edge_runtime.mapping import foreign_regions, map_file, region_bytes, watched
+from edge_runtime.memory import reckon
+from edge_runtime.prefill import Stretch, can_fill
+from edge_runtime.weights import GGUFFile
+from plain_decoder import PlainDecoder
+
+DEMO = Path(decoding.__file__).parent / "demo" / "ggml-model-Q4_K_M.gguf"
+SIGN = Path(__file__).parents[2] / "examples" / "sign.png"
+
+needs_amx = pytest.mark.skipif(
+    not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"
+)
+KINDS = [pytest.param("plain"), pytest.param("kernels", marks=needs_amx)]
+
+
+@pytest.fixture(params=KINDS)
+def own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Prompts of the demo model are computed here, although it is small."""
+    monkeypatch.setattr(filling, "LEAST_BYTES", 0)
+    if request.param == "plain":
+        monkeypatch.setattr(decoding, "Prefill", PlainDecoder)
+        for module in (decoding, filling):
+            monkeypatch.setattr(module, "can_fill", lambda file: True)
+    return request.param
+
+
+def open_decoder(*, own_prefill: bool | None = None, **options: Any) -> Decoder:
+    return Decoder(DEMO, DecoderOptions(n_ctx=512, own_prefill=own_prefill, **options))
+
+
+@pytest.fixture
+def decoder(own: str) -> Iterator[Decoder]:
+    found = open_decoder()
+    assert found.fills_itself
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Iterator[Decoder]:
+    found = open_decoder(own_prefill=False)
+    assert not found.fills_itself
+    yield found
+    found.close()
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 500, n)]
+
+
+def error(found: Any, expected: Any) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+# --- what is computed ------------------------------------------------------------------------------------------
+
+
+@needs_amx
+@pytest.mark.parametrize("n", [8, 33, 200, 470])
+def test_logits_are_as_near_to_float64_as_those_of_llama_cpp(theirs: Decoder, n: int) -> None:
+    mine, ids = open_decoder(own_prefill=True), tokens(n)
+    try:
+        expected = PlainDecoder(mine.file).fill(Stretch(mine.embed(np.array(ids))), rounded=False).logits
+        errors = []
+        for one in (mine, theirs):
+            one.rewind(0)
+            (row,) = one.step([Part(0, ids)])
+            assert one.is_own(row) == (one is mine)
+            errors.append(error(one.logits(row), expected))
+    finally:
+        mine.close()
+    assert errors[0] <= 1.25 * errors[1]
+    assert errors[0] < 0.01
+
+
+@needs_amx
+def test_rows_in_the_cache_against_float64() -> None:
+    mine, ids = open_decoder(own_prefill=True), tokens(100)
+    try:
+        mine.step([Part(0, ids[:60])])
+        mine.step([Part(0, ids[60:])])  # behind what is in the cache
+        expected, rows = (
+            PlainDecoder(mine.file).fill(Stretch(mine.embed(np.array(ids)))).rows,
+            mine.read_rows(0, 0, 100),
+        )
+    finally:
+        mine.close()
+    for side in ("keys", "values"):
+        for found, wanted in zip(getattr(rows, side), getattr(expected, side), strict=True):
+            found, wanted = found.view(np.float16).astype(np.float64), wanted.view(np.float16).astype(np.float64)
+            assert error(found, wanted) < 0.01
+
+
+def test_llama_cpp_goes_on_with_what_was_computed_here(decoder: Decoder, theirs: Decoder) -> None:
+    ids = tokens(90)
+    for one in (decoder, theirs):
+        one.rewind(0)
+        one.step([Part(0, ids[:80])])
+    for token in ids[80:]:
+        found, expected = (one.logits(one.step([Part(0, [token])])[0]) for one in (decoder, theirs))
+        assert error(found, expected) < 0.03
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_weights_are_read_where_llama_cpp_has_them(tmp_path: Path) -> None:
+    """Each of two decoders of one file finds its own; what we have mapped ourselves is never taken."""
+    path = tmp_path / "model.gguf"
+    shutil.copy(DEMO, path)
+    file = GGUFFile(path)
+    alone, first = file.tensor_bytes(None)
+    one, other = (Decoder(path, DecoderOptions(n_ctx=64, own_prefill=False)) for _ in range(2))
+    another = GGUFFile(path)
+    try:
+        assert len(foreign_regions(path)) == 2
+        assert one._region != other._region
+        for decoder in (one, other):
+            found, begin = file.tensor_bytes(decoder._region)
+            assert begin == first
+            assert not found.flags.writeable
+            assert found.ctypes.data != alone.ctypes.data
+            np.testing.assert_array_equal(found, alone)
+        one.close()
+        assert foreign_regions(path) == {other._region}
+    finally:
+        one.close()
+        other.close()
+    assert not foreign_regions(path)
+    assert another.tensor_bytes(None)[0][0] == alone[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_a_mapping_that_might_be_somebody_else_s_is_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * mmap.PAGESIZE))
+    before = np.memmap(path, np.uint8, "r")
+    with watched(path) as none:
+        pass
+    assert none == []
+    with path.open("rb") as opened:
+        with watched(path) as one:
+            first = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        with watched(path) as two:
+            rest = [mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) for _ in range(2)]
+            mapped = map_file(path)
+    assert two == []
+    (region,) = one
+    assert region_bytes(region, 5, 3 * mmap.PAGESIZE) is not None
+    assert region_bytes(region, 5, 9 * mmap.PAGESIZE) is None
+    assert region_bytes(region._replace(offset=100), 5, 50) is None
+    for opened_map in (first, *rest):
+        opened_map.close()
+    assert len(before) == len(mapped)
+
+
+# --- which parts -----------------------------------------------------------------------------------------------
+
+
+def test_sequences_computed_together_are_as_alone(decoder: Decoder) -> None:
+    beginnings = [tokens(20, 1), tokens(9, 2), tokens(40, 3)]
+    decoder.step([Part(1, tokens(30, 4))])
+    together = decoder.step([Part(s, ids, wants_logits=s != 2) for s, ids in enumerate(beginnings)] + [Part(3, [7])])
+    assert [decoder.is_own(row) for row in together] == [True, True, False, False]
+    logits = [decoder.logits(row) for row in (together[0], together[1], together[3])]
+    assert [decoder.held(s) for s in range(4)] == [20, 39, 40, 1]
+    for s in range(4):
+        decoder.rewind(s)
+    decoder.step([Part(1, tokens(30, 4))])
+    alone = [decoder.logits(decoder.step([part])[0]) for part in (Part(0, beginnings[0]), Part(1, beginnings[1]))]
+    np.testing.assert_array_equal(logits[:2], alone)
+    assert error(logits[2], decoder.logits(decoder.step([Part(4, [7])])[0])) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("parts", "adapter", "expected"),
+    [
+        ([("first", LEAST_ROWS)], None, True),
+        ([("first", LEAST_ROWS - 1)], None, False),
+        ([("first", 1)] * 12, None, False),
+        ([("spare", 20)], None, False),
+    ],
+)
+def test_short_parts_go_to_llama_cpp(decoder: Decoder, parts: Any, adapter: str | None, expected: bool) -> None:
+    places = iter(range(8))
+    made = [Part(decoder.n_sequences if where == "spare" else next(places), tokens(n)) for where, n in parts[:8]]
+    assert [decoder.is_own(row) for row in decoder.step(made, adapter=adapter)] == [expected] * len(made)
+
+
+def test_a_long_past_goes_to_llama_cpp(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder.step([Part(0, tokens(50))])
+    position_bytes = decoder._prefill.form.position_bytes  # type: ignore[union-attr]
+    for held, expected in ((50, True), (70, False)):
+        monkeypatch.setattr("edge_runtime.filling.MOST_PAST_BYTES", 60 * position_bytes)
+        assert decoder.held(0) == held
+        (row,) = decoder.step([Part(0, tokens(20))])
+        assert decoder.is_own(row) == expected
+
+
+@needs_amx
+@pytest.mark.parametrize(
+    "options", [{"exact": True}, {"kv_type": "q8_0"}, {"repack": True}, {"own_prefill": False}, {}]
+)
+def test_where_it_does_not_go_or_does_not_pay_llama_cpp_computes_all(options: dict[str, Any]) -> None:
+    found = open_decoder(**{"own_prefill": True, **options} if options else {})
+    assert not found.fills_itself
+    found.close()
+
+
+def test_files_that_cannot_be_read_here(tmp_path: Path, checkpoint: Path) -> None:
+    from edge_converters import convert_checkpoint
+
+    assert can_fill(GGUFFile(DEMO)) == IS_POSSIBLE
+    files = convert_checkpoint(checkpoint, tmp_path, decoder_type="f16")  # neither the type nor the widths
+    assert not can_fill(GGUFFile(files.decoder))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_prompt_leaves_nothing(decoder: Decoder) -> None:
+    decoder.step([Part(0, tokens(30)), Part(1, tokens(5))])
+    asked = []
+
+    def cancelled() -> bool:
+        asked.append(1)
+        return len(asked) > 1
+
+    decoder.step([Part(2, tokens(10))])
+    with pytest.raises(Cancelled):
+        decoder.step([Part(0, tokens(40)), Part(2, tokens(40, 1)), Part(1, [9])], cancelled)
+    assert [decoder.held(s) for s in range(3)] == [30, 5, 10]
+    decoder.step([Part(0, tokens(40)), Part(1, [9])])
+    assert [decoder.held(s) for s in range(3)] == [70, 6, 10]
+
+
+def test_a_full_cache_leaves_nothing(own: str) -> None:
+    found = Decoder(DEMO, DecoderOptions(n_ctx=256))
+    try:
+        assert found.fills_itself
+        found.step([Part(0, tokens(200))])
+        with pytest.raises(CacheFull):
+            found.step([Part(1, tokens(30)), Part(2, tokens(40)), Part(0, [5])])
+        assert [found.held(s) for s in range(3)] == [200, 0, 0]
+        (row,) = found.step([Part(1, tokens(50))])
+        assert found.is_own(row)
+    finally:
+        found.close()
+
+
+def test_a_form_that_llama_cpp_does_not_take(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a future version of it might: then it computes prompts itself."""
+
+    def refused(*arguments: Any) -> None:
+        raise CacheFull("another form")
+
+    monkeypatch.setattr(Decoder, "append_rows", refused)
+    found = open_decoder()
+    assert not found.fills_itself
+    found.close()
+
+
+# --- the engine ------------------------------------------------------------------------------------------------
+
+QUESTIONS = ["What does it say?", "Is there a circle in the picture?", "What is in the picture?"]
+
+
+@pytest.fixture
+def pair(own: str) -> Iterator[Callable[..., list[Any]]]:
+    """Ask two models, of which one computes prompts itself, and tell both answers."""
+    with Model.load("demo", n_ctx=1024) as mine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "LEAST_BYTES", 1 << 60)
+        with Model.load("demo", n_ctx=1024) as other:
+            assert (mine._decoder.fills_itself, other._decoder.fills_itself) == (True, False)
+
+            def ask(*arguments: Any, **options: Any) -> list[Any]:
+                return [model.chat(*arguments, **options) for model in (mine, other)]
+
+            yield ask
+
+
+def test_answers_are_the_same(pair: Callable[..., list[Any]]) -> None:
+    for question in QUESTIONS:
+        mine, other = pair([{"role": "user", "content": [SIGN, question]}], greedy=True)
+        assert mine.answer == other.answer
+        assert mine.prompt_tokens == other.prompt_tokens
+    assert pair([{"role": "user", "content": [SIGN, QUESTIONS[0]]}])[0].cached_tokens > 20
+
+
+def test_every_way_of_answering_works(pair: Callable[..., list[Any]]) -> None:
+    """Samplers, searches, scores, forms: all of them begin with the logits of the prompt."""
+    asked = [{"role": "user", "content": [SIGN, QUESTIONS[0]]}]
+    for options in (
+        {"seed": 3},
+        {"beams": 3},
+        {"greedy": True, "logprobs": True, "top_logprobs": 3},
+        {"greedy": True, "schema": {"type": "object", "properties": {"word": {"type": "string"}}}},
+        {"thinking": True, "thinking_budget": 4, "greedy": True},
+        {"greedy": True, "logit_bias": {5: -100}, "repetition_penalty": 1.1},
+    ):
+        mine, other = pair(asked, max_tokens=12, **options)
+        if "seed" not in options:
+            assert mine.answer == other.answer, options
+        assert mine.completion_tokens
+        if options.get("logprobs"):
+            for one, another in zip(mine.logprobs, other.logprobs, strict=True):
+                assert abs(one.logprob - another.logprob) < 0.05
+
+
+def test_a_conversation_goes_on(own: str) -> None:
+    with Model.load("demo", n_ctx=1024) as model:
+        messages: list[Any] = [{"role": "user", "content": [SIGN, QUESTIONS[0]]}]
+        first = model.chat(messages, greedy=True, follow_up=True)
+        messages += [first.message(), {"role": "user", "content": QUESTIONS[1]}]
+        second = model.chat(messages, greedy=True)
+        assert second.cached_tokens > first.prompt_tokens - 20
+        assert second.answer == model.chat(messages, greedy=True).answer
+
+
+def test_requests_at_once_and_one_that_leaves(own: str) -> None:
+    with Model.load("demo", n_ctx=2048) as model:
+        asked = [[{"role": "user", "content": [SIGN, f"{n}. {QUESTIONS[n % 3]}"]}] for n in range(6)]
+        alone = [model.chat(one, greedy=True, max_tokens=8).answer for one in asked]
+        streams = [model.chat(one, greedy=True, max_tokens=8, stream=True) for one in asked]
+        streams[2].cancel()
+        found = [stream.result().answer for stream in streams]
+        assert [text for n, text in enumerate(found) if n != 2] == [text for n, text in enumerate(alone) if n != 2]
+        assert threading.active_count() < 100
+
+
+def test_what_is_copied_is_reckoned_with(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = 1024 * 2 * 2 * 3 * 2 * 64  # positions, keys and values, bytes, layers, heads, numbers
+    file, encoder = GGUFFile(DEMO), ImageEncoder(DEMO.parent / "mmproj-model-q8_0.gguf", exact=False)
+    with_own = reckon(file, encoder, 1024, exact=False).compute
+    assert with_own - reckon(file, encoder, 1024, exact=False, repack=True).compute == copied
+    assert with_own - reckon(file, encoder, 1024, exact=True).compute == copied
+    monkeypatch.setattr("edge_runtime.memory.MOST_PAST_BYTES", 1000)
+    assert with_own - reckon(file, encoder, 1024, exact=False).compute == copied - 1000
+
+
+def test_compiling_is_announced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr("edge_kernels.compile.cache_directory", lambda: tmp_path)
+
+    def told(**what: bool) -> str:
+        console.note_first_compile(**what)
+        return capsys.readouterr().err
+
+    assert told(pictures=False, prompts=False) == ""
+    assert "First picture" in told(pictures=True, prompts=False)
+    assert "First prompt" in told(pictures=False, prompts=True)
+    (tmp_path / "linear_blocks._linear-1.py311.1.nbc").touch()
+    assert "First picture" in told(pictures=True, prompts=True)
+    (tmp_path / "linear_int8._linear-1.py311.1.nbc").touch()
+    assert told(pictures=True, prompts=True) == ""
