@@ -397,7 +397,8 @@ def main() -> None:
     options = parser.parse_args()
     options.clients = options.clients or ([4, 8] if options.peer else [50])
     machine = {name: value for name, value in describe_machine().items() if name != "kernel cache"}  # a path
-    facts = {"machine": machine, **(compare(options) if options.peer else hold(options))}
+    scenario = "load_peer" if options.peer else "load"
+    facts = {"scenario": scenario, "machine": machine, **(compare(options) if options.peer else hold(options))}
     text = json.dumps(facts)
     if options.json:
         options.json.write_text(text + "\n", "utf-8")

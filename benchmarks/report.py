@@ -292,6 +292,24 @@ def video(result: Result) -> str:
     return f"{about_machine(result)}\n\n{table(heading, rows)}\n\n{note}"
 
 
+def load(result: Result) -> str:
+    """A server under many clients."""
+    ends = ", ".join(f"{count} {end}" for end, count in result["ends"].items())
+    heading = ["clients", "seconds", "ends", "requests/s", "first token, seconds: median", "p95", "memory grown, MB"]
+    first = result["first_token_s"]
+    row = [str(result["clients"]), number(result["seconds"], 0), ends, number(result["requests_per_s"], 1)]
+    return table(heading, [[*row, number(first["median"]), number(first["p95"]), number(result["growth_mb"], 1)]])
+
+
+def load_peer(result: Result) -> str:
+    """A server beside llama-server."""
+    rows = []
+    for clients, found in result["clients"].items():
+        rates = [number(found[side]["requests_per_s"], 3) for side in ("ours", "llama-server")]
+        rows.append([clients, *rates, number(found["ratio_of_requests"])])
+    return table([f"clients of {result['model']}", "ours, requests/s", "llama-server", "times"], rows)
+
+
 def render(result: Result) -> str:
     """The tables of one result.
 
@@ -302,6 +320,7 @@ def render(result: Result) -> str:
     """
     scenario = str(result.get("scenario"))
     known = {"vision": vision, "quality-demo": quality, "vision-kernels": kernels, "video": video}
+    known |= {"load": load, "load_peer": load_peer}
     known |= dict.fromkeys(("turns", "first_token", "together", "decode"), goals)
     if scenario in known:
         return known[scenario](result)

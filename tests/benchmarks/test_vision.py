@@ -319,6 +319,9 @@ def test_every_kind_has_a_table() -> None:
 def test_results_that_are_kept_can_be_rendered() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*.json"):
         assert report.render(json.loads(path.read_text("utf-8"))).count("|") > 8
+    side = {"requests_per_s": 0.2}
+    found = {"4": {"ours": side, "llama-server": {"requests_per_s": 0.1}, "ratio_of_requests": 2.0}}
+    assert "| 4 | 0.200 | 0.100 | 2.00 |" in report.render({"scenario": "load_peer", "model": "a", "clients": found})
     with pytest.raises(ValueError, match="no table for the scenario 'weather'"):
         report.render({"scenario": "weather"})
 
