@@ -22,11 +22,11 @@ from edge_runtime import llama
 from edge_runtime.adapters import Adapters
 from edge_runtime.config import decoder_config
 from edge_runtime.errors import ModelFileError, PromptTooLongError
-from edge_runtime.filling import fill, own_parts, pays
+from edge_runtime.filling import fill, is_ours, own_parts
 from edge_runtime.kv_state import KVRows, UnknownState, build, parse
 from edge_runtime.kv_types import choose_kv_type
 from edge_runtime.mapping import Region, watched
-from edge_runtime.prefill import Prefill, can_fill
+from edge_runtime.prefill import Prefill
 from edge_runtime.weights import Float32, GGUFFile
 
 CHUNK_TOKENS = 512
@@ -155,10 +155,8 @@ class Decoder:
 
     def _choose_prefill(self, options: DecoderOptions) -> Prefill | None:
         """Our way to compute prompts, where it is wanted and llama.cpp takes what comes of it."""
-        wanted, is_possible = options.own_prefill, not options.exact and self.kv_type == "f16" and can_fill(self.file)
-        if wanted is None:
-            wanted = pays(self.file, self.kv_type, exact=options.exact)
-        if not wanted or not is_possible or options.repack:
+        wanted = False if options.repack else options.own_prefill
+        if not is_ours(self.file, self.kv_type, exact=options.exact, wanted=wanted):
             return None
         found = Prefill(self.file, self._region)
         nothing = np.zeros((1, found.form.key_bytes), np.uint8)

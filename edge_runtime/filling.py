@@ -21,9 +21,16 @@ MOST_PAST_BYTES = 1 << 30
 """What the KV cache may hold of a sequence that is gone on with: it is copied out for it."""
 
 
-def pays(file: GGUFFile, kv_type: str, *, exact: bool) -> bool:
-    """Whether a decoder's prompts are computed by our kernels, unless somebody decides otherwise."""
-    return not exact and kv_type == "f16" and file.path.stat().st_size >= LEAST_BYTES and can_fill(file)
+def is_ours(file: GGUFFile, kv_type: str, *, exact: bool, wanted: bool | None = None) -> bool:
+    """Whether a decoder's prompts are computed by our kernels.
+
+    Parameters
+    ----------
+    wanted : whether to, where it is possible; None: where it pays.
+    """
+    if wanted is None:
+        wanted = file.path.stat().st_size >= LEAST_BYTES
+    return wanted and not exact and kv_type == "f16" and can_fill(file)
 
 
 def own_parts(decoder: Decoder, prefill: Prefill | None, parts: Sequence[Part]) -> list[int]:

@@ -13,7 +13,7 @@ import psutil
 from edge_runtime.decoder import CHUNK_TOKENS, DEFAULT_CONTEXT
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder
 from edge_runtime.errors import NotEnoughMemoryError
-from edge_runtime.filling import MOST_PAST_BYTES, pays
+from edge_runtime.filling import MOST_PAST_BYTES, is_ours
 from edge_runtime.kv_types import kv_bytes
 from edge_runtime.products import bytes_per_weight
 from edge_runtime.weights import GGUFFile
@@ -104,7 +104,7 @@ def reckon(
     kv_heads = number("attention.head_count_kv", heads)
     per_position = number("block_count") * sum(kv_bytes(stored, kv_heads * n) for n in head)
     mlp = number("feed_forward_length")
-    is_own = not repack and pays(decoder, stored, exact=exact)
+    is_own = not repack and is_ours(decoder, stored, exact=exact)
     copied = min(n_ctx * per_position, MOST_PAST_BYTES) if is_own else 0
     matrices = sum(info.n_elements for info in encoder.file.tensors.values() if len(info.shape) == 2)
     vision = encoder.tower.config

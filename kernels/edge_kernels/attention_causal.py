@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge_kernels.compile import aligned, aligned_empty, helper, kernel, parallel_region, vector_view
 from edge_kernels.linear import result_rows
+from edge_kernels.linear_blocks import LOG2_E
 from edge_kernels.simd import exp2, take_ticket
 from edge_kernels.simd_amx import begin_tiles, end_tiles
 from edge_kernels.simd_bf16 import as_bf16
@@ -24,8 +25,6 @@ from edge_kernels.simd_cache import pair_powers, split_key, turn_values
 
 Float32 = NDArray[np.float32]
 Halves = NDArray[np.uint16]
-
-LOG2_E = 1.4426950408889634
 
 
 @helper
