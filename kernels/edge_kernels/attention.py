@@ -24,7 +24,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import helper, kernel, parallel_region, rows_view
+from edge_kernels.compile import helper, kernel, leaf, parallel_region, rows_view
 from edge_kernels.simd import MR, NR, product_tile, scale_panel, softmax_panel, take_ticket
 
 Float32 = NDArray[np.float32]
@@ -37,7 +37,7 @@ TASKS_PER_WORKER = 4
 LOG2_E = math.log2(math.e)
 
 
-@helper
+@leaf
 def _attention_task(
     q,
     q_stride,

@@ -20,7 +20,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, helper, kernel, parallel_region, rows_view
+from edge_kernels.compile import aligned, helper, kernel, leaf, parallel_region, rows_view
 from edge_kernels.simd import take_ticket
 from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
 from edge_kernels.simd_bf16 import (
@@ -48,7 +48,7 @@ IS_POSSIBLE = HAS_TILES
 # --- keys and values ----------------------------------------------------------------------------------------
 
 
-@helper
+@leaf
 def _spread(x, start, d, factor, is_key, line):
     """Write x · factor to a line as (rounded, rest, rounded) or (rounded, rounded, rest).
 
@@ -63,14 +63,14 @@ def _spread(x, start, d, factor, is_key, line):
         line[rest + j] = value - rounded
 
 
-@helper
+@leaf
 def round_in_steps(x, start, n, factor, out, at, stride):
     """Write a row as bfloat16, BLOCK columns at a time, `stride` elements apart."""
     for step in range((n + BLOCK - 1) // BLOCK):
         round_row(x, start + step * BLOCK, min(BLOCK, n - step * BLOCK), factor, out, at + step * stride)
 
 
-@helper
+@leaf
 def _lay_block(k, k_stride, v, v_stride, d, terms, steps, columns, first, n_keys, column, at, keys, values, buffers):
     """Lay one head of a block of keys and values into tiles: [half][steps][tile] and [columns / 16][tile]."""
     line, rows = buffers  # rows: [16][columns]
@@ -98,7 +98,7 @@ def _lay_block(k, k_stride, v, v_stride, d, terms, steps, columns, first, n_keys
 # --- attention ----------------------------------------------------------------------------------------------
 
 
-@helper
+@leaf
 def _lay_queries(q, q_stride, d, factor, terms, steps, start, n_q, column, queries, first_tile, line, words):
     """Lay queries into tiles of pairs, [half][steps][tile], from a tile on; zeros where there is none."""
     for half in range(2):
@@ -119,7 +119,7 @@ def _lay_queries(q, q_stride, d, factor, terms, steps, start, n_q, column, queri
             )  # fmt: skip
 
 
-@helper
+@leaf
 def first_scores(queries, steps, keys, n_kv, buffers):
     """Compute the scores that `attend_block` begins with, of the block of queries in the first tiles."""
     scores, n_blocks = buffers[0], (n_kv + BLOCK - 1) // BLOCK
@@ -128,7 +128,7 @@ def first_scores(queries, steps, keys, n_kv, buffers):
         score_tiles(keys, block * 2 * steps * TILE_WORDS, queries, 0, steps, scores, at, n_blocks * BLOCK * LANES)
 
 
-@helper
+@leaf
 def attend_block(
     queries, following, turn, steps, d, columns, keys, values, n_kv, out, out_at, out_stride, n_q, buffers
 ):  # fmt: skip

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, parallel_region, vector_view
+from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, vector_view
 from edge_kernels.linear import result_rows
 from edge_kernels.linear_blocks import LOG2_E
 from edge_kernels.simd import exp2, take_ticket
@@ -27,7 +27,7 @@ Float32 = NDArray[np.float32]
 Halves = NDArray[np.uint16]
 
 
-@helper
+@leaf
 def _pack_keys(keys, width, head, n, dims, high, low, tile):
     """Split 32 keys of a head, from key 32 · tile on; those behind the last become 0."""
     steps = dims // STEP
@@ -42,7 +42,7 @@ def _pack_keys(keys, width, head, n, dims, high, low, tile):
                 low[to : to + STEP] = 0
 
 
-@helper
+@leaf
 def _pack_values(values, width, head, n, dims, out, tile, tiles):
     """Turn 32 values of a head round: a tile of [16 numbers][32 positions] for every 16 numbers."""
     for part in range(dims // 16):
@@ -69,7 +69,7 @@ def _pack(keys, values, width, heads, n, dims, packed, tickets, workers):
             task = take_ticket(tickets)
 
 
-@helper
+@leaf
 def _pack_queries(queries, width, first, m, head, dims, factor, high, low, lines):
     """Bring 32 queries of a head into pairs, in two parts."""
     steps = dims // STEP
@@ -107,7 +107,7 @@ def _powers(scores, n_keys, sums, pairs):
         pair_powers(scores, pair * 2 * SIDE, pairs, to)
 
 
-@helper
+@leaf
 def _task(queries, width, head, group, first, m, past, dims, factor, packed, size, tiles, out, buffers):
     """Compute 32 rows of a head."""
     high, low, turned = packed

@@ -347,7 +347,20 @@ def kernel(function: F) -> F:
 
 def helper(function: F) -> F:
     """Compile a function that kernels call; its code is cached as part of theirs."""
-    compiled: F = numba.jit(**_FLAGS)(function)
+    # Said aloud, as it would be taken from the caller.
+    compiled: F = numba.jit(_nrt=True, forceinline=False, **_FLAGS)(function)
+    return compiled
+
+
+def leaf(function: F) -> F:
+    """Compile a helper that makes no arrays: without reference counts, and into its caller.
+
+    numba counts references of every array that a helper is given, or that a variable is bound to, with atomic
+    instructions. Each of them waits until all stores before it are done, so a processor that has a thousand cycles
+    of tile products under way stands still instead of computing on. A call with its arrays, seven numbers each,
+    costs as much.
+    """
+    compiled: F = numba.jit(_nrt=False, forceinline=True, **_FLAGS)(function)
     return compiled
 
 

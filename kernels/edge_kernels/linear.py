@@ -21,7 +21,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned_empty, helper, kernel, parallel_region, rows_view
+from edge_kernels.compile import aligned_empty, helper, kernel, leaf, parallel_region, rows_view
 from edge_kernels.simd import MR, NR, gelu, product_tile, take_ticket
 
 Float32 = NDArray[np.float32]
@@ -93,7 +93,7 @@ def pack_weight(weight: Float32) -> PackedWeight:
     return PackedWeight(panels, n, k)
 
 
-@helper
+@leaf
 def _linear_task(
     x,
     x_stride,

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, parallel_region, rows_view
+from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view
 from edge_kernels.linear import result_rows
 from edge_kernels.simd import exp2, take_ticket
 from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
@@ -94,7 +94,7 @@ class BlockWeight(NamedTuple):
     k: int
 
 
-@helper
+@leaf
 def _place(m, panel, half, step):
     """Where, in words of two bfloat16, the pairs of 16 rows and 32 k go."""
     tiles = (m + SIDE - 1) // SIDE
@@ -130,7 +130,7 @@ def _pack_gated(gate, up, m, k, out, tickets, workers):
             task = take_ticket(tickets)
 
 
-@helper
+@leaf
 def _unpack(blocks, kind, row_bytes, at, n_outputs, square):
     """Unpack a block of up to 32 outputs, the first of which lies at `at`; outputs that are not there become 0."""
     for i in range(SIDE):
@@ -148,7 +148,7 @@ def _unpack(blocks, kind, row_bytes, at, n_outputs, square):
             unpack_q8_0(blocks, place, SIDE * row_bytes, square, to)
 
 
-@helper
+@leaf
 def _task(rows, weight, m, first, n_outputs, k_block, residual, out, buffers):
     """Compute all rows × a block of outputs; sums: [output tile][row tile][32][32]."""
     blocks, kind, block_bytes, n, k = weight

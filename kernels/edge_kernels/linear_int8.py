@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, parallel_region, rows_view, vector_view
+from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view, vector_view
 from edge_kernels.linear import result_rows, task_blocks
 from edge_kernels.reference import SCALE_COLUMNS
 from edge_kernels.rows_int8 import (
@@ -32,7 +32,7 @@ from edge_kernels.rows_int8 import (
 from edge_kernels.simd import take_ticket
 from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
 from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, cells_of, dot_tile, n_cells, output_cell
-from edge_kernels.simd_rows import gelu_row, row_magnitude, row_range, scale_tile
+from edge_kernels.simd_rows import row_magnitude, row_range, scale_gelu_tile, scale_tile
 
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
@@ -169,98 +169,101 @@ def pack_weight_int8(
 # --- the product --------------------------------------------------------------------------------------------
 
 
-@helper
+@leaf
 def _linear_task(rows, weight, after, out, sizes, block, buffers):
-    """Compute a block of rows × a block of panels."""
-    x, x_scale, x_offset = rows
-    panels, scales, sums, shifts = weight
-    bias, factors, residual, residual_stride, with_gelu = after
-    result, out_panels, out_scale, out_offset = out
-    m, n, cells, group_cells = sizes
+    """Compute a block of rows × a block of panels.
+
+    One panel after the other goes through all columns, so that its sums stay in the first cache. What becomes of them
+    waits until all rows are multiplied: a processor with tile registers loses a third of its rate when tile and vector
+    instructions take turns tile by tile.
+    """
+    x, panels = rows[0], weight[0]
+    cells, group_cells = sizes[2:]
     row, n_rows, panel, n_panels = block
-    # tile: [panel][rows / DOT_MR][DOT_MR][DOT_NR], sums; lines: [row][panel][DOT_NR], what they amount to; zeros:
-    # [DOT_NR]
-    tile, lines, zeros, scratch = buffers
-    row_tiles, width, n_padded = (n_rows + DOT_MR - 1) // DOT_MR, n_panels * DOT_NR, scales.size
-    in_rows = result.size == 0
-    for group in range((cells + group_cells - 1) // group_cells):
-        start, stop = group * group_cells, min((group + 1) * group_cells, cells)
-        steps = (stop - start) // STEP_CELLS
-        k_blocks = (steps * STEP + K_BLOCK - 1) // K_BLOCK
-        for b in range(k_blocks):
-            # Equal parts: no short last block.
-            first, last = start + steps * b // k_blocks * STEP_CELLS, start + steps * (b + 1) // k_blocks * STEP_CELLS
-            # One tile behind: its sums are made to floats while the next is multiplied.
-            for t in range(n_panels * row_tiles + 1):
-                if t < n_panels * row_tiles:
-                    p, r = t // row_tiles, t % row_tiles
+    tiles = buffers[0]
+    row_tiles, k_blocks = (n_rows + DOT_MR - 1) // DOT_MR, (group_cells * GROUP + K_BLOCK - 1) // K_BLOCK
+    for p in range(n_panels):
+        for start in range(0, cells, group_cells):
+            steps = (min(start + group_cells, cells) - start) // STEP_CELLS
+            for b in range(k_blocks):
+                # Equal parts: no short last block.
+                first = start + steps * b // k_blocks * STEP_CELLS
+                last = start + steps * (b + 1) // k_blocks * STEP_CELLS
+                for r in range(row_tiles):
                     dot_tile(
                         x, ((row // DOT_MR + r) * cells + first) * DOT_MR * GROUP,
                         panels, ((panel + p) * cells + first) * DOT_NR * GROUP, last - first,
-                        tile, (t if k_blocks > 1 else t % 2) * DOT_MR * DOT_NR, int(b > 0),
+                        tiles, r * DOT_MR * DOT_NR, int(b > 0),
                     )  # fmt: skip
-                if t == 0 or b < k_blocks - 1:
-                    continue
-                p, i = (t - 1) // row_tiles, (t - 1) % row_tiles * DOT_MR
-                column, line = (panel + p) * DOT_NR, i * width + p * DOT_NR
-                # Straight to where it belongs, unless more is to be done with it or a panel has more than belongs.
-                is_direct = not (in_rows or with_gelu or column + DOT_NR > n)
-                before, before_at, before_stride = lines, line, width
-                if group == 0:
-                    before, before_at, before_stride = zeros, 0, 0
-                    if is_direct and residual.size > 0:
-                        before, before_stride = residual, residual_stride
-                        before_at = (row + i) * residual_stride + column
-                to, to_at, to_stride = lines, line, width
-                if is_direct and stop == cells:
-                    to, to_at, to_stride = result, (row + i) * n + column, n
-                scale_tile(
-                    tile, (t - 1 if k_blocks > 1 else (t - 1) % 2) * DOT_MR * DOT_NR, min(DOT_MR, n_rows - i),
-                    x_scale, group * m + row + i, x_offset,
-                    scales, column, bias if group == 0 else zeros, column if group == 0 else 0,
-                    sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at, to_stride,
-                )  # fmt: skip
+            for r in range(row_tiles):
+                _finish_tile(rows, weight, after, out, sizes, block, buffers, (p, start // group_cells, r))
+    if out[0].size == 0:
+        _quantize_lines(after, out, sizes, block, buffers)
+
+
+@leaf
+def _finish_tile(rows, weight, after, out, sizes, block, buffers, place):
+    """Turn a tile of sums into floats, and after the last group into results."""
+    x_scale, x_offset = rows[1:]
+    scales, sums, shifts = weight[1:]
+    bias, _, residual, residual_stride, with_gelu = after
+    m, n, cells, group_cells = sizes
+    first_row, n_rows, first_panel, n_panels = block
+    p, group, r = place
+    # lines: [row][DOT_NR], what the groups so far amount to, or [row][panel][DOT_NR] where they are quantised as a
+    # whole; zeros: [DOT_NR]
+    tiles, lines, zeros, _ = buffers
+    result, n_padded, in_rows = out[0], scales.size, out[0].size == 0
+    is_last = (group + 1) * group_cells >= cells
+    row, rows_here, column = first_row + r * DOT_MR, min(DOT_MR, n_rows - r * DOT_MR), (first_panel + p) * DOT_NR
+    line, width = r * DOT_MR * DOT_NR, DOT_NR
     if in_rows:
-        _quantize_lines(
-            lines, n_rows, width, with_gelu, factors, panel * DOT_NR, n, scratch, out_panels, out_scale, out_offset,
-            row, m,
+        line, width = r * DOT_MR * n_panels * DOT_NR + p * DOT_NR, n_panels * DOT_NR
+    # Straight to where it belongs, unless more is to be done with it or a panel has more than belongs.
+    is_direct = not (in_rows or column + DOT_NR > n or (with_gelu and residual.size > 0))
+    before, before_at, before_stride = lines, line, width
+    if group == 0:
+        before, before_at, before_stride = zeros, 0, 0
+        if is_direct and residual.size > 0:
+            before, before_at, before_stride = residual, row * residual_stride + column, residual_stride
+    to, to_at, to_stride = lines, line, width
+    if is_direct and is_last:
+        to, to_at, to_stride = result, row * n + column, n
+    summands, summands_at = (bias, column) if group == 0 else (zeros, 0)
+    if with_gelu and is_last:
+        scale_gelu_tile(
+            tiles, r * DOT_MR * DOT_NR, rows_here, x_scale, group * m + row, x_offset, scales, column, summands, summands_at,
+            sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at, to_stride,
         )  # fmt: skip
     else:
-        for p in range(n_panels):
-            column = (panel + p) * DOT_NR
-            if with_gelu or column + DOT_NR > n:
-                _finish(
-                    lines, p * DOT_NR, width, with_gelu, residual, residual_stride, result, n, row, n_rows, column
-                )
-
-
-@helper
-def _finish(lines, at, width, with_gelu, residual, residual_stride, result, n, row, n_rows, column):
-    """Take a panel from the lines to the result."""
-    for i in range(n_rows):
-        line, to = at + i * width, (row + i) * n + column
-        if with_gelu:
-            gelu_row(lines, line, DOT_NR)
+        scale_tile(
+            tiles, r * DOT_MR * DOT_NR, rows_here, x_scale, group * m + row, x_offset, scales, column, summands, summands_at,
+            sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at, to_stride,
+        )  # fmt: skip
+    if is_direct or in_rows or not is_last:
+        return
+    for i in range(rows_here):
         for j in range(min(DOT_NR, n - column)):
-            value = lines[line + j]
+            value = lines[line + i * DOT_NR + j]
             if residual.size > 0:
                 value += residual[(row + i) * residual_stride + column + j]
-            result[to + j] = value
+            result[(row + i) * n + column + j] = value
 
 
-@helper
-def _quantize_lines(
-    lines, n_rows, width, with_gelu, factors, column, n, scratch, panels, scale, offset, first_row, m
-):  # fmt: skip
+@leaf
+def _quantize_lines(after, out, sizes, block, buffers):
     """Make rows of the next product of a block that is one group of its columns."""
+    _, panels, scale, offset = out
+    (m, n), factors = sizes[:2], after[1]
+    first_row, n_rows, panel, n_panels = block
+    _, lines, _, scratch = buffers
     integers, all_cells = scratch.view(ROW_INTEGER), cells_of(n)
+    width, column = n_panels * DOT_NR, panel * DOT_NR
     columns = min(width, n - column)
     cells = cells_of(columns)
     for i in range((n_rows + DOT_MR - 1) // DOT_MR * DOT_MR):
         row = first_row + i
         if i < n_rows:
-            if with_gelu:
-                gelu_row(lines, i * width, width)
             for j in range(columns if factors.size > 0 else 0):
                 lines[i * width + j] *= factors[column + j]
             middle, half = row_range(lines, i * width, columns)
@@ -280,10 +283,9 @@ def _linear_worker(
     all_panels = (n + DOT_NR - 1) // DOT_NR
     row_tasks = (m + row_block - 1) // row_block
     panel_tasks = (all_panels + panel_block - 1) // panel_block
-    size = row_block * panel_block * DOT_NR
     buffers = (
-        aligned(max(size, 2 * DOT_MR * DOT_NR), np.int32),
-        aligned(size, np.float32),
+        aligned((row_block + DOT_MR) * DOT_NR, np.int32),
+        aligned(row_block * DOT_NR * (panel_block if result.size == 0 else 1), np.float32),
         np.zeros(DOT_NR, np.float32),
         np.zeros(panel_block * DOT_NR // GROUP, ROW_CELL),
     )

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, parallel_region, rows_view
+from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view
 from edge_kernels.linear import result_rows, task_blocks
 from edge_kernels.simd import take_ticket
 from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
@@ -137,7 +137,7 @@ def pack_split(weight: Float32) -> SplitWeight:
     return SplitWeight(panels.view(np.int16), parts, n, k)
 
 
-@helper
+@leaf
 def _linear_task(rows, weight, parts, k, after, out, n, block, buffers):
     """Compute a block of rows × a block of panels; sums: [panel][row tile][32][32]."""
     bias, with_gelu, residual, residual_stride = after

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import helper, kernel, parallel_region, rows_view, vector_view
+from edge_kernels.compile import kernel, leaf, parallel_region, rows_view, vector_view
 from edge_kernels.simd import sum_row, sum_squares_row, take_ticket
 
 Float32 = NDArray[np.float32]
@@ -19,7 +19,7 @@ Float32 = NDArray[np.float32]
 ROWS_PER_TASK = 16
 
 
-@helper
+@leaf
 def _layer_norm_row(x, start, e, gain, bias, eps, out, out_start):
     mean = sum_row(x, start, e) / np.float32(e)
     # Two passes: the one-pass formula E[x²] - mean² cancels where the mean is large against the spread.

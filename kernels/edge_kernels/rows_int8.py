@@ -17,11 +17,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned_empty, helper, kernel, parallel_region, rows_view, vector_view
+from edge_kernels.compile import aligned_empty, helper, kernel, leaf, parallel_region, rows_view, vector_view
 from edge_kernels.reference import SCALE_COLUMNS
 from edge_kernels.simd import sum_row, sum_squares_row, take_ticket
-from edge_kernels.simd_int8 import DOT_MR, DOT_NR, DOT_TILE, GROUP, cells_of, n_cells, row_cell
-from edge_kernels.simd_rows import quantize_row, row_range
+from edge_kernels.simd_int8 import DOT_MR, DOT_NR, DOT_TILE, GROUP, STEP_CELLS, cells_of, n_cells, row_cell
+from edge_kernels.simd_rows import move_step, quantize_row, row_range
 
 Float32 = NDArray[np.float32]
 
@@ -60,7 +60,7 @@ def empty_panels(m: int, k: int) -> NDArray[Any]:
     return aligned_empty(-(-integers * ROW_INTEGER.itemsize // 4)).view(ROW_INTEGER)[:integers]
 
 
-@helper
+@leaf
 def _factor_and_scale(half):
     """Return 127 / half and half / 127, with the exceptions of `reference.quantize_rows`."""
     factor = np.float32(127.0) / half
@@ -71,7 +71,7 @@ def _factor_and_scale(half):
     return factor, half / np.float32(127.0)
 
 
-@helper
+@leaf
 def quantize_into(x, start, k, middle, half, scratch):
     """Write the integers of a row to `scratch`; return the scale."""
     factor, scale = _factor_and_scale(half)
@@ -83,14 +83,18 @@ def quantize_into(x, start, k, middle, half, scratch):
     return scale
 
 
-@helper
+@leaf
 def scatter_row(cells, n, panels, start, first, row):
     """Put n cells of a row, from cell `first` of the row on, into the panel that begins at cell `start`."""
-    for cell in range(n):
-        panels[start + row_cell(first + cell, row)] = cells[cell] ^ ZERO_CELL
+    if STEP_CELLS > 1 and first % STEP_CELLS == n % STEP_CELLS == 0:
+        for step in range(0, n, STEP_CELLS):
+            move_step(cells, step, panels, start + row_cell(first + step, row))
+    else:
+        for cell in range(n):
+            panels[start + row_cell(first + cell, row)] = cells[cell] ^ ZERO_CELL
 
 
-@helper
+@leaf
 def _quantize_panel(x, x_stride, m, k, factors, normalise, eps, panels, scale, offset, panel, scratch, normal):
     integers = scratch.view(ROW_INTEGER)
     for r in range(DOT_MR):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.attention_bf16 import BLOCK, attend_block, attention_buffers, first_scores, round_in_steps
-from edge_kernels.compile import aligned, helper, kernel, parallel_region
+from edge_kernels.compile import aligned, helper, kernel, leaf, parallel_region
 from edge_kernels.linear_int8 import PackedInt8Weight, pack_weight_int8
 from edge_kernels.rows_int8 import QuantizedRows
 from edge_kernels.simd import take_ticket
@@ -80,7 +80,7 @@ def pack_heads(
     return PackedHeads(packed, bias_by_head.reshape(-1), heads, d)
 
 
-@helper
+@leaf
 def _lay(lines, stride, d, steps, columns, block, n_rows, queries, keys, values, words):
     """Lay a block of rows, of which n_rows are there, into tiles of queries, keys and values."""
     one, tile = np.float32(1.0), 2 * TILE_WORDS
@@ -101,7 +101,7 @@ def _lay(lines, stride, d, steps, columns, block, n_rows, queries, keys, values,
             transpose_rounded(lines, first * stride + 2 * d + part * LANES, stride, values, to)
 
 
-@helper
+@leaf
 def _project(rows, weight, bias, zeros, head, panels, d, steps, columns, start, stop, stride, lines, sums, tiles):
     """Queries, keys and values of one head of rows start to stop, in tiles."""
     x, x_scale, x_offset, cells = rows
@@ -112,24 +112,24 @@ def _project(rows, weight, bias, zeros, head, panels, d, steps, columns, start, 
         # Blocks of rows begin where the sequence begins, panels do not: rows may belong to two blocks, one after the
         # other in the lines.
         here = (first - start) % BLOCK
-        for p in range(panels + 1):
-            if p < panels:
-                slab = (head * panels + p) * cells * DOT_NR * GROUP
-                dot_tile(x, panel * cells * DOT_MR * GROUP, w, slab, cells, sums, p % 2 * DOT_MR * DOT_NR, 0)
-            if p > 0:  # one tile behind, as in `linear_int8`
-                column = (head * panels + p - 1) * DOT_NR
-                scale_tile(
-                    sums, ((p - 1) % 2 * DOT_MR + first - panel * DOT_MR) * DOT_NR, last - first,
-                    x_scale, first, x_offset, scales, column, bias, column, w_sums, shifts, column, zeros, 0, 0,
-                    lines, here * stride + (p - 1) * DOT_NR, stride,
-                )  # fmt: skip
+        for p in range(panels):
+            slab = (head * panels + p) * cells * DOT_NR * GROUP
+            dot_tile(x, panel * cells * DOT_MR * GROUP, w, slab, cells, sums, p * DOT_MR * DOT_NR, 0)
+        for p in range(panels):  # not one by one, see `linear_int8`
+            column = (head * panels + p) * DOT_NR
+            scale_tile(
+                sums, (p * DOT_MR + first - panel * DOT_MR) * DOT_NR, last - first,
+                x_scale, first, x_offset, scales, column, bias, column, w_sums, shifts, column, zeros, 0, 0,
+                lines, here * stride + p * DOT_NR, stride,
+            )  # fmt: skip
         filled, block = here + last - first, (first - start) // BLOCK
         if filled >= BLOCK or last == stop:
             n = min(filled, BLOCK)
             _lay(lines, stride, d, steps, columns, block, n, queries, keys, values, words)
         if filled > BLOCK:
             n = filled - BLOCK
-            lines[: n * stride] = lines[BLOCK * stride : filled * stride]
+            for j in range(n * stride):
+                lines[j] = lines[BLOCK * stride + j]
             if last == stop:
                 _lay(lines, stride, d, steps, columns, block + 1, n, queries, keys, values, words)
 
@@ -147,7 +147,7 @@ def _worker(
     )
     values, tile = (
         aligned(n_blocks * columns // LANES * TILE_WORDS, np.int32),
-        aligned(2 * DOT_MR * DOT_NR, np.int32),
+        aligned(panels * DOT_MR * DOT_NR, np.int32),
     )
     lines, words = aligned(2 * BLOCK * stride, np.float32), np.zeros(LANES * steps * BLOCK, np.int16)
     keys[:], lines[:] = 0, 0.0

@@ -50,6 +50,7 @@ TILE = TILES[isa()]
 MR = TILE.rows  # rows of a register tile
 NR = TILE.vectors * TILE.width  # columns of a register tile, and of a panel
 
+_HAS_ESTIMATE = isa() in ("amx", "avx512vnni", "avx512")
 _FLOAT = ir.FloatType()
 _INT = ir.IntType(32)
 _INDEX = ir.IntType(64)
@@ -61,6 +62,8 @@ _EXP2_POLYNOMIAL = (0.00015353363, 0.0013398875, 0.009618437, 0.055503324, 0.240
 # Adding 1.5 · 2^23 rounds to an integer and leaves it in the low mantissa bits; 127 more makes it a biased
 # exponent.
 _ROUND_TO_EXPONENT = 12582912.0 + 127.0
+
+_LARGEST = 3.0e38
 
 GELU_LINEAR = -2.302208198  # -2 √(2/π) log2(e): GELU as x / (1 + 2^(x (linear + cubic x²)))
 GELU_CUBIC = GELU_LINEAR * 0.044715
@@ -174,7 +177,25 @@ def _gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """Emit tanh-GELU of a float or a vector of floats; see `gelu`."""
     square = builder.fmul(x, x)
     slope = _multiply_add(builder, square, _constant(x.type, GELU_CUBIC), _constant(x.type, GELU_LINEAR))
-    return builder.fdiv(x, builder.fadd(_exp2(builder, builder.fmul(x, slope)), _constant(x.type, 1.0)))
+    power = _exp2(builder, builder.fmul(x, slope))
+    return builder.fmul(x, _inverse(builder, builder.fadd(power, _constant(x.type, 1.0))))
+
+
+def _inverse(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """Emit 1 / x of a float or a vector of floats, x ≥ 1, to 1e-7; 0 of infinity.
+
+    AVX-512 divides 16 numbers in 16 cycles; an estimate of 14 bits and a step of Newton's method take 3.
+    """
+    if not (isinstance(x.type, ir.VectorType) and x.type.count == 16 and _HAS_ESTIMATE):
+        return builder.fdiv(_constant(x.type, 1.0), x)
+    mask = ir.IntType(16)
+    function_type = ir.FunctionType(x.type, [x.type, x.type, mask])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.avx512.rcp14.ps.512")
+    estimate = builder.call(function, [x, _constant(x.type, 0.0), ir.Constant(mask, 0xFFFF)])
+    largest = _constant(x.type, _LARGEST)  # infinity times its estimate would not be a number
+    finite = builder.select(builder.fcmp_ordered(">", x, largest), largest, x)
+    error = _multiply_add(builder, builder.fneg(finite), estimate, _constant(x.type, 1.0))
+    return _multiply_add(builder, estimate, error, estimate)
 
 
 # --- for numba ----------------------------------------------------------------------------------------------

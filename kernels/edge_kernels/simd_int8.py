@@ -32,7 +32,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import helper, isa
+from edge_kernels.compile import helper, isa, leaf
 from edge_kernels.simd import _INT, _address, _constant, _floats, _index, _load, _loop, _store, _takes
 from edge_kernels.simd_amx import emit_tile_product
 
@@ -103,13 +103,13 @@ cells_of = helper(n_cells)
 """`n_cells` for compiled code."""
 
 
-@helper
+@leaf
 def row_cell(cell, row):
     """Place of a cell of one row, within its panel of DOT_MR rows, in cells."""
     return (cell // STEP_CELLS * DOT_MR + row) * STEP_CELLS + cell % STEP_CELLS
 
 
-@helper
+@leaf
 def output_cell(cell, output):
     """Place of a cell of one output, within its panel of DOT_NR outputs, in cells."""
     vectors, width = DOT_NR // _OUTPUTS_TOGETHER, _OUTPUTS_TOGETHER

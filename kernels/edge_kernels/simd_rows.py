@@ -179,20 +179,11 @@ def quantize_row(typing_context, x, offset, n, middle, factor, q, q_offset):
 _INTS = ir.VectorType(_INT, TILE.width)
 
 
-@intrinsic
-def scale_tile(
-    typing_context, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
+def _scale_tile(
+    typing_context, after, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
     weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
 ):  # fmt: skip
-    """Turn rows of DOT_NR sums into float32 and add them to what `start` has.
-
-    out[i, j] = start[i, j] + (bias[j] + offsets[i] · shifts[group_column + j]
-                               + scales[i] · (weight_scales[column + j] · total))
-
-    for i < rows, where total is sums[i, j], less what rows kept as unsigned have too much: row_zero ·
-    weight_sums[group_column + j]. `scales` and `offsets` begin at `scales_offset`; `start` and `out` have rows that
-    lie `start_stride` and `out_stride` elements apart.
-    """
+    """Make the signature and the code of `scale_tile`; `after` emits what becomes of each vector at the end."""
 
     def generate(context, builder, signature, args):
         def element(position: int, offset: int, type_: ir.Type = _FLOAT) -> ir.Value:
@@ -229,7 +220,7 @@ def scale_tile(
                 value = builder.fmul(builder.sitofp(total, _VECTOR), weight_scale)
                 value = _multiply_add(builder, scale, value, _multiply_add(builder, offset, shift, summand))
                 value = builder.fadd(_load(builder, _address(builder, of_start, _index(j))), value)
-                _store(builder, value, _address(builder, to, _index(j)))
+                _store(builder, after(builder, value), _address(builder, to, _index(j)))
             return []
 
         _loop(builder, _index(0), rows, 1, [], body)
@@ -242,18 +233,51 @@ def scale_tile(
 
 
 @intrinsic
-def gelu_row(typing_context, x, offset, n):
-    """Apply tanh-GELU to n elements in place; n is a multiple of DOT_NR."""
+def scale_tile(
+    typing_context, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
+    weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
+):  # fmt: skip
+    """Turn rows of DOT_NR sums into float32 and add them to what `start` has.
+
+    out[i, j] = start[i, j] + (bias[j] + offsets[i] · shifts[group_column + j]
+                               + scales[i] · (weight_scales[column + j] · total))
+
+    for i < rows, where total is sums[i, j], less what rows kept as unsigned have too much: row_zero ·
+    weight_sums[group_column + j]. `scales` and `offsets` begin at `scales_offset`; `start` and `out` have rows that
+    lie `start_stride` and `out_stride` elements apart.
+    """
+    return _scale_tile(
+        typing_context, lambda _, value: value, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales,
+        column, bias, bias_offset, weight_sums, shifts, group_column, start, start_offset, start_stride, out,
+        out_offset, out_stride,
+    )  # fmt: skip
+
+
+@intrinsic
+def scale_gelu_tile(
+    typing_context, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
+    weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
+):  # fmt: skip
+    """Do what `scale_tile` does, and apply tanh-GELU to the results."""
+    return _scale_tile(
+        typing_context, _gelu, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales,
+        column, bias, bias_offset, weight_sums, shifts, group_column, start, start_offset, start_stride, out,
+        out_offset, out_stride,
+    )  # fmt: skip
+
+
+@intrinsic
+def move_step(typing_context, cells, offset, out, out_offset):
+    """Copy the cells of a step, which lie together, as one vector; for rows that are kept as they are."""
 
     def generate(context, builder, signature, args):
-        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
-
-        def body(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            at = _address(builder, row, j)
-            _store(builder, _gelu(builder, _load(builder, at)), at)
-            return []
-
-        _loop(builder, _index(0), args[2], TILE.width, [], body)
+        element = ir.IntType(signature.args[0].dtype.bitwidth)
+        vector = ir.VectorType(element, DOT_TILE.step_cells)
+        source, to = (
+            _address(builder, _floats(context, builder, signature, args, position), args[position + 1], element=element)
+            for position in (0, 2)
+        )
+        _store(builder, _load(builder, source, vector, 1), to, 1)
         return context.get_dummy_value()
 
-    return _takes(x, offset, n), generate
+    return _takes(cells, offset, out, out_offset), generate
