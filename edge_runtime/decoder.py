@@ -25,7 +25,7 @@ from edge_runtime.errors import ModelFileError, PromptTooLongError
 from edge_runtime.filling import fill, is_ours, own_parts
 from edge_runtime.kv_state import KVRows, UnknownState, build, parse
 from edge_runtime.kv_types import choose_kv_type
-from edge_runtime.mapping import Region, watched
+from edge_runtime.mapping import Region, let_go_of_region, watched
 from edge_runtime.prefill import Prefill
 from edge_runtime.weights import Float32, GGUFFile
 
@@ -187,6 +187,10 @@ class Decoder:
             raise ModelFileError(
                 f"llama.cpp refuses {self.file.path.name}: {llama.last_errors()}; convert or download it again."
             )
+        table = self.file.tensors["token_embd.weight"]
+        if self._region is not None and "output.weight" in self.file.tensors:
+            # llama.cpp reads in the whole file. Of this table, 350 MB of a full-size one, a prompt needs a few rows.
+            let_go_of_region(self._region, table.offset, table.offset + table.n_bytes)
         return model
 
     @property

@@ -59,6 +59,19 @@ def let_go(data: Bytes) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def let_go_of_region(region: Region, first: int, end: int) -> None:
+    """Take the pages of bytes `first` to `end` - 1 of the file whose region this is out of this process.
+
+    They stay in the system's cache, and come back when they are read. What else is in a page stays too.
+    """
+    page = mmap.PAGESIZE
+    begin = -(-(region.begin + first - region.offset) // page) * page
+    stop = (region.begin + end - region.offset) // page * page
+    if region.begin <= begin < stop <= region.end:
+        # Regions are found on Linux only. A refusal (of pages that are locked) changes nothing.
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(stop - begin), mmap.MADV_DONTNEED)
+
+
 class Region(NamedTuple):
     """Where a part of a file lies in this process's memory."""
 

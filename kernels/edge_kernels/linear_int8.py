@@ -174,8 +174,8 @@ def _linear_task(rows, weight, after, out, sizes, block, buffers):
     """Compute a block of rows × a block of panels.
 
     One panel after the other goes through all columns, so that its sums stay in the first cache. What becomes of them
-    waits until all rows are multiplied: a processor with tile registers loses a third of its rate when tile and vector
-    instructions take turns tile by tile.
+    waits until all rows are multiplied: tile registers lose a third of their rate when vector instructions come after
+    every tile.
     """
     x, panels = rows[0], weight[0]
     cells, group_cells = sizes[2:]
@@ -232,13 +232,15 @@ def _finish_tile(rows, weight, after, out, sizes, block, buffers, place):
     summands, summands_at = (bias, column) if group == 0 else (zeros, 0)
     if with_gelu and is_last:
         scale_gelu_tile(
-            tiles, r * DOT_MR * DOT_NR, rows_here, x_scale, group * m + row, x_offset, scales, column, summands, summands_at,
-            sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at, to_stride,
+            tiles, r * DOT_MR * DOT_NR, rows_here, x_scale, group * m + row, x_offset, scales, column, summands,
+            summands_at, sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at,
+            to_stride,
         )  # fmt: skip
     else:
         scale_tile(
-            tiles, r * DOT_MR * DOT_NR, rows_here, x_scale, group * m + row, x_offset, scales, column, summands, summands_at,
-            sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at, to_stride,
+            tiles, r * DOT_MR * DOT_NR, rows_here, x_scale, group * m + row, x_offset, scales, column, summands,
+            summands_at, sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at,
+            to_stride,
         )  # fmt: skip
     if is_direct or in_rows or not is_last:
         return

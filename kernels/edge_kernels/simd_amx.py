@@ -74,11 +74,11 @@ def multiply_tiles(builder: ir.IRBuilder, instruction: str, sums: int, a: int, b
     _call(builder, instruction, [_register_number(number) for number in (sums, a, b)])
 
 
-def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Emit a request for a cache line; an address that is not there is no error."""
+def prefetch(builder: ir.IRBuilder, address: ir.Value, cache: int) -> None:
+    """Emit a request for a line, into the first or second cache; an address that is not there is no error."""
     function_type = ir.FunctionType(ir.VoidType(), [_POINTER, _INT, _INT, _INT])
     function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(address, _POINTER), _INT(0), _INT(3), _INT(1)])
+    builder.call(function, [builder.bitcast(address, _POINTER), _INT(0), _INT(4 - cache), _INT(1)])
 
 
 def emit_tile_product(
@@ -110,9 +110,10 @@ def emit_tile_product(
         load_tile(builder, 5, _address(builder, rows, _index(TILE_BYTES), element=_BYTE))
         for register in range(4):
             multiply_tiles(builder, "tdpbssd", register, 4 + register // 2, 6 + register % 2)
-            for line in range(8 * register, 8 * register + 8):
+            # The next step's rows, while this one is multiplied: outputs are in the first cache, rows in the second.
+            for line in range(register * 8, register * 8 + 8):
                 ahead = _index(2 * TILE_BYTES + line * ROW_BYTES)
-                prefetch(builder, _address(builder, rows, ahead, element=_BYTE))
+                prefetch(builder, _address(builder, rows, ahead, element=_BYTE), cache=1)
         return []
 
     _loop(builder, _index(0), cells, ROWS, [], step)

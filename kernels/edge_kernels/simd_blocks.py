@@ -23,7 +23,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edge_kernels.simd import _FLOAT, _INT, _address, _constant, _index, _load, _loop, _multiply_add, _store, _takes
-from edge_kernels.simd_amx import ROW_BYTES, ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
+from edge_kernels.simd_amx import (
+    ROW_BYTES,
+    ROWS,
+    TILE_BYTES,
+    load_tile,
+    multiply_tiles,
+    prefetch,
+    store_tile,
+    zero_tile,
+)
 from edge_kernels.simd_bf16 import (
     _FLOATS,
     _INTS,
@@ -200,13 +209,6 @@ def _unpack_q8_0(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
         _write_group(builder, values, out, group)
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
-    """Emit a request for a cache line, into the second cache; an address that is not there is no error."""
-    function_type = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
-    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(address, _BYTE.as_pointer()), _INT(0), _INT(2), _INT(1)])
-
-
 # --- for numba ----------------------------------------------------------------------------------------------
 
 
@@ -222,7 +224,7 @@ def _unpacker(emit, n_bytes):
         def generate(context, builder, signature, args):
             block, to = (_start(context, builder, signature, args, position) for position in (0, 3))
             for line in range(0, n_bytes, ROW_BYTES):
-                _prefetch(builder, _address(builder, block, args[2], _index(line), element=_BYTE))
+                prefetch(builder, _address(builder, block, args[2], _index(line), element=_BYTE), cache=2)
             emit(builder, block, to)
             return context.get_dummy_value()
 

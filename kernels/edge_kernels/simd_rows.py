@@ -179,91 +179,74 @@ def quantize_row(typing_context, x, offset, n, middle, factor, q, q_offset):
 _INTS = ir.VectorType(_INT, TILE.width)
 
 
-def _scale_tile(
-    typing_context, after, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
-    weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
-):  # fmt: skip
-    """Make the signature and the code of `scale_tile`; `after` emits what becomes of each vector at the end."""
+def _scaler(after):
+    """Make an intrinsic that turns rows of DOT_NR sums into float32 and adds them to what `start` has.
 
-    def generate(context, builder, signature, args):
-        def element(position: int, offset: int, type_: ir.Type = _FLOAT) -> ir.Value:
-            return _address(
-                builder, _floats(context, builder, signature, args, position), args[offset], element=type_
-            )
-
-        sums, rows = element(0, 1, _INT), args[2]
-        scales, offsets = element(3, 4), element(5, 4)
-        columns = [element(position, column) for position, column in ((6, 7), (8, 9), (11, 12))]
-        whole, start, out = element(10, 12, _INT), element(13, 14), element(16, 17)
-        start_stride, out_stride = args[15], args[18]
-        parts = range(0, DOT_NR, TILE.width)
-        by_column = [[_load(builder, _address(builder, array, _index(j))) for array in columns] for j in parts]
-        excess = [
-            builder.mul(
-                _load(builder, _address(builder, whole, _index(j), element=_INT), _INTS),
-                _constant(_INTS, DOT_TILE.row_zero),
-            )
-            for j in parts
-        ]
-
-        def body(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            scale, offset = (
-                _splat(builder, _load(builder, _address(builder, array, i), _FLOAT)) for array in (scales, offsets)
-            )
-            of_sums = _address(builder, sums, builder.mul(i, _index(DOT_NR)), element=_INT)
-            of_start = _address(builder, start, builder.mul(i, start_stride))
-            to = _address(builder, out, builder.mul(i, out_stride))
-            for j, (weight_scale, summand, shift), more in zip(parts, by_column, excess, strict=True):
-                total = _load(builder, _address(builder, of_sums, _index(j), element=_INT), _INTS)
-                if DOT_TILE.row_zero:
-                    total = builder.sub(total, more)
-                value = builder.fmul(builder.sitofp(total, _VECTOR), weight_scale)
-                value = _multiply_add(builder, scale, value, _multiply_add(builder, offset, shift, summand))
-                value = builder.fadd(_load(builder, _address(builder, of_start, _index(j))), value)
-                _store(builder, after(builder, value), _address(builder, to, _index(j)))
-            return []
-
-        _loop(builder, _index(0), rows, 1, [], body)
-        return context.get_dummy_value()
-
-    return _takes(
-        sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
-        weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
-    ), generate  # fmt: skip
-
-
-@intrinsic
-def scale_tile(
-    typing_context, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
-    weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
-):  # fmt: skip
-    """Turn rows of DOT_NR sums into float32 and add them to what `start` has.
-
-    out[i, j] = start[i, j] + (bias[j] + offsets[i] · shifts[group_column + j]
-                               + scales[i] · (weight_scales[column + j] · total))
+    out[i, j] = after(start[i, j] + (bias[j] + offsets[i] · shifts[group_column + j]
+                                     + scales[i] · (weight_scales[column + j] · total)))
 
     for i < rows, where total is sums[i, j], less what rows kept as unsigned have too much: row_zero ·
     weight_sums[group_column + j]. `scales` and `offsets` begin at `scales_offset`; `start` and `out` have rows that
     lie `start_stride` and `out_stride` elements apart.
     """
-    return _scale_tile(
-        typing_context, lambda _, value: value, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales,
-        column, bias, bias_offset, weight_sums, shifts, group_column, start, start_offset, start_stride, out,
-        out_offset, out_stride,
-    )  # fmt: skip
+
+    @intrinsic
+    def scale(
+        typing_context, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias,
+        bias_offset, weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset,
+        out_stride,
+    ):  # fmt: skip
+        def generate(context, builder, signature, args):
+            def element(position: int, offset: int, type_: ir.Type = _FLOAT) -> ir.Value:
+                return _address(
+                    builder, _floats(context, builder, signature, args, position), args[offset], element=type_
+                )
+
+            sums, rows = element(0, 1, _INT), args[2]
+            scales, offsets = element(3, 4), element(5, 4)
+            columns = [element(position, column) for position, column in ((6, 7), (8, 9), (11, 12))]
+            whole, start, out = element(10, 12, _INT), element(13, 14), element(16, 17)
+            start_stride, out_stride = args[15], args[18]
+            parts = range(0, DOT_NR, TILE.width)
+            by_column = [[_load(builder, _address(builder, array, _index(j))) for array in columns] for j in parts]
+            excess = [
+                builder.mul(
+                    _load(builder, _address(builder, whole, _index(j), element=_INT), _INTS),
+                    _constant(_INTS, DOT_TILE.row_zero),
+                )
+                for j in parts
+            ]
+
+            def body(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                scale, offset = (
+                    _splat(builder, _load(builder, _address(builder, array, i), _FLOAT))
+                    for array in (scales, offsets)
+                )
+                of_sums = _address(builder, sums, builder.mul(i, _index(DOT_NR)), element=_INT)
+                of_start = _address(builder, start, builder.mul(i, start_stride))
+                to = _address(builder, out, builder.mul(i, out_stride))
+                for j, (weight_scale, summand, shift), more in zip(parts, by_column, excess, strict=True):
+                    total = _load(builder, _address(builder, of_sums, _index(j), element=_INT), _INTS)
+                    if DOT_TILE.row_zero:
+                        total = builder.sub(total, more)
+                    value = builder.fmul(builder.sitofp(total, _VECTOR), weight_scale)
+                    value = _multiply_add(builder, scale, value, _multiply_add(builder, offset, shift, summand))
+                    value = builder.fadd(_load(builder, _address(builder, of_start, _index(j))), value)
+                    _store(builder, after(builder, value), _address(builder, to, _index(j)))
+                return []
+
+            _loop(builder, _index(0), rows, 1, [], body)
+            return context.get_dummy_value()
+
+        return _takes(
+            sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
+            weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
+        ), generate  # fmt: skip
+
+    return scale
 
 
-@intrinsic
-def scale_gelu_tile(
-    typing_context, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
-    weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
-):  # fmt: skip
-    """Do what `scale_tile` does, and apply tanh-GELU to the results."""
-    return _scale_tile(
-        typing_context, _gelu, sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales,
-        column, bias, bias_offset, weight_sums, shifts, group_column, start, start_offset, start_stride, out,
-        out_offset, out_stride,
-    )  # fmt: skip
+scale_tile, scale_gelu_tile = _scaler(lambda _, value: value), _scaler(_gelu)
 
 
 @intrinsic
@@ -274,7 +257,9 @@ def move_step(typing_context, cells, offset, out, out_offset):
         element = ir.IntType(signature.args[0].dtype.bitwidth)
         vector = ir.VectorType(element, DOT_TILE.step_cells)
         source, to = (
-            _address(builder, _floats(context, builder, signature, args, position), args[position + 1], element=element)
+            _address(
+                builder, _floats(context, builder, signature, args, position), args[position + 1], element=element
+            )
             for position in (0, 2)
         )
         _store(builder, _load(builder, source, vector, 1), to, 1)

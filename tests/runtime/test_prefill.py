@@ -21,7 +21,7 @@ from edge_runtime import Model, console, filling
 from edge_runtime.decoder import CacheFull, Cancelled, Decoder, DecoderOptions, Part
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.filling import LEAST_ROWS
-from edge_runtime.mapping import foreign_regions, map_file, region_bytes, watched
+from edge_runtime.mapping import Region, foreign_regions, let_go_of_region, map_file, region_bytes, watched
 from edge_runtime.memory import reckon
 from edge_runtime.prefill import Stretch, can_fill
 from edge_runtime.weights import GGUFFile
@@ -372,3 +372,29 @@ def test_compiling_is_announced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert "First picture" in told(pictures=True, prompts=True)
     (tmp_path / "linear_int8._linear-1.py311.1.nbc").touch()
     assert told(pictures=True, prompts=True) == ""
+
+
+def resident_pages(region: Region) -> int:
+    """Pages of a mapping that count as this process's memory."""
+    told = Path("/proc/self/smaps").read_text("utf-8").split(f"{region.begin:x}-{region.end:x} ", 1)[1]
+    return int(told.split("Rss:", 1)[1].split()[0]) * 1024 // mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_a_part_of_a_mapping_leaves_memory_and_comes_back(tmp_path: Path) -> None:
+    path, page = tmp_path / "file", mmap.PAGESIZE
+    content = bytes(i % 251 for i in range(8 * page))
+    path.write_bytes(content)
+    with path.open("rb") as opened, watched(path) as found:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    (region,) = found
+    assert mapped[:] == content
+    assert resident_pages(region) == 8
+    let_go_of_region(region, page + 1, 6 * page - 1)  # two pages of it in part
+    assert resident_pages(region) == 5
+    for first, end in ((page, 99 * page), (3 * page - 5, 3 * page + 5), (-9 * page, page)):
+        let_go_of_region(region, first, end)  # not within it, or no whole page
+    assert resident_pages(region) == 5
+    assert mapped[:] == content
+    assert resident_pages(region) == 8
+    mapped.close()
