@@ -1,8 +1,8 @@
 """What this machine can do at most: the register tiles of the kernels on operands that never leave the first cache.
 
 A loop around the tile's own instructions on all threads, without packing, memory or anything between two tiles. In
-units of 1e9 operations per second, a multiplication and an addition being two. Operands are random: with the same
-number everywhere AMX was measured to clock 15 % higher, which no product that says anything can reach.
+units of 1e9 operations per second, a multiplication and an addition being two. Operands are random, as a product's
+are.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
