@@ -26,7 +26,7 @@ from edge_runtime.errors import MessageError, VideoError
 from edge_runtime.frame_reader import FrameReader, Pixels
 from edge_runtime.messages import ImagePart, Message, VideoPart
 from edge_runtime.resampler import STILL
-from edge_runtime.slicing import check_plan, cut_picture, make_slice, plan_slices
+from edge_runtime.slicing import Slice, check_plan, cut_picture, plan_slices
 from edge_runtime.video import FrameChoice, VideoLimits, VideoOptions, clock
 from edge_runtime.video_frames import FrameSource, Watch, facts_of, frames_between, open_video
 
@@ -194,7 +194,7 @@ class FrameGroup(LazyGroup):
         last = self.slice_number == self.clip.plan.n_slices - 1
         frames = self.clip.reader.take(self.number, last=last)
         return [
-            (make_slice(slices[self.slice_number], self.clip.slicing), time)
+            (Slice(slices[self.slice_number], self.clip.slicing), time)
             for slices, time in zip(frames, self._ids, strict=True)
         ]
 

@@ -22,8 +22,8 @@ from edge_runtime import llama
 from edge_runtime.adapters import Adapters
 from edge_runtime.config import decoder_config
 from edge_runtime.errors import ModelFileError, PromptTooLongError
-from edge_runtime.filling import fill, is_ours, own_parts
-from edge_runtime.kv_state import KVRows, UnknownState, build, parse
+from edge_runtime.filling import PastSpace, fill, is_ours, own_parts
+from edge_runtime.kv_state import Bytes, KVRows, UnknownState, build, parse
 from edge_runtime.kv_types import choose_kv_type
 from edge_runtime.mapping import Region, let_go_of_region, watched
 from edge_runtime.prefill import Prefill
@@ -148,7 +148,7 @@ class Decoder:
         self._own_logits: dict[int, Float32] = {}
         """Of rows of the last call that were not computed by llama.cpp."""
         self._last_row = -1
-        self._prefill = self._choose_prefill(options)
+        self._prefill, self._space = self._choose_prefill(options), PastSpace()
         self._embedding_batch = lib.llama_batch_init(CHUNK_TOKENS, self.config.hidden, 1)
         self._token_batch = lib.llama_batch_init(CHUNK_TOKENS, 0, 1)
         self._batches += [self._embedding_batch, self._token_batch]
@@ -247,8 +247,14 @@ class Decoder:
         self._lib.llama_memory_seq_cp(self._lib.llama_get_memory(self._context), source, sequence, 0, n)
         self._held[sequence] = self._held[source][:n]
 
-    def read_rows(self, sequence: int, first: int, end: int) -> KVRows:
+    def read_rows(
+        self, sequence: int, first: int, end: int, memory: Callable[[int], Bytes] = lambda n: np.empty(n, np.uint8)
+    ) -> KVRows:
         """Copy what the KV cache holds of positions `first` to `end` - 1 of a sequence.
+
+        Parameters
+        ----------
+        memory : gives room for a number of bytes.
 
         Raises
         ------
@@ -259,7 +265,7 @@ class Decoder:
         self.rewind(spare)
         lib.llama_memory_seq_cp(lib.llama_get_memory(self._context), sequence, spare, first, end)
         try:
-            state = np.empty(lib.llama_state_seq_get_size(self._context, spare), np.uint8)
+            state = memory(lib.llama_state_seq_get_size(self._context, spare))
             lib.llama_state_seq_get_data(self._context, _pointer(state), len(state), spare)
         finally:
             self.rewind(spare)
@@ -329,7 +335,7 @@ class Decoder:
             for i, row in zip(rest, self._call([parts[i] for i in rest], cancelled, adapter), strict=True):
                 rows[i] = row
             if own and self._prefill is not None:
-                found = fill(self, self._prefill, [parts[i] for i in own], cancelled)
+                found = fill(self, self._prefill, self._space, [parts[i] for i in own], cancelled)
                 if found is None:
                     raise Cancelled
                 for i, logits in zip(own, found, strict=True):

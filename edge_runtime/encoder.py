@@ -154,11 +154,11 @@ def _runs(slices: Sequence[Slice]) -> Iterator[list[Slice]]:
     run: list[Slice] = []
     patches = 0
     for item in slices:
-        if run and patches + len(item.patches) > BATCH_PATCHES:
+        if run and patches + item.n_patches > BATCH_PATCHES:
             yield run
             run, patches = [], 0
         run.append(item)
-        patches += len(item.patches)
+        patches += item.n_patches
     yield run
 
 
@@ -166,7 +166,7 @@ def n_patches(group: Group) -> int:
     """Patches of all slices of a group."""
     if isinstance(group, LazyGroup):
         return group.n_patches
-    return sum(len(item.patches) for item, _ in group)
+    return sum(item.n_patches for item, _ in group)
 
 
 def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:

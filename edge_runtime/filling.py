@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge_runtime.kv_state import Bytes
 from edge_runtime.prefill import Prefill, Stretch, can_fill
 from edge_runtime.weights import Float32, GGUFFile
 
@@ -19,6 +20,33 @@ LEAST_ROWS = 8
 """Fewer cost less in llama.cpp: from here on it unpacks weights before it multiplies them, too."""
 MOST_PAST_BYTES = 1 << 30
 """What the KV cache may hold of a sequence that is gone on with: it is copied out for it."""
+KEPT_BYTES = 1 << 27
+"""Of the memory that is copied to, what stays for the next time: 900 positions at full size."""
+
+
+class PastSpace:
+    """Memory for what sequences held before: the same at every call, as fresh memory is dearer than what fills it.
+
+    Some systems give it out page by page when it is written to, at a fifth of a second for 100 MB.
+    """
+
+    def __init__(self, n_bytes: int = KEPT_BYTES) -> None:
+        self._n_bytes, self._given = n_bytes, 0
+        self._kept: Bytes | None = None
+
+    def begin(self) -> None:
+        """Take back all that was given."""
+        self._given = 0
+
+    def take(self, n_bytes: int) -> Bytes:
+        """Give memory until `begin`: ndarray [shape=(n_bytes,), uint8]; fresh one where too little is kept."""
+        first = self._given
+        if first + n_bytes > self._n_bytes:
+            return np.empty(n_bytes, np.uint8)
+        if self._kept is None:
+            self._kept = np.empty(self._n_bytes, np.uint8)
+        self._given += -(-n_bytes // 64) * 64
+        return self._kept[first : first + n_bytes]
 
 
 def is_ours(file: GGUFFile, kv_type: str, *, exact: bool, wanted: bool | None = None) -> bool:
@@ -48,9 +76,13 @@ def own_parts(decoder: Decoder, prefill: Prefill | None, parts: Sequence[Part]) 
 
 
 def fill(
-    decoder: Decoder, prefill: Prefill, parts: Sequence[Part], cancelled: Callable[[], bool]
+    decoder: Decoder, prefill: Prefill, space: PastSpace, parts: Sequence[Part], cancelled: Callable[[], bool]
 ) -> list[Float32 | None] | None:
     """Compute parts and append them to their sequences.
+
+    Parameters
+    ----------
+    space : for what the sequences hold.
 
     Returns
     -------
@@ -62,12 +94,13 @@ def fill(
         When there is no room; some parts may have been appended.
     """
     stretches = []
+    space.begin()
     for part in parts:
         held = decoder.held(part.sequence)
         embeddings = part.embeddings
         if embeddings is None:
             embeddings = decoder.embed(np.asarray(part.keys, np.int64))
-        past = decoder.read_rows(part.sequence, 0, held) if held else None
+        past = decoder.read_rows(part.sequence, 0, held, space.take) if held else None
         stretches.append(Stretch(embeddings, past, part.wants_logits))
     filled = prefill.compute(stretches, cancelled)
     if filled is None:

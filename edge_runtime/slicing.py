@@ -55,14 +55,34 @@ class Slice:
 
     pixels: npt.NDArray[np.uint8]
     """ndarray [shape=(height, width, 3), uint8]"""
-    patches: npt.NDArray[np.float32]
-    """ndarray [shape=(P, 3, patch_size, patch_size), float32], normalised, row by row over the slice"""
-    tgt_size: tuple[int, int]
-    """Patch grid (rows, columns)."""
+    config: SlicingConfig
+
+    @property
+    def tgt_size(self) -> tuple[int, int]:
+        """Patch grid (rows, columns)."""
+        return self.pixels.shape[0] // self.config.patch_size, self.pixels.shape[1] // self.config.patch_size
+
+    @property
+    def n_patches(self) -> int:
+        """P, rows times columns."""
+        return self.tgt_size[0] * self.tgt_size[1]
+
+    @property
+    def patches(self) -> npt.NDArray[np.float32]:
+        """Normalised pixels: ndarray [shape=(P, 3, patch_size, patch_size), float32], row by row over the slice.
+
+        Made when it is asked for: four times the pixels, and of a picture whose visual tokens are there, for nothing.
+        """
+        (rows, cols), p = self.tgt_size, self.config.patch_size
+        mean, std = np.asarray(self.config.mean, np.float32), np.asarray(self.config.std, np.float32)
+        values = (self.pixels.astype(np.float32) / np.float32(255) - mean) / std
+        patches = values.reshape(rows, p, cols, p, 3).transpose(0, 2, 4, 1, 3).reshape(rows * cols, 3, p, p)
+        return np.ascontiguousarray(patches)
 
     def pixel_values(self) -> npt.NDArray[np.float32]:
         """The official layout of the patches: ndarray [shape=(3, patch_size, patch_size * P), float32]."""
-        return np.ascontiguousarray(self.patches.transpose(1, 2, 0, 3)).reshape(3, self.patches.shape[2], -1)
+        p = self.config.patch_size
+        return np.ascontiguousarray(self.patches.transpose(1, 2, 0, 3)).reshape(3, p, -1)
 
 
 def _snap(value: float, unit: int) -> int:
@@ -142,7 +162,7 @@ def slice_image(picture: Image.Image, plan: SlicePlan, config: SlicingConfig) ->
     -------
     slices : the overview, then the cells row by row.
     """
-    return [make_slice(pixels, config) for pixels in cut_picture(picture, plan)]
+    return [Slice(pixels, config) for pixels in cut_picture(picture, plan)]
 
 
 def cut_picture(picture: Image.Image, plan: SlicePlan) -> list[npt.NDArray[np.uint8]]:
@@ -166,13 +186,3 @@ def _resize(picture: Image.Image, size: Size) -> npt.NDArray[np.uint8]:
     """
     columns_done = picture.resize((size[0], picture.height), Image.Resampling.BICUBIC)
     return np.asarray(columns_done.resize(size, Image.Resampling.BICUBIC))
-
-
-def make_slice(pixels: npt.NDArray[np.uint8], config: SlicingConfig) -> Slice:
-    """Normalise the pixels of a slice and cut them into patches."""
-    p = config.patch_size
-    rows, cols = pixels.shape[0] // p, pixels.shape[1] // p
-    mean, std = np.asarray(config.mean, np.float32), np.asarray(config.std, np.float32)
-    values = (pixels.astype(np.float32) / np.float32(255) - mean) / std
-    patches = values.reshape(rows, p, cols, p, 3).transpose(0, 2, 4, 1, 3).reshape(rows * cols, 3, p, p)
-    return Slice(pixels, np.ascontiguousarray(patches), (rows, cols))

@@ -175,9 +175,9 @@ class VisionTower:
         from edge_kernels.patch_embed import patch_embed
 
         config, (kernel, bias) = self.config, self._embedding
-        offsets = offsets_of([len(s.patches) for s in slices])
+        offsets = offsets_of([s.n_patches for s in slices])
         ids = np.concatenate([position_ids(*s.tgt_size, config.position_side) for s in slices])
-        pixels = np.concatenate([s.patches.reshape(len(s.patches), -1) for s in slices])
+        pixels = np.concatenate([s.patches.reshape(s.n_patches, -1) for s in slices])
 
         # Learned positions stay in the file: of 4,900 a slice needs a fifth.
         positions = self._file.rows("v.position_embd.weight", ids)

@@ -20,15 +20,19 @@ from numpy.typing import NDArray
 from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view
 from edge_kernels.linear import result_rows
 from edge_kernels.simd import exp2, take_ticket
-from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
+from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles, keep_awake
 from edge_kernels.simd_blocks import (
+    NUMBERS,
     SIDE,
     STEP,
     STEP_ELEMENTS,
     TILE,
+    blocks_half_tile,
     blocks_tile,
     finish_turned,
     pack_pairs,
+    read_minima,
+    read_scales,
     unpack_q4_k,
     unpack_q5_k,
     unpack_q6_k,
@@ -52,11 +56,14 @@ SQUARE = STEPS * STEP_ELEMENTS
 
 LOG2_E = 1.4426950408889634
 
-# What a task has in the second cache: a panel of OUTPUT_BLOCK · K_BLOCK weights, the same k of ROW_TILES · 32 rows,
-# and the sums; 2 MB together. Rows come from memory once for each panel of outputs, so few panels are better.
+# Of a task. Of many rows it has in the second cache a panel of OUTPUT_BLOCK · K_BLOCK weights, the same k of some 500
+# rows, and the sums; 2 MB together. Rows come from memory once for each panel of outputs: so few are better.
 OUTPUT_BLOCK = 256
 K_BLOCK = 512
 ROW_TILES = 16
+
+FEW_BYTES = 1 << 19
+"""Of rows, up to which a panel is a square of 16 KB, which stays in the first cache; all rows are read for each."""
 
 
 class PackedRows(NamedTuple):
@@ -131,21 +138,28 @@ def _pack_gated(gate, up, m, k, out, tickets, workers):
 
 
 @leaf
-def _unpack(blocks, kind, row_bytes, at, n_outputs, square):
+def _unpack(blocks, kind, row_bytes, at, n_outputs, numbers, square):
     """Unpack a block of up to 32 outputs, the first of which lies at `at`; outputs that are not there become 0."""
+    for i in range(min(n_outputs, SIDE)):
+        if kind < 2:
+            read_minima(blocks, at + i * row_bytes, numbers, i * NUMBERS)
+        elif kind == 2:
+            read_scales(blocks, at + i * row_bytes, numbers, i * NUMBERS)
     for i in range(SIDE):
-        to, place = i // 16 * TILE + i % 16 * STEP, at + i * row_bytes
+        to, place, ahead = i // 16 * TILE + i % 16 * STEP, at + i * row_bytes, SIDE * row_bytes
         if i >= n_outputs:
             for step in range(STEPS):
                 square[to + step * STEP_ELEMENTS : to + step * STEP_ELEMENTS + STEP] = 0
         elif kind == 0:
-            unpack_q4_k(blocks, place, SIDE * row_bytes, square, to)
+            unpack_q4_k(blocks, place, ahead, numbers, i * NUMBERS, square, to)
         elif kind == 1:
-            unpack_q5_k(blocks, place, SIDE * row_bytes, square, to)
+            unpack_q5_k(blocks, place, ahead, numbers, i * NUMBERS, square, to)
         elif kind == 2:
-            unpack_q6_k(blocks, place, SIDE * row_bytes, square, to)
+            unpack_q6_k(blocks, place, ahead, numbers, i * NUMBERS, square, to)
         else:
-            unpack_q8_0(blocks, place, SIDE * row_bytes, square, to)
+            unpack_q8_0(blocks, place, ahead, numbers, i * NUMBERS, square, to)
+        if kind > 0 and i % 8 == 7:  # Q4_K takes no longer than the unit stays awake by itself
+            keep_awake()
 
 
 @leaf
@@ -153,7 +167,7 @@ def _task(rows, weight, m, first, n_outputs, k_block, residual, out, buffers):
     """Compute all rows × a block of outputs; sums: [output tile][row tile][32][32]."""
     blocks, kind, block_bytes, n, k = weight
     residual_rows, residual_stride, with_residual = residual
-    panel, sums = buffers
+    panel, sums, numbers = buffers
     row_tiles, output_tiles, size = (m + SIDE - 1) // SIDE, (n_outputs + SIDE - 1) // SIDE, SIDE * SIDE
     row_bytes, k_blocks = k // BLOCK * block_bytes, (k + k_block - 1) // k_block
     for part in range(k_blocks):
@@ -163,16 +177,19 @@ def _task(rows, weight, m, first, n_outputs, k_block, residual, out, buffers):
             for b in range(begin, end):
                 at = (o * (end - begin) + b - begin) * SQUARE
                 _unpack(
-                    blocks, kind, row_bytes, output * row_bytes + b * block_bytes, n - output, panel[at : at + SQUARE]
+                    blocks, kind, row_bytes, output * row_bytes + b * block_bytes, n - output, numbers,
+                    panel[at : at + SQUARE],
                 )  # fmt: skip
         for start in range(0, row_tiles, ROW_TILES):
             for o in range(output_tiles):
                 for b in range(begin, end):
                     at = (o * (end - begin) + b - begin) * SQUARE
                     for r in range(start, min(row_tiles, start + ROW_TILES)):
-                        blocks_tile(
-                            panel, at, rows, (b * row_tiles + r) * SQUARE, STEPS, sums, (o * row_tiles + r) * size, b
-                        )  # fmt: skip
+                        row, to = (b * row_tiles + r) * SQUARE, (o * row_tiles + r) * size
+                        if m - r * SIDE > SIDE // 2:
+                            blocks_tile(panel, at, rows, row, STEPS, sums, to, b)
+                        else:
+                            blocks_half_tile(panel, at, rows, row, STEPS, sums, to, b)
     for o in range(output_tiles):
         for r in range(row_tiles):
             column = first + o * SIDE
@@ -186,13 +203,16 @@ def _task(rows, weight, m, first, n_outputs, k_block, residual, out, buffers):
 @helper
 def _worker(rows, weight, m, residual, out, output_block, k_block, tickets):
     n = weight[3]
-    panel = aligned(output_block * k_block // 2, np.int32).view(np.int16)
-    sums = aligned((m + SIDE - 1) // SIDE * SIDE * output_block, np.float32)
+    buffers = (
+        aligned(output_block * k_block // 2, np.int32).view(np.int16),
+        aligned((m + SIDE - 1) // SIDE * SIDE * output_block, np.float32),
+        aligned(SIDE * NUMBERS, np.float32),
+    )
     begin_tiles()
     task = take_ticket(tickets)
-    while task * output_block < n:
-        first = task * output_block
-        _task(rows, weight, m, first, min(output_block, n - first), k_block, residual, out, (panel, sums))
+    while task * OUTPUT_BLOCK < n:
+        for first in range(task * OUTPUT_BLOCK, min(n, (task + 1) * OUTPUT_BLOCK), output_block):
+            _task(rows, weight, m, first, min(output_block, n - first), k_block, residual, out, buffers)
         task = take_ticket(tickets)
     end_tiles()
 
@@ -288,8 +308,7 @@ def linear_blocks(
     stored = weight.blocks.view()
     stored.flags.writeable = False  # one specialisation, whether they lie in a file or not
     blocks = (stored, _KINDS.index(weight.kind), BLOCK_BYTES[weight.kind], n, k)
+    panel = (SIDE, BLOCK) if 2 * m * k <= FEW_BYTES else (OUTPUT_BLOCK, K_BLOCK)
     with parallel_region() as workers:
-        _linear(
-            rows.panels, blocks, m, view, out.reshape(-1), OUTPUT_BLOCK, K_BLOCK, np.zeros(1, np.int64), workers
-        )  # fmt: skip
+        _linear(rows.panels, blocks, m, view, out.reshape(-1), *panel, np.zeros(1, np.int64), workers)
     return out

@@ -149,3 +149,20 @@ def end_tiles(typing_context):
         return context.get_dummy_value()
 
     return types.none(), generate
+
+
+@intrinsic
+def keep_awake(typing_context):
+    """Multiply what happens to be in two registers into a third, 7, which every product loads before it uses it.
+
+    After some 300 ns without a product the unit falls asleep, and the next one slows the whole core down for the
+    better part of a microsecond: vector instructions and scalar ones, too. So long stretches without tiles have one
+    of these in between.
+    """
+
+    def generate(context, builder, signature, args):
+        if HAS_TILES:
+            multiply_tiles(builder, "tdpbf16ps", 7, 4, 6)
+        return context.get_dummy_value()
+
+    return types.none(), generate

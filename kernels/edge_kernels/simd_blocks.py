@@ -42,6 +42,7 @@ from edge_kernels.simd_bf16 import (
     _masked_load,
     _masked_store,
     _rounded_bits,
+    _splat,
     _start,
     _transposed,
 )
@@ -53,6 +54,8 @@ STEP = ROW_BYTES // 2
 TILE = TILE_BYTES // 2  # in elements of bfloat16
 STEP_ELEMENTS = 2 * TILE
 """From one step to the next, of rows as of weights."""
+NUMBERS = 32
+"""Room for what an output's block takes to be unpacked."""
 GROUP = 32  # weights of a block that share a scale, and a row of a tile
 
 
@@ -73,8 +76,7 @@ _BYTE = ir.IntType(8)
 _HALF = ir.HalfType()
 _BYTES = ir.VectorType(_BYTE, GROUP)
 _WORDS = ir.VectorType(_SHORT, GROUP // 2)
-_WIDE = ir.VectorType(_INT, GROUP)
-_WIDE_FLOATS = ir.VectorType(_FLOAT, GROUP)
+_GROUP_WORDS = ir.VectorType(_SHORT, GROUP)
 _SIXTEEN = ir.VectorType(_FLOAT, 16)
 
 
@@ -90,34 +92,35 @@ def _half_at(builder: ir.IRBuilder, block: ir.Value, first: int) -> ir.Value:
     return builder.fpext(_bytes_at(builder, block, first, _HALF), _FLOAT)
 
 
-def _spread(builder: ir.IRBuilder, values: ir.Value, lanes: Sequence[int]) -> ir.Value:
-    """Emit a vector of 32 whose lanes are these lanes of another."""
-    mask = ir.Constant(_WIDE, list(lanes))
-    return builder.shuffle_vector(values, values, mask)
-
-
-def _write_group(builder: ir.IRBuilder, values: ir.Value, out: ir.Value, group: int) -> None:
-    """Emit the store of 32 float32 as a row of the tile of its step, rounded to the nearest, ties to even."""
+def _rounded(builder: ir.IRBuilder, lower: ir.Value, upper: ir.Value) -> ir.Value:
+    """Emit 16 and 16 float32 as 32 bfloat16, rounded to the nearest, ties to even."""
     # One instruction of AVX512_BF16, which every processor with AMX has; with integers, rounding takes ten.
-    lower, upper = (
-        builder.shuffle_vector(values, values, ir.Constant(_INTS, list(range(first, first + LANES))))
-        for first in (0, LANES)
-    )
     function_type = ir.FunctionType(ir.VectorType(_BFloat(), GROUP), [_FLOATS, _FLOATS])
     name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-    rounded = builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [upper, lower])
-    words = builder.bitcast(rounded, _INTS)
-    _store(builder, words, _address(builder, out, _index(group * STEP_ELEMENTS), element=_SHORT), ROW_BYTES)
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [upper, lower])
 
 
-def _low(builder: ir.IRBuilder, values: ir.Value, mask: int) -> ir.Value:
-    return builder.and_(values, _constant(_BYTES, mask))
+def _write(builder: ir.IRBuilder, rounded: ir.Value, out: ir.Value, group: int) -> None:
+    """Emit the store of 32 bfloat16 as a row of the tile of their group."""
+    to = _address(builder, out, _index(group * STEP_ELEMENTS), element=_SHORT)
+    _store(builder, builder.bitcast(rounded, _INTS), to, ROW_BYTES)
 
 
 def _shifted(builder: ir.IRBuilder, values: ir.Value, n: int, mask: int) -> ir.Value:
-    """Emit bits n and up of bytes: as words, which is what the machine can shift."""
-    words = builder.bitcast(values, _WORDS)
-    return _low(builder, builder.bitcast(builder.lshr(words, _constant(_WORDS, n)), _BYTES), mask)
+    """Emit bits of bytes, n places further down, or -n further up: as words, which is what the machine can shift."""
+    if n:
+        words = builder.bitcast(values, _WORDS)
+        moved = (builder.lshr if n > 0 else builder.shl)(words, _constant(_WORDS, abs(n)))
+        values = builder.bitcast(moved, _BYTES)
+    return builder.and_(values, _constant(_BYTES, mask))
+
+
+def _nibbles(builder: ir.IRBuilder, block: ir.Value, first: int, group: int) -> ir.Value:
+    """Emit 32 bytes' upper or lower halves, as groups share them, in words."""
+    return builder.zext(
+        _shifted(builder, _bytes_at(builder, block, first + GROUP * (group // 2), _BYTES), group % 2 * 4, 15),
+        _GROUP_WORDS,
+    )
 
 
 def _scales_and_minima(builder: ir.IRBuilder, block: ir.Value) -> ir.Value:
@@ -151,84 +154,123 @@ def _scales_and_minima(builder: ir.IRBuilder, block: ir.Value) -> ir.Value:
     return builder.fmul(builder.uitofp(numbers, _SIXTEEN), builder.shuffle_vector(factors, factors, lanes))
 
 
-def _write_with_minimum(
-    builder: ir.IRBuilder, numbers: ir.Value, scales: ir.Value, group: int, out: ir.Value
-) -> None:
-    """Emit number · scale - minimum of a group."""
-    floats = builder.uitofp(builder.zext(numbers, _WIDE), _WIDE_FLOATS)
-    scale, minimum = (_spread(builder, scales, [lane] * GROUP) for lane in (group, 8 + group))
-    _write_group(builder, _multiply_add(builder, floats, scale, builder.fneg(minimum)), out, group)
+def _number(builder: ir.IRBuilder, numbers: ir.Value, at: int) -> ir.Value:
+    """Emit one of a block's numbers in all lanes: from memory, which costs no vector instruction."""
+    return _splat(builder, _load(builder, _address(builder, numbers, _index(at)), _FLOAT))
 
 
-def _unpack_q4_k(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
-    scales = _scales_and_minima(builder, block)
+def _table(builder: ir.IRBuilder, numbers: ir.Value, group: int, first: int) -> ir.Value:
+    """Emit what `first` to `first` + 15 stand for in a group: number · scale - minimum."""
+    ramp = ir.Constant(_FLOATS, [float(first + lane) for lane in range(LANES)])
+    scale, minimum = _number(builder, numbers, group), _number(builder, numbers, 8 + group)
+    return _multiply_add(builder, ramp, scale, builder.fneg(minimum))
+
+
+def _look_up(builder: ir.IRBuilder, table: Sequence[ir.Value], places: ir.Value, out: ir.Value, group: int) -> None:
+    """Emit the store of 32 numbers of a table of two vectors, rounded, as a row of the tile of their group."""
+    words = builder.bitcast(_rounded(builder, *table), _GROUP_WORDS)
+    function_type = ir.FunctionType(_GROUP_WORDS, [_GROUP_WORDS, _GROUP_WORDS])
+    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.avx512.permvar.hi.512")
+    _write(builder, builder.call(function, [words, places]), out, group)
+
+
+def _unpack_q4_k(builder: ir.IRBuilder, block: ir.Value, numbers: ir.Value, out: ir.Value) -> None:
+    """Emit look-ups in a table of two groups, the odd one first: its numbers need no mask, the others get 16."""
     for pair in range(4):
-        numbers = _bytes_at(builder, block, 16 + GROUP * pair, _BYTES)
-        _write_with_minimum(builder, _low(builder, numbers, 15), scales, 2 * pair, out)
-        _write_with_minimum(builder, _shifted(builder, numbers, 4, 15), scales, 2 * pair + 1, out)
+        table = [_table(builder, numbers, 2 * pair + which, 0) for which in (1, 0)]
+        words = builder.zext(_bytes_at(builder, block, 16 + GROUP * pair, _BYTES), _GROUP_WORDS)
+        even = builder.or_(builder.and_(words, _constant(_GROUP_WORDS, 15)), _constant(_GROUP_WORDS, LANES))
+        _look_up(builder, table, even, out, 2 * pair)
+        _look_up(builder, table, builder.lshr(words, _constant(_GROUP_WORDS, 4)), out, 2 * pair + 1)
 
 
-def _unpack_q5_k(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
-    scales = _scales_and_minima(builder, block)
-    high = _bytes_at(builder, block, 16, _BYTES)
+def _unpack_q5_k(builder: ir.IRBuilder, block: ir.Value, numbers: ir.Value, out: ir.Value) -> None:
+    fifths = _bytes_at(builder, block, 16, _BYTES)
     for group in range(8):
-        numbers = _bytes_at(builder, block, 48 + GROUP * (group // 2), _BYTES)
-        numbers = _shifted(builder, numbers, 4, 15) if group % 2 else _low(builder, numbers, 15)
-        fifth = _low(builder, _shifted(builder, high, group, 1) if group else high, 1)
-        words = builder.shl(builder.bitcast(fifth, _WORDS), _constant(_WORDS, 4))
-        _write_with_minimum(builder, builder.or_(numbers, builder.bitcast(words, _BYTES)), scales, group, out)
+        fifth = builder.zext(_shifted(builder, fifths, group - 4, 16), _GROUP_WORDS)
+        places = builder.or_(_nibbles(builder, block, 48, group), fifth)
+        _look_up(builder, [_table(builder, numbers, group, first) for first in (0, LANES)], places, out, group)
 
 
-def _unpack_q6_k(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
-    signed = builder.sext(_bytes_at(builder, block, 192, ir.VectorType(_BYTE, 16)), ir.VectorType(_INT, 16))
-    d = builder.insert_element(ir.Constant(_SIXTEEN, ir.Undefined), _half_at(builder, block, 208), _INT(0))
-    factor = builder.shuffle_vector(d, d, ir.Constant(ir.VectorType(_INT, 16), [0] * 16))
-    scales = builder.fmul(builder.sitofp(signed, _SIXTEEN), factor)
-    for half in range(2):
-        lower = [_bytes_at(builder, block, 64 * half + GROUP * i, _BYTES) for i in range(2)]
+def _unpack_q6_k(builder: ir.IRBuilder, block: ir.Value, numbers: ir.Value, out: ir.Value) -> None:
+    for group in range(8):
+        half, quarter = divmod(group, 4)
+        lower = _bytes_at(builder, block, 64 * half + GROUP * (quarter % 2), _BYTES)
         upper = _bytes_at(builder, block, 128 + GROUP * half, _BYTES)
-        for group in range(4):
-            low = lower[group % 2]
-            low = _shifted(builder, low, 4, 15) if group // 2 else _low(builder, low, 15)
-            two = _low(builder, _shifted(builder, upper, 2 * group, 3) if group else upper, 3)
-            four = builder.bitcast(builder.shl(builder.bitcast(two, _WORDS), _constant(_WORDS, 4)), _BYTES)
-            numbers = builder.sub(builder.zext(builder.or_(low, four), _WIDE), _constant(_WIDE, 32))
-            first = 8 * half + 2 * group
-            scale = _spread(builder, scales, [first] * 16 + [first + 1] * 16)
-            values = builder.fmul(builder.sitofp(numbers, _WIDE_FLOATS), scale)
-            _write_group(builder, values, out, 4 * half + group)
+        integers = builder.or_(
+            _shifted(builder, lower, quarter // 2 * 4, 15), _shifted(builder, upper, 2 * quarter - 4, 48)
+        )
+        values = []
+        for part in range(2):
+            mask = ir.Constant(_INTS, list(range(part * LANES, (part + 1) * LANES)))
+            few = builder.zext(builder.shuffle_vector(integers, integers, mask), _INTS)
+            scale, minimum = (_number(builder, numbers, first + 2 * group + part) for first in (0, 16))
+            values.append(_multiply_add(builder, builder.uitofp(few, _FLOATS), scale, minimum))
+        _write(builder, _rounded(builder, *values), out, group)
 
 
-def _unpack_q8_0(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
-    """Emit eight blocks of 32, one after the other."""
+def _unpack_q8_0(builder: ir.IRBuilder, block: ir.Value, _: ir.Value, out: ir.Value) -> None:
+    """Emit eight blocks of 32, one after the other, each with its own scale."""
     for group in range(8):
-        first = group * 34
-        d = builder.insert_element(ir.Constant(_SIXTEEN, ir.Undefined), _half_at(builder, block, first), _INT(0))
-        numbers = builder.sext(_bytes_at(builder, block, first + 2, _BYTES), _WIDE)
-        values = builder.fmul(builder.sitofp(numbers, _WIDE_FLOATS), _spread(builder, d, [0] * GROUP))
-        _write_group(builder, values, out, group)
+        scale = _splat(builder, _half_at(builder, block, group * 34))
+        values = []
+        for part in range(2):
+            few = _bytes_at(builder, block, group * 34 + 2 + part * LANES, ir.VectorType(_BYTE, LANES))
+            values.append(builder.fmul(builder.sitofp(builder.sext(few, _INTS), _FLOATS), scale))
+        _write(builder, _rounded(builder, *values), out, group)
+
+
+def _write_minima(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
+    _store(builder, _scales_and_minima(builder, block), out, 4)
+
+
+def _write_scales(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
+    signed = builder.sext(_bytes_at(builder, block, 192, ir.VectorType(_BYTE, LANES)), _INTS)
+    scales = builder.fmul(builder.sitofp(signed, _FLOATS), _splat(builder, _half_at(builder, block, 208)))
+    _store(builder, scales, out, 4)
+    _store(builder, builder.fmul(scales, _constant(_FLOATS, -32.0)), _address(builder, out, _index(LANES)), 4)
 
 
 # --- for numba ----------------------------------------------------------------------------------------------
+
+
+def _reader(emit):
+    """Make an intrinsic that writes, to NUMBERS float32, what unpacking a block takes."""
+
+    @intrinsic
+    def read(typing_context, blocks, offset, numbers, numbers_offset):
+        def generate(context, builder, signature, args):
+            block, to = (_start(context, builder, signature, args, position) for position in (0, 2))
+            emit(builder, block, to)
+            return context.get_dummy_value()
+
+        return _takes(blocks, offset, numbers, numbers_offset), generate
+
+    return read
+
+
+read_minima, read_scales = _reader(_write_minima), _reader(_write_scales)
+"""Of Q4_K and Q5_K: 8 scales and 8 minima. Of Q6_K: 16 scales, and -32 times each. Q8_0 takes none."""
 
 
 def _unpacker(emit, n_bytes):
     """Make an intrinsic that unpacks 256 weights of an output to its rows of eight tiles.
 
     Blocks of 32 outputs are far apart in a file, too many streams for the processor to see them coming. So each asks
-    for the one that is as far behind as those that it belongs to are wide.
+    for the one that is as far behind as those that it belongs to are wide: one by one, as there is only room for a
+    dozen requests, and whoever has one more waits.
     """
 
     @intrinsic
-    def unpack(typing_context, blocks, offset, ahead, out, out_offset):
+    def unpack(typing_context, blocks, offset, ahead, numbers, numbers_offset, out, out_offset):
         def generate(context, builder, signature, args):
-            block, to = (_start(context, builder, signature, args, position) for position in (0, 3))
+            block, taken, to = (_start(context, builder, signature, args, position) for position in (0, 3, 5))
             for line in range(0, n_bytes, ROW_BYTES):
                 prefetch(builder, _address(builder, block, args[2], _index(line), element=_BYTE), cache=2)
-            emit(builder, block, to)
+            emit(builder, block, taken, to)
             return context.get_dummy_value()
 
-        return _takes(blocks, offset, ahead, out, out_offset), generate
+        return _takes(blocks, offset, ahead, numbers, numbers_offset, out, out_offset), generate
 
     return unpack
 
@@ -264,40 +306,50 @@ def pack_pairs(typing_context, x, offset, stride, n_rows, out, out_offset):
     return _takes(x, offset, stride, n_rows, out, out_offset), generate
 
 
-@intrinsic
-def blocks_tile(typing_context, weight, weight_offset, rows, rows_offset, steps, sums, sums_offset, add):
-    """Multiply 32 outputs with 32 rows: sums (float32) = the products, or += where `add` is not 0."""
+def _multiplier(row_tiles):
+    """Make an intrinsic that multiplies 32 outputs with the first 16 · `row_tiles` of 32 rows."""
 
-    def generate(context, builder, signature, args):
-        weight, rows, sums = (_start(context, builder, signature, args, position) for position in (0, 2, 5))
-        steps, add = args[4], args[7]
-        places = [
-            _address(builder, sums, _index(half * ROWS * SIDE + part * ROWS)) for half in (0, 1) for part in (0, 1)
-        ]
-        with builder.if_else(builder.icmp_signed("!=", add, _index(0))) as (then, otherwise):
-            with then:
-                for register, place in enumerate(places):
-                    load_tile(builder, register, place, 4 * SIDE)
-            with otherwise:
-                for register in range(4):
-                    zero_tile(builder, register)
+    @intrinsic
+    def multiply(typing_context, weight, weight_offset, rows, rows_offset, steps, sums, sums_offset, add):
+        """Write products to sums (float32), or add them where `add` is not 0."""
 
-        def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            start = builder.mul(i, _index(STEP_ELEMENTS))
-            for side, panel in enumerate((weight, rows)):
-                for half in range(2):
-                    at = _address(builder, panel, start, _index(half * TILE), element=_SHORT)
-                    load_tile(builder, 4 + 2 * side + half, at)
-            for register in range(4):
-                multiply_tiles(builder, "tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
-            return []
+        def generate(context, builder, signature, args):
+            weight, rows, sums = (_start(context, builder, signature, args, position) for position in (0, 2, 5))
+            steps, add = args[4], args[7]
+            squares = [(left, right) for left in range(2) for right in range(row_tiles)]
+            places = {
+                2 * left + right: _address(builder, sums, _index(left * ROWS * SIDE + right * ROWS))
+                for left, right in squares
+            }
+            with builder.if_else(builder.icmp_signed("!=", add, _index(0))) as (then, otherwise):
+                with then:
+                    for register, place in places.items():
+                        load_tile(builder, register, place, 4 * SIDE)
+                with otherwise:
+                    for register in places:
+                        zero_tile(builder, register)
 
-        _loop(builder, _index(0), steps, 1, [], step)
-        for register, place in enumerate(places):
-            store_tile(builder, register, place, 4 * SIDE)
-        return context.get_dummy_value()
+            def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                start = builder.mul(i, _index(STEP_ELEMENTS))
+                for first, panel, halves in ((4, weight, 2), (6, rows, row_tiles)):
+                    for half in range(halves):
+                        at = _address(builder, panel, start, _index(half * TILE), element=_SHORT)
+                        load_tile(builder, first + half, at)
+                for left, right in squares:
+                    multiply_tiles(builder, "tdpbf16ps", 2 * left + right, 4 + left, 6 + right)
+                return []
 
-    return _takes(weight, weight_offset, rows, rows_offset, steps, sums, sums_offset, add), generate
+            _loop(builder, _index(0), steps, 1, [], step)
+            for register, place in places.items():
+                store_tile(builder, register, place, 4 * SIDE)
+            return context.get_dummy_value()
+
+        return _takes(weight, weight_offset, rows, rows_offset, steps, sums, sums_offset, add), generate
+
+    return multiply
+
+
+blocks_tile, blocks_half_tile = _multiplier(2), _multiplier(1)
 
 
 @intrinsic

@@ -228,7 +228,7 @@ def test_a_profile_tells_products_apart(exact_folder: Path) -> None:
         rows = profile.rows()
     assert any("linear_int8" in label and "GELU" in label for label in rows)
     assert sum(seconds for seconds, _ in rows.values()) <= total
-    patches = sum(len(item.patches) for item in slices)
+    patches = sum(item.n_patches for item in slices)
     width, mlp, layers = made.tower.config.width, made.tower.config.mlp, made.tower.config.layers
     (work,) = (work for label, (_, work) in rows.items() if f"{width} → {mlp}, GELU" in label)
     assert work == pytest.approx(2 * patches * width * mlp * layers / 1e9)

@@ -16,6 +16,7 @@ from edge_kernels import reference_decoder
 from edge_kernels.compile import set_threads
 from edge_kernels.linear_blocks import (
     BLOCK_BYTES,
+    FEW_BYTES,
     IS_POSSIBLE,
     K_BLOCK,
     OUTPUT_BLOCK,
@@ -109,6 +110,15 @@ def test_a_row_does_not_depend_on_the_others(m, row):
     whole = linear_blocks(pack_rows(x), weight)
     first = min(row, 70 - m)
     np.testing.assert_array_equal(linear_blocks(pack_rows(x[first : first + m]), weight), whole[first : first + m])
+
+
+def test_nor_on_whether_they_are_many():
+    """Of few rows panels are small, of many large; sums are taken in the same order."""
+    weight, x = blocks_of("Q4_K", 300, 4352), random(70, 4352)
+    assert 2 * 16 * 4352 <= FEW_BYTES < 2 * 70 * 4352
+    whole = linear_blocks(pack_rows(x), weight)
+    for m in (1, 16, 17, 33, 48, 60):
+        np.testing.assert_array_equal(linear_blocks(pack_rows(x[:m]), weight), whole[:m])
 
 
 @pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one CPU only")

@@ -20,7 +20,7 @@ from edge_kernels.linear_blocks import IS_POSSIBLE
 from edge_runtime import Model, console, filling
 from edge_runtime.decoder import CacheFull, Cancelled, Decoder, DecoderOptions, Part
 from edge_runtime.encoder import ImageEncoder
-from edge_runtime.filling import LEAST_ROWS
+from edge_runtime.filling import LEAST_ROWS, PastSpace
 from edge_runtime.mapping import Region, foreign_regions, let_go_of_region, map_file, region_bytes, watched
 from edge_runtime.memory import reckon
 from edge_runtime.prefill import Stretch, can_fill
@@ -72,6 +72,36 @@ def tokens(n: int, seed: int = 0) -> list[int]:
 
 def error(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+# --- what is read back -----------------------------------------------------------------------------------------
+
+
+def test_memory_for_the_past_is_kept_but_not_given_twice():
+    space = PastSpace(1 << 16)
+    first, second = space.take(1000), space.take(70)
+    first[:], second[:] = 1, 2
+    assert first.sum() == 1000 and second.sum() == 140
+    large = space.take(1 << 16)  # more than is left: its own
+    assert not np.shares_memory(large, first) and not np.shares_memory(large, second)
+    space.begin()
+    assert np.shares_memory(space.take(500), first)
+    assert len(space.take(1 << 17)) == 1 << 17
+
+
+def test_sequences_that_go_on_together_do_not_share_what_is_read_back(decoder):
+    """Both pasts are read before anything is computed."""
+    ids = [tokens(30, seed) for seed in (1, 2)]
+    alone = []
+    for i in ids:
+        decoder.step([Part(0, i[:20], wants_logits=False)])
+        (row,) = decoder.step([Part(0, i[20:], wants_logits=True)])
+        alone.append(decoder.logits(row).copy())
+        decoder.rewind(0)
+    decoder.step([Part(n, i[:20], wants_logits=False) for n, i in enumerate(ids)])
+    rows = decoder.step([Part(n, i[20:], wants_logits=True) for n, i in enumerate(ids)])
+    for row, expected in zip(rows, alone, strict=True):
+        assert error(decoder.logits(row), expected) < 1e-3
 
 
 # --- what is computed ------------------------------------------------------------------------------------------
