@@ -27,8 +27,8 @@ from edge_kernels.simd_bf16 import (
     LANES,
     TILE_WORDS,
     as_bf16,
-    column_maxima,
     powers_bf16,
+    raise_maxima,
     round_row,
     scale_row,
     score_tiles,
@@ -41,6 +41,7 @@ Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
 BLOCK = 2 * LANES  # keys in a step of the second product, queries of a task
+VALUE_BLOCKS = 8  # blocks of keys whose powers, 16 KB of them, are multiplied with values at once
 IS_POSSIBLE = HAS_TILES
 """Whether this machine can run it."""
 
@@ -120,12 +121,33 @@ def _lay_queries(q, q_stride, d, factor, terms, steps, start, n_q, column, queri
 
 
 @leaf
-def first_scores(queries, steps, keys, n_kv, buffers):
-    """Compute the scores that `attend_block` begins with, of the block of queries in the first tiles."""
+def _score(keys, steps, queries, at, n_kv, turn, block, buffers):
+    """Compute the scores of a block of keys with the block of queries at word `at`, for the turn that it has."""
     scores, n_blocks = buffers[0], (n_kv + BLOCK - 1) // BLOCK
+    score_tiles(
+        keys, block * 2 * steps * TILE_WORDS, queries, at, steps,
+        scores, turn % 2 * scores.size // 2 + block * 2 * TILE_WORDS, n_blocks * BLOCK * LANES,
+    )  # fmt: skip
+
+
+@leaf
+def _raise(n_kv, turn, block, buffers):
+    """Take a block of keys into the maxima of a turn."""
+    scores, maxima, n_blocks = buffers[0], buffers[3], (n_kv + BLOCK - 1) // BLOCK
+    for half in range(2):
+        at = turn % 2 * scores.size // 2 + half * n_blocks * BLOCK * LANES + block * 2 * TILE_WORDS
+        raise_maxima(scores, at, min(BLOCK, n_kv - block * BLOCK), maxima, (turn % 2 * 2 + half) * LANES)
+
+
+@leaf
+def first_scores(queries, steps, keys, n_kv, buffers):
+    """Compute what `attend_block` begins with, for the block of queries in the first tiles."""
+    n_blocks = (n_kv + BLOCK - 1) // BLOCK
+    buffers[3][: 2 * LANES] = -np.inf
     for block in range(n_blocks):
-        at = block * 2 * TILE_WORDS
-        score_tiles(keys, block * 2 * steps * TILE_WORDS, queries, 0, steps, scores, at, n_blocks * BLOCK * LANES)
+        _score(keys, steps, queries, 0, n_kv, 0, block, buffers)
+    for block in range(n_blocks):
+        _raise(n_kv, 0, block, buffers)
 
 
 @leaf
@@ -135,29 +157,37 @@ def attend_block(
     """Attend with the block of queries number `turn`, whose scores are there, to all keys; all of them in tiles.
 
     The scores of the next block, whose queries are at word `following` (none: -1), are computed on the way: tiles are
-    multiplied while powers are taken. `out` gets n_q rows of d, `out_stride` apart.
+    multiplied while powers are taken. What was computed is used while it is in the first cache: scores for maxima, one
+    block of keys later, and VALUE_BLOCKS blocks of powers. `out` gets n_q rows of d, `out_stride` apart.
     """
     scores, powers, sums, maxima = buffers
     n_blocks = (n_kv + BLOCK - 1) // BLOCK
     panel, powers_panel, sums_panel = n_blocks * BLOCK * LANES, n_blocks * TILE_WORDS, columns * LANES
-    here, there = turn % 2 * scores.size // 2, (1 - turn % 2) * scores.size // 2
+    here, mine, others = turn % 2 * scores.size // 2, turn % 2 * 2 * LANES, (1 - turn % 2) * 2 * LANES
+    maxima[others : others + 2 * LANES] = -np.inf
     for half in range(2):
-        column_maxima(scores, here + half * panel, n_kv, maxima, half * LANES)
         powers[half * powers_panel + (n_kv + 1) // 2 * LANES : (half + 1) * powers_panel] = 0
     for block in range(n_blocks):
-        at, n_keys = block * 2 * TILE_WORDS, min(BLOCK, n_kv - block * BLOCK)
+        n_keys = min(BLOCK, n_kv - block * BLOCK)
         if following >= 0:
-            score_tiles(keys, block * 2 * steps * TILE_WORDS, queries, following, steps, scores, there + at, panel)
+            _score(keys, steps, queries, following, n_kv, turn + 1, block, buffers)
+            if block > 0:
+                _raise(n_kv, turn + 1, block - 1, buffers)
         for half in range(2):
             powers_bf16(
-                scores, here + half * panel + at, n_keys, maxima, half * LANES,
+                scores, here + half * panel + block * 2 * TILE_WORDS, n_keys, maxima, mine + half * LANES,
                 powers, half * powers_panel + block * TILE_WORDS,
             )  # fmt: skip
-    for block in range(0, columns // LANES, 2):
-        value_tiles(
-            values, block * TILE_WORDS, columns // LANES * TILE_WORDS,
-            powers, 0, powers_panel, n_blocks, sums, block * LANES * LANES, sums_panel,
-        )  # fmt: skip
+        first = block // VALUE_BLOCKS * VALUE_BLOCKS
+        if block + 1 == min(n_blocks, first + VALUE_BLOCKS):
+            for column in range(0, columns // LANES, 2):
+                value_tiles(
+                    values, (first * (columns // LANES) + column) * TILE_WORDS, columns // LANES * TILE_WORDS,
+                    powers, first * TILE_WORDS, powers_panel, block + 1 - first,
+                    sums, column * LANES * LANES, sums_panel, first,
+                )  # fmt: skip
+    if following >= 0:
+        _raise(n_kv, turn + 1, n_blocks - 1, buffers)
     rows = scores.view(np.int32)  # those of this block are of no more use: [16][columns], a half's results
     for half in range((n_q + LANES - 1) // LANES):
         for block in range(columns // LANES):
@@ -182,7 +212,7 @@ def attention_buffers(most_keys, columns):
         aligned(2 * max(2 * n_blocks * BLOCK, columns) * LANES, np.float32),
         aligned(2 * n_blocks * TILE_WORDS, np.int32),
         aligned(2 * columns * LANES, np.float32),
-        aligned(2 * LANES, np.float32),
+        aligned(4 * LANES, np.float32),
     )
 
 

@@ -264,8 +264,8 @@ def _power(builder: ir.IRBuilder, difference: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def column_maxima(typing_context, scores, offset, keys, maxima, maxima_offset):
-    """Write the largest score of each of 16 queries; scores: float32 [key][16]."""
+def raise_maxima(typing_context, scores, offset, keys, maxima, maxima_offset):
+    """Raise the maxima of 16 queries to their largest scores; scores: float32 [key][16]."""
 
     def generate(context, builder, signature, args):
         scores, maxima = (_start(context, builder, signature, args, position) for position in (0, 3))
@@ -277,7 +277,7 @@ def column_maxima(typing_context, scores, offset, keys, maxima, maxima_offset):
 
         whole = builder.mul(builder.sdiv(keys, _index(chains)), _index(chains))
         found = _loop(
-            builder, _index(0), whole, chains, [_constant(_FLOATS, float("-inf"))] * chains,
+            builder, _index(0), whole, chains, [_load(builder, maxima, _FLOATS)] * chains,
             lambda key, state: [_larger(builder, score(key, more), state[more]) for more in range(chains)],
         )  # fmt: skip
         maximum = found[0]
@@ -330,20 +330,30 @@ def powers_bf16(typing_context, scores, offset, keys, maxima, maxima_offset, pow
 
 @intrinsic
 def value_tiles(
-    typing_context, values, values_offset, stride, powers, powers_offset, panel, steps, out, out_offset, out_panel
-):
+    typing_context, values, values_offset, stride, powers, powers_offset, panel, steps, out, out_offset, out_panel,
+    add,
+):  # fmt: skip
     """Multiply 32 columns of values with the powers of 32 queries.
 
     values: [step] tiles of 16 columns × 32 keys, the second 16 columns a tile further, steps `stride` words apart;
     powers: [step] tiles of pairs, the second 16 queries `panel` words further; out: float32 [column][16], the
-    second 16 queries `out_panel` elements further.
+    second 16 queries `out_panel` elements further; where `add` is not 0, the products are added to it.
     """
 
     def generate(context, builder, signature, args):
         values, powers, out = (_start(context, builder, signature, args, position) for position in (0, 3, 7))
         stride, panel, steps, out_panel = args[2], args[5], args[6], args[9]
+        places = []
         for register in range(4):
-            zero_tile(builder, register)
+            at = _address(builder, out, _index(register // 2 * ROWS * LANES))
+            places.append(_address(builder, at, out_panel) if register % 2 else at)
+        with builder.if_else(builder.icmp_signed("!=", args[10], _index(0))) as (then, otherwise):
+            with then:
+                for register, place in enumerate(places):
+                    load_tile(builder, register, place)
+            with otherwise:
+                for register in range(4):
+                    zero_tile(builder, register)
 
         def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
             value = _address(builder, values, builder.mul(i, stride), element=_INT)
@@ -357,13 +367,10 @@ def value_tiles(
             return []
 
         _loop(builder, _index(0), steps, 1, [], step)
-        for register in range(4):
-            at = _address(builder, out, _index(register // 2 * ROWS * LANES))
-            if register % 2:
-                at = _address(builder, at, out_panel)
-            store_tile(builder, register, at)
+        for register, place in enumerate(places):
+            store_tile(builder, register, place)
         return context.get_dummy_value()
 
     return _takes(
-        values, values_offset, stride, powers, powers_offset, panel, steps, out, out_offset, out_panel
+        values, values_offset, stride, powers, powers_offset, panel, steps, out, out_offset, out_panel, add
     ), generate  # fmt: skip
