@@ -81,8 +81,8 @@ class Scheduler:
 
     @property
     def waiting_s(self) -> float:
-        """About how long the prompts of waiting tasks will take."""
-        return self._row_s * sum(len(task.keys) for task in self._waiting)
+        """About how long the prompts of waiting tasks will take, but for what is remembered of them."""
+        return self._row_s * sum(len(task.keys) - self.remembered(task) for task in self._waiting)
 
     def add(self, task: Task) -> None:
         """Take in a new task; it is computed as soon as a sequence is free."""

@@ -157,8 +157,8 @@ def attend_block(
     """Attend with the block of queries number `turn`, whose scores are there, to all keys; all of them in tiles.
 
     The scores of the next block, whose queries are at word `following` (none: -1), are computed on the way: tiles are
-    multiplied while powers are taken. What was computed is used while it is in the first cache: scores for maxima, one
-    block of keys later, and VALUE_BLOCKS blocks of powers. `out` gets n_q rows of d, `out_stride` apart.
+    multiplied while powers are taken. What was computed is used while it is in the first cache: scores for maxima one
+    block of keys later, powers VALUE_BLOCKS at a time. `out` gets n_q rows of d, `out_stride` apart.
     """
     scores, powers, sums, maxima = buffers
     n_blocks = (n_kv + BLOCK - 1) // BLOCK

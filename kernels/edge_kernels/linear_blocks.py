@@ -110,30 +110,33 @@ def _place(m, panel, half, step):
 
 @kernel
 def _pack(x, x_stride, m, k, out, tickets, workers):
+    blocks = k // BLOCK
     for _ in numba.prange(workers):
-        task = take_ticket(tickets)  # 16 rows
-        while task * 16 < (m + SIDE - 1) // SIDE * SIDE:
-            row = min(task * 16, m - 1)
-            for step in range(k // STEP):
-                place = _place(m, task // 2, task % 2, step)
-                pack_pairs(x, row * x_stride + step * STEP, x_stride, m - task * 16, out, place)
+        task = take_ticket(tickets)  # 16 rows of a block; half a square of which there is no row is never read
+        while task < (m + 15) // 16 * blocks:
+            first, block = task // blocks * 16, task % blocks
+            for step in range(block * STEPS, (block + 1) * STEPS):
+                place = _place(m, first // SIDE, first % SIDE // 16, step)
+                pack_pairs(x, first * x_stride + step * STEP, x_stride, m - first, out, place)
             task = take_ticket(tickets)
 
 
 @kernel
 def _pack_gated(gate, up, m, k, out, tickets, workers):
+    blocks = k // BLOCK
     for _ in numba.prange(workers):
         lines = aligned(16 * STEP, np.float32)
         task = take_ticket(tickets)
-        while task * 16 < (m + SIDE - 1) // SIDE * SIDE:
-            for step in range(k // STEP):
-                for i in range(min(16, m - task * 16)):
-                    at = (task * 16 + i) * k + step * STEP
+        while task < (m + 15) // 16 * blocks:
+            first, block = task // blocks * 16, task % blocks
+            for step in range(block * STEPS, (block + 1) * STEPS):
+                for i in range(min(16, m - first)):
+                    at = (first + i) * k + step * STEP
                     for j in range(STEP):
                         value = gate[at + j]
                         power = exp2(value * np.float32(-LOG2_E))
                         lines[i * STEP + j] = value / (np.float32(1.0) + power) * up[at + j]
-                pack_pairs(lines, 0, STEP, m - task * 16, out, _place(m, task // 2, task % 2, step))
+                pack_pairs(lines, 0, STEP, m - first, out, _place(m, first // SIDE, first % SIDE // 16, step))
             task = take_ticket(tickets)
 
 

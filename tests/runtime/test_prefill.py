@@ -81,9 +81,9 @@ def test_memory_for_the_past_is_kept_but_not_given_twice():
     space = PastSpace(1 << 16)
     first, second = space.take(1000), space.take(70)
     first[:], second[:] = 1, 2
-    assert first.sum() == 1000 and second.sum() == 140
+    assert (first.sum(), second.sum()) == (1000, 140)
     large = space.take(1 << 16)  # more than is left: its own
-    assert not np.shares_memory(large, first) and not np.shares_memory(large, second)
+    assert not any(np.shares_memory(large, part) for part in (first, second))
     space.begin()
     assert np.shares_memory(space.take(500), first)
     assert len(space.take(1 << 17)) == 1 << 17
