@@ -79,6 +79,10 @@ class KVRows:
     def __getitem__(self, part: slice) -> KVRows:
         return KVRows(self.form, [rows[part] for rows in self.keys], [rows[part] for rows in self.values])
 
+    def halves(self, layer: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
+        """Keys and values of a layer that are float16: ndarrays [shape=(n, width), uint16]."""
+        return self.keys[layer].view(np.uint16), self.values[layer].view(np.uint16)
+
     def to_bytes(self) -> bytes:
         """All keys, then all values, layer by layer."""
         return b"".join(rows.tobytes() for rows in (*self.keys, *self.values))

@@ -198,10 +198,11 @@ class Prefill:
         norm_and_rotate(queries, layer.attn_q_norm, self._eps, *angles)
         norm_and_rotate(new_keys, layer.attn_k_norm, self._eps, *angles)
         for i, (stretch, (first, end)) in enumerate(zip(stretches, bounds, strict=True)):
-            past = stretch.past
-            keys = _kept(new_keys[first:end], kept[0][i], None if past is None else past.keys[n])
-            values = _kept(new_values[first:end], kept[1][i], None if past is None else past.values[n])
-            attention_causal(queries[first:end], keys, values, self._dims, out=space.attended[first:end])
+            keys, values = _kept(new_keys[first:end], kept[0][i]), _kept(new_values[first:end], kept[1][i])
+            past = None if stretch.past is None else stretch.past.halves(n)
+            attention_causal(
+                queries[first:end], keys, values, self._dims, past=past, out=space.attended[first:end]
+            )  # fmt: skip
         linear_blocks(pack_rows(space.attended), layer.attn_output, residual=x, out=x)
 
     def _logits(self, x: Float32, rows: Sequence[int]) -> Float32:
@@ -213,11 +214,11 @@ class Prefill:
         return linear_blocks(pack_rows(rms_norm(x[[*rows]], self._head_norm, self._eps)), self._head)
 
 
-def _kept(new: Float32, kept: list[Bytes], past: Bytes | None) -> npt.NDArray[np.uint16]:
-    """Keep new rows as float16; returns them behind those of the past."""
+def _kept(new: Float32, kept: list[Bytes]) -> npt.NDArray[np.uint16]:
+    """Keep new rows as float16."""
     halves = new.astype(np.float16)
     kept.append(halves.view(np.uint8))
-    return halves.view(np.uint16) if past is None else np.concatenate([past.view(np.uint16), halves.view(np.uint16)])
+    return halves.view(np.uint16)
 
 
 class _Space:

@@ -184,5 +184,7 @@ def _resize(picture: Image.Image, size: Size) -> npt.NDArray[np.uint8]:
     Pillow 13 chooses the axis order by size, which changes bytes by up to 21; one axis per call gives the official
     ones with every version.
     """
-    columns_done = picture.resize((size[0], picture.height), Image.Resampling.BICUBIC)
-    return np.asarray(columns_done.resize(size, Image.Resampling.BICUBIC))
+    for step in ((size[0], picture.height), size):
+        if picture.size != step:  # Pillow would copy it
+            picture = picture.resize(step, Image.Resampling.BICUBIC)
+    return np.asarray(picture)

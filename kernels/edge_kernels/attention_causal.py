@@ -28,44 +28,62 @@ Halves = NDArray[np.uint16]
 
 
 @leaf
-def _pack_keys(keys, width, head, n, dims, high, low, tile):
+def _pack_keys(past, new, n_past, width, head, n, dims, high, low, tile):
     """Split 32 keys of a head, from key 32 · tile on; those behind the last become 0."""
     steps = dims // STEP
     for i in range(SIDE):
         row = tile * SIDE + i
         for step in range(steps):
             to = (tile * steps + step) * STEP_ELEMENTS + i // 16 * TILE + i % 16 * STEP
-            if row < n:
-                split_key(keys, row * width + head * dims + step * STEP, high, to, low, to)
+            column = head * dims + step * STEP
+            if row < n_past:
+                split_key(past, row * width + column, high, to, low, to)
+            elif row < n:
+                split_key(new, (row - n_past) * width + column, high, to, low, to)
             else:
                 high[to : to + STEP] = 0
                 low[to : to + STEP] = 0
 
 
 @leaf
-def _pack_values(values, width, head, n, dims, out, tile, tiles):
+def _pack_values(past, new, n_past, width, head, n, dims, out, tile, tiles, lines):
     """Turn 32 values of a head round: a tile of [16 numbers][32 positions] for every 16 numbers."""
+    first, column = tile * SIDE, head * dims
+    is_mixed = first < n_past < min(n, first + SIDE)
+    for i in range(min(SIDE, n - first) if is_mixed else 0):
+        for j in range(dims):
+            if first + i < n_past:
+                lines[i * dims + j] = past[(first + i) * width + column + j]
+            else:
+                lines[i * dims + j] = new[(first + i - n_past) * width + column + j]
     for part in range(dims // 16):
         to = (part // 2 * tiles + tile) * STEP_ELEMENTS + part % 2 * TILE
-        turn_values(
-            values, tile * SIDE * width + head * dims + part * 16, width, n - tile * SIDE, out, to
-        )  # fmt: skip
+        if is_mixed:
+            turn_values(lines, part * 16, dims, n - first, out, to)
+        elif first < n_past:
+            turn_values(past, first * width + column + part * 16, width, n - first, out, to)
+        else:
+            turn_values(new, (first - n_past) * width + column + part * 16, width, n - first, out, to)
 
 
 @kernel
-def _pack(keys, values, width, heads, n, dims, packed, tickets, workers):
+def _pack(past, new, n_past, width, heads, n, dims, packed, tickets, workers):
     high, low, turned = packed
     tiles = (n + SIDE - 1) // SIDE
     size = tiles * SIDE * dims
     for _ in numba.prange(workers):
+        lines = np.empty(SIDE * dims, np.uint16)
         task = take_ticket(tickets)
         while task < heads * tiles:
             head, tile = task // tiles, task % tiles
             place = head * size
             _pack_keys(
-                keys, width, head, n, dims, high[place : place + size], low[place : place + size], tile
+                past[0], new[0], n_past, width, head, n, dims, high[place : place + size], low[place : place + size],
+                tile,
             )  # fmt: skip
-            _pack_values(values, width, head, n, dims, turned[place : place + size], tile, tiles)
+            _pack_values(
+                past[1], new[1], n_past, width, head, n, dims, turned[place : place + size], tile, tiles, lines
+            )  # fmt: skip
             task = take_ticket(tickets)
 
 
@@ -164,20 +182,28 @@ def _attention(queries, heads, group, m, past, dims, factor, packed, out, ticket
 
 
 def attention_causal(
-    queries: Float32, keys: Halves, values: Halves, dims: int, *, out: Float32 | None = None
+    queries: Float32,
+    keys: Halves,
+    values: Halves,
+    dims: int,
+    *,
+    past: tuple[Halves, Halves] | None = None,
+    out: Float32 | None = None,
 ) -> Float32:
-    """Attend from the last M of N positions to all that are not behind them.
+    """Attend from M new positions, behind those of the past, to all that are not behind them.
 
     Runs in parallel, on machines with AMX. Scores are exact to some 2^-16 of |q| · |k|, the sum of values to 2^-9.
-    8·M·N·heads·dims operations where every position sees all.
+    8·M·N·heads·dims operations where every one of M positions sees N.
 
     Parameters
     ----------
     queries : ndarray [shape=(M, heads · dims), float32, C-contiguous]
-    keys, values : ndarray [shape=(N, kv_heads · dims), uint16, C-contiguous]
-        Bits of float16; N ≥ M. heads / kv_heads query heads share one of these.
+    keys, values : ndarray [shape=(M, kv_heads · dims), uint16, C-contiguous]
+        Bits of float16. heads / kv_heads query heads share one of these.
     dims : int
         Numbers of a head, a multiple of 32.
+    past : ndarrays [shape=(P, kv_heads · dims), uint16, C-contiguous], optional
+        Keys and values of the positions before.
     out : ndarray [shape=(M, heads · dims), float32, C-contiguous], optional
 
     Returns
@@ -185,17 +211,22 @@ def attention_causal(
     ndarray [shape=(M, heads · dims), float32]
         `out`, or a new array.
     """
-    (m, width), (n, kv_width) = queries.shape, keys.shape
+    (m, width), kv_width = queries.shape, keys.shape[1]
     heads, kv_heads = width // dims, kv_width // dims
     out = result_rows(out, m, width)
-    tiles = -(-n // SIDE)
+    before = (keys[:0], values[:0]) if past is None else past
+    n_past = len(before[0])
+    tiles = -(-(n_past + m) // SIDE)
     packed = tuple(aligned_empty(kv_heads * tiles * SIDE * dims // 2).view(np.int16) for _ in range(3))
     factor = np.float32(LOG2_E / np.sqrt(dims))
     tickets = np.zeros(2, np.int64)
     with parallel_region() as workers:
-        _pack(keys.reshape(-1), values.reshape(-1), kv_width, kv_heads, n, dims, packed, tickets[:1], workers)
+        _pack(
+            tuple(part.reshape(-1) for part in before), (keys.reshape(-1), values.reshape(-1)), n_past, kv_width,
+            kv_heads, n_past + m, dims, packed, tickets[:1], workers,
+        )  # fmt: skip
         _attention(
-            vector_view(queries), heads, heads // kv_heads, m, n - m, dims, factor, packed, out.reshape(-1),
+            vector_view(queries), heads, heads // kv_heads, m, n_past, dims, factor, packed, out.reshape(-1),
             tickets[1:], workers,
         )  # fmt: skip
     return out

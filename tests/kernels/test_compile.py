@@ -69,7 +69,8 @@ USE_EVERYTHING = textwrap.dedent(
                 linear_blocks(pack_gated(wide, wide), BlockWeight(blocks, kind, 40, 256), residual=x)
             rms_norm(rms_norm(wide, norm, 1e-6), wide[0], 1e-6)
             norm_and_rotate(wide, norm, 1e-6, np.ones((m, 128), np.float32), np.zeros((m, 128), np.float32))
-            attention_causal(wide, np.zeros((9, 128), np.uint16), np.zeros((9, 128), np.uint16), 64)
+            new, before = np.zeros((m, 128), np.uint16), np.zeros((9 * m, 128), np.uint16)
+            attention_causal(wide, new, new, 64, past=None if m == 1 else (before, before))
     many, ends = np.ones((400, 40), np.float32), np.array([0, 400])  # several blocks of queries
     attention_int16(many, many, many[:, ::-1], 2, 0.5, ends, ends)
     print(*cache_statistics(), len(_kernels))

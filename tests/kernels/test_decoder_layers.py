@@ -25,6 +25,13 @@ def halves(*shape: int, seed: int = 0) -> Any:
     return random(*shape, seed=seed).astype(np.float16)
 
 
+def attended(queries, keys, values, dims):
+    """Keys and values of all positions; those of the past lie apart, as they do in a cache."""
+    n, keys, values = len(keys) - len(queries), keys.view(np.uint16), values.view(np.uint16)
+    past = (keys[:n].copy(), values[:n].copy()) if n else None
+    return attention_causal(queries, keys[n:], values[n:], dims, past=past)
+
+
 @needs_amx
 @pytest.mark.parametrize(
     ("m", "past", "heads", "kv_heads", "dims"),
@@ -40,7 +47,7 @@ def halves(*shape: int, seed: int = 0) -> Any:
 def test_attention_against_float64(m, past, heads, kv_heads, dims):
     queries = 3 * random(m, heads * dims)
     keys, values = halves(m + past, kv_heads * dims, seed=1), halves(m + past, kv_heads * dims, seed=2)
-    found = attention_causal(queries, keys.view(np.uint16), values.view(np.uint16), dims)
+    found = attended(queries, keys, values, dims)
     expected = reference_decoder.attention_causal(queries, keys, values, dims)
     # Weights and values are rounded to bfloat16, each to 2^-9 at most and 2^-10.8 in the mean of squares.
     assert np.linalg.norm(found - expected) <= 0.0025 * np.linalg.norm(expected)
@@ -55,7 +62,7 @@ def test_scores_of_large_queries_and_keys_stay_exact():
     keys[1:] = keys[:1]
     keys[1:, 0] += np.float16(0.03125) * np.arange(1, n, dtype=np.float16)[:, None][:, 0]
     values = halves(n, dims, seed=2)
-    found = attention_causal(40 * queries, keys.view(np.uint16), values.view(np.uint16), dims)
+    found = attended(40 * queries, keys, values, dims)
     expected = reference_decoder.attention_causal(40 * queries, keys, values, dims)
     assert np.linalg.norm(found - expected) <= 0.006 * np.linalg.norm(expected)
 
@@ -63,9 +70,9 @@ def test_scores_of_large_queries_and_keys_stay_exact():
 @needs_amx
 def test_positions_see_nothing_behind_them():
     queries, keys, values = random(50, 128), halves(50, 64), halves(50, 64, seed=3)
-    first = attention_causal(queries, keys.view(np.uint16), values.view(np.uint16), 64)
+    first = attended(queries, keys, values, 64)
     keys[30:], values[30:] = np.float16(9), np.float16(-9)
-    second = attention_causal(queries, keys.view(np.uint16), values.view(np.uint16), 64)
+    second = attended(queries, keys, values, 64)
     np.testing.assert_array_equal(first[:30], second[:30])
     assert (first[30:] != second[30:]).any(axis=1).all()
 
@@ -74,8 +81,8 @@ def test_positions_see_nothing_behind_them():
 def test_in_two_parts_or_at_once():
     """A prompt that is computed in chunks: the second one finds the first in the cache."""
     queries, keys, values = random(70, 256), halves(70, 128), halves(70, 128, seed=3)
-    whole = attention_causal(queries, keys.view(np.uint16), values.view(np.uint16), 64)
-    last = attention_causal(queries[33:], keys.view(np.uint16), values.view(np.uint16), 64)
+    whole = attended(queries, keys, values, 64)
+    last = attended(queries[33:], keys, values, 64)
     np.testing.assert_allclose(last, whole[33:], atol=1e-5)
 
 
