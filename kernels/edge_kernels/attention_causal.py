@@ -17,11 +17,20 @@ from numpy.typing import NDArray
 from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, vector_view
 from edge_kernels.linear import result_rows
 from edge_kernels.linear_blocks import LOG2_E
-from edge_kernels.simd import exp2, take_ticket
+from edge_kernels.simd import take_ticket
 from edge_kernels.simd_amx import begin_tiles, end_tiles
 from edge_kernels.simd_bf16 import as_bf16
-from edge_kernels.simd_blocks import SIDE, STEP, STEP_ELEMENTS, TILE, blocks_tile, finish_turned, pack_pairs
-from edge_kernels.simd_cache import pair_powers, split_key, turn_values
+from edge_kernels.simd_blocks import (
+    SIDE,
+    STEP,
+    STEP_ELEMENTS,
+    TILE,
+    blocks_half_tile,
+    blocks_tile,
+    finish_turned,
+    pack_pairs,
+)
+from edge_kernels.simd_cache import softmax_pairs, split_key, turn_values
 
 Float32 = NDArray[np.float32]
 Halves = NDArray[np.uint16]
@@ -106,25 +115,6 @@ def _pack_queries(queries, width, first, m, head, dims, factor, high, low, lines
             pack_pairs(lines, 16 * STEP, STEP, n_rows, low, to)
 
 
-@helper
-def _powers(scores, n_keys, sums, pairs):
-    """Turn scores [keys][32 queries] into powers as pairs, and add them up."""
-    largest = np.full(SIDE, -np.inf, np.float32)
-    for key in range(n_keys):
-        for i in range(SIDE):
-            largest[i] = max(largest[i], scores[key * SIDE + i])
-    for i in range(SIDE):
-        sums[i] = np.float32(0.0)
-    for key in range(n_keys):
-        for i in range(SIDE):
-            power = exp2(scores[key * SIDE + i] - largest[i])
-            scores[key * SIDE + i] = power
-            sums[i] += power
-    for pair in range(n_keys // 2):
-        to = pair // 16 * (STEP_ELEMENTS // 2) + pair % 16 * 16
-        pair_powers(scores, pair * 2 * SIDE, pairs, to)
-
-
 @leaf
 def _task(queries, width, head, group, first, m, past, dims, factor, packed, size, tiles, out, buffers):
     """Compute 32 rows of a head."""
@@ -134,17 +124,29 @@ def _task(queries, width, head, group, first, m, past, dims, factor, packed, siz
     last = past + min(first + SIDE, m)  # keys that the last of the rows sees
     n_tiles, steps = (last + SIDE - 1) // SIDE, dims // STEP
     place = head // group * size
+    is_half = m - first <= SIDE // 2
     for tile in range(n_tiles):
-        at = place + tile * steps * STEP_ELEMENTS
-        blocks_tile(high, at, q_high, 0, steps, scores, tile * SIDE * SIDE, 0)
-        blocks_tile(high, at, q_low, 0, steps, scores, tile * SIDE * SIDE, 1)
-        blocks_tile(low, at, q_high, 0, steps, scores, tile * SIDE * SIDE, 1)
+        at, to = place + tile * steps * STEP_ELEMENTS, tile * SIDE * SIDE
+        if is_half:
+            blocks_half_tile(high, at, q_high, 0, steps, scores, to, 0)
+            blocks_half_tile(high, at, q_low, 0, steps, scores, to, 1)
+            blocks_half_tile(low, at, q_high, 0, steps, scores, to, 1)
+        else:
+            blocks_tile(high, at, q_high, 0, steps, scores, to, 0)
+            blocks_tile(high, at, q_low, 0, steps, scores, to, 1)
+            blocks_tile(low, at, q_high, 0, steps, scores, to, 1)
     for key in range(past + first + 1, n_tiles * SIDE):  # query i sees keys up to past + first + i
         for i in range(min(SIDE, key - past - first)):
             scores[key * SIDE + i] = -np.inf
-    _powers(scores, n_tiles * SIDE, sums, pairs.view(np.int32))
+    for half in range(1 if is_half else 2):
+        column = half * SIDE // 2
+        softmax_pairs(scores, column, n_tiles * SIDE, pairs.view(np.int32), half * TILE // 2, sums, column)
     for tile in range(dims // SIDE):
-        blocks_tile(turned, place + tile * tiles * STEP_ELEMENTS, pairs, 0, n_tiles, result, 0, 0)
+        at = place + tile * tiles * STEP_ELEMENTS
+        if is_half:
+            blocks_half_tile(turned, at, pairs, 0, n_tiles, result, 0, 0)
+        else:
+            blocks_tile(turned, at, pairs, 0, n_tiles, result, 0, 0)
         for j in range(SIDE):
             for i in range(SIDE):
                 result[j * SIDE + i] /= sums[i]

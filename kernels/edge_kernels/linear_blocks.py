@@ -56,8 +56,9 @@ SQUARE = STEPS * STEP_ELEMENTS
 
 LOG2_E = 1.4426950408889634
 
-# Of a task. Of many rows it has in the second cache a panel of OUTPUT_BLOCK · K_BLOCK weights, the same k of some 500
-# rows, and the sums; 2 MB together. Rows come from memory once for each panel of outputs: so few are better.
+TASKS_PER_WORKER = 3
+# Outputs of a task, at least. Of many rows it has in the second cache a panel of OUTPUT_BLOCK · K_BLOCK weights, the
+# same k of ROW_TILES · 32 rows, and the sums; 2 MB together. All rows come from memory once for each panel.
 OUTPUT_BLOCK = 256
 K_BLOCK = 512
 ROW_TILES = 16
@@ -204,7 +205,7 @@ def _task(rows, weight, m, first, n_outputs, k_block, residual, out, buffers):
 
 
 @helper
-def _worker(rows, weight, m, residual, out, output_block, k_block, tickets):
+def _worker(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets):
     n = weight[3]
     buffers = (
         aligned(output_block * k_block // 2, np.int32).view(np.int16),
@@ -213,17 +214,17 @@ def _worker(rows, weight, m, residual, out, output_block, k_block, tickets):
     )
     begin_tiles()
     task = take_ticket(tickets)
-    while task * OUTPUT_BLOCK < n:
-        for first in range(task * OUTPUT_BLOCK, min(n, (task + 1) * OUTPUT_BLOCK), output_block):
+    while task * task_outputs < n:
+        for first in range(task * task_outputs, min(n, (task + 1) * task_outputs), output_block):
             _task(rows, weight, m, first, min(output_block, n - first), k_block, residual, out, buffers)
         task = take_ticket(tickets)
     end_tiles()
 
 
 @kernel
-def _linear(rows, weight, m, residual, out, output_block, k_block, tickets, workers):
+def _linear(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets, workers):
     for _ in numba.prange(workers):
-        _worker(rows, weight, m, residual, out, output_block, k_block, tickets)
+        _worker(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets)
 
 
 def _empty_rows(m: int, k: int) -> NDArray[np.float32]:
@@ -313,5 +314,7 @@ def linear_blocks(
     blocks = (stored, _KINDS.index(weight.kind), BLOCK_BYTES[weight.kind], n, k)
     panel = (SIDE, BLOCK) if 2 * m * k <= FEW_BYTES else (OUTPUT_BLOCK, K_BLOCK)
     with parallel_region() as workers:
-        _linear(rows.panels, blocks, m, view, out.reshape(-1), *panel, np.zeros(1, np.int64), workers)
+        # Whoever begins somewhere else finds nothing asked for.
+        outputs = OUTPUT_BLOCK * max(1, n // (OUTPUT_BLOCK * TASKS_PER_WORKER * workers))
+        _linear(rows.panels, blocks, m, view, out.reshape(-1), outputs, *panel, np.zeros(1, np.int64), workers)
     return out

@@ -2,7 +2,7 @@
 
 A float16 is the sum of two bfloat16: 8 bits of its significand, and the other 3. Keys are taken in both parts, values
 in the first. Keys are left operands as they lie; values are turned round, so that positions are what is summed over.
-Tiles are those of `simd_blocks`.
+Scores become pairs of powers. Tiles are those of `simd_blocks`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -10,13 +10,16 @@ Tiles are those of `simd_blocks`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from edge_kernels.simd import _INT, _address, _constant, _index, _load, _store, _takes
+from edge_kernels.simd import _INT, _address, _constant, _exp2, _index, _larger, _load, _loop, _store, _takes
 from edge_kernels.simd_amx import ROW_BYTES, ROWS
 from edge_kernels.simd_bf16 import _FLOATS, _INTS, _SHORT, _SHORTS, LANES, _rounded_bits, _start, _transposed
-from edge_kernels.simd_blocks import STEP
+from edge_kernels.simd_blocks import STEP, STEP_ELEMENTS
 
 _UPPER = ~0xFFFF
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
@@ -78,21 +81,41 @@ def turn_values(typing_context, x, offset, stride, n_rows, out, out_offset):
 
 
 @intrinsic
-def pair_powers(typing_context, x, offset, out, out_offset):
-    """Write two lines of 32 float32, one below the other, as a pair of bfloat16 for each column (int32 words)."""
+def softmax_pairs(typing_context, scores, offset, keys, pairs, pairs_offset, sums, sums_offset):
+    """Write 2^(score - the largest) of 16 queries as pairs of keys in bfloat16, and their sums in float32.
+
+    scores: float32 [key][32], of which it takes 16; keys: a multiple of 4; pairs: int32 words, [32 keys][half of the
+    queries][16 pairs][16].
+    """
 
     def generate(context, builder, signature, args):
-        x, out = (_start(context, builder, signature, args, position) for position in (0, 2))
-        for half in range(2):
-            first, second = (
-                _rounded_bits(builder, _load(builder, _address(builder, x, _index(line + half * LANES)), _FLOATS))
-                for line in (0, 2 * LANES)
-            )
+        scores, pairs, sums = (_start(context, builder, signature, args, position) for position in (0, 3, 5))
+        chains = 4
+
+        def score(key: ir.Value, more: int) -> ir.Value:
+            row = builder.mul(key, _index(2 * LANES))
+            return _load(builder, _address(builder, scores, row, _index(more * 2 * LANES)), _FLOATS)
+
+        found = _loop(
+            builder, _index(0), args[2], chains, [_constant(_FLOATS, float("-inf"))] * chains,
+            lambda key, state: [_larger(builder, score(key, more), state[more]) for more in range(chains)],
+        )  # fmt: skip
+        largest = functools.reduce(lambda one, other: _larger(builder, one, other), found)
+
+        def pair(key: ir.Value, state: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            powers = [_exp2(builder, builder.fsub(score(key, more), largest)) for more in range(2)]
+            first, second = (_rounded_bits(builder, power) for power in powers)
             word = builder.or_(
                 builder.lshr(first, _constant(_INTS, 16)), builder.and_(second, _constant(_INTS, _UPPER))
             )
-            # Half of the columns are another tile: 16 lines of 16 words further on.
-            _store(builder, word, _address(builder, out, _index(half * ROWS * LANES), element=_INT), ROW_BYTES)
+            number = builder.sdiv(key, _index(2))
+            tile = builder.mul(builder.sdiv(number, _index(ROWS)), _index(STEP_ELEMENTS // 2))
+            line = builder.mul(builder.srem(number, _index(ROWS)), _index(LANES))
+            _store(builder, word, _address(builder, pairs, tile, line, element=_INT))
+            return [builder.fadd(total, power) for total, power in zip(state, powers, strict=True)]
+
+        totals = _loop(builder, _index(0), args[2], 2, [_constant(_FLOATS, 0.0)] * 2, pair)
+        _store(builder, builder.fadd(*totals), sums)
         return context.get_dummy_value()
 
-    return _takes(x, offset, out, out_offset), generate
+    return _takes(scores, offset, keys, pairs, pairs_offset, sums, sums_offset), generate
