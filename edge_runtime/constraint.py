@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.ending import is_end, next_key, shortest_end
+from edge_runtime.ending import distinct_item, is_end, next_key, shortest_end
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import Grammar, allowed_ids
 from edge_runtime.json_position import JsonPosition
@@ -65,7 +65,7 @@ class Constraint:
         self._grammar, self._vocabulary, self._after = form.grammar, form.grammar.vocabulary, form.after
         self._forced = deque([*separator, *form.before])
         self._left = form.budget
-        self._matcher, self._position = form.grammar.matcher(), JsonPosition()
+        self._matcher, self._position = form.grammar.matcher(), form.grammar.position()
         self._is_complete = False
         """Whether nothing but what is forced is to come."""
         self._way: list[int] | None = None
@@ -135,11 +135,16 @@ class Constraint:
                 if token in self._vocabulary.stop_ids or self._leads_on(token, matcher, position):
                     return token, matcher, position
                 group = group[group != token]
-        raise MessageError("The schema asks for more different keys than its patterns allow; correct it.")
+        raise MessageError(
+            "The schema asks for more different keys, or more different items of an array, than it allows; "
+            "correct it."
+        )
 
     def _leads_on(self, token: int, matcher: LLMatcher, position: JsonPosition) -> bool:
-        """Take in a token; false where an object would get the same key twice, now or later."""
+        """Take in a token; false where an object would get a key, or an array an item, twice, now or later."""
         if not position.feed(self._vocabulary.token_bytes[token]) or not matcher.consume_token(token):
+            return False
+        if position.may_repeat and distinct_item(matcher, position, self._vocabulary) is None:
             return False
         runs_out = self._grammar.limits_keys and position.is_at_key
         return not runs_out or next_key(matcher, position, self._vocabulary) is not None

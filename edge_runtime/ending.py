@@ -7,7 +7,10 @@ plainest value. It finds the shortest end or one that is little longer.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from edge_runtime.errors import MessageError
 from edge_runtime.json_position import JsonPosition
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from edge_runtime.grammar import GrammarVocabulary
 
 MOST_KEYS_TRIED = 300
+MOST_ITEMS_TRIED = 500  # dead ends on the way to an item that an array does not have yet
 LONGEST_END = 4096  # tokens of the shortest way to an end; beyond it there is taken to be none
 # Where there is a choice, a text ends soonest with a closing bracket, then with plain values, then with brackets.
 _OUTSIDE = (b'}],:"0123456789-.ntfaelrsu+E[{ ', b'}],:"0123456789-.ntfaelrsu+E{[ ')
@@ -54,7 +58,10 @@ def _end_by(
 ) -> list[int] | None:
     ids: list[int] = []
     while not matcher.is_accepting():
-        found = matcher.compute_ff_tokens()
+        found = distinct_item(matcher, position, vocabulary) if position.may_repeat else []
+        if found is None:
+            return None
+        found = found or matcher.compute_ff_tokens()
         if not found and position.is_at_key:
             found = next_key(matcher, position, vocabulary) or []
         if not found:
@@ -132,3 +139,54 @@ def next_key(matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVoca
             branch.consume_token(token)
             beginnings.append((branch, further, [*ids, token]))
     return None
+
+
+def distinct_item(matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary) -> list[int] | None:
+    """Tokens, a byte each, of the rest of an item that its array does not have yet, up to what follows it.
+
+    It is the item of the outermost open array whose items must be unique. Where values are many, the first way that
+    is tried leads to one; where they are few, all are tried.
+
+    Returns
+    -------
+    ids : None where there is none, or `MOST_ITEMS_TRIED` dead ends were met.
+    """
+    n_before, ids = position.n_outer_items, list[int]()
+    branches = [(matcher, position, _bytes_in_order(matcher, position, vocabulary))]
+    n_failed = 0
+    while branches:
+        matcher, position, left = branches[-1]
+        byte = next(left, None)
+        if byte is None:
+            branches.pop()
+            del ids[-1:]
+            n_failed += 1
+            if n_failed > MOST_ITEMS_TRIED:
+                return None
+            continue
+        further, token = position.copy(), vocabulary.byte_tokens[byte]
+        if not further.feed(bytes((byte,))):
+            n_failed += 1
+            continue
+        if further.n_unique == 0 or further.n_outer_items > n_before:
+            return ids
+        branch = matcher.deep_copy()
+        if len(ids) < LONGEST_END and branch.consume_token(token):
+            ids.append(token)
+            branches.append((branch, further, _bytes_in_order(branch, further, vocabulary)))
+    return None
+
+
+def _bytes_in_order(matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary) -> Iterator[int]:
+    """Bytes that may follow, those first that end what is open soonest."""
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    ids = np.array([vocabulary.byte_tokens[byte] for byte in range(256)])
+    allowed = bits[ids >> 3] >> (ids & 7) & 1
+    if position.in_string:
+        # Another order at every place, or a pattern that allows a byte again and again would never end.
+        inside = _INSIDE[1:]
+        start = 7 * position.length % len(inside)
+        order = b'"' + inside[start:] + inside[:start]
+    else:
+        order = _OUTSIDE[0]
+    return iter([byte for byte in order if allowed[byte]])

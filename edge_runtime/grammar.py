@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from edge_runtime.compiling import OVERLAPPING, grammar_text, load_llguidance, reason
 from edge_runtime.ending import shortest_end
-from edge_runtime.errors import BackendUnavailable, MessageError
+from edge_runtime.errors import MessageError
 from edge_runtime.json_position import NUMBER_BYTES, QUOTE, JsonPosition
+from edge_runtime.places import Place
 from edge_runtime.schema import DEFAULT_MAX_LENGTH, bound_schema
 from edge_runtime.tokenizer import CONTROL, UNUSED, USER_DEFINED, Tokenizer
 
@@ -24,12 +26,6 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 SPECIAL_MARK = b"\xff"  # llguidance's mark for a token that is no text
-OPTIONS: dict[str, Any] = {
-    # One blank at most: an answer of blanks would be valid without end.
-    "whitespace_flexible": False,
-    "item_separator": ", ?",
-    "key_separator": ": ?",
-}
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 """The schema of free JSON."""
 
@@ -38,13 +34,7 @@ class GrammarVocabulary:
     """A decoder's vocabulary as grammars need it; made once per model, which takes half a second at full size."""
 
     def __init__(self, tokenizer: Tokenizer, n_rows: int) -> None:
-        try:
-            import llguidance
-        except ImportError as error:
-            raise BackendUnavailable(
-                "llguidance, which enforces schemas, is not installed; install it with 'pip install llguidance'. "
-                f"({error})"
-            ) from None
+        llguidance = load_llguidance()
         self._tokenizer = tokenizer
         special = [kind in (CONTROL, USER_DEFINED, UNUSED) for kind in tokenizer.types]
         text = [b"" if special[i] else tokenizer.token_bytes(i) for i in range(len(special))]
@@ -69,7 +59,7 @@ class GrammarVocabulary:
         self.special_token_ids = [i for i, is_special in enumerate(special) if is_special]
         self.is_tokenizer_wrapper = True  # what llguidance asks for
         self.llguidance = llguidance.LLTokenizer(
-            self,  # type: ignore[arg-type]
+            self,
             n_vocab=n_rows,
             eos_token=sorted(tokenizer.stop_ids),
             slices=llguidance.LLTokenizer.json_slices(),
@@ -105,14 +95,23 @@ class Grammar:
         if self._matcher.is_error():  # a pattern may want a longer string than the default bound
             bounded = bound_schema(given, pattern_max_length=DEFAULT_MAX_LENGTH)
             self._matcher = self._compile(bounded.text)
+        self.notes = bounded.notes
+        """What of the schema is left out or read in another way, in sentences."""
+        if self._matcher.get_error().startswith(OVERLAPPING):
+            self._matcher = self._compile(bounded.text, one_of_is_any_of=True)
+            self.notes += (
+                "The branches of a oneOf are not seen to exclude one another; it is read as anyOf, so that an answer "
+                "may be valid under several of them.",
+            )
         if self._matcher.is_error():
-            reason = _reason(self._matcher)
-            raise MessageError(f"{self._culprit(json.loads(bounded.text), reason)} cannot be enforced: {reason}.")
-        shortest = shortest_end(self._matcher, JsonPosition(), vocabulary)
+            why = reason(self._matcher.get_error())
+            raise MessageError(f"{self._culprit(json.loads(bounded.text), why)} cannot be enforced: {why}.")
+        self._place = Place.of(bounded.root) if bounded.has_unique_items else None
+        shortest = shortest_end(self._matcher, self.position(), vocabulary)
         if shortest is None:
             raise MessageError(
                 "The schema has no answer that ends; check its references for endless recursion, and whether its "
-                "patterns allow as many different keys as it asks for."
+                "patterns and enums allow as many different keys and unique items as it asks for."
             )
         self.is_open = bounded.is_open
         """Whether the schema leaves open how long an answer gets."""
@@ -127,38 +126,29 @@ class Grammar:
         """A new match, before the first token."""
         return self._matcher.deep_copy()
 
-    def _compile(self, schema: str) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits
+    def position(self) -> JsonPosition:
+        """The place before the first byte."""
+        return JsonPosition(self._place)
 
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)  # type: ignore[arg-type]
-        limits = LLParserLimits(verbose_errors=False)
-        return LLMatcher(self.vocabulary.llguidance, grammar, log_level=0, limits=limits)
+    def _compile(self, schema: str, *, one_of_is_any_of: bool = False) -> LLMatcher:
+        llguidance = load_llguidance()
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        grammar = grammar_text(schema, one_of_is_any_of=one_of_is_any_of)
+        matcher: LLMatcher = llguidance.LLMatcher(self.vocabulary.llguidance, grammar, log_level=0, limits=limits)
+        return matcher
 
-    def _culprit(self, root: dict[str, Any], reason: str) -> str:
+    def _culprit(self, root: dict[str, Any], why: str) -> str:
         """JSON path of the innermost schema that cannot be compiled by itself, for the same reason."""
         path, schema = "$", root
-        definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
+        definitions = {name: root[name] for name in ("$defs",) if name in root}
         while True:
             for step, inner in _inner(schema):
-                if _reason(self._compile(json.dumps({**definitions, **inner}))) == reason:
+                matcher = self._compile(json.dumps({**definitions, **inner}), one_of_is_any_of=True)
+                if reason(matcher.get_error()) == why:
                     path, schema = path + step, inner
                     break
             else:
                 return path
-
-
-def _reason(matcher: LLMatcher) -> str:
-    """Why a schema was not compiled; empty if it was."""
-    lines = [line.strip() for line in matcher.get_error().splitlines() if line.strip()]
-    if not lines:
-        return ""
-    if lines[0].startswith("oneOf"):
-        return (
-            "the branches of its oneOf are not seen to exclude one another; use anyOf, or give each of them a "
-            "property with a const of its own"
-        )
-    text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
-    return text.rstrip(".")[:300]
 
 
 def _inner(schema: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -1,13 +1,15 @@
 """Where in a JSON text one stands, byte by byte: inside a string or number, and which keys the open objects have.
 
-A grammar knows this too, but does not tell; and it lets an object have the same key twice. Trusts its input to be the
-beginning of a JSON text.
+A grammar knows this too, but does not tell; it lets an object have the same key twice, and an array that must not the
+same item. Trusts its input to be the beginning of a JSON text.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+
+from edge_runtime.places import Place, canonical
 
 QUOTE, BACKSLASH, COMMA, COLON = b'"\\,:'
 OPEN_OBJECT, CLOSE_OBJECT, OPEN_ARRAY, CLOSE_ARRAY = b"{}[]"
@@ -19,10 +21,33 @@ MOST_EXPONENT_DIGITS = 2  # 15 digits and e99 are far from overflow
 MOST_KEY_BYTES = 64
 
 
+@dataclass(frozen=True)
+class _Open:
+    """An open bracket, where schemas are followed."""
+
+    place: Place
+    start: int
+    """Where in the noted text the current item begins; of arrays with unique items."""
+    n_items: int = 0
+    """Complete ones of an array."""
+    key: str = ""
+    """The last one of an object."""
+    seen: frozenset[str] | None = None
+    """Of an array with unique items: those that are complete, each in its canonical spelling."""
+    written: tuple[bytes, ...] = ()
+    """The same items without blanks."""
+
+
 @dataclass
 class JsonPosition:
-    """A place in a JSON text; starts before its first byte."""
+    """A place in a JSON text; starts before its first byte.
 
+    Parameters
+    ----------
+    root : what is known of the whole text's schema; None where the grammar keeps all of it.
+    """
+
+    root: Place | None = None
     in_string: bool = False
     in_number: bool = False
     length: int = 0
@@ -36,6 +61,12 @@ class JsonPosition:
     _digits: int = 0
     _exponent_digits: int = -1
     """-1 before the exponent."""
+    _opened: tuple[_Open, ...] = ()
+    """Open brackets from outside in, where schemas are followed."""
+    _n_unique: int = 0
+    """Of them, arrays with unique items."""
+    _text: bytes = b""
+    """What was written since the outermost of those was opened, without blanks."""
 
     def copy(self) -> JsonPosition:
         """Another one at the same place."""
@@ -56,15 +87,90 @@ class JsonPosition:
         """Whether this is a key that should end."""
         return self.in_string and self._is_key and len(self._key) >= MOST_KEY_BYTES
 
+    @property
+    def n_unique(self) -> int:
+        """Open arrays whose items must be unique."""
+        return self._n_unique
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether the item of an open array could become one that is there already."""
+        return self._n_unique > 0 and any(
+            written.startswith(self._text[opened.start :]) for opened in self._opened for written in opened.written
+        )
+
+    @property
+    def n_outer_items(self) -> int:
+        """Complete items of the outermost open array whose items must be unique; 0 where there is none."""
+        return next((len(opened.written) for opened in self._opened if opened.seen is not None), 0)
+
     def feed(self, data: bytes) -> bool:
-        """Move on over `data`; False when an object gets a key that it has."""
+        """Move on over `data`; False when an object gets a key that it has, or an array an item that it must not."""
         for byte in data:
+            if self.root is not None and not self._follow(byte):
+                return False
             if self.in_string:
                 if not self._feed_string(byte):
                     return False
             else:
                 self._feed_structure(byte)
+            if self.root is not None and byte in b'"}]' and not self.in_string and self._repeats_item():
+                return False
         return True
+
+    def _follow(self, byte: int) -> bool:
+        """Follow the schemas over a byte, ahead of all else."""
+        if not self.in_string and self._opened:
+            innermost = self._opened[-1]
+            if byte in (COMMA, CLOSE_ARRAY) and innermost.seen is not None:
+                if not self._end_item(innermost):
+                    return False
+            elif byte == COMMA:
+                self._opened = (*self._opened[:-1], replace(innermost, n_items=innermost.n_items + 1))
+            if byte in (CLOSE_OBJECT, CLOSE_ARRAY):
+                self._n_unique -= self._opened[-1].seen is not None
+                self._opened = self._opened[:-1]
+        is_blank = not self.in_string and byte in b" \t\r\n"
+        if self._n_unique and not is_blank:
+            self._text += bytes((byte,))
+        if not self.in_string and byte == COMMA and self._opened and self._opened[-1].seen is not None:
+            self._opened = (*self._opened[:-1], replace(self._opened[-1], start=len(self._text)))
+        if not self.in_string and byte in (OPEN_OBJECT, OPEN_ARRAY):
+            self._open(is_array=byte == OPEN_ARRAY)
+        return True
+
+    def _open(self, *, is_array: bool) -> None:
+        place = self.root
+        assert place is not None
+        if self._opened:
+            outer, keys = self._opened[-1], self._objects[-1]
+            place = outer.place.item(outer.n_items) if keys is None else outer.place.value(outer.key)
+        is_unique = is_array and place.has_unique_items
+        if is_unique and not self._n_unique:
+            self._text = b""
+        self._n_unique += is_unique
+        self._opened = (*self._opened, _Open(place, len(self._text), seen=frozenset() if is_unique else None))
+
+    def _end_item(self, array: _Open) -> bool:
+        """Note a complete item; False when it is there already."""
+        item = self._text[array.start :]
+        if not item:
+            return True
+        spelled = canonical(item)
+        assert array.seen is not None
+        if spelled in array.seen:
+            return False
+        ended = replace(array, n_items=array.n_items + 1, seen=array.seen | {spelled}, written=(*array.written, item))
+        self._opened = (*self._opened[:-1], ended)
+        return True
+
+    def _repeats_item(self) -> bool:
+        """Whether a string, object or array that has just ended is an item that its array has."""
+        if not self._opened or self._opened[-1].seen is None:
+            return False
+        array = self._opened[-1]
+        item = self._text[array.start :]
+        return bool(item) and canonical(item) in (array.seen or ())
 
     def _feed_string(self, byte: int) -> bool:
         self.length += 1
@@ -83,6 +189,8 @@ class JsonPosition:
         self._key_follows = False
         keys = self._objects[-1] if self._objects else None
         key = json.loads(b'"%b"' % self._key) if b"\\" in self._key else self._key.decode("utf-8", "replace")
+        if self._opened:
+            self._opened = (*self._opened[:-1], replace(self._opened[-1], key=key))
         if keys is None or key in keys:
             return keys is None
         self._objects = (*self._objects[:-1], keys | {key})

@@ -6,7 +6,8 @@ import random
 from collections import Counter
 from typing import Any
 
-from edge_runtime.schema import FORMATS, KEYWORDS
+from edge_runtime.formats import KNOWN as FORMATS
+from edge_runtime.schema_words import KEYWORDS
 
 WORDS = (
     "name",
@@ -113,7 +114,23 @@ class SchemaMaker:
             made["prefixItems"] = [self._make(depth) for _ in range(self._random.randint(1, 2))]
         if self._maybe(0.9):
             made["items"] = self._make(depth)
+        if self._maybe(0.4) and "prefixItems" not in made:
+            made["uniqueItems"] = True
+            made["items"] = self._make_many()
         return made
+
+    def _make_many(self) -> dict[str, Any]:
+        """A schema with more values than an array is asked to hold."""
+        return self._random.choice(
+            [
+                {"enum": self._random.sample(WORDS, 6)},
+                {"type": "integer", "minimum": 1, "maximum": 7},
+                {"type": "string", "maxLength": 3},
+                {"type": "number"},
+                {"type": "object", "properties": {"on": {"type": "boolean"}, "n": {"enum": [1, 2, 3]}}},
+                {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+            ]
+        )
 
     def _object(self, depth: int) -> dict[str, Any]:
         names = self._random.sample(WORDS, self._random.randint(1, 4))

@@ -16,7 +16,8 @@ from edge_runtime.ending import shortest_end
 from edge_runtime.grammar import Grammar, GrammarVocabulary, allowed_ids
 from edge_runtime.json_position import JsonPosition
 from edge_runtime.sampling import Sampler
-from edge_runtime.schema import KEYWORDS, bound_schema
+from edge_runtime.schema import bound_schema
+from edge_runtime.schema_words import KEYWORDS
 from schema_maker import SchemaMaker, depth, keywords
 
 N_SCHEMAS = 200

@@ -1,0 +1,63 @@
+"""A schema → the text of a llguidance grammar, and the reason where there is none. Imports llguidance when asked."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from edge_runtime.errors import BackendUnavailable
+
+OPTIONS: dict[str, Any] = {
+    # One blank at most: an answer of blanks would be valid without end.
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+}
+OVERLAPPING = "oneOf"
+"""How llguidance's message begins when it cannot see that the branches of a oneOf exclude one another."""
+
+
+def load_llguidance() -> Any:
+    """The module.
+
+    Raises
+    ------
+    BackendUnavailable
+        When it is not installed.
+    """
+    try:
+        import llguidance
+    except ImportError as error:
+        raise BackendUnavailable(
+            "llguidance, which enforces schemas, is not installed; install it with 'pip install llguidance'. "
+            f"({error})"
+        ) from None
+    return llguidance
+
+
+def grammar_text(schema: str, *, one_of_is_any_of: bool = False) -> str:
+    """The grammar of a schema that was checked and bounded."""
+    options = {**OPTIONS, "coerce_one_of": one_of_is_any_of}
+    text: str = load_llguidance().LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    return text
+
+
+def fault(schema: dict[str, Any]) -> str:
+    """Why a schema cannot be compiled, in a few words; empty if it can. Contradictions are such reasons, too."""
+    return _fault(json.dumps(schema, sort_keys=True))
+
+
+@lru_cache(maxsize=512)
+def _fault(schema: str) -> str:
+    found: str = load_llguidance().LLMatcher.validate_grammar(grammar_text(schema))
+    return reason(found)
+
+
+def reason(message: str) -> str:
+    """The part of a message of llguidance that tells people something."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if not lines:
+        return ""
+    text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
+    return text.rstrip(".")[:300]
