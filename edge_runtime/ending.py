@@ -10,8 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edge_runtime.errors import MessageError
 from edge_runtime.json_position import JsonPosition
 
@@ -21,7 +19,8 @@ if TYPE_CHECKING:
     from edge_runtime.grammar import GrammarVocabulary
 
 MOST_KEYS_TRIED = 300
-MOST_ITEMS_TRIED = 500  # dead ends on the way to an item that an array does not have yet
+MOST_ITEMS_TRIED = 500  # that an array has already, on the way to one that it does not have
+MOST_BYTES_TRIED = 5000  # on that way
 LONGEST_END = 4096  # tokens of the shortest way to an end; beyond it there is taken to be none
 # Where there is a choice, a text ends soonest with a closing bracket, then with plain values, then with brackets.
 _OUTSIDE = (b'}],:"0123456789-.ntfaelrsu+E[{ ', b'}],:"0123456789-.ntfaelrsu+E{[ ')
@@ -89,8 +88,7 @@ def _closing_byte(
         return _first_allowed(outside, matcher, position, vocabulary)
     # Another order at every place, or a pattern that allows a byte again and again would never end.
     order = _INSIDE[1:] if position.in_string else _NUMBER
-    start = 7 * position.length % len(order)
-    for byte in order[start:] + order[:start]:
+    for byte in _turned(order, 7 * position.length):
         candidate = vocabulary.byte_tokens[byte]
         if matcher.validate_tokens([candidate]):
             token = candidate if token is None else token
@@ -149,21 +147,21 @@ def distinct_item(matcher: LLMatcher, position: JsonPosition, vocabulary: Gramma
 
     Returns
     -------
-    ids : None where there is none, or `MOST_ITEMS_TRIED` dead ends were met.
+    ids : None where there is none, or none was found in time.
     """
     n_before, ids = position.n_outer_items, list[int]()
     branches = [(matcher, position, _bytes_in_order(matcher, position, vocabulary))]
-    n_failed = 0
+    n_tried = n_failed = 0
     while branches:
         matcher, position, left = branches[-1]
         byte = next(left, None)
         if byte is None:
             branches.pop()
             del ids[-1:]
-            n_failed += 1
-            if n_failed > MOST_ITEMS_TRIED:
-                return None
             continue
+        n_tried += 1
+        if n_failed > MOST_ITEMS_TRIED or n_tried > MOST_BYTES_TRIED:
+            return None
         further, token = position.copy(), vocabulary.byte_tokens[byte]
         if not further.feed(bytes((byte,))):
             n_failed += 1
@@ -179,14 +177,15 @@ def distinct_item(matcher: LLMatcher, position: JsonPosition, vocabulary: Gramma
 
 def _bytes_in_order(matcher: LLMatcher, position: JsonPosition, vocabulary: GrammarVocabulary) -> Iterator[int]:
     """Bytes that may follow, those first that end what is open soonest."""
-    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-    ids = np.array([vocabulary.byte_tokens[byte] for byte in range(256)])
-    allowed = bits[ids >> 3] >> (ids & 7) & 1
+    # Another order at every place, or a pattern that allows a byte again and again would never end; and for every
+    # item, so that the first one that is tried is mostly new.
     if position.in_string:
-        # Another order at every place, or a pattern that allows a byte again and again would never end.
-        inside = _INSIDE[1:]
-        start = 7 * position.length % len(inside)
-        order = b'"' + inside[start:] + inside[:start]
+        order = b'"' + _turned(_INSIDE[1:], 7 * position.length + 5 * position.n_outer_items)
     else:
-        order = _OUTSIDE[0]
-    return iter([byte for byte in order if allowed[byte]])
+        order = b"}],:" + _turned(b"123456789", position.n_outer_items) + b'"ntfaelrsu0.-+E{['
+    return (byte for byte in order if matcher.validate_tokens([vocabulary.byte_tokens[byte]]))
+
+
+def _turned(order: bytes, by: int) -> bytes:
+    start = by % len(order)
+    return order[start:] + order[:start]
