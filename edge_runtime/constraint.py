@@ -41,31 +41,49 @@ class AnswerForm:
     """Tokens ahead of the JSON text."""
     after: tuple[int, ...] = ()
     """Tokens behind the JSON text."""
+    separator: tuple[int, ...] = ()
+    """Tokens between the reasoning and the answer."""
+    call: AnswerForm | None = None
+    """What the answer may be instead, known by its first token: a call of a tool."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the schemas is left out or read in another way, in sentences."""
+        return (*self.grammar.notes, *(self.call.notes if self.call is not None else ()))
+
+    @property
+    def n_shortest(self) -> int:
+        """Tokens of the shortest answer, with what stands around the JSON text."""
+        own = len(self.before) + self.grammar.n_shortest + len(self.after)
+        return own if self.call is None else max(own, self.call.n_shortest)
 
     def limit_reasoning(self, budget: int | None, room: int) -> int:
         """Tokens of reasoning that leave the answer its own: its budget, or half of the room where that is less.
+
+        The shortest answer always has its place, as long as it fits at all.
 
         Parameters
         ----------
         budget : tokens of reasoning that are wished for; None: no limit.
         room : tokens that reasoning and answer may have together.
         """
-        most = room - min(self.budget or DEFAULT_BUDGET, room // 2)
+        least = 1 + len(self.separator) + self.n_shortest  # 1: the token that ends the reasoning
+        most = max(0, room - max(least, min(self.budget or DEFAULT_BUDGET, room // 2)))
         return most if budget is None else min(budget, most)
 
-    def start(self, separator: Sequence[int] = ()) -> Constraint:
-        """A new answer, with `separator` ahead of it."""
-        return Constraint(self, separator)
+    def start(self) -> Constraint:
+        """A new answer."""
+        return Constraint(self)
 
 
 class Constraint:
     """One answer on its way; see `AnswerForm`."""
 
-    def __init__(self, form: AnswerForm, separator: Sequence[int] = ()) -> None:
-        self._grammar, self._vocabulary, self._after = form.grammar, form.grammar.vocabulary, form.after
-        self._forced = deque([*separator, *form.before])
-        self._left = form.budget
-        self._matcher, self._position = form.grammar.matcher(), form.grammar.position()
+    def __init__(self, form: AnswerForm) -> None:
+        self._forced = deque(form.separator)
+        self._take(form)
+        self._call = form.call
+        """As long as it is open whether the answer is one."""
         self._is_complete = False
         """Whether nothing but what is forced is to come."""
         self._way: list[int] | None = None
@@ -74,6 +92,12 @@ class Constraint:
         """So many tokens ahead of the last the shortest way is looked for next; None: at once."""
         self.shortened = False
         """Whether the answer was brought to its end because tokens ran out."""
+
+    def _take(self, form: AnswerForm) -> None:
+        self._grammar, self._vocabulary, self._after = form.grammar, form.grammar.vocabulary, form.after
+        self._forced.extend(form.before)
+        self._left = form.budget
+        self._matcher, self._position = form.grammar.matcher(), form.grammar.position()
 
     @property
     def ended(self) -> bool:
@@ -88,6 +112,10 @@ class Constraint:
         remaining : tokens that the answer may still have, this one included.
         choose : picks one of the token ids it is given: ndarray [shape=(n,), int64].
         """
+        if self._call is not None and not self._forced:
+            call, self._call = self._call, None
+            if self._is_call(call, remaining, choose):
+                self._take(call)
         wanted = remaining if self._left is None else min(remaining, self._left)
         if self._left is not None:
             self._left -= 1
@@ -96,6 +124,13 @@ class Constraint:
             if token is not None:
                 return token
         return self._forced.popleft() if self._forced else min(self._vocabulary.stop_ids)
+
+    def _is_call(self, call: AnswerForm, remaining: int, choose: Choose) -> bool:
+        """Whether a call begins here rather than the answer itself."""
+        if call.n_shortest > remaining:
+            return False
+        ids = allowed_ids(self._matcher, len(self._vocabulary.continues_number))
+        return choose(np.sort(np.append(ids, call.before[0]))) == call.before[0]
 
     def _choose(self, wanted: int, remaining: int, choose: Choose) -> int | None:
         """A token that the grammar allows; None when the way to the end must be taken instead.

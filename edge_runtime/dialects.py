@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
@@ -164,8 +165,8 @@ class Dialect:
             return reference
         if reference not in self._names:
             target = self._target(reference, where)
-            name = reference.rsplit("/", 1)[-1]
-            while name in self._definitions or not name:
+            name = re.sub(r"\W", "_", reference.rsplit("/", 1)[-1], flags=re.ASCII)
+            while name in self._definitions:
                 name += "_"
             self._names[reference], self._definitions[name] = name, {}
             try:

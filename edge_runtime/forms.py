@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm
@@ -10,7 +13,9 @@ from edge_runtime.errors import MessageError
 from edge_runtime.grammar import Grammar, GrammarVocabulary
 from edge_runtime.messages import THINK_END
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END, call_schema, chosen_functions
+from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END, call_schema, chosen_functions, function_names
+
+logger = logging.getLogger("edge_runtime")
 
 
 def choose_form(
@@ -44,15 +49,16 @@ def choose_form(
             f"The vocabulary lacks the token {THINK_END}, so nobody can tell where the reasoning ends and the answer "
             "begins; ask without thinking, or use MiniCPM-V 4.5."
         )
-    if names is not None and schema is None and not json:
-        return _call_form(tools, names, tokenizer, vocabulary)
-    if tools:
-        raise MessageError(
-            "Both a schema and tools were given; expected one of them, or tool_choice='none': an answer is either "
-            "JSON or may call a tool."
-        )
-    grammar = Grammar(schema, vocabulary())
-    return AnswerForm(grammar, _budget(grammar))
+    form: AnswerForm | None = None
+    if schema is not None or json:  # checked even where a call must be made
+        grammar = Grammar(schema, vocabulary())
+        form = AnswerForm(grammar, _budget(grammar))
+    if form is None or names is not None:
+        form = _call_form(tools, names or [], tokenizer, vocabulary)
+    elif tools:
+        form = replace(form, call=_call_form(tools, function_names(tools), tokenizer, vocabulary, must_call=False))
+    _tell(form.notes)
+    return replace(form, separator=tuple(tokenizer.encode("\n\n"))) if thinking else form
 
 
 def _call_form(
@@ -60,14 +66,17 @@ def _call_form(
     names: Sequence[str],
     tokenizer: Tokenizer,
     vocabulary: Callable[[], GrammarVocabulary],
+    *,
+    must_call: bool = True,
 ) -> AnswerForm:
     missing = [tag for tag in (TOOL_CALL, TOOL_CALL_END) if tag not in tokenizer.special_ids]
     if missing:
         raise MessageError(
-            f"The vocabulary lacks the tokens {' and '.join(missing)}, so this model cannot be made to call tools; "
-            "use MiniCPM-V 4.5."
+            f"The vocabulary lacks the tokens {' and '.join(missing)}, so this model cannot be made to call tools"
+            f"{'' if must_call else ' or to answer by a schema where it could call one'}; use MiniCPM-V 4.5, or ask "
+            f"without {'tools' if must_call else 'one of the two'}."
         )
-    grammar = Grammar(call_schema(tools, names), vocabulary())
+    grammar = Grammar(call_schema(tools, names, must_hold=must_call), vocabulary())
     newline = tokenizer.encode("\n")
     return AnswerForm(
         grammar,
@@ -75,6 +84,17 @@ def _call_form(
         before=(tokenizer.special_ids[TOOL_CALL], *newline),
         after=(*newline, tokenizer.special_ids[TOOL_CALL_END]),
     )
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        _warn(note)
+
+
+@lru_cache(maxsize=1024)
+def _warn(note: str) -> None:
+    """Log a note, once for all requests with the same schema."""
+    logger.warning("Schema: %s", note)
 
 
 def _budget(grammar: Grammar) -> int | None:

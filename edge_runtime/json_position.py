@@ -7,6 +7,7 @@ same item. Trusts its input to be the beginning of a JSON text.
 from __future__ import annotations
 
 import json
+from copy import copy
 from dataclasses import dataclass, replace
 
 from edge_runtime.places import Place, canonical
@@ -70,7 +71,7 @@ class JsonPosition:
 
     def copy(self) -> JsonPosition:
         """Another one at the same place."""
-        return replace(self)
+        return copy(self)
 
     @property
     def number_is_long(self) -> bool:

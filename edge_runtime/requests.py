@@ -206,7 +206,7 @@ class Task:
             tools=request.tools,
         )
         if request.form is not None:
-            self.constraint = request.form.start(tokenizer.encode("\n\n") if request.thinking else ())
+            self.constraint = request.form.start()
         if request.n_beams == 1:
             self.sampler = Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx)
         self.take_lap("prefill")

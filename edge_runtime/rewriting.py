@@ -36,6 +36,8 @@ def older(made: Schema) -> Schema:
         kind = "dependentRequired" if isinstance(value, list) else "dependentSchemas"
         made[kind] = {**made.get(kind, {}), name: value}
     made |= {name: int(made[name]) for name in _COUNTS if name in made}
+    if isinstance(made.get("not"), dict) and [*made["not"]] == ["not"]:
+        _also(made, {"allOf": [made.pop("not")["not"]]})
     if made.get("uniqueItems") is False:
         del made["uniqueItems"]
     return made
@@ -56,6 +58,10 @@ def named_by(made: Schema, names: Any, resolve: Resolve) -> Any:
     listed = names.get("enum", [names["const"]] if "const" in names else None)
     if listed is not None and len(names) - ("type" in names) == 1:
         allowed = [name for name in listed if isinstance(name, str)]
+        if not made.get("properties") and not made.get("required"):
+            any_of_them = "|".join("".join(map(_escaped, name)) for name in allowed)
+            made |= {"patternProperties": {f"^(?:{any_of_them})$": rest}, "additionalProperties": False}
+            return made if allowed else _also(made, {"maxProperties": 0})
         made["properties"] = {name: made.get("properties", {}).get(name, rest) for name in allowed}
         made["additionalProperties"] = False
         return False if set(made.get("required", [])) - set(allowed) else made

@@ -118,8 +118,15 @@ def chosen_functions(tools: Sequence[Mapping[str, Any]], choice: Any) -> list[st
     return [name]
 
 
-def call_schema(tools: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def call_schema(
+    tools: Sequence[Mapping[str, Any]], names: Sequence[str], *, must_hold: bool = True
+) -> dict[str, Any]:
     """JSON schema of a call of one of the named functions.
+
+    Parameters
+    ----------
+    must_hold : whether parameters that cannot be enforced are an error. Otherwise any arguments are taken for them,
+        as where a call is made freely.
 
     Raises
     ------
@@ -135,11 +142,18 @@ def call_schema(tools: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
         try:
             bound_schema(parameters)
         except MessageError as error:
+            if not must_hold:
+                calls.append(_call_of(function["name"], {"type": "object"}))
+                continue
             raise MessageError(f"The parameters of the tool {function['name']!r}: {error}") from None
         definitions[f"tool{number}"] = _rebased(parameters, f"#/$defs/tool{number}")
-        call = {"name": {"const": function["name"]}, "arguments": {"$ref": f"#/$defs/tool{number}"}}
-        calls.append({"type": "object", "properties": call, "required": [*call], "additionalProperties": False})
+        calls.append(_call_of(function["name"], {"$ref": f"#/$defs/tool{number}"}))
     return {"anyOf": calls, "$defs": definitions}
+
+
+def _call_of(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    call = {"name": {"const": name}, "arguments": arguments}
+    return {"type": "object", "properties": call, "required": [*call], "additionalProperties": False}
 
 
 def _rebased(schema: Any, place: str) -> Any:

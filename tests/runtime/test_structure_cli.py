@@ -39,7 +39,7 @@ def test_a_schema_is_given_as_text_or_file(tmp_path):
         ("{", "not valid JSON"),
         ("[1]", "No such file"),
         (EXAMPLE, "cannot be read: 'utf-8'"),
-        ('{"not": {}}', r"\$\.not cannot be enforced"),
+        ('{"not": {"pattern": "a"}}', r"\$\.not cannot be enforced"),
         ('{"const": NaN}', "not JSON data"),
     ],
 )
