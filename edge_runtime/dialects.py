@@ -17,7 +17,16 @@ from urllib.parse import unquote
 from edge_runtime.compiling import fault
 from edge_runtime.errors import MessageError
 from edge_runtime.formats import BY_GRAMMAR, PATTERNS, RANGES, WHERE_IT_FITS
-from edge_runtime.rewriting import conditional, named_by, negated, older, unevaluated, with_contained, with_dependents
+from edge_runtime.rewriting import (
+    are_apart,
+    conditional,
+    named_by,
+    negated,
+    older,
+    unevaluated,
+    with_contained,
+    with_dependents,
+)
 from edge_runtime.schema_words import BINDING, KEYWORDS, QUIET, REWRITTEN, TYPES, meant_word
 
 MAX_DEPTH = 64  # of the schema itself, so that no walk over it exhausts the stack
@@ -96,6 +105,8 @@ class Dialect:
         for name in ("anyOf", "oneOf"):
             if name in made:
                 made[name] = self._branches(made[name], path + step(name), depth)
+        if "anyOf" not in made and are_apart(made.get("oneOf", []), self._resolved) and "oneOf" in made:
+            made["anyOf"] = made.pop("oneOf")
         if "$ref" in made:
             made["$ref"] = self._reference(made["$ref"], path + step("$ref"), depth)
         changed = self._conditions(made, path)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
+from edge_runtime.places import canonical
 from edge_runtime.schema_words import COMBINATORS, TYPES
 
 Schema = dict[str, Any]
@@ -71,6 +72,45 @@ def named_by(made: Schema, names: Any, resolve: Resolve) -> Any:
     made["patternProperties"] = {names.get("pattern", f"^(?s:.){{{low},{high}}}$"): rest}
     made["additionalProperties"] = False
     return made
+
+
+def are_apart(branches: Sequence[Any], resolve: Resolve) -> bool:
+    """Whether no value can be valid under two of several schemas: by type, by value, or by a property's value."""
+    return all(_is_apart(resolve(one), resolve(other), resolve) for one, other in combinations(branches, 2))
+
+
+def _is_apart(one: Any, other: Any, resolve: Resolve) -> bool:
+    if one is False or other is False:
+        return True
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return False
+    values, types = [_values(one), _values(other)], [_types(one), _types(other)]
+    if values[0] is not None and values[1] is not None:
+        return not any(_is_same(a, b) for a in values[0] for b in values[1])
+    if types[0].isdisjoint(types[1]):
+        return True
+    if types != [{"object"}] * 2:
+        return False
+    named = [schema.get("properties", {}) for schema in (one, other)]
+    for name in {*one.get("required", []), *other.get("required", [])} & {*named[0]} & {*named[1]}:
+        first, second = (_values(resolve(properties[name])) for properties in named)
+        if first is not None and second is not None and not any(_is_same(a, b) for a in first for b in second):
+            return True
+    return False
+
+
+def _values(schema: Any) -> list[Any] | None:
+    """The values that a schema lists."""
+    if not isinstance(schema, dict):
+        return None
+    listed: list[Any] | None = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return listed
+
+
+def _types(schema: Schema) -> set[str]:
+    found = schema.get("type", [*TYPES])
+    found = {found} if isinstance(found, str) else {*found}
+    return found | {"integer"} if "number" in found else found
 
 
 def with_contained(made: Schema) -> Any:
@@ -176,7 +216,7 @@ def _escaped(character: str) -> str:
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+    return canonical(json.dumps(one).encode()) == canonical(json.dumps(other).encode())
 
 
 def with_dependents(made: Schema) -> Any:

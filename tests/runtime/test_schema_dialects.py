@@ -238,6 +238,33 @@ def test_overlapping_branches_are_read_as_any_of(writer):
         assert all(isinstance(n, int | float) for n in json.loads(writer.text(form, seed)))
 
 
+CAT, DOG = (
+    {"type": "object", "properties": {"kind": {"const": kind}}, "required": ["kind"]} for kind in ("cat", "dog")
+)
+
+
+@pytest.mark.parametrize(
+    ("branches", "are_apart"),
+    [
+        ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}], True),
+        ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/cat"}], False),
+        ([CAT, {**DOG, "required": []}, {"type": "null"}], True),
+        ([{**CAT, "required": []}, {**DOG, "required": []}], False),
+        ([{"type": "integer"}, {"type": "number"}], False),
+        ([{"type": "integer"}, {"type": ["string", "null"]}], True),
+        ([{"const": 1}, {"enum": [2, 3]}], True),
+        ([{"const": 1}, {"const": 1.0}], False),
+        ([{}, {"type": "null"}], False),
+    ],
+)
+def test_branches_that_exclude_one_another_need_no_note(writer, branches, are_apart):
+    schema = {"oneOf": branches, "$defs": {"cat": CAT, "dog": DOG}}
+    form = writer.form(schema)
+    assert (not form.notes) == are_apart
+    if are_apart:
+        valid([json.loads(writer.text(form, seed)) for seed in range(5)], schema)
+
+
 # --- conditions that are said otherwise --------------------------------------------------------------------------
 
 SHORT = {"type": "string", "maxLength": 2}
