@@ -96,8 +96,12 @@ class JsonPosition:
     @property
     def may_repeat(self) -> bool:
         """Whether the item of an open array could become one that is there already."""
-        return self._n_unique > 0 and any(
-            written.startswith(self._text[opened.start :]) for opened in self._opened for written in opened.written
+        if not self._n_unique:
+            return False
+        return any(  # numbers have several spellings: -0 and 0.0 are 0
+            self.in_number or written.startswith(self._text[opened.start :])
+            for opened in self._opened
+            for written in opened.written
         )
 
     @property

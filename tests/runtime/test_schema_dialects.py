@@ -20,6 +20,7 @@ from edge_runtime.formats import KNOWN
 from edge_runtime.forms import _warn
 from edge_runtime.schema import bound_schema
 from edge_runtime.schema_words import KEYWORDS, REWRITTEN, meant_word
+from pydantic_models import MODELS
 from random_answers import RandomAnswers
 
 N_ANSWERS = 5
@@ -346,3 +347,14 @@ def test_answers_are_whole_with_few_tokens(writer, max_tokens):
         tags={"items": SHORT, "type": "array"},
     )
     valid(values(writer, schema, 10, max_tokens=max_tokens + 25), schema)
+
+
+# --- what generators write ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_answers_are_objects_of_pydantic(writer, kind):
+    form = writer.form(kind.model_json_schema())
+    for seed in range(5):
+        for max_tokens in (200, 500):
+            kind.model_validate_json(writer.text(form, seed, max_tokens))

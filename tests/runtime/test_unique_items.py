@@ -32,6 +32,7 @@ SCHEMAS: list[dict[str, Any]] = [
     unique({"enum": [1, "1", None, True]}, minItems=4),
     unique({"enum": ["red", "reddish", "re", "green"]}, minItems=4),
     unique({"type": "integer", "minimum": 1, "maximum": 5}, minItems=5),
+    unique({"type": "integer", "minimum": -1, "maximum": 1}, minItems=3),
     unique({"type": "boolean"}, minItems=2),
     unique({"type": "string", "maxLength": 1}, minItems=9, maxItems=12),
     unique({"type": "string", "pattern": "^[ab]{2}$"}, minItems=4),
