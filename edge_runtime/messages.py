@@ -32,8 +32,8 @@ from edge_runtime.video_content import VideoSource
 
 THINK, THINK_END = "<think>", "</think>"
 VIDEO_SUFFIXES = (
-    *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf"),
-    *(".ogv", ".ts", ".vob", ".webm", ".wmv"),
+    *(".3gp", ".asf", ".avi", ".avifs", ".flv", ".m2ts", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg"),
+    *(".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -14,7 +14,7 @@ from PIL import Image
 from edge_runtime.messages import VIDEO_SUFFIXES, VideoPart
 from edge_runtime.video import PACKING_LIMIT, VideoLimits, VideoOptions, clock
 
-ANIMATIONS = (".apng", ".gif", ".png", ".webp")
+ANIMATIONS = (".apng", ".avif", ".gif", ".png", ".webp")
 
 
 class Time(click.ParamType[float]):
