@@ -1,4 +1,4 @@
-"""Which of the named instruction sets this machine has besides its best one: `python -m tests.older_isas avx2 ...`."""
+"""Which of the named instruction sets this machine has besides its best: `python -m tests.older_isas avx2 ...`."""
 
 from __future__ import annotations
 
