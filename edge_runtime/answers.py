@@ -17,6 +17,12 @@ from edge_runtime.requests import Event, Finished, FinishReason, Progress
 from edge_runtime.streaming import Piece
 from edge_runtime.tools import MalformedCall, ToolCall
 
+TOY_NOTICE = (
+    "This model is a toy to try the program out with: beyond short words in capital letters, simple shapes and their "
+    "number, its answers mean nothing; use MiniCPM-V 4.5 for real questions."
+)
+"""What goes with every answer of a model whose file says that it is a toy."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -54,6 +60,8 @@ class Answer:
     """Of every token but the one that ended the answer; None when they were not asked for."""
     reasoning_tokens: int = 0
     """Of those of the completion: all up to the token that ended the reasoning."""
+    notice: str | None = None
+    """What is to be known about the model before its answer is believed: `TOY_NOTICE`, or None."""
 
     def __str__(self) -> str:
         return self.answer
@@ -180,6 +188,7 @@ def make_answer(
     model: str,
     timings: Mapping[str, float],
     logprobs: list[TokenLogprobs] | None,
+    notice: str | None = None,
 ) -> Answer:
     """An answer out of what was asked and how it ended."""
     return Answer(
@@ -200,6 +209,7 @@ def make_answer(
         timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
         logprobs=logprobs,
         reasoning_tokens=end.reasoning_tokens,
+        notice=notice,
     )
 
 
