@@ -7,8 +7,6 @@ bytes or a `data:` URI may be either wherever a picture is accepted. How a page 
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from edge_runtime.base64_data import data_uri_head, data_uri_size, is_data_uri
 from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import HEAD_BYTES, ImageSource, decode_data_uri, existing_file, read_file_object, read_head
@@ -199,20 +198,15 @@ def _head(source: ImageSource) -> bytes:
     """The first bytes of a file; none where it cannot be read."""
     if isinstance(source, bytes):
         return source[:HEAD_BYTES]
-    if isinstance(source, str) and source.startswith("data:"):
-        start = source.find(",") + 1
-        try:
-            return base64.b64decode(source[start : start + HEAD_BYTES * 4 // 3 // 4 * 4])
-        except (ValueError, binascii.Error):
-            return b""
+    if is_data_uri(source):
+        return data_uri_head(source, HEAD_BYTES)
     return read_head(source) if isinstance(source, str | Path) else b""
 
 
 def _content(source: Any, limit: int) -> tuple[Path | bytes, str]:
     """What a document is read from, and its name; nothing larger than allowed."""
-    if isinstance(source, str) and source.startswith("data:"):
-        n_bytes = (len(source) - source.find(",") - 1) * 3 // 4 - 2  # before they are decoded; two may be padding
-        _check_bytes("The document", n_bytes, limit)
+    if is_data_uri(source):
+        _check_bytes("The document", data_uri_size(source), limit)
         source = decode_data_uri(source)
     if isinstance(source, bytes):
         _check_bytes("The document", len(source), limit)

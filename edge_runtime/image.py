@@ -7,8 +7,6 @@ gets wrong: EXIF orientation is applied, and 16-bit grey is scaled to 8 bits ins
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import re
 import struct
@@ -23,6 +21,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from edge_runtime import base64_data
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.pages import Page
 from edge_runtime.picture_formats import prepare_format, unknown_format
@@ -104,7 +103,7 @@ def encoded(source: ImageSource) -> bytes | Path:
     ImageError
         When there is no such file, or nothing in it.
     """
-    if isinstance(source, str) and source.startswith("data:"):
+    if base64_data.is_data_uri(source):
         source = decode_data_uri(source)
     elif not isinstance(source, Image.Image | str | Path | bytes | Page) and hasattr(source, "read"):
         source = read_file_object(source)
@@ -188,15 +187,14 @@ def decode_data_uri(uri: str) -> bytes:
     Raises
     ------
     ImageError
-        When it is not base64.
+        When its base64 is none.
     """
-    header, _, body = uri.partition(",")
     try:
-        if not header.endswith(";base64"):
-            raise ValueError
-        return base64.b64decode(body, validate=True)
-    except (ValueError, binascii.Error):
-        raise ImageError("A data: URI is not valid base64; expected 'data:image/png;base64,...'.") from None
+        return base64_data.decode_data_uri(uri)
+    except ValueError as error:
+        raise ImageError(
+            f"A data: URI is not valid base64 ({error}); expected 'data:image/png;base64,...'."
+        ) from None
 
 
 def upright_size(picture: Image.Image, name: str, pixel_limit: int) -> tuple[int, int]:

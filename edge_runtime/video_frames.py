@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import PIL
 from PIL import Image, ImageSequence
 
+from edge_runtime.base64_data import is_data_uri
 from edge_runtime.errors import VideoError
 from edge_runtime.image import PIXEL_LIMIT, ImageSource, explained, load_image, to_rgb
 from edge_runtime.slicing import Size
@@ -92,7 +93,7 @@ def open_video(
     """
     if isinstance(source, list | tuple):
         return PictureFrames("The video", source, rate or FOLDER_RATE, limits)
-    if isinstance(source, str | Path) and not str(source).startswith("data:") and Path(source).is_dir():
+    if isinstance(source, str | Path) and not is_data_uri(str(source)) and Path(source).is_dir():
         return PictureFrames(str(source), pictures_in(Path(source)), rate or FOLDER_RATE, limits)
     content = Content(source, limits)
     with content.open() as file:
@@ -178,7 +179,7 @@ class PictureFrames:
 
 def _held(source: ImageSource) -> ImageSource:
     """A file's bytes instead of its path, so that what is shown is what was fingerprinted."""
-    if isinstance(source, str | Path) and not str(source).startswith("data:") and Path(source).is_file():
+    if isinstance(source, str | Path) and not is_data_uri(str(source)) and Path(source).is_file():
         return Path(source).read_bytes()
     return source
 
