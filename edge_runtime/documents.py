@@ -21,7 +21,9 @@ from edge_runtime.image import HEAD_BYTES, ImageSource, decode_data_uri, existin
 from edge_runtime.messages import DocumentPart, ImagePart, Message, Part
 from edge_runtime.pages import PAGE_LIMIT, Page, PageChoice, choose_pages
 from edge_runtime.pdf import PdfFile, PdfPage, Resolution
+from edge_runtime.picture_formats import PDF_MARK, is_pdf
 from edge_runtime.tiff import TiffFile
+from edge_runtime.tiff_directories import HEADS as TIFF_HEADS
 
 FILE_LIMIT_BYTES = 1 << 30
 """Default for the largest document."""
@@ -30,8 +32,6 @@ DETAIL = 2
 """Pixels of a page per pixel that its slices have: room for the stretching to whole patches, and no more.
 
 With nine cells a page of A4 is drawn at 193 dots per inch; the recipe of the model's makers has 200."""
-
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 @dataclass(frozen=True)
@@ -176,14 +176,14 @@ def _open(part: ImagePart, options: DocumentOptions) -> _Document | None:
             raise MessageError("A part of type 'pdf' holds a picture; expected a path, bytes or a data: URI.")
         return None
     head = _head(source)
-    is_pdf = head.lstrip(b"\xef\xbb\xbf \t\r\n\0").startswith(b"%PDF-") or (must_be_pdf and b"%PDF-" in head)
-    if not is_pdf and not head.startswith(_TIFF):
+    is_document = is_pdf(head) or (must_be_pdf and PDF_MARK in head)
+    if not is_document and not head.startswith(TIFF_HEADS):
         if must_be_pdf:
             _, name = _content(source, options.file_limit_bytes)
             raise ImageError(f"{name[:200]} is no PDF: it does not begin as one does; expected a PDF file.")
         return None
     content, name = _content(source, options.file_limit_bytes)
-    if is_pdf:
+    if is_document:
         own = part.password if isinstance(part, DocumentPart) else None
         return _Document(PdfFile(content, name, own if own is not None else options.password))
     file = TiffFile(content, name, options.page_limit)
