@@ -17,6 +17,7 @@ from PIL import Image
 from edge_runtime.errors import VideoError
 from edge_runtime.slicing import Size
 from edge_runtime.tone_mapping import CURVES, PEAK, to_sdr
+from edge_runtime.transparency import on_white
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import check_pixels
 
@@ -136,7 +137,7 @@ def picture_of(frame: av.VideoFrame, look: Look, size: Size, name: str) -> Image
         picture = Image.fromarray(to_sdr(rgb, look.curve, look.peak))
     elif frame.format.name.startswith(WITH_ALPHA):
         rgba = Image.fromarray(frame.reformat(**wanted, format="rgba").to_ndarray())
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        picture = on_white(rgba)
     else:
         picture = Image.fromarray(frame.reformat(**wanted, format="rgb24").to_ndarray())
     return picture.transpose(TURNS[look.turned]) if look.turned in TURNS else picture

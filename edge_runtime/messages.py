@@ -1,9 +1,9 @@
 """Whatever clients call a message → `Message`.
 
 Accepted content: a string; a list of pictures and strings in order (the official form); OpenAI parts (`text`,
-`image_url`, `input_text`, `input_image`) with `data:` URIs; `{"image": ...}` and `{"type": "image", "image": ...}`
-as in Hugging Face chats; and Ollama's `images` beside the content: they stand where the text has `[img]` or `[img-N]`
-for them, the others first. A part with a picture may carry `max_slices`.
+`image_url`, `input_text`, `input_image`) with `data:` URIs or base64; `{"image": ...}` and
+`{"type": "image", "image": ...}` as in Hugging Face chats; and Ollama's `images` beside the content: they stand where
+the text has `[img]` or `[img-N]` for them, the others first. A part with a picture may carry `max_slices`.
 
 Documents are told from pictures by `documents`; parts that must be one are read in `attachments`.
 
@@ -14,10 +14,9 @@ paths whose suffix is a video's. Options are those of `video.VideoOptions`.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 from PIL import Image
 
 from edge_runtime.attachments import KINDS, document_fields
+from edge_runtime.base64_data import decode_base64, is_data_uri, looks_like_base64
 from edge_runtime.errors import MessageError
 from edge_runtime.image import ImageSource
 from edge_runtime.pages import Page, PageChoice
@@ -312,14 +312,17 @@ def checked_max_slices(value: Any) -> int | None:
     return value
 
 
-def _checked_url(url: Any, where: str, what: str = "image", kind: str = "image/png") -> str:
-    """Only data URIs: an address or path in a client's message must never make us read or fetch something."""
-    if not isinstance(url, str) or not url.startswith("data:"):
-        raise MessageError(
-            f"{where} has the {what} address {str(url)[:40]!r}; expected a data: URI (data:{kind};base64,...), "
-            "nothing is fetched."
-        )
-    return url
+def _checked_url(url: Any, where: str, what: str = "image", kind: str = "image/png") -> str | bytes:
+    """A data URI, or bytes of base64: an address or path in a message must never make us read or fetch something."""
+    if is_data_uri(url):
+        return url
+    if looks_like_base64(url):
+        with suppress(ValueError):
+            return decode_base64(url)
+    raise MessageError(
+        f"{where} has the {what} address {str(url)[:40]!r}; expected a data: URI (data:{kind};base64,...), "
+        "nothing is fetched."
+    )
 
 
 def _ollama_image(image: Any, where: str) -> ImagePart:
@@ -327,12 +330,11 @@ def _ollama_image(image: Any, where: str) -> ImagePart:
     if isinstance(image, Image.Image | Path | bytes):
         return ImagePart(image)
     if isinstance(image, str):
-        if image.startswith("data:"):
+        if is_data_uri(image):
             return ImagePart(image)
-        try:
-            return ImagePart(base64.b64decode(image, validate=True))
-        except (ValueError, binascii.Error):
-            pass
+        if looks_like_base64(image):
+            with suppress(ValueError):
+                return ImagePart(decode_base64(image))
     raise MessageError(
         f"{where} has an entry in 'images' that is not base64; expected the encoded bytes of a picture."
     )

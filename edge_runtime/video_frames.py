@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import PIL
 from PIL import Image, ImageSequence, features
 
+from edge_runtime.base64_data import is_data_uri
 from edge_runtime.errors import VideoError
 from edge_runtime.image import PIXEL_LIMIT, ImageSource, encoded, explained, load_image, to_rgb
 from edge_runtime.pages import Page
@@ -96,7 +97,7 @@ def open_video(
     """
     if isinstance(source, list | tuple):
         return PictureFrames("The video", source, rate or FOLDER_RATE, limits)
-    if isinstance(source, str | Path) and not str(source).startswith("data:") and Path(source).is_dir():
+    if isinstance(source, str | Path) and not is_data_uri(str(source)) and Path(source).is_dir():
         return PictureFrames(str(source), pictures_in(Path(source)), rate or FOLDER_RATE, limits)
     content = Content(source, limits)
     with content.open() as file:
