@@ -137,9 +137,9 @@ def _one(source: Source, files: list[RemoteFile], wanted: str, usual: str, what:
             f"{source.name} has its {what} in several files ({stems}), expected a single file; fetch them and "
             f"{JOIN_PARTS}, or choose another with {option}."
         )
-    found = _different(whole)
     exact = [file for file in whole if file.path == wanted]
-    preferred = [file for file in found if not wanted and fits(file.path, usual)]
+    preferred = _different([file for file in whole if not wanted and fits(file.path, usual)])
+    found = _different(whole) if wanted else whole  # unasked, of files without a type none is the usual one
     for candidates in (exact, found, preferred):
         if len(candidates) == 1:
             checked_path(candidates[0].path)

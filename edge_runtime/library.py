@@ -160,7 +160,7 @@ class Library:
             and (not source.file or is_meant(entry.decoder, source))
         ]
         found = [entry for entry in fitting if entry.complete] or fitting
-        if len({entry.decoder_digest or entry.name for entry in found}) > 1:
+        if len({(source.file and entry.decoder_digest) or entry.name for entry in found}) > 1:
             names = ", ".join(entry.name for entry in found)
             raise ModelFileError(f"{source.name} may be {names}; expected one of these names.")
         return found[0] if found else None

@@ -75,8 +75,6 @@ def read_pipe(word: str) -> Piped | str:
 
 
 def _read_stdin() -> bytes:
-    if sys.stdin is None:
-        raise ImageError("'-' reads what is piped in, but stdin is closed; name a file.")
     stdin = sys.stdin.buffer
     if stdin.isatty():
         raise ImageError("'-' reads what is piped in, but stdin is a terminal; name a file, or pipe one in with '<'.")

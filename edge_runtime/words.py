@@ -47,6 +47,8 @@ _REFUSED_SUFFIXES = (
 )
 """Of files that people name as well, and that are refused with a reason."""
 
+_NO_SLIPS = (".asp", ".gov")  # one letter off, and common at the end of a sentence
+
 WAY_OUT = "if it is a question, give it with --prompt"
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -57,6 +59,9 @@ _BACKSLASHES = re.compile(r"[\w .()-]*(\\[\w .()-]+)+")
 _NUMBERS = re.compile(r"[-+]?\d{1,4}([.,]\d+)?%?(/\d{1,4}([.,]\d+)?%?)+")
 _OPTION = re.compile(r"[\u2010-\u2015\u2212]{1,2}-?(?P<name>[a-z][a-z-]*)(=.*)?", re.DOTALL)
 _SIGNS = "\"'`()[]{}<>,;:!?.\u2026\u2018\u2019\u201c\u201d\u00ab\u00bb"
+_MARKS = (
+    "\u3002\uff1f\uff01\uff0c\u3001\uff1b\uff1a\u061f\u06d4"  # full stop, question mark and so on, CJK and Arabic
+)
 # What is written with a slash in sentences and is no path unless its folder is there.
 _PAIRS = frozenset(
     re.split(
@@ -94,7 +99,7 @@ def parse_arguments(arguments: Sequence[str]) -> list[Named]:
             if (reason := overlooked(word, files)) is not None:
                 raise MessageError(f"{reason}, or give the question with --prompt.")
         elif isinstance(part, str):
-            click.secho(f"{len(part)} characters of text were read from {_source(word)}.", err=True, dim=True)
+            click.secho(f"Text was read from {_source(word)}, characters: {len(part)}.", err=True, dim=True)
         if isinstance(part, str) and content and isinstance(content[-1], str):
             content[-1] += ("\n\n" if is_piped or was_piped else " ") + part
         else:
@@ -131,6 +136,8 @@ def _is_path_word(word: str) -> bool:
         return True
     if bare.casefold() in _PAIRS or _NUMBERS.fullmatch(bare):
         return os.path.isdir(bare.split("/")[0])  # noqa: PTH112 - of any text
+    if any(c in _MARKS for c in word):  # a sentence of a script that has no blanks
+        return _PATH_START.match(word) is not None
     if "/" in word and "</" not in word:  # <ref>dog</ref> is a question
         return True
     return any((_PATH_START.match(word), _BACKSLASHES.fullmatch(word), _SUFFIX.search(word)))
@@ -145,7 +152,9 @@ def _is_path_phrase(text: str) -> bool:
     if slash and os.path.isdir(folder):  # noqa: PTH112
         return True
     suffix = _suffix(text)
-    return any(suffix == known or _is_slip(suffix, known) for known in FILE_SUFFIXES + _REFUSED_SUFFIXES)
+    if suffix in FILE_SUFFIXES + _REFUSED_SUFFIXES:
+        return True
+    return suffix not in _NO_SLIPS and any(_is_slip(suffix, known) for known in FILE_SUFFIXES)
 
 
 def _suffix(text: str) -> str:
