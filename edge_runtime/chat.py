@@ -95,6 +95,7 @@ class Chat:
             self._doubted = line
             click.echo(f"edge-runtime: {reason}, or enter the line again to ask it as it is.", err=True)
             return
+        self._doubted = ""
         self._ask(line)
 
     @staticmethod
