@@ -28,6 +28,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
+from edge_runtime.sources import JOIN_PARTS
 from edge_runtime.weights import GGUFFile
 
 KEY_MAX_SLICE_NUMS = "edge_runtime.max_slice_nums"
@@ -152,8 +153,17 @@ def _triple(file: GGUFFile, key: str) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
+def refuse_split(file: GGUFFile) -> None:
+    """Refuse one part of several; all but the first have no other keys than those of the split."""
+    if file.get("split.count", int, 0) > 1:
+        raise UnsupportedModelError(
+            f"{file.path.name} is one part of a split model, expected a single file; {JOIN_PARTS}."
+        )
+
+
 def check_mmproj(file: GGUFFile) -> None:
     """Refuse a file that is no MiniCPM-V 4.5 mmproj."""
+    refuse_split(file)
     architecture = file.get("general.architecture", str)
     if architecture != "clip":
         raise UnsupportedModelError(
@@ -233,16 +243,12 @@ def resampler_config(file: GGUFFile) -> ResamplerConfig:
 
 def decoder_config(file: GGUFFile) -> DecoderConfig:
     """Check a decoder file as far as llama.cpp would not, and read what the runtime needs."""
+    refuse_split(file)
     architecture = file.get("general.architecture", str)
     if architecture != "qwen3":
         raise UnsupportedModelError(
             f"{file.path.name} has the architecture {architecture!r}, expected 'qwen3' (the decoder of MiniCPM-V "
             "4.5); use that model's file."
-        )
-    if file.get("split.count", int, 0) > 1:
-        raise UnsupportedModelError(
-            f"{file.path.name} is one part of a split model, expected a single file; join the parts with llama.cpp's "
-            "'llama-gguf-split --merge'."
         )
     _check_decoder_keys(file)
     vocabulary, hidden = len(read_vocabulary(file).tokens), _size(file, "qwen3.embedding_length")

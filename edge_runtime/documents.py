@@ -104,18 +104,18 @@ def page_numbers(part: ImagePart, options: DocumentOptions) -> list[int] | None:
     return None if document is None else [index + 1 for index in document.indices(part, options)]
 
 
-def describe(path: Path, options: Mapping[str, Any]) -> str | None:
+def describe(source: Path | bytes, options: Mapping[str, Any]) -> str | None:
     """What a document is, in two words for a person; None for a picture. Errors as `with_pages`.
 
     Parameters
     ----------
     options : as of `Model.chat`; those of `DocumentOptions` count.
     """
-    numbers = page_numbers(ImagePart(path), document_options(options))
+    numbers = page_numbers(ImagePart(source), document_options(options))
     return None if numbers is None else f"{len(numbers)} {'page' if len(numbers) == 1 else 'pages'}"
 
 
-def last_picture(path: Path, options: Mapping[str, Any], size: tuple[int, int]) -> Path | Page:
+def last_picture(source: Path | bytes, options: Mapping[str, Any], size: tuple[int, int]) -> Path | bytes | Page:
     """A picture as it is, or the last of a document's pages that were looked at.
 
     Parameters
@@ -123,9 +123,9 @@ def last_picture(path: Path, options: Mapping[str, Any], size: tuple[int, int]) 
     options : as of `Model.chat`; those of `DocumentOptions` count.
     size : (width, height) that the page had, in pixels.
     """
-    part, how = ImagePart(path), document_options(options)
+    part, how = ImagePart(source), document_options(options)
     document = _open(part, how)
-    return path if document is None else document.chosen(part, how, size[0] * size[1])[-1]
+    return source if document is None else document.chosen(part, how, size[0] * size[1])[-1]
 
 
 def document_options(options: Mapping[str, Any]) -> DocumentOptions:
