@@ -108,6 +108,7 @@ _ZIPS: tuple[tuple[bytes, str, str], ...] = (
     (b"visio/document", "a Visio drawing", _EXPORT),
     (b"Index/Document.iwa", "an iWork document (Pages, Numbers, Keynote)", _PRINT),
 )
+_PICTURES = ((b"\x89PNG\r\n\x1a\n", "a PNG picture"), (b"\xff\xd8\xff\xe0", "a JPEG picture"))
 _VIDEO_BRANDS = (
     *(b"3g", b"M4", b"MSNV", b"XAVC", b"avc", b"dash", b"f4v", b"iso", b"mmp4", b"mp4", b"mp7", b"qt  "),
 )
@@ -135,6 +136,13 @@ def kind_of(head: bytes, tail: bytes = b"") -> tuple[str, str] | None:
         return _RIFF_KINDS[head[8:12]], _VIDEO
     if head[:1] == b"G" and head[188:189] == b"G" and head[376:377] == b"G":
         return "an MPEG transport stream", _VIDEO
+    for magic, what in _PICTURES:
+        place = head.find(magic, 1, 1024)
+        if place > 0:
+            return (
+                f"{what} behind {place} bytes that do not belong to it",
+                "cut those off (an upload's head, perhaps)",
+            )
     if not head.strip(b"\0"):
         return "nothing but zeros (a download that was cut off leaves such files)", _AGAIN
     return _text_kind(head)

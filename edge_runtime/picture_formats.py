@@ -65,6 +65,11 @@ def is_sequence(head: bytes) -> bool:
 
 def unknown_format(head: bytes, tail: bytes, name: str) -> str:
     """Why Pillow does not know a file; `head` and `tail` are its first and last bytes."""
+    if is_sequence(head):
+        return (
+            f"{name} is not a picture in a known format, but a HEIF or AVIF sequence of frames; give it as a video, "
+            "in a part of type 'video'."
+        )
     if _brands(head) & _AVIF_BRANDS:
         from PIL import __version__
 

@@ -39,7 +39,7 @@ def encoded(picture: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
 
         pillow_heif.register_heif_opener()
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    picture.copy().save(out, kind, **options)  # a copy: Pillow leaves one format's settings on it for the next
     return out.getvalue()
 
 
@@ -305,7 +305,7 @@ def test_no_library_writes_to_stderr(tmp_path: Path) -> None:
     for kind in ("JPEG", "WEBP", "HEIF", "AVIF", "PNG", "GIF", "JPEG2000"):
         data = encoded(NOISE, kind)
         made += [data[: len(data) // 2], data[:-9], data[:60] + bytes(40) + data[100:]]
-    made.append(pages_tiff([NOISE, WORD])[:-2000])
+    made.append(pages_tiff([NOISE.copy(), WORD.copy()])[:-2000])
     form = b"/AcroForm<</XFA 9 0 R/Fields[]>>"
     made.append(b"%PDF-1.7\n1 0 obj<</Type/Catalog/Pages 2 0 R" + form + b">>endobj\ntrailer<</Root 1 0 R>>")
     paths = []
