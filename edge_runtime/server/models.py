@@ -133,7 +133,8 @@ class ModelRegistry:
             await self._unload(slot)
 
     async def _load(self, slot: Slot) -> None:
-        options = LoadOptions(**self._settings.load, adapters=slot.listed.adapters).checked()
+        # A cache folder that has become unusable since the start costs speed, never a request.
+        options = LoadOptions(**self._settings.load, adapters=slot.listed.adapters, needs_cache=False).checked()
         paths = slot.listed.paths
         try:
             async with self._one_at_a_time:
@@ -143,6 +144,7 @@ class ModelRegistry:
         except BaseException:
             self._slots.pop(slot.listed.files, None)  # the next request tries again
             raise
+        slot.model.warm_up()
         slot.last_used = time.monotonic()
         self._start_timer(slot)
 
