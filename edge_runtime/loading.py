@@ -38,6 +38,8 @@ class LoadOptions:
     cache_limit: int = DEFAULT_LIMIT_BYTES
     needs_cache: bool = True
     """Whether a cache folder that cannot be used is an error; else it is a warning, and nothing is kept."""
+    warms_up: bool = False
+    """Compute what chats shared last (`beginnings`) as soon as the model is there and nobody asks."""
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     tuned: bool = True
 

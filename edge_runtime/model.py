@@ -53,6 +53,8 @@ class Model:
         self._ahead = ReadingAhead(self._engine)
         self._beginnings = Beginnings()
         self._engine.call(lambda: set_threads(parts.n_threads))
+        if options.warms_up:
+            self.warm_up()
         self.load_s = time.perf_counter() - started
         """Seconds that loading took."""
 

@@ -134,7 +134,8 @@ class ModelRegistry:
 
     async def _load(self, slot: Slot) -> None:
         # A cache folder that has become unusable since the start costs speed, never a request.
-        options = LoadOptions(**self._settings.load, adapters=slot.listed.adapters, needs_cache=False).checked()
+        setup = {**self._settings.load, "needs_cache": False, "warms_up": True}
+        options = LoadOptions(**setup, adapters=slot.listed.adapters).checked()
         paths = slot.listed.paths
         try:
             async with self._one_at_a_time:
@@ -144,7 +145,6 @@ class ModelRegistry:
         except BaseException:
             self._slots.pop(slot.listed.files, None)  # the next request tries again
             raise
-        slot.model.warm_up()
         slot.last_used = time.monotonic()
         self._start_timer(slot)
 
