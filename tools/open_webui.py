@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -47,7 +48,7 @@ def free_port() -> int:
         return port
 
 
-def settings(folder: Path, backend: str) -> dict[str, str]:
+def settings(folder: Path, backend: str, address: str) -> dict[str, str]:
     """Environment of Open WebUI: one person without a password, nothing from elsewhere."""
     return {
         **os.environ,
@@ -55,7 +56,7 @@ def settings(folder: Path, backend: str) -> dict[str, str]:
         "OLLAMA_BASE_URL": backend,
         "WEBUI_AUTH": "False",
         "WEBUI_SECRET_KEY": "of one run",
-        "CORS_ALLOW_ORIGIN": "http://127.0.0.1",
+        "CORS_ALLOW_ORIGIN": address,
         "ENABLE_OPENAI_API": "False",
         "OFFLINE_MODE": "True",
         "HF_HUB_OFFLINE": "1",
@@ -100,8 +101,8 @@ def _answers(url: str) -> bool:
 class Chat:
     """The page, as a person uses it."""
 
-    def __init__(self, page: Page, address: str, pictures: Path) -> None:
-        self.page, self._address, self._pictures = page, address, pictures
+    def __init__(self, page: Page, address: str, backend: str, pictures: Path) -> None:
+        self.page, self._address, self._backend, self._pictures = page, address, backend, pictures
         self._n_pictures = 0
 
     def open(self, model: str | None = None) -> None:
@@ -147,10 +148,14 @@ class Chat:
     def finished(self) -> str:
         """Wait for the end of the answer; returns it."""
         self.answer.wait_for(timeout=ANSWER_MS)
-        self.page.locator(".chat-assistant").last.locator(
-            "xpath=ancestor::*[contains(@id,'message-')][1]"
-        ).get_by_label("Copy").first.wait_for(state="attached", timeout=ANSWER_MS)
+        self.stop.wait_for(state="hidden", timeout=ANSWER_MS)  # when the title has come, too
         return self.answer.inner_text().strip()
+
+    def requests(self, status: str) -> int:
+        """How many requests of a kind the model's server has counted."""
+        text = httpx.get(f"{self._backend}/metrics", timeout=60, trust_env=False).text
+        found = re.search(rf'^edge_runtime_requests_total{{[^}}]*status="{status}"}} (\S+)$', text, re.MULTILINE)
+        return round(float(found[1])) if found else 0
 
     def show(self, name: str) -> None:
         """Take a picture of the browser."""
@@ -170,7 +175,7 @@ def tools_refusal(chat: Chat) -> str:
     """A fresh installation sends 36 tools, which the demo has no room for: it says so."""
     chat.open()
     chat.ask("What does it say?", SIGN)
-    chat.page.get_by_text("tools that came with it take").wait_for(timeout=ANSWER_MS)
+    chat.page.get_by_text("tools that came with it take").first.wait_for(timeout=ANSWER_MS)
     chat.show("tools")
     chat.call(
         "/api/v1/configs/models",
@@ -196,12 +201,13 @@ def picture(chat: Chat) -> str:
 
 def title(chat: Chat) -> str:
     """Open WebUI asks for a title beside the answer; whatever the demo calls it, the request is answered."""
-    path = chat.page.url.removeprefix(chat._address)
-    until("the chat is in the list", lambda: "/c/" in chat.page.url)
+    until("the title's request", lambda: chat.requests("ok") > 1)
     chat.page.get_by_label("Open Sidebar").first.click()
     chat.page.wait_for_timeout(1000)
     chat.show("title")
-    return f"{path}: the chat is called {chat.page.title().split(' • ')[0]!r}"
+    called = chat.page.title().split(" • ")[0].split(" / ")[0]
+    assert called != "New Chat", "the chat has no title"
+    return f"{chat.requests('ok')} requests were answered, the chat is called {called!r}"
 
 
 def streamed(chat: Chat) -> str:
@@ -241,6 +247,7 @@ def stopped(chat: Chat) -> str:
     after = len(chat.answer.inner_text())
     chat.show("stopped")
     assert before == after, f"it went on from {before} to {after} characters"
+    until("the engine leaves it", lambda: chat.requests("cancelled") == 1)
     return f"{after} characters"
 
 
@@ -272,13 +279,13 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     failed = 0
     with (
         server(serve, environment, folder / "edge-runtime.log", f"{ours}/health"),
-        server(webui, settings(folder / "data", ours), folder / "open-webui.log", f"{theirs}/health"),
+        server(webui, settings(folder / "data", ours, theirs), folder / "open-webui.log", f"{theirs}/health"),
         sync_playwright() as playwright,
     ):
         browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.set_default_timeout(60_000)
-        chat = Chat(page, theirs, options.pictures)
+        chat = Chat(page, theirs, ours, options.pictures)
         for step in STEPS:
             name = (step.__doc__ or "").split(":")[0].rstrip(".")
             try:
@@ -287,8 +294,6 @@ def run(options: argparse.Namespace, folder: Path) -> int:
                 failed += 1
                 print(f"FAILED  {name}: {error}", flush=True)
                 chat.show("failed")
-        asked = httpx.get(f"{ours}/metrics", timeout=10, trust_env=False).text
-        (options.pictures / "metrics.txt").write_text(asked)
         browser.close()
     for log in folder.glob("*.log"):
         shutil.copy(log, options.pictures)
