@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
+from edge_runtime.beginnings import Beginnings, telling_of_tools
 from edge_runtime.capabilities import capabilities
 from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
@@ -53,7 +55,10 @@ class Model:
         """Whether its file says that its answers are not to be believed, as the demo's does."""
         self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
         self._ahead = ReadingAhead(self._engine)
+        self._beginnings = Beginnings()
         self._engine.call(lambda: set_threads(parts.n_threads))
+        if options.warms_up:
+            self.warm_up()
         self.load_s = time.perf_counter() - started
         """Seconds that loading took."""
 
@@ -300,15 +305,17 @@ class Model:
             schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
         )
         check_form(form is not None, n_beams)
-        prepared = self._prepare(
-            messages,
-            *(on_image, on_look),
-            room=max_tokens,
-            refuse=True,
-            thinking=thinking,
-            tools=tools,
-            **prompt_options,
-        )
+        telling = functools.partial(telling_of_tools, tools, lambda: self._count_tools(tools))
+        with telling():
+            prepared = self._prepare(
+                messages,
+                *(on_image, on_look),
+                room=max_tokens,
+                refuse=True,
+                thinking=thinking,
+                tools=tools,
+                **prompt_options,
+            )
         begun = prepared.begun
         if begun is not None:
             check_begun(begun, tools)
@@ -335,6 +342,7 @@ class Model:
             form,
             tuple(function_names(tools)),
             begun,
+            shared=prepared.shared,
         )
 
         def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
@@ -362,7 +370,12 @@ class Model:
             return found
 
         requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
-        return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
+        with telling():
+            return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
+
+    def _count_tools(self, tools: Sequence[dict[str, Any]]) -> int:
+        """Tokens of a prompt that describe tools."""
+        return len(self.build_prompt("What", tools=tools).ids) - len(self.build_prompt("What").ids)
 
     @cached_property
     def _grammar_vocabulary(self) -> GrammarVocabulary:
@@ -399,6 +412,7 @@ class Model:
             n_ctx=self.n_ctx,
             room=room,
             refuse=refuse,
+            beginnings=self._beginnings if refuse else None,
             on_image=on_image,
             on_look=on_look,
         )
@@ -460,6 +474,14 @@ class Model:
     def _embeddings(self, prepared: Prepared) -> Float32:
         places = dict(zip(prepared.prompt.bounds, self._encode(prepared.groups), strict=True))
         return embed(self._decoder, np.asarray(prepared.prompt.ids, np.int64), places)
+
+    def warm_up(self) -> None:
+        """Compute what chats shared when this model was last loaded (system prompt and tools) while nobody asks.
+
+        Returns at once. Of use with a `cache_dir`, which has it written down: the first chat then begins with its
+        own words. Whoever asks meanwhile interrupts it.
+        """
+        self._engine.warm_up()
 
     def close(self) -> None:
         """Free the memory; further calls raise."""

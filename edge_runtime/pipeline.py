@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.beginnings import Beginnings
 from edge_runtime.budget import Budget
 from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
@@ -96,6 +97,8 @@ class Prepared:
     with_more: Callable[[Sequence[Message]], Prompt] | None = None
     """The prompt that this conversation would have with further messages, without pictures, behind it; the whole
     turn takes the place of one that was begun."""
+    shared: int = 0
+    """Positions at the beginning of the prompt that other chats have, too; see `beginnings`."""
 
 
 def prepare(
@@ -109,6 +112,7 @@ def prepare(
     n_ctx: int = 0,
     room: int = 0,
     refuse: bool = False,
+    beginnings: Beginnings | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
     on_look: Callable[[float], None] = lambda share: None,
 ) -> Prepared:
@@ -119,6 +123,7 @@ def prepare(
     n_queries : visual tokens per slice.
     n_ctx, room : positions of the context, and those to be kept free; for `context_shift` and `fit`.
     refuse : refuse what does not fit before pictures are decoded.
+    beginnings : tells what other chats begin with, too; None: that is not asked for.
     on_image : called with (pictures decoded or pages drawn, all of them); what it raises ends the work, as with
         `on_look`.
     on_look : called often with the share of the videos whose index was made.
@@ -184,6 +189,16 @@ def prepare(
     else:
         prompt, n_dropped = build(conversation, placed), 0
     known = conversation if begun is None else conversation[:-1]
+    shared = 0
+    if beginnings is not None and not options.raw:
+        shared = beginnings.length(
+            prompt.ids,
+            conversation,
+            options.tools,
+            lambda opening: build(opening, [], None),
+            options.thinking,
+            numbered,
+        )
     groups = [group for item in left for group in item.groups]
     n_left = sum(item.layout.frames for item in left)
     return Prepared(
@@ -197,6 +212,7 @@ def prepare(
         fitted,
         begun,
         None if n_dropped or options.raw else lambda more: build([*known, *more], placed, None),
+        shared,
     )
 
 

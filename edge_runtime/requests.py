@@ -17,6 +17,7 @@ from edge_runtime.constraint import AnswerForm, Constraint
 from edge_runtime.continuation import Begun
 from edge_runtime.decoder import Decoder, Part
 from edge_runtime.encoder import Group
+from edge_runtime.errors import MessageError
 from edge_runtime.logprobs import TokenScores, score
 from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
@@ -93,10 +94,17 @@ class Request:
     """The turn that the answer goes on with; it stands in the prompt."""
     reads_ahead: bool = False
     """Compute the prompt and nothing else, as long as nobody asks for anything; see `ahead`."""
+    shared: int = 0
+    """Positions at the beginning that other chats have, too: system prompt and tools; see `beginnings`."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
         keys: list[Hashable] = list(self.prompt.ids)
+        if len(self.digests) != len(self.prompt.bounds):
+            raise MessageError(
+                f"The prompt has {len(self.prompt.bounds)} places for visual tokens, expected {len(self.digests)}; "
+                "take out what looks like a picture's mark from the names of tools and their parameters."
+            )
         for digest, (first, end) in zip(self.digests, self.prompt.bounds, strict=True):
             keys[first:end] = [(digest, i) for i in range(end - first)]
         return keys
