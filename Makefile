@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test quick lint bench reference conformance clean
+.PHONY: setup test test-isas quick lint bench reference conformance clean
 
 setup: .venv/ready
 
@@ -15,6 +15,14 @@ setup: .venv/ready
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What depends on the instruction set, once more with older ones than this machine's best, as on other people's.
+ISA_TESTS := tests/kernels tests/runtime/test_prefill.py tests/runtime/test_startup.py tests/runtime/test_int8_vision.py
+test-isas: setup
+	@for isa in $$($(BIN)/python -m tests.older_isas avx512vnni avx2); do \
+		echo "EDGE_RUNTIME_ISA=$$isa"; \
+		EDGE_RUNTIME_ISA=$$isa $(BIN)/python -m pytest $(ISA_TESTS) || exit 1; \
+	done
 
 quick: setup
 	$(BIN)/python -m pytest -m "not slow"

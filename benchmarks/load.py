@@ -250,6 +250,7 @@ def _is_well(url: str) -> bool:
 def ours(options: argparse.Namespace) -> list[str]:
     """Command of our server."""
     command = [sys.executable, "-m", "edge_runtime", "serve", "--port", "0", "-m", options.model, "--grace", "5"]
+    command += ["--no-cache-dir"]  # what an earlier run has read would be a gift
     command += ["--ctx", str(options.ctx)] if options.peer else []
     return command + (["--threads", str(options.threads)] if options.threads else [])
 

@@ -7,14 +7,14 @@ of chats, and its `{"type": "input_file", "file_data": "data:..."}` of responses
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from edge_runtime.base64_data import decode_base64, is_data_uri, looks_like_base64
 from edge_runtime.errors import MessageError
 
 KINDS = ("pdf", "file", "input_file")
@@ -54,13 +54,11 @@ def document_fields(part: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _file_data(holder: Any, where: str) -> str | bytes:
     """OpenAI's file: a `data:` URI, or plain base64. A name or an address must never make us read or fetch it."""
     data = holder.get("file_data") if isinstance(holder, Mapping) else None
-    if isinstance(data, str) and data.startswith("data:"):
+    if is_data_uri(data):
         return data
-    try:
-        if isinstance(data, str) and data:
-            return base64.b64decode(data, validate=True)
-    except (ValueError, binascii.Error):
-        pass
+    if looks_like_base64(data):
+        with suppress(ValueError):
+            return decode_base64(data)
     raise MessageError(
         f"{where} has a file whose file_data is {str(data)[:40]!r}; expected a data: URI "
         "(data:application/pdf;base64,...), no file id is known and nothing is fetched."

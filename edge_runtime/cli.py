@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_runtime import __version__
-from edge_runtime.command import INTERRUPTED, Command
+from edge_runtime.command import INTERRUPTED, Command, set_up_streams
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.document_options import (
     SliceLimits,
@@ -28,28 +28,26 @@ from edge_runtime.document_options import (
     note_fitted,
     take_documents,
 )
-from edge_runtime.errors import ImageError, MessageError
+from edge_runtime.errors import MessageError
+from edge_runtime.file_names import find_named
 from edge_runtime.image import PIXEL_LIMIT
-from edge_runtime.messages import VIDEO_SUFFIXES, VideoPart
+from edge_runtime.messages import VideoPart
+from edge_runtime.piped import STDIN, Piped, read_pipe, waits_unread
 from edge_runtime.serve_command import serve
 from edge_runtime.store_commands import COMMANDS, announce
+from edge_runtime.text_files import parse_json
 from edge_runtime.video_arguments import take_video, video_options, with_videos
+from edge_runtime.words import looks_like_file, parse_arguments
 
-# Arguments of `run` that end like this are files, whether they exist or not.
-FILE_SUFFIXES = (
-    *(".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
-    *(".pdf", *VIDEO_SUFFIXES),
-)
+if TYPE_CHECKING:
+    from edge_runtime.model import Model
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="edge-runtime")
 def main() -> None:
     """Ask about pictures with MiniCPM-V 4.5 on this machine's CPU; nothing leaves it."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
+    set_up_streams()
 
 
 for command_elsewhere in (*COMMANDS, serve):
@@ -158,6 +156,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command(cls=Command)
 @click.argument("arguments", nargs=-1, metavar="[FILE ...] [PROMPT]")
 @model_options
+@click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="Question that is never taken for a file.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
 @document_options
@@ -169,6 +168,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--draw", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the places the answer names.")
 def run(
     arguments: tuple[str, ...],
+    prompt: tuple[str, ...],
     system: str | None,
     as_json: bool,
     logprobs: int | None,
@@ -179,7 +179,10 @@ def run(
     """Answer a question about pictures, documents and videos, or chat.
 
     Arguments keep their order: files and text may alternate. Without text, a chat begins. A folder of frames is a
-    video, too: end its name with a slash.
+    video, too. '-' and pipes are read: a picture, a document, a video or text.
+
+    What exists is a file. What does not exist but has a slash, a scheme or a suffix (a sentence: the suffix of a
+    picture, document or video at its end) is an error and no question; --prompt takes any text.
 
     \b
     edge-runtime run photo.jpg "What is on the sign?"
@@ -187,14 +190,19 @@ def run(
     edge-runtime run scan.pdf --each-page --preset markdown > scan.md
     edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
     edge-runtime run clip.mp4 "What happens?" --end 1:30 --storyboard seen.png
+    pdftotext report.pdf - | edge-runtime run - "Summarise this."
     """
     from edge_runtime import console
     from edge_runtime.grounding import check_drawing
     from edge_runtime.model import Model
 
     video = take_video(options)
-    content = with_videos(parse_arguments(arguments), video)
+    check_stdin(arguments, options["schema"])
+    check_system(system)
+    content = with_videos([*parse_arguments(arguments), *prompt], video)
     chatting = not any(isinstance(part, str) for part in content) and options["preset"] is None
+    if chatting and any(word in STDIN for word in arguments):
+        raise click.UsageError("A chat reads its questions from stdin, which '-' has read already: add a question.")
     each_page = take_documents(options, content, others=draw is not None)
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
@@ -205,6 +213,8 @@ def run(
         if chatting or not seen or isinstance(seen[-1], VideoPart):
             raise click.UsageError("--draw needs a picture and a question.")
         check_drawing(draw)
+    for option, target in (("--draw", draw), ("--storyboard", storyboard)):
+        check_kept(option, target, content)
     if storyboard is not None:
         console.draw_storyboard([part for part in content if isinstance(part, VideoPart)], storyboard)
     if options["schema"] is not None:
@@ -226,6 +236,7 @@ def run(
 
             Chat(model, messages, request, video).loop([part for part in content if not isinstance(part, str)])
             return
+        note_before(model, content, chatting=chatting)
         if each_page:
             answer_pages(model, messages, parts, request, as_json=as_json)
             return
@@ -238,7 +249,9 @@ def run(
                 del found["logprobs"]
             click.echo(json.dumps(found, ensure_ascii=False))
         if draw is not None:
-            console.draw_places(answer, [part for part in content if isinstance(part, Path)][-1], draw, request)
+            console.draw_places(
+                answer, [part for part in content if isinstance(part, Path | Piped)][-1], draw, request
+            )
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
 
@@ -259,69 +272,72 @@ def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None
     return options.pop("model"), setup, adapter
 
 
+def check_stdin(arguments: tuple[str, ...], schema: str | None) -> None:
+    """Refuse to read stdin twice."""
+    if schema in STDIN and any(word in STDIN for word in arguments):
+        raise click.UsageError("stdin can be read once: it is named as an argument and by --schema.")
+
+
+def check_system(system: str | None) -> None:
+    """Refuse the name of a file for the text in it."""
+    if system is not None and not any(c.isspace() for c in system) and looks_like_file(system):
+        raise click.UsageError(
+            f'--system is the name of a file, {system[:80]!r}, expected the text itself: --system "$(cat FILE)".'
+        )
+
+
+def check_kept(option: str, target: Path | None, content: list[Any]) -> None:
+    """Refuse to draw over one of the files that are asked about."""
+    sources = [part.source if isinstance(part, VideoPart) else part for part in content]
+    if target is None or not target.exists():
+        return
+    if any(isinstance(source, Path) and target.samefile(source) for source in sources):
+        raise click.UsageError(f"{option} would replace {target}, which is asked about: name another file.")
+
+
+def note_before(model: Model, content: list[Any], *, chatting: bool) -> None:
+    """Say what is to be known before an answer: that the model is a toy, that something was left unread."""
+    from edge_runtime import console
+    from edge_runtime.answers import TOY_NOTICE
+
+    if model.is_toy and not chatting:
+        console.note(TOY_NOTICE)
+    if all(isinstance(part, str) for part in content) and not chatting and waits_unread():
+        console.note("What stands on stdin was not read: name it '-' to ask about it.")
+
+
 def read_schema(source: str) -> Any:
-    """A JSON schema from its text or from a file.
+    """A JSON schema from its text, from a file, or from a pipe.
 
     Raises
     ------
     MessageError
         When there is no such file, or what is there is not JSON.
     """
-    text, name = source, "--schema"
-    if not source.lstrip().startswith("{"):
+    text: str | bytes = source
+    name = "--schema"
+    if not source.lstrip("\ufeff \t\r\n").startswith("{"):
         name = source
         try:
-            text = Path(source).expanduser().read_text("utf-8")
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no UTF-8
+            text = _schema_file(source)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
             reason = getattr(error, "strerror", None) or error
             raise MessageError(
                 f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that begins with '{{'."
             ) from None
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise MessageError(f"{name} is not valid JSON: {error}; expected a JSON schema.") from None
 
 
-def parse_arguments(arguments: Sequence[str]) -> list[str | Path]:
-    """Tell files from text, keeping the order; neighbouring texts are joined by a blank.
-
-    A file is what exists, or what looks like a path: without blanks, and with a known suffix or beginning like a
-    path.
-
-    Raises
-    ------
-    ImageError
-        When something that looks like a file does not exist.
-    """
-    content: list[str | Path] = []
-    for argument in arguments:
-        if _is_file(argument):
-            content.append(Path(argument).expanduser())
-        elif content and isinstance(content[-1], str):
-            content[-1] += f" {argument}"
-        else:
-            content.append(argument)
-    return content
-
-
-def _is_file(argument: str) -> bool:
-    path = Path(argument).expanduser()
-    try:
-        if path.is_file() or (path.is_dir() and any(c in argument for c in "/\\")):
-            return True
-    except PermissionError:
-        raise ImageError(f"The file {argument} cannot be read: permission denied; check its permissions.") from None
-    except (OSError, ValueError):  # longer than a path can be, or with a zero byte: text
-        return False
-    if any(c.isspace() for c in argument):
-        return False
-    if argument.startswith(("http://", "https://")):
-        raise ImageError(f"{argument} is a web address; expected a file: download it first, nothing is fetched.")
-    looks_like_path = argument.startswith(("/", "./", "../", "~/", ".\\", "..\\")) or argument[1:3] == ":\\"
-    if looks_like_path or path.suffix.lower() in FILE_SUFFIXES:
-        raise ImageError(f"The file {argument} does not exist; check the path, or put a question in quotes.")
-    return False
+def _schema_file(source: str) -> str | bytes:
+    if source in STDIN:
+        found: Path | Piped | str = read_pipe(source)
+    else:
+        paths = find_named(source, any_case=True)
+        found = paths[0] if len(paths) == 1 else Path(source)
+    return found.read_bytes() if isinstance(found, Path) else found
 
 
 @main.command(cls=Command)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
+import sys
 from typing import Any
 
 import click
@@ -9,6 +14,40 @@ import click
 from edge_runtime.errors import EdgeRuntimeError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+
+
+class Notes(io.TextIOWrapper):
+    """A stderr that drops what cannot be written, on a full disk or to a closed pipe: the answer still counts."""
+
+    def write(self, text: str) -> int:
+        """Write, or not."""
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """The same."""
+        with contextlib.suppress(OSError):
+            super().flush()
+
+
+def set_up_streams() -> None:
+    """Make the standard streams hold any text.
+
+    What is no terminal, a file or a pipe, gets UTF-8 on every system; a terminal keeps its encoding, and what it
+    cannot show is replaced. Closed ones are replaced by ones that swallow everything: a note must not end an answer.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 - until the end
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = Notes(sys.stderr.buffer, sys.stderr.encoding, "replace", line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        with contextlib.suppress(io.UnsupportedOperation):  # read from already
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
 
 
 class Command(click.Command):
@@ -24,3 +63,8 @@ class Command(click.Command):
         except KeyboardInterrupt:
             click.echo(err=True)
             ctx.exit(INTERRUPTED)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise  # a pipe that was closed ends the program as usual
+            click.echo(f"edge-runtime: The answer cannot be written: {error.strerror}; write it elsewhere.", err=True)
+            ctx.exit(1)

@@ -14,6 +14,8 @@ and in the decoder file:
 
     edge_runtime.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
     tokenised
+    edge_runtime.toy                    bool     whether the model is a toy, whose answers say nothing outside of what
+    it was trained for (false)
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
+from edge_runtime.sources import JOIN_PARTS
 from edge_runtime.weights import GGUFFile
 
 KEY_MAX_SLICE_NUMS = "edge_runtime.max_slice_nums"
 KEY_USE_IMAGE_ID = "edge_runtime.use_image_id"
+KEY_TOY = "edge_runtime.toy"
 
 SCALE_RESOLUTION = 448  # pixels; the official default where a checkpoint names none
 MAX_SLICE_NUMS = 9
@@ -116,6 +120,11 @@ class DecoderConfig:
     """Positions the model was trained for."""
 
 
+def is_toy(file: GGUFFile) -> bool:
+    """Whether a decoder file says that its model is a toy."""
+    return file.get(KEY_TOY, bool, False)
+
+
 def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
     value = file.get(key, int) if default is None else file.get(key, int, default)
     if not 1 <= value <= LIMIT:
@@ -144,8 +153,17 @@ def _triple(file: GGUFFile, key: str) -> tuple[float, float, float]:
     return values[0], values[1], values[2]
 
 
+def refuse_split(file: GGUFFile) -> None:
+    """Refuse one part of several; all but the first have no other keys than those of the split."""
+    if file.get("split.count", int, 0) > 1:
+        raise UnsupportedModelError(
+            f"{file.path.name} is one part of a split model, expected a single file; {JOIN_PARTS}."
+        )
+
+
 def check_mmproj(file: GGUFFile) -> None:
     """Refuse a file that is no MiniCPM-V 4.5 mmproj."""
+    refuse_split(file)
     architecture = file.get("general.architecture", str)
     if architecture != "clip":
         raise UnsupportedModelError(
@@ -225,16 +243,12 @@ def resampler_config(file: GGUFFile) -> ResamplerConfig:
 
 def decoder_config(file: GGUFFile) -> DecoderConfig:
     """Check a decoder file as far as llama.cpp would not, and read what the runtime needs."""
+    refuse_split(file)
     architecture = file.get("general.architecture", str)
     if architecture != "qwen3":
         raise UnsupportedModelError(
             f"{file.path.name} has the architecture {architecture!r}, expected 'qwen3' (the decoder of MiniCPM-V "
             "4.5); use that model's file."
-        )
-    if file.get("split.count", int, 0) > 1:
-        raise UnsupportedModelError(
-            f"{file.path.name} is one part of a split model, expected a single file; join the parts with llama.cpp's "
-            "'llama-gguf-split --merge'."
         )
     _check_decoder_keys(file)
     vocabulary, hidden = len(read_vocabulary(file).tokens), _size(file, "qwen3.embedding_length")

@@ -80,7 +80,7 @@ def answer(
     return result
 
 
-def draw_places(answer: Answer, picture: Path, target: Path, options: dict[str, Any]) -> None:
+def draw_places(answer: Answer, picture: Path | bytes, target: Path, options: dict[str, Any]) -> None:
     """Draw the places that an answer names onto a copy of its last picture.
 
     Parameters

@@ -35,6 +35,8 @@ ROWS_AT_A_TIME = 128
 """Positions that are handed to the KV cache together: they are copied for it."""
 DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
+N_HELD = 2
+"""Sequences that hold what chats share (`beginnings`)."""
 FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
 
 
@@ -111,7 +113,8 @@ class Decoder:
         self._cancelled: Callable[[], bool] = lambda: False
         self.n_sequences = options.n_sequences
         # One more than requests can have: for `prefill` and `decode`, and between `read_rows` and `append_rows`.
-        self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1)]
+        # Behind it those of `beginnings`.
+        self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1 + N_HELD)]
         self._adapters: Adapters | None = None
         self._region: Region | None = None
         self._lib = lib = llama.library()
@@ -124,7 +127,7 @@ class Decoder:
             raise
         self.n_ctx = min(options.n_ctx, self.config.context_length)
         params = lib.llama_context_default_params()
-        params.n_seq_max = params.n_outputs_max = options.n_sequences + 1  # one row of logits per sequence and call
+        params.n_seq_max = params.n_outputs_max = len(self._held)  # one row of logits per sequence and call
         params.n_ctx = max(self.n_ctx, params.n_seq_max)  # with fewer cells than sequences llama.cpp aborts
         params.n_batch, params.n_ubatch = CHUNK_TOKENS, min(options.n_ubatch, CHUNK_TOKENS)
         params.kv_unified = True  # what is free belongs to whoever needs it, and a shared beginning is held once
@@ -223,6 +226,15 @@ class Decoder:
                 "use fewer or smaller pictures (--max-slices), less of a video (--packing, --max-frames), a shorter "
                 "text, or a larger --ctx."
             )
+
+    @property
+    def holding(self) -> range:
+        """Sequences that no request computes in: they hold what chats share."""
+        return range(self.n_sequences + 1, len(self._held))
+
+    def keys(self, sequence: int) -> list[Hashable]:
+        """What a sequence holds, a copy."""
+        return [*self._held[sequence]]
 
     def held(self, sequence: int) -> int:
         """Positions of a sequence that are in the KV cache."""

@@ -8,6 +8,9 @@ with BLAKE2b over lengths, name, facts (JSON) and content. A file that does not 
 was never there. Writing goes through a temporary file in the same folder that is then renamed, on a thread of its
 own; readers map files, so that one deleted or replaced meanwhile stays whole for them. What was unused for longest
 (by the time of change, which use renews) leaves first. Knows nothing of pictures and sequences.
+
+A folder that is broken, full, read-only or gone costs what was kept there and one warning; once a cache is open,
+nothing here raises.
 """
 
 from __future__ import annotations
@@ -71,17 +74,7 @@ class DiskCache:
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> None:
-        self.folder, self._limit = Path(folder).expanduser(), limit_bytes
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold what people asked
-            probe = self.folder / f".{os.urandom(16).hex()}.{os.getpid()}.0.tmp"
-            probe.touch(mode=0o600)
-            probe.unlink()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise MessageError(
-                f"The cache folder {str(folder)!r} cannot be written to ({reason}); choose another --cache-dir."
-            ) from None
+        self.folder, self._limit = usable_folder(folder), limit_bytes
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting_bytes = 0
@@ -101,7 +94,14 @@ class DiskCache:
 
     def has(self, name: str) -> bool:
         """Whether there seems to be such an entry; it was not checked."""
-        return self.path(name).exists()
+        try:
+            self.path(name).stat()
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # the folder's rights were changed, or its drive is gone
+            self._give_up("read", error)
+            return False
+        return True
 
     def get(self, name: str) -> Entry | None:
         """An entry that is as it was written; None if there is none, or if it was damaged and is now deleted."""
@@ -109,12 +109,14 @@ class DiskCache:
         try:
             with path.open("rb") as stream:
                 data = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            entry = _checked(name, data)
         except FileNotFoundError:
+            return None
+        except MemoryError:  # it is whole, but not to be had now
             return None
         except (OSError, ValueError):  # not readable, or empty, which cannot be mapped
             self.forget(name)
             return None
-        entry = _checked(name, data)
         if entry is None:
             logger.warning("The entry %s in the cache is damaged; it is deleted and will be computed again.", path)
             self.forget(name)
@@ -132,29 +134,44 @@ class DiskCache:
         with contextlib.suppress(OSError):
             self.path(name).unlink()
 
-    def put(self, name: str, facts: dict[str, Any], content: Callable[[], bytes], n_bytes: int) -> None:
+    def put(
+        self,
+        name: str,
+        facts: dict[str, Any],
+        content: Callable[[], bytes],
+        n_bytes: int,
+        *,
+        replace: bool = False,
+    ) -> None:
         """Have an entry written soon, if there is room for it in the queue.
 
         Parameters
         ----------
         content : makes `n_bytes` bytes; called on the writing thread.
+        replace : take the place of an entry of this name; else that one stays, as it says the same.
         """
         with self._lock:
             if self._is_broken or n_bytes > self._limit or self._waiting_bytes + n_bytes > QUEUE_BYTES:
                 return
             self._waiting_bytes += n_bytes
-        self._jobs.put(lambda: self._write(name, facts, content, n_bytes))
+        self._jobs.put(lambda: self._write(name, facts, content, n_bytes, replace=replace))
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether nothing is kept any more."""
+        return self._is_broken or not self._writer.is_alive()
 
     @property
     def has_room(self) -> bool:
         """Whether more would be taken in now."""
-        return not self._is_broken and self._waiting_bytes < QUEUE_BYTES // 2
+        return not self.is_broken and self._waiting_bytes < QUEUE_BYTES // 2
 
     def flush(self) -> None:
         """Wait until everything is written."""
         done = threading.Event()
         self._jobs.put(done.set)
-        done.wait()
+        while not done.wait(0.2) and self._writer.is_alive():
+            pass
 
     def close(self) -> None:
         """Write what waits and stop."""
@@ -163,20 +180,31 @@ class DiskCache:
 
     # --- on the writing thread -----------------------------------------------------------------------------------
 
-    def _write(self, name: str, facts: dict[str, Any], content: Callable[[], bytes], n_bytes: int) -> None:
+    def _write(
+        self, name: str, facts: dict[str, Any], content: Callable[[], bytes], n_bytes: int, *, replace: bool
+    ) -> None:
         try:
-            if not self._is_broken and not self.has(name):
+            if not self._is_broken and (replace or not self.has(name)):
                 self._write_file(name, facts, content())
-        except OSError as error:
-            self._is_broken = True
-            logger.warning(
-                "The cache folder %s cannot be written to any more (%s); nothing further is kept there.",
-                self.folder,
-                error.strerror or error,
-            )
+        except MemoryError:
+            logger.warning("There is too little memory to write the entry %s of the cache; it is left out.", name)
+        except Exception as error:  # noqa: BLE001 - whoever asked is answered already, and the thread must go on
+            self._give_up("written to", error)
         finally:
             with self._lock:
                 self._waiting_bytes -= n_bytes
+
+    def _give_up(self, what: str, error: Exception) -> None:
+        """Keep nothing further, and say so once."""
+        with self._lock:
+            was_broken, self._is_broken = self._is_broken, True
+        if not was_broken:
+            logger.warning(
+                "The cache folder %s cannot be %s any more (%s); nothing further is kept there.",
+                self.folder,
+                what,
+                getattr(error, "strerror", None) or error,
+            )
 
     def _write_file(self, name: str, facts: dict[str, Any], content: bytes) -> None:
         header = json.dumps(facts).encode()
@@ -189,6 +217,7 @@ class DiskCache:
         self._n_temporary += 1
         temporary = self.folder / f".{name}.{os.getpid()}.{self._n_temporary}.tmp"
         digest = _digest(name, header, content)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever empties the cache deletes it whole
         try:
             with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
                 stream.write(_HEAD.pack(MAGIC, VERSION, len(header), len(content), digest))
@@ -221,6 +250,29 @@ class DiskCache:
                 (self.folder / name).unlink()
                 total -= size
         return total
+
+
+def usable_folder(folder: str | Path) -> Path:
+    """A folder that entries can be written to; made, for its owner alone, if it is not there.
+
+    Raises
+    ------
+    MessageError
+        When it cannot be made or written to.
+    """
+    try:
+        path = Path(folder).expanduser()
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold what people asked
+        probe = path / f".{os.urandom(16).hex()}.{os.getpid()}.0.tmp"
+        probe.touch(mode=0o600)
+        probe.unlink()
+        next(path.iterdir(), None)  # a folder can be written to and not be read
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home for `~`
+        reason = getattr(error, "strerror", None) or error
+        raise MessageError(
+            f"The cache folder {str(folder)!r} cannot be used ({reason}); choose another --cache-dir."
+        ) from None
+    return path
 
 
 def _write_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

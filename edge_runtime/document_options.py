@@ -15,9 +15,13 @@ from edge_runtime.command import INTERRUPTED
 from edge_runtime.errors import ImageError
 from edge_runtime.messages import VideoPart
 from edge_runtime.pages import PAGE_LIMIT
+from edge_runtime.piped import Piped
 
 if TYPE_CHECKING:
     from edge_runtime.model import Model
+
+Asked = str | Path | Piped | VideoPart
+"""Text, or something to look at."""
 
 PRESET_NAMES = ("ocr", "markdown", "table", "caption")
 """As in `presets`, which is not imported for the help."""
@@ -80,7 +84,7 @@ def document_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def take_documents(options: dict[str, Any], content: Sequence[str | Path | VideoPart], *, others: bool) -> bool:
+def take_documents(options: dict[str, Any], content: Sequence[Asked], *, others: bool) -> bool:
     """Bring the options into the form of `Model.chat`.
 
     Parameters
@@ -107,7 +111,7 @@ def take_documents(options: dict[str, Any], content: Sequence[str | Path | Video
     return each_page
 
 
-def limit_slices(content: Sequence[str | Path | VideoPart], options: dict[str, Any], *, chatting: bool) -> list[Any]:
+def limit_slices(content: Sequence[Asked], options: dict[str, Any], *, chatting: bool) -> list[Any]:
     """Give every file its own limit of cells, where there are several of them; otherwise there is one for all.
 
     Raises
@@ -131,7 +135,7 @@ def limit_slices(content: Sequence[str | Path | VideoPart], options: dict[str, A
     return [part if isinstance(part, str) else _limited(part, next(left)) for part in content]
 
 
-def _limited(file: Path | VideoPart, most: int) -> Any:
+def _limited(file: Path | Piped | VideoPart, most: int) -> Any:
     if isinstance(file, VideoPart):
         return replace(file, options=replace(file.options, max_slices=most))
     return {"type": "image", "image": file, "max_slices": most}
@@ -195,7 +199,7 @@ def answer_pages(
         sys.exit(1)
 
 
-def _as_json(pages: Sequence[Any], files: Sequence[Path], text: str) -> dict[str, Any]:
+def _as_json(pages: Sequence[Any], files: Sequence[Path | Piped], text: str) -> dict[str, Any]:
     found = []
     for page in pages:
         entry: dict[str, Any] = {"file": str(files[page.file]), "page": page.page, "error": page.error}

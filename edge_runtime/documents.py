@@ -7,8 +7,6 @@ bytes or a `data:` URI may be either wherever a picture is accepted. How a page 
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,13 +14,16 @@ from typing import Any
 
 from PIL import Image
 
+from edge_runtime.base64_data import data_uri_head, data_uri_size, is_data_uri
 from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import HEAD_BYTES, ImageSource, decode_data_uri, existing_file, read_file_object, read_head
 from edge_runtime.messages import DocumentPart, ImagePart, Message, Part
 from edge_runtime.pages import PAGE_LIMIT, Page, PageChoice, choose_pages
 from edge_runtime.pdf import PdfFile, PdfPage, Resolution
+from edge_runtime.picture_formats import PDF_MARK, is_pdf
 from edge_runtime.tiff import TiffFile
+from edge_runtime.tiff_directories import HEADS as TIFF_HEADS
 
 FILE_LIMIT_BYTES = 1 << 30
 """Default for the largest document."""
@@ -31,8 +32,6 @@ DETAIL = 2
 """Pixels of a page per pixel that its slices have: room for the stretching to whole patches, and no more.
 
 With nine cells a page of A4 is drawn at 193 dots per inch; the recipe of the model's makers has 200."""
-
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 @dataclass(frozen=True)
@@ -105,18 +104,18 @@ def page_numbers(part: ImagePart, options: DocumentOptions) -> list[int] | None:
     return None if document is None else [index + 1 for index in document.indices(part, options)]
 
 
-def describe(path: Path, options: Mapping[str, Any]) -> str | None:
+def describe(source: Path | bytes, options: Mapping[str, Any]) -> str | None:
     """What a document is, in two words for a person; None for a picture. Errors as `with_pages`.
 
     Parameters
     ----------
     options : as of `Model.chat`; those of `DocumentOptions` count.
     """
-    numbers = page_numbers(ImagePart(path), document_options(options))
+    numbers = page_numbers(ImagePart(source), document_options(options))
     return None if numbers is None else f"{len(numbers)} {'page' if len(numbers) == 1 else 'pages'}"
 
 
-def last_picture(path: Path, options: Mapping[str, Any], size: tuple[int, int]) -> Path | Page:
+def last_picture(source: Path | bytes, options: Mapping[str, Any], size: tuple[int, int]) -> Path | bytes | Page:
     """A picture as it is, or the last of a document's pages that were looked at.
 
     Parameters
@@ -124,9 +123,9 @@ def last_picture(path: Path, options: Mapping[str, Any], size: tuple[int, int]) 
     options : as of `Model.chat`; those of `DocumentOptions` count.
     size : (width, height) that the page had, in pixels.
     """
-    part, how = ImagePart(path), document_options(options)
+    part, how = ImagePart(source), document_options(options)
     document = _open(part, how)
-    return path if document is None else document.chosen(part, how, size[0] * size[1])[-1]
+    return source if document is None else document.chosen(part, how, size[0] * size[1])[-1]
 
 
 def document_options(options: Mapping[str, Any]) -> DocumentOptions:
@@ -177,14 +176,14 @@ def _open(part: ImagePart, options: DocumentOptions) -> _Document | None:
             raise MessageError("A part of type 'pdf' holds a picture; expected a path, bytes or a data: URI.")
         return None
     head = _head(source)
-    is_pdf = head.lstrip(b"\xef\xbb\xbf \t\r\n\0").startswith(b"%PDF-") or (must_be_pdf and b"%PDF-" in head)
-    if not is_pdf and not head.startswith(_TIFF):
+    is_document = is_pdf(head) or (must_be_pdf and PDF_MARK in head)
+    if not is_document and not head.startswith(TIFF_HEADS):
         if must_be_pdf:
             _, name = _content(source, options.file_limit_bytes)
             raise ImageError(f"{name[:200]} is no PDF: it does not begin as one does; expected a PDF file.")
         return None
     content, name = _content(source, options.file_limit_bytes)
-    if is_pdf:
+    if is_document:
         own = part.password if isinstance(part, DocumentPart) else None
         return _Document(PdfFile(content, name, own if own is not None else options.password))
     file = TiffFile(content, name, options.page_limit)
@@ -199,20 +198,15 @@ def _head(source: ImageSource) -> bytes:
     """The first bytes of a file; none where it cannot be read."""
     if isinstance(source, bytes):
         return source[:HEAD_BYTES]
-    if isinstance(source, str) and source.startswith("data:"):
-        start = source.find(",") + 1
-        try:
-            return base64.b64decode(source[start : start + HEAD_BYTES * 4 // 3 // 4 * 4])
-        except (ValueError, binascii.Error):
-            return b""
+    if is_data_uri(source):
+        return data_uri_head(source, HEAD_BYTES)
     return read_head(source) if isinstance(source, str | Path) else b""
 
 
 def _content(source: Any, limit: int) -> tuple[Path | bytes, str]:
     """What a document is read from, and its name; nothing larger than allowed."""
-    if isinstance(source, str) and source.startswith("data:"):
-        n_bytes = (len(source) - source.find(",") - 1) * 3 // 4 - 2  # before they are decoded; two may be padding
-        _check_bytes("The document", n_bytes, limit)
+    if is_data_uri(source):
+        _check_bytes("The document", data_uri_size(source), limit)
         source = decode_data_uri(source)
     if isinstance(source, bytes):
         _check_bytes("The document", len(source), limit)

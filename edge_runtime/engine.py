@@ -7,6 +7,7 @@ is computed when is decided by `scheduler`.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -19,8 +20,10 @@ from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
 from edge_runtime.keeping import Keeping
+from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity, Event, EventQueue, Request, Task
-from edge_runtime.scheduler import Scheduler
+from edge_runtime.sampling import SamplingOptions
+from edge_runtime.scheduler import Expected, Scheduler
 from edge_runtime.tokenizer import Tokenizer
 
 MOST_REQUESTS = 64
@@ -29,6 +32,8 @@ PATIENCE, MOST_PATIENCE_S = 0.02, 0.02
 """Share of the time that a first request's prompt will take, and most seconds, in which others may join it."""
 REST_AFTER_S = 0.2
 """Without a request; then memory is given back."""
+SAVE_PAUSE_S = 0.02
+"""Between two looks whether more can be saved."""
 R = TypeVar("R")
 
 
@@ -38,6 +43,34 @@ class _Call:
 
     function: Callable[[], Any]
     events: EventQueue = field(default_factory=EventQueue)
+
+
+class _Inbox:
+    """What the thread is to do, in order. Nothing gets behind the end, where it would wait for ever."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Task | _Call | None] = queue.SimpleQueue()
+        self._is_open, self._lock = True, threading.Lock()
+
+    def put(self, item: Task | _Call) -> None:
+        with self._lock:
+            self.check_open()
+            self._queue.put(item)
+
+    def check_open(self) -> None:
+        if not self._is_open:
+            raise EdgeRuntimeError("The model was closed; load it again with Model.load.")
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_open = False
+            self._queue.put(None)
+
+    def get(self, timeout: float | None = None) -> Task | _Call | None:
+        return self._queue.get(timeout=timeout)
+
+    def empty(self) -> bool:
+        return self._queue.empty()
 
 
 class Running:
@@ -89,7 +122,7 @@ class Engine:
         self._decoder, self._keeping = decoder, keeping or Keeping()
         self._open: weakref.WeakSet[Task] = weakref.WeakSet()
         self._opening = threading.Lock()
-        self._inbox: queue.SimpleQueue[Task | _Call | None] = queue.SimpleQueue()
+        self._inbox = _Inbox()
         self._stopping = threading.Event()
         self._scheduler = Scheduler(encoder, decoder, tokenizer, self._keeping)
         self._thread = threading.Thread(
@@ -113,16 +146,15 @@ class Engine:
         """
         self._decoder.check_length(len(request.prompt.ids))
         self._decoder.adapters.check(request.adapter)
-        self._check_open()
+        self._inbox.check_open()
         cancelled, stopping = threading.Event(), self._stopping
-        task = Task(request, lambda: cancelled.is_set() or stopping.is_set())
+        task = Task(request, lambda: cancelled.is_set() or stopping.is_set(), keys=request.keys())
         with self._opening:
             waiting = sum(not task.is_finished for task in self._open)
             if waiting >= MOST_REQUESTS:
                 raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
             self._open.add(task)
         if self._keeping.prefixes is not None:
-            task.keys = request.keys()
             adapter = self._decoder.adapters.identities[request.adapter]
             task.saved = self._keeping.prefixes.find(task.keys, adapter, self._scheduler.remembered(task))
         self._inbox.put(task)
@@ -139,14 +171,45 @@ class Engine:
             When the prompt does not fit.
         """
         self._decoder.check_length(len(request.prompt.ids))
-        self._check_open()
         cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self._inbox, self._scheduler
         task = Task(
             request,
             lambda: cancelled.is_set() or stopping.is_set() or not inbox.empty() or scheduler.n_tasks > 1,
+            keys=request.keys(),
         )
         inbox.put(task)
         return Running(task, cancelled)
+
+    def warm_up(self) -> None:
+        """Have what chats shared before the last end computed while nobody asks; returns at once."""
+        prefixes = self._keeping.prefixes
+        if prefixes is None or not prefixes.is_usable:
+            return
+        names = {identity: name for name, identity in self._decoder.adapters.identities.items()}
+        n_ctx, inbox, scheduler = self._decoder.n_ctx, self._inbox, self._scheduler
+
+        def look() -> None:
+            """What lies on disk is checked here, beside requests; what of it is used is up to the scheduler."""
+            expected = []
+            for each in prefixes.recorded():
+                if each.adapter in names and 1 < len(each.ids) < n_ctx:
+                    prompt, name = Prompt("", each.ids, []), names[each.adapter]
+                    request = Request(
+                        prompt,
+                        [],
+                        [],
+                        SamplingOptions(temperature=0.0),
+                        False,
+                        0,
+                        adapter=name,
+                        reads_ahead=True,
+                        shared=len(each.ids),
+                    )
+                    expected.append(Expected(request, prefixes.find(request.keys(), each.adapter)))
+            with contextlib.suppress(EdgeRuntimeError):  # it was closed meanwhile
+                inbox.put(_Call(lambda: scheduler.expect(expected)))
+
+        threading.Thread(target=look, name="edge-runtime warm-up", daemon=True).start()
 
     def submit_all(self, requests: Sequence[Request]) -> list[Running]:
         """Queue several requests, or none of them; otherwise as `submit`."""
@@ -167,21 +230,16 @@ class Engine:
 
     def call(self, function: Callable[[], R]) -> R:
         """Run a function on the inference thread and return its result; for work outside a request."""
-        self._check_open()
         call = _Call(function)
         self._inbox.put(call)
         return _checked(call.events.get())[0]  # type: ignore[no-any-return]
-
-    def _check_open(self) -> None:
-        if not self._close.alive:
-            raise EdgeRuntimeError("The model was closed; load it again with Model.load.")
 
     def close(self) -> None:
         """End all requests, stop the thread and free the model."""
         self._close()
 
 
-def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -> None:
+def _work(inbox: _Inbox, scheduler: Scheduler) -> None:
     """Body of the thread. It must not refer to the engine, or that would never be collected."""
     while True:
         is_first, began = not scheduler.is_busy, 0.0
@@ -192,7 +250,7 @@ def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -
                 return
             if isinstance(item, Task):
                 began = began or time.perf_counter()
-                scheduler.add(item)
+                _add(item, scheduler)
             else:
                 _run(item)
             del item
@@ -204,16 +262,27 @@ def _work(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -
             scheduler.fail_all(error)
 
 
-def _next_item(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler) -> Task | _Call | None:
-    """Wait for something to do; when nothing comes for a moment, the scheduler may rest."""
+def _add(task: Task, scheduler: Scheduler) -> None:
+    """Take in a task; what is wrong with it is its own trouble."""
+    try:
+        scheduler.add(task)
+    except Exception as error:  # noqa: BLE001 - handed to the one who asked
+        task.fail(error)
+
+
+def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
+    """Wait for something to do; when nothing comes for a moment, do what can wait, and rest."""
     try:
         return inbox.get(timeout=REST_AFTER_S)
     except queue.Empty:
         scheduler.rest()
-        return inbox.get()
+    while scheduler.save_more():
+        with contextlib.suppress(queue.Empty):
+            return inbox.get(timeout=SAVE_PAUSE_S)
+    return scheduler.expected_task(lambda: not inbox.empty()) or inbox.get()
 
 
-def _await_company(inbox: queue.SimpleQueue[Task | _Call | None], scheduler: Scheduler, began: float) -> None:
+def _await_company(inbox: _Inbox, scheduler: Scheduler, began: float) -> None:
     """Let requests that come together begin together: a pass over the weights costs as much for one as for many."""
     ends = began + min(MOST_PATIENCE_S, PATIENCE * scheduler.waiting_s)
     while inbox.empty() and time.perf_counter() < ends:
@@ -228,14 +297,14 @@ def _run(call: _Call) -> None:
 
 
 def _shut_down(
-    inbox: queue.SimpleQueue[Task | _Call | None],
+    inbox: _Inbox,
     stopping: threading.Event,
     thread: threading.Thread,
     decoder: Decoder,
     keeping: Keeping,
 ) -> None:
     stopping.set()
-    inbox.put(None)
+    inbox.close()
     if thread is not threading.current_thread():
         thread.join()
     keeping.close()

@@ -58,7 +58,7 @@ def choose_form(
     elif tools:
         form = replace(form, call=_call_form(tools, function_names(tools), tokenizer, vocabulary, must_call=False))
     _tell(form.notes)
-    return replace(form, separator=tuple(tokenizer.encode("\n\n"))) if thinking else form
+    return replace(form, separator=tuple(tokenizer.encode("\n\n")))
 
 
 def _call_form(

@@ -14,7 +14,17 @@ from urllib.parse import quote, urlencode
 
 from edge_runtime.download import MAX_BYTES, RemoteFile, ask, probe, refuse_offline
 from edge_runtime.errors import BackendUnavailable, DownloadError
-from edge_runtime.sources import Source, checked_path, file_of_address, is_sha256, visible
+from edge_runtime.sources import (
+    JOIN_PARTS,
+    Source,
+    checked_path,
+    file_of_address,
+    fits,
+    is_meant,
+    is_sha256,
+    split_stem,
+    visible,
+)
 
 USUAL_DECODER, USUAL_MMPROJ = "q4_k_m", "f16"
 """Taken where a repository offers several and none was asked for: the sizes most people want."""
@@ -85,6 +95,11 @@ def choose(source: Source, listing: Listing, mmproj: str | None = None) -> Choic
     """
     if source.kind == "url":
         decoder, *others = listing.files
+        for file in listing.files:
+            if split_stem(file.path) is not None:
+                raise DownloadError(
+                    f"{file.path} is one part of a split model, expected a single file; {JOIN_PARTS}."
+                )
         return Choice("gguf", decoder, others[0] if others else None)
     gguf = [file for file in listing.files if file.path.lower().endswith(".gguf")]
     if not gguf and not source.file:
@@ -108,17 +123,23 @@ def choose(source: Source, listing: Listing, mmproj: str | None = None) -> Choic
     )
 
 
-def fits(path: str, wanted: str) -> bool:
-    """Whether a file is the one that was asked for: by its name, or a part of it between other characters."""
-    if path == wanted:
-        return True
-    return re.search(rf"(?<![a-z0-9]){re.escape(wanted.lower())}(?![a-z0-9])", path.lower()) is not None
-
-
 def _one(source: Source, files: list[RemoteFile], wanted: str, usual: str, what: str, option: str) -> RemoteFile:
-    found = [file for file in files if not wanted or fits(file.path, wanted)]
-    exact = [file for file in found if file.path == wanted]
-    preferred = [file for file in found if not wanted and fits(file.path, usual)]
+    is_decoder = what == "decoder"
+    found = [
+        file
+        for file in files
+        if not wanted or (is_meant(file.path, source) if is_decoder else fits(file.path, wanted))
+    ]
+    whole = [file for file in found if split_stem(file.path) is None]
+    if found and not whole:
+        stems = ", ".join(sorted({visible(split_stem(file.path) or "") for file in found}))
+        raise DownloadError(
+            f"{source.name} has its {what} in several files ({stems}), expected a single file; fetch them and "
+            f"{JOIN_PARTS}, or choose another with {option}."
+        )
+    exact = [file for file in whole if file.path == wanted]
+    preferred = _different([file for file in whole if not wanted and fits(file.path, usual)])
+    found = _different(whole) if wanted else whole  # unasked, of files without a type none is the usual one
     for candidates in (exact, found, preferred):
         if len(candidates) == 1:
             checked_path(candidates[0].path)
@@ -129,6 +150,15 @@ def _one(source: Source, files: list[RemoteFile], wanted: str, usual: str, what:
             f"{source.name} has no {what} file{f' {wanted!r}' if wanted else ''}; there are: {names}. Choose another."
         )
     raise DownloadError(f"{source.name} has {len(found)} {what} files: {names}. Choose one with {option}.")
+
+
+def _different(files: list[RemoteFile]) -> list[RemoteFile]:
+    """Files without those that another one is the same as, by its digest."""
+    return [
+        file
+        for i, file in enumerate(files)
+        if not file.digest or all(file.digest != earlier.digest for earlier in files[:i])
+    ]
 
 
 def _hugging_face(repository: str) -> Listing:

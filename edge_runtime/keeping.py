@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import platformdirs
+
 from edge_runtime import __version__
 from edge_runtime.decoder import Decoder
-from edge_runtime.disk_cache import DiskCache
+from edge_runtime.disk_cache import DiskCache, usable_folder
 from edge_runtime.encoder import ImageEncoder
+from edge_runtime.errors import MessageError
 from edge_runtime.identity import file_identity
 from edge_runtime.saved_prefixes import SavedPrefixes
 from edge_runtime.visual_cache import SavedTokens
+
+logger = logging.getLogger("edge_runtime")
+
+
+def usual_folder() -> Path | None:
+    """The folder where a server keeps what it has read, among the caches of whoever runs it; None if there is none.
+
+    It is made, and nobody else can read it. Where that cannot be done, a warning says so.
+    """
+    folder = Path(platformdirs.user_cache_dir("edge-runtime")) / "prompts"
+    try:
+        usable_folder(folder)
+    except MessageError as error:
+        logger.warning("%s Prompts that were read are not kept.", error)
+        return None
+    with contextlib.suppress(OSError):  # it was there already, with other rights
+        folder.chmod(0o700)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from typing import Any, Literal
 
 from edge_runtime.download import storing
 from edge_runtime.errors import DownloadError, ModelFileError
-from edge_runtime.hubs import fits
-from edge_runtime.sources import ALIASES, Source, checked_path, parse_source, visible
+from edge_runtime.sources import ALIASES, Source, checked_path, is_meant, parse_source, visible
 
 RECORD, LOCKS = "model.json", ".locks"
 MAX_RECORD_BYTES = 1 << 20
@@ -67,9 +66,20 @@ class Entry:
         return sum(file.size for file in self.files)
 
     @property
+    def decoder_digest(self) -> str:
+        """Digest of the decoder; empty where the server announced none."""
+        return next((file.digest for file in self.files if file.path == self.decoder), "")
+
+    @property
     def label(self) -> str:
         """What people call it: its alias, or its name."""
-        return next((alias for alias, name in ALIASES.items() if name == self.name), self.name)
+        return next((alias for alias in ALIASES if self._is_named(alias)), self.name)
+
+    def _is_named(self, alias: str) -> bool:
+        source = parse_source(alias)
+        assert source is not None
+        same_place = (source.kind, source.place) == (self.source.kind, self.source.place)
+        return same_place and is_meant(self.source.file, source)
 
     @property
     def source(self) -> Source:
@@ -147,10 +157,10 @@ class Library:
             entry
             for entry in self.entries()
             if (entry.source.kind, entry.source.place) == (source.kind, source.place)
-            and (not source.file or fits(entry.decoder, source.file))
+            and (not source.file or is_meant(entry.decoder, source))
         ]
         found = [entry for entry in fitting if entry.complete] or fitting
-        if len(found) > 1:
+        if len({(source.file and entry.decoder_digest) or entry.name for entry in found}) > 1:
             names = ", ".join(entry.name for entry in found)
             raise ModelFileError(f"{source.name} may be {names}; expected one of these names.")
         return found[0] if found else None

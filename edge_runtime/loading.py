@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning import Tuning, remembered_tuning
 from edge_runtime.weights import GGUFFile
 
+logger = logging.getLogger("edge_runtime")
+
 
 @dataclass(frozen=True)
 class LoadOptions:
@@ -33,6 +36,10 @@ class LoadOptions:
     low_memory: bool = False
     cache_dir: str | Path | None = None
     cache_limit: int = DEFAULT_LIMIT_BYTES
+    needs_cache: bool = True
+    """Whether a cache folder that cannot be used is an error; else it is a warning, and nothing is kept."""
+    warms_up: bool = False
+    """Compute what chats shared last (`beginnings`) as soon as the model is there and nobody asks."""
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     tuned: bool = True
 
@@ -118,15 +125,29 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
                 f"{paths.mmproj.name} have {encoder.hidden}; use the decoder and the mmproj file of the same model."
             )
         tokenizer = Tokenizer(file)
-        keeping = Keeping(low_memory=options.low_memory)
-        if options.cache_dir is not None:
-            keeping = Keeping.in_folder(
-                options.cache_dir, options.cache_limit, encoder, decoder, exact=exact, low_memory=options.low_memory
-            )
+        keeping = _keeping(options, encoder, decoder)
     except BaseException:
         decoder.close()
         raise
     return Parts(encoder, decoder, tokenizer, keeping, threads)
+
+
+def _keeping(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder) -> Keeping:
+    if options.cache_dir is not None:
+        try:
+            return Keeping.in_folder(
+                options.cache_dir,
+                options.cache_limit,
+                encoder,
+                decoder,
+                exact=options.exact,
+                low_memory=options.low_memory,
+            )
+        except MessageError as error:
+            if options.needs_cache:
+                raise
+            logger.warning("%s Prompts that were read are not kept.", error)
+    return Keeping(low_memory=options.low_memory)
 
 
 def needed_bytes(paths: ModelPaths, options: LoadOptions) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,10 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_runtime.ahead import ReadingAhead
-from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, make_answer, results
+from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
+from edge_runtime.beginnings import Beginnings, telling_of_tools
+from edge_runtime.capabilities import capabilities
+from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import Group
@@ -23,7 +27,7 @@ from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.logprobs import TokenLogprobs
-from edge_runtime.options import check_counts, check_form, check_lengths, check_streaming, count_beams
+from edge_runtime.options import check_begun, check_counts, check_form, check_lengths, check_streaming, count_beams
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity, Finished, Request
@@ -47,9 +51,14 @@ class Model:
         self._encoder, self._decoder, self.tokenizer = parts.encoder, parts.decoder, parts.tokenizer
         self.template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
         """The chat template (Jinja)."""
+        self.is_toy = is_toy(self._decoder.file)
+        """Whether its file says that its answers are not to be believed, as the demo's does."""
         self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
         self._ahead = ReadingAhead(self._engine)
+        self._beginnings = Beginnings()
         self._engine.call(lambda: set_threads(parts.n_threads))
+        if options.warms_up:
+            self.warm_up()
         self.load_s = time.perf_counter() - started
         """Seconds that loading took."""
 
@@ -114,6 +123,11 @@ class Model:
     def name(self) -> str:
         """What the model was called when it was loaded."""
         return self.paths.name
+
+    @property
+    def capabilities(self) -> list[str]:
+        """What it can do, by Ollama's names: completion, vision, tools, thinking."""
+        return capabilities(self._decoder.file)
 
     @property
     def fills_itself(self) -> bool:
@@ -251,8 +265,8 @@ class Model:
         on_look : called often with the share that is done while an index of videos is made; their frames are
             decoded later, beside the encoding. What this or `on_image` raises ends the work.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
-            video_limits, context_shift, raw, fit, preset; for documents pages, dpi, password, page_limit,
-            file_limit_bytes.
+            video_limits, context_shift, raw, fit, preset, continue_final_message (whether the answer goes on with a
+            last message of the assistant's); for documents pages, dpi, password, page_limit, file_limit_bytes.
 
         Raises
         ------
@@ -291,15 +305,22 @@ class Model:
             schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
         )
         check_form(form is not None, n_beams)
-        prepared = self._prepare(
-            messages,
-            *(on_image, on_look),
-            room=max_tokens,
-            refuse=True,
-            thinking=thinking,
-            tools=tools,
-            **prompt_options,
-        )
+        telling = functools.partial(telling_of_tools, tools, lambda: self._count_tools(tools))
+        with telling():
+            prepared = self._prepare(
+                messages,
+                *(on_image, on_look),
+                room=max_tokens,
+                refuse=True,
+                thinking=thinking,
+                tools=tools,
+                **prompt_options,
+            )
+        begun = prepared.begun
+        if begun is not None:
+            check_begun(begun, tools)
+            form = form.behind(begun.content) if form is not None else None
+            thinking = begun.is_reasoning
         if form is not None and thinking:
             room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
             thinking_budget = form.limit_reasoning(thinking_budget, room)
@@ -320,6 +341,8 @@ class Model:
             adapter,
             form,
             tuple(function_names(tools)),
+            begun,
+            shared=prepared.shared,
         )
 
         def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
@@ -332,13 +355,27 @@ class Model:
             if timings["first_token"]:
                 timings["first_token"] += image_s
             given = scores if logprobs else None
-            found = make_answer(prepared, end, answer, reasoning, model=self.name, timings=timings, logprobs=given)
+            found = make_answer(
+                prepared,
+                end,
+                answer,
+                reasoning,
+                model=self.name,
+                timings=timings,
+                logprobs=given,
+                notice=TOY_NOTICE if self.is_toy else None,
+            )
             if follow_up:
                 self._ahead.follow(prepared, request, found)
             return found
 
         requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
-        return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
+        with telling():
+            return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
+
+    def _count_tools(self, tools: Sequence[dict[str, Any]]) -> int:
+        """Tokens of a prompt that describe tools."""
+        return len(self.build_prompt("What", tools=tools).ids) - len(self.build_prompt("What").ids)
 
     @cached_property
     def _grammar_vocabulary(self) -> GrammarVocabulary:
@@ -375,6 +412,7 @@ class Model:
             n_ctx=self.n_ctx,
             room=room,
             refuse=refuse,
+            beginnings=self._beginnings if refuse else None,
             on_image=on_image,
             on_look=on_look,
         )
@@ -436,6 +474,14 @@ class Model:
     def _embeddings(self, prepared: Prepared) -> Float32:
         places = dict(zip(prepared.prompt.bounds, self._encode(prepared.groups), strict=True))
         return embed(self._decoder, np.asarray(prepared.prompt.ids, np.int64), places)
+
+    def warm_up(self) -> None:
+        """Compute what chats shared when this model was last loaded (system prompt and tools) while nobody asks.
+
+        Returns at once. Of use with a `cache_dir`, which has it written down: the first chat then begins with its
+        own words. Whoever asks meanwhile interrupts it.
+        """
+        self._engine.warm_up()
 
     def close(self) -> None:
         """Free the memory; further calls raise."""

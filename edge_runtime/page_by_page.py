@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.base64_data import is_data_uri
 from edge_runtime.documents import document_options, page_numbers, read
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import existing_file
@@ -113,7 +114,7 @@ def pages_asked(content: Any, options: dict[str, Any]) -> Iterator[PageAsked]:
             for side in (parts[:place], parts[place + 1 :])
         ]
         numbers = page_numbers(part, how)
-        if numbers is None and isinstance(part.source, str | Path) and not str(part.source).startswith("data:"):
+        if numbers is None and isinstance(part.source, str | Path) and not is_data_uri(str(part.source)):
             existing_file(part.source)  # what is not there at all is told at once
         for number in [1] if numbers is None else numbers:
             page = part if numbers is None else _page_of(part, number)

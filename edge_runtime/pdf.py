@@ -8,6 +8,7 @@ white. No script in a document is run, nothing that it refers to is fetched.
 from __future__ import annotations
 
 import atexit
+import logging
 import math
 import threading
 import weakref
@@ -20,6 +21,7 @@ from PIL import Image
 
 from edge_runtime.errors import BackendUnavailable, ImageError
 from edge_runtime.pages import Page
+from edge_runtime.pdf_forms import why_pages_are_not_it
 
 POINTS_PER_INCH = 72
 LONGEST_SIDE = 32_767  # pixels; beyond it pdfium's arithmetic is not meant to hold
@@ -50,7 +52,8 @@ class PdfFile:
     Raises
     ------
     ImageError
-        When it is no PDF, too damaged to be repaired, or encrypted and the password does not open it.
+        When it is no PDF, too damaged to be repaired, or encrypted and the password does not open it; also when its
+        pages only say that they are to be opened elsewhere (an XFA form, a portfolio).
     BackendUnavailable
         When pypdfium2 is not installed.
     """
@@ -63,7 +66,6 @@ class PdfFile:
                 self._document: Any = pdfium.PdfDocument(source, password=password)
             except pdfium.PdfiumError as error:
                 raise ImageError(_why_not_opened(name, error, password)) from None
-            self.n_pages = len(self._document)
             # Forgotten files are closed under the lock too. At exit it must happen before pdfium itself is ended.
             self._close = weakref.finalize(self, _close, self._document)
             self._close.atexit = False
@@ -72,6 +74,11 @@ class PdfFile:
                 self._document.init_forms()
             except pdfium.PdfiumError:  # a damaged form: the page is drawn without it
                 self._document.close_forms()
+            self.n_pages = len(self._document)
+            reason = why_pages_are_not_it(self._document, source, name)
+        if reason is not None:
+            self.close()
+            raise ImageError(reason)
 
     def size(self, index: int) -> tuple[float, float]:
         """(width, height) of a page in points, upright."""
@@ -162,6 +169,8 @@ def _pdfium(name: str) -> Any:
             f"{name} is a PDF document, which pypdfium2 reads, and that is not installed; run "
             "pip install 'edge-runtime[pdf]'."
         ) from None
+    # What it says of XFA in static forms is about a build of its own; damage is told by our sentences.
+    logging.getLogger("pypdfium2").setLevel(logging.CRITICAL)
     _close_at_exit()
     return pypdfium2
 

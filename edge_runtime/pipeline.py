@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.beginnings import Beginnings
 from edge_runtime.budget import Budget
 from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
+from edge_runtime.continuation import Begun, find_begun
 from edge_runtime.documents import DocumentOptions, with_pages
 from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError
@@ -58,6 +60,9 @@ class PromptOptions(DocumentOptions):
     """Cut all pictures into fewer cells until the conversation fits; a number: until they take so many tokens."""
     preset: str | None = None
     """Name of a question to be asked, see `presets`."""
+    continue_final_message: bool | None = None
+    """Whether the answer goes on with the last message, where that is the assistant's: None does (see
+    `continuation`), True insists that it is the assistant's, False begins a new turn behind it."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PromptOptions:
@@ -87,8 +92,13 @@ class Prepared:
     """Oldest turns that were left out."""
     fitted_slices: int | None = None
     """Most cells per picture that `fit` has left; None where nothing was lowered."""
+    begun: Begun | None = None
+    """The turn that the answer goes on with."""
     with_more: Callable[[Sequence[Message]], Prompt] | None = None
-    """The prompt that this conversation would have with further messages, without pictures, behind it."""
+    """The prompt that this conversation would have with further messages, without pictures, behind it; the whole
+    turn takes the place of one that was begun."""
+    shared: int = 0
+    """Positions at the beginning of the prompt that other chats have, too; see `beginnings`."""
 
 
 def prepare(
@@ -102,6 +112,7 @@ def prepare(
     n_ctx: int = 0,
     room: int = 0,
     refuse: bool = False,
+    beginnings: Beginnings | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
     on_look: Callable[[float], None] = lambda share: None,
 ) -> Prepared:
@@ -112,6 +123,7 @@ def prepare(
     n_queries : visual tokens per slice.
     n_ctx, room : positions of the context, and those to be kept free; for `context_shift` and `fit`.
     refuse : refuse what does not fit before pictures are decoded.
+    beginnings : tells what other chats begin with, too; None: that is not asked for.
     on_image : called with (pictures decoded or pages drawn, all of them); what it raises ends the work, as with
         `on_look`.
     on_look : called often with the share of the videos whose index was made.
@@ -126,6 +138,9 @@ def prepare(
     checked_max_slices(options.max_slices)
     checked_tools(options.tools, "auto")
     conversation: Sequence[Message] = parse_messages(messages)
+    conversation, begun = find_begun(
+        conversation, options.continue_final_message, thinking=options.thinking, raw=options.raw
+    )
     if options.preset is not None:
         conversation = with_preset(conversation, options.preset)
     conversation = with_pages(conversation, options, slicing, options.max_slices)
@@ -136,7 +151,7 @@ def prepare(
     has_video = any(isinstance(part, FramePart) for part in parts)
     numbered = slicing.use_image_id and not has_video if options.use_image_id is None else options.use_image_id
 
-    def build(messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
+    def build(messages: Sequence[Message], pictures: Sequence[Placed], begun: Begun | None = begun) -> Prompt:
         return build_prompt(
             messages,
             [item.layout for item in pictures],
@@ -147,6 +162,7 @@ def prepare(
             use_image_id=numbered,
             tools=options.tools,
             raw=options.raw,
+            begun=begun,
         )
 
     fitted: int | None = None
@@ -172,6 +188,17 @@ def prepare(
         prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
     else:
         prompt, n_dropped = build(conversation, placed), 0
+    known = conversation if begun is None else conversation[:-1]
+    shared = 0
+    if beginnings is not None and not options.raw:
+        shared = beginnings.length(
+            prompt.ids,
+            conversation,
+            options.tools,
+            lambda opening: build(opening, [], None),
+            options.thinking,
+            numbered,
+        )
     groups = [group for item in left for group in item.groups]
     n_left = sum(item.layout.frames for item in left)
     return Prepared(
@@ -183,7 +210,9 @@ def prepare(
         [clip.facts() for clip in dict.fromkeys(item.clip for item in left) if clip is not None],
         n_dropped,
         fitted,
-        None if n_dropped or options.raw else lambda more: build([*conversation, *more], placed),
+        begun,
+        None if n_dropped or options.raw else lambda more: build([*known, *more], placed, None),
+        shared,
     )
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+from edge_runtime.continuation import Begun, ask_to_go_on
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.messages import ImagePart, Message
 from edge_runtime.templates import render
@@ -73,6 +75,7 @@ def build_prompt(
     use_image_id: bool,
     tools: Sequence[dict[str, Any]] = (),
     raw: bool = False,
+    begun: Begun | None = None,
 ) -> Prompt:
     """Build the prompt of a conversation.
 
@@ -84,6 +87,7 @@ def build_prompt(
     thinking : whether the answer starts with reasoning.
     raw : the messages' text is the prompt as it stands, without the template; special tokens in it are meant, but
         for those that hold pictures.
+    begun : the last message, when the prompt is to end inside of it.
 
     Raises
     ------
@@ -96,10 +100,10 @@ def build_prompt(
     text = (
         _as_it_stands(messages, tokenizer, mark)
         if raw
-        else _render(messages, tokenizer, mark, template, thinking, tools)
+        else _render(messages, tokenizer, mark, template, thinking, tools, begun)
     )
     rendered = _whole_characters(text)
-    marked = _expand(rendered, layouts, n_queries, use_image_id)
+    marked = _expand(rendered, layouts, n_queries, use_image_id, mark)
     ids = tokenizer.encode_special(marked, mark)
     return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
 
@@ -110,9 +114,12 @@ def _as_it_stands(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) 
         raise MessageError("The raw prompt is empty; expected text for the model to go on with.")
     holders = {UNK, IMAGE, IMAGE_END, SLICE, SLICE_END, ID, ID_END}
     allowed = frozenset(tokenizer.special_ids) - holders
-    parts = [part for message in messages for part in message.parts]
+    parts = (part for message in messages for part in message.parts)
+    # Texts side by side are one text, in which `<ima` and `ge>` are a special token.
+    runs = ((is_text, list(run)) for is_text, run in groupby(parts, lambda part: isinstance(part, str)))
     return "".join(
-        tokenizer.guard(part, mark, allowed) if isinstance(part, str) else PLACEHOLDER + "\n" for part in parts
+        tokenizer.guard("".join(map(str, run)), mark, allowed) if is_text else (PLACEHOLDER + "\n") * len(run)
+        for is_text, run in runs
     )
 
 
@@ -140,16 +147,21 @@ def _render(
     template: str,
     thinking: bool,
     tools: Sequence[Any],
+    begun: Begun | None,
 ) -> str:
     guarded = [_template_message(message, tokenizer, mark) for message in messages]
     guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]
-    context = {
-        "messages": guarded,
-        "tools": guarded_tools or None,
-        "add_generation_prompt": True,
-        "enable_thinking": thinking,
-    }
-    return render(template, context)
+
+    def rendered(entries: Sequence[dict[str, Any]], asks: bool) -> str:
+        context = {
+            "messages": [*entries],
+            "tools": guarded_tools or None,
+            "add_generation_prompt": asks,
+            "enable_thinking": thinking,
+        }
+        return render(template, context)
+
+    return rendered(guarded, True) if begun is None else ask_to_go_on(begun, guarded, rendered, mark)
 
 
 def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
@@ -168,14 +180,20 @@ def _guard_all(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
     if isinstance(value, str):
         return tokenizer.guard(value, mark)
     if isinstance(value, dict):
-        return {key: _guard_all(item, tokenizer, mark) for key, item in value.items()}
+        guarded = (
+            (_guard_all(key, tokenizer, mark), _guard_all(item, tokenizer, mark)) for key, item in value.items()
+        )
+        return dict(guarded)
     if isinstance(value, list | tuple):
         return [_guard_all(item, tokenizer, mark) for item in value]
     return value
 
 
-def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool) -> str:
-    """Replace each placeholder. Further frames of a group lose theirs, and the text before it is stripped."""
+def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool, mark: str) -> str:
+    """Replace each placeholder. Further frames of a group lose theirs, and the text before it is stripped.
+
+    Texts that meet there have a mark between them: `<ima` and `ge>` were guarded apart, and are no special token.
+    """
     chunks = rendered.split(PLACEHOLDER)
     if len(chunks) - 1 != sum(layout.frames for layout in layouts):
         raise MessageError(
@@ -188,7 +206,7 @@ def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_i
         text.append(next(following))
         for _ in range(layout.frames - 1):
             text[-1] = text[-1].strip()
-            text.append(next(following))
+            text += [mark, next(following)]
     return "".join(text)
 
 

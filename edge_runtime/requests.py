@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from edge_runtime.beams import Beam, BeamRun, BeamSearch
 from edge_runtime.constraint import AnswerForm, Constraint
+from edge_runtime.continuation import Begun
 from edge_runtime.decoder import Decoder, Part
 from edge_runtime.encoder import Group
+from edge_runtime.errors import MessageError
 from edge_runtime.logprobs import TokenScores, score
 from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
@@ -69,6 +71,7 @@ class Request:
     """Of the groups; see `pipeline.group_digest`."""
     sampling: SamplingOptions
     thinking: bool
+    """Whether the prompt ends inside the reasoning."""
     max_tokens: int
     stop: Sequence[str] = ()
     thinking_budget: int | None = None
@@ -87,12 +90,21 @@ class Request:
     """What the answer must look like."""
     tools: Sequence[str] = ()
     """Names of the functions that the model may call."""
+    begun: Begun | None = None
+    """The turn that the answer goes on with; it stands in the prompt."""
     reads_ahead: bool = False
     """Compute the prompt and nothing else, as long as nobody asks for anything; see `ahead`."""
+    shared: int = 0
+    """Positions at the beginning that other chats have, too: system prompt and tools; see `beginnings`."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
         keys: list[Hashable] = list(self.prompt.ids)
+        if len(self.digests) != len(self.prompt.bounds):
+            raise MessageError(
+                f"The prompt has {len(self.prompt.bounds)} places for visual tokens, expected {len(self.digests)}; "
+                "take out what looks like a picture's mark from the names of tools and their parameters."
+            )
         for digest, (first, end) in zip(self.digests, self.prompt.bounds, strict=True):
             keys[first:end] = [(digest, i) for i in range(end - first)]
         return keys
@@ -204,9 +216,10 @@ class Task:
             stop=request.stop,
             stop_in_reasoning=request.stop_in_reasoning,
             tools=request.tools,
+            goes_on=request.begun is not None and request.begun.is_reasoning,
         )
         if request.form is not None:
-            self.constraint = request.form.start()
+            self.constraint = request.form.start(thinking=request.thinking)
         if request.n_beams == 1:
             self.sampler = Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx)
         self.take_lap("prefill")

@@ -6,6 +6,9 @@ the longest beginning that is known is found by asking for names until one is mi
 conversation that goes on, or another question about the same picture, adds its own blocks alone. The first name
 stands for everything else the numbers depend on: the model's files, the type of the KV cache, the arithmetic, the
 adapter. A block whose predecessors were deleted is of no use, so predecessors count as used later.
+
+One entry more, the record, holds the token ids of the beginnings that chats of the model share (system prompt and
+tools, see `beginnings`): they are computed again at the next start. No other text is kept as such.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
+import numpy as np
+
 from edge_runtime.decoder import Decoder
 from edge_runtime.disk_cache import DiskCache
 from edge_runtime.kv_state import KVForm, KVRows, UnknownState
@@ -25,6 +30,8 @@ BLOCK = 32
 """Positions per entry: at full size 4.7 MB, a second of prefill."""
 PIECE = 512
 """Positions that are copied out of the KV cache at a time."""
+MOST_RECORDED = 8
+"""Beginnings in the record that are read, whatever it says."""
 
 logger = logging.getLogger("edge_runtime")
 
@@ -46,6 +53,15 @@ class Saved:
         joined = KVRows.join(self.blocks[first // BLOCK : -(-end // BLOCK)])
         start = first - first // BLOCK * BLOCK
         return joined[start : start + end - first]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A beginning that chats share."""
+
+    ids: list[int]
+    adapter: bytes = b""
+    """Identity of the adapter that computed it; empty without one."""
 
 
 class SavedPrefixes:
@@ -109,31 +125,29 @@ class SavedPrefixes:
             return None
         return block
 
-    def save(
-        self,
-        decoder: Decoder,
-        sequence: int,
-        keys: Sequence[Hashable],
-        adapter: bytes = b"",
-        *,
-        patient: bool = False,
-    ) -> None:
+    @property
+    def is_usable(self) -> bool:
+        """Whether anything is still kept."""
+        return self._is_usable and not self._cache.is_broken
+
+    def save(self, decoder: Decoder, sequence: int, keys: Sequence[Hashable], adapter: bytes = b"") -> bool:
         """Have those blocks of a sequence written that are not there yet; on the inference thread.
 
         Parameters
         ----------
         keys : of a beginning that the sequence holds.
-        patient : wait for the writing thread where it is behind, rather than leave out the rest.
+
+        Returns
+        -------
+        is_done : False where the writing thread is behind; the rest can be saved when it has caught up.
         """
-        if not self._is_usable:
-            return
+        if not self.is_usable:
+            return True
         names = self.names(keys, adapter)
         first = next((i for i, name in enumerate(names) if not self._cache.has(name)), len(names))
         for start in range(first, len(names), PIECE // BLOCK):
             if not self._cache.has_room:
-                if not patient:
-                    return
-                self._cache.flush()
+                return not self.is_usable
             piece = names[start : start + PIECE // BLOCK]
             try:
                 rows = decoder.read_rows(sequence, start * BLOCK, (start + len(piece)) * BLOCK)
@@ -142,10 +156,46 @@ class SavedPrefixes:
                 logger.warning(
                     "This llama.cpp saves sequences in a form that is not known (%s); none is kept.", error
                 )
-                return
+                return True
             for i, name in enumerate(piece):
                 block = rows[i * BLOCK : (i + 1) * BLOCK]
                 self._cache.put(name, rows.form.facts(), block.to_bytes, BLOCK * rows.form.position_bytes)
+        return True
+
+    def flush(self) -> None:
+        """Wait until what was saved is written."""
+        self._cache.flush()
+
+    # --- what chats share ----------------------------------------------------------------------------------------
+
+    @property
+    def _record(self) -> str:
+        return hashlib.blake2b(self._root + b"shared beginnings", digest_size=16).hexdigest()
+
+    def record(self, beginnings: Sequence[Recorded]) -> None:
+        """Write down what is to be computed at the next start, in place of what was written before."""
+        facts = {"beginnings": [[len(each.ids), each.adapter.hex()] for each in beginnings]}
+        content = np.array([i for each in beginnings for i in each.ids], "<i8").tobytes()
+        self._cache.put(self._record, facts, lambda: content, len(content), replace=True)
+
+    def touch_record(self) -> None:
+        """Say that the record is still true."""
+        self._cache.touch([self._record])
+
+    def recorded(self) -> list[Recorded]:
+        """What was written down last; nothing where that cannot be read."""
+        entry = self._cache.get(self._record)
+        if entry is None:
+            return []
+        try:
+            ids, found, at = entry.content.view("<i8"), [], 0
+            for n, adapter in entry.facts["beginnings"][:MOST_RECORDED]:
+                found.append(Recorded([int(i) for i in ids[at : at + n]], bytes.fromhex(adapter)))
+                at += n
+        except (KeyError, TypeError, ValueError):
+            self._cache.forget(self._record)
+            return []
+        return found
 
 
 def _serialise(key: Hashable) -> bytes:

@@ -5,27 +5,32 @@ get their next token and the prompts that wait share what is left of the chunk. 
 prompt is worked on, and tokens of many answers cost one pass over the weights.
 
 A sequence that nobody uses keeps what it holds: the next request with the same beginning goes on from there. When the
-KV cache is full, what was unused for longest is forgotten; after that the youngest request steps back and is computed
-anew once there is room.
+KV cache is full, what was unused for longest is forgotten, then what chats share (`beginnings`); after that the
+youngest request steps back and is computed anew once there is room.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from edge_runtime.batches import await_frames, next_batch, release
-from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
+from edge_runtime.beginnings import HeldBeginnings
+from edge_runtime.decoder import CHUNK_TOKENS, ROWS_AT_A_TIME, CacheFull, Cancelled, Decoder, Part, common_beginning
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
+from edge_runtime.kv_state import UnknownState
 from edge_runtime.memory import give_back
-from edge_runtime.requests import Activity, FinishReason, Progress, Task, is_worth_leaving
-from edge_runtime.saved_prefixes import Saved
+from edge_runtime.requests import Activity, FinishReason, Progress, Request, Task, is_worth_leaving
+from edge_runtime.saved_prefixes import Recorded, Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
 from edge_runtime.weights import Float32
@@ -38,6 +43,18 @@ LEAST_OWN_CHUNK = 128  # the same where our prefill computes them: fewer take ne
 WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing
 AHEAD_CHUNK = 64
 """Tokens read ahead per call: as many are lost when somebody asks meanwhile."""
+
+
+logger = logging.getLogger("edge_runtime")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A beginning that will probably be asked for."""
+
+    request: Request
+    """That reads ahead."""
+    saved: Saved = field(default_factory=Saved)
 
 
 class Scheduler:
@@ -61,6 +78,12 @@ class Scheduler:
         self._row_s = TURN_S / 64
         """Seconds that a position of a prompt took lately."""
         self._width = CallWidth()
+        self._beginnings = HeldBeginnings(decoder)
+        self._expected: deque[Expected] = deque()
+        """To be computed when nobody asks."""
+        self._warming: tuple[Task, Expected] | None = None
+        self._unsaved: dict[int, tuple[list[Hashable], bytes]] = {}
+        """Sequence to keys and adapter of what is to be kept on disk when nobody asks."""
 
     @property
     def n_tasks(self) -> int:
@@ -92,7 +115,12 @@ class Scheduler:
 
     def remembered(self, task: Task) -> int:
         """Positions of a task's beginning that the KV cache holds now; from any thread, where it is but a hint."""
-        return max((self._common(s, task) for s in range(self._decoder.n_sequences)), default=0)
+        return max((self._common(s, task) for s in self._sources), default=0)
+
+    @property
+    def _sources(self) -> list[int]:
+        """Sequences that others may begin like."""
+        return [*range(self._decoder.n_sequences), *self._beginnings]
 
     def turn(self) -> None:
         """Do a bit of everything there is to do."""
@@ -115,6 +143,59 @@ class Scheduler:
                 self._encoder.unload()
             self._encoder.rest()
             give_back()
+
+    # --- when nobody asks ----------------------------------------------------------------------------------------
+
+    def expect(self, beginnings: Sequence[Expected]) -> None:
+        """Take in what is to be computed when nobody asks."""
+        self._expected += beginnings
+
+    def expected_task(self, is_asked: Callable[[], bool]) -> Task | None:
+        """A task that reads what is expected, if there is something; it ends as soon as somebody asks."""
+        if not self._expected:
+            return None
+        expected = self._expected.popleft()
+        task = Task(
+            expected.request,
+            lambda: is_asked() or self.n_tasks > 1,
+            keys=expected.request.keys(),
+            saved=expected.saved,
+        )
+        self._warming = task, expected
+        return task
+
+    def save_more(self) -> bool:
+        """Save what there was no room for before; whether it is worth coming again."""
+        for sequence in [*self._unsaved]:
+            self._save(sequence)
+        return bool(self._unsaved)
+
+    def _save(self, sequence: int) -> None:
+        """Have what a sequence holds of a prompt written, or note that some of it is still to be."""
+        prefixes, (keys, adapter) = self._keeping.prefixes, self._unsaved.pop(sequence)
+        if prefixes is None:
+            return
+        keys = keys[: common_beginning(keys, self._decoder.keys(sequence))]  # it may serve another one by now
+        try:
+            if not prefixes.save(self._decoder, sequence, keys, adapter):
+                self._unsaved[sequence] = keys, adapter
+        except Exception:
+            logger.warning("A prompt could not be kept on disk; it will be computed again.", exc_info=True)
+
+    def _hold(self, task: Task) -> None:
+        """Hold what a task whose prompt is computed shares with other chats, and write down that it is held."""
+        held = self._beginnings.hold(task.sequence, task.request.shared, task.request.adapter)
+        if held is not None:
+            self._adapters[held] = task.request.adapter
+        prefixes = self._keeping.prefixes
+        if prefixes is None or not task.request.shared:
+            return
+        if held is None:
+            prefixes.touch_record()
+            return
+        identities = self._decoder.adapters.identities
+        ids = [([key for key in keys if isinstance(key, int)], name) for keys, name in self._beginnings.by_worth()]
+        prefixes.record([Recorded(found, identities[name]) for found, name in ids])
 
     # --- admission -----------------------------------------------------------------------------------------------
 
@@ -162,7 +243,7 @@ class Scheduler:
     def _take_sequence(self, task: Task) -> int:
         """Choose a sequence; returns the number of positions that stay."""
         decoder = self._decoder
-        common = {s: self._common(s, task) for s in range(decoder.n_sequences)}
+        common = {s: self._common(s, task) for s in self._sources}
         best = max(self._idle, key=lambda s: common[s])
         source = max(common, key=lambda s: common[s])
         # Going on in place destroys the rest of what the sequence holds: another conversation, if it is most of it.
@@ -190,23 +271,28 @@ class Scheduler:
         """Fill a sequence that holds `n` positions with what was found on disk; returns what it holds then."""
         decoder, saved = self._decoder, task.saved
         task.saved = Saved()
-        while saved.n > n + WORTH_WAITING:
+        if saved.n <= n + WORTH_WAITING:
+            return n
+        while n < saved.n and not task.is_cancelled():
+            end = min(n + ROWS_AT_A_TIME, saved.n)
             try:
-                decoder.append_rows(task.sequence, task.keys[n : saved.n], saved.rows(n, saved.n))
+                decoder.append_rows(task.sequence, task.keys[n:end], saved.rows(n, end))
+                n = end
             except CacheFull:
                 if not self._forget_one():
                     break
-            else:
-                return saved.n
+            except (MemoryError, UnknownState) as error:
+                logger.warning("What was kept on disk of a prompt cannot be used (%r); it is computed again.", error)
+                break
         return n
 
     def _forget_one(self) -> bool:
-        """Empty the sequence that was unused for longest; False if all are in use."""
+        """Empty the sequence that was unused for longest, or forget what chats share; False if all is in use."""
         for sequence in (self._decoder.n_sequences, *self._idle):
             if self._decoder.held(sequence):
                 self._decoder.rewind(sequence)
                 return True
-        return False
+        return self._beginnings.give_up([s for task in self._active for s in task.sequences])
 
     def _release(self, task: Task) -> None:
         self._active.remove(task)
@@ -217,16 +303,14 @@ class Scheduler:
         sequence = task.sequence
         self._drop(task)
         task.finish(reason)
-        prefixes = self._keeping.prefixes
-        if prefixes is not None and sequence >= 0:  # nobody waits for this
+        if self._warming is not None and task is self._warming[0]:
+            if reason == "cancelled":  # somebody asked: go on when nobody does
+                self._expected.appendleft(self._warming[1])
+            self._warming = None
+        if self._keeping.prefixes is not None and sequence >= 0:  # nobody waits for this
             n = min(self._decoder.held(sequence), len(task.request.prompt.ids))
-            prefixes.save(
-                self._decoder,
-                sequence,
-                task.keys[:n],
-                self._decoder.adapters.identities[task.request.adapter],
-                patient=not self.is_busy,
-            )
+            self._unsaved[sequence] = task.keys[:n], self._decoder.adapters.identities[task.request.adapter]
+            self._save(sequence)
 
     def _fail(self, task: Task, error: Exception) -> None:
         self._drop(task)
@@ -252,6 +336,8 @@ class Scheduler:
         """End everything; the decoder may be closed after this."""
         for task in [*self._waiting, *self._active]:
             self._end(task, "cancelled")
+        while self.save_more() and self._keeping.prefixes is not None:
+            self._keeping.prefixes.flush()
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
@@ -323,6 +409,7 @@ class Scheduler:
             return  # the next turn ends those who were cancelled, and computes the others' parts again
         except CacheFull:
             if tasks[0].request.reads_ahead:
+                self._warming = None  # there is no room for it: not tried again
                 self._end(tasks[0], "cancelled")
             else:
                 self._make_room()
@@ -340,8 +427,11 @@ class Scheduler:
             if not task.n_tokens:
                 self._report_prefill(task)
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
+                self._hold(task)
                 self._end(task, "stop")
             elif part.wants_logits and not task.is_cancelled():
+                if not task.n_tokens:
+                    self._hold(task)
                 rows_of.setdefault(task, []).append(row)
         for task, own in rows_of.items():
             try:
@@ -408,7 +498,7 @@ class Scheduler:
 
     def _report_prefill(self, task: Task) -> None:
         done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
-        task.events.put(Progress("prefill", done, total, max(0.0, done / total)))
+        task.events.put(Progress("prefill", done, total, max(0.0, done / max(1, total))))
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edge_runtime.command import INTERRUPTED, Command
-from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES, usable_folder
 from edge_runtime.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -49,10 +50,18 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--exact", is_flag=True, help="Compute as the official float32 code.")
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), metavar="TYPE", help="KV cache.  [f16]")
 @click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR", help="Keep encoded pictures here.")
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    envvar="EDGE_RUNTIME_CACHE_DIR",
+    metavar="DIR",
+    help="Keep read prompts and encoded pictures here.  [the user's cache]",
+)
+@click.option("--no-cache-dir", "keeps_nothing", is_flag=True, help="Keep nothing of them on disk.")
 @click.option(
     "--cache-limit", **SIZE, metavar="GB", default=DEFAULT_LIMIT_BYTES / 2**30, help="Most that DIR may hold.  [4]"
 )
+@click.option("--tools", type=click.Choice(["auto", "off"]), default="auto", help="off: no model claims tools.")
 @click.option("--force", is_flag=True, help="Load models even if memory seems too short.")
 def serve(**options: Any) -> None:
     """Answer clients of Ollama and of OpenAI, and show a page in the browser.
@@ -64,6 +73,9 @@ def serve(**options: Any) -> None:
     edge-runtime serve -m minicpm-v-4.5
     OLLAMA_HOST=http://127.0.0.1:11434 ollama list
     """
+    source = click.get_current_context().get_parameter_source("cache_dir")
+    if options["keeps_nothing"] and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--cache-dir and --no-cache-dir were both given; give one of them.")
     check_installed()
     caught = run(settings_of(options))
     if caught == signal.SIGINT:
@@ -92,9 +104,16 @@ def settings_of(options: dict[str, Any]) -> Settings:
     EdgeRuntimeError
         When a value is not right.
     """
+    from edge_runtime.keeping import usual_folder
     from edge_runtime.server.ollama_options import keep_alive_seconds
     from edge_runtime.server.settings import MEGABYTE, Settings
 
+    if options.pop("keeps_nothing"):
+        options["cache_dir"] = None
+    elif options["cache_dir"] is None:
+        options["cache_dir"] = usual_folder()
+    else:
+        usable_folder(options["cache_dir"])
     load = {
         name: options.pop(name)
         for name in ("n_ctx", "n_threads", "exact", "kv_type", "low_memory", "cache_dir", "force")

@@ -1,6 +1,6 @@
 """What a model is called → where it comes from. Text alone: nothing here looks at a disk or a network.
 
-    minicpm-v-4.5              an alias of one of the following
+    minicpm-v-4.5[:TYPE]       an alias of one of the following; TYPE is a quantisation such as Q5_K_M
     hf:ORG/REPO[:FILE]         Hugging Face hub; FILE is a decoder, or a part of its name such as Q8_0
     ms:ORG/REPO[:FILE]         ModelScope
     ollama:NAME[:TAG]          the Ollama store of this machine
@@ -19,7 +19,9 @@ from urllib.parse import unquote, urlsplit
 
 from edge_runtime.errors import ModelFileError
 
-ALIASES = {"minicpm-v-4.5": "hf:openbmb/MiniCPM-V-4_5-gguf:ggml-model-Q4_K_M.gguf"}
+OFFICIAL = "openbmb/MiniCPM-V-4_5-gguf"
+ALIASES = {"minicpm-v-4.5": f"hf:{OFFICIAL}:ggml-model-Q4_K_M.gguf"}
+JOIN_PARTS = "join the parts with llama.cpp's 'llama-gguf-split --merge FIRST_PART WHOLE'"
 
 HUBS = {"hf": "the Hugging Face hub", "ms": "ModelScope"}
 MAX_NAME, MAX_PATH = 1024, 512  # characters
@@ -30,6 +32,9 @@ _PART = re.compile(r"[^\x00-\x1f\x7f-\x9f\\/:*?\"<>|]{1,200}")
 _DEVICES = re.compile(
     r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
 )  # files of these names are Windows' devices
+# The official files have had two names, and are the same ones.
+_OFFICIAL_FILE = re.compile(r"(?:ggml-model|minicpm-v-4_5)-(?P<type>[A-Za-z0-9_]+)\.gguf", re.IGNORECASE)
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # [HOST/][NAMESPACE/]MODEL[:TAG], the characters Ollama allows; no part can begin with a dot.
@@ -74,7 +79,7 @@ def parse_source(name: str) -> Source | None:
     ModelFileError
         When the name has one of the forms, but is not right.
     """
-    name = ALIASES.get(name, name)
+    name = _of_alias(name)
     kind, colon, rest = name.partition(":")
     if (colon and kind in ("hf", "ms", "ollama")) or name.startswith(("https://", "http://")):
         if len(name) > MAX_NAME:
@@ -87,6 +92,35 @@ def parse_source(name: str) -> Source | None:
             return Source("ollama", rest)
         return _address(name) if name.startswith("http") else _repository(kind, rest, name)
     return None
+
+
+def _of_alias(name: str) -> str:
+    """What an alias stands for, with another type behind it or none; any other name is left as it is."""
+    alias, colon, wanted = name.partition(":")
+    if alias not in ALIASES or not colon or wanted == "latest":
+        return ALIASES.get(alias, name) if alias in ALIASES else name
+    return f"{ALIASES[alias].rpartition(':')[0]}:{wanted}"
+
+
+def fits(path: str, wanted: str) -> bool:
+    """Whether a file is the one that was asked for: by its name, or a part of it between other characters."""
+    if path == wanted:
+        return True
+    return re.search(rf"(?<![a-z0-9]){re.escape(wanted.lower())}(?![a-z0-9])", path.lower()) is not None
+
+
+def is_meant(path: str, source: Source) -> bool:
+    """Whether a decoder of a source's repository is the one it names; of the official one, under either name."""
+    if fits(path, source.file):
+        return True
+    match = _OFFICIAL_FILE.fullmatch(source.file)
+    return source.place.lower() == OFFICIAL.lower() and match is not None and fits(path, match["type"])
+
+
+def split_stem(path: str) -> str | None:
+    """Name of the model that a file is one of several parts of; None for a whole one."""
+    match = _SPLIT.fullmatch(path)
+    return match["stem"] if match and int(match["count"]) > 1 else None
 
 
 def _repository(kind: str, rest: str, name: str) -> Source:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 from edge_runtime import ollama
 from edge_runtime.errors import ModelFileError
 from edge_runtime.library import Library
-from edge_runtime.sources import ALIASES, Source, parse_source
+from edge_runtime.sources import ALIASES, JOIN_PARTS, Source, fits, parse_source, split_stem
 
 DEMO = "demo"
 ADAPTER_PREFIX = "adapter-"
@@ -30,7 +32,8 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
 
     Parameters
     ----------
-    name : `demo`, a name as `edge-runtime pull` takes it, a folder, or a decoder file.
+    name : `demo`, a name as `edge-runtime pull` takes it, a folder, a folder and a type (`FOLDER:Q5_K_M`), or a
+        decoder file.
     mmproj : the mmproj file, when it is not the only one beside the decoder.
 
     Raises
@@ -55,10 +58,10 @@ def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
     source = parse_source(name) if isinstance(name, str) else None
     if source is not None:  # likewise: an alias is never a folder, which would be ./minicpm-v-4.5
         return _pulled(source, str(name), mmproj)
-    path = Path(name)
+    path, wanted = _folder_and_type(name)
     if path.is_dir():
-        decoder = _only(path, _decoders(path), "decoder")
-        label = path.resolve().name
+        decoder = _only(path, _decoders(path), "decoder", wanted)
+        label = path.resolve().name + (f":{wanted}" if wanted else "")
     elif path.exists():
         decoder, label = path, path.stem
     else:
@@ -97,10 +100,24 @@ def _pulled(source: Source, name: str, mmproj: str | Path | None) -> ModelPaths:
     return paths
 
 
+def _folder_and_type(name: str | Path) -> tuple[Path, str]:
+    """A path, and the part of a decoder's name that stands behind a colon, if only the path before it is there."""
+    path = _path(name)
+    before, colon, wanted = str(name).rpartition(":")
+    if colon and wanted and not path.exists() and _path(before).is_dir():
+        return _path(before), wanted
+    return path, ""
+
+
+def _path(name: str | Path) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - shells leave the ~ of --model=~/x alone
+
+
 def _given(mmproj: str | Path) -> Path:
-    if not Path(mmproj).is_file():
+    path = _path(mmproj)
+    if not path.is_file():
         raise ModelFileError(f"The mmproj file {mmproj} does not exist; check the path.")
-    return Path(mmproj)
+    return path
 
 
 def _decoders(folder: Path) -> list[Path]:
@@ -120,17 +137,36 @@ def _is_mmproj(path: Path) -> bool:
     return "mmproj" in path.name.lower()
 
 
-def _only(folder: Path, candidates: list[Path], what: str) -> Path:
-    if len(candidates) == 1:
-        return candidates[0]
+def _only(folder: Path, candidates: list[Path], what: str, wanted: str = "") -> Path:
+    """The only file of its kind, or the one whose name holds what is wanted; equal files count as one."""
+    whole = [path for path in candidates if split_stem(path.name) is None]
+    fitting = [path for path in whole if not wanted or fits(path.name, wanted)]
+    if fitting and all(_is_same(fitting[0], other) for other in fitting[1:]):
+        return fitting[0]
+    parts = [path.name for path in candidates if split_stem(path.name) and (not wanted or fits(path.name, wanted))]
+    if parts and not fitting:
+        raise ModelFileError(
+            f"{folder} has its {what} in {len(parts)} parts ({parts[0]}, ...), expected a single file; {JOIN_PARTS}."
+        )
+    if wanted and candidates and not fitting:
+        raise ModelFileError(
+            f"{folder} holds no {what} file {wanted!r}; there are: {', '.join(path.name for path in whole)}. Choose "
+            "another."
+        )
+    candidates = fitting
     if not candidates:
         expected = "mmproj*.gguf" if what == "mmproj" else "*.gguf (not named mmproj)"
         raise ModelFileError(
             f"{folder} holds no {what} file ({expected}); convert the checkpoint, or download both files of the "
             "model into one folder."
         )
-    option = "--mmproj FILE" if what == "mmproj" else "-m FILE"
+    option = "--mmproj FILE" if what == "mmproj" else f"-m FILE, or by a part of its name, such as {folder}:Q4_K_M"
     raise ModelFileError(
         f"{folder} holds {len(candidates)} {what} files ({', '.join(p.name for p in candidates)}), expected one; "
         f"choose with {option}."
     )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two files are one, or have the same contents."""
+    return one.samefile(other) or filecmp.cmp(one, other, shallow=False)

@@ -41,7 +41,7 @@ def pull(name: str, mmproj: str | None) -> None:
     """Fetch a model, or go on with a pull that was cut.
 
     \b
-    minicpm-v-4.5            the official Q4_K_M files
+    minicpm-v-4.5[:TYPE]     the official files, Q4_K_M or TYPE: minicpm-v-4.5:Q5_K_M
     hf:ORG/REPO[:FILE]       Hugging Face; FILE is a decoder or a part of its name: Q8_0
     ms:ORG/REPO[:FILE]       ModelScope
     ollama:NAME[:TAG]        from the Ollama store of this machine, used in place

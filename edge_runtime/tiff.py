@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import threading
 import weakref
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from edge_runtime.image import PIXEL_LIMIT, explained, to_rgb, upright_size
+from edge_runtime.image import PIXEL_LIMIT, explained, refuse_raw, to_rgb, upright_size
 from edge_runtime.pages import Page
+from edge_runtime.repair import open_picture
+from edge_runtime.tiff_directories import pages, read_planes
 
 
 class TiffFile:
@@ -33,16 +34,15 @@ class TiffFile:
     def __init__(self, source: Path | bytes, name: str, page_limit: int) -> None:
         self.name = name
         self._lock = threading.Lock()
-        with explained(name, PIXEL_LIMIT):
-            self._picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with explained(name, PIXEL_LIMIT, source):
+            refuse_raw(source, name)
+            self._picture = open_picture(io.BytesIO(source) if isinstance(source, bytes) else source)
             self.close = weakref.finalize(self, self._picture.close)
             """Close the file; its pages cannot be read any more."""
-            self.n_pages = 1
             # Pillow's own count would follow a chain of directories to its end, however many there are.
-            with suppress(EOFError):
-                while self.n_pages <= page_limit:
-                    self._picture.seek(self.n_pages)
-                    self.n_pages += 1
+            self._places = pages(self._picture, page_limit + 1)
+            self.n_pages = len(self._places)
+            """Pages, without previews, masks and overviews."""
 
     def page(self, index: int) -> TiffPage:
         """A page, counted from 0."""
@@ -51,14 +51,18 @@ class TiffFile:
     def size(self, index: int, pixel_limit: int) -> tuple[int, int]:
         """(width, height) of a page, upright."""
         with self._lock, explained(self._page_name(index), pixel_limit):
-            self._picture.seek(index)
+            self._go_to(index)
             return upright_size(self._picture, self._page_name(index), pixel_limit)
 
     def read(self, index: int, pixel_limit: int) -> Image.Image:
         """A page as RGB picture."""
         with self._lock, explained(self._page_name(index), pixel_limit):
-            self._picture.seek(index)
+            self._go_to(index)
             return to_rgb(self._picture, self._page_name(index), pixel_limit)
+
+    def _go_to(self, index: int) -> None:
+        self._picture.seek(self._places[index])
+        read_planes(self._picture)
 
     def _page_name(self, index: int) -> str:
         return f"Page {index + 1} of {self.name}"

@@ -15,6 +15,7 @@ from edge_runtime.decoder import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.identity import file_identity, machine_identity
 from edge_runtime.kv_types import KV_TYPES
+from edge_runtime.text_files import read_json
 from edge_runtime.weights import GGUFFile
 
 MOST_THREADS = 1024
@@ -46,7 +47,7 @@ def remembered_tuning(decoder: GGUFFile) -> Tuning | None:
     if not _folder().is_dir():  # where nothing was tuned, no file need be told from others
         return None
     try:
-        known = json.loads(tuning_path(decoder).read_text("utf-8"))
+        known = read_json(tuning_path(decoder))
         return _tuning(known[machine_identity()])
     except (OSError, ValueError, KeyError, TypeError):  # none, or not as we write it
         return None
@@ -72,7 +73,7 @@ def remember_tuning(decoder: GGUFFile, tuning: Tuning) -> Path:
     """
     path = tuning_path(decoder)
     try:
-        known = json.loads(path.read_text("utf-8"))
+        known = read_json(path)
         known = known if isinstance(known, dict) else {}
     except (OSError, ValueError):
         known = {}

@@ -84,18 +84,26 @@ class VideoOptions:
     def choose(self, n_frames: int, rate: float, *, sampled: bool = False) -> FrameChoice:
         """Frames of a video, or of the part between `start` and `end`, that has `n_frames` at `rate` per second.
 
+        As the recipe has it, but for two cases in which it would look at a frame more than once, or at one frame in
+        all: frames that somebody chose already are all taken, and so are those of a recording that has fewer than
+        the recipe would choose (a picture every five seconds).
+
         Parameters
         ----------
         sampled : the frames were chosen already: all of them are taken, as far as `max_frames` allows.
         """
-        return choose_frames(
-            n_frames,
-            rate,
-            rate if sampled else self.fps or DEFAULT_CHOOSE_FPS,
-            self.packing,
-            max_frames=self.max_frames or MAX_NUM_FRAMES,
-            max_packing=self.packing or MAX_NUM_PACKING,
+        max_frames, max_packing = self.max_frames or MAX_NUM_FRAMES, self.packing or MAX_NUM_PACKING
+        choose_fps = rate if sampled else self.fps or DEFAULT_CHOOSE_FPS
+        found = choose_frames(
+            n_frames, rate, choose_fps, self.packing, max_frames=max_frames, max_packing=max_packing
         )
+        wanted = n_frames
+        if not sampled and round(rate) == 0:  # the recipe would round the rate of such a recording to nothing
+            wanted = min(n_frames, max(1, round(choose_fps * n_frames / rate)))
+        elif not sampled and len(found.indices) <= n_frames:
+            return found
+        packing = self.packing or min(max_packing, math.ceil(wanted / max_frames))
+        return _grouped(_spread(min(wanted, max_frames * packing), n_frames), rate, n_frames, packing)
 
 
 def _is_number(value: object) -> bool:
@@ -167,13 +175,22 @@ def choose_frames(
     # The recipe divides by zero for clips shorter than half a frame of choose_fps; one frame is what its author
     # would expect.
     count = max(1, count)
-    gap = n_frames / count
-    indices = [int(i * gap + gap / 2) for i in range(count)]
     if force_packing:
         packing = max(1, min(force_packing, max_packing))
-    n_marks = math.ceil(duration / TIME_SCALE)  # as numpy.arange(0, duration, TIME_SCALE) has
+    return _grouped(_spread(count, n_frames), fps, n_frames, packing)
+
+
+def _spread(count: int, n_frames: int) -> list[int]:
+    """Positions of `count` frames, each in the middle of its share of the video."""
+    gap = n_frames / count
+    return [int(i * gap + gap / 2) for i in range(count)]
+
+
+def _grouped(indices: list[int], fps: float, n_frames: int, packing: int) -> FrameChoice:
+    """Frames with their temporal ids, `packing` of them in a group."""
+    n_marks = math.ceil(n_frames / fps / TIME_SCALE)  # as numpy.arange(0, duration, TIME_SCALE) has
     ids = [_temporal_id(index / fps, n_marks) for index in indices]
-    return FrameChoice(indices, [ids[i : i + packing] for i in range(0, count, packing)])
+    return FrameChoice(indices, [ids[i : i + packing] for i in range(0, len(ids), packing)])
 
 
 def _temporal_id(time_s: float, n_marks: int) -> int:

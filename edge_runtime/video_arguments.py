@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,9 +13,18 @@ import click
 from PIL import Image
 
 from edge_runtime.messages import VIDEO_SUFFIXES, VideoPart
+from edge_runtime.piped import Piped
 from edge_runtime.video import PACKING_LIMIT, VideoLimits, VideoOptions, clock
 
-ANIMATIONS = (".apng", ".gif", ".png", ".webp")
+ANIMATIONS = (".apng", ".avif", ".gif", ".png", ".webp")
+
+_VIDEO_HEADS = (
+    *(b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),  # Matroska, Flash, ASF
+    *(b"\0\0\x01\xba", b"\0\0\x01\xb3", b"\x06\x0e\x2b\x34", b"OggS"),  # MPEG, MXF, Ogg
+)
+_QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip")  # old files begin with one of these
+_PACKETS = ((0, 188), (4, 192))  # MPEG-TS: where the mark of its packets stands, and how far apart
+_PICTURE_BRANDS = (b"hei", b"hev", b"mif1", b"msf1", b"avif", b"avis")
 
 
 class Time(click.ParamType[float]):
@@ -71,32 +81,43 @@ def take_video(options: dict[str, Any]) -> VideoOptions:
     return VideoOptions(**{name: options.pop(name) for name in asdict(VideoOptions()) if name != "max_slices"})
 
 
-def with_videos(content: Sequence[str | Path], options: VideoOptions) -> list[str | Path | VideoPart]:
-    """The content of a message, with a part for each path that is a video.
+def with_videos(content: Sequence[str | Path | Piped], options: VideoOptions) -> list[str | Path | Piped | VideoPart]:
+    """The content of a message, with a part for each path, or bytes of a pipe, that is a video.
 
     Raises
     ------
     click.UsageError
         When there are options for videos and no video.
     """
-    found = [VideoPart(p, options) if isinstance(p, Path) and is_video(p) else p for p in content]
+    found = [VideoPart(p, options) if not isinstance(p, str) and is_video(p) else p for p in content]
     if options != VideoOptions() and not any(isinstance(part, VideoPart) for part in found):
         given = next(name for name, value in asdict(options).items() if value != getattr(VideoOptions(), name))
         raise click.UsageError(f"--{given.replace('_', '-')} needs a video: name one, or a folder of frames.")
     return found
 
 
-def is_video(path: Path) -> bool:
-    """Whether a path is a folder of frames, a video file, or a picture that moves."""
-    if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES:
+def is_video(source: Path | bytes) -> bool:
+    """Whether a path is a folder of frames, a video file, or a picture that moves; bytes are told by the first."""
+    if isinstance(source, bytes):
+        if _begins_like_a_video(source[:1024]):
+            return True
+    elif source.is_dir() or source.suffix.lower() in VIDEO_SUFFIXES:
         return True
-    if path.suffix.lower() not in ANIMATIONS:
+    elif source.suffix.lower() not in ANIMATIONS:
         return False
     try:
-        with Image.open(path) as picture:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             return bool(getattr(picture, "is_animated", False))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False  # as a picture it is refused with the reason
+
+
+def _begins_like_a_video(head: bytes) -> bool:
+    """Whether these are the first bytes of a container of videos."""
+    if head[4:8] == b"ftyp":
+        return not head[8:12].startswith(_PICTURE_BRANDS)
+    is_stream = any(head[at : at + 1] == head[at + size : at + size + 1] == b"G" for at, size in _PACKETS)
+    return is_stream or head[4:8] in _QUICKTIME or head.startswith(_VIDEO_HEADS) or head[8:12] == b"AVI "
 
 
 def look_at(part: VideoPart) -> str:

@@ -5,8 +5,6 @@ Nothing is fetched, and no address reaches a library that would fetch it: videos
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
 import io
 import os
@@ -15,6 +13,7 @@ import weakref
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from edge_runtime.base64_data import data_uri_size, decode_data_uri, is_data_uri
 from edge_runtime.errors import VideoError
 from edge_runtime.video import VideoLimits
 
@@ -39,7 +38,7 @@ class Content:
         self._path: Path | None = None
         self._bytes = b""
         self.name = "The video"
-        if isinstance(source, str) and source.startswith("data:"):
+        if is_data_uri(source):
             self._bytes = _decode_data_uri(source, limits)
         elif isinstance(source, bytes | bytearray | memoryview):
             self._bytes = bytes(source)
@@ -155,11 +154,10 @@ def check_pixels(name: str, width: int, height: int, limits: VideoLimits) -> Non
 
 
 def _decode_data_uri(uri: str, limits: VideoLimits) -> bytes:
-    header, _, body = uri.partition(",")
-    check_bytes("The video", len(body) * 3 // 4 - 2, limits)
+    check_bytes("The video", data_uri_size(uri), limits)
     try:
-        if not header.endswith(";base64"):
-            raise ValueError
-        return base64.b64decode(body, validate=True)
-    except (ValueError, binascii.Error):
-        raise VideoError("A data: URI is not valid base64; expected 'data:video/mp4;base64,...'.") from None
+        return decode_data_uri(uri)
+    except ValueError as error:
+        raise VideoError(
+            f"A data: URI is not valid base64 ({error}); expected 'data:video/mp4;base64,...'."
+        ) from None

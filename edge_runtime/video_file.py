@@ -16,15 +16,15 @@ import os
 import re
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
 from PIL import Image
 
 from edge_runtime.errors import BackendUnavailable, VideoError
+from edge_runtime.frame_pictures import Look, look_of, picture_of, shown_size
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import Content, check_pixels, check_seconds
 from edge_runtime.video_frames import Watch
@@ -32,6 +32,7 @@ from edge_runtime.video_frames import Watch
 if TYPE_CHECKING:
     import av
     from av.container import InputContainer
+    from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
 
 logger = logging.getLogger("edge_runtime")
@@ -40,22 +41,15 @@ logger = logging.getLogger("edge_runtime")
 FORMATS = (
     *("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "flv", "asf", "ogg"),
     *("h264", "hevc", "av1", "obu", "ivf", "mjpeg", "nut", "mxf", "gif", "yuv4mpegpipe", "rm", "dv", "vc1"),
+    *("jpeg_pipe", "mpjpeg", "smjpeg"),  # as cameras send pictures over HTTP, kept in a file
 )
 MOST_THREADS = 4  # each holds a frame more
 LATE = 2  # frames that a file without times may lack at its end
 LACKING = 0.01  # and the share that one may lack of what its header tells
 RATE_TOLERANCE = 0.01  # between the rate that a file tells and that of its frames' times
 
-# Display matrix, rounded (a, b, c, d): (x, y) goes to (ax + cy, bx + dy). Source: libavutil/display.h.
-TURNS = {
-    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
-    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
-    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
-    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
-    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
-    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
-    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
-}
+# Decoders that read the alpha channel of WebM, which libav's own pass over.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 def _library(name: str) -> Any:
@@ -107,6 +101,21 @@ def _opened(content: Content, limits: VideoLimits) -> Iterator[tuple[InputContai
             yield container, stream, file
 
 
+def _alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
+    """A decoder for the alpha channel of WebM, where a stream has one and PyAV comes with that decoder."""
+    if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in ALPHA_DECODERS:
+        return None
+    av = _library("the video")
+    try:
+        decoder = av.CodecContext.create(ALPHA_DECODERS[stream.codec_context.name], "r")
+    except (av.error.FFmpegError, ValueError):  # another build of libav: its own decoder shows it without alpha
+        return None
+    decoder.extradata = stream.codec_context.extradata
+    decoder.options = stream.codec_context.options
+    found: VideoCodecContext = decoder
+    return found
+
+
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
@@ -139,7 +148,12 @@ class VideoFile:
         cursor = self.open()
         try:
             first = cursor.read(0, lambda share: watch(1.0))
-            digest.update(cursor.look.encode())
+            digest.update(repr(cursor.look).encode())
+            assert cursor.look is not None
+            self.facts: Mapping[str, Any] = {
+                "tone_mapped": cursor.look.tone_mapped,
+                "pixel_aspect": cursor.look.pixel_aspect,
+            }
             self._frame_size = cursor.frame_size
         finally:
             cursor.close()
@@ -258,8 +272,8 @@ class FileCursor:
         self._frames: Iterator[av.VideoFrame] | None = None
         self._last: tuple[int, Image.Image] | None = None
         self._watch: Watch = lambda share: None
-        self.look = ""
-        """Rotation and colours of the frame that was read last."""
+        self.look: Look | None = None
+        """How the frame that was read last is shown."""
 
     def read(self, index: int, watch: Watch) -> Image.Image:
         """Decode one frame, from the nearest place before it that can be begun with."""
@@ -333,13 +347,14 @@ class FileCursor:
         """Frames from here on, but those that are damaged, or drawn from damaged ones: up to the next key."""
         av = _library(self._name)
         packets = self._container.demux(self._stream)
+        decoder = _alpha_decoder(self._stream)
         is_sound, self._landed = True, None
         while True:
             self._watch(0.0)
             try:
                 packet = next(packets)
                 self._landed = packet.pts if self._landed is None else self._landed
-                for frame in packet.decode():
+                for frame in packet.decode() if decoder is None else decoder.decode(packet):
                     is_sound = not frame.is_corrupt and (is_sound or bool(frame.key_frame))
                     if is_sound:
                         yield frame
@@ -352,34 +367,15 @@ class FileCursor:
                 is_sound = False
 
     def _picture(self, frame: av.VideoFrame) -> Image.Image:
-        """A frame in RGB, at the size of the first one, turned as the file says."""
+        """A frame in RGB, at the size of the first one, as the file says it is shown."""
         check_pixels(self._name, frame.width, frame.height, self._limits)
-        self.frame_size = self.frame_size or (frame.width, frame.height)
-        width, height = self.frame_size
-        turned = _matrix(frame)
-        self.look = f"{frame.format.name} {frame.colorspace} {frame.color_range} {turned}"
-        rgb = frame.reformat(width=width, height=height, format="rgb24").to_ndarray()
-        picture = Image.fromarray(rgb)
-        return picture.transpose(TURNS[turned]) if turned in TURNS else picture
+        self.look = look_of(frame, self._stream.sample_aspect_ratio)
+        self.frame_size = self.frame_size or shown_size(
+            self._name, frame.width, frame.height, self.look, self._limits
+        )
+        return picture_of(frame, self.look, self.frame_size, self._name)
 
     def close(self) -> None:
         """Close the file."""
         self._frames = self._last = None
         self._opening.__exit__(None, None, None)
-
-
-def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """The display matrix of a frame without its shifts, rounded to whole turns.
-
-    Not by `frame.side_data`: that refers back to the frame, which is then never freed (PyAV 18.1: 3 MB for each frame
-    in full HD).
-    """
-    from av.sidedata.sidedata import SideDataContainer
-
-    found = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]  # the stub lacks its argument
-    if found is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d, *_ = np.frombuffer(cast("memoryview", found), np.int32).tolist()
-    largest = max(map(abs, (a, b, c, d))) or 1
-    turned = tuple(round(value / largest) for value in (a, b, c, d))
-    return turned[0], turned[1], turned[2], turned[3]

@@ -1,8 +1,8 @@
 """What all kinds of videos offer: how many frames, when, and frame after frame; and two kinds that Pillow reads.
 
-Those are pictures in order (a folder, or a list) and animations (GIF, WebP, APNG). Files that need PyAV are read by
-`video_file`. A source is looked at once, when it is made; cursors then decode frames, one after the other, in any
-thread, and hold no more than the frame they are at.
+Those are pictures in order (a folder, or a list) and animations (GIF, WebP, APNG, AVIF). Files that need PyAV are
+read by `video_file`. A source is looked at once, when it is made; cursors then decode frames, one after the other, in
+any thread, and hold no more than the frame they are at.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
 import PIL
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, features
 
+from edge_runtime.base64_data import is_data_uri
 from edge_runtime.errors import VideoError
-from edge_runtime.image import PIXEL_LIMIT, ImageSource, explained, load_image, to_rgb
+from edge_runtime.image import PIXEL_LIMIT, ImageSource, encoded, explained, load_image, to_rgb
+from edge_runtime.pages import Page
 from edge_runtime.slicing import Size
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import Content, VideoSource, check_pixels, check_seconds
@@ -29,6 +31,7 @@ Watch = Callable[[float], None]
 
 FOLDER_RATE = 1.0  # pictures per second, unless it is told
 UNTIMED_FRAME_S = 0.1  # of animations whose frames have no duration, as browsers show them
+AS_STORED: Mapping[str, Any] = {"tone_mapped": None, "pixel_aspect": None}
 MOST_ANIMATION_FRAMES = 20_000  # each costs a composed picture to get past, however small the file
 
 
@@ -62,6 +65,8 @@ class FrameSource(Protocol):
     """Whether somebody chose these frames already, so that all of them are to be taken."""
     missing_s: float
     """Seconds at the end that were promised and are not there."""
+    facts: Mapping[str, Any]
+    """What was done to its frames to show them: `tone_mapped` and `pixel_aspect`."""
 
     def identity(self, index: int) -> bytes:
         """Fingerprint of all that decides how a frame looks."""
@@ -92,16 +97,23 @@ def open_video(
     """
     if isinstance(source, list | tuple):
         return PictureFrames("The video", source, rate or FOLDER_RATE, limits)
-    if isinstance(source, str | Path) and not str(source).startswith("data:") and Path(source).is_dir():
+    if isinstance(source, str | Path) and not is_data_uri(str(source)) and Path(source).is_dir():
         return PictureFrames(str(source), pictures_in(Path(source)), rate or FOLDER_RATE, limits)
     content = Content(source, limits)
     with content.open() as file:
         head = file.read(16)
-    if head.startswith((b"GIF8", b"\x89PNG")) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP"):
+    if _is_animation(head):
         return AnimationFrames(content, limits, watch)
     from edge_runtime.video_file import VideoFile
 
     return VideoFile(content, limits, watch)
+
+
+def _is_animation(head: bytes) -> bool:
+    """Whether Pillow reads the frames of a file: GIF, APNG, WebP, and AVIF where it was built with it."""
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
+        return bool(features.check("avif"))
+    return head.startswith((b"GIF8", b"\x89PNG")) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -134,12 +146,13 @@ class PictureFrames:
         When there is none.
     """
 
-    sampled, missing_s = True, 0.0
+    sampled, missing_s, facts = True, 0.0, AS_STORED
 
     def __init__(self, name: str, pictures: Sequence[ImageSource], rate: float, limits: VideoLimits) -> None:
         if not pictures:
             raise VideoError(f"{name} has no frames; expected a list of at least one picture.")
-        self.name, self.rate, self._pictures, self._limits = name, rate, pictures, limits
+        self.name, self.rate, self._limits = name, rate, limits
+        self._pictures = [_held(picture) for picture in pictures]
         self.times: Sequence[float] = [i / rate for i in range(len(pictures))]
         check_seconds(name, len(pictures) / rate, limits)
         self._digests: dict[int, bytes] = {}
@@ -148,7 +161,8 @@ class PictureFrames:
     def identity(self, index: int) -> bytes:
         """Fingerprint of the picture, as a file where it is one."""
         if index not in self._digests:
-            self._digests[index] = _digest(_held(self._pictures[index]))
+            data = self._data(index)
+            self._digests[index] = _pixel_digest(self._load(index)) if data is None else _file_digest(data)
         return self._digests[index]
 
     def open(self) -> PictureFrames:
@@ -168,27 +182,40 @@ class PictureFrames:
             )
         return picture
 
+    def _data(self, index: int) -> bytes | None:
+        """Bytes of the file that a picture lies in; None of pictures that come decoded, or are drawn."""
+        picture = self._pictures[index]
+        return picture.read_bytes() if isinstance(picture, Path) else picture if isinstance(picture, bytes) else None
+
+    def _load(self, index: int, data: bytes | None = None) -> Image.Image:
+        picture = self._pictures[index] if data is None else data
+        return load_image(picture, pixel_limit=self._limits.most_pixels)
+
     def _read(self, index: int) -> tuple[Image.Image, bytes]:
-        held = _held(self._pictures[index])
-        return load_image(held, pixel_limit=self._limits.most_pixels), _digest(held)
+        """A picture and its fingerprint.
+
+        Of a file that is its bytes. A Pillow picture has more than its samples (a palette, an orientation, a
+        profile), and only the pixels that come of all that tell whether two look the same.
+        """
+        data = self._data(index)
+        picture = self._load(index, data)  # of the very bytes that are fingerprinted
+        return picture, _pixel_digest(picture) if data is None else _file_digest(data)
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-def _held(source: ImageSource) -> ImageSource:
-    """A file's bytes instead of its path, so that what is shown is what was fingerprinted."""
-    if isinstance(source, str | Path) and not str(source).startswith("data:") and Path(source).is_file():
-        return Path(source).read_bytes()
-    return source
+def _held(source: ImageSource) -> Image.Image | Page | bytes | Path:
+    """A picture, or the file it lies in; what is read once only (an open file) is read now."""
+    return source if isinstance(source, Image.Image | Page) else encoded(source)
 
 
-def _digest(held: ImageSource) -> bytes:
-    if isinstance(held, Image.Image):
-        data = repr((held.mode, held.size)).encode() + held.tobytes()
-    else:
-        data = held if isinstance(held, bytes) else str(held).encode()
-    return hashlib.blake2b(data, digest_size=16).digest()
+def _file_digest(data: bytes) -> bytes:
+    return hashlib.blake2b(b"file" + data, digest_size=16).digest()
+
+
+def _pixel_digest(picture: Image.Image) -> bytes:
+    return hashlib.blake2b(repr(picture.size).encode() + picture.tobytes(), digest_size=16).digest()
 
 
 def _guard(limits: VideoLimits) -> int:
@@ -205,7 +232,7 @@ class AnimationFrames:
         When it is damaged or larger than was allowed.
     """
 
-    sampled, missing_s = False, 0.0
+    sampled, missing_s, facts = False, 0.0, AS_STORED
 
     def __init__(self, content: Content, limits: VideoLimits, watch: Watch) -> None:
         self.name, self._content, self._limits = content.name, content, limits
@@ -275,4 +302,9 @@ def frames_between(times: Sequence[float], start: float | None, end: float | Non
 
 def facts_of(source: FrameSource) -> dict[str, Any]:
     """What is told of a source."""
-    return {"size": [*source.size], "fps": round(source.rate, 6), "frames_in_video": len(source.times)}
+    return {
+        "size": [*source.size],
+        "fps": round(source.rate, 6),
+        "frames_in_video": len(source.times),
+        **source.facts,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -40,6 +41,14 @@ def no_tuning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = str(tmp_path_factory.mktemp("data"))
     with mock.patch("platformdirs.user_data_dir", return_value=folder):
         yield
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let programs that the test starts be interrupted: a shell's background jobs ignore SIGINT, and so do theirs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ names, whose values are made as they are read.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from edge_converters import awq, nf4
 from edge_converters.lora import Lora, read_lora
 from edge_converters.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, read_index
 from edge_runtime.errors import CheckpointError
+from edge_runtime.text_files import parse_json, read_text
 
 QUANTIZED = {"bitsandbytes": "4 bits", "awq": "4 bits in the GEMM layout"}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -49,7 +49,7 @@ class Checkpoint:
         if text is None:
             return None
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{name} is not readable JSON ({error}); download the checkpoint again.") from None
         if not isinstance(value, dict):
@@ -61,7 +61,7 @@ class Checkpoint:
     def text(self, name: str) -> str | None:
         """Text file of the folder, or None when it is not there."""
         try:
-            return (self.folder / name).read_text("utf-8")
+            return read_text(self.folder / name)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

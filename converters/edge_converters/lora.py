@@ -13,7 +13,6 @@ Source of the format: PEFT `LoraConfig` and `get_peft_model_state_dict`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import numpy as np
 
 from edge_converters.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, float_array, read_index
 from edge_runtime.errors import CheckpointError
+from edge_runtime.text_files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -142,7 +142,7 @@ def read_lora(folder: str | Path, tensors: dict[str, SourceTensor]) -> Lora:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text("utf-8"))
+        config = read_json(folder / CONFIG)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {CONFIG}; expected a LoRA folder as PEFT or LLaMA-Factory saves it."

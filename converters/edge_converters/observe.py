@@ -27,6 +27,7 @@ from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import BackendUnavailable, CheckpointError, ImageError
 from edge_runtime.pipeline import PromptOptions, prepare
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.text_files import decode_text
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import Float32, GGUFFile
 
@@ -144,11 +145,18 @@ def _about_pictures(
 def _of_texts(decoder: GGUFFile, tokenizer: Tokenizer, texts: Sequence[Path]) -> Iterator[Float32]:
     for path in texts:
         try:
-            ids = tokenizer.encode(path.read_text("utf-8", errors="replace"))
+            ids = tokenizer.encode(_text(path.read_bytes()))
         except OSError:
             continue
         for start in range(0, len(ids), PROMPT_TOKENS):
             yield decoder.rows("token_embd.weight", np.asarray(ids[start : start + PROMPT_TOKENS], np.int64))
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return decode_text(raw)
+    except ValueError:  # of another encoding: most of it is text
+        return raw.decode("utf-8", "replace")
 
 
 class Observer:

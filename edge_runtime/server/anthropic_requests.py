@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from edge_runtime.base64_data import as_data_uri, is_data_uri
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.openai_requests import MOST_STOPS, Loose
 from edge_runtime.server.openai_tools import called, describe, given
@@ -227,7 +228,7 @@ def _source(block: Mapping[str, Any], media_type: str, where: str) -> str:
     if not isinstance(kind, str) or not kind.replace("/", "").replace("+", "").replace("-", "").isalnum():
         raise RequestError(f"The media type is {str(kind)[:40]!r}; expected one like {media_type}.", place)
     data = _string(source, "data", place)
-    return data if data.startswith("data:") else f"data:{kind};base64,{data}"
+    return data if is_data_uri(data) else as_data_uri(data, kind)
 
 
 def _string(block: Mapping[str, Any], key: str, where: str) -> str:

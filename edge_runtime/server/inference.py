@@ -243,6 +243,8 @@ class Inference:
         """Decode pictures and submit, off the event loop."""
         if not 1 <= call.n <= self.settings.max_answers:
             raise RequestError(f"n is {call.n}; expected a number from 1 to {self.settings.max_answers}.", "n")
+        if self.settings.tools == "off" and call.options.get("tools"):
+            raise RequestError(f"{use.listed.name} does not support tools", "tools")  # Ollama's own words
         options = {**self._limits, **use.listed.defaults, **call.options}
         if use.listed.adapters:
             options.setdefault("adapter", next(iter(use.listed.adapters)))

@@ -10,11 +10,11 @@ parser says whether it knows them.
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edge_runtime.base64_data import as_data_uri, data_uri_size, is_data_uri, looks_like_base64
 from edge_runtime.errors import ImageError
 from edge_runtime.server.errors import NotAllowed, RequestError, TooLarge
 from edge_runtime.server.fetching import Fetcher
@@ -29,9 +29,7 @@ TEXT_KINDS = ("text", "input_text", "output_text", "refusal")
 VIDEO_KINDS = ("video", "video_url", "input_video")
 LARGE_KINDS = (*VIDEO_KINDS, "file", "input_file", "document")
 """Parts that may be as large as a video."""
-DATA, HTTP = "data:", ("http://", "https://")
-LEAST_BASE64 = 16  # a picture has more; a short word that happens to be base64 is a name of something
-_BASE64 = re.compile(r"[A-Za-z0-9+/]*={0,2}")
+HTTP = ("http://", "https://")
 
 
 async def brought_in(messages: Any, settings: Settings, fetcher: Fetcher) -> Any:
@@ -59,7 +57,7 @@ async def brought_in(messages: Any, settings: Settings, fetcher: Fetcher) -> Any
                 ) from None
             raise
         left -= len(data)
-        fetched[address] = _uri(base64.b64encode(data).decode())
+        fetched[address] = as_data_uri(base64.b64encode(data).decode())
     return checked_messages(messages, settings, fetched)
 
 
@@ -139,11 +137,11 @@ class Media:
         text = value if isinstance(value, str) else ""
         if text.startswith(HTTP):
             return self._address(text, most)
-        if not text.startswith(DATA):
-            if len(text) < LEAST_BASE64 or len(text) % 4 or not _BASE64.fullmatch(text):
+        if not is_data_uri(text):
+            if not looks_like_base64(text):
                 raise _no_data(value, where)
-            text = _uri(text)
-        n_bytes = (len(text) - text.find(",") - 1) * 3 // 4
+            text = as_data_uri(text)
+        n_bytes = data_uri_size(text)
         if n_bytes > most:
             raise TooLarge(
                 f"A picture, video or document has {n_bytes} bytes, at most {most} are taken; send a smaller one."
@@ -157,10 +155,6 @@ class Media:
         if address not in self.fetched:
             raise NotAllowed(f"{address[:80]!r} is an address, and is not fetched for this request; send the data.")
         return self.fetched[address]
-
-
-def _uri(text: str) -> str:
-    return f"data:application/octet-stream;base64,{text}"
 
 
 def _no_data(value: Any, where: str) -> RequestError:

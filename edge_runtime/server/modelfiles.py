@@ -54,7 +54,7 @@ def parse_modelfile(text: str) -> Modelfile:
     RequestError
         Naming the line that is not understood.
     """
-    found = Modelfile()
+    found, text = Modelfile(), text.removeprefix("\ufeff")  # Windows' editors write a byte order mark
     position = 0
     while position < len(text):
         end = text.find("\n", position)

@@ -133,7 +133,9 @@ class ModelRegistry:
             await self._unload(slot)
 
     async def _load(self, slot: Slot) -> None:
-        options = LoadOptions(**self._settings.load, adapters=slot.listed.adapters).checked()
+        # A cache folder that has become unusable since the start costs speed, never a request.
+        setup = {**self._settings.load, "needs_cache": False, "warms_up": True}
+        options = LoadOptions(**setup, adapters=slot.listed.adapters).checked()
         paths = slot.listed.paths
         try:
             async with self._one_at_a_time:

@@ -7,18 +7,17 @@ and no http address is refused here; whether an address is fetched is decided el
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from edge_runtime.base64_data import as_data_uri, is_data_uri, looks_like_base64
 from edge_runtime.server.errors import RequestError
 
-DATA, HTTP = "data:", ("http://", "https://")
+HTTP = ("http://", "https://")
 TEXTS = ("text", "input_text", "output_text")
 VIDEO_OPTIONS = ("fps", "max_frames", "packing", "start", "end", "timestamps", "max_slices")
 DOCUMENT_OPTIONS = ("pages", "dpi", "password", "max_slices")
 Part = dict[str, Any]
-_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 
 
 def content_parts(content: Any, where: str) -> str | list[Part]:
@@ -104,9 +103,7 @@ def _file(part: Mapping[str, Any], where: str) -> Part:
         )
     _refuse_stored(found, where)
     data = found.get("file_data") or found.get("file_url")
-    if isinstance(data, str) and len(data) % 4 == 0 and _BASE64.fullmatch(data):
-        data = f"data:application/pdf;base64,{data}"
-    file: Part = {"file_data": checked_address(data, f"{where}.file_data")}
+    file: Part = {"file_data": checked_address(data, f"{where}.file_data", "application/pdf")}
     if isinstance(found.get("filename"), str):
         file["filename"] = found["filename"]
     return {"type": "file", "file": file, **_options(part, DOCUMENT_OPTIONS)}
@@ -125,16 +122,20 @@ def _refuse_stored(part: Mapping[str, Any], where: str) -> None:
         )
 
 
-def checked_address(url: Any, where: str) -> str:
+def checked_address(url: Any, where: str, kind: str = "application/octet-stream") -> str:
     """Return the address of a picture, video or document when it is a data: URI or an http address.
+
+    Base64 alone becomes a data: URI of a media type.
 
     Raises
     ------
     RequestError
         Otherwise; paths and other schemes are never looked at.
     """
-    if isinstance(url, str) and url.startswith((DATA, *HTTP)):
+    if is_data_uri(url) or (isinstance(url, str) and url.startswith(HTTP)):
         return url
+    if looks_like_base64(url):
+        return as_data_uri(url, kind)
     found = f"{url[:40]!r}" if isinstance(url, str) else f"of type {type(url).__name__}"
     raise RequestError(
         f"The address is {found}; expected a data: URI, such as data:image/png;base64,... with the file's bytes.",

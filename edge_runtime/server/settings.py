@@ -10,6 +10,7 @@ from typing import Any
 from edge_runtime.errors import MessageError
 
 MEGABYTE = 1 << 20
+TOOLS = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Settings:
     """How long a model stays loaded after its last request; below 0: for ever."""
     max_loaded_bytes: int | None = None
     """Most memory of all loaded models together; None: what the machine has free."""
+    tools: str = "auto"
+    """Whether models are offered with tools: `auto` as their vocabulary allows, `off` not at all."""
     load: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `Model.load`, such as n_ctx and n_threads."""
 
@@ -88,6 +91,8 @@ class Settings:
                 raise MessageError(f"{name} is {value}; expected a positive number of seconds.")
         if not 0 <= self.port <= 65535:
             raise MessageError(f"port is {self.port}; expected a number from 0 to 65535.")
+        if self.tools not in TOOLS:
+            raise MessageError(f"tools is {self.tools!r}; expected one of {', '.join(TOOLS)}.")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise MessageError("The API key is empty or holds odd characters; expected printable ASCII.")
         return self

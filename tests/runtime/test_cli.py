@@ -40,6 +40,7 @@ def test_json_has_the_documented_fields():
         *("answer", "reasoning", "finish_reason", "model", "prompt_tokens", "visual_tokens", "cached_tokens"),
         *("completion_tokens", "slices", "dropped_turns", "fitted_slices", "timings_s", "videos"),
         *("shortened", "tool_calls", "malformed_calls", "pictures", "reasoning_tokens"),
+        *("prefix", "reasoning_prefix", "notice"),
     }
     assert answer["slices"][0] == [154, 84]
     assert answer["cached_tokens"] == 0
@@ -161,7 +162,7 @@ def test_info_tells_about_machine_model_and_file():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_ends_the_answer_not_the_chat():
+def test_ctrl_c_ends_the_answer_not_the_chat(interruptible):
     """A real process: interrupted in a long answer, it answers the next question and leaves with 0."""
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW_CHAT],
@@ -200,7 +201,7 @@ main(["run", "--greedy", "--max-tokens", "2000"])
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_ends_a_single_question_with_130():
+def test_ctrl_c_ends_a_single_question_with_130(interruptible):
     script = SLOW_CHAT.replace('["run",', '["run", "Hello",')
     child = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -49,19 +49,6 @@ def test_every_format_is_read(kind: str, tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(load_image(path)), np.asarray(load_image(data)))
 
 
-@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "HEIF", "PNG", "TIFF"])
-def test_alpha_is_dropped_as_officially(kind: str) -> None:
-    """`convert("RGB")` takes the colours as they stand, also where nothing of them is to be seen."""
-    alpha = np.full((*SHADES.shape, 1), 255, np.uint8)
-    alpha[:, 32:] = 0
-    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    data = written(kind, np.dstack([PIXELS, alpha]), **options)
-    opened = Image.open(io.BytesIO(data))
-    assert opened.mode == "RGBA"
-    assert np.array_equal(np.asarray(load_image(data)), np.asarray(opened.convert("RGB")))
-    assert difference(data, PIXELS) <= LOSSY[kind] * (kind != "WEBP")
-
-
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF", "HEIF", "JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, -1), (8, 1)])
 def test_exif_upright_in_every_format_that_has_it(kind: str, orientation: int, turns: int) -> None:

@@ -216,7 +216,7 @@ def test_several_processes_at_once(hub, store):
     assert files(store) == [DECODER, MMPROJ, "model.json"]
 
 
-def test_ctrl_c_leaves_what_the_next_pull_needs(hub, store):
+def test_ctrl_c_leaves_what_the_next_pull_needs(hub, store, interruptible):
     hub.faults.append(Fault(stall_after=20_000))
     command = [sys.executable, "-m", "edge_runtime", "pull", PAIR]
     with subprocess.Popen(

@@ -120,6 +120,13 @@ def test_a_vocabulary_without_the_tags_says_so(model, monkeypatch):
         model.chat("Hi", tools=TOOLS, schema=SCHEMA)
 
 
+def test_json_that_is_begun_goes_on_and_is_no_call(model):
+    begun = [{"role": "user", "content": "?"}, {"role": "assistant", "content": '{"degrees": 12'}]
+    bias = {model.tokenizer.special_ids[TOOL_CALL]: 100.0}
+    made = model.chat(begun, tools=TOOLS, schema=SCHEMA, logit_bias=bias, max_tokens=60, continue_final_message=True)
+    jsonschema.validate(json.loads(begun[1]["content"] + made.answer), SCHEMA)
+
+
 # --- reasoning ---------------------------------------------------------------------------------------------------
 
 

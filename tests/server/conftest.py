@@ -71,6 +71,7 @@ def own_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGE_RUNTIME_MODELS", str(folder / "models"))
         patch.setenv("OLLAMA_MODELS", str(folder / "ollama"))
+        patch.setenv("EDGE_RUNTIME_CACHE_DIR", str(folder / "cache"))
         yield folder
 
 

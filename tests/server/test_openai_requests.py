@@ -90,13 +90,14 @@ def test_no_string_of_a_client_becomes_a_path(part):
 
 
 def test_documents_and_videos_are_passed_on():
-    pdf, clip = "data:application/pdf;base64,AAAA", "data:video/mp4;base64,AAAA"
+    data = "JVBERi0xLjcKJeLjz9MK"
+    pdf, clip = f"data:application/pdf;base64,{data}", "data:video/mp4;base64,AAAA"
     parts = [
         {"type": "file", "file": {"file_data": pdf, "filename": "a.pdf"}},
         {"type": "input_file", "file_data": pdf, "filename": "a.pdf"},
         {"type": "video_url", "video_url": {"url": clip}},
         {"type": "input_video", "video_url": clip},
-        {"type": "file", "file": {"file_data": "AAAA"}, "pages": "1-3", "dpi": 90, "path": "/etc/passwd"},
+        {"type": "file", "file": {"file_data": data}, "pages": "1-3", "dpi": 90, "path": "/etc/passwd"},
         {"type": "video_url", "video_url": {"url": clip}, "fps": 2, "packing": 6, "video": "/etc/passwd"},
     ]
     (message,) = chat(parts).conversation()
@@ -443,3 +444,19 @@ def test_whole_numbers_may_have_a_point():
         {"messages": [{"role": "user", "content": "a"}], "n": 2.0, "temperature": 1, "stream": None}
     )
     assert (request.n, request.temperature, request.stream) == (2, 1.0, None)
+
+
+@pytest.mark.parametrize("key", ["image_url", "input_image", "video_url"])
+def test_base64_alone_becomes_a_data_uri(key):
+    """Clients leave the prefix off, wrap lines and write `DATA:`; a path or a name of something stays refused."""
+    name = "video_url" if key == "video_url" else "image_url"
+    text = base64.b64encode(bytes(range(64))).decode()
+    for sent in (text, "\r\n".join([text[:76], text[76:]]), text.rstrip("=")):
+        (message,) = chat([{"type": key, name: {"url": sent}}]).conversation()
+        assert message["content"][0][name]["url"] == f"data:application/octet-stream;base64,{sent}"
+    uri = f"DATA:image/png;base64,{text}"
+    (message,) = chat([{"type": key, name: {"url": uri}}]).conversation()
+    assert message["content"][0][name]["url"] == uri
+    for path in ("/etc/passwd", "picture.png", "folder/folder/folder/picture.png", "file-1"):
+        with pytest.raises(RequestError, match="expected a data: URI"):
+            chat([{"type": key, name: {"url": path}}]).conversation()

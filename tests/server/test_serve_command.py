@@ -15,7 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pytest
+from click.testing import CliRunner
 
+from edge_runtime import MessageError
+from edge_runtime.cli import main
+from edge_runtime.serve_command import settings_of
+from edge_runtime.server.settings import Settings
 from runtime.command import refused
 
 QUESTION = {"model": "demo", "messages": [{"role": "user", "content": "ab"}]}
@@ -30,7 +36,11 @@ LONG = {
 @contextlib.contextmanager
 def process(store: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run the command on a free port; yields the process and its address."""
-    environment = {**os.environ, "EDGE_RUNTIME_MODELS": str(store)}
+    environment = {
+        **os.environ,
+        "EDGE_RUNTIME_MODELS": str(store),
+        "EDGE_RUNTIME_CACHE_DIR": str(store / "cache"),
+    }
     command = [sys.executable, "-m", "edge_runtime", "serve", "--port", "0", *options]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -112,6 +122,39 @@ def test_what_it_does_not_start_with(own_store):
     refused(["serve", "-m", "nowhere"], "'nowhere' is neither 'demo' nor an existing folder or file")
     refused(["serve", "--keep-alive", "soon"], "keep_alive is 'soon'")
     refused(["serve", "--api-key", ""], "The API key is empty")
+
+
+def settings_for(*arguments: str) -> Settings:
+    """What the options of the command come to."""
+    from edge_runtime.serve_command import serve
+
+    context = serve.make_context("serve", [*arguments])
+    return settings_of(context.params)
+
+
+def test_where_read_prompts_are_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("EDGE_RUNTIME_CACHE_DIR", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / name))
+    usual = tmp_path / "edge-runtime" / "prompts"
+    assert settings_for().load["cache_dir"] == usual
+    assert usual.stat().st_mode & 0o077 == 0
+    assert settings_for("--no-cache-dir").load["cache_dir"] is None
+    chosen = settings_for("--cache-dir", str(tmp_path / "mine"), "--cache-limit", "0.5").load
+    assert (chosen["cache_dir"], chosen["cache_limit"]) == (tmp_path / "mine", 1 << 29)
+    monkeypatch.setenv("EDGE_RUNTIME_CACHE_DIR", str(tmp_path / "told"))
+    assert settings_for().load["cache_dir"] == tmp_path / "told"
+    assert settings_for("--no-cache-dir").load["cache_dir"] is None
+    (tmp_path / "file").write_text("x")
+    refused(["serve", "--cache-dir", str(tmp_path / "file")], "cannot be used .* choose another --cache-dir")
+    found = CliRunner().invoke(main, ["serve", "--cache-dir", str(tmp_path), "--no-cache-dir"])
+    assert (found.exit_code, "were both given" in found.output) == (2, True)
+
+
+def test_whether_models_are_offered_with_tools():
+    assert settings_for("--no-cache-dir").tools == "auto"
+    assert settings_for("--no-cache-dir", "--tools", "off").tools == "off"
+    with pytest.raises(MessageError, match="tools is 'maybe'; expected one of auto, off"):
+        Settings(tools="maybe").checked()
 
 
 def test_without_its_extra(monkeypatch):

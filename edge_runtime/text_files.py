@@ -1,0 +1,52 @@
+"""Text and JSON that a person wrote: bytes in, text or values out, whatever mark of their encoding they begin with.
+
+Editors and shells of Windows write byte order marks: UTF-8 with one, or UTF-16 (PowerShell's `>`). Both are read
+wherever this project reads a file that somebody made by hand.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any
+
+_MARKS = (  # the longer ones first: UTF-32's mark begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def decode_text(raw: bytes) -> str:
+    """Text of bytes: UTF-8, or what their byte order mark says; the mark itself is left out.
+
+    Raises
+    ------
+    ValueError
+        When they are not text in that encoding.
+    """
+    return raw.decode(next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), "utf-8"))
+
+
+def read_text(path: Path) -> str:
+    """Text of a file, see `decode_text`, its lines ending in a newline; OSError when it cannot be read."""
+    return decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, with or without a byte order mark.
+
+    Raises
+    ------
+    ValueError, RecursionError
+        When it is none, or nested too deeply.
+    """
+    return json.loads((decode_text(text) if isinstance(text, bytes) else text).removeprefix("\ufeff"))
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; OSError when it cannot be read, otherwise errors as of `parse_json`."""
+    return parse_json(path.read_bytes())
