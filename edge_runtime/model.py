@@ -24,7 +24,7 @@ from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.logprobs import TokenLogprobs
-from edge_runtime.options import check_counts, check_form, check_lengths, check_streaming, count_beams
+from edge_runtime.options import check_begun, check_counts, check_form, check_lengths, check_streaming, count_beams
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity, Finished, Request
@@ -254,8 +254,8 @@ class Model:
         on_look : called often with the share that is done while an index of videos is made; their frames are
             decoded later, beside the encoding. What this or `on_image` raises ends the work.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
-            video_limits, context_shift, raw, fit, preset; for documents pages, dpi, password, page_limit,
-            file_limit_bytes.
+            video_limits, context_shift, raw, fit, preset, continue_final_message (whether the answer goes on with a
+            last message of the assistant's); for documents pages, dpi, password, page_limit, file_limit_bytes.
 
         Raises
         ------
@@ -303,6 +303,11 @@ class Model:
             tools=tools,
             **prompt_options,
         )
+        begun = prepared.begun
+        if begun is not None:
+            check_begun(begun, tools)
+            form = form.behind(begun.content) if form is not None else None
+            thinking = begun.is_reasoning
         if form is not None and thinking:
             room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
             thinking_budget = form.limit_reasoning(thinking_budget, room)
@@ -323,6 +328,7 @@ class Model:
             adapter,
             form,
             tuple(function_names(tools)),
+            begun,
         )
 
         def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
