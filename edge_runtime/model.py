@@ -129,6 +129,11 @@ class Model:
         return self._decoder.n_ctx
 
     @property
+    def n_queries(self) -> int:
+        """Visual tokens of one slice."""
+        return self._encoder.n_queries
+
+    @property
     def activity(self) -> Activity:
         """How many requests wait and run now, of how many at most, and how often a picture was known already."""
         return self._engine.activity
