@@ -13,15 +13,16 @@ import numpy as np
 from gguf import LlamaFileType
 
 from edge_runtime.answers import TOY_NOTICE
+from edge_runtime.capabilities import can_call_tools, can_think, capabilities
 from edge_runtime.config import is_toy, read_vocabulary
 from edge_runtime.errors import ModelFileError
-from edge_runtime.messages import THINK, THINK_END
+from edge_runtime.messages import THINK
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.settings import Settings
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.tokenizer import CONTROL, USER_DEFINED
-from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END
+from edge_runtime.tokenizer import special_tokens
+from edge_runtime.tools import TOOL_CALL
 from edge_runtime.weights import GGUFFile
 
 LONGEST_ARRAY = 64
@@ -47,16 +48,12 @@ class Facts:
     """Whether the vocabulary has the tokens of calls; likewise the next."""
     can_think: bool
     is_toy: bool
+    claims: tuple[str, ...]
+    """What it can do, by Ollama's names; less than its vocabulary allows where it is a toy."""
 
     def capabilities(self, settings: Settings) -> list[str]:
-        """What the model can do, by Ollama's names: clients attach tools to every chat of a model that claims them.
-
-        A toy has the tokens and cannot use them to any purpose, so it claims neither tools nor thinking; asked for
-        them, it answers all the same.
-        """
-        has_tools = self.can_call_tools and not self.is_toy and settings.tools != "off"
-        has_thinking = self.can_think and not self.is_toy
-        return ["completion", "vision", *["tools"] * has_tools, *["thinking"] * has_thinking]
+        """What the model says that it can do: clients attach tools to every chat of a model that claims them."""
+        return [name for name in self.claims if name != "tools" or settings.tools != "off"]
 
 
 def facts_of(listed: Listed) -> Facts:
@@ -80,12 +77,7 @@ def _facts(decoder: Path, mmproj: Path, versions: tuple[tuple[int, int], ...]) -
     text, vision = GGUFFile(decoder), GGUFFile(mmproj)
     family = text.get("general.architecture", str)
     kind = text.get("general.file_type", int, -1)
-    vocabulary = read_vocabulary(text)
-    special = {
-        word
-        for word, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
-    }
+    special = special_tokens(read_vocabulary(text))
     names = {int(each): each.name.removeprefix("MOSTLY_").removeprefix("ALL_") for each in LlamaFileType}
     return Facts(
         family=family,
@@ -95,9 +87,10 @@ def _facts(decoder: Path, mmproj: Path, versions: tuple[tuple[int, int], ...]) -
         template=text.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE),
         decoder=_plain(text.metadata),
         projector=_plain(vision.metadata),
-        can_call_tools={TOOL_CALL, TOOL_CALL_END} <= special,
-        can_think={THINK, THINK_END} <= special,
+        can_call_tools=can_call_tools(special),
+        can_think=can_think(special),
         is_toy=is_toy(text),
+        claims=tuple(capabilities(text)),
     )
 
 
