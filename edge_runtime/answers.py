@@ -17,6 +17,12 @@ from edge_runtime.requests import Event, Finished, FinishReason, Progress
 from edge_runtime.streaming import Piece
 from edge_runtime.tools import MalformedCall, ToolCall
 
+TOY_NOTICE = (
+    "This model is a toy to try the program out with: beyond short words in capital letters, simple shapes and their "
+    "number, its answers mean nothing; use MiniCPM-V 4.5 for real questions."
+)
+"""What goes with every answer of a model whose file says that it is a toy."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -54,12 +60,18 @@ class Answer:
     """Of every token but the one that ended the answer; None when they were not asked for."""
     reasoning_tokens: int = 0
     """Of those of the completion: all up to the token that ended the reasoning."""
+    prefix: str = ""
+    """What the conversation's last message had begun of this answer; `answer` is only what comes after it."""
+    reasoning_prefix: str = ""
+    """The same of the reasoning."""
+    notice: str | None = None
+    """What is to be known about the model before its answer is believed: `TOY_NOTICE`, or None."""
 
     def __str__(self) -> str:
         return self.answer
 
     def regions(self, picture: int = -1) -> list[Region]:
-        """Places that the answer names (`<box>`, `<quad>`, `<point>`), in pixels of a picture.
+        """Places that the answer names (`<box>`, `<quad>`, `<point>`), its prefix included, in pixels of a picture.
 
         Parameters
         ----------
@@ -77,17 +89,21 @@ class Answer:
                 "pictures; they are counted from 0."
             )
         width, height = self.pictures[picture]
-        return find_regions(self.answer, (width, height))
+        return find_regions(self.prefix + self.answer, (width, height))
 
     def boxes(self, picture: int = -1) -> list[Region]:
         """The `regions` that are boxes."""
         return [region for region in self.regions(picture) if region.kind == "box"]
 
     def message(self) -> dict[str, Any]:
-        """The answer as a message of the conversation, to be followed by the results of its calls (role `tool`)."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.answer}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
+        """The answer as a message of the conversation, to be followed by the results of its calls (role `tool`).
+
+        Where the answer went on with the conversation's last message, this is the whole turn and takes that
+        message's place.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.prefix + self.answer}
+        if reasoning := self.reasoning_prefix + (self.reasoning or ""):
+            message["reasoning_content"] = reasoning
         if self.tool_calls:
             message["tool_calls"] = [call.as_message() for call in self.tool_calls]
         return message
@@ -180,6 +196,7 @@ def make_answer(
     model: str,
     timings: Mapping[str, float],
     logprobs: list[TokenLogprobs] | None,
+    notice: str | None = None,
 ) -> Answer:
     """An answer out of what was asked and how it ended."""
     return Answer(
@@ -200,6 +217,9 @@ def make_answer(
         timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
         logprobs=logprobs,
         reasoning_tokens=end.reasoning_tokens,
+        prefix=prepared.begun.content if prepared.begun else "",
+        reasoning_prefix=prepared.begun.reasoning if prepared.begun else "",
+        notice=notice,
     )
 
 

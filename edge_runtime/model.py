@@ -12,8 +12,10 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_runtime.ahead import ReadingAhead
-from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, make_answer, results
+from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
+from edge_runtime.capabilities import capabilities
+from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import Group
@@ -24,7 +26,7 @@ from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.logprobs import TokenLogprobs
-from edge_runtime.options import check_counts, check_form, check_lengths, check_streaming, count_beams
+from edge_runtime.options import check_begun, check_counts, check_form, check_lengths, check_streaming, count_beams
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity, Finished, Request
@@ -48,6 +50,8 @@ class Model:
         self._encoder, self._decoder, self.tokenizer = parts.encoder, parts.decoder, parts.tokenizer
         self.template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
         """The chat template (Jinja)."""
+        self.is_toy = is_toy(self._decoder.file)
+        """Whether its file says that its answers are not to be believed, as the demo's does."""
         self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
         self._ahead = ReadingAhead(self._engine)
         self._beginnings = Beginnings()
@@ -120,6 +124,11 @@ class Model:
         return self.paths.name
 
     @property
+    def capabilities(self) -> list[str]:
+        """What it can do, by Ollama's names: completion, vision, tools, thinking."""
+        return capabilities(self._decoder.file)
+
+    @property
     def fills_itself(self) -> bool:
         """Whether prompts are computed by our kernels, which must be compiled once on a machine."""
         return self._decoder.fills_itself
@@ -128,6 +137,11 @@ class Model:
     def n_ctx(self) -> int:
         """Context length in tokens."""
         return self._decoder.n_ctx
+
+    @property
+    def n_queries(self) -> int:
+        """Visual tokens of one slice."""
+        return self._encoder.n_queries
 
     @property
     def activity(self) -> Activity:
@@ -255,8 +269,8 @@ class Model:
         on_look : called often with the share that is done while an index of videos is made; their frames are
             decoded later, beside the encoding. What this or `on_image` raises ends the work.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
-            video_limits, context_shift, raw, fit, preset; for documents pages, dpi, password, page_limit,
-            file_limit_bytes.
+            video_limits, context_shift, raw, fit, preset, continue_final_message (whether the answer goes on with a
+            last message of the assistant's); for documents pages, dpi, password, page_limit, file_limit_bytes.
 
         Raises
         ------
@@ -304,6 +318,11 @@ class Model:
             tools=tools,
             **prompt_options,
         )
+        begun = prepared.begun
+        if begun is not None:
+            check_begun(begun, tools)
+            form = form.behind(begun.content) if form is not None else None
+            thinking = begun.is_reasoning
         if form is not None and thinking:
             room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
             thinking_budget = form.limit_reasoning(thinking_budget, room)
@@ -324,6 +343,7 @@ class Model:
             adapter,
             form,
             tuple(function_names(tools)),
+            begun,
             shared=prepared.shared,
         )
 
@@ -337,7 +357,16 @@ class Model:
             if timings["first_token"]:
                 timings["first_token"] += image_s
             given = scores if logprobs else None
-            found = make_answer(prepared, end, answer, reasoning, model=self.name, timings=timings, logprobs=given)
+            found = make_answer(
+                prepared,
+                end,
+                answer,
+                reasoning,
+                model=self.name,
+                timings=timings,
+                logprobs=given,
+                notice=TOY_NOTICE if self.is_toy else None,
+            )
             if follow_up:
                 self._ahead.follow(prepared, request, found)
             return found

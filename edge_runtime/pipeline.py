@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.beginnings import Beginnings
-from edge_runtime.budget import Budget
+from edge_runtime.budget import Budget, check_room_beside_tools, share_of_tools
 from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
+from edge_runtime.continuation import Begun, find_begun
 from edge_runtime.documents import DocumentOptions, with_pages
 from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError
@@ -59,6 +60,9 @@ class PromptOptions(DocumentOptions):
     """Cut all pictures into fewer cells until the conversation fits; a number: until they take so many tokens."""
     preset: str | None = None
     """Name of a question to be asked, see `presets`."""
+    continue_final_message: bool | None = None
+    """Whether the answer goes on with the last message, where that is the assistant's: None does (see
+    `continuation`), True insists that it is the assistant's, False begins a new turn behind it."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PromptOptions:
@@ -88,8 +92,11 @@ class Prepared:
     """Oldest turns that were left out."""
     fitted_slices: int | None = None
     """Most cells per picture that `fit` has left; None where nothing was lowered."""
+    begun: Begun | None = None
+    """The turn that the answer goes on with."""
     with_more: Callable[[Sequence[Message]], Prompt] | None = None
-    """The prompt that this conversation would have with further messages, without pictures, behind it."""
+    """The prompt that this conversation would have with further messages, without pictures, behind it; the whole
+    turn takes the place of one that was begun."""
     shared: int = 0
     """Positions at the beginning of the prompt that other chats have, too; see `beginnings`."""
 
@@ -131,6 +138,9 @@ def prepare(
     checked_max_slices(options.max_slices)
     checked_tools(options.tools, "auto")
     conversation: Sequence[Message] = parse_messages(messages)
+    conversation, begun = find_begun(
+        conversation, options.continue_final_message, thinking=options.thinking, raw=options.raw
+    )
     if options.preset is not None:
         conversation = with_preset(conversation, options.preset)
     conversation = with_pages(conversation, options, slicing, options.max_slices)
@@ -141,7 +151,12 @@ def prepare(
     has_video = any(isinstance(part, FramePart) for part in parts)
     numbered = slicing.use_image_id and not has_video if options.use_image_id is None else options.use_image_id
 
-    def build(messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
+    def build(
+        messages: Sequence[Message],
+        pictures: Sequence[Placed],
+        begun: Begun | None = begun,
+        tools: Sequence[dict[str, Any]] = options.tools,
+    ) -> Prompt:
         return build_prompt(
             messages,
             [item.layout for item in pictures],
@@ -150,16 +165,21 @@ def prepare(
             template=template,
             thinking=options.thinking,
             use_image_id=numbered,
-            tools=options.tools,
+            tools=tools,
             raw=options.raw,
+            begun=begun,
         )
+
+    def told() -> str:
+        few = [*(message for message in conversation if message.role == "system"), Message("user", ("?",))]
+        return share_of_tools(lambda tools: build(few, [], None, tools), options.tools)
 
     fitted: int | None = None
     if refuse or options.fit:
         budget = Budget(
             slicing, n_queries, options.max_slices, options.pixel_limit, options.fit, options.context_shift
         )
-        conversation, fitted = budget.settle(conversation, times, build, n_ctx, room)
+        conversation, fitted = budget.settle(conversation, times, build, n_ctx, room, told)
         parts = list(iter_images(conversation))
 
     placed: list[Placed] = []
@@ -177,10 +197,18 @@ def prepare(
         prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
     else:
         prompt, n_dropped = build(conversation, placed), 0
+    if refuse and options.tools:
+        check_room_beside_tools(prompt, n_ctx, told)
+    known = conversation if begun is None else conversation[:-1]
     shared = 0
     if beginnings is not None and not options.raw:
         shared = beginnings.length(
-            prompt.ids, conversation, options.tools, lambda opening: build(opening, []), options.thinking, numbered
+            prompt.ids,
+            conversation,
+            options.tools,
+            lambda opening: build(opening, [], None),
+            options.thinking,
+            numbered,
         )
     groups = [group for item in left for group in item.groups]
     n_left = sum(item.layout.frames for item in left)
@@ -193,7 +221,8 @@ def prepare(
         [clip.facts() for clip in dict.fromkeys(item.clip for item in left) if clip is not None],
         n_dropped,
         fitted,
-        None if n_dropped or options.raw else lambda more: build([*conversation, *more], placed),
+        begun,
+        None if n_dropped or options.raw else lambda more: build([*known, *more], placed, None),
         shared,
     )
 
