@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ import numpy as np
 
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
-from edge_runtime.beginnings import Beginnings, telling_of_tools
+from edge_runtime.beginnings import Beginnings
 from edge_runtime.capabilities import capabilities
 from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
@@ -138,6 +137,11 @@ class Model:
     def n_ctx(self) -> int:
         """Context length in tokens."""
         return self._decoder.n_ctx
+
+    @property
+    def n_queries(self) -> int:
+        """Visual tokens of one slice."""
+        return self._encoder.n_queries
 
     @property
     def activity(self) -> Activity:
@@ -305,17 +309,15 @@ class Model:
             schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
         )
         check_form(form is not None, n_beams)
-        telling = functools.partial(telling_of_tools, tools, lambda: self._count_tools(tools))
-        with telling():
-            prepared = self._prepare(
-                messages,
-                *(on_image, on_look),
-                room=max_tokens,
-                refuse=True,
-                thinking=thinking,
-                tools=tools,
-                **prompt_options,
-            )
+        prepared = self._prepare(
+            messages,
+            *(on_image, on_look),
+            room=max_tokens,
+            refuse=True,
+            thinking=thinking,
+            tools=tools,
+            **prompt_options,
+        )
         begun = prepared.begun
         if begun is not None:
             check_begun(begun, tools)
@@ -370,12 +372,7 @@ class Model:
             return found
 
         requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
-        with telling():
-            return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
-
-    def _count_tools(self, tools: Sequence[dict[str, Any]]) -> int:
-        """Tokens of a prompt that describe tools."""
-        return len(self.build_prompt("What", tools=tools).ids) - len(self.build_prompt("What").ids)
+        return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
 
     @cached_property
     def _grammar_vocabulary(self) -> GrammarVocabulary:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.beginnings import Beginnings
-from edge_runtime.budget import Budget
+from edge_runtime.budget import Budget, check_room_beside_tools, share_of_tools
 from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
 from edge_runtime.continuation import Begun, find_begun
@@ -151,7 +151,12 @@ def prepare(
     has_video = any(isinstance(part, FramePart) for part in parts)
     numbered = slicing.use_image_id and not has_video if options.use_image_id is None else options.use_image_id
 
-    def build(messages: Sequence[Message], pictures: Sequence[Placed], begun: Begun | None = begun) -> Prompt:
+    def build(
+        messages: Sequence[Message],
+        pictures: Sequence[Placed],
+        begun: Begun | None = begun,
+        tools: Sequence[dict[str, Any]] = options.tools,
+    ) -> Prompt:
         return build_prompt(
             messages,
             [item.layout for item in pictures],
@@ -160,17 +165,21 @@ def prepare(
             template=template,
             thinking=options.thinking,
             use_image_id=numbered,
-            tools=options.tools,
+            tools=tools,
             raw=options.raw,
             begun=begun,
         )
+
+    def told() -> str:
+        few = [*(message for message in conversation if message.role == "system"), Message("user", ("?",))]
+        return share_of_tools(lambda tools: build(few, [], None, tools), options.tools)
 
     fitted: int | None = None
     if refuse or options.fit:
         budget = Budget(
             slicing, n_queries, options.max_slices, options.pixel_limit, options.fit, options.context_shift
         )
-        conversation, fitted = budget.settle(conversation, times, build, n_ctx, room)
+        conversation, fitted = budget.settle(conversation, times, build, n_ctx, room, told)
         parts = list(iter_images(conversation))
 
     placed: list[Placed] = []
@@ -188,6 +197,8 @@ def prepare(
         prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
     else:
         prompt, n_dropped = build(conversation, placed), 0
+    if refuse and options.tools:
+        check_room_beside_tools(prompt, n_ctx, told)
     known = conversation if begun is None else conversation[:-1]
     shared = 0
     if beginnings is not None and not options.raw:
