@@ -54,6 +54,8 @@ class Answer:
     """Of every token but the one that ended the answer; None when they were not asked for."""
     reasoning_tokens: int = 0
     """Of those of the completion: all up to the token that ended the reasoning."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of every token of the prompt, if they were asked for; the first, which nothing precedes, has NaN."""
 
     def __str__(self) -> str:
         return self.answer
@@ -180,6 +182,7 @@ def make_answer(
     model: str,
     timings: Mapping[str, float],
     logprobs: list[TokenLogprobs] | None,
+    prompt_logprobs: list[TokenLogprobs] | None = None,
 ) -> Answer:
     """An answer out of what was asked and how it ended."""
     return Answer(
@@ -200,6 +203,7 @@ def make_answer(
         timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
         logprobs=logprobs,
         reasoning_tokens=end.reasoning_tokens,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

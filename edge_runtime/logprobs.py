@@ -18,6 +18,7 @@ from edge_runtime.weights import Float32
 MOST_ALTERNATIVES = 20  # OpenAI's limit
 LEAST_LOGPROB = -9999.0  # OpenAI writes this instead of minus infinity, which JSON does not have
 BLOCK = 256
+Kind = Literal["prompt", "reasoning", "answer"]
 
 
 class TokenScores(NamedTuple):
@@ -42,9 +43,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenLogprobs(TokenLogprob):
-    """A generated token, what it was part of, and the most probable tokens at its place."""
+    """A token, what it was part of, and the most probable tokens at its place."""
 
-    kind: Literal["reasoning", "answer"]
+    kind: Kind
     top_logprobs: list[TokenLogprob]
 
 
@@ -86,7 +87,7 @@ def score(logits: Float32, token_id: int, n_alternatives: int) -> TokenScores:
     return TokenScores(token_id, logprob(token_id), [(i, logprob(i)) for i in best])
 
 
-def describe(scores: TokenScores, kind: Literal["reasoning", "answer"], tokenizer: Tokenizer) -> TokenLogprobs:
+def describe(scores: TokenScores, kind: Kind, tokenizer: Tokenizer) -> TokenLogprobs:
     """Put scores into the form callers see."""
 
     def parts(token_id: int, logprob: float) -> dict[str, Any]:

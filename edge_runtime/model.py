@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,8 +23,15 @@ from edge_runtime.forms import choose_form
 from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
-from edge_runtime.logprobs import TokenLogprobs
-from edge_runtime.options import check_counts, check_form, check_lengths, check_streaming, count_beams
+from edge_runtime.logprobs import TokenLogprobs, TokenScores, describe
+from edge_runtime.options import (
+    check_counts,
+    check_form,
+    check_lengths,
+    check_scores,
+    check_streaming,
+    count_beams,
+)
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity, Finished, Request
@@ -31,6 +39,8 @@ from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.text_form import choose_text_form
+from edge_runtime.token_rules import choose_rules
 from edge_runtime.tools import checked_tools, function_names
 from edge_runtime.tracing import Trace, trace
 from edge_runtime.weights import Float32
@@ -204,7 +214,13 @@ class Model:
         logit_bias: Mapping[int, float] | None = None,
         logprobs: bool = False,
         top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        prompt_only: bool = False,
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+        ignore_eos: bool = False,
+        allowed_token_ids: Sequence[int] | None = None,
         stop_in_reasoning: bool = False,
         thinking_budget: int | None = None,
         repetition_check: bool = True,
@@ -212,6 +228,9 @@ class Model:
         follow_up: bool = False,
         schema: Mapping[str, Any] | None = None,
         json: bool = False,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         tools: Sequence[dict[str, Any]] = (),
         tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
@@ -235,7 +254,10 @@ class Model:
         logit_bias : token id → what is added to its logit, from -100 to 100.
         logprobs : tell the log probability of every token; see `edge_runtime.logprobs`.
         top_logprobs : and of so many of the most probable ones at its place, at most 20.
+        prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
+        prompt_only : compute the prompt and end there, with an empty answer.
         stop : strings that end the answer; they are not part of it.
+        stop_token_ids, min_tokens, ignore_eos, allowed_token_ids : see `token_rules`.
         stop_in_reasoning : whether they end it in the reasoning already.
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
@@ -244,6 +266,8 @@ class Model:
         schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
             reasoning. The model is not told: say in the question what is wanted.
         json : the answer is some JSON object.
+        choices, regex, grammar : the answer is one of these texts, matches a regular expression as a whole, or is
+            derived by a grammar (GBNF or Lark); see `text_form`. One of them at most, and no schema.
         tools : functions the model may call, in OpenAI's form; see `tools`.
         tool_choice : "auto", "none" (the model is not told of them), "required" (the answer is one call), or a
             function's name (a call of that one).
@@ -290,19 +314,41 @@ class Model:
         form = choose_form(
             schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
         )
-        check_form(form is not None, n_beams)
+        text = choose_text_form(
+            {"choices": choices, "regex": regex, "grammar": grammar},
+            has_form=form is not None or bool(tools),
+            vocabulary=lambda: self._grammar_vocabulary,
+        )
+        check_form(form is not None or text is not None, n_beams)
+        rules = choose_rules(
+            stop_token_ids,
+            min_tokens,
+            ignore_eos,
+            allowed_token_ids,
+            n_vocab=len(self.tokenizer.tokens),
+            ends=self.tokenizer.stop_ids,
+            is_bound=form is not None or text is not None or n_beams > 1,
+            has_stops=bool(stop),
+        )
+        check_scores(prompt_logprobs, logprobs=logprobs, n_beams=n_beams)
         prepared = self._prepare(
             messages,
             *(on_image, on_look),
-            room=max_tokens,
+            room=0 if prompt_only else max_tokens,
             refuse=True,
             thinking=thinking,
             tools=tools,
             **prompt_options,
         )
-        if form is not None and thinking:
+        if prompt_logprobs and prepared.groups:
+            raise MessageError(
+                "prompt_logprobs was given for a prompt with pictures, whose places have no tokens; leave one of the "
+                "two out."
+            )
+        bound = text if form is None else form
+        if bound is not None and thinking:
             room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
-            thinking_budget = form.limit_reasoning(thinking_budget, room)
+            thinking_budget = bound.limit_reasoning(thinking_budget, room)
         image_s = time.perf_counter() - started
         request = Request(
             prepared.prompt,
@@ -310,7 +356,7 @@ class Model:
             prepared.digests,
             chosen,
             thinking,
-            max_tokens,
+            0 if prompt_only else max_tokens,
             stop,
             thinking_budget,
             repetition_check,
@@ -318,8 +364,9 @@ class Model:
             top_logprobs if logprobs else None,
             n_beams,
             adapter,
-            form,
+            bound,
             tuple(function_names(tools)),
+            rules,
         )
 
         def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
@@ -332,13 +379,30 @@ class Model:
             if timings["first_token"]:
                 timings["first_token"] += image_s
             given = scores if logprobs else None
-            found = make_answer(prepared, end, answer, reasoning, model=self.name, timings=timings, logprobs=given)
+            found = make_answer(
+                prepared,
+                end,
+                answer,
+                reasoning,
+                model=self.name,
+                timings=timings,
+                logprobs=given,
+                prompt_logprobs=self._prompt_scores(prepared, end) if prompt_logprobs else None,
+            )
             if follow_up:
                 self._ahead.follow(prepared, request, found)
             return found
 
-        requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
+        requests = [
+            replace(request, sampling=chosen.numbered(i), scores_prompt=prompt_logprobs and i == 0) for i in range(n)
+        ]
         return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
+
+    def _prompt_scores(self, prepared: Prepared, end: Finished) -> list[TokenLogprobs]:
+        """What is told of the prompt's tokens; nothing where another answer to the same prompt tells it."""
+        first = TokenScores(prepared.prompt.ids[0], math.nan, [])
+        scores = [first, *end.prompt_scores] if len(end.prompt_scores) + 1 == len(prepared.prompt.ids) else []
+        return [describe(item, "prompt", self.tokenizer) for item in scores]
 
     @cached_property
     def _grammar_vocabulary(self) -> GrammarVocabulary:

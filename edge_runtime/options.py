@@ -80,6 +80,20 @@ def check_counts(
         )
 
 
+def check_scores(prompt_logprobs: bool, *, logprobs: bool, n_beams: int) -> None:
+    """Refuse log probabilities of a prompt where they cannot be told.
+
+    Raises
+    ------
+    MessageError
+        Saying why.
+    """
+    if prompt_logprobs and not logprobs:
+        raise MessageError("prompt_logprobs is on, but logprobs is off; set logprobs=True.")
+    if prompt_logprobs and n_beams > 1:
+        raise MessageError("prompt_logprobs was given together with a beam search; leave one of them out.")
+
+
 def check_form(has_form: bool, beams: int) -> None:
     """Refuse what cannot be done together: a search, and an answer that must look like something.
 

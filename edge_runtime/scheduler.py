@@ -17,7 +17,15 @@ from collections import deque
 import numpy as np
 
 from edge_runtime.batches import await_frames, next_batch, release
-from edge_runtime.decoder import CHUNK_TOKENS, CacheFull, Cancelled, Decoder, Part, common_beginning
+from edge_runtime.decoder import (
+    CHUNK_TOKENS,
+    SCORED_ROWS,
+    CacheFull,
+    Cancelled,
+    Decoder,
+    Part,
+    common_beginning,
+)
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.errors import ModelFileError
@@ -127,6 +135,7 @@ class Scheduler:
         n = self._restore(task, n)
         if not task.n_tokens:
             task.n_cached = n
+            task.prompt_scores.clear()  # of a task that had to step back in the middle of its prompt
         bounds = task.request.prompt.bounds
         behind = [i for i, (_, end) in enumerate(bounds) if end > n]
         known = {task.request.digests[i]: self._visual_tokens.get(task.request.digests[i]) for i in behind}
@@ -144,6 +153,8 @@ class Scheduler:
 
     def _follows(self, task: Task) -> bool:
         """Whether another task is computing a beginning that this one shares; waiting for it saves the work."""
+        if task.is_scoring:
+            return False
         if task.leader is not None and task.leader in self._active and not task.leader.n_tokens:
             return True
         known = max(self.remembered(task), task.saved.n)
@@ -182,8 +193,8 @@ class Scheduler:
         return n
 
     def _common(self, sequence: int, task: Task) -> int:
-        if self._adapters.get(sequence) != task.request.adapter:
-            return 0
+        if self._adapters.get(sequence) != task.request.adapter or task.is_scoring:
+            return 0  # what was computed before has no logits
         return self._decoder.common(sequence, task.keys)
 
     def _restore(self, task: Task, n: int) -> int:
@@ -339,8 +350,14 @@ class Scheduler:
         for task, part, row in zip(tasks, parts, rows, strict=True):
             if not task.n_tokens:
                 self._report_prefill(task)
+            if part.wants_all_logits:
+                n = len(part.keys)
+                task.score_prompt(self._decoder, self._decoder.held(task.sequence) - n, n, row)
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._end(task, "stop")
+            elif not task.request.max_tokens and self._decoder.held(task.sequence) == len(task.keys):
+                task.take_lap("prefill")
+                self._end(task, "length")  # the prompt was all that was wanted
             elif part.wants_logits and not task.is_cancelled():
                 rows_of.setdefault(task, []).append(row)
         for task, own in rows_of.items():
@@ -370,9 +387,15 @@ class Scheduler:
         if is_flowing:
             least = LEAST_OWN_CHUNK if self._decoder.fills_itself else LEAST_CHUNK
             room = min(room, max(least, int(TURN_S / self._row_s)))
+        scored = SCORED_ROWS
         for task in ready:
             if (left[task] > 1 or task.request.reads_ahead) and room > 0:
                 n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)
+                if task.is_scoring:
+                    n = min(n, scored)
+                    scored -= n
+                    if not n:
+                        continue
                 tasks.append(task)
                 parts.append(self._prompt_part(task, n, whole=n == left[task]))
                 room -= n
@@ -391,7 +414,8 @@ class Scheduler:
         first = self._decoder.held(task.sequence)
         keys = task.keys[first : first + n]
         embeddings = self._embeddings(task, first, first + n)
-        return Part(task.sequence, keys, embeddings, wants_logits=whole and not task.request.reads_ahead)
+        wants_logits = whole and not task.request.reads_ahead
+        return Part(task.sequence, keys, embeddings, wants_logits, task.is_scoring)
 
     def _embeddings(self, task: Task, start: int, stop: int) -> Float32 | None:
         """Embeddings of positions of a prompt; None where there is only text."""
