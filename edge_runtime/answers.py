@@ -17,6 +17,12 @@ from edge_runtime.requests import Event, Finished, FinishReason, Progress
 from edge_runtime.streaming import Piece
 from edge_runtime.tools import MalformedCall, ToolCall
 
+TOY_NOTICE = (
+    "This model is a toy to try the program out with: beyond short words in capital letters, simple shapes and their "
+    "number, its answers mean nothing; use MiniCPM-V 4.5 for real questions."
+)
+"""What goes with every answer of a model whose file says that it is a toy."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -56,6 +62,8 @@ class Answer:
     """Of those of the completion: all up to the token that ended the reasoning."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of every token of the prompt, if they were asked for; the first, which nothing precedes, has NaN."""
+    notice: str | None = None
+    """What is to be known about the model before its answer is believed: `TOY_NOTICE`, or None."""
 
     def __str__(self) -> str:
         return self.answer
@@ -183,6 +191,7 @@ def make_answer(
     timings: Mapping[str, float],
     logprobs: list[TokenLogprobs] | None,
     prompt_logprobs: list[TokenLogprobs] | None = None,
+    notice: str | None = None,
 ) -> Answer:
     """An answer out of what was asked and how it ended."""
     return Answer(
@@ -204,6 +213,7 @@ def make_answer(
         logprobs=logprobs,
         reasoning_tokens=end.reasoning_tokens,
         prompt_logprobs=prompt_logprobs,
+        notice=notice,
     )
 
 

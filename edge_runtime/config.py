@@ -14,6 +14,8 @@ and in the decoder file:
 
     edge_runtime.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
     tokenised
+    edge_runtime.toy                    bool     whether the model is a toy, whose answers say nothing outside of what
+    it was trained for (false)
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from edge_runtime.weights import GGUFFile
 
 KEY_MAX_SLICE_NUMS = "edge_runtime.max_slice_nums"
 KEY_USE_IMAGE_ID = "edge_runtime.use_image_id"
+KEY_TOY = "edge_runtime.toy"
 
 SCALE_RESOLUTION = 448  # pixels; the official default where a checkpoint names none
 MAX_SLICE_NUMS = 9
@@ -114,6 +117,11 @@ class DecoderConfig:
     vocabulary: int
     context_length: int
     """Positions the model was trained for."""
+
+
+def is_toy(file: GGUFFile) -> bool:
+    """Whether a decoder file says that its model is a toy."""
+    return file.get(KEY_TOY, bool, False)
 
 
 def _size(file: GGUFFile, key: str, default: int | None = None) -> int:

@@ -13,7 +13,8 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from edge_runtime.ahead import ReadingAhead
-from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, make_answer, results
+from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
+from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import Group
@@ -57,6 +58,8 @@ class Model:
         self._encoder, self._decoder, self.tokenizer = parts.encoder, parts.decoder, parts.tokenizer
         self.template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
         """The chat template (Jinja)."""
+        self.is_toy = is_toy(self._decoder.file)
+        """Whether its file says that its answers are not to be believed, as the demo's does."""
         self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
         self._ahead = ReadingAhead(self._engine)
         self._engine.call(lambda: set_threads(parts.n_threads))
@@ -388,6 +391,7 @@ class Model:
                 timings=timings,
                 logprobs=given,
                 prompt_logprobs=self._prompt_scores(prepared, end) if prompt_logprobs else None,
+                notice=TOY_NOTICE if self.is_toy else None,
             )
             if follow_up:
                 self._ahead.follow(prepared, request, found)
