@@ -62,6 +62,10 @@ class Answer:
     """Of those of the completion: all up to the token that ended the reasoning."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Of every token of the prompt, if they were asked for; the first, which nothing precedes, has NaN."""
+    prefix: str = ""
+    """What the conversation's last message had begun of this answer; `answer` is only what comes after it."""
+    reasoning_prefix: str = ""
+    """The same of the reasoning."""
     notice: str | None = None
     """What is to be known about the model before its answer is believed: `TOY_NOTICE`, or None."""
 
@@ -69,7 +73,7 @@ class Answer:
         return self.answer
 
     def regions(self, picture: int = -1) -> list[Region]:
-        """Places that the answer names (`<box>`, `<quad>`, `<point>`), in pixels of a picture.
+        """Places that the answer names (`<box>`, `<quad>`, `<point>`), its prefix included, in pixels of a picture.
 
         Parameters
         ----------
@@ -87,17 +91,21 @@ class Answer:
                 "pictures; they are counted from 0."
             )
         width, height = self.pictures[picture]
-        return find_regions(self.answer, (width, height))
+        return find_regions(self.prefix + self.answer, (width, height))
 
     def boxes(self, picture: int = -1) -> list[Region]:
         """The `regions` that are boxes."""
         return [region for region in self.regions(picture) if region.kind == "box"]
 
     def message(self) -> dict[str, Any]:
-        """The answer as a message of the conversation, to be followed by the results of its calls (role `tool`)."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.answer}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
+        """The answer as a message of the conversation, to be followed by the results of its calls (role `tool`).
+
+        Where the answer went on with the conversation's last message, this is the whole turn and takes that
+        message's place.
+        """
+        message: dict[str, Any] = {"role": "assistant", "content": self.prefix + self.answer}
+        if reasoning := self.reasoning_prefix + (self.reasoning or ""):
+            message["reasoning_content"] = reasoning
         if self.tool_calls:
             message["tool_calls"] = [call.as_message() for call in self.tool_calls]
         return message
@@ -213,6 +221,8 @@ def make_answer(
         logprobs=logprobs,
         reasoning_tokens=end.reasoning_tokens,
         prompt_logprobs=prompt_logprobs,
+        prefix=prepared.begun.content if prepared.begun else "",
+        reasoning_prefix=prepared.begun.reasoning if prepared.begun else "",
         notice=notice,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edge_runtime.ending import is_end, next_key, shortest_end
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import Grammar, allowed_ids
-from edge_runtime.json_position import JsonPosition
+from edge_runtime.json_position import JsonPosition, without_blanks
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -41,6 +41,8 @@ class AnswerForm:
     """Tokens ahead of the JSON text."""
     after: tuple[int, ...] = ()
     """Tokens behind the JSON text."""
+    begun: tuple[int, ...] = ()
+    """Beginning of the JSON text that the prompt holds already."""
 
     def limit_reasoning(self, budget: int | None, room: int) -> int:
         """Tokens of reasoning that leave the answer its own: its budget, or half of the room where that is less.
@@ -52,6 +54,33 @@ class AnswerForm:
         """
         most = room - min(self.budget or DEFAULT_BUDGET, room // 2)
         return most if budget is None else min(budget, most)
+
+    def behind(self, text: str) -> AnswerForm:
+        """The form of an answer that goes on with a text.
+
+        Blanks between the parts of JSON in it are no part of what is matched. A call begins on a new line behind it.
+
+        Raises
+        ------
+        MessageError
+            When no answer of this form begins with the text.
+        """
+        if not text:
+            return self
+        if self.before:
+            newline = self.before[1:]
+            return self if text.endswith("\n") else replace(self, before=(*newline, *self.before))
+        ids = self.grammar.vocabulary(without_blanks(text))
+        matcher, position = self.grammar.matcher(), JsonPosition()
+        if not ids or (matcher.try_consume_tokens(ids) == len(ids) and position.feed(self._bytes(ids))):
+            return replace(self, begun=tuple(ids))
+        raise MessageError(
+            f"The answer goes on with the last message, but no JSON of its form begins with {text[:60]!r}; correct "
+            "that message, or leave it out."
+        )
+
+    def _bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self.grammar.vocabulary.token_bytes[i] for i in ids)
 
     def start(self, separator: Sequence[int] = ()) -> Constraint:
         """A new answer, with `separator` ahead of it."""
@@ -74,6 +103,10 @@ class Constraint:
         """So many tokens ahead of the last the shortest way is looked for next; None: at once."""
         self.shortened = False
         """Whether the answer was brought to its end because tokens ran out."""
+        if form.begun:
+            self._matcher.consume_tokens([*form.begun])
+            self._position.feed(b"".join(self._vocabulary.token_bytes[i] for i in form.begun))
+            self._end_if_complete()
 
     @property
     def ended(self) -> bool:
@@ -88,6 +121,8 @@ class Constraint:
         remaining : tokens that the answer may still have, this one included.
         choose : picks one of the token ids it is given: ndarray [shape=(n,), int64].
         """
+        if self.ended:  # the prompt held the whole of it
+            return min(self._vocabulary.stop_ids)
         wanted = remaining if self._left is None else min(remaining, self._left)
         if self._left is not None:
             self._left -= 1
@@ -118,10 +153,13 @@ class Constraint:
                 return None
             self._way = rest
         self._matcher, self._position = matcher, position
-        if matcher.is_stopped():
+        self._end_if_complete()
+        return token
+
+    def _end_if_complete(self) -> None:
+        if self._matcher.is_stopped():
             self._forced.extend(self._after)
             self._is_complete = True
-        return token
 
     def _sampled(self, choose: Choose) -> tuple[int, LLMatcher, JsonPosition]:
         """A token that the sampler takes from what the grammar allows, and where it leads."""

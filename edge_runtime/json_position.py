@@ -116,3 +116,23 @@ class JsonPosition:
             self._exponent_digits += 1
         elif byte in DIGITS:
             self._digits += 1
+
+
+def without_blanks(text: str) -> str:
+    """Leave out the blanks between the parts of a JSON text, which say nothing; one that parts two words stays."""
+    kept: list[str] = []
+    in_string = escaped = after_blank = False
+    for char in text + "\0":
+        if not in_string and char in " \t\r\n":
+            after_blank = True
+            continue
+        if after_blank and kept and not {kept[-1], char} & _PUNCTUATION:
+            kept.append(" ")
+        after_blank = False
+        kept.append(char)
+        in_string = (char != '"' or escaped) if in_string else char == '"'
+        escaped = in_string and char == "\\" and not escaped
+    return "".join(kept[:-1])
+
+
+_PUNCTUATION = frozenset('{}[]:,"')

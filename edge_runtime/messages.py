@@ -78,6 +78,8 @@ class Message:
     parts: tuple[Part, ...]
     reasoning: str | None = None
     tool_calls: list[Any] = field(default_factory=list)
+    has_thought: bool = False
+    """Whether the text itself ended the reasoning with `</think>`; that is taken out of it."""
 
 
 def parse_messages(messages: str | Sequence[Any]) -> list[Message]:
@@ -119,11 +121,12 @@ def _parse(entry: Any, number: int) -> Message:
     parts: list[Part] = [_ollama_image(image, where) for image in _list(entry, "images", where)]
     parts += _parse_content(entry.get("content"), where)
     reasoning = entry.get("reasoning_content") or entry.get("reasoning") or entry.get("thinking")
+    has_thought = False
     if role == "assistant":
-        reasoning, parts = _without_reasoning(reasoning, parts)
+        reasoning, parts, has_thought = _without_reasoning(reasoning, parts)
     elif role == "system" and any(isinstance(part, ImagePart | VideoPart) for part in parts):
         raise MessageError(f"{where} puts a picture into the system prompt; pictures belong to user messages.")
-    return Message(role, tuple(parts), reasoning, _list(entry, "tool_calls", where))
+    return Message(role, tuple(parts), reasoning, _list(entry, "tool_calls", where), has_thought)
 
 
 def _list(entry: Mapping[str, Any], key: str, where: str) -> list[Any]:
@@ -133,12 +136,19 @@ def _list(entry: Mapping[str, Any], key: str, where: str) -> list[Any]:
     return list(value)
 
 
-def _without_reasoning(reasoning: Any, parts: list[Part]) -> tuple[str | None, list[Part]]:
-    """Take the reasoning out of an earlier answer, as the template does, so that the rest can be guarded as text."""
+def _without_reasoning(reasoning: Any, parts: list[Part]) -> tuple[str | None, list[Part], bool]:
+    """Take the reasoning out of an earlier answer, as the template does, so that the rest can be guarded as text.
+
+    Returns
+    -------
+    reasoning, parts, has_thought : the last says whether the text held the end of any.
+    """
     if not all(isinstance(part, str) for part in parts):
-        return reasoning, parts
+        return reasoning, parts, False
     written, answer = split_reasoning("\n".join(str(part) for part in parts))
-    return (str(reasoning) if reasoning else written), [answer]
+    if written is None:
+        return reasoning, parts, False
+    return (str(reasoning) if reasoning else written), [answer], True
 
 
 def split_reasoning(text: str) -> tuple[str | None, str]:

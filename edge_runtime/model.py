@@ -26,6 +26,7 @@ from edge_runtime.image import ImageSource, load_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.logprobs import TokenLogprobs, TokenScores, describe
 from edge_runtime.options import (
+    check_begun,
     check_counts,
     check_form,
     check_lengths,
@@ -278,8 +279,8 @@ class Model:
         on_look : called often with the share that is done while an index of videos is made; their frames are
             decoded later, beside the encoding. What this or `on_image` raises ends the work.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
-            video_limits, context_shift, raw, fit, preset; for documents pages, dpi, password, page_limit,
-            file_limit_bytes.
+            video_limits, context_shift, raw, fit, preset, continue_final_message (whether the answer goes on with a
+            last message of the assistant's); for documents pages, dpi, password, page_limit, file_limit_bytes.
 
         Raises
         ------
@@ -349,6 +350,11 @@ class Model:
                 "two out."
             )
         bound = text if form is None else form
+        begun = prepared.begun
+        if begun is not None:
+            check_begun(begun, tools)
+            bound = bound.behind(begun.content) if bound is not None else None
+            thinking = begun.is_reasoning
         if bound is not None and thinking:
             room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
             thinking_budget = bound.limit_reasoning(thinking_budget, room)
@@ -369,6 +375,7 @@ class Model:
             adapter,
             bound,
             tuple(function_names(tools)),
+            begun,
             rules,
         )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from edge_runtime.continuation import Begun
 from edge_runtime.engine import MOST_REQUESTS
 from edge_runtime.errors import MessageError
 from edge_runtime.logprobs import MOST_ALTERNATIVES
 from edge_runtime.sampling import OFFICIAL_BEAMS
+from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END
 
 
 def count_beams(beams: int | None, sampling: bool) -> int:
@@ -92,6 +95,21 @@ def check_scores(prompt_logprobs: bool, *, logprobs: bool, n_beams: int) -> None
         raise MessageError("prompt_logprobs is on, but logprobs is off; set logprobs=True.")
     if prompt_logprobs and n_beams > 1:
         raise MessageError("prompt_logprobs was given together with a beam search; leave one of them out.")
+
+
+def check_begun(begun: Begun, tools: Sequence[Any]) -> None:
+    """Refuse to go on inside a tool call, which nobody could read as one.
+
+    Raises
+    ------
+    MessageError
+        Saying so.
+    """
+    if tools and TOOL_CALL_END not in begun.content.rpartition(TOOL_CALL)[2] and TOOL_CALL in begun.content:
+        raise MessageError(
+            f"The last message, which the answer goes on with, ends inside a {TOOL_CALL}; calls are written whole: "
+            "leave its beginning out, and name the function in tool_choice if it must be called."
+        )
 
 
 def check_form(has_form: bool, beams: int) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 from edge_runtime.budget import Budget
 from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
+from edge_runtime.continuation import Begun, find_begun
 from edge_runtime.documents import DocumentOptions, with_pages
 from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError
@@ -60,6 +61,9 @@ class PromptOptions(DocumentOptions):
     """Cut all pictures into fewer cells until the conversation fits; a number: until they take so many tokens."""
     preset: str | None = None
     """Name of a question to be asked, see `presets`."""
+    continue_final_message: bool | None = None
+    """Whether the answer goes on with the last message, where that is the assistant's: None does (see
+    `continuation`), True insists that it is the assistant's, False begins a new turn behind it."""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> PromptOptions:
@@ -89,8 +93,11 @@ class Prepared:
     """Oldest turns that were left out."""
     fitted_slices: int | None = None
     """Most cells per picture that `fit` has left; None where nothing was lowered."""
+    begun: Begun | None = None
+    """The turn that the answer goes on with."""
     with_more: Callable[[Sequence[Message]], Prompt] | None = None
-    """The prompt that this conversation would have with further messages, without pictures, behind it."""
+    """The prompt that this conversation would have with further messages, without pictures, behind it; the whole
+    turn takes the place of one that was begun."""
 
 
 def prepare(
@@ -130,6 +137,9 @@ def prepare(
     if options.prompt_ids is not None:
         return Prepared(_prompt_of_ids(options, tokenizer), [])
     conversation: Sequence[Message] = parse_messages(messages)
+    conversation, begun = find_begun(
+        conversation, options.continue_final_message, thinking=options.thinking, raw=options.raw
+    )
     if options.preset is not None:
         conversation = with_preset(conversation, options.preset)
     conversation = with_pages(conversation, options, slicing, options.max_slices)
@@ -140,7 +150,7 @@ def prepare(
     has_video = any(isinstance(part, FramePart) for part in parts)
     numbered = slicing.use_image_id and not has_video if options.use_image_id is None else options.use_image_id
 
-    def build(messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
+    def build(messages: Sequence[Message], pictures: Sequence[Placed], begun: Begun | None = begun) -> Prompt:
         return build_prompt(
             messages,
             [item.layout for item in pictures],
@@ -151,6 +161,7 @@ def prepare(
             use_image_id=numbered,
             tools=options.tools,
             raw=options.raw,
+            begun=begun,
         )
 
     fitted: int | None = None
@@ -176,6 +187,7 @@ def prepare(
         prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
     else:
         prompt, n_dropped = build(conversation, placed), 0
+    known = conversation if begun is None else conversation[:-1]
     groups = [group for item in left for group in item.groups]
     n_left = sum(item.layout.frames for item in left)
     return Prepared(
@@ -187,7 +199,8 @@ def prepare(
         [clip.facts() for clip in dict.fromkeys(item.clip for item in left) if clip is not None],
         n_dropped,
         fitted,
-        None if n_dropped or options.raw else lambda more: build([*conversation, *more], placed),
+        begun,
+        None if n_dropped or options.raw else lambda more: build([*known, *more], placed, None),
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edge_runtime.continuation import Begun, ask_to_go_on
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.messages import ImagePart, Message
 from edge_runtime.templates import render
@@ -73,6 +74,7 @@ def build_prompt(
     use_image_id: bool,
     tools: Sequence[dict[str, Any]] = (),
     raw: bool = False,
+    begun: Begun | None = None,
 ) -> Prompt:
     """Build the prompt of a conversation.
 
@@ -84,6 +86,7 @@ def build_prompt(
     thinking : whether the answer starts with reasoning.
     raw : the messages' text is the prompt as it stands, without the template; special tokens in it are meant, but
         for those that hold pictures.
+    begun : the last message, when the prompt is to end inside of it.
 
     Raises
     ------
@@ -96,7 +99,7 @@ def build_prompt(
     text = (
         _as_it_stands(messages, tokenizer, mark)
         if raw
-        else _render(messages, tokenizer, mark, template, thinking, tools)
+        else _render(messages, tokenizer, mark, template, thinking, tools, begun)
     )
     rendered = _whole_characters(text)
     marked = _expand(rendered, layouts, n_queries, use_image_id)
@@ -140,16 +143,21 @@ def _render(
     template: str,
     thinking: bool,
     tools: Sequence[Any],
+    begun: Begun | None,
 ) -> str:
     guarded = [_template_message(message, tokenizer, mark) for message in messages]
     guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]
-    context = {
-        "messages": guarded,
-        "tools": guarded_tools or None,
-        "add_generation_prompt": True,
-        "enable_thinking": thinking,
-    }
-    return render(template, context)
+
+    def rendered(entries: Sequence[dict[str, Any]], asks: bool) -> str:
+        context = {
+            "messages": [*entries],
+            "tools": guarded_tools or None,
+            "add_generation_prompt": asks,
+            "enable_thinking": thinking,
+        }
+        return render(template, context)
+
+    return rendered(guarded, True) if begun is None else ask_to_go_on(begun, guarded, rendered, mark)
 
 
 def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:

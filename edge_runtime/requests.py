@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from edge_runtime.beams import Beam, BeamRun, BeamSearch
 from edge_runtime.constraint import AnswerForm, Constraint
+from edge_runtime.continuation import Begun
 from edge_runtime.decoder import Decoder, Part
 from edge_runtime.encoder import Group
 from edge_runtime.logprobs import TokenScores, score
@@ -73,6 +74,7 @@ class Request:
     """Of the groups; see `pipeline.group_digest`."""
     sampling: SamplingOptions
     thinking: bool
+    """Whether the prompt ends inside the reasoning."""
     max_tokens: int
     stop: Sequence[str] = ()
     thinking_budget: int | None = None
@@ -91,6 +93,8 @@ class Request:
     """What the answer must look like."""
     tools: Sequence[str] = ()
     """Names of the functions that the model may call."""
+    begun: Begun | None = None
+    """The turn that the answer goes on with; it stands in the prompt."""
     rules: TokenRules | None = None
     """Which tokens may be chosen, and which end the answer; None: what the model writes."""
     scores_prompt: bool = False
@@ -219,6 +223,7 @@ class Task:
             stop=request.stop,
             stop_in_reasoning=request.stop_in_reasoning,
             tools=request.tools,
+            goes_on=request.begun is not None and request.begun.is_reasoning,
         )
         if request.form is not None:
             self.constraint = request.form.start(tokenizer.encode("\n\n") if request.thinking else ())

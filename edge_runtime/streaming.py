@@ -44,6 +44,7 @@ class TextStream:
     stop : strings that end the answer wherever they begin, also inside a token.
     stop_in_reasoning : whether they end it in the reasoning already.
     tools : names of the functions that were offered; without any, tags of calls are text.
+    goes_on : whether the prompt holds the beginning of the reasoning, so that a line break belongs to it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TextStream:
         stop: Sequence[str] = (),
         stop_in_reasoning: bool = False,
         tools: Sequence[str] = (),
+        goes_on: bool = False,
     ) -> None:
         self._tokenizer = tokenizer
         self._tools = tools
@@ -73,7 +75,7 @@ class TextStream:
         """Characters so far, those held back included."""
         self._scored: deque[tuple[int, TokenLogprobs]] = deque()
         """Tokens that no piece has taken along yet, with the place where each begins."""
-        self._at_start = thinking
+        self._at_start = thinking and not goes_on
         self.stopped = False
         """Whether a stop string was met."""
         self.n_reasoning = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from edge_runtime.constraint import DEFAULT_BUDGET, Choose
@@ -37,6 +37,22 @@ class TextForm:
         most = room - min(DEFAULT_BUDGET, room // 2)
         return most if budget is None else min(budget, most)
 
+    def behind(self, text: str) -> TextForm:
+        """The form of an answer that goes on with a text.
+
+        Raises
+        ------
+        MessageError
+            When no answer of this form begins with the text.
+        """
+        ids, matcher = self.vocabulary(text), self.start_matcher.deep_copy()
+        if ids and matcher.try_consume_tokens(ids) < len(ids):
+            raise MessageError(
+                f"The answer goes on with the last message, but no text of its form begins with {text[:60]!r}; "
+                "correct that message, or leave it out."
+            )
+        return replace(self, start_matcher=matcher)
+
     def start(self, separator: Sequence[int] = ()) -> TextConstraint:
         """A new answer, with `separator` ahead of it."""
         return TextConstraint(self, separator)
@@ -61,6 +77,8 @@ class TextConstraint:
         """Choose the next token, or an end token; see `Constraint.next_token`."""
         if self._forced:
             return self._forced.popleft()
+        if self.ended:  # the prompt held the whole of it
+            return min(self._vocabulary.stop_ids)
         ids = allowed_ids(self._matcher, len(self._vocabulary.continues_number))
         if self._matcher.is_error() or not len(ids):
             raise MessageError(
