@@ -52,12 +52,9 @@ async def responses(request: Request, state: State, body: ResponsesRequest) -> R
             return with_warnings(reply, warnings)
 
         async def told(answering: Answering) -> Response:
-            async for _, event in answering.events():
-                if not isinstance(event, Heartbeat):
-                    *_, last = [None, *(typed.end(event) if isinstance(event, Answer) else typed.piece(event))]
-            assert last is not None
-            keep(last["response"])
-            return sse.body(last["response"])
+            found = await whole_response(answering.events(), typed)
+            keep(found)
+            return sse.body(found)
 
         return with_warnings(await whole(request, state.inference, call, told), warnings)
 
@@ -77,6 +74,17 @@ def _items(state: ServerState, body: ResponsesRequest, owner: str) -> tuple[list
         else:
             own.append(item)
     return before, own
+
+
+async def whole_response(events: AsyncIterator[tuple[int, Event]], typed: ResponseEvents) -> Reply:
+    """The response that the last event of a stream would tell."""
+    last: Mapping[str, Any] = {}
+    async for _, event in events:
+        if not isinstance(event, Heartbeat):
+            for last in typed.end(event) if isinstance(event, Answer) else typed.piece(event):
+                pass
+    found: Reply = last["response"]
+    return found
 
 
 async def _lines(

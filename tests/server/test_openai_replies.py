@@ -79,7 +79,7 @@ def streamed(chunks: ChatChunks, *answers: Any) -> list[Any]:
     for number, pieces in enumerate(answers):
         for piece in pieces:
             found += chunks.piece(number, piece)
-        found.append(chunks.end(number, "stop"))
+        found.append(chunks.end(number, made_answer(pieces)))
     found += chunks.usage([made_answer(pieces) for pieces in answers])
     return [read(ChatCompletionChunk, chunk) for chunk in found]
 
@@ -145,8 +145,9 @@ def test_completions():
 
 def test_a_stream_of_completions():
     texts = TextCompletions("demo", include_usage=True)
-    chunks = [*texts.begin(0, "Say: "), *(texts.piece(0, piece) for piece in SCORED[1:]), texts.end(0, "stop")]
-    chunks += texts.usage(usage([made_answer(SCORED)]))
+    answer = made_answer(SCORED)
+    chunks = [*texts.begin(0, "Say: "), *(texts.piece(0, piece) for piece in SCORED[1:]), texts.end(0, answer)]
+    chunks += texts.usage([answer])
     parsed = [read_text_chunk(chunk) for chunk in chunks]
     assert [choice.text for chunk in parsed for choice in chunk.choices] == ["Say: ", "A ", "dog.", ""]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, None, None, "stop"]
