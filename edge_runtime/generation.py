@@ -63,7 +63,7 @@ def _sample(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) -> Fin
     task.count_token()
     reason: FinishReason | None = None
     if token_id in tokenizer.stop_ids or (task.request.rules is not None and token_id in task.request.rules.stop_ids):
-        reason = "stop"
+        reason, task.end_score = "stop", task.score(decoder, row, token_id)
     else:
         for piece in task.stream.feed(token_id, task.score(decoder, row, token_id)):
             task.events.put(piece)

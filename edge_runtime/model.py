@@ -398,6 +398,7 @@ class Model:
                 timings=timings,
                 logprobs=given,
                 prompt_logprobs=self._prompt_scores(prepared, end) if prompt_logprobs else None,
+                end_logprobs=None if end.end_score is None else describe(end.end_score, "answer", self.tokenizer),
                 notice=TOY_NOTICE if self.is_toy else None,
             )
             if follow_up:

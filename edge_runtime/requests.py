@@ -58,6 +58,8 @@ class Finished:
     """Of those of the completion."""
     prompt_scores: tuple[TokenScores, ...] = ()
     """Of the prompt's tokens but the first, where they were asked for."""
+    end_score: TokenScores | None = None
+    """Of the token that ended the answer, if one did and scores were asked for."""
 
 
 Event = Progress | Piece | Finished
@@ -194,6 +196,8 @@ class Task:
     """To be encoded in all."""
     prompt_scores: list[TokenScores] = field(default_factory=list)
     """Of the prompt's tokens behind the first, as far as they are computed."""
+    end_score: TokenScores | None = None
+    """Of the token that ended the answer."""
     n_cached: int = 0
     n_tokens: int = 0
     timings: dict[str, float] = field(
@@ -308,6 +312,7 @@ class Task:
                 shortened,
                 n_reasoning,
                 tuple(self.prompt_scores),
+                self.end_score,
             )
         )
 

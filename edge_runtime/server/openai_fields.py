@@ -139,6 +139,10 @@ OF_RESPONSES: dict[str, Refused] = {
     "max_completion_tokens": Refused("which belongs to /v1/chat/completions; expected 'max_output_tokens'"),
     "reasoning_effort": Refused("which belongs to /v1/chat/completions; expected 'reasoning.effort'"),
     "logprobs": Refused("which belongs to /v1/chat/completions; expected 'top_logprobs' or 'include'"),
+    "image": Refused(
+        "but pictures are not compressed here; use 'max_slices'",
+        ({"context_compression": "auto"}, {"context_compression": "disabled"}),
+    ),
     "n": Refused("but a response has one answer; ask again for another", (1,)),
     "continue_final_message": Refused("which belongs to /v1/chat/completions; leave it out"),
     "add_generation_prompt": Refused("which belongs to /v1/chat/completions; leave it out", (True,)),
@@ -149,7 +153,7 @@ PASSED_OVER = frozenset(
         # OpenAI's: bookkeeping, billing, caches, hints for speed, and tools that this server does not have
         "user", "safety_identifier", "metadata", "store", "service_tier", "prediction", "prompt_cache_key",
         "prompt_cache_options", "prompt_cache_retention", "web_search_options", "max_tool_calls",
-        "context_management",
+        "context_management", "stream_options", "background_options", "access_programs",
         # llama-server's: caches, slots, progress, and numbers that do nothing while their sampler is off
         "cache_prompt", "id_slot", "n_keep", "n_discard", "n_cache_reuse", "timings_per_token", "return_progress",
         "min_keep", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "xtc_threshold", "dry_base",

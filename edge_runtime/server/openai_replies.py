@@ -245,6 +245,11 @@ class _Offsets:
         return place
 
 
+def _ending(answer: Answer) -> list[TokenLogprobs]:
+    """The token that ended an answer, which is told as one of a completion's tokens: so all that were made are."""
+    return [] if answer.end_logprobs is None else [answer.end_logprobs]
+
+
 def _token_text(score: TokenLogprob) -> str:
     """A token; as OpenAI wrote them here, its bytes where they are no text: two of these are not the same."""
     try:
@@ -290,7 +295,7 @@ class TextCompletions:
             if answer.logprobs is not None:
                 of_prompt = (prompt_scores or {}).get(index, [])
                 told = self._logprobs(of_prompt, _Offsets())
-                rest = self._logprobs(answer.logprobs, _Offsets(len(prompt)))
+                rest = self._logprobs([*answer.logprobs, *_ending(answer)], _Offsets(len(prompt)))
                 scores = {
                     "tokens": told["tokens"] + rest["tokens"],
                     "token_logprobs": told["token_logprobs"] + rest["token_logprobs"],
@@ -316,7 +321,9 @@ class TextCompletions:
 
     def end(self, index: int, answer: Answer) -> shapes.TextCompletion:
         """Say why an answer ended; where no usage follows, the times, too."""
-        chunk = self._chunk(self._choice(index, "", None, answer.finish_reason))
+        ending = _ending(answer)
+        scores = self._logprobs(ending, self._offsets.setdefault(index, _Offsets())) if ending else None
+        chunk = self._chunk(self._choice(index, "", scores, answer.finish_reason))
         if not self.include_usage:
             chunk["timings"] = timings(answer)
         return chunk

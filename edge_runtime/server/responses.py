@@ -78,12 +78,15 @@ def _items(state: ServerState, body: ResponsesRequest, owner: str) -> tuple[list
 
 async def whole_response(events: AsyncIterator[tuple[int, Event]], typed: ResponseEvents) -> Reply:
     """The response that the last event of a stream would tell."""
-    last: Mapping[str, Any] = {}
+    found: Reply | None = None
     async for _, event in events:
-        if not isinstance(event, Heartbeat):
-            for last in typed.end(event) if isinstance(event, Answer) else typed.piece(event):
+        if isinstance(event, Answer):
+            *_, last = typed.end(event)
+            found = last["response"]
+        elif not isinstance(event, Heartbeat):
+            for _ in typed.piece(event):
                 pass
-    found: Reply = last["response"]
+    assert found is not None, "events end with an answer"
     return found
 
 
