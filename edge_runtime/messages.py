@@ -2,8 +2,8 @@
 
 Accepted content: a string; a list of pictures and strings in order (the official form); OpenAI parts (`text`,
 `image_url`, `input_text`, `input_image`) with `data:` URIs; `{"image": ...}` and `{"type": "image", "image": ...}`
-as in Hugging Face chats; and Ollama's `images` beside the content, which come first. A part with a picture may carry
-`max_slices`.
+as in Hugging Face chats; and Ollama's `images` beside the content: they stand where the text has `[img]` or `[img-N]`
+for them, the others first. A part with a picture may carry `max_slices`.
 
 Documents are told from pictures by `documents`; parts that must be one are read in `attachments`.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ VIDEO_SUFFIXES = (
     *(".ogv", ".ts", ".vob", ".webm", ".wmv"),
 )
 ROLES = ("system", "user", "assistant", "tool")
+_MARK = re.compile(r"(\[img(?:-[0-9]{1,9})?\])")
+_LINE_BEFORE, _LINE_BEHIND = re.compile(r"\r?\n?[ \t]*\Z"), re.compile(r"\A[ \t]*\r?\n?")
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,16 @@ def parse_messages(messages: str | Sequence[Any]) -> list[Message]:
         )
     if not messages:
         raise MessageError("The conversation is empty; expected at least one message with a question.")
-    return [_parse(entry, number) for number, entry in enumerate(messages)]
+    found: list[Message] = []
+    n_images = 0
+    for number, entry in enumerate(messages):
+        found.append(_parse(entry, number, n_images))
+        n_images += sum(isinstance(part, ImagePart) for part in found[-1].parts)
+    return found
 
 
-def _parse(entry: Any, number: int) -> Message:
+def _parse(entry: Any, number: int, n_images: int) -> Message:
+    """Read one message, before which there were so many pictures."""
     where = f"Message {number}"
     if isinstance(entry, Message):
         return entry
@@ -118,15 +127,71 @@ def _parse(entry: Any, number: int) -> Message:
         role = "system"
     if role not in ROLES:
         raise MessageError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}.")
-    parts: list[Part] = [_ollama_image(image, where) for image in _list(entry, "images", where)]
-    parts += _parse_content(entry.get("content"), where)
-    reasoning = entry.get("reasoning_content") or entry.get("reasoning") or entry.get("thinking")
+    images = [_ollama_image(image, where) for image in _list(entry, "images", where)]
+    parts = _placed(images, _parse_content(entry.get("content"), where), n_images)
+    reasoning = _reasoning(entry, where)
     has_thought = False
     if role == "assistant":
         reasoning, parts, has_thought = _without_reasoning(reasoning, parts)
     elif role == "system" and any(isinstance(part, ImagePart | VideoPart) for part in parts):
         raise MessageError(f"{where} puts a picture into the system prompt; pictures belong to user messages.")
     return Message(role, tuple(parts), reasoning, _list(entry, "tool_calls", where), has_thought)
+
+
+def _reasoning(entry: Mapping[str, Any], where: str) -> str | None:
+    """Reasoning under any of its names."""
+    found = None
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        value = entry.get(name)
+        if value is not None and not isinstance(value, str):
+            raise MessageError(f"{where} has {name!r} of type {type(value).__name__}; expected a string.")
+        found = found or value
+    return found
+
+
+def _placed(images: Sequence[ImagePart], parts: Sequence[Part], n_before: int) -> list[Part]:
+    """Ollama's `images` among the parts: each where its mark is, the others first.
+
+    `[img-N]` is the picture N of the conversation, counted from 0, as Ollama writes it; where a message has none with
+    such a number, of the message. Then each picture in turn takes the next `[img]`. A mark that no picture takes is
+    text.
+
+    Parameters
+    ----------
+    n_before : pictures of earlier messages.
+    """
+    if not images:
+        return [*parts]
+    split = [_MARK.split(part) if isinstance(part, str) else [part] for part in parts]
+    marks = [(i, j, str(split[i][j])) for i in range(len(split)) for j in range(1, len(split[i]), 2)]
+    numbers = {int(mark[5:-1]) for _, _, mark in marks if mark != "[img]"}
+    first = n_before if numbers & {*range(n_before, n_before + len(images))} else 0
+    left = dict(enumerate(images, first))
+    places = {(i, j): left.pop(int(mark[5:-1]), None) for i, j, mark in marks if mark != "[img]"}
+    free = [(i, j) for i, j, mark in marks if mark == "[img]"]
+    places |= {place: left.pop(number) for place, number in zip(free, [*left], strict=False)}
+    found: list[Part] = [*left.values()]
+    for i, pieces in enumerate(split):
+        found += _with_pictures(pieces, [places.get((i, j)) for j in range(len(pieces))])
+    return found
+
+
+def _with_pictures(pieces: Sequence[Part], pictures: Sequence[ImagePart | None]) -> list[Part]:
+    """Pieces of one part, some of which are pictures. These stand on lines of their own, as between parts."""
+    parts: list[Part] = [""]
+    for piece, picture in zip(pieces, pictures, strict=True):
+        if picture is not None:
+            parts += [picture, ""]
+        elif isinstance(piece, str):
+            parts[-1] = f"{parts[-1]}{piece}"
+        else:
+            parts[-1] = piece
+    last = len(parts) - 1
+    for i in range(0, last + 1, 2):
+        if isinstance(text := parts[i], str) and last:
+            text = _LINE_BEFORE.sub("", text) if i < last else text
+            parts[i] = _LINE_BEHIND.sub("", text) if i else text
+    return [part for part in parts if part != "" or not last]
 
 
 def _list(entry: Mapping[str, Any], key: str, where: str) -> list[Any]:
@@ -184,7 +249,10 @@ def _parse_part(part: Any, where: str) -> Part:
         if kind in ("video", "video_url") or (kind is None and "video" in part):
             return _parse_video(part, where)
         if kind in ("text", "input_text") or (kind is None and "text" in part):
-            return str(part.get("text", ""))
+            text = part.get("text")
+            if not isinstance(text, str):
+                raise MessageError(f"{where} has a text of type {type(text).__name__}; expected a string.")
+            return text
         if kind in ("image_url", "input_image"):
             url = part.get("image_url")
             source = _checked_url(url.get("url") if isinstance(url, Mapping) else url, where)
