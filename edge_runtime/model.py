@@ -14,6 +14,7 @@ import numpy as np
 
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
+from edge_runtime.capabilities import capabilities
 from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.embedding import embed
@@ -128,6 +129,11 @@ class Model:
     def name(self) -> str:
         """What the model was called when it was loaded."""
         return self.paths.name
+
+    @property
+    def capabilities(self) -> list[str]:
+        """What it can do, by Ollama's names: completion, vision, tools, thinking."""
+        return capabilities(self._decoder.file)
 
     @property
     def fills_itself(self) -> bool:

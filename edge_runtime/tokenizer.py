@@ -13,7 +13,7 @@ from functools import cached_property
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Bpe
 
-from edge_runtime.config import read_vocabulary
+from edge_runtime.config import Vocabulary, read_vocabulary
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.weights import GGUFFile
 
@@ -23,6 +23,12 @@ QWEN2_PATTERN = (
 )
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types of GGUF
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
+    """Text to id of the tokens that are no text: control tokens, and those added beside them."""
+    kinds = enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    return {text: i for i, (text, kind) in kinds if kind in (CONTROL, USER_DEFINED)}
 
 
 class Tokenizer:
@@ -49,11 +55,7 @@ class Tokenizer:
             )
         self._name = file.path.name
         self.ids = {text: i for i, text in enumerate(self.tokens)}
-        self.special_ids = {
-            text: i
-            for i, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind in (CONTROL, USER_DEFINED)
-        }
+        self.special_ids = special_tokens(vocabulary)
         self.stop_ids = frozenset({vocabulary.eos, *(self.ids[text] for text in STOP_TOKENS if text in self.ids)})
 
     @cached_property

@@ -12,6 +12,7 @@ Results go back as messages with the role `tool`, after the assistant's message 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,7 +165,7 @@ def parse_call(text: str, names: Sequence[str]) -> ToolCall | str:
     names : functions that were offered.
     """
     try:
-        call = json.loads(text)
+        call = _plain_json(text)
     except (ValueError, RecursionError) as error:
         return f"The tool call is not JSON ({error})."
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -174,9 +175,33 @@ def parse_call(text: str, names: Sequence[str]) -> ToolCall | str:
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):  # some models write the arguments as JSON inside a string
         try:
-            arguments = json.loads(arguments)
+            arguments = _plain_json(arguments)
         except (ValueError, RecursionError) as error:
             return f"The arguments of the tool call are not JSON ({error})."
     if not isinstance(arguments, dict):
         return f"The arguments of the tool call are of type {type(arguments).__name__}, not a JSON object."
     return ToolCall(call["name"], arguments)
+
+
+def _plain_json(text: str) -> Any:
+    """Read JSON, of which everything can be written as JSON again.
+
+    Raises
+    ------
+    ValueError
+        When it is none: Python's own reader takes NaN, numbers beyond any float, and halves of surrogate pairs.
+    """
+
+    def refused(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else refused(number[:40])
+
+    value = json.loads(text, parse_constant=refused, parse_float=finite)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair is no character") from None
+    return value

@@ -44,6 +44,8 @@ def decoder_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Llam
     writer.add_rope_freq_base(number("rope_theta"))
     writer.add_file_type(int(file_type))
     writer.add_quantization_version(GGML_QUANT_VERSION)
+    if checkpoint.config.get(keys.KEY_TOY) is True:  # no key of the official config.json; the demo's has it
+        writer.add_bool(keys.KEY_TOY, True)
 
 
 def vision_metadata(checkpoint: Checkpoint, vision: VisionType, writer: GGUFWriter) -> None:

@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 
 from edge_runtime import MessageError, Model
+from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.streaming import Piece, TextStream
 from edge_runtime.tools import ToolCall, parse_call
 
@@ -201,10 +202,34 @@ def test_impossible_wishes_are_refused(model, options, message):
         ask(model, **options)
 
 
-def test_a_model_without_the_tags_cannot_be_made_to_call(demo):
+@pytest.mark.parametrize(
+    "value", ["NaN", "-Infinity", "1e999", "-1e400", '"\\ud800"', '{"\\udfff": 1}', "[1, [NaN]]", "1" * 5000]
+)
+def test_what_cannot_be_written_as_json_again_is_no_call(value):
+    for arguments in (f'{{"x": {value}}}', json.dumps(f'{{"x": {value}}}')):
+        found = parse_call(f'{{"name": "clock", "arguments": {arguments}}}', ["clock"])
+        assert isinstance(found, str)
+        assert "not JSON" in found
+    fine = parse_call('{"name": "clock", "arguments": {"x": [1e308, "\\ud83d\\ude00"]}}', ["clock"])
+    assert fine == ToolCall("clock", {"x": [1e308, "\U0001f600"]})
+
+
+@pytest.fixture(scope="module")
+def tagless(exact_folder: Path, tmp_path_factory):
+    """The tiny model with a vocabulary in which the tags of calls are no tokens."""
+    folder = tmp_path_factory.mktemp("tagless")
+    for file in exact_folder.iterdir():
+        (folder / file.name).write_bytes(
+            file.read_bytes().replace(b"<tool_call>", b"[tool_call]", 1).replace(b"</tool_call>", b"[/tool_call]", 1)
+        )
+    with Model.load(folder) as loaded:
+        yield loaded
+
+
+def test_a_model_without_the_tags_cannot_be_made_to_call(tagless):
     with pytest.raises(MessageError, match="lacks the tokens <tool_call>"):
-        ask(demo, tool_choice="required")
-    ask(demo, tool_choice="auto", max_tokens=3).result()
+        ask(tagless, tool_choice="required")
+    ask(tagless, tool_choice="auto", max_tokens=3).result()
 
 
 def test_tools_that_cannot_be_enforced_may_be_offered_freely(model):
@@ -242,7 +267,8 @@ def test_the_message_of_an_answer_with_reasoning_has_it(model):
     message = answer.message()
     assert message["reasoning_content"] == answer.reasoning
     assert message["tool_calls"] == [{"type": "function", "function": {"name": "clock", "arguments": {}}}]
-    assert "<think>\n" in model.build_prompt([{"role": "user", "content": "?"}, message]).text
+    messages = [{"role": "user", "content": "?"}, message, {"role": "tool", "content": "noon"}]
+    assert "<think>\n" in model.build_prompt(messages).text
 
 
 def test_answers_with_calls_are_json(model):
@@ -255,3 +281,43 @@ def test_free_answers_among_enforced_ones_are_those_they_would_be_alone(model):
     calls = [ask(model, tool_choice="required", seed=seed) for seed in range(4)]
     assert model.chat("Hello", greedy=True, max_tokens=20).answer == alone
     assert all(len(call.result().tool_calls) == 1 for call in calls)
+
+
+# --- the demo, whose vocabulary has the tags -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("choice", ["required", "weather", {"type": "function", "function": {"name": "weather"}}])
+def test_the_demo_can_be_made_to_call(demo: Model, choice, thinking):
+    stream = ask(demo, tool_choice=choice, thinking=thinking, thinking_budget=8 if thinking else None)
+    pieces = list(stream)
+    answer = stream.finished()
+    assert [piece.kind for piece in pieces if piece.kind != "reasoning"] == ["tool_call"]
+    (call,) = (piece.call for piece in pieces if piece.call)
+    assert answer.tool_calls == [call]
+    assert pieces[-1].text.startswith("<tool_call>\n{")
+    assert pieces[-1].text.endswith("}\n</tool_call>")
+    assert (answer.answer, answer.finish_reason) == ("", "stop")
+    if choice != "required":
+        assert call.name == "weather"
+    parameters = {tool["function"]["name"]: tool["function"].get("parameters", {}) for tool in TOOLS}
+    jsonschema.validate(call.arguments, parameters[call.name])
+    result = {"role": "tool", "content": "sunny"}
+    prompt = demo.build_prompt([{"role": "user", "content": "?"}, answer.message(), result], tools=TOOLS)
+    special = demo.tokenizer.special_ids
+    assert prompt.ids.count(special["<tool_call>"]) == prompt.ids.count(special["</tool_call>"]) == 3  # 2 explain
+    assert prompt.ids.count(special["<tool_response>"]) == 1
+
+
+def test_what_a_model_claims_is_what_its_vocabulary_has(demo: Model, model: Model, tagless: Model):
+    assert model.capabilities == ["completion", "vision", "tools", "thinking"]
+    assert tagless.capabilities == ["completion", "vision", "thinking"]
+    assert "<tool_call>" in tagless.template
+    assert demo.capabilities == ["completion", "vision"]  # a toy: what it would call is of no use
+
+
+def test_answers_of_a_toy_say_so(demo: Model, model: Model):
+    assert demo.is_toy
+    assert demo.chat("Hi", max_tokens=1).notice == TOY_NOTICE
+    assert not model.is_toy
+    assert model.chat("Hi", max_tokens=1).notice is None
