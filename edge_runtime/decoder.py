@@ -33,8 +33,7 @@ CHUNK_TOKENS = 512
 """Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
 ROWS_AT_A_TIME = 128
 """Positions that are handed to the KV cache together: they are copied for it."""
-SCORED_ROWS = 32
-"""Positions of a prompt whose logits are computed in one call, where all are wanted."""
+SCORED_ROWS = 32  # positions of a prompt whose logits are computed in one call, where all are wanted
 DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
 FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
@@ -58,8 +57,7 @@ class Part(NamedTuple):
     """ndarray [shape=(n, hidden), float32]"""
     wants_logits: bool = True
     """Of the last position."""
-    wants_all_logits: bool = False
-    """Of every position, which llama.cpp computes then; at most `SCORED_ROWS` of all parts of a call together."""
+    wants_all_logits: bool = False  # of every position, by llama.cpp then; at most `SCORED_ROWS` together
 
 
 @dataclass(frozen=True)
@@ -322,8 +320,7 @@ class Decoder:
 
         Returns
         -------
-        rows : for each part the row of its last position, which asks for its logits; those before it, where they
-            are wanted, have the numbers before.
+        rows : for each part the row of its last position, which asks for its logits; of those before it, one less.
 
         Raises
         ------

@@ -6,6 +6,8 @@ and of forced tokens too. Knows nothing of requests.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -97,3 +99,15 @@ def describe(scores: TokenScores, kind: Kind, tokenizer: Tokenizer) -> TokenLogp
 
     alternatives = [TokenLogprob(**parts(*pair)) for pair in scores.alternatives]
     return TokenLogprobs(**parts(scores.id, scores.logprob), kind=kind, top_logprobs=alternatives)
+
+
+def describe_prompt(ids: Sequence[int], scores: Sequence[TokenScores], tokenizer: Tokenizer) -> list[TokenLogprobs]:
+    """Put scores of a prompt's tokens into the form callers see; nothing where another answer to it has them.
+
+    Parameters
+    ----------
+    scores : of all but the first, which nothing precedes: it has NaN.
+    """
+    if len(scores) + 1 != len(ids):
+        return []
+    return [describe(item, "prompt", tokenizer) for item in (TokenScores(ids[0], math.nan, []), *scores)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,22 +9,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
-
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.capabilities import capabilities
 from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
-from edge_runtime.embedding import embed
-from edge_runtime.encoder import Group
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
 from edge_runtime.forms import choose_form
 from edge_runtime.grammar import GrammarVocabulary
-from edge_runtime.image import ImageSource, load_image
+from edge_runtime.inside import Inside
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
-from edge_runtime.logprobs import TokenLogprobs, TokenScores, describe
+from edge_runtime.logprobs import TokenLogprobs, describe, describe_prompt
 from edge_runtime.options import (
     check_begun,
     check_counts,
@@ -35,21 +30,17 @@ from edge_runtime.options import (
     check_streaming,
     count_beams,
 )
-from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
-from edge_runtime.prompt import Prompt
+from edge_runtime.pipeline import Prepared, PromptOptions, prepare
 from edge_runtime.requests import Activity, Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
-from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.text_form import choose_text_form
 from edge_runtime.token_rules import choose_rules
 from edge_runtime.tools import checked_tools, function_names
-from edge_runtime.tracing import Trace, trace
-from edge_runtime.weights import Float32
 
 
-class Model:
+class Model(Inside):
     """A loaded model. Make one with `Model.load`; it answers from any thread, many requests side by side."""
 
     def __init__(self, paths: ModelPaths, options: LoadOptions) -> None:
@@ -265,7 +256,7 @@ class Model:
         logprobs : tell the log probability of every token; see `edge_runtime.logprobs`.
         top_logprobs : and of so many of the most probable ones at its place, at most 20.
         prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
-        prompt_only : compute the prompt and end there, with an empty answer.
+        prompt_only : end where the prompt is computed, with an empty answer.
         stop : strings that end the answer; they are not part of it.
         stop_token_ids, min_tokens, ignore_eos, allowed_token_ids : see `token_rules`.
         stop_in_reasoning : whether they end it in the reasoning already.
@@ -324,23 +315,15 @@ class Model:
         form = choose_form(
             schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
         )
-        text = choose_text_form(
-            {"choices": choices, "regex": regex, "grammar": grammar},
-            has_form=form is not None or bool(tools),
-            vocabulary=lambda: self._grammar_vocabulary,
-        )
-        check_form(form is not None or text is not None, n_beams)
+        texts = {"choices": choices, "regex": regex, "grammar": grammar}
+        bound = choose_text_form(texts, form, bool(tools), lambda: self._grammar_vocabulary)
+        check_form(bound is not None, n_beams)
         rules = choose_rules(
-            stop_token_ids,
-            min_tokens,
-            ignore_eos,
-            allowed_token_ids,
-            n_vocab=len(self.tokenizer.tokens),
-            ends=self.tokenizer.stop_ids,
-            is_bound=form is not None or text is not None or n_beams > 1,
+            *(stop_token_ids, min_tokens, ignore_eos, allowed_token_ids),
+            tokenizer=self.tokenizer,
+            is_bound=bound is not None or n_beams > 1,
             has_stops=bool(stop),
         )
-        check_scores(prompt_logprobs, logprobs=logprobs, n_beams=n_beams)
         prepared = self._prepare(
             messages,
             *(on_image, on_look),
@@ -350,12 +333,8 @@ class Model:
             tools=tools,
             **prompt_options,
         )
-        if prompt_logprobs and prepared.groups:
-            raise MessageError(
-                "prompt_logprobs was given for a prompt with pictures, whose places have no tokens; leave one of the "
-                "two out."
-            )
-        bound = text if form is None else form
+        if prompt_logprobs:
+            check_scores(logprobs=logprobs, n_beams=n_beams, has_pictures=bool(prepared.groups))
         begun = prepared.begun
         if begun is not None:
             check_begun(begun, tools)
@@ -395,6 +374,7 @@ class Model:
             if timings["first_token"]:
                 timings["first_token"] += image_s
             given = scores if logprobs else None
+            ids = prepared.prompt.ids
             found = make_answer(
                 prepared,
                 end,
@@ -403,7 +383,7 @@ class Model:
                 model=self.name,
                 timings=timings,
                 logprobs=given,
-                prompt_logprobs=self._prompt_scores(prepared, end) if prompt_logprobs else None,
+                prompt_logprobs=describe_prompt(ids, end.prompt_scores, self.tokenizer) if prompt_logprobs else None,
                 end_logprobs=None if end.end_score is None else describe(end.end_score, "answer", self.tokenizer),
                 notice=TOY_NOTICE if self.is_toy else None,
             )
@@ -415,12 +395,6 @@ class Model:
             replace(request, sampling=chosen.numbered(i), scores_prompt=prompt_logprobs and i == 0) for i in range(n)
         ]
         return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
-
-    def _prompt_scores(self, prepared: Prepared, end: Finished) -> list[TokenLogprobs]:
-        """What is told of the prompt's tokens; nothing where another answer to the same prompt tells it."""
-        first = TokenScores(prepared.prompt.ids[0], math.nan, [])
-        scores = [first, *end.prompt_scores] if len(end.prompt_scores) + 1 == len(prepared.prompt.ids) else []
-        return [describe(item, "prompt", self.tokenizer) for item in scores]
 
     @cached_property
     def _grammar_vocabulary(self) -> GrammarVocabulary:
@@ -460,64 +434,6 @@ class Model:
             on_image=on_image,
             on_look=on_look,
         )
-
-    def slices(self, image: ImageSource, max_slices: int | None = None) -> list[Slice]:
-        """Slices of a picture as the vision tower gets them."""
-        picture, slicing = load_image(image), self._encoder.slicing
-        plan = plan_slices(*picture.size, slicing, max_slices)
-        check_plan(*picture.size, plan, slicing)
-        return slice_image(picture, plan, slicing)
-
-    def encode_image(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
-        """Visual tokens of a picture: one ndarray [shape=(queries, hidden), float32] per slice."""
-        return self.encode_video([image], [[-1]], max_slices)
-
-    def encode_video(
-        self, frames: Sequence[ImageSource], temporal_ids: Sequence[Sequence[int]], max_slices: int | None = 1
-    ) -> list[Float32]:
-        """Visual tokens of packed video frames.
-
-        Parameters
-        ----------
-        frames : pictures of one size.
-        temporal_ids : times in units of 0.1 s, cut into the groups that share queries.
-
-        Returns
-        -------
-        tokens : one ndarray [shape=(queries, hidden), float32] per group, slice after slice inside a group of frames.
-        """
-        left = iter(frames)
-        frame_slices = ([self.slices(next(left), max_slices) for _ in ids] for ids in temporal_ids)
-        groups = [
-            group for ids, cut in zip(temporal_ids, frame_slices, strict=True) for group in pack_frames(cut, ids)
-        ]
-        return self._engine.call(lambda: self._encode(groups))
-
-    def vision_features(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
-        """Output of the vision tower, before the resampler: one ndarray [shape=(P, width), float32] per slice."""
-        slices = self.slices(image, max_slices)
-        return self._engine.call(lambda: [self._encoder.tower.encode([item])[0] for item in slices])
-
-    def build_prompt(self, messages: str | Sequence[Any], **prompt_options: Any) -> Prompt:
-        """Text, token ids and places of the visual tokens of a conversation, without computing anything."""
-        return self._prepare(messages, **prompt_options).prompt
-
-    def trace(
-        self, messages: str | Sequence[Any], n_tokens: int, *, adapter: str | None = None, **prompt_options: Any
-    ) -> Trace:
-        """Logits after the prompt and the `n_tokens` most probable tokens; for comparing with the official code."""
-        prepared = self._prepare(messages, **prompt_options)
-        return self._engine.call(lambda: trace(self._decoder, self._embeddings(prepared), n_tokens, adapter))
-
-    def _encode(self, groups: Sequence[Group]) -> list[Float32]:
-        tokens = self._encoder.encode(groups)
-        if self._low_memory:
-            self._encoder.unload()
-        return tokens
-
-    def _embeddings(self, prepared: Prepared) -> Float32:
-        places = dict(zip(prepared.prompt.bounds, self._encode(prepared.groups), strict=True))
-        return embed(self._decoder, np.asarray(prepared.prompt.ids, np.int64), places)
 
     def close(self) -> None:
         """Free the memory; further calls raise."""

@@ -260,15 +260,18 @@ class Task:
         n = self.request.n_alternatives
         return None if n is None else score(decoder.logits_view(row), token_id, n)
 
-    def score_prompt(self, decoder: Decoder, first: int, n: int, row: int) -> None:
-        """Take log probabilities of the tokens that follow `n` positions of the prompt.
+    def score_prompt(self, decoder: Decoder, n: int, row: int) -> None:
+        """Take log probabilities of the tokens that follow the last `n` positions that are held of the prompt.
 
         Parameters
         ----------
-        first : the first of these positions.
         row : of the last call, for the last of them.
         """
-        ids, n_alternatives = self.request.prompt.ids, self.request.n_alternatives or 0
+        ids, n_alternatives, first = (
+            self.request.prompt.ids,
+            self.request.n_alternatives or 0,
+            len(self.prompt_scores),
+        )
         for i in range(n):
             if first + i + 1 < len(ids):
                 logits = decoder.logits_view(row - n + 1 + i)

@@ -110,7 +110,7 @@ class Scheduler:
         for task in [*self._waiting]:
             if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
-            if not self._follows(task):
+            if task.is_scoring or not self._follows(task):
                 self._admit(task)
         self._encode()
         self._decode()
@@ -153,8 +153,6 @@ class Scheduler:
 
     def _follows(self, task: Task) -> bool:
         """Whether another task is computing a beginning that this one shares; waiting for it saves the work."""
-        if task.is_scoring:
-            return False
         if task.leader is not None and task.leader in self._active and not task.leader.n_tokens:
             return True
         known = max(self.remembered(task), task.saved.n)
@@ -351,8 +349,7 @@ class Scheduler:
             if not task.n_tokens:
                 self._report_prefill(task)
             if part.wants_all_logits:
-                n = len(part.keys)
-                task.score_prompt(self._decoder, self._decoder.held(task.sequence) - n, n, row)
+                task.score_prompt(self._decoder, len(part.keys), row)
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._end(task, "stop")
             elif not task.request.max_tokens and self._decoder.held(task.sequence) == len(task.keys):
@@ -389,16 +386,12 @@ class Scheduler:
             room = min(room, max(least, int(TURN_S / self._row_s)))
         scored = SCORED_ROWS
         for task in ready:
-            if (left[task] > 1 or task.request.reads_ahead) and room > 0:
-                n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)
-                if task.is_scoring:
-                    n = min(n, scored)
-                    scored -= n
-                    if not n:
-                        continue
+            n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)
+            n = min(n, scored) if task.is_scoring else n
+            if (left[task] > 1 or task.request.reads_ahead) and n > 0:
                 tasks.append(task)
                 parts.append(self._prompt_part(task, n, whole=n == left[task]))
-                room -= n
+                room, scored = room - n, scored - n * task.is_scoring
         return tasks, parts
 
     def _of_one_adapter(self, ready: list[Task]) -> list[Task]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.constraint import DEFAULT_BUDGET, Choose
+from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm, Choose
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import GrammarVocabulary, allowed_ids
 
@@ -92,14 +92,18 @@ class TextConstraint:
 
 
 def choose_text_form(
-    given: Mapping[str, Any], *, has_form: bool, vocabulary: Callable[[], GrammarVocabulary]
-) -> TextForm | None:
-    """Form of an answer; None where none was asked for.
+    given: Mapping[str, Any],
+    form: AnswerForm | None,
+    has_tools: bool,
+    vocabulary: Callable[[], GrammarVocabulary],
+) -> AnswerForm | TextForm | None:
+    """Form of an answer: the one that it has already, or that of a text.
 
     Parameters
     ----------
     given : `choices`, `regex` and `grammar`, None where they are not wanted.
-    has_form : whether tools, a schema or JSON were asked for, too.
+    form : what a schema, JSON or the choice of a tool asks for.
+    has_tools : whether the model may call some.
     vocabulary : called only where there is something to enforce.
 
     Raises
@@ -109,8 +113,8 @@ def choose_text_form(
     """
     wanted = [name for name, value in given.items() if value is not None]
     if not wanted:
-        return None
-    if len(wanted) > 1 or has_form:
+        return form
+    if len(wanted) > 1 or form is not None or has_tools:
         others = f"{wanted[1]} was given, too" if len(wanted) > 1 else "so was a schema, JSON, or tools"
         raise MessageError(f"{wanted[0]} was given and {others}; expected one of them: an answer has one form.")
     (name,) = wanted

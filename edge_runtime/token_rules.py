@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.errors import MessageError
+from edge_runtime.tokenizer import Tokenizer
 
 MOST_IDS = 4096
 """Of one list."""
@@ -56,8 +57,7 @@ def choose_rules(
     ignore_eos: Any,
     allowed_token_ids: Any,
     *,
-    n_vocab: int,
-    ends: frozenset[int],
+    tokenizer: Tokenizer,
     is_bound: bool,
     has_stops: bool,
 ) -> TokenRules | None:
@@ -65,8 +65,6 @@ def choose_rules(
 
     Parameters
     ----------
-    n_vocab : tokens there are.
-    ends : the model's end tokens.
     is_bound : whether a form or a search already decides what may come and where the answer ends.
     has_stops : whether there are stop strings.
 
@@ -75,6 +73,7 @@ def choose_rules(
     MessageError
         Naming the option that has the wrong form, or contradicts another.
     """
+    n_vocab, ends = len(tokenizer.tokens), tokenizer.stop_ids
     stop_ids = frozenset(_checked("stop_token_ids", stop_token_ids, n_vocab))
     if type(min_tokens) is not int or min_tokens < 0:
         raise MessageError(f"min_tokens is {min_tokens!r}; expected a whole number from 0.")

@@ -108,5 +108,8 @@ def test_candidates():
     assert early.candidates(2, 12, ends) is None
     assert TokenRules(allowed=(1, 7)).candidates(0, 12, ends).tolist() == [1, 7]
     assert TokenRules(allowed=(1, 7), min_tokens=1).candidates(0, 12, ends).tolist() == [1]
-    plain = {"n_vocab": 12, "ends": ends, "is_bound": True, "has_stops": True}
-    assert choose_rules([7], 0, False, None, **plain) is None, "the model's own ends are none of them"
+
+
+def test_ends_of_the_model_are_no_rules_of_their_own(demo):
+    ends = [*demo.tokenizer.stop_ids]
+    assert choose_rules(ends, 0, False, None, tokenizer=demo.tokenizer, is_bound=True, has_stops=True) is None
