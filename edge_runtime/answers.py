@@ -60,6 +60,10 @@ class Answer:
     """Of every token but the one that ended the answer; None when they were not asked for."""
     reasoning_tokens: int = 0
     """Of those of the completion: all up to the token that ended the reasoning."""
+    end_logprobs: TokenLogprobs | None = None
+    """Of the token that ended the answer, if one did and `logprobs` were asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of every token of the prompt, if they were asked for; the first, which nothing precedes, has NaN."""
     prefix: str = ""
     """What the conversation's last message had begun of this answer; `answer` is only what comes after it."""
     reasoning_prefix: str = ""
@@ -196,6 +200,8 @@ def make_answer(
     model: str,
     timings: Mapping[str, float],
     logprobs: list[TokenLogprobs] | None,
+    prompt_logprobs: list[TokenLogprobs] | None = None,
+    end_logprobs: TokenLogprobs | None = None,
     notice: str | None = None,
 ) -> Answer:
     """An answer out of what was asked and how it ended."""
@@ -217,6 +223,8 @@ def make_answer(
         timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
         logprobs=logprobs,
         reasoning_tokens=end.reasoning_tokens,
+        prompt_logprobs=prompt_logprobs,
+        end_logprobs=end_logprobs,
         prefix=prepared.begun.content if prepared.begun else "",
         reasoning_prefix=prepared.begun.reasoning if prepared.begun else "",
         notice=notice,

@@ -33,6 +33,7 @@ CHUNK_TOKENS = 512
 """Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
 ROWS_AT_A_TIME = 128
 """Positions that are handed to the KV cache together: they are copied for it."""
+SCORED_ROWS = 32  # positions of a prompt whose logits are computed in one call, where all are wanted
 DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
 N_HELD = 2
@@ -58,6 +59,7 @@ class Part(NamedTuple):
     """ndarray [shape=(n, hidden), float32]"""
     wants_logits: bool = True
     """Of the last position."""
+    wants_all_logits: bool = False  # of every position, by llama.cpp then; at most `SCORED_ROWS` together
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ class Decoder:
             raise
         self.n_ctx = min(options.n_ctx, self.config.context_length)
         params = lib.llama_context_default_params()
-        params.n_seq_max = params.n_outputs_max = len(self._held)  # one row of logits per sequence and call
+        params.n_seq_max = len(self._held)
+        params.n_outputs_max = params.n_seq_max + SCORED_ROWS  # one row of logits per sequence and call, and these
         params.n_ctx = max(self.n_ctx, params.n_seq_max)  # with fewer cells than sequences llama.cpp aborts
         params.n_batch, params.n_ubatch = CHUNK_TOKENS, min(options.n_ubatch, CHUNK_TOKENS)
         params.kv_unified = True  # what is free belongs to whoever needs it, and a shared beginning is held once
@@ -329,7 +332,7 @@ class Decoder:
 
         Returns
         -------
-        rows : for each part the row of its last position, which asks for its logits.
+        rows : for each part the row of its last position, which asks for its logits; of those before it, one less.
 
         Raises
         ------
@@ -371,9 +374,9 @@ class Decoder:
                 batch.pos[n + i] = self.held(part.sequence) + i
                 batch.n_seq_id[n + i] = 1
                 batch.seq_id[n + i][0] = part.sequence
-                batch.logits[n + i] = False
+                batch.logits[n + i] = part.wants_all_logits
             n += len(part.keys)
-            batch.logits[n - 1] = part.wants_logits
+            batch.logits[n - 1] = part.wants_logits or part.wants_all_logits
             rows.append(n - 1)
         batch.n_tokens = n
         self.adapters.use(self._context, adapter)

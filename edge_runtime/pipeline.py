@@ -52,6 +52,8 @@ class PromptOptions(DocumentOptions):
     """Functions the model is told of, in OpenAI's form."""
     raw: bool = False
     """Take the text as the prompt, without the chat template."""
+    prompt_ids: Sequence[int] | None = None
+    """Token ids that are the prompt as they stand; with `raw`, in the place of messages."""
     pixel_limit: int = PIXEL_LIMIT
     video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 - frozen
     context_shift: bool = False
@@ -137,6 +139,8 @@ def prepare(
     """
     checked_max_slices(options.max_slices)
     checked_tools(options.tools, "auto")
+    if options.prompt_ids is not None:
+        return Prepared(_prompt_of_ids(options, tokenizer), [])
     conversation: Sequence[Message] = parse_messages(messages)
     conversation, begun = find_begun(
         conversation, options.continue_final_message, thinking=options.thinking, raw=options.raw
@@ -225,6 +229,19 @@ def prepare(
         None if n_dropped or options.raw else lambda more: build([*known, *more], placed, None),
         shared,
     )
+
+
+def _prompt_of_ids(options: PromptOptions, tokenizer: Tokenizer) -> Prompt:
+    """A prompt that was given in tokens."""
+    ids, n = options.prompt_ids, len(tokenizer.tokens)
+    if not options.raw:
+        raise MessageError("prompt_ids was given without raw=True, but the chat template makes its own tokens.")
+    if not isinstance(ids, list | tuple) or not ids:
+        raise MessageError("The prompt's tokens are no list, or an empty one; expected token ids.")
+    for number, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < n:
+            raise MessageError(f"Token {number} of the prompt is {token_id!r}; expected a number from 0 to {n - 1}.")
+    return Prompt(b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace"), [*ids], [])
 
 
 def _place(

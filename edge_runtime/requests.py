@@ -23,6 +23,8 @@ from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
 from edge_runtime.saved_prefixes import Saved
 from edge_runtime.streaming import Piece, RepetitionDetector, TextStream
+from edge_runtime.text_form import TextConstraint, TextForm
+from edge_runtime.token_rules import TokenRules
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import Float32
 
@@ -55,6 +57,10 @@ class Finished:
     """Whether a structured answer was brought to its end because tokens ran out."""
     reasoning_tokens: int = 0
     """Of those of the completion."""
+    prompt_scores: tuple[TokenScores, ...] = ()
+    """Of the prompt's tokens but the first, where they were asked for."""
+    end_score: TokenScores | None = None
+    """Of the token that ended the answer, if one did and scores were asked for."""
 
 
 Event = Progress | Piece | Finished
@@ -86,12 +92,16 @@ class Request:
     """More than one: the answer of a beam search."""
     adapter: str | None = None
     """Name of the LoRA adapter to compute with."""
-    form: AnswerForm | None = None
+    form: AnswerForm | TextForm | None = None
     """What the answer must look like."""
     tools: Sequence[str] = ()
     """Names of the functions that the model may call."""
     begun: Begun | None = None
     """The turn that the answer goes on with; it stands in the prompt."""
+    rules: TokenRules | None = None
+    """Which tokens may be chosen, and which end the answer; None: what the model writes."""
+    scores_prompt: bool = False
+    """Tell the log probabilities of the prompt's tokens, too, with `n_alternatives`; nothing of it is reused then."""
     reads_ahead: bool = False
     """Compute the prompt and nothing else, as long as nobody asks for anything; see `ahead`."""
     shared: int = 0
@@ -183,7 +193,7 @@ class Task:
     """Another task that is computing a beginning of this one; it is waited for."""
     sampler: Sampler | None = None
     stream: TextStream | None = None
-    constraint: Constraint | None = None
+    constraint: Constraint | TextConstraint | None = None
     must_answer: bool = False
     """Whether reasoning is to end with the next token."""
     circles: RepetitionDetector = field(default_factory=RepetitionDetector)
@@ -192,6 +202,10 @@ class Task:
     missing: dict[bytes, Group] = field(default_factory=dict)
     n_slices: int = 0
     """To be encoded in all."""
+    prompt_scores: list[TokenScores] = field(default_factory=list)
+    """Of the prompt's tokens behind the first, as far as they are computed."""
+    end_score: TokenScores | None = None
+    """Of the token that ended the answer."""
     n_cached: int = 0
     n_tokens: int = 0
     timings: dict[str, float] = field(
@@ -201,6 +215,11 @@ class Task:
     is_finished: bool = False
     """Whether the last event was sent."""
     _finishing: Any = field(default_factory=threading.RLock)  # collecting a forgotten request may cancel it in here
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether the prompt is being computed for its log probabilities."""
+        return self.request.scores_prompt and not self.n_tokens
 
     @property
     def sequences(self) -> list[int]:
@@ -249,6 +268,23 @@ class Task:
         n = self.request.n_alternatives
         return None if n is None else score(decoder.logits_view(row), token_id, n)
 
+    def score_prompt(self, decoder: Decoder, n: int, row: int) -> None:
+        """Take log probabilities of the tokens that follow the last `n` positions that are held of the prompt.
+
+        Parameters
+        ----------
+        row : of the last call, for the last of them.
+        """
+        ids, n_alternatives, first = (
+            self.request.prompt.ids,
+            self.request.n_alternatives or 0,
+            len(self.prompt_scores),
+        )
+        for i in range(n):
+            if first + i + 1 < len(ids):
+                logits = decoder.logits_view(row - n + 1 + i)
+                self.prompt_scores.append(score(logits, ids[first + i + 1], n_alternatives))
+
     def put_answer(self, found: Beam, stop_ids: frozenset[int]) -> FinishReason:
         """Send the pieces of a whole answer; returns why it ends."""
         assert self.stream is not None
@@ -278,7 +314,18 @@ class Task:
             self.is_finished = True
         shortened = self.constraint is not None and self.constraint.shortened
         n_reasoning = self.stream.n_reasoning if self.stream is not None else 0
-        self.events.put(Finished(reason, self.n_tokens, self.n_cached, dict(self.timings), shortened, n_reasoning))
+        self.events.put(
+            Finished(
+                reason,
+                self.n_tokens,
+                self.n_cached,
+                dict(self.timings),
+                shortened,
+                n_reasoning,
+                tuple(self.prompt_scores),
+                self.end_score,
+            )
+        )
 
     def fail(self, error: Exception) -> None:
         """Send an error as the last event, unless there was one."""

@@ -21,7 +21,16 @@ import numpy as np
 
 from edge_runtime.batches import await_frames, next_batch, release
 from edge_runtime.beginnings import HeldBeginnings
-from edge_runtime.decoder import CHUNK_TOKENS, ROWS_AT_A_TIME, CacheFull, Cancelled, Decoder, Part, common_beginning
+from edge_runtime.decoder import (
+    CHUNK_TOKENS,
+    ROWS_AT_A_TIME,
+    SCORED_ROWS,
+    CacheFull,
+    Cancelled,
+    Decoder,
+    Part,
+    common_beginning,
+)
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.errors import ModelFileError
@@ -130,7 +139,7 @@ class Scheduler:
         for task in [*self._waiting]:
             if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
-            if not self._follows(task):
+            if task.is_scoring or not self._follows(task):
                 self._admit(task)
         self._encode()
         self._decode()
@@ -208,6 +217,7 @@ class Scheduler:
         n = self._restore(task, n)
         if not task.n_tokens:
             task.n_cached = n
+            task.prompt_scores.clear()  # of a task that had to step back in the middle of its prompt
         bounds = task.request.prompt.bounds
         behind = [i for i, (_, end) in enumerate(bounds) if end > n]
         known = {task.request.digests[i]: self._visual_tokens.get(task.request.digests[i]) for i in behind}
@@ -263,8 +273,8 @@ class Scheduler:
         return n
 
     def _common(self, sequence: int, task: Task) -> int:
-        if self._adapters.get(sequence) != task.request.adapter:
-            return 0
+        if self._adapters.get(sequence) != task.request.adapter or task.is_scoring:
+            return 0  # what was computed before has no logits
         return self._decoder.common(sequence, task.keys)
 
     def _restore(self, task: Task, n: int) -> int:
@@ -426,9 +436,14 @@ class Scheduler:
         for task, part, row in zip(tasks, parts, rows, strict=True):
             if not task.n_tokens:
                 self._report_prefill(task)
+            if part.wants_all_logits:
+                task.score_prompt(self._decoder, len(part.keys), row)
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._hold(task)
                 self._end(task, "stop")
+            elif not task.request.max_tokens and self._decoder.held(task.sequence) == len(task.keys):
+                task.take_lap("prefill")
+                self._end(task, "length")  # the prompt was all that was wanted
             elif part.wants_logits and not task.is_cancelled():
                 if not task.n_tokens:
                     self._hold(task)
@@ -460,12 +475,14 @@ class Scheduler:
         if is_flowing:
             least = LEAST_OWN_CHUNK if self._decoder.fills_itself else LEAST_CHUNK
             room = min(room, max(least, int(TURN_S / self._row_s)))
+        scored = SCORED_ROWS
         for task in ready:
-            if (left[task] > 1 or task.request.reads_ahead) and room > 0:
-                n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)
+            n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)
+            n = min(n, scored) if task.is_scoring else n
+            if (left[task] > 1 or task.request.reads_ahead) and n > 0:
                 tasks.append(task)
                 parts.append(self._prompt_part(task, n, whole=n == left[task]))
-                room -= n
+                room, scored = room - n, scored - n * task.is_scoring
         return tasks, parts
 
     def _of_one_adapter(self, ready: list[Task]) -> list[Task]:
@@ -481,7 +498,8 @@ class Scheduler:
         first = self._decoder.held(task.sequence)
         keys = task.keys[first : first + n]
         embeddings = self._embeddings(task, first, first + n)
-        return Part(task.sequence, keys, embeddings, wants_logits=whole and not task.request.reads_ahead)
+        wants_logits = whole and not task.request.reads_ahead
+        return Part(task.sequence, keys, embeddings, wants_logits, task.is_scoring)
 
     def _embeddings(self, task: Task, start: int, stop: int) -> Float32 | None:
         """Embeddings of positions of a prompt; None where there is only text."""

@@ -162,11 +162,16 @@ def problem_of(error: BaseException) -> Problem:
 
 
 _PATH = re.compile(r"(?<![\w:/.#$~-])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()]+)*[/\\]([^\s/\\'\",;:()]+)")
+_ROUTE = re.compile(
+    r"/(?:api|v1)/[\w{}/:.-]*|/(?:apply-template|chat/completions|completions?|detokenize|health|metrics|models|props"
+    r"|responses|slots|tokenize|version)"
+)
+"""What this server is asked under; none of it is a file."""
 
 
 def without_paths(text: str) -> str:
-    """A sentence in which paths of this machine are cut to their last part; web addresses stay."""
-    return _PATH.sub(r"\1", text)
+    """A sentence in which paths of this machine are cut to their last part; web addresses and routes stay."""
+    return _PATH.sub(lambda found: found[0] if _ROUTE.fullmatch(found[0].rstrip(".")) else found[1], text)
 
 
 def _validation(error: RequestValidationError) -> Problem:

@@ -102,7 +102,7 @@ class Answering:
         EdgeRuntimeError
             When an answer fails; all of them end then. `TimedOut` after the time for a request.
         """
-        left = len(self._streams)
+        left, ended = len(self._streams), dict[int, Answer]()
         while left:
             try:
                 event = await self._next()
@@ -114,7 +114,10 @@ class Answering:
                 continue
             if isinstance(event[1], Answer):
                 left -= 1
-                self.outcome.answers.append(event[1])
+                ended[event[0]] = event[1]
+                self.outcome.answers = [
+                    ended[number] for number in sorted(ended)
+                ]  # the first has the prompt's counts
             yield event
 
     async def _next(self) -> tuple[int, Piece | Answer] | None:
