@@ -32,7 +32,7 @@ from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
 from edge_runtime.memory import give_back
-from edge_runtime.requests import Activity, FinishReason, Progress, Task, is_worth_leaving
+from edge_runtime.requests import Activity, FinishReason, Task, is_worth_leaving
 from edge_runtime.saved_prefixes import Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
@@ -147,7 +147,7 @@ class Scheduler:
         if task.missing and task.request.reads_ahead:
             self._end(task, "cancelled")  # what stood here was forgotten meanwhile
         elif task.missing:
-            task.events.put(Progress("encode", 0, task.n_slices))
+            task.tell("encode", 0, task.n_slices)
         else:
             self._begin_prefill(task)
 
@@ -310,7 +310,7 @@ class Scheduler:
     @staticmethod
     def _report_encode(task: Task, partial: float = 0.0) -> None:
         done = task.n_slices - sum(len(group) for group in task.missing.values())
-        task.events.put(Progress("encode", done, task.n_slices, (done + partial) / task.n_slices))
+        task.tell("encode", done, task.n_slices, (done + partial) / task.n_slices)
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
@@ -425,7 +425,7 @@ class Scheduler:
 
     def _report_prefill(self, task: Task) -> None:
         done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
-        task.events.put(Progress("prefill", done, total, max(0.0, done / total)))
+        task.tell("prefill", done, total, max(0.0, done / total))
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""

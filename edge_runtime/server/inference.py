@@ -84,7 +84,8 @@ class Answering:
     ) -> None:
         self.use = use
         self._streams, self._release, self._deadline, self._beat_s = streams, release, deadline, beat_s
-        self._progress: Progress | None = None
+        self.progress: Progress | None = None
+        """How far the work before the first token is, as far as that was told."""
         self._queue: asyncio.Queue[tuple[int, Piece | Answer | Exception]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
         self.outcome: Outcome = Outcome(use.listed.name, time.perf_counter())
@@ -105,7 +106,7 @@ class Answering:
                 self.outcome.error = error
                 raise
             if event is None:
-                yield 0, Heartbeat(self._progress)
+                yield 0, Heartbeat(self.progress)
                 continue
             if isinstance(event[1], Answer):
                 left -= 1
@@ -141,7 +142,7 @@ class Answering:
         """Bring the pieces of one answer into the common queue."""
 
         def note(progress: Progress) -> None:
-            self._progress = progress
+            self.progress = progress
 
         stream.on_progress = note
         try:
