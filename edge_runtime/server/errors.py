@@ -82,6 +82,12 @@ class TimedOut(ServerError):  # noqa: N818 - says what is the matter
     status, code = 504, "timeout"
 
 
+class NotOffered(ServerError):  # noqa: N818 - says what is the matter
+    """A route of another server's that this one knows and does not have."""
+
+    status, code = 501, "not_available"
+
+
 class ShuttingDown(ServerError):  # noqa: N818 - says what is the matter
     """The server is ending."""
 

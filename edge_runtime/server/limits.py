@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import secrets
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
@@ -41,7 +42,9 @@ MANY_HOURS = ("/api/pull", "/api/push", "/api/create", "/api/blobs/")
 """Paths whose work may take any time as long as it goes on."""
 BLOBS = "/api/blobs/"
 
-OPEN_PATHS = frozenset({"/", "/health", "/sw.js", "/favicon.ico"})
+ANTHROPIC = "/v1/messages"
+"""Beginning of the paths whose clients look for a `request-id`, as Anthropic's servers send it."""
+OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/sw.js", "/favicon.ico"})
 """Need no key: the page holds no secret, and whoever watches a server need not be able to use it."""
 OPEN_FOLDER = "/static/"
 
@@ -116,9 +119,13 @@ class Headers:
             await self._app(scope, receive, send)
             return
 
+        named = scope["path"].startswith(ANTHROPIC)
+
         async def careful(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                if named:
+                    headers.setdefault("request-id", f"req_{secrets.token_hex(12)}")
                 for name, value in _CAREFUL.items():
                     headers.setdefault(name, value)
             await send(message)

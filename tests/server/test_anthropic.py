@@ -118,7 +118,7 @@ def test_tools_of_anthropics_own_are_refused():
 
 def events_of(pieces: Any, most_calls: int | None = None) -> list[Any]:
     events = MessageEvents("demo", most_calls)
-    found = [*events.begin()]
+    found = [*events.begin(20, 5)]
     for piece in pieces:
         found += events.piece(piece)
     found += events.end(made_answer(pieces))
@@ -190,5 +190,5 @@ def test_reasoning_and_mistakes(claude):
     with pytest.raises(anthropic.NotFoundError):
         claude.messages.create(model="unknown", max_tokens=5, messages=hello)
     with pytest.raises(anthropic.BadRequestError) as error:
-        claude.messages.create(model="demo", max_tokens=0, messages=hello)
+        claude.messages.create(model="demo", max_tokens=-1, messages=hello)
     assert error.value.body["error"]["type"] == "invalid_request_error"
