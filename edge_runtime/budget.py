@@ -106,7 +106,9 @@ class Reckoning:
             limit = f"pictures are to take {room.visual} at most"
         return PromptTooLongError(
             f"The prompt has {self.total(most)} tokens, but {limit}; {sum(self.visual(most))} are for "
-            f"{self._told(most)}. {self._advice(room)}"
+            f"{self._told(most)}. {self._advice(room)}",
+            self.total(most),
+            room.n_ctx,
         )
 
     def _told(self, most: int) -> str:

@@ -16,7 +16,6 @@ from edge_runtime.server.anthropic_replies import (
     MessageEvents,
     MessageReply,
     TokenCount,
-    unsaid,
     whole_message,
 )
 from edge_runtime.server.anthropic_requests import CountRequest, MessagesRequest
@@ -50,14 +49,10 @@ async def messages(request: Request, state: State, body: MessagesRequest) -> Res
         answering = await begin(request, state.inference, call)
         typed = MessageEvents(model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
 
-        def lines(events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[str]:
-            return _lines(events, typed, answering, is_silent=body.says_nothing)
-
-        return AnswerStreamResponse(answering, lines, "sse", "anthropic")
+        return AnswerStreamResponse(answering, lambda events: _lines(events, typed, answering), "sse", "anthropic")
 
     async def reply(answering: Answering) -> Response:
         (answer,) = await answering.whole()
-        answer = unsaid(answer) if body.says_nothing else answer
         shown = whole_message(answer, model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
         return sse.body(shown)
 
@@ -65,7 +60,7 @@ async def messages(request: Request, state: State, body: MessagesRequest) -> Res
 
 
 async def _lines(
-    events: AsyncIterator[tuple[int, Event]], typed: MessageEvents, answering: Answering, *, is_silent: bool
+    events: AsyncIterator[tuple[int, Event]], typed: MessageEvents, answering: Answering
 ) -> AsyncIterator[str]:
     """Events of a message. It starts when it is known how much of the prompt was read before.
 
@@ -80,11 +75,8 @@ async def _lines(
                 yield sse.event(line, named=True)
         if isinstance(event, Heartbeat):
             yield sse.event(PING, named=True) if has_begun else sse.BEAT
-        elif isinstance(event, Answer):
-            for line in typed.end(unsaid(event) if is_silent else event):
-                yield sse.event(line, named=True)
-        elif not is_silent:
-            for line in typed.piece(event):
+        else:
+            for line in typed.end(event) if isinstance(event, Answer) else typed.piece(event):
                 yield sse.event(line, named=True)
 
 

@@ -7,7 +7,7 @@ Source: anthropic-sdk-python's types, and the order of events that its accumulat
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from typing_extensions import TypedDict  # pydantic cannot describe typing's own before Python 3.12
@@ -82,19 +82,6 @@ def _stop_reason(answer: Answer, *, has_calls: bool) -> StopReason:
     if answer.stop_string is not None:
         return "stop_sequence"
     return "tool_use" if has_calls else "end_turn"
-
-
-def unsaid(answer: Answer) -> Answer:
-    """The answer to a request for none: its prompt was read."""
-    return replace(
-        answer,
-        answer="",
-        reasoning=None,
-        tool_calls=[],
-        completion_tokens=0,
-        stop_string=None,
-        finish_reason="length",
-    )
 
 
 def _tool_use(call: runtime_tools.ToolCall) -> dict[str, Any]:

@@ -326,11 +326,9 @@ class MessagesRequest(CountRequest):
                 "stop_sequences holds an empty string, which would end every answer at once; leave it out.",
                 "stop_sequences",
             )
-        prompt = self.prompt_options()
-        if self.says_nothing:  # a token is made and thrown away; no form is needed for it
-            return prompt | given(max_tokens=1, tool_choice="auto" if self.tool_choice is not None else None)
-        return prompt | given(
-            max_tokens=self.max_tokens,
+        return self.prompt_options() | given(
+            max_tokens=self.max_tokens or None,
+            prompt_only=self.max_tokens == 0 or None,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -338,11 +336,6 @@ class MessagesRequest(CountRequest):
             thinking_budget=self._budget() if self.thinks else None,
             schema=self._schema(),
         )
-
-    @property
-    def says_nothing(self) -> bool:
-        """Whether the prompt alone is to be read."""
-        return self.max_tokens == 0
 
     def _budget(self) -> int | None:
         """Most tokens of reasoning: the least that was asked for."""

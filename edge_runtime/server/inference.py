@@ -18,6 +18,7 @@ from typing import Any
 
 from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.errors import EngineBusy, MessageError
+from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed
@@ -45,6 +46,8 @@ class ChatCall:
     """Keyword arguments of `Model.submit`, `n` left out."""
     n: int = 1
     keep_alive_s: float | None = None
+    tells_progress: bool = False
+    """Whether every step of the work before the first token is an event, not only one now and then."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,14 @@ class Answering:
         release: contextlib.AsyncExitStack,
         deadline: float,
         beat_s: float,
+        tells_progress: bool = False,
     ) -> None:
         self.use = use
+        self.tells_progress = tells_progress
         self._streams, self._release, self._deadline, self._beat_s = streams, release, deadline, beat_s
         self.progress: Progress | None = None
         """How far the work before the first token is, as far as that was told."""
-        self._queue: asyncio.Queue[tuple[int, Piece | Answer | Exception]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
         self.outcome: Outcome = Outcome(use.listed.name, time.perf_counter())
 
@@ -116,7 +121,7 @@ class Answering:
                 ]  # the first has the prompt's counts
             yield event
 
-    async def _next(self) -> tuple[int, Piece | Answer] | None:
+    async def _next(self) -> tuple[int, Event] | None:
         """The next event, or None after a while without one."""
         if not self._queue.empty():
             found = self._queue.get_nowait()
@@ -143,6 +148,8 @@ class Answering:
 
         def note(progress: Progress) -> None:
             self.progress = progress
+            if self.tells_progress and number == 0:
+                self._queue.put_nowait((number, Heartbeat(progress)))
 
         stream.on_progress = note
         try:
@@ -216,7 +223,8 @@ class Inference:
             self._admit(stack)
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
             streams = await self._submit(call, use)
-            answering = Answering(streams, use, stack.pop_all(), deadline, self.settings.heartbeat_s)
+            beat_s = self.settings.heartbeat_s
+            answering = Answering(streams, use, stack.pop_all(), deadline, beat_s, call.tells_progress)
             answering.outcome.started = started
             self._watch(answering)
             return answering
@@ -265,7 +273,11 @@ class Inference:
         return await loop.run_in_executor(self._decoders, submit)
 
     async def count_tokens(self, call: ChatCall) -> int:
-        """Tokens of the prompt that a call would have, without computing anything; admitted as `begin` does.
+        """Tokens of the prompt that a call would have; otherwise as `build_prompt`."""
+        return len((await self.build_prompt(call)).ids)
+
+    async def build_prompt(self, call: ChatCall) -> Prompt:
+        """The prompt that a call would have, without computing anything; admitted as `begin` does.
 
         Raises
         ------
@@ -279,7 +291,7 @@ class Inference:
             options = {**self._limits, **call.options}
             loop = asyncio.get_running_loop()
             build = functools.partial(use.model.build_prompt, messages, **options)
-            return len((await loop.run_in_executor(self._decoders, build)).ids)
+            return await loop.run_in_executor(self._decoders, build)
 
     def stop(self) -> None:
         """Cancel all answers; their readers are told that the server is shutting down."""

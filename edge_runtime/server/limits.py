@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import secrets
 import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
@@ -42,8 +41,6 @@ MANY_HOURS = ("/api/pull", "/api/push", "/api/create", "/api/blobs/")
 """Paths whose work may take any time as long as it goes on."""
 BLOBS = "/api/blobs/"
 
-ANTHROPIC = "/v1/messages"
-"""Beginning of the paths whose clients look for a `request-id`, as Anthropic's servers send it."""
 OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/sw.js", "/favicon.ico"})
 """Need no key: the page holds no secret, and whoever watches a server need not be able to use it."""
 OPEN_FOLDER = "/static/"
@@ -119,13 +116,9 @@ class Headers:
             await self._app(scope, receive, send)
             return
 
-        named = scope["path"].startswith(ANTHROPIC)
-
         async def careful(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                if named:
-                    headers.setdefault("request-id", f"req_{secrets.token_hex(12)}")
                 for name, value in _CAREFUL.items():
                     headers.setdefault(name, value)
             await send(message)
