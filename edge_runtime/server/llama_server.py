@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from edge_runtime.answers import Answer
 from edge_runtime.model import Model
+from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server import sse
 from edge_runtime.server.errors import NotOffered, RequestError
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
@@ -61,7 +62,7 @@ async def completion(request: Request, state: State, body: LlamaCompletionReques
     warnings = body.all_warnings()
     async with state.registry.use(body.model) as use:  # its vocabulary says what the prompt is
         calls = body.calls(use.model.tokenizer)
-        replies = _replies(body, use.model, body.model or use.listed.name)
+        replies = _replies(body, use.model, body.model or use.listed.name, state.settings.max_tokens)
         with fields_as_sent(body.names()):
             if body.stream:
                 if len(calls) > 1:
@@ -80,10 +81,10 @@ async def completion(request: Request, state: State, body: LlamaCompletionReques
     return with_warnings(sse.body(found if is_list or len(found) > 1 else found[0]), warnings)
 
 
-def _replies(body: LlamaCompletionRequest, model: Model, name: str) -> LlamaCompletions:
+def _replies(body: LlamaCompletionRequest, model: Model, name: str, max_tokens: int) -> LlamaCompletions:
     options = body.settings(model.tokenizer)
     texts = body.texts(model.tokenizer)
-    most = -1 if body.most_tokens is None else body.most_tokens
+    most = min(MAX_NEW_TOKENS if body.most_tokens is None else body.most_tokens, max_tokens)
     settings = sampling_settings(options) | {
         "n_predict": most,
         "max_tokens": most,
