@@ -21,6 +21,7 @@ from edge_runtime.server.anthropic_replies import (
 from edge_runtime.server.anthropic_requests import CountRequest, MessagesRequest
 from edge_runtime.server.errors import NotOffered
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.openai_constraints import fields_as_sent
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import State
@@ -45,18 +46,18 @@ async def messages(request: Request, state: State, body: MessagesRequest) -> Res
     """Answer a conversation in Anthropic's form, whole or as a stream of events."""
     call = ChatCall(body.model, body.conversation(), body.options())
     model = body.model or state.catalog.default
-    if body.stream:
-        answering = await begin(request, state.inference, call)
-        typed = MessageEvents(model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
-
-        return AnswerStreamResponse(answering, lambda events: _lines(events, typed, answering), "sse", "anthropic")
 
     async def reply(answering: Answering) -> Response:
         (answer,) = await answering.whole()
         shown = whole_message(answer, model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
         return sse.body(shown)
 
-    return await whole(request, state.inference, call, reply)
+    with fields_as_sent(body.names()):
+        if not body.stream:
+            return await whole(request, state.inference, call, reply)
+        answering = await begin(request, state.inference, call)
+    typed = MessageEvents(model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
+    return AnswerStreamResponse(answering, lambda events: _lines(events, typed, answering), "sse", "anthropic")
 
 
 async def _lines(

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from edge_runtime.server.anthropic_blocks import content_of, in_order, referenced_tools, turn
+from edge_runtime.server.anthropic_schemas import as_meant
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.ollama_options import THINKING_LEVELS
 from edge_runtime.server.openai_requests import MOST_STOPS, Loose
@@ -313,6 +314,14 @@ class MessagesRequest(CountRequest):
     top_k: int | None = Field(None, ge=0)
     stop_sequences: Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
 
+    def names(self) -> dict[str, str]:
+        """Options of `Model.submit` → fields of this request, for errors."""
+        return {
+            "stop": "stop_sequences",
+            "thinking_budget": "thinking.budget_tokens",
+            "schema": "output_config.format" if self.output_format is None else "output_format",
+        }
+
     def options(self) -> dict[str, Any]:
         """Arguments of `Model.submit`.
 
@@ -347,7 +356,7 @@ class MessagesRequest(CountRequest):
         wanted = self.output_format
         if self.output_config is not None and self.output_config.format is not None:
             wanted = self.output_config.format
-        return wanted.schema_ if wanted is not None else None
+        return as_meant(wanted.schema_) if wanted is not None else None
 
 
 def _describe_fields(schema: dict[str, Any]) -> None:

@@ -209,9 +209,11 @@ class Word(BaseModel):
 
 
 class Shapes(BaseModel):
-    """Lists, nested models, and what may be missing."""
+    """Lists, nested models, limits, and what may be missing."""
 
-    names: list[Literal["square", "circle"]] = Field(max_length=2)
+    names: list[Literal["square", "circle"]] = Field(min_length=2, max_length=3, description="Of shapes.")
+    share: float = Field(gt=0, lt=1)
+    initials: str = Field(min_length=2, max_length=2)
     word: Word
     note: Literal["x"] | None = None
 
@@ -302,7 +304,7 @@ def test_reasoning_that_is_not_to_be_shown(claude):
 
 def test_every_reply_has_an_id(server):
     body = {"model": "demo", "max_tokens": 2, "messages": HELLO}
-    with httpx.Client(base_url=server.url, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
         replies = [
             client.post("/v1/messages", json=body),
             client.post("/v1/messages", json=body | {"stream": True}),

@@ -17,6 +17,7 @@ from edge_runtime.messages import ImagePart, parse_messages
 from edge_runtime.server import anthropic_blocks as blocks
 from edge_runtime.server import anthropic_requests as requests
 from edge_runtime.server.anthropic_requests import CountRequest, MessagesRequest
+from edge_runtime.server.anthropic_schemas import as_meant
 from edge_runtime.server.errors import RequestError
 from server.test_anthropic import IMAGE, TOOL, asked
 
@@ -134,7 +135,6 @@ def test_values_that_are_none_are_refused(fields):
         ),
         ({"thinking": {"type": "adaptive", "display": "omitted"}}, {"thinking": True}),
         ({"stop_sequences": [" ", "\n\n"]}, {"stop": [" ", "\n\n"]}),
-        ({"max_tokens": 0, "output_format": FORM, "stop_sequences": ["x"]}, {"max_tokens": 1}),
         ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}, {}),
     ],
 )
@@ -142,6 +142,34 @@ def test_what_is_asked_of_an_answer_reaches_the_engine(fields, options):
     request = asked(**fields)
     assert request.conversation() == HINTS
     assert request.options() == {"max_tokens": 9, "thinking": False} | options
+
+
+def test_an_answer_of_no_tokens_is_the_prompt_alone():
+    options = asked(max_tokens=0).options()
+    assert (options["prompt_only"], "max_tokens" in options) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ({"type": "integer", "description": "{maximum: 9, minimum: -1}"}, {"maximum": 9, "minimum": -1}),
+        ({"type": "string", "description": "A name.\n\n{maxLength: 5}"}, {"maxLength": 5}),
+        ({"type": "number", "description": "{exclusiveMinimum: 0.5}"}, {"exclusiveMinimum": 0.5}),
+        ({"type": "number", "description": "{multipleOf: 1e-3}"}, {"multipleOf": 0.001}),
+        ({"type": "string", "description": "{pattern: ^[a, b]: 5$, minLength: 2}"}, {"minLength": 2}),
+        ({"type": "integer", "maximum": 5, "description": "{maximum: 9}"}, {}),
+        ({"type": "integer", "description": "{default: None}"}, {}),
+        ({"type": "integer", "description": "Between {minimum: 1} and more"}, {}),
+        ({"enum": ["a"], "description": "{minLength: 2}"}, {}),
+    ],
+)
+def test_limits_that_the_packages_move_into_descriptions_are_kept(sent, meant):
+    assert as_meant(sent) == sent | meant
+    assert as_meant({"items": sent}) == {"items": sent | meant}
+    for key in ("properties", "$defs"):
+        assert as_meant({key: {"description": sent}}) == {key: {"description": sent | meant}}
+    assert as_meant({"anyOf": [sent, {"type": "null"}]}) == {"anyOf": [sent | meant, {"type": "null"}]}
+    assert as_meant({"const": sent, "enum": [sent]}) == {"const": sent, "enum": [sent]}
 
 
 def test_a_tool_that_waits_is_told_of_once_it_is_named():
