@@ -46,6 +46,8 @@ REFUSED = {
     "thread": "this server keeps no conversations; send all of it under 'messages'",
 }
 """Fields that would change the answer and are not offered → what to do."""
+UNTHREADED = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+"""By this the packages' tool runner knows that it must send the whole conversation each time, and does."""
 TOOL_PASSED_OVER = frozenset({"cache_control", "eager_input_streaming", "strict"})
 """Of a tool. A forced call follows its schema whether or not `strict` says so."""
 
@@ -212,7 +214,8 @@ class CountRequest(Named):
         """Refuse what cannot be kept."""
         for name, value in (self.model_extra or {}).items():
             if name in REFUSED and value:
-                raise RequestError(f"{name} was given, but {REFUSED[name]}.", name)
+                details = UNTHREADED if name == "thread" else None
+                raise RequestError(f"{name} was given, but {REFUSED[name]}.", name, details)
         self.refuse_more("", {*PASSED_OVER, *REFUSED})
         parts = {
             "tool_choice": self.tool_choice,

@@ -59,11 +59,16 @@ class ServerError(EdgeRuntimeError):
 
 
 class RequestError(ServerError):
-    """A body or a field of the wrong form."""
+    """A body or a field of the wrong form.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    Parameters
+    ----------
+    details : what Anthropic's packages read of an error, to ask in another way.
+    """
+
+    def __init__(self, message: str, param: str | None = None, details: dict[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.details = param, details
 
 
 class ModelNotFound(ServerError):  # noqa: N818 - as OpenAI calls it
@@ -120,6 +125,7 @@ class Problem:
     n_prompt: int | None = None
     """Tokens of a prompt that is too long."""
     n_ctx: int | None = None
+    details: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -141,7 +147,8 @@ class Problem:
         if api == "anthropic":
             kind = {413: "request_too_large", 529: "overloaded_error"}.get(self.status, self.kind)
             kind = "api_error" if kind == "server_error" else kind
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            details = {} if self.details is None else {"details": self.details}
+            return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
         if api == "llama":
             return {"error": self._for_llama()}
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
@@ -179,7 +186,8 @@ def problem_of(error: BaseException) -> Problem:
     """What clients are told of an error."""
     if isinstance(error, ServerError):
         retry = RETRY_AFTER_S if error.status in (429, 503) else None
-        return Problem(error.status, without_paths(str(error)), error.code, getattr(error, "param", None), retry)
+        param, details = (error.param, error.details) if isinstance(error, RequestError) else (None, None)
+        return Problem(error.status, without_paths(str(error)), error.code, param, retry, details=details)
     if isinstance(error, PromptTooLongError):
         numbers = (error.n_prompt, error.n_ctx)
         return Problem(400, str(error), "context_length_exceeded", None, None, *numbers)

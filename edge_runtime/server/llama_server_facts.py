@@ -13,7 +13,7 @@ from edge_runtime.errors import ModelFileError
 from edge_runtime.model import Model
 from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.server.catalog import Listed
-from edge_runtime.server.facts import Facts, details, facts_of
+from edge_runtime.server.facts import details, facts_of
 
 MEDIA_MARKER = "<__media__>"
 """Stands in the text of a prompt for each of its `multimodal_data`."""
@@ -101,7 +101,7 @@ def props(listed: Listed, model: Model) -> dict[str, Any]:
         "endpoint_props": False,
         "endpoint_metrics": True,
         "chat_template": model.template,
-        "chat_template_caps": _template_caps(facts),
+        "chat_template_caps": _template_caps(model),
         "bos_token": "",
         "eos_token": tokens[end] if isinstance(end, int) and 0 <= end < len(tokens) else "",
         "build_info": f"edge-runtime {__version__}",
@@ -109,9 +109,9 @@ def props(listed: Listed, model: Model) -> dict[str, Any]:
     }
 
 
-def _template_caps(facts: Facts) -> dict[str, bool]:
+def _template_caps(model: Model) -> dict[str, bool]:
     """What conversations may hold."""
-    calls = "tools" in facts.capabilities
+    calls = "tools" in model.capabilities
     return {
         "supports_string_content": True,
         "supports_typed_content": True,
