@@ -46,6 +46,8 @@ class Answer:
     """Most cells per picture after `fit` has lowered them; None where nothing was lowered."""
     shortened: bool = False
     """Whether a structured answer was brought to its end because tokens ran out: whole, but perhaps not all of it."""
+    stop_string: str | None = None
+    """The one of `stop` that ended the answer, which is not part of it; None when it ended otherwise."""
     tool_calls: list[ToolCall] = field(default_factory=list)
     malformed_calls: list[MalformedCall] = field(default_factory=list)
     """What was meant as a tool call and is none; it is part of the text, too."""
@@ -218,6 +220,7 @@ def make_answer(
         dropped_turns=prepared.dropped_turns,
         fitted_slices=prepared.fitted_slices,
         shortened=end.shortened,
+        stop_string=end.stop_string,
         pictures=prepared.pictures,
         videos=prepared.videos,
         timings_s={name: round(seconds, 6) for name, seconds in timings.items()},

@@ -109,7 +109,9 @@ class Reckoning:
             limit = f"pictures are to take {room.visual} at most"
         return PromptTooLongError(
             f"The prompt has {self.total(most)} tokens{room.tools()}, but {limit}; {sum(self.visual(most))} are for "
-            f"{self._told(most)}. {self._advice(room)}"
+            f"{self._told(most)}. {self._advice(room)}",
+            self.total(most),
+            room.n_ctx,
         )
 
     def _told(self, most: int) -> str:
@@ -284,7 +286,9 @@ def check_room_beside_tools(prompt: Prompt, n_ctx: int, told: Callable[[], str])
         raise PromptTooLongError(
             f"The prompt has {len(prompt.ids)} tokens{told()}, but the context holds {n_ctx}, one of them for the "
             "answer; send fewer tools (clients attach them to every chat of a model that takes tools; serve --tools "
-            "off says that it takes none), a shorter text, or use a larger --ctx."
+            "off says that it takes none), a shorter text, or use a larger --ctx.",
+            len(prompt.ids),
+            n_ctx,
         )
 
 

@@ -41,6 +41,9 @@ class Progress:
     total: int
     share: float = 0.0
     """Of the stage that is done, from 0 to 1; finer than `done`, which counts whole slices."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them, those that needed no prefill."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Finished:
     """Of the prompt's tokens but the first, where they were asked for."""
     end_score: TokenScores | None = None
     """Of the token that ended the answer, if one did and scores were asked for."""
+    stop_string: str | None = None
+    """The one of the request's that ended the answer, if one did."""
 
 
 Event = Progress | Piece | Finished
@@ -314,6 +319,7 @@ class Task:
             self.is_finished = True
         shortened = self.constraint is not None and self.constraint.shortened
         n_reasoning = self.stream.n_reasoning if self.stream is not None else 0
+        met = self.stream.stop_string if self.stream is not None and reason == "stop" else None
         self.events.put(
             Finished(
                 reason,
@@ -324,8 +330,14 @@ class Task:
                 n_reasoning,
                 tuple(self.prompt_scores),
                 self.end_score,
+                met,
             )
         )
+
+    def tell(self, stage: Literal["decode", "encode", "prefill"], done: int, total: int, share: float = 0.0) -> None:
+        """Tell how far the work before the first token is; from the engine's thread, once a sequence was found."""
+        prompt = len(self.request.prompt.ids)
+        self.events.put(Progress(stage, done, total, share, prompt, self.n_cached))
 
     def fail(self, error: Exception) -> None:
         """Send an error as the last event, unless there was one."""

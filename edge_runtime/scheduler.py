@@ -38,7 +38,7 @@ from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
 from edge_runtime.kv_state import UnknownState
 from edge_runtime.memory import give_back
-from edge_runtime.requests import Activity, FinishReason, Progress, Request, Task, is_worth_leaving
+from edge_runtime.requests import Activity, FinishReason, Request, Task, is_worth_leaving
 from edge_runtime.saved_prefixes import Recorded, Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
@@ -229,7 +229,7 @@ class Scheduler:
         if task.missing and task.request.reads_ahead:
             self._end(task, "cancelled")  # what stood here was forgotten meanwhile
         elif task.missing:
-            task.events.put(Progress("encode", 0, task.n_slices))
+            task.tell("encode", 0, task.n_slices)
         else:
             self._begin_prefill(task)
 
@@ -397,7 +397,7 @@ class Scheduler:
     @staticmethod
     def _report_encode(task: Task, partial: float = 0.0) -> None:
         done = task.n_slices - sum(len(group) for group in task.missing.values())
-        task.events.put(Progress("encode", done, task.n_slices, (done + partial) / task.n_slices))
+        task.tell("encode", done, task.n_slices, (done + partial) / task.n_slices)
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
@@ -516,7 +516,7 @@ class Scheduler:
 
     def _report_prefill(self, task: Task) -> None:
         done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
-        task.events.put(Progress("prefill", done, total, max(0.0, done / max(1, total))))
+        task.tell("prefill", done, total, max(0.0, done / max(1, total)))
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""

@@ -8,7 +8,18 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from edge_runtime import __version__
-from edge_runtime.server import anthropic, envelope, errors, limits, ollama, openai, pages, system
+from edge_runtime.server import (
+    anthropic,
+    envelope,
+    errors,
+    limits,
+    llama_server,
+    ollama,
+    openai,
+    pages,
+    responses,
+    system,
+)
 from edge_runtime.server.catalog import Catalog
 from edge_runtime.server.inference import Inference
 from edge_runtime.server.metrics import Metrics
@@ -52,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.server = state
     errors.install(app)
-    for router in (ollama.router, openai.router, anthropic.router, system.router, pages.router):
+    for router in (ollama.router, openai.router, anthropic.router, llama_server.router, system.router, pages.router):
         app.include_router(router)
+    app.include_router(llama_server.without_version(openai.router, responses.router))
     return app

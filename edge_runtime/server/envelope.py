@@ -10,6 +10,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 APIS = ("/v1/", "/api/")
+ANTHROPIC = "/v1/messages"
+"""Beginning of the paths whose clients look for a `request-id`."""
 _ID = re.compile(r"[!-~]{1,200}")
 
 
@@ -34,10 +36,12 @@ class RequestIds:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         name = given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        spellings = ["x-request-id", *(["request-id"] if scope["path"].startswith(ANTHROPIC) else [])]
 
         async def told(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).setdefault("x-request-id", name)
+                for spelling in spellings:
+                    MutableHeaders(scope=message).setdefault(spelling, name)
             await send(message)
 
         await self._app(scope, receive, told)

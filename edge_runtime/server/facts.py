@@ -39,6 +39,8 @@ class Facts:
     quantisation: str
     context_length: int
     """What the model was trained for."""
+    vocabulary: int
+    """Tokens there are."""
     template: str
     """Jinja."""
     decoder: Mapping[str, Any]
@@ -84,6 +86,7 @@ def _facts(decoder: Path, mmproj: Path, versions: tuple[tuple[int, int], ...]) -
         parameters=sum(tensor.n_elements for file in (text, vision) for tensor in file.tensors.values()),
         quantisation=names.get(kind, "unknown"),
         context_length=text.get(f"{family}.context_length", int, 0),
+        vocabulary=len(text.metadata.get("tokenizer.ggml.tokens", ())),
         template=text.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE),
         decoder=_plain(text.metadata),
         projector=_plain(vision.metadata),

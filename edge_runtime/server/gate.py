@@ -20,7 +20,7 @@ from edge_runtime.server.errors import NotAllowed, ServerError, Unauthorized, er
 from edge_runtime.server.origins import ANY, allowed_origins
 from edge_runtime.server.settings import Settings
 
-OPEN_PATHS = frozenset({"/", "/health", "/sw.js", "/favicon.ico"})
+OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/sw.js", "/favicon.ico"})
 """Need no key: the page holds no secret, and whoever watches a server need not be able to use it."""
 OPEN_FOLDER = "/static/"
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.errors import EngineBusy, MessageError
+from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed
@@ -49,6 +50,8 @@ class ChatCall:
     keep_alive_s: float | None = None
     context: Sequence[int] | None = None
     """Ids of the conversation before `messages`, as Ollama's clients keep it; see `ollama_context`."""
+    tells_progress: bool = False
+    """Whether every step of the work before the first token is an event, not only one now and then."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,14 @@ class Answering:
         deadline: float,
         beat_s: float,
         messages: str | Sequence[Any] = (),
+        tells_progress: bool = False,
     ) -> None:
         self.use, self.messages = use, messages
+        self.tells_progress = tells_progress
         self._streams, self._release, self._deadline, self._beat_s = streams, release, deadline, beat_s
-        self._progress: Progress | None = None
-        self._queue: asyncio.Queue[tuple[int, Piece | Answer | Exception]] = asyncio.Queue()
+        self.progress: Progress | None = None
+        """How far the work before the first token is, as far as that was told."""
+        self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
         self.outcome: Outcome = Outcome(use.listed.name, time.perf_counter())
 
@@ -110,7 +116,7 @@ class Answering:
                 self.outcome.error = error
                 raise
             if event is None:
-                yield 0, Heartbeat(self._progress)
+                yield 0, Heartbeat(self.progress)
                 continue
             if isinstance(event[1], Answer):
                 left -= 1
@@ -120,7 +126,7 @@ class Answering:
                 ]  # the first has the prompt's counts
             yield event
 
-    async def _next(self) -> tuple[int, Piece | Answer] | None:
+    async def _next(self) -> tuple[int, Event] | None:
         """The next event, or None after a while without one."""
         if not self._queue.empty():
             found = self._queue.get_nowait()
@@ -146,7 +152,9 @@ class Answering:
         """Bring the pieces of one answer into the common queue."""
 
         def note(progress: Progress) -> None:
-            self._progress = progress
+            self.progress = progress
+            if self.tells_progress and number == 0:
+                self._queue.put_nowait((number, Heartbeat(progress)))
 
         stream.on_progress = note
         try:
@@ -238,7 +246,8 @@ class Inference:
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
             messages = await self._conversation(call, use)
             streams = await self._submit(call, use, messages)
-            answering = Answering(streams, use, stack.pop_all(), deadline, self.settings.heartbeat_s, messages)
+            beat_s = self.settings.heartbeat_s
+            answering = Answering(streams, use, stack.pop_all(), deadline, beat_s, messages, call.tells_progress)
             answering.outcome.started = started
             self._watch(answering)
             return answering
@@ -300,7 +309,11 @@ class Inference:
         return await loop.run_in_executor(self._decoders, submit)
 
     async def count_tokens(self, call: ChatCall) -> int:
-        """Tokens of the prompt that a call would have, without computing anything; admitted as `begin` does.
+        """Tokens of the prompt that a call would have; otherwise as `build_prompt`."""
+        return len((await self.build_prompt(call)).ids)
+
+    async def build_prompt(self, call: ChatCall) -> Prompt:
+        """The prompt that a call would have, without computing anything; admitted as `begin` does.
 
         Raises
         ------
@@ -314,7 +327,7 @@ class Inference:
             options = {**self._limits, **call.options}
             loop = asyncio.get_running_loop()
             build = functools.partial(use.model.build_prompt, messages, **options)
-            return len((await loop.run_in_executor(self._decoders, build)).ids)
+            return await loop.run_in_executor(self._decoders, build)
 
     def stop(self) -> None:
         """Cancel all answers; their readers are told that the server is shutting down."""

@@ -6,8 +6,9 @@ What requests mean is in `openai_requests`, what replies look like in `openai_re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -20,6 +21,8 @@ from edge_runtime.server import responses, sse
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.llama_server_facts import entry_fields, list_fields
+from edge_runtime.server.llama_server_replies import PromptProgress
 from edge_runtime.server.openai_constraints import fields_as_sent
 from edge_runtime.server.openai_fields import with_warnings
 from edge_runtime.server.openai_replies import (
@@ -49,13 +52,17 @@ ERRORS: Described = {"4XX": {"model": shapes.ErrorReply}, "5XX": {"model": shape
 async def chat_completions(request: Request, state: State, body: ChatCompletionRequest) -> Response:
     """Answer a conversation, with pictures, documents and videos in it, whole or as a stream of chunks."""
     warnings = body.all_warnings()
-    call = ChatCall(body.model, body.conversation(), body.options(), n=body.n_answers)
+    tells = bool(body.stream and body.return_progress)
+    call = ChatCall(body.model, body.conversation(), body.options(), n=body.n_answers, tells_progress=tells)
     model = body.model or state.catalog.default
     with fields_as_sent(body.names()):
         if body.stream:
             chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, most_calls=body.most_calls)
             answering = await begin(request, state.inference, call)
-            stream = AnswerStreamResponse(answering, lambda events: _chat_lines(events, chunks), "sse", "openai")
+            progress = PromptProgress() if tells else None
+            stream = AnswerStreamResponse(
+                answering, lambda events: _chat_lines(events, chunks, progress), "sse", "openai"
+            )
             return with_warnings(stream, warnings)
 
         async def reply(answering: Answering) -> Response:
@@ -78,14 +85,17 @@ async def input_tokens(request: Request, state: State, body: ChatCompletionReque
     return with_warnings(sse.body(shapes.input_tokens(n)), warnings)
 
 
-async def _chat_lines(events: AsyncIterator[tuple[int, Event]], chunks: ChatChunks) -> AsyncIterator[str]:
+async def _chat_lines(
+    events: AsyncIterator[tuple[int, Event]], chunks: ChatChunks, progress: PromptProgress | None
+) -> AsyncIterator[str]:
     """Role, pieces and end of each answer; then the tokens, where they were asked for."""
     answers: dict[int, Answer] = {}
     for chunk in chunks.begin():
         yield sse.event(chunk)
     async for number, event in events:
         if isinstance(event, Heartbeat):
-            yield sse.BEAT
+            told = progress.more(event.progress) if progress is not None else None
+            yield sse.BEAT if told is None else sse.event(chunks.progress(told))
         elif isinstance(event, Answer):
             answers[number] = event
             yield sse.event(chunks.end(number, event))
@@ -185,27 +195,39 @@ async def _text_lines(
     yield sse.DONE
 
 
-def _entry(listed: Listed) -> shapes.ModelEntry:
-    return {
+def _contexts(state: ServerState) -> dict[tuple[Path, ...], int]:
+    """Files of the loaded models → tokens of their context."""
+    return {slot.listed.files: slot.model.n_ctx for slot in state.registry.loaded() if slot.model is not None}
+
+
+def _entry(listed: Listed, contexts: Mapping[tuple[Path, ...], int]) -> shapes.ModelEntry:
+    entry: shapes.ModelEntry = {
         "id": listed.name,
         "object": "model",
         "created": int(listed.modified.timestamp()),
         "owned_by": "library",
     }
+    entry.update(entry_fields(listed, contexts.get(listed.files)))  # type: ignore[typeddict-item]
+    return entry
 
 
 @router.get("/v1/models", response_model=None, responses={200: {"model": shapes.ModelList}, **ERRORS})
 async def models(state: State) -> Response:
     """List the models of this machine."""
-    found = await asyncio.to_thread(state.catalog.all)
-    listed: shapes.ModelList = {"object": "list", "data": [_entry(item) for item in found]}
-    return sse.body(listed)
+    contexts = _contexts(state)
+
+    def listed() -> dict[str, Any]:
+        found = state.catalog.all()
+        data: shapes.ModelList = {"object": "list", "data": [_entry(item, contexts) for item in found]}
+        return {**data, **list_fields(found)}
+
+    return sse.body(await asyncio.to_thread(listed))
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": shapes.ModelEntry}, **ERRORS})
 async def model(state: State, model: str) -> Response:
     """Tell of one model; its name may have slashes."""
-    return sse.body(_entry(await asyncio.to_thread(state.catalog.find, model)))
+    return sse.body(_entry(await asyncio.to_thread(state.catalog.find, model), _contexts(state)))
 
 
 class EmbeddingsRequest(Loose):

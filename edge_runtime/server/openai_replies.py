@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from edge_runtime import __version__
 from edge_runtime import tools as runtime_tools
@@ -176,6 +177,12 @@ class ChatChunks:
     def begin(self) -> Iterator[shapes.ChatChunk]:
         """Say who speaks, once for each answer."""
         return (self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.n))
+
+    def progress(self, told: Mapping[str, Any]) -> shapes.ChatChunk:
+        """Tell how much of the prompt was read, as llama-server does."""
+        chunk = self._chunk(0, {})
+        chunk["prompt_progress"] = dict(told)
+        return chunk
 
     def piece(self, index: int, piece: Piece) -> Iterator[shapes.ChatChunk]:
         """Translate a piece; one that has nothing to be shown makes no chunk."""

@@ -161,6 +161,8 @@ class ChatChunk(TypedDict):
     """Where it was asked for: null but in the last chunk."""
     timings: NotRequired[Timings]
     """Beside the usage; without it, beside the reason why an answer ended."""
+    prompt_progress: NotRequired[dict[str, int]]
+    """Where it was asked for, before the answer: total, cache, processed (tokens of the prompt) and time_ms."""
 
 
 class TextLogprobs(TypedDict):
