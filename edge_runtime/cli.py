@@ -35,7 +35,7 @@ from edge_runtime.messages import VideoPart
 from edge_runtime.piped import STDIN, Piped, read_pipe, waits_unread
 from edge_runtime.serve_command import serve
 from edge_runtime.store_commands import COMMANDS, announce
-from edge_runtime.text_files import parse_json
+from edge_runtime.text_files import decode_text, parse_json
 from edge_runtime.video_arguments import take_video, video_options, with_videos
 from edge_runtime.words import looks_like_file, parse_arguments
 
@@ -314,13 +314,12 @@ def read_schema(source: str) -> Any:
     MessageError
         When there is no such file, or what is there is not JSON.
     """
-    text: str | bytes = source
-    name = "--schema"
+    text, name = source, "--schema"
     if not source.lstrip("\ufeff \t\r\n").startswith("{"):
         name = source
         try:
             text = _schema_file(source)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no text
             reason = getattr(error, "strerror", None) or error
             raise MessageError(
                 f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that begins with '{{'."
@@ -331,13 +330,12 @@ def read_schema(source: str) -> Any:
         raise MessageError(f"{name} is not valid JSON: {error}; expected a JSON schema.") from None
 
 
-def _schema_file(source: str) -> str | bytes:
+def _schema_file(source: str) -> str:
     if source in STDIN:
-        found: Path | Piped | str = read_pipe(source)
-    else:
-        paths = find_named(source, any_case=True)
-        found = paths[0] if len(paths) == 1 else Path(source)
-    return found.read_bytes() if isinstance(found, Path) else found
+        found = read_pipe(source)
+        return decode_text(found) if isinstance(found, Piped) else found
+    paths = find_named(source, any_case=True)
+    return decode_text((paths[0] if len(paths) == 1 else Path(source)).read_bytes())
 
 
 @main.command(cls=Command)
