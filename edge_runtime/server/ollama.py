@@ -59,6 +59,8 @@ async def chat(body: ChatBody, request: Request, state: State) -> Response:
     if not body.messages:
         return await _load_or_leave(body, state, _message)
     messages = [{**message, "role": _small(message.get("role"))} for message in body.messages]
+    if body.system and not any(_is_system(message, body.system) for message in messages):
+        messages.insert(0, {"role": "system", "content": body.system})
     given = {"tools": body.tools or None, "tool_choice": body.tool_choice}
     given["continue_final_message"] = body.continue_final_message
     options = {**_options(body), **{name: value for name, value in given.items() if value is not None}}
@@ -79,6 +81,10 @@ async def generate(body: GenerateBody, request: Request, state: State) -> Respon
     keep_s = keep_alive_seconds(body.keep_alive)
     call = ChatCall(body.wanted, messages, options, keep_alive_s=keep_s, context=body.context or None)
     return await _answer(call, body, request, state, _response)
+
+
+def _is_system(message: Fields, text: str) -> bool:
+    return message.get("role") == "system" and message.get("content") == text
 
 
 def _small(role: Any) -> Any:
