@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from edge_runtime.continuation import Begun, ask_to_go_on
@@ -102,7 +103,7 @@ def build_prompt(
         else _render(messages, tokenizer, mark, template, thinking, tools, begun)
     )
     rendered = _whole_characters(text)
-    marked = _expand(rendered, layouts, n_queries, use_image_id)
+    marked = _expand(rendered, layouts, n_queries, use_image_id, mark)
     ids = tokenizer.encode_special(marked, mark)
     return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
 
@@ -113,9 +114,12 @@ def _as_it_stands(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) 
         raise MessageError("The raw prompt is empty; expected text for the model to go on with.")
     holders = {UNK, IMAGE, IMAGE_END, SLICE, SLICE_END, ID, ID_END}
     allowed = frozenset(tokenizer.special_ids) - holders
-    parts = [part for message in messages for part in message.parts]
+    parts = (part for message in messages for part in message.parts)
+    # Texts side by side are one text, in which `<ima` and `ge>` are a special token.
+    runs = ((is_text, list(run)) for is_text, run in groupby(parts, lambda part: isinstance(part, str)))
     return "".join(
-        tokenizer.guard(part, mark, allowed) if isinstance(part, str) else PLACEHOLDER + "\n" for part in parts
+        tokenizer.guard("".join(map(str, run)), mark, allowed) if is_text else (PLACEHOLDER + "\n") * len(run)
+        for is_text, run in runs
     )
 
 
@@ -176,14 +180,20 @@ def _guard_all(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
     if isinstance(value, str):
         return tokenizer.guard(value, mark)
     if isinstance(value, dict):
-        return {key: _guard_all(item, tokenizer, mark) for key, item in value.items()}
+        guarded = (
+            (_guard_all(key, tokenizer, mark), _guard_all(item, tokenizer, mark)) for key, item in value.items()
+        )
+        return dict(guarded)
     if isinstance(value, list | tuple):
         return [_guard_all(item, tokenizer, mark) for item in value]
     return value
 
 
-def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool) -> str:
-    """Replace each placeholder. Further frames of a group lose theirs, and the text before it is stripped."""
+def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool, mark: str) -> str:
+    """Replace each placeholder. Further frames of a group lose theirs, and the text before it is stripped.
+
+    Texts that meet there have a mark between them: `<ima` and `ge>` were guarded apart, and are no special token.
+    """
     chunks = rendered.split(PLACEHOLDER)
     if len(chunks) - 1 != sum(layout.frames for layout in layouts):
         raise MessageError(
@@ -196,7 +206,7 @@ def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_i
         text.append(next(following))
         for _ in range(layout.frames - 1):
             text[-1] = text[-1].strip()
-            text.append(next(following))
+            text += [mark, next(following)]
     return "".join(text)
 
 
