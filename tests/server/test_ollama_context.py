@@ -210,6 +210,13 @@ def test_pictures_stand_at_their_marks_in_prompts(client):
 def test_pictures_stand_at_their_marks_in_raw_prompts(client):
     plain = generate(client, prompt="What does it say?", images=[PICTURE]).json()
     asked = "\nWhat does it say?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    counts = []
     for mark in ("[img]", "[img-0]"):
         raw = generate(client, prompt=f"<|im_start|>user\n{mark}{asked}", raw=True, images=[PICTURE]).json()
         assert (raw["response"], raw["prompt_eval_count"]) == ("CAFE", plain["prompt_eval_count"]), mark
+        bare = f"<|im_start|>user {mark} {asked}"
+        counts.append(generate(client, prompt=bare, raw=True, images=[PICTURE]).json()["prompt_eval_count"])
+    assert len({*counts}) == 1
+    two = generate(client, prompt="[img-1]a[img]b[img]c", raw=True, images=[PICTURE] * 2).json()
+    one = generate(client, prompt="ab[img-0]c", raw=True, images=[PICTURE]).json()
+    assert two["prompt_eval_count"] > one["prompt_eval_count"] + 64
