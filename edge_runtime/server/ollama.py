@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -41,6 +42,7 @@ router.include_router(ollama_models.router)
 API_VERSION = "0.12.6"
 """Of Ollama, whose API this is: clients look at it before they use what came late."""
 
+_MARK = re.compile(r"(\[img(?:-[0-9]{1,9})?\])")
 Fields = dict[str, Any]
 Part = Callable[..., Fields]
 """The part of a reply that holds text, reasoning and calls; differs between chat and generate."""
@@ -59,6 +61,8 @@ async def chat(body: ChatBody, request: Request, state: State) -> Response:
     if not body.messages:
         return await _load_or_leave(body, state, _message)
     messages = [{**message, "role": _small(message.get("role"))} for message in body.messages]
+    if body.system and not any(_is_system(message, body.system) for message in messages):
+        messages.insert(0, {"role": "system", "content": body.system})
     given = {"tools": body.tools or None, "tool_choice": body.tool_choice}
     given["continue_final_message"] = body.continue_final_message
     options = {**_options(body), **{name: value for name, value in given.items() if value is not None}}
@@ -75,10 +79,27 @@ async def generate(body: GenerateBody, request: Request, state: State) -> Respon
         return await _load_or_leave(body, state, _response)
     options = {**_options(body), **({"raw": True} if body.raw else {})}
     messages: list[Fields] = [{"role": "system", "content": body.system}] if body.system else []
-    messages.append({"role": "user", "content": body.prompt or "", "images": body.images or []})
+    messages.append(_raw(body) if body.raw else {"role": "user", "content": body.prompt or "", "images": body.images})
     keep_s = keep_alive_seconds(body.keep_alive)
     call = ChatCall(body.wanted, messages, options, keep_alive_s=keep_s, context=body.context or None)
     return await _answer(call, body, request, state, _response)
+
+
+def _raw(body: GenerateBody) -> Fields:
+    """A prompt that is taken as it stands: each picture where `[img-N]` or `[img]` is, the others before it all."""
+    pieces: list[Any] = _MARK.split(body.prompt or "")
+    pictures: list[Fields | None] = [{"type": "image", "image": image} for image in body.images or []]
+    marks = range(1, len(pieces), 2)
+    for place in sorted(marks, key=lambda i: pieces[i] == "[img]"):  # those with a number first
+        free = [n for n, picture in enumerate(pictures) if picture is not None]
+        wanted = free[:1] if pieces[place] == "[img]" else [n for n in free if pieces[place] == f"[img-{n}]"]
+        for n in wanted:
+            pieces[place], pictures[n] = pictures[n], None
+    return {"role": "user", "content": [*filter(None, pictures), *(piece for piece in pieces if piece != "")]}
+
+
+def _is_system(message: Fields, text: str) -> bool:
+    return message.get("role") == "system" and message.get("content") == text
 
 
 def _small(role: Any) -> Any:

@@ -95,7 +95,6 @@ class ChatBody(_Answered):
 
     elsewhere: ClassVar[dict[str, str]] = {
         "prompt": "send it as the last of messages, or to /api/generate",
-        "system": "send it as a message of the role system",
         "images": "they belong into the messages that they are about",
         "suffix": "the model cannot fill in text before a suffix",
         "template": "prompts are made with the model's own template",
@@ -104,6 +103,8 @@ class ChatBody(_Answered):
         "functions": "send tools",
     }
     messages: list[dict[str, Any]] | None = None
+    system: str | None = None
+    """No field of Ollama's here, but Open WebUI sends it: stands before the messages, unless they have it."""
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     """No field of Ollama's: `auto` and `none` as in OpenAI's API, and what is in between as well."""

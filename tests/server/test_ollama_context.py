@@ -189,3 +189,34 @@ def test_the_words_of_a_made_model_are_said_once(serve, tmp_path: Path):
         assert second.prompt_eval_count is not None
         assert second.prompt_eval_count < len(first.context) + 40
         own.delete("wordy")
+
+
+# --- places of pictures --------------------------------------------------------------------------------------------
+
+
+def test_pictures_stand_at_their_marks_in_prompts(client):
+    """As in chats: `[img]` and `[img-N]` take the pictures, the others come first."""
+    plain = generate(client, prompt="What does it say?", images=[PICTURE]).json()
+    assert plain["response"] == "CAFE"
+    for prompt in ("[img]What does it say?", "[img-0]What does it say?", "[img-0]\nWhat does it say?"):
+        marked = generate(client, prompt=prompt, images=[PICTURE]).json()
+        assert (marked["response"], marked["prompt_eval_count"]) == ("CAFE", plain["prompt_eval_count"]), prompt
+    behind = generate(client, prompt="What does it say?\n[img]", images=[PICTURE]).json()
+    assert behind["prompt_eval_count"] == plain["prompt_eval_count"]
+    text = generate(client, prompt="What does it say? [img] [img-0]").json()  # without pictures: text
+    assert text["prompt_eval_count"] < plain["prompt_eval_count"]
+
+
+def test_pictures_stand_at_their_marks_in_raw_prompts(client):
+    plain = generate(client, prompt="What does it say?", images=[PICTURE]).json()
+    asked = "\nWhat does it say?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    counts = []
+    for mark in ("[img]", "[img-0]"):
+        raw = generate(client, prompt=f"<|im_start|>user\n{mark}{asked}", raw=True, images=[PICTURE]).json()
+        assert (raw["response"], raw["prompt_eval_count"]) == ("CAFE", plain["prompt_eval_count"]), mark
+        bare = f"<|im_start|>user {mark} {asked}"
+        counts.append(generate(client, prompt=bare, raw=True, images=[PICTURE]).json()["prompt_eval_count"])
+    assert len({*counts}) == 1
+    two = generate(client, prompt="[img-1]a[img]b[img]c", raw=True, images=[PICTURE] * 2).json()
+    one = generate(client, prompt="ab[img-0]c", raw=True, images=[PICTURE]).json()
+    assert two["prompt_eval_count"] > one["prompt_eval_count"] + 64

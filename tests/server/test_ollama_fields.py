@@ -78,7 +78,7 @@ BOTH: dict[str, tuple[Any, str]] = {
 CHAT = {
     "tools": ([TOOL], "done"),
     "tool_choice": ("none", "done"),
-    "system": ("Be brief.", "refused"),
+    "system": ("Be brief.", "done"),
     "prompt": ("Hello", "refused"),
     "images": (["aGVsbG8="], "refused"),
     "suffix": ("x", "refused"),
@@ -147,6 +147,22 @@ def test_top_logprobs(ask: Ask, route, n, status):
 
 def test_roles_in_any_case(ask: Ask):
     assert ask("chat", messages=[{"role": "System", "content": "x"}, {"role": "USER", "content": "y"}])[0].is_success
+
+
+def test_a_system_prompt_beside_the_messages(client):
+    """Open WebUI sends it so; it is said, and said once."""
+    body = {"model": "demo", "stream": False, "options": {"num_predict": 1}}
+    said = [{"role": "system", "content": "Be brief."}]
+    counts = [
+        client.post("/api/chat", json={**body, **more}).json()["prompt_eval_count"]
+        for more in (
+            {"messages": [*said, *HELLO]},
+            {"messages": HELLO, "system": "Be brief."},
+            {"messages": [*said, *HELLO], "system": "Be brief."},
+            {"messages": HELLO},
+        )
+    ]
+    assert counts[0] == counts[1] == counts[2] > counts[3]
 
 
 def test_truncate_is_what_ollama_does_unless_told_not_to(ask: Ask):
