@@ -229,7 +229,10 @@ def test_answers_are_parsed_into_models(claude, kind):
 
 
 def test_a_schema_that_cannot_be_kept_is_refused_by_its_place(claude):
-    form = {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"not": {"const": 5}}}}}
+    form = {
+        "type": "json_schema",
+        "schema": {"type": "object", "properties": {"a": {"type": "integer", "not": {"multipleOf": 2}}}},
+    }
     for fields, name in (
         ({"output_config": {"format": form}}, "output_config.format"),
         ({"output_format": form}, "output_format"),
