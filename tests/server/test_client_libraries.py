@@ -28,9 +28,7 @@ def test_client_libraries(server: Served):
     }
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     command = [sys.executable, "-m", "pytest", *options, str(TESTS)]
-    run = subprocess.run(
-        command, env={**os.environ, **settings}, capture_output=True, text=True, timeout=600, check=False
-    )
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
     assert "skipped" not in run.stdout
