@@ -20,12 +20,8 @@ NEEDED = ("litellm", "pydantic_ai")
 @pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="needs the extra `clients`")
 def test_client_libraries(server: Served):
     # Without prices from the network, and with warnings as these libraries like them.
-    environment = {
-        **os.environ,
-        "EDGE_URL": server.url,
-        "NO_PROXY": "127.0.0.1",
-        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    }
+    settings = {"EDGE_URL": server.url, "NO_PROXY": "127.0.0.1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environment = {**os.environ, **settings}
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
     command = [sys.executable, "-m", "pytest", *options, str(TESTS)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
