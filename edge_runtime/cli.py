@@ -28,14 +28,12 @@ from edge_runtime.document_options import (
     note_fitted,
     take_documents,
 )
-from edge_runtime.errors import MessageError
-from edge_runtime.file_names import find_named
 from edge_runtime.image import PIXEL_LIMIT
 from edge_runtime.messages import VideoPart
-from edge_runtime.piped import STDIN, Piped, read_pipe, waits_unread
+from edge_runtime.piped import STDIN, Piped, waits_unread
+from edge_runtime.schema_argument import read_schema
 from edge_runtime.serve_command import serve
 from edge_runtime.store_commands import COMMANDS, announce
-from edge_runtime.text_files import decode_text, parse_json
 from edge_runtime.video_arguments import take_video, video_options, with_videos
 from edge_runtime.words import looks_like_file, parse_arguments
 
@@ -304,38 +302,6 @@ def note_before(model: Model, content: list[Any], *, chatting: bool) -> None:
         console.note(TOY_NOTICE)
     if all(isinstance(part, str) for part in content) and not chatting and waits_unread():
         console.note("What stands on stdin was not read: name it '-' to ask about it.")
-
-
-def read_schema(source: str) -> Any:
-    """A JSON schema from its text, from a file, or from a pipe.
-
-    Raises
-    ------
-    MessageError
-        When there is no such file, or what is there is not JSON.
-    """
-    text, name = source, "--schema"
-    if not source.lstrip("\ufeff \t\r\n").startswith("{"):
-        name = source
-        try:
-            text = _schema_file(source)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no text
-            reason = getattr(error, "strerror", None) or error
-            raise MessageError(
-                f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that begins with '{{'."
-            ) from None
-    try:
-        return parse_json(text)
-    except (ValueError, RecursionError) as error:
-        raise MessageError(f"{name} is not valid JSON: {error}; expected a JSON schema.") from None
-
-
-def _schema_file(source: str) -> str:
-    if source in STDIN:
-        found = read_pipe(source)
-        return decode_text(found) if isinstance(found, Piped) else found
-    paths = find_named(source, any_case=True)
-    return decode_text((paths[0] if len(paths) == 1 else Path(source)).read_bytes())
 
 
 @main.command(cls=Command)

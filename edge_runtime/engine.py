@@ -21,9 +21,9 @@ from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
 from edge_runtime.keeping import Keeping
 from edge_runtime.prompt import Prompt
-from edge_runtime.requests import Activity, Event, EventQueue, Request, Task
+from edge_runtime.requests import Activity, Event, EventQueue, Expected, Request, Task
 from edge_runtime.sampling import SamplingOptions
-from edge_runtime.scheduler import Expected, Scheduler
+from edge_runtime.scheduler import Scheduler
 from edge_runtime.tokenizer import Tokenizer
 
 MOST_REQUESTS = 64

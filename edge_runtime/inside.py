@@ -1,4 +1,4 @@
-"""What goes on inside a model: slices, visual tokens and logits, for comparing with the official code."""
+"""What a model is, and what goes on inside: slices, visual tokens, logits, for comparing with the official code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_runtime.capabilities import capabilities
 from edge_runtime.decoder import Decoder
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import Group, ImageEncoder
@@ -15,18 +16,44 @@ from edge_runtime.engine import Engine
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.pipeline import Prepared, pack_frames
 from edge_runtime.prompt import Prompt
+from edge_runtime.requests import Activity
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.tracing import Trace, trace
 from edge_runtime.weights import Float32
 
 
 class Inside(ABC):
-    """The part of `Model` that looks inside; everything that computes runs on the inference thread."""
+    """The part of `Model` that tells of itself; everything that computes runs on the inference thread."""
 
     _encoder: ImageEncoder
     _decoder: Decoder
     _engine: Engine
     _low_memory: bool
+
+    @property
+    def capabilities(self) -> list[str]:
+        """What it can do, by Ollama's names: completion, vision, tools, thinking."""
+        return capabilities(self._decoder.file)
+
+    @property
+    def fills_itself(self) -> bool:
+        """Whether prompts are computed by our kernels, which must be compiled once on a machine."""
+        return self._decoder.fills_itself
+
+    @property
+    def n_ctx(self) -> int:
+        """Context length in tokens."""
+        return self._decoder.n_ctx
+
+    @property
+    def n_queries(self) -> int:
+        """Visual tokens of one slice."""
+        return self._encoder.n_queries
+
+    @property
+    def activity(self) -> Activity:
+        """How many requests wait and run now, of how many at most, and how often a picture was known already."""
+        return self._engine.activity
 
     @abstractmethod
     def _prepare(self, messages: str | Sequence[Any], **options: Any) -> Prepared: ...

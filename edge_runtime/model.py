@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
-from edge_runtime.capabilities import capabilities
 from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.engine import Engine
@@ -32,7 +31,7 @@ from edge_runtime.options import (
     count_beams,
 )
 from edge_runtime.pipeline import Prepared, PromptOptions, prepare
-from edge_runtime.requests import Activity, Finished, Request
+from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
@@ -124,31 +123,6 @@ class Model(Inside):
     def name(self) -> str:
         """What the model was called when it was loaded."""
         return self.paths.name
-
-    @property
-    def capabilities(self) -> list[str]:
-        """What it can do, by Ollama's names: completion, vision, tools, thinking."""
-        return capabilities(self._decoder.file)
-
-    @property
-    def fills_itself(self) -> bool:
-        """Whether prompts are computed by our kernels, which must be compiled once on a machine."""
-        return self._decoder.fills_itself
-
-    @property
-    def n_ctx(self) -> int:
-        """Context length in tokens."""
-        return self._decoder.n_ctx
-
-    @property
-    def n_queries(self) -> int:
-        """Visual tokens of one slice."""
-        return self._encoder.n_queries
-
-    @property
-    def activity(self) -> Activity:
-        """How many requests wait and run now, of how many at most, and how often a picture was known already."""
-        return self._engine.activity
 
     @overload
     def chat(self, messages: str | Sequence[Any], *, stream: Literal[False] = False, **options: Any) -> Answer: ...

@@ -178,6 +178,15 @@ class EventQueue:
                 await arrived.wait()
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A beginning that will probably be asked for."""
+
+    request: Request
+    """That reads ahead."""
+    saved: Saved = field(default_factory=Saved)
+
+
 @dataclass(eq=False)
 class Task:
     """A request on its way through the scheduler."""
@@ -338,6 +347,16 @@ class Task:
         """Tell how far the work before the first token is; from the engine's thread, once a sequence was found."""
         prompt = len(self.request.prompt.ids)
         self.events.put(Progress(stage, done, total, share, prompt, self.n_cached))
+
+    def tell_encode(self, partial: float = 0.0) -> None:
+        """Tell how many slices are encoded, and how much of those that are being encoded, in slices."""
+        done = self.n_slices - sum(len(group) for group in self.missing.values())
+        self.tell("encode", done, self.n_slices, (done + partial) / self.n_slices)
+
+    def tell_prefill(self, held: int) -> None:
+        """Tell how much of the prompt is computed: `held` positions stand in the KV cache."""
+        done, total = held - self.n_cached, len(self.request.prompt.ids) - self.n_cached
+        self.tell("prefill", done, total, max(0.0, done / max(1, total)))
 
     def fail(self, error: Exception) -> None:
         """Send an error as the last event, unless there was one."""
