@@ -196,11 +196,9 @@ class Decoder:
         if n_prompt + 1 > self.n_ctx:
             raise PromptTooLongError(
                 f"The prompt has {n_prompt} tokens, but the context holds {self.n_ctx} (the model was trained for "
-                f"{self.config.context_length}), one of them for the answer; "
-                "use fewer or smaller pictures (--max-slices), less of a video (--packing, --max-frames), a shorter "
-                "text, or a larger --ctx.",
-                n_prompt,
-                self.n_ctx,
+                f"{self.config.context_length}), one of them for the answer; use fewer or smaller pictures "
+                "(--max-slices), less of a video (--packing, --max-frames), a shorter text, or a larger --ctx.",
+                *(n_prompt, self.n_ctx),
             )
 
     @property
