@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-isas quick lint bench reference open-webui conformance clean
+.PHONY: setup test test-isas quick lint bench reference clients open-webui conformance clean
 
 setup: .venv/ready
 
@@ -60,6 +60,12 @@ $(REFERENCE)/ready: .venv/ready
 	$(PYTHON) -m venv $(REFERENCE)/venv
 	$(REFERENCE)/venv/bin/pip install --quiet torch==2.13.0 transformers==5.24.0 peft==0.21.2 bitsandbytes==0.50.2 \
 		sentencepiece safetensors
+	touch $@
+
+# Vercel's AI SDK, which tests/server/test_client_libraries.py tries where Node.js is at hand; seconds.
+clients: tests/server/ai_sdk/node_modules/ready
+tests/server/ai_sdk/node_modules/ready: tests/server/ai_sdk/package-lock.json
+	cd tests/server/ai_sdk && npm ci --silent --no-audit --no-fund
 	touch $@
 
 # Open WebUI beside the demo in Chromium; its package is 3 GB, so this is no part of the tests.

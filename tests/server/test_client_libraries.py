@@ -1,4 +1,4 @@
-"""LiteLLM and pydantic-ai against the server, see `client_libraries`; in a process of their own."""
+"""LiteLLM, pydantic-ai and Vercel's AI SDK against the server; in processes of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from server.conftest import Served
 
 TESTS = Path(__file__).with_name("client_libraries.py")
+SDK = Path(__file__).with_name("ai_sdk")
 NEEDED = ("litellm", "pydantic_ai")
 
 
@@ -28,3 +29,13 @@ def test_client_libraries(server: Served):
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
     assert "skipped" not in run.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SDK / "node_modules" / "ready").exists(), reason="needs `make clients`")
+def test_the_ai_sdk(server: Served):
+    command = ["node", str(SDK / "check.mjs"), server.url]
+    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "NODE_NO_WARNINGS": "1", "AI_SDK_LOG_WARNINGS": "false"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert run.stdout.count("ok  ") >= 29
