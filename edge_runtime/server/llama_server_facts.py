@@ -138,9 +138,28 @@ RANDOM_SEED = 2**32 - 1
 """llama.cpp's word for one that is drawn."""
 
 
+_OFF = {
+    "dynatemp_range": 0.0,
+    "dynatemp_exponent": 1.0,
+    "top_n_sigma": -1.0,
+    "xtc_probability": 0.0,
+    "xtc_threshold": 0.1,
+    "dry_multiplier": 0.0,
+    "mirostat": 0,
+    "adaptive_target": -1.0,
+    "adaptive_decay": 0.9,
+    "n_keep": 0,
+    "n_discard": 0,
+    "min_keep": 0,
+    "lora": [],
+}
+"""What llama-server has besides, as it is where it does nothing: requests that switch it on are refused."""
+
+
 def sampling_settings(options: SamplingOptions) -> dict[str, Any]:
     """How tokens are chosen, in llama-server's words."""
-    return {
+    return _OFF | {
+        "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p", "typ_p"],
         "seed": RANDOM_SEED if options.seed is None else options.seed,
         "temperature": options.temperature,
         "top_k": options.top_k,

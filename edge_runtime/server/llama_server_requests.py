@@ -22,10 +22,16 @@ from edge_runtime.server.parts import Part
 from edge_runtime.tokenizer import Tokenizer
 
 UNLIMITED = 1 << 30
+_OF_CHATS = Refused("which belongs to /v1/chat/completions; expected 'prompt'")
 OF_COMPLETION = {
-    name: Refused("which belongs to /v1/chat/completions; expected 'prompt'")
-    for name in ("messages", "tools", "tool_choice", "response_format", "reasoning_effort", "chat_template_kwargs")
-} | {"echo": Refused("but the answer holds only what comes after the prompt; leave it out")}
+    **dict.fromkeys(
+        ("messages", "tools", "tool_choice", "response_format", "reasoning_effort", "chat_template_kwargs"), _OF_CHATS
+    ),
+    "echo": Refused("but the answer holds only what comes after the prompt; leave it out"),
+    "adaptive_target": Refused("but this server's sampler does not have it; leave it out", (-1,)),
+    "reasoning_budget_tokens": Refused("but a prompt is gone on with as it stands; leave it out", (-1,)),
+}
+"""Fields that this route cannot do, besides those that none can."""
 _SHAPES = (
     'expected a text, a list of token ids and texts, {"prompt_string": ..., "multimodal_data": [...]}, or a list of '
     "these"

@@ -51,7 +51,11 @@ def test_a_prompt_is_gone_on_with(client, path):
     assert reply.keys() == FIELDS
     assert (reply["content"], reply["stop_type"], reply["tokens"]) == (ANSWER, "eos", [])
     assert (reply["prompt"], reply["stop"], reply["truncated"], reply["has_new_line"]) == (HELLO, True, False, False)
-    assert reply["generation_settings"]["temperature"] == 0
+    settings = reply["generation_settings"]
+    assert settings["temperature"] == 0
+    assert {"seed", "top_k", "samplers", "adaptive_target", "mirostat", "stop", "n_predict", "logit_bias"} <= {
+        *settings
+    }
     assert reply["timings"]["prompt_n"] + reply["timings"]["cache_n"] == reply["tokens_evaluated"]
     assert reply["timings"]["predicted_n"] == reply["tokens_predicted"]
 
@@ -160,6 +164,8 @@ def test_an_empty_schema_is_some_object(client):
         *(({name: True}, name) for name in ("post_sampling_probs", "grammar_lazy", "echo")),
         ({"samplers": ["temperature"]}, "samplers"),
         ({"t_max_predict_ms": 100}, "t_max_predict_ms"),
+        ({"adaptive_target": 0.5}, "adaptive_target"),
+        ({"reasoning_budget_tokens": 5}, "reasoning_budget_tokens"),
         ({"n_predict": -2}, "n_predict"),
         ({"n_predict": "5"}, "n_predict"),
         ({"n_probs": 30}, "n_probs"),
