@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-isas quick lint bench reference conformance clean
+.PHONY: setup test test-isas quick lint bench reference open-webui conformance clean
 
 setup: .venv/ready
 
@@ -60,6 +60,15 @@ $(REFERENCE)/ready: .venv/ready
 	$(PYTHON) -m venv $(REFERENCE)/venv
 	$(REFERENCE)/venv/bin/pip install --quiet torch==2.13.0 transformers==5.24.0 peft==0.21.2 bitsandbytes==0.50.2 \
 		sentencepiece safetensors
+	touch $@
+
+# Open WebUI beside the demo in Chromium; its package is 3 GB, so this is no part of the tests.
+open-webui: setup build/open-webui/ready
+	$(BIN)/python tools/open_webui.py --open-webui build/open-webui/bin/open-webui --pictures build/open-webui/seen
+
+build/open-webui/ready:
+	$(PYTHON) -m venv build/open-webui
+	build/open-webui/bin/pip install --quiet open-webui==0.12.4
 	touch $@
 
 # The yardstick lies beside the checkout where it is at hand.

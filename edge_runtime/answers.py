@@ -46,6 +46,8 @@ class Answer:
     """Most cells per picture after `fit` has lowered them; None where nothing was lowered."""
     shortened: bool = False
     """Whether a structured answer was brought to its end because tokens ran out: whole, but perhaps not all of it."""
+    stop_string: str | None = None
+    """The one of `stop` that ended the answer, which is not part of it; None when it ended otherwise."""
     tool_calls: list[ToolCall] = field(default_factory=list)
     malformed_calls: list[MalformedCall] = field(default_factory=list)
     """What was meant as a tool call and is none; it is part of the text, too."""
@@ -60,6 +62,10 @@ class Answer:
     """Of every token but the one that ended the answer; None when they were not asked for."""
     reasoning_tokens: int = 0
     """Of those of the completion: all up to the token that ended the reasoning."""
+    end_logprobs: TokenLogprobs | None = None
+    """Of the token that ended the answer, if one did and `logprobs` were asked for."""
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    """Of every token of the prompt, if they were asked for; the first, which nothing precedes, has NaN."""
     prefix: str = ""
     """What the conversation's last message had begun of this answer; `answer` is only what comes after it."""
     reasoning_prefix: str = ""
@@ -196,6 +202,8 @@ def make_answer(
     model: str,
     timings: Mapping[str, float],
     logprobs: list[TokenLogprobs] | None,
+    prompt_logprobs: list[TokenLogprobs] | None = None,
+    end_logprobs: TokenLogprobs | None = None,
     notice: str | None = None,
 ) -> Answer:
     """An answer out of what was asked and how it ended."""
@@ -212,11 +220,14 @@ def make_answer(
         dropped_turns=prepared.dropped_turns,
         fitted_slices=prepared.fitted_slices,
         shortened=end.shortened,
+        stop_string=end.stop_string,
         pictures=prepared.pictures,
         videos=prepared.videos,
         timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
         logprobs=logprobs,
         reasoning_tokens=end.reasoning_tokens,
+        prompt_logprobs=prompt_logprobs,
+        end_logprobs=end_logprobs,
         prefix=prepared.begun.content if prepared.begun else "",
         reasoning_prefix=prepared.begun.reasoning if prepared.begun else "",
         notice=notice,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from edge_runtime.encoder import Group, LazyGroup, LoadedGroup, n_patches
-from edge_runtime.requests import Progress, Task
+from edge_runtime.requests import Task
 
 GROUPS_AHEAD = 2
 """Of a video: decoded while another one is encoded."""
@@ -69,7 +69,7 @@ def await_frames(waiting: dict[Task, LazyGroup], *, idle: bool) -> None:
     """
     for task, group in waiting.items():
         done, total = group.reading
-        task.events.put(Progress("decode", done, total, done / total))
+        task.tell("decode", done, total, done / total)
         if idle:
             group.wait(WAIT_S / len(waiting))
 

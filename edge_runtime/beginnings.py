@@ -13,7 +13,6 @@ again and again, and nothing stays for ever.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from itertools import takewhile
 from typing import Any
 
 from edge_runtime.decoder import Decoder, common_beginning
-from edge_runtime.errors import EdgeRuntimeError, PromptTooLongError
+from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.messages import Message, parse_messages
 from edge_runtime.prompt import Prompt
 
@@ -82,29 +81,6 @@ class Beginnings:
                     self._known.popitem(last=False)
         n = common_beginning(found, ids)  # less than expected where a template looks at the conversation's end first
         return n if n >= LEAST else 0
-
-
-@contextlib.contextmanager
-def telling_of_tools(tools: Sequence[dict[str, Any]], count: Callable[[], int]) -> Iterator[None]:
-    """Let a refusal of a prompt that is too long say what of it are the tools: many clients add them unasked.
-
-    Parameters
-    ----------
-    count : tokens that they take.
-    """
-    try:
-        yield
-    except PromptTooLongError as error:
-        if not tools:
-            raise
-        which = (
-            "The tool that came with it takes"
-            if len(tools) == 1
-            else f"The {len(tools)} tools that came with it take"
-        )
-        raise PromptTooLongError(
-            f"{error} {which} {count()} of these tokens; send fewer, or switch them off in the client."
-        ) from None
 
 
 @dataclass

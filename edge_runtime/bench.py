@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from edge_runtime.config import decoder_config
-from edge_runtime.decoder import CHUNK_TOKENS
+from edge_runtime.decoder_options import CHUNK_TOKENS
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.loading import LoadOptions, load_parts, set_threads

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 from edge_runtime.clips import Clip, FramePart
 from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import MessageError, PromptTooLongError
 from edge_runtime.image import picture_size
 from edge_runtime.messages import ImagePart, Message, Part
-from edge_runtime.overflow import STEPS, Placed, turns, without_oldest
+from edge_runtime.overflow import STEPS, Placed, cuts, without_oldest
 from edge_runtime.prompt import ImageLayout, Prompt, iter_images
 from edge_runtime.slicing import Size, plan_slices
 
@@ -35,6 +36,8 @@ class Room:
     """Positions that are to stay free for the answer; at most a quarter of the context does."""
     visual: int | None = None
     """Most visual tokens."""
+    tools: Callable[[], str] = lambda: ""
+    """Tells the share of the tools, see `share_of_tools`."""
 
     @property
     def prompt(self) -> int:
@@ -105,8 +108,10 @@ class Reckoning:
         if room.visual is not None and sum(self.visual(1)) > room.visual:
             limit = f"pictures are to take {room.visual} at most"
         return PromptTooLongError(
-            f"The prompt has {self.total(most)} tokens, but {limit}; {sum(self.visual(most))} are for "
-            f"{self._told(most)}. {self._advice(room)}"
+            f"The prompt has {self.total(most)} tokens{room.tools()}, but {limit}; {sum(self.visual(most))} are for "
+            f"{self._told(most)}. {self._advice(room)}",
+            self.total(most),
+            room.n_ctx,
         )
 
     def _told(self, most: int) -> str:
@@ -160,7 +165,13 @@ class Budget:
     only_last_turn: bool = False
 
     def settle(
-        self, conversation: Sequence[Message], times: Sequence[Sequence[int]], build: Build, n_ctx: int, room: int
+        self,
+        conversation: Sequence[Message],
+        times: Sequence[Sequence[int]],
+        build: Build,
+        n_ctx: int,
+        room: int,
+        tools: Callable[[], str] = lambda: "",
     ) -> tuple[Sequence[Message], int | None]:
         """Hold a conversation against the context.
 
@@ -169,6 +180,7 @@ class Budget:
         times : temporal ids of all pictures; a group of them shares one placeholder.
         build : makes the prompt of messages and placeholders.
         n_ctx, room : positions of the context, and those to be kept free for the answer.
+        tools : tells the share of the tools.
 
         Returns
         -------
@@ -189,13 +201,13 @@ class Budget:
             placed.append(Placed(ImageLayout(index, (0, 0), picture.frames), [], []))
             index += picture.frames
         must_fit, left = conversation, placed
-        if self.only_last_turn and (n_turns := len(turns(conversation, placed))) > 1:
-            must_fit, left = without_oldest(conversation, placed, n_turns - 1)
+        if self.only_last_turn and (n_cuts := len(cuts(conversation, placed))) > 1:
+            must_fit, left = without_oldest(conversation, placed, n_cuts - 1)
         if not left:
             return conversation, None
         n_text = len(build(must_fit, left).ids)
         reckoning = Reckoning(pictures[-len(left) :], self.slicing, self.n_queries, n_text)
-        space = Room(n_ctx, room, visual)
+        space = Room(n_ctx, room, visual, tools)
         if not self.fit:
             if reckoning.total(reckoning.largest) >= n_ctx:
                 raise reckoning.refusal(space)
@@ -243,6 +255,41 @@ class _Lowering:
         if isinstance(part, ImagePart):
             return replace(part, max_slices=min(self.budget.limit(part), self.most))
         return part
+
+
+def share_of_tools(build: Callable[[Sequence[dict[str, Any]]], Prompt], tools: Sequence[dict[str, Any]]) -> str:
+    """Words for an error about a prompt that is too long: clients attach tools of which nobody has seen one.
+
+    Parameters
+    ----------
+    build : makes the prompt of the system prompts with tools; what they take does not depend on the turns.
+    """
+    if not tools:
+        return ""
+    n = len(build(tools).ids) - len(build([]).ids)
+    return f", of which {n} tokens are the {_count(len(tools), 'tool') if len(tools) > 1 else 'tool'}"
+
+
+def check_room_beside_tools(prompt: Prompt, n_ctx: int, told: Callable[[], str]) -> None:
+    """Refuse a prompt with tools that leaves no room for an answer.
+
+    Parameters
+    ----------
+    told : tells the share of the tools.
+
+    Raises
+    ------
+    PromptTooLongError
+        With what the tools take.
+    """
+    if len(prompt.ids) + 1 > n_ctx:
+        raise PromptTooLongError(
+            f"The prompt has {len(prompt.ids)} tokens{told()}, but the context holds {n_ctx}, one of them for the "
+            "answer; send fewer tools (clients attach them to every chat of a model that takes tools; serve --tools "
+            "off says that it takes none), a shorter text, or use a larger --ctx.",
+            len(prompt.ids),
+            n_ctx,
+        )
 
 
 def _count(n: int, noun: str) -> str:

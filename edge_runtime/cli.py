@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -28,19 +28,14 @@ from edge_runtime.document_options import (
     note_fitted,
     take_documents,
 )
-from edge_runtime.errors import MessageError
-from edge_runtime.file_names import find_named
 from edge_runtime.image import PIXEL_LIMIT
 from edge_runtime.messages import VideoPart
-from edge_runtime.piped import STDIN, Piped, read_pipe, waits_unread
+from edge_runtime.piped import STDIN, Piped
+from edge_runtime.run_checks import check_kept, check_stdin, check_system, note_before, read_schema
 from edge_runtime.serve_command import serve
 from edge_runtime.store_commands import COMMANDS, announce
-from edge_runtime.text_files import parse_json
 from edge_runtime.video_arguments import take_video, video_options, with_videos
-from edge_runtime.words import looks_like_file, parse_arguments
-
-if TYPE_CHECKING:
-    from edge_runtime.model import Model
+from edge_runtime.words import parse_arguments
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -270,74 +265,6 @@ def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None
     adapter = None if lora is None else lora.name
     setup["adapters"] = {} if lora is None else {adapter: lora}
     return options.pop("model"), setup, adapter
-
-
-def check_stdin(arguments: tuple[str, ...], schema: str | None) -> None:
-    """Refuse to read stdin twice."""
-    if schema in STDIN and any(word in STDIN for word in arguments):
-        raise click.UsageError("stdin can be read once: it is named as an argument and by --schema.")
-
-
-def check_system(system: str | None) -> None:
-    """Refuse the name of a file for the text in it."""
-    if system is not None and not any(c.isspace() for c in system) and looks_like_file(system):
-        raise click.UsageError(
-            f'--system is the name of a file, {system[:80]!r}, expected the text itself: --system "$(cat FILE)".'
-        )
-
-
-def check_kept(option: str, target: Path | None, content: list[Any]) -> None:
-    """Refuse to draw over one of the files that are asked about."""
-    sources = [part.source if isinstance(part, VideoPart) else part for part in content]
-    if target is None or not target.exists():
-        return
-    if any(isinstance(source, Path) and target.samefile(source) for source in sources):
-        raise click.UsageError(f"{option} would replace {target}, which is asked about: name another file.")
-
-
-def note_before(model: Model, content: list[Any], *, chatting: bool) -> None:
-    """Say what is to be known before an answer: that the model is a toy, that something was left unread."""
-    from edge_runtime import console
-    from edge_runtime.answers import TOY_NOTICE
-
-    if model.is_toy and not chatting:
-        console.note(TOY_NOTICE)
-    if all(isinstance(part, str) for part in content) and not chatting and waits_unread():
-        console.note("What stands on stdin was not read: name it '-' to ask about it.")
-
-
-def read_schema(source: str) -> Any:
-    """A JSON schema from its text, from a file, or from a pipe.
-
-    Raises
-    ------
-    MessageError
-        When there is no such file, or what is there is not JSON.
-    """
-    text: str | bytes = source
-    name = "--schema"
-    if not source.lstrip("\ufeff \t\r\n").startswith("{"):
-        name = source
-        try:
-            text = _schema_file(source)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-            reason = getattr(error, "strerror", None) or error
-            raise MessageError(
-                f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that begins with '{{'."
-            ) from None
-    try:
-        return parse_json(text)
-    except (ValueError, RecursionError) as error:
-        raise MessageError(f"{name} is not valid JSON: {error}; expected a JSON schema.") from None
-
-
-def _schema_file(source: str) -> str | bytes:
-    if source in STDIN:
-        found: Path | Piped | str = read_pipe(source)
-    else:
-        paths = find_named(source, any_case=True)
-        found = paths[0] if len(paths) == 1 else Path(source)
-    return found.read_bytes() if isinstance(found, Path) else found
 
 
 @main.command(cls=Command)

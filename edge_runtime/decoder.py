@@ -9,8 +9,7 @@ position is a key, and equal keys mean equal embeddings.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from gguf import GGMLQuantizationType
 from edge_runtime import llama
 from edge_runtime.adapters import Adapters
 from edge_runtime.config import decoder_config
+from edge_runtime.decoder_options import CHUNK_TOKENS, DecoderOptions
 from edge_runtime.errors import ModelFileError, PromptTooLongError
 from edge_runtime.filling import PastSpace, fill, is_ours, own_parts
 from edge_runtime.kv_state import Bytes, KVRows, UnknownState, build, parse
@@ -29,12 +29,9 @@ from edge_runtime.mapping import Region, let_go_of_region, watched
 from edge_runtime.prefill import Prefill
 from edge_runtime.weights import Float32, GGUFFile
 
-CHUNK_TOKENS = 512
-"""Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
 ROWS_AT_A_TIME = 128
 """Positions that are handed to the KV cache together: they are copied for it."""
-DEFAULT_CONTEXT = 8192
-N_SEQUENCES = 8
+SCORED_ROWS = 32  # positions of a prompt whose logits are computed in one call, where all are wanted
 N_HELD = 2
 """Sequences that hold what chats share (`beginnings`)."""
 FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
@@ -58,31 +55,7 @@ class Part(NamedTuple):
     """ndarray [shape=(n, hidden), float32]"""
     wants_logits: bool = True
     """Of the last position."""
-
-
-@dataclass(frozen=True)
-class DecoderOptions:
-    """How the decoder is set up.
-
-    `exact` takes a float32 KV cache and no flash attention: the default float16 cache alone moves logits by 1e-3 to
-    1e-2.
-    """
-
-    n_ctx: int = DEFAULT_CONTEXT
-    exact: bool = False
-    n_threads: int = 1
-    n_sequences: int = N_SEQUENCES
-    """Requests that can be computed side by side."""
-    kv_type: str | None = None
-    """One of `kv_types.KV_TYPES`; None takes the default of the arithmetic."""
-    n_ubatch: int = CHUNK_TOKENS
-    """Positions that llama.cpp works on at a time inside a call."""
-    repack: bool = False
-    """Copy the weights into another order when loading; needs their size in memory again."""
-    adapters: Mapping[str, str | Path] = field(default_factory=dict)
-    """Name to LoRA file."""
-    own_prefill: bool | None = None
-    """Whether prompts are computed by our kernels (`prefill`); None: where that pays. Never with `exact`."""
+    wants_all_logits: bool = False  # of every position, by llama.cpp then; at most `SCORED_ROWS` together
 
 
 def common_beginning(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
@@ -127,7 +100,8 @@ class Decoder:
             raise
         self.n_ctx = min(options.n_ctx, self.config.context_length)
         params = lib.llama_context_default_params()
-        params.n_seq_max = params.n_outputs_max = len(self._held)  # one row of logits per sequence and call
+        params.n_seq_max = len(self._held)
+        params.n_outputs_max = params.n_seq_max + SCORED_ROWS  # one row of logits per sequence and call, and these
         params.n_ctx = max(self.n_ctx, params.n_seq_max)  # with fewer cells than sequences llama.cpp aborts
         params.n_batch, params.n_ubatch = CHUNK_TOKENS, min(options.n_ubatch, CHUNK_TOKENS)
         params.kv_unified = True  # what is free belongs to whoever needs it, and a shared beginning is held once
@@ -222,9 +196,9 @@ class Decoder:
         if n_prompt + 1 > self.n_ctx:
             raise PromptTooLongError(
                 f"The prompt has {n_prompt} tokens, but the context holds {self.n_ctx} (the model was trained for "
-                f"{self.config.context_length}), one of them for the answer; "
-                "use fewer or smaller pictures (--max-slices), less of a video (--packing, --max-frames), a shorter "
-                "text, or a larger --ctx."
+                f"{self.config.context_length}), one of them for the answer; use fewer or smaller pictures "
+                "(--max-slices), less of a video (--packing, --max-frames), a shorter text, or a larger --ctx.",
+                *(n_prompt, self.n_ctx),
             )
 
     @property
@@ -329,7 +303,7 @@ class Decoder:
 
         Returns
         -------
-        rows : for each part the row of its last position, which asks for its logits.
+        rows : for each part the row of its last position, which asks for its logits; of those before it, one less.
 
         Raises
         ------
@@ -371,9 +345,9 @@ class Decoder:
                 batch.pos[n + i] = self.held(part.sequence) + i
                 batch.n_seq_id[n + i] = 1
                 batch.seq_id[n + i][0] = part.sequence
-                batch.logits[n + i] = False
+                batch.logits[n + i] = part.wants_all_logits
             n += len(part.keys)
-            batch.logits[n - 1] = part.wants_logits
+            batch.logits[n - 1] = part.wants_logits or part.wants_all_logits
             rows.append(n - 1)
         batch.n_tokens = n
         self.adapters.use(self._context, adapter)

@@ -21,9 +21,9 @@ from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
 from edge_runtime.keeping import Keeping
 from edge_runtime.prompt import Prompt
-from edge_runtime.requests import Activity, Event, EventQueue, Request, Task
+from edge_runtime.requests import Activity, Event, EventQueue, Expected, Request, Task
 from edge_runtime.sampling import SamplingOptions
-from edge_runtime.scheduler import Expected, Scheduler
+from edge_runtime.scheduler import Scheduler
 from edge_runtime.tokenizer import Tokenizer
 
 MOST_REQUESTS = 64
@@ -154,7 +154,7 @@ class Engine:
             if waiting >= MOST_REQUESTS:
                 raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
             self._open.add(task)
-        if self._keeping.prefixes is not None:
+        if self._keeping.prefixes is not None and not request.scores_prompt:
             adapter = self._decoder.adapters.identities[request.adapter]
             task.saved = self._keeping.prefixes.find(task.keys, adapter, self._scheduler.remembered(task))
         self._inbox.put(task)

@@ -51,7 +51,16 @@ class MessageError(EdgeRuntimeError):
 
 
 class PromptTooLongError(EdgeRuntimeError):
-    """A prompt that does not fit into the context window."""
+    """A prompt that does not fit into the context window.
+
+    Parameters
+    ----------
+    n_prompt, n_ctx : tokens of the prompt, and those that the context holds.
+    """
+
+    def __init__(self, message: str, n_prompt: int | None = None, n_ctx: int | None = None) -> None:
+        super().__init__(message)
+        self.n_prompt, self.n_ctx = n_prompt, n_ctx
 
 
 class EngineBusy(EdgeRuntimeError):  # noqa: N818 - says what is the matter, not that something broke

@@ -70,7 +70,10 @@ def own_parts(decoder: Decoder, prefill: Prefill | None, parts: Sequence[Part]) 
         i
         for i, part in enumerate(parts)
         # Through the sequence behind the last one rows are read and written.
-        if len(part.keys) > 1 and decoder.held(part.sequence) <= most and part.sequence != decoder.n_sequences
+        if len(part.keys) > 1
+        and decoder.held(part.sequence) <= most
+        and part.sequence != decoder.n_sequences
+        and not part.wants_all_logits
     ]
     return own if sum(len(parts[i].keys) for i in own) >= LEAST_ROWS else []
 

@@ -10,7 +10,7 @@ from edge_runtime.decoder import Decoder
 from edge_runtime.errors import ModelFileError
 from edge_runtime.messages import THINK_END
 from edge_runtime.requests import FinishReason, Task
-from edge_runtime.sampling import is_finite
+from edge_runtime.sampling import Sampler, is_finite
 from edge_runtime.tokenizer import Tokenizer
 
 
@@ -62,8 +62,8 @@ def _sample(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) -> Fin
     token_id = _next_token(task, row, decoder, tokenizer)
     task.count_token()
     reason: FinishReason | None = None
-    if token_id in tokenizer.stop_ids:
-        reason = "stop"
+    if token_id in tokenizer.stop_ids or (task.request.rules is not None and token_id in task.request.rules.stop_ids):
+        reason, task.end_score = "stop", task.score(decoder, row, token_id)
     else:
         for piece in task.stream.feed(token_id, task.score(decoder, row, token_id)):
             task.events.put(piece)
@@ -98,16 +98,27 @@ def _next_token(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) ->
     budget, think_end = task.request.thinking_budget, tokenizer.special_ids.get(THINK_END)
     if think_end is not None and stream.is_reasoning:
         is_over = task.must_answer or (budget is not None and task.n_tokens >= budget)
-        token_id = think_end if is_over else sampler.sample(decoder, row)
+        token_id = think_end if is_over else _free_token(task, sampler, row, decoder, tokenizer)
         if constraint is not None and token_id in tokenizer.stop_ids:
             token_id = think_end  # without an answer, the form would not be kept
         if is_over:
             sampler.accept(token_id)
         return token_id
     if constraint is None:
-        return sampler.sample(decoder, row)
+        return _free_token(task, sampler, row, decoder, tokenizer)
     logits = decoder.logits(row)
     room = min(task.request.max_tokens - task.n_tokens, decoder.n_ctx - len(task.keys))
     token_id = constraint.next_token(room, lambda ids: sampler.choose(ids, logits))
+    sampler.accept(token_id)
+    return token_id
+
+
+def _free_token(task: Task, sampler: Sampler, row: int, decoder: Decoder, tokenizer: Tokenizer) -> int:
+    """Sample from all tokens, or from those that the request's rules leave."""
+    rules = task.request.rules
+    ids = None if rules is None else rules.candidates(task.n_tokens, decoder.config.vocabulary, tokenizer.stop_ids)
+    if ids is None:
+        return sampler.sample(decoder, row)
+    token_id = sampler.choose(ids, decoder.logits(row))
     sampler.accept(token_id)
     return token_id

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.config import decoder_config
-from edge_runtime.decoder import DEFAULT_CONTEXT, Decoder, DecoderOptions
+from edge_runtime.decoder import Decoder
+from edge_runtime.decoder_options import DEFAULT_CONTEXT, DecoderOptions
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import MessageError, ModelFileError

@@ -6,6 +6,8 @@ and of forced tokens too. Knows nothing of requests.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +20,7 @@ from edge_runtime.weights import Float32
 MOST_ALTERNATIVES = 20  # OpenAI's limit
 LEAST_LOGPROB = -9999.0  # OpenAI writes this instead of minus infinity, which JSON does not have
 BLOCK = 256
+Kind = Literal["prompt", "reasoning", "answer"]
 
 
 class TokenScores(NamedTuple):
@@ -42,9 +45,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TokenLogprobs(TokenLogprob):
-    """A generated token, what it was part of, and the most probable tokens at its place."""
+    """A token, what it was part of, and the most probable tokens at its place."""
 
-    kind: Literal["reasoning", "answer"]
+    kind: Kind
     top_logprobs: list[TokenLogprob]
 
 
@@ -86,7 +89,7 @@ def score(logits: Float32, token_id: int, n_alternatives: int) -> TokenScores:
     return TokenScores(token_id, logprob(token_id), [(i, logprob(i)) for i in best])
 
 
-def describe(scores: TokenScores, kind: Literal["reasoning", "answer"], tokenizer: Tokenizer) -> TokenLogprobs:
+def describe(scores: TokenScores, kind: Kind, tokenizer: Tokenizer) -> TokenLogprobs:
     """Put scores into the form callers see."""
 
     def parts(token_id: int, logprob: float) -> dict[str, Any]:
@@ -96,3 +99,15 @@ def describe(scores: TokenScores, kind: Literal["reasoning", "answer"], tokenize
 
     alternatives = [TokenLogprob(**parts(*pair)) for pair in scores.alternatives]
     return TokenLogprobs(**parts(scores.id, scores.logprob), kind=kind, top_logprobs=alternatives)
+
+
+def describe_prompt(ids: Sequence[int], scores: Sequence[TokenScores], tokenizer: Tokenizer) -> list[TokenLogprobs]:
+    """Put scores of a prompt's tokens into the form callers see; nothing where another answer to it has them.
+
+    Parameters
+    ----------
+    scores : of all but the first, which nothing precedes: it has NaN.
+    """
+    if len(scores) + 1 != len(ids):
+        return []
+    return [describe(item, "prompt", tokenizer) for item in (TokenScores(ids[0], math.nan, []), *scores)]

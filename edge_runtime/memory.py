@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from edge_runtime.decoder import CHUNK_TOKENS, DEFAULT_CONTEXT
+from edge_runtime.decoder_options import CHUNK_TOKENS, DEFAULT_CONTEXT
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder
 from edge_runtime.errors import NotEnoughMemoryError
 from edge_runtime.filling import MOST_PAST_BYTES, is_ours

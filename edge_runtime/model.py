@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,37 +9,38 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import numpy as np
-
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
-from edge_runtime.beginnings import Beginnings, telling_of_tools
-from edge_runtime.capabilities import capabilities
+from edge_runtime.beginnings import Beginnings
 from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
-from edge_runtime.embedding import embed
-from edge_runtime.encoder import Group
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
 from edge_runtime.forms import choose_form
 from edge_runtime.grammar import GrammarVocabulary
-from edge_runtime.image import ImageSource, load_image
+from edge_runtime.inside import Inside
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
-from edge_runtime.logprobs import TokenLogprobs
-from edge_runtime.options import check_begun, check_counts, check_form, check_lengths, check_streaming, count_beams
-from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
-from edge_runtime.prompt import Prompt
-from edge_runtime.requests import Activity, Finished, Request
+from edge_runtime.logprobs import TokenLogprobs, describe, describe_prompt
+from edge_runtime.options import (
+    check_begun,
+    check_counts,
+    check_form,
+    check_lengths,
+    check_scores,
+    check_streaming,
+    count_beams,
+)
+from edge_runtime.pipeline import Prepared, PromptOptions, prepare
+from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
-from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.text_form import choose_text_form
+from edge_runtime.token_rules import choose_rules
 from edge_runtime.tools import checked_tools, function_names
-from edge_runtime.tracing import Trace, trace
-from edge_runtime.weights import Float32
 
 
-class Model:
+class Model(Inside):
     """A loaded model. Make one with `Model.load`; it answers from any thread, many requests side by side."""
 
     def __init__(self, paths: ModelPaths, options: LoadOptions) -> None:
@@ -124,26 +124,6 @@ class Model:
         """What the model was called when it was loaded."""
         return self.paths.name
 
-    @property
-    def capabilities(self) -> list[str]:
-        """What it can do, by Ollama's names: completion, vision, tools, thinking."""
-        return capabilities(self._decoder.file)
-
-    @property
-    def fills_itself(self) -> bool:
-        """Whether prompts are computed by our kernels, which must be compiled once on a machine."""
-        return self._decoder.fills_itself
-
-    @property
-    def n_ctx(self) -> int:
-        """Context length in tokens."""
-        return self._decoder.n_ctx
-
-    @property
-    def activity(self) -> Activity:
-        """How many requests wait and run now, of how many at most, and how often a picture was known already."""
-        return self._engine.activity
-
     @overload
     def chat(self, messages: str | Sequence[Any], *, stream: Literal[False] = False, **options: Any) -> Answer: ...
     @overload
@@ -218,7 +198,13 @@ class Model:
         logit_bias: Mapping[int, float] | None = None,
         logprobs: bool = False,
         top_logprobs: int = 0,
+        prompt_logprobs: bool = False,
+        prompt_only: bool = False,
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+        ignore_eos: bool = False,
+        allowed_token_ids: Sequence[int] | None = None,
         stop_in_reasoning: bool = False,
         thinking_budget: int | None = None,
         repetition_check: bool = True,
@@ -226,6 +212,9 @@ class Model:
         follow_up: bool = False,
         schema: Mapping[str, Any] | None = None,
         json: bool = False,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         tools: Sequence[dict[str, Any]] = (),
         tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
@@ -249,7 +238,10 @@ class Model:
         logit_bias : token id → what is added to its logit, from -100 to 100.
         logprobs : tell the log probability of every token; see `edge_runtime.logprobs`.
         top_logprobs : and of so many of the most probable ones at its place, at most 20.
+        prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
+        prompt_only : end where the prompt is computed, with an empty answer.
         stop : strings that end the answer; they are not part of it.
+        stop_token_ids, min_tokens, ignore_eos, allowed_token_ids : see `token_rules`.
         stop_in_reasoning : whether they end it in the reasoning already.
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
@@ -258,6 +250,8 @@ class Model:
         schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
             reasoning. The model is not told: say in the question what is wanted.
         json : the answer is some JSON object.
+        choices, regex, grammar : the answer is one of these texts, matches a regular expression as a whole, or is
+            derived by a grammar (GBNF or Lark); see `text_form`. One of them at most, and no schema.
         tools : functions the model may call, in OpenAI's form; see `tools`.
         tool_choice : "auto", "none" (the model is not told of them), "required" (the answer is one call), or a
             function's name (a call of that one).
@@ -304,26 +298,34 @@ class Model:
         form = choose_form(
             schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
         )
-        check_form(form is not None, n_beams)
-        telling = functools.partial(telling_of_tools, tools, lambda: self._count_tools(tools))
-        with telling():
-            prepared = self._prepare(
-                messages,
-                *(on_image, on_look),
-                room=max_tokens,
-                refuse=True,
-                thinking=thinking,
-                tools=tools,
-                **prompt_options,
-            )
+        texts = {"choices": choices, "regex": regex, "grammar": grammar}
+        bound = choose_text_form(texts, form, bool(tools), lambda: self._grammar_vocabulary)
+        check_form(bound is not None, n_beams)
+        rules = choose_rules(
+            *(stop_token_ids, min_tokens, ignore_eos, allowed_token_ids),
+            tokenizer=self.tokenizer,
+            is_bound=bound is not None or n_beams > 1,
+            has_stops=bool(stop),
+        )
+        prepared = self._prepare(
+            messages,
+            *(on_image, on_look),
+            room=0 if prompt_only else max_tokens,
+            refuse=True,
+            thinking=thinking,
+            tools=tools,
+            **prompt_options,
+        )
+        if prompt_logprobs:
+            check_scores(logprobs=logprobs, n_beams=n_beams, has_pictures=bool(prepared.groups))
         begun = prepared.begun
         if begun is not None:
             check_begun(begun, tools)
-            form = form.behind(begun.content) if form is not None else None
+            bound = bound.behind(begun.content) if bound is not None else None
             thinking = begun.is_reasoning
-        if form is not None and thinking:
+        if bound is not None and thinking:
             room = min(max_tokens, self.n_ctx - len(prepared.prompt.ids))
-            thinking_budget = form.limit_reasoning(thinking_budget, room)
+            thinking_budget = bound.limit_reasoning(thinking_budget, room)
         image_s = time.perf_counter() - started
         request = Request(
             prepared.prompt,
@@ -331,7 +333,7 @@ class Model:
             prepared.digests,
             chosen,
             thinking,
-            max_tokens,
+            0 if prompt_only else max_tokens,
             stop,
             thinking_budget,
             repetition_check,
@@ -339,9 +341,10 @@ class Model:
             top_logprobs if logprobs else None,
             n_beams,
             adapter,
-            form,
+            bound,
             tuple(function_names(tools)),
             begun,
+            rules,
             shared=prepared.shared,
         )
 
@@ -355,6 +358,7 @@ class Model:
             if timings["first_token"]:
                 timings["first_token"] += image_s
             given = scores if logprobs else None
+            ids = prepared.prompt.ids
             found = make_answer(
                 prepared,
                 end,
@@ -363,19 +367,18 @@ class Model:
                 model=self.name,
                 timings=timings,
                 logprobs=given,
+                prompt_logprobs=describe_prompt(ids, end.prompt_scores, self.tokenizer) if prompt_logprobs else None,
+                end_logprobs=None if end.end_score is None else describe(end.end_score, "answer", self.tokenizer),
                 notice=TOY_NOTICE if self.is_toy else None,
             )
             if follow_up:
                 self._ahead.follow(prepared, request, found)
             return found
 
-        requests = [replace(request, sampling=chosen.numbered(i)) for i in range(n)]
-        with telling():
-            return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
-
-    def _count_tools(self, tools: Sequence[dict[str, Any]]) -> int:
-        """Tokens of a prompt that describe tools."""
-        return len(self.build_prompt("What", tools=tools).ids) - len(self.build_prompt("What").ids)
+        requests = [
+            replace(request, sampling=chosen.numbered(i), scores_prompt=prompt_logprobs and i == 0) for i in range(n)
+        ]
+        return [AnswerStream(running, finish) for running in self._engine.submit_all(requests)]
 
     @cached_property
     def _grammar_vocabulary(self) -> GrammarVocabulary:
@@ -416,64 +419,6 @@ class Model:
             on_image=on_image,
             on_look=on_look,
         )
-
-    def slices(self, image: ImageSource, max_slices: int | None = None) -> list[Slice]:
-        """Slices of a picture as the vision tower gets them."""
-        picture, slicing = load_image(image), self._encoder.slicing
-        plan = plan_slices(*picture.size, slicing, max_slices)
-        check_plan(*picture.size, plan, slicing)
-        return slice_image(picture, plan, slicing)
-
-    def encode_image(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
-        """Visual tokens of a picture: one ndarray [shape=(queries, hidden), float32] per slice."""
-        return self.encode_video([image], [[-1]], max_slices)
-
-    def encode_video(
-        self, frames: Sequence[ImageSource], temporal_ids: Sequence[Sequence[int]], max_slices: int | None = 1
-    ) -> list[Float32]:
-        """Visual tokens of packed video frames.
-
-        Parameters
-        ----------
-        frames : pictures of one size.
-        temporal_ids : times in units of 0.1 s, cut into the groups that share queries.
-
-        Returns
-        -------
-        tokens : one ndarray [shape=(queries, hidden), float32] per group, slice after slice inside a group of frames.
-        """
-        left = iter(frames)
-        frame_slices = ([self.slices(next(left), max_slices) for _ in ids] for ids in temporal_ids)
-        groups = [
-            group for ids, cut in zip(temporal_ids, frame_slices, strict=True) for group in pack_frames(cut, ids)
-        ]
-        return self._engine.call(lambda: self._encode(groups))
-
-    def vision_features(self, image: ImageSource, max_slices: int | None = None) -> list[Float32]:
-        """Output of the vision tower, before the resampler: one ndarray [shape=(P, width), float32] per slice."""
-        slices = self.slices(image, max_slices)
-        return self._engine.call(lambda: [self._encoder.tower.encode([item])[0] for item in slices])
-
-    def build_prompt(self, messages: str | Sequence[Any], **prompt_options: Any) -> Prompt:
-        """Text, token ids and places of the visual tokens of a conversation, without computing anything."""
-        return self._prepare(messages, **prompt_options).prompt
-
-    def trace(
-        self, messages: str | Sequence[Any], n_tokens: int, *, adapter: str | None = None, **prompt_options: Any
-    ) -> Trace:
-        """Logits after the prompt and the `n_tokens` most probable tokens; for comparing with the official code."""
-        prepared = self._prepare(messages, **prompt_options)
-        return self._engine.call(lambda: trace(self._decoder, self._embeddings(prepared), n_tokens, adapter))
-
-    def _encode(self, groups: Sequence[Group]) -> list[Float32]:
-        tokens = self._encoder.encode(groups)
-        if self._low_memory:
-            self._encoder.unload()
-        return tokens
-
-    def _embeddings(self, prepared: Prepared) -> Float32:
-        places = dict(zip(prepared.prompt.bounds, self._encode(prepared.groups), strict=True))
-        return embed(self._decoder, np.asarray(prepared.prompt.ids, np.int64), places)
 
     def warm_up(self) -> None:
         """Compute what chats shared when this model was last loaded (system prompt and tools) while nobody asks.

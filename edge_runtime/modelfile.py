@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 from edge_runtime.config import OWN_PROJECTOR, check_mmproj, decoder_config
-from edge_runtime.decoder import DEFAULT_CONTEXT
+from edge_runtime.decoder_options import DEFAULT_CONTEXT
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.sources import visible

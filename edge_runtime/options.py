@@ -83,6 +83,25 @@ def check_counts(
         )
 
 
+def check_scores(*, logprobs: bool, n_beams: int, has_pictures: bool) -> None:
+    """Refuse log probabilities of a prompt where they cannot be told.
+
+    Raises
+    ------
+    MessageError
+        Saying why.
+    """
+    if not logprobs:
+        raise MessageError("prompt_logprobs is on, but logprobs is off; set logprobs=True.")
+    if n_beams > 1:
+        raise MessageError("prompt_logprobs was given together with a beam search; leave one of them out.")
+    if has_pictures:
+        raise MessageError(
+            "prompt_logprobs was given for a prompt with pictures, whose places have no tokens; leave one of the two "
+            "out."
+        )
+
+
 def check_begun(begun: Begun, tools: Sequence[Any]) -> None:
     """Refuse to go on inside a tool call, which nobody could read as one.
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.beginnings import Beginnings
-from edge_runtime.budget import Budget
+from edge_runtime.budget import Budget, check_room_beside_tools, share_of_tools
 from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
 from edge_runtime.continuation import Begun, find_begun
@@ -52,6 +52,8 @@ class PromptOptions(DocumentOptions):
     """Functions the model is told of, in OpenAI's form."""
     raw: bool = False
     """Take the text as the prompt, without the chat template."""
+    prompt_ids: Sequence[int] | None = None
+    """Token ids that are the prompt as they stand; with `raw`, in the place of messages."""
     pixel_limit: int = PIXEL_LIMIT
     video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 - frozen
     context_shift: bool = False
@@ -137,6 +139,8 @@ def prepare(
     """
     checked_max_slices(options.max_slices)
     checked_tools(options.tools, "auto")
+    if options.prompt_ids is not None:
+        return Prepared(_prompt_of_ids(options, tokenizer), [])
     conversation: Sequence[Message] = parse_messages(messages)
     conversation, begun = find_begun(
         conversation, options.continue_final_message, thinking=options.thinking, raw=options.raw
@@ -151,7 +155,12 @@ def prepare(
     has_video = any(isinstance(part, FramePart) for part in parts)
     numbered = slicing.use_image_id and not has_video if options.use_image_id is None else options.use_image_id
 
-    def build(messages: Sequence[Message], pictures: Sequence[Placed], begun: Begun | None = begun) -> Prompt:
+    def build(
+        messages: Sequence[Message],
+        pictures: Sequence[Placed],
+        begun: Begun | None = begun,
+        tools: Sequence[dict[str, Any]] = options.tools,
+    ) -> Prompt:
         return build_prompt(
             messages,
             [item.layout for item in pictures],
@@ -160,17 +169,21 @@ def prepare(
             template=template,
             thinking=options.thinking,
             use_image_id=numbered,
-            tools=options.tools,
+            tools=tools,
             raw=options.raw,
             begun=begun,
         )
+
+    def told() -> str:
+        few = [*(message for message in conversation if message.role == "system"), Message("user", ("?",))]
+        return share_of_tools(lambda tools: build(few, [], None, tools), options.tools)
 
     fitted: int | None = None
     if refuse or options.fit:
         budget = Budget(
             slicing, n_queries, options.max_slices, options.pixel_limit, options.fit, options.context_shift
         )
-        conversation, fitted = budget.settle(conversation, times, build, n_ctx, room)
+        conversation, fitted = budget.settle(conversation, times, build, n_ctx, room, told)
         parts = list(iter_images(conversation))
 
     placed: list[Placed] = []
@@ -188,6 +201,8 @@ def prepare(
         prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
     else:
         prompt, n_dropped = build(conversation, placed), 0
+    if refuse and options.tools:
+        check_room_beside_tools(prompt, n_ctx, told)
     known = conversation if begun is None else conversation[:-1]
     shared = 0
     if beginnings is not None and not options.raw:
@@ -214,6 +229,19 @@ def prepare(
         None if n_dropped or options.raw else lambda more: build([*known, *more], placed, None),
         shared,
     )
+
+
+def _prompt_of_ids(options: PromptOptions, tokenizer: Tokenizer) -> Prompt:
+    """A prompt that was given in tokens."""
+    ids, n = options.prompt_ids, len(tokenizer.tokens)
+    if not options.raw:
+        raise MessageError("prompt_ids was given without raw=True, but the chat template makes its own tokens.")
+    if not isinstance(ids, list | tuple) or not ids:
+        raise MessageError("The prompt's tokens are no list, or an empty one; expected token ids.")
+    for number, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < n:
+            raise MessageError(f"Token {number} of the prompt is {token_id!r}; expected a number from 0 to {n - 1}.")
+    return Prompt(b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace"), [*ids], [])
 
 
 def _place(

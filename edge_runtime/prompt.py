@@ -116,9 +116,11 @@ def _as_it_stands(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) 
     allowed = frozenset(tokenizer.special_ids) - holders
     parts = (part for message in messages for part in message.parts)
     # Texts side by side are one text, in which `<ima` and `ge>` are a special token.
-    runs = ((is_text, list(run)) for is_text, run in groupby(parts, lambda part: isinstance(part, str)))
-    return "".join(
-        tokenizer.guard("".join(map(str, run)), mark, allowed) if is_text else (PLACEHOLDER + "\n") * len(run)
+    runs = [(is_text, list(run)) for is_text, run in groupby(parts, lambda part: isinstance(part, str))]
+    # Pictures before all text stand on lines of their own, as in the template; between texts, just where they are.
+    before = (PLACEHOLDER + "\n") * len(runs.pop(0)[1]) if not runs[0][0] else ""
+    return before + "".join(
+        tokenizer.guard("".join(map(str, run)), mark, allowed) if is_text else PLACEHOLDER * len(run)
         for is_text, run in runs
     )
 

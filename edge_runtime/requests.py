@@ -23,6 +23,8 @@ from edge_runtime.prompt import Prompt
 from edge_runtime.sampling import Sampler, SamplingOptions
 from edge_runtime.saved_prefixes import Saved
 from edge_runtime.streaming import Piece, RepetitionDetector, TextStream
+from edge_runtime.text_form import TextConstraint, TextForm
+from edge_runtime.token_rules import TokenRules
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import Float32
 
@@ -39,6 +41,9 @@ class Progress:
     total: int
     share: float = 0.0
     """Of the stage that is done, from 0 to 1; finer than `done`, which counts whole slices."""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of them, those that needed no prefill."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,12 @@ class Finished:
     """Whether a structured answer was brought to its end because tokens ran out."""
     reasoning_tokens: int = 0
     """Of those of the completion."""
+    prompt_scores: tuple[TokenScores, ...] = ()
+    """Of the prompt's tokens but the first, where they were asked for."""
+    end_score: TokenScores | None = None
+    """Of the token that ended the answer, if one did and scores were asked for."""
+    stop_string: str | None = None
+    """The one of the request's that ended the answer, if one did."""
 
 
 Event = Progress | Piece | Finished
@@ -86,12 +97,16 @@ class Request:
     """More than one: the answer of a beam search."""
     adapter: str | None = None
     """Name of the LoRA adapter to compute with."""
-    form: AnswerForm | None = None
+    form: AnswerForm | TextForm | None = None
     """What the answer must look like."""
     tools: Sequence[str] = ()
     """Names of the functions that the model may call."""
     begun: Begun | None = None
     """The turn that the answer goes on with; it stands in the prompt."""
+    rules: TokenRules | None = None
+    """Which tokens may be chosen, and which end the answer; None: what the model writes."""
+    scores_prompt: bool = False
+    """Tell the log probabilities of the prompt's tokens, too, with `n_alternatives`; nothing of it is reused then."""
     reads_ahead: bool = False
     """Compute the prompt and nothing else, as long as nobody asks for anything; see `ahead`."""
     shared: int = 0
@@ -163,6 +178,15 @@ class EventQueue:
                 await arrived.wait()
 
 
+@dataclass(frozen=True)
+class Expected:
+    """A beginning that will probably be asked for."""
+
+    request: Request
+    """That reads ahead."""
+    saved: Saved = field(default_factory=Saved)
+
+
 @dataclass(eq=False)
 class Task:
     """A request on its way through the scheduler."""
@@ -183,7 +207,7 @@ class Task:
     """Another task that is computing a beginning of this one; it is waited for."""
     sampler: Sampler | None = None
     stream: TextStream | None = None
-    constraint: Constraint | None = None
+    constraint: Constraint | TextConstraint | None = None
     must_answer: bool = False
     """Whether reasoning is to end with the next token."""
     circles: RepetitionDetector = field(default_factory=RepetitionDetector)
@@ -192,6 +216,10 @@ class Task:
     missing: dict[bytes, Group] = field(default_factory=dict)
     n_slices: int = 0
     """To be encoded in all."""
+    prompt_scores: list[TokenScores] = field(default_factory=list)
+    """Of the prompt's tokens behind the first, as far as they are computed."""
+    end_score: TokenScores | None = None
+    """Of the token that ended the answer."""
     n_cached: int = 0
     n_tokens: int = 0
     timings: dict[str, float] = field(
@@ -201,6 +229,11 @@ class Task:
     is_finished: bool = False
     """Whether the last event was sent."""
     _finishing: Any = field(default_factory=threading.RLock)  # collecting a forgotten request may cancel it in here
+
+    @property
+    def is_scoring(self) -> bool:
+        """Whether the prompt is being computed for its log probabilities."""
+        return self.request.scores_prompt and not self.n_tokens
 
     @property
     def sequences(self) -> list[int]:
@@ -249,6 +282,23 @@ class Task:
         n = self.request.n_alternatives
         return None if n is None else score(decoder.logits_view(row), token_id, n)
 
+    def score_prompt(self, decoder: Decoder, n: int, row: int) -> None:
+        """Take log probabilities of the tokens that follow the last `n` positions that are held of the prompt.
+
+        Parameters
+        ----------
+        row : of the last call, for the last of them.
+        """
+        ids, n_alternatives, first = (
+            self.request.prompt.ids,
+            self.request.n_alternatives or 0,
+            len(self.prompt_scores),
+        )
+        for i in range(n):
+            if first + i + 1 < len(ids):
+                logits = decoder.logits_view(row - n + 1 + i)
+                self.prompt_scores.append(score(logits, ids[first + i + 1], n_alternatives))
+
     def put_answer(self, found: Beam, stop_ids: frozenset[int]) -> FinishReason:
         """Send the pieces of a whole answer; returns why it ends."""
         assert self.stream is not None
@@ -278,7 +328,35 @@ class Task:
             self.is_finished = True
         shortened = self.constraint is not None and self.constraint.shortened
         n_reasoning = self.stream.n_reasoning if self.stream is not None else 0
-        self.events.put(Finished(reason, self.n_tokens, self.n_cached, dict(self.timings), shortened, n_reasoning))
+        met = self.stream.stop_string if self.stream is not None and reason == "stop" else None
+        self.events.put(
+            Finished(
+                reason,
+                self.n_tokens,
+                self.n_cached,
+                dict(self.timings),
+                shortened,
+                n_reasoning,
+                tuple(self.prompt_scores),
+                self.end_score,
+                met,
+            )
+        )
+
+    def tell(self, stage: Literal["decode", "encode", "prefill"], done: int, total: int, share: float = 0.0) -> None:
+        """Tell how far the work before the first token is; from the engine's thread, once a sequence was found."""
+        prompt = len(self.request.prompt.ids)
+        self.events.put(Progress(stage, done, total, share, prompt, self.n_cached))
+
+    def tell_encode(self, partial: float = 0.0) -> None:
+        """Tell how many slices are encoded, and how much of those that are being encoded, in slices."""
+        done = self.n_slices - sum(len(group) for group in self.missing.values())
+        self.tell("encode", done, self.n_slices, (done + partial) / self.n_slices)
+
+    def tell_prefill(self, held: int) -> None:
+        """Tell how much of the prompt is computed: `held` positions stand in the KV cache."""
+        done, total = held - self.n_cached, len(self.request.prompt.ids) - self.n_cached
+        self.tell("prefill", done, total, max(0.0, done / max(1, total)))
 
     def fail(self, error: Exception) -> None:
         """Send an error as the last event, unless there was one."""

@@ -15,46 +15,31 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from edge_runtime.batches import await_frames, next_batch, release
 from edge_runtime.beginnings import HeldBeginnings
-from edge_runtime.decoder import CHUNK_TOKENS, ROWS_AT_A_TIME, CacheFull, Cancelled, Decoder, Part, common_beginning
-from edge_runtime.embedding import embed
+from edge_runtime.call_plan import CallPlanner
+from edge_runtime.decoder import (
+    ROWS_AT_A_TIME,
+    CacheFull,
+    Cancelled,
+    Decoder,
+    common_beginning,
+)
 from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
 from edge_runtime.kv_state import UnknownState
 from edge_runtime.memory import give_back
-from edge_runtime.requests import Activity, FinishReason, Progress, Request, Task, is_worth_leaving
+from edge_runtime.requests import Activity, Expected, FinishReason, Task, is_worth_leaving
 from edge_runtime.saved_prefixes import Recorded, Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
-from edge_runtime.weights import Float32
-from edge_runtime.width import CallWidth
 
-TURN_S = 0.25
-"""How long a prompt may hold up running answers at a time."""
-LEAST_CHUNK = 16  # tokens of a prompt per turn, however slow the machine
-LEAST_OWN_CHUNK = 128  # the same where our prefill computes them: fewer take nearly as long
 WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing
-AHEAD_CHUNK = 64
-"""Tokens read ahead per call: as many are lost when somebody asks meanwhile."""
-
 
 logger = logging.getLogger("edge_runtime")
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A beginning that will probably be asked for."""
-
-    request: Request
-    """That reads ahead."""
-    saved: Saved = field(default_factory=Saved)
 
 
 class Scheduler:
@@ -66,8 +51,6 @@ class Scheduler:
         self._visual_tokens = VisualTokenCache(saved=keeping.tokens)
         self._adapters: dict[int, str | None] = {}
         """Which adapter computed what a sequence holds."""
-        self._served: str | None = None
-        """Adapter of the last call."""
         self._waiting: deque[Task] = deque()
         self._active: list[Task] = []
         self._idle = list(range(decoder.n_sequences))
@@ -75,9 +58,7 @@ class Scheduler:
         self._is_crowded = False
         """Whether a task had to step back and nobody has ended since: nobody is let in then, or it would go on so."""
         self._has_seen_pictures = False
-        self._row_s = TURN_S / 64
-        """Seconds that a position of a prompt took lately."""
-        self._width = CallWidth()
+        self._planner = CallPlanner(decoder)
         self._beginnings = HeldBeginnings(decoder)
         self._expected: deque[Expected] = deque()
         """To be computed when nobody asks."""
@@ -105,7 +86,7 @@ class Scheduler:
     @property
     def waiting_s(self) -> float:
         """About how long the prompts of waiting tasks will take, but for what is remembered of them."""
-        return self._row_s * sum(len(task.keys) - self.remembered(task) for task in self._waiting)
+        return self._planner.row_s * sum(len(task.keys) - self.remembered(task) for task in self._waiting)
 
     def add(self, task: Task) -> None:
         """Take in a new task; it is computed as soon as a sequence is free."""
@@ -130,7 +111,7 @@ class Scheduler:
         for task in [*self._waiting]:
             if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
-            if not self._follows(task):
+            if task.is_scoring or not self._follows(task):
                 self._admit(task)
         self._encode()
         self._decode()
@@ -208,6 +189,7 @@ class Scheduler:
         n = self._restore(task, n)
         if not task.n_tokens:
             task.n_cached = n
+            task.prompt_scores.clear()  # of a task that had to step back in the middle of its prompt
         bounds = task.request.prompt.bounds
         behind = [i for i, (_, end) in enumerate(bounds) if end > n]
         known = {task.request.digests[i]: self._visual_tokens.get(task.request.digests[i]) for i in behind}
@@ -219,7 +201,7 @@ class Scheduler:
         if task.missing and task.request.reads_ahead:
             self._end(task, "cancelled")  # what stood here was forgotten meanwhile
         elif task.missing:
-            task.events.put(Progress("encode", 0, task.n_slices))
+            task.tell("encode", 0, task.n_slices)
         else:
             self._begin_prefill(task)
 
@@ -263,8 +245,8 @@ class Scheduler:
         return n
 
     def _common(self, sequence: int, task: Task) -> int:
-        if self._adapters.get(sequence) != task.request.adapter:
-            return 0
+        if self._adapters.get(sequence) != task.request.adapter or task.is_scoring:
+            return 0  # what was computed before has no logits
         return self._decoder.common(sequence, task.keys)
 
     def _restore(self, task: Task, n: int) -> int:
@@ -369,7 +351,7 @@ class Scheduler:
             if task.missing.keys() & found.keys():
                 task.tokens |= {digest: found[digest] for digest in task.missing.keys() & found.keys()}
                 task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
-                self._report_encode(task)
+                task.tell_encode()
                 if not task.missing:
                     self._begin_prefill(task)
         if not any(task.missing for task in self._active):
@@ -382,28 +364,23 @@ class Scheduler:
         if all(task.is_cancelled() for task in tasks):
             raise Cancelled
         for task in tasks:
-            self._report_encode(task, share * sum(len(batch[name]) for name in batch.keys() & task.missing.keys()))
-
-    @staticmethod
-    def _report_encode(task: Task, partial: float = 0.0) -> None:
-        done = task.n_slices - sum(len(group) for group in task.missing.values())
-        task.events.put(Progress("encode", done, task.n_slices, (done + partial) / task.n_slices))
+            task.tell_encode(share * sum(len(batch[name]) for name in batch.keys() & task.missing.keys()))
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
-        self._report_prefill(task)
+        task.tell_prefill(self._decoder.held(task.sequence))
 
     # --- prefill and generation ----------------------------------------------------------------------------------
 
     def _decode(self) -> None:
         """One call of llama.cpp: the last token of every running answer, and parts of prompts."""
-        tasks, parts = self._plan()
+        tasks, parts = self._planner.plan(self._active)
         if not tasks:
             return
         started, n_rows = time.perf_counter(), sum(len(part.keys) for part in parts)
         try:
             rows = self._decoder.step(
-                parts, lambda: is_worth_leaving(tasks, parts, started, self._row_s), tasks[0].request.adapter
+                parts, lambda: is_worth_leaving(tasks, parts, started, self._planner.row_s), tasks[0].request.adapter
             )
         except Cancelled:
             return  # the next turn ends those who were cancelled, and computes the others' parts again
@@ -418,17 +395,19 @@ class Scheduler:
             for task in dict.fromkeys(tasks):
                 self._fail(task, error)
             return
-        if n_rows > len(tasks):
-            self._row_s = (time.perf_counter() - started) / n_rows
-        else:
-            self._width.note(n_rows, time.perf_counter() - started)
+        self._planner.note(n_rows, len(tasks), time.perf_counter() - started)
         rows_of: dict[Task, list[int]] = {}
         for task, part, row in zip(tasks, parts, rows, strict=True):
             if not task.n_tokens:
-                self._report_prefill(task)
+                task.tell_prefill(self._decoder.held(task.sequence))
+            if part.wants_all_logits:
+                task.score_prompt(self._decoder, len(part.keys), row)
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._hold(task)
                 self._end(task, "stop")
+            elif not task.request.max_tokens and self._decoder.held(task.sequence) == len(task.keys):
+                task.take_lap("prefill")
+                self._end(task, "length")  # the prompt was all that was wanted
             elif part.wants_logits and not task.is_cancelled():
                 if not task.n_tokens:
                     self._hold(task)
@@ -439,66 +418,6 @@ class Scheduler:
                     self._end(task, reason)
             except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
                 self._fail(task, error)
-
-    def _plan(self) -> tuple[list[Task], list[Part]]:
-        """Tasks of the next call and what each appends; a task with beams stands there once for each."""
-        able = [task for task in self._active if not task.missing]
-        left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in able}
-        is_flowing = any(task.beam_run or (task.n_tokens and left[task] == 1) for task in able)
-        able = self._of_one_adapter(able)
-        searching, ready = [task for task in able if task.beam_run], [task for task in able if not task.beam_run]
-        running = [task for task in ready if left[task] == 1 and not task.request.reads_ahead]
-        if len(running) == len(able):  # nothing but next tokens: who has waited for longest comes first
-            running = sorted(running, key=lambda task: task.lap)[: self._width.choose(len(running))]
-        tasks, parts = [*running], [Part(task.sequence, task.keys[-1:]) for task in running]
-        for task in searching:
-            assert task.beam_run is not None
-            beams = task.beam_run.parts()
-            tasks += [task] * len(beams)
-            parts += beams
-        room = min(CHUNK_TOKENS, self._decoder.chunk) - len(parts)
-        if is_flowing:
-            least = LEAST_OWN_CHUNK if self._decoder.fills_itself else LEAST_CHUNK
-            room = min(room, max(least, int(TURN_S / self._row_s)))
-        for task in ready:
-            if (left[task] > 1 or task.request.reads_ahead) and room > 0:
-                n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)
-                tasks.append(task)
-                parts.append(self._prompt_part(task, n, whole=n == left[task]))
-                room -= n
-        return tasks, parts
-
-    def _of_one_adapter(self, ready: list[Task]) -> list[Task]:
-        """Tasks that one call can compute together: adapters take turns."""
-        names = [*dict.fromkeys(task.request.adapter for task in ready)]
-        if len(names) < 2:
-            return ready
-        at = names.index(self._served) + 1 if self._served in names else 0
-        self._served = names[at % len(names)]
-        return [task for task in ready if task.request.adapter == self._served]
-
-    def _prompt_part(self, task: Task, n: int, *, whole: bool) -> Part:
-        first = self._decoder.held(task.sequence)
-        keys = task.keys[first : first + n]
-        embeddings = self._embeddings(task, first, first + n)
-        return Part(task.sequence, keys, embeddings, wants_logits=whole and not task.request.reads_ahead)
-
-    def _embeddings(self, task: Task, start: int, stop: int) -> Float32 | None:
-        """Embeddings of positions of a prompt; None where there is only text."""
-        prompt, digests = task.request.prompt, task.request.digests
-        places = [(i, *bound) for i, bound in enumerate(prompt.bounds) if bound[1] > start and bound[0] < stop]
-        if not places:
-            return None
-        ids = [*prompt.ids, *task.keys[len(prompt.ids) :]]  # a task that had to step back has an answer behind
-        return embed(
-            self._decoder,
-            np.array(ids[start:stop], np.int64),
-            {(first - start, end - start): task.tokens[digests[i]] for i, first, end in places},
-        )
-
-    def _report_prefill(self, task: Task) -> None:
-        done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
-        task.events.put(Progress("prefill", done, total, max(0.0, done / max(1, total))))
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""

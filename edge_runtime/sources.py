@@ -35,6 +35,7 @@ _DEVICES = re.compile(
 # The official files have had two names, and are the same ones.
 _OFFICIAL_FILE = re.compile(r"(?:ggml-model|minicpm-v-4_5)-(?P<type>[A-Za-z0-9_]+)\.gguf", re.IGNORECASE)
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+_TYPE = re.compile(r"(?<![a-z0-9])(i?q\d[a-z0-9_]*|bf16|f16|f32)(?![a-z0-9])")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # [HOST/][NAMESPACE/]MODEL[:TAG], the characters Ollama allows; no part can begin with a dot.
@@ -107,6 +108,12 @@ def fits(path: str, wanted: str) -> bool:
     if path == wanted:
         return True
     return re.search(rf"(?<![a-z0-9]){re.escape(wanted.lower())}(?![a-z0-9])", path.lower()) is not None
+
+
+def type_of(path: str) -> str:
+    """The type that a file's name tells, in small letters: `q4_k_m`; empty where it tells none."""
+    found = _TYPE.findall(path.lower())
+    return found[-1] if found else ""
 
 
 def is_meant(path: str, source: Source) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from edge_runtime import ollama
 from edge_runtime.errors import ModelFileError
 from edge_runtime.library import Library
-from edge_runtime.sources import ALIASES, JOIN_PARTS, Source, fits, parse_source, split_stem
+from edge_runtime.sources import ALIASES, JOIN_PARTS, Source, fits, parse_source, split_stem, type_of
 
 DEMO = "demo"
 ADAPTER_PREFIX = "adapter-"
@@ -138,10 +138,11 @@ def _is_mmproj(path: Path) -> bool:
 
 
 def _only(folder: Path, candidates: list[Path], what: str, wanted: str = "") -> Path:
-    """The only file of its kind, or the one whose name holds what is wanted; equal files count as one."""
+    """The only file of its kind, or the one whose name holds what is wanted; equal files of one type count as one."""
     whole = [path for path in candidates if split_stem(path.name) is None]
     fitting = [path for path in whole if not wanted or fits(path.name, wanted)]
-    if fitting and all(_is_same(fitting[0], other) for other in fitting[1:]):
+    is_one_type = bool(wanted) or len({type_of(path.name) or path.name for path in fitting}) == 1
+    if fitting and is_one_type and all(_is_same(fitting[0], other) for other in fitting[1:]):
         return fitting[0]
     parts = [path.name for path in candidates if split_stem(path.name) and (not wanted or fits(path.name, wanted))]
     if parts and not fitting:

@@ -67,6 +67,8 @@ class TextStream:
         self._think_end = tokenizer.special_ids.get(THINK_END)
         self._stop = [text for text in stop if text]
         self._stop_in_reasoning = stop_in_reasoning
+        self.stop_string: str | None = None
+        """The one that was met and ended the answer."""
         self._kind: Literal["reasoning", "answer"] = "reasoning" if thinking else "answer"
         # Bytes of a character may come in several tokens; invalid ones become U+FFFD, unfinished ones wait.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -176,11 +178,12 @@ class TextStream:
 
     def _cut_at_stop(self, text: str, final: bool) -> str:
         """Cut at the first stop string, and hold back a tail that may become one."""
-        found = min((at for at in map(text.find, self._stop) if at >= 0), default=-1)
-        if found >= 0:
+        found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
+            at, self.stop_string = min(found, key=lambda item: item[0])
             self.stopped = True
-            self._held = text[found:]  # for ever
-            return text[:found]
+            self._held = text[at:]  # for ever
+            return text[:at]
         if not final:
             longest = max((_overlap(text, stop) for stop in self._stop), default=0)
             if longest:

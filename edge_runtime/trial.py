@@ -25,7 +25,8 @@ from types import TracebackType
 
 import numpy as np
 
-from edge_runtime.decoder import CHUNK_TOKENS, Decoder, DecoderOptions, Part
+from edge_runtime.decoder import Decoder, Part
+from edge_runtime.decoder_options import CHUNK_TOKENS, DecoderOptions
 from edge_runtime.tuning import Tuning
 from edge_runtime.weights import GGUFFile
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import platformdirs
 
-from edge_runtime.decoder import CHUNK_TOKENS
+from edge_runtime.decoder_options import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.identity import file_identity, machine_identity
 from edge_runtime.kv_types import KV_TYPES

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edge_runtime.answers import Answer
+from edge_runtime.requests import Progress
 from edge_runtime.server import sse
 from edge_runtime.server.anthropic_replies import (
     AnthropicErrorReply,
@@ -18,7 +19,9 @@ from edge_runtime.server.anthropic_replies import (
     whole_message,
 )
 from edge_runtime.server.anthropic_requests import CountRequest, MessagesRequest
+from edge_runtime.server.errors import NotOffered
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.openai_constraints import fields_as_sent
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import State
@@ -43,27 +46,55 @@ async def messages(request: Request, state: State, body: MessagesRequest) -> Res
     """Answer a conversation in Anthropic's form, whole or as a stream of events."""
     call = ChatCall(body.model, body.conversation(), body.options())
     model = body.model or state.catalog.default
-    if body.stream:
-        answering = await begin(request, state.inference, call)
-        typed = MessageEvents(model, most_calls=body.most_calls)
-        return AnswerStreamResponse(answering, lambda events: _lines(events, typed), "sse", "anthropic")
 
     async def reply(answering: Answering) -> Response:
         (answer,) = await answering.whole()
-        return sse.body(whole_message(answer, model, most_calls=body.most_calls))
+        shown = whole_message(answer, model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
+        return sse.body(shown)
 
-    return await whole(request, state.inference, call, reply)
+    with fields_as_sent(body.names()):
+        if not body.stream:
+            return await whole(request, state.inference, call, reply)
+        answering = await begin(request, state.inference, call)
+    typed = MessageEvents(model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
+    return AnswerStreamResponse(answering, lambda events: _lines(events, typed, answering), "sse", "anthropic")
 
 
-async def _lines(events: AsyncIterator[tuple[int, Event]], typed: MessageEvents) -> AsyncIterator[str]:
-    for line in typed.begin():
-        yield sse.event(line, named=True)
+async def _lines(
+    events: AsyncIterator[tuple[int, Event]], typed: MessageEvents, answering: Answering
+) -> AsyncIterator[str]:
+    """Events of a message. It starts when it is known how much of the prompt was read before.
+
+    Until then the stream holds comments only: clients take the first event for the start.
+    """
+    has_begun = False
     async for _, event in events:
+        known = _prompt_of(event, answering.progress)
+        if not has_begun and known is not None:
+            has_begun = True
+            for line in typed.begin(*known):
+                yield sse.event(line, named=True)
         if isinstance(event, Heartbeat):
-            yield sse.event(PING, named=True)
-            continue
-        for line in typed.end(event) if isinstance(event, Answer) else typed.piece(event):
-            yield sse.event(line, named=True)
+            yield sse.event(PING, named=True) if has_begun else sse.BEAT
+        else:
+            for line in typed.end(event) if isinstance(event, Answer) else typed.piece(event):
+                yield sse.event(line, named=True)
+
+
+def _prompt_of(event: Event, progress: Progress | None) -> tuple[int, int] | None:
+    """Tokens of the prompt, and those that needed no prefill; None while they are not known."""
+    if isinstance(event, Answer):
+        return event.prompt_tokens, event.cached_tokens
+    if progress is not None:
+        return progress.prompt_tokens, progress.cached_tokens
+    return None if isinstance(event, Heartbeat) else (0, 0)
+
+
+@router.api_route("/v1/messages/batches", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/v1/messages/batches/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
+async def batches() -> Response:
+    """Refuse: answers are made when they are asked for."""
+    raise NotOffered("This server keeps no batches; send their requests one by one to /v1/messages.")
 
 
 @router.post("/v1/messages/count_tokens", response_model=None, responses={200: {"model": TokenCount}, **ERRORS})

@@ -14,12 +14,11 @@ from typing_extensions import TypedDict  # pydantic cannot describe typing's own
 
 from edge_runtime import tools as runtime_tools
 from edge_runtime.answers import Answer
-from edge_runtime.requests import FinishReason
 from edge_runtime.server.openai_replies import arguments_text, new_id
 from edge_runtime.streaming import Piece
 
 Event = dict[str, Any]
-StopReason = Literal["end_turn", "max_tokens", "tool_use"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
 class MessageUsage(TypedDict):
@@ -40,7 +39,7 @@ class MessageReply(TypedDict):
     model: str
     content: list[dict[str, Any]]
     stop_reason: StopReason | None
-    stop_sequence: None
+    stop_sequence: str | None
     usage: MessageUsage
 
 
@@ -64,26 +63,24 @@ class AnthropicErrorReply(TypedDict):
     error: AnthropicError
 
 
-def _usage(answer: Answer | None) -> MessageUsage:
-    """Tokens as far as they are known: before the answer, none."""
-    if answer is None:
-        return {
-            "input_tokens": 0,
-            "cache_read_input_tokens": 0,
-            "cache_creation_input_tokens": 0,
-            "output_tokens": 0,
-        }
+def _usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int = 0) -> MessageUsage:
     return {
-        "input_tokens": answer.prompt_tokens - answer.cached_tokens,
-        "cache_read_input_tokens": answer.cached_tokens,
+        "input_tokens": prompt_tokens - cached_tokens,
+        "cache_read_input_tokens": cached_tokens,
         "cache_creation_input_tokens": 0,
-        "output_tokens": answer.completion_tokens,
+        "output_tokens": completion_tokens,
     }
 
 
-def _stop_reason(reason: FinishReason, *, has_calls: bool) -> StopReason:
-    if reason != "stop":
+def _usage_of(answer: Answer) -> MessageUsage:
+    return _usage(answer.prompt_tokens, answer.cached_tokens, answer.completion_tokens)
+
+
+def _stop_reason(answer: Answer, *, has_calls: bool) -> StopReason:
+    if answer.finish_reason != "stop":
         return "max_tokens"
+    if answer.stop_string is not None:
+        return "stop_sequence"
     return "tool_use" if has_calls else "end_turn"
 
 
@@ -91,35 +88,41 @@ def _tool_use(call: runtime_tools.ToolCall) -> dict[str, Any]:
     return {"type": "tool_use", "id": new_id("toolu_"), "name": call.name, "input": call.arguments}
 
 
-def _reply(id_: str, model: str, answer: Answer | None, content: list[dict[str, Any]]) -> MessageReply:
-    has_calls = any(block["type"] == "tool_use" for block in content)
+def _reply(id_: str, model: str, content: list[dict[str, Any]], usage: MessageUsage) -> MessageReply:
     return {
         "id": id_,
         "type": "message",
         "role": "assistant",
         "model": model,
         "content": content,
-        "stop_reason": None if answer is None else _stop_reason(answer.finish_reason, has_calls=has_calls),
+        "stop_reason": None,
         "stop_sequence": None,
-        "usage": _usage(answer),
+        "usage": usage,
     }
 
 
-def whole_message(answer: Answer, model: str, *, most_calls: int | None = None) -> MessageReply:
+def whole_message(
+    answer: Answer, model: str, *, most_calls: int | None = None, shows_thinking: bool = True
+) -> MessageReply:
     """Whole reply.
 
     Parameters
     ----------
     model : as the client called it.
     most_calls : 1 where the client takes one call at a time.
+    shows_thinking : whether the text of the reasoning is told; otherwise only that there was some.
     """
     content: list[dict[str, Any]] = []
     if answer.reasoning:
-        content.append({"type": "thinking", "thinking": answer.reasoning, "signature": ""})
+        told = answer.reasoning if shows_thinking else ""
+        content.append({"type": "thinking", "thinking": told, "signature": ""})
     if answer.answer:
         content.append({"type": "text", "text": answer.answer})
     content += [_tool_use(call) for call in answer.tool_calls[:most_calls]]
-    return _reply(new_id("msg_"), model, answer, content)
+    reply = _reply(new_id("msg_"), model, content, _usage_of(answer))
+    reply["stop_reason"] = _stop_reason(answer, has_calls=bool(answer.tool_calls))
+    reply["stop_sequence"] = answer.stop_string
+    return reply
 
 
 @dataclass
@@ -128,15 +131,17 @@ class MessageEvents:
 
     model: str
     most_calls: int | None = None
+    shows_thinking: bool = True
     id: str = field(default_factory=lambda: new_id("msg_"))
     _open: str | None = None
     """Type of the block that text is added to."""
     _index: int = -1
     _n_calls: int = 0
 
-    def begin(self) -> Iterator[Event]:
-        """Say who speaks."""
-        yield {"type": "message_start", "message": _reply(self.id, self.model, None, [])}
+    def begin(self, prompt_tokens: int, cached_tokens: int) -> Iterator[Event]:
+        """Say who speaks, and how long the prompt is."""
+        usage = _usage(prompt_tokens, cached_tokens)
+        yield {"type": "message_start", "message": _reply(self.id, self.model, [], usage)}
 
     def piece(self, piece: Piece) -> Iterator[Event]:
         """Translate a piece."""
@@ -146,7 +151,8 @@ class MessageEvents:
                 yield from self._call(piece.call)
         elif piece.text and piece.kind == "reasoning":
             yield from self._begin({"type": "thinking", "thinking": "", "signature": ""})
-            yield self._delta({"type": "thinking_delta", "thinking": piece.text})
+            if self.shows_thinking:
+                yield self._delta({"type": "thinking_delta", "thinking": piece.text})
         elif piece.text:
             yield from self._begin({"type": "text", "text": ""})
             yield self._delta({"type": "text_delta", "text": piece.text})
@@ -154,9 +160,9 @@ class MessageEvents:
     def end(self, answer: Answer) -> Iterator[Event]:
         """Say why the answer ended, and tell the tokens."""
         yield from self._close()
-        reason = _stop_reason(answer.finish_reason, has_calls=bool(self._n_calls))
-        delta = {"stop_reason": reason, "stop_sequence": None}
-        yield {"type": "message_delta", "delta": delta, "usage": _usage(answer)}
+        reason = _stop_reason(answer, has_calls=bool(self._n_calls))
+        delta = {"stop_reason": reason, "stop_sequence": answer.stop_string}
+        yield {"type": "message_delta", "delta": delta, "usage": _usage_of(answer)}
         yield {"type": "message_stop"}
 
     def _begin(self, block: dict[str, Any]) -> Iterator[Event]:

@@ -8,7 +8,18 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from edge_runtime import __version__
-from edge_runtime.server import anthropic, errors, limits, ollama, openai, pages, system
+from edge_runtime.server import (
+    anthropic,
+    envelope,
+    errors,
+    limits,
+    llama_server,
+    ollama,
+    openai,
+    pages,
+    responses,
+    system,
+)
 from edge_runtime.server.catalog import Catalog
 from edge_runtime.server.inference import Inference
 from edge_runtime.server.metrics import Metrics
@@ -48,10 +59,11 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # they load scripts from a CDN; /openapi.json has the description
         redoc_url=None,
-        middleware=limits.middleware(settings),
+        middleware=[*envelope.middleware(), *limits.middleware(settings)],
     )
     app.state.server = state
     errors.install(app)
-    for router in (ollama.router, openai.router, anthropic.router, system.router, pages.router):
+    for router in (ollama.router, openai.router, anthropic.router, llama_server.router, system.router, pages.router):
         app.include_router(router)
+    app.include_router(llama_server.without_version(openai.router, responses.router))
     return app

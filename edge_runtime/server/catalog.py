@@ -1,7 +1,7 @@
 """Names that clients give → models of this machine: the demo, what the owner named, what was pulled or created.
 
 A name is looked up, never opened: only what stands in a list here leads to a file. Ollama's clients write
-`NAME:latest` for `NAME`, and `hf.co/ORG/REPO` for a repository of the hub.
+`NAME:latest` for `NAME`, and `hf.co/ORG/REPO` for a repository of the hub. Names are compared without case.
 """
 
 from __future__ import annotations
@@ -70,12 +70,19 @@ class Listed:
 
 
 def plain_name(name: str) -> str:
-    """The one spelling of a client's name for a model."""
-    name = name.strip().removesuffix(LATEST).removeprefix("registry.ollama.ai/").removeprefix("library/")
+    """The one spelling of a client's name for a model, but for its case."""
+    name = name.strip()
+    if name.lower().endswith(LATEST):
+        name = name[: -len(LATEST)]
+    name = _without_prefix(_without_prefix(name, "registry.ollama.ai/"), "library/")
     for hub in ("hf.co/", "huggingface.co/"):
-        if name.startswith(hub):
-            return "hf:" + name.removeprefix(hub)
+        if name.lower().startswith(hub):
+            return "hf:" + name[len(hub) :]
     return name
+
+
+def _without_prefix(name: str, prefix: str) -> str:
+    return name[len(prefix) :] if name.lower().startswith(prefix) else name
 
 
 class Catalog:
@@ -94,25 +101,32 @@ class Catalog:
         self._owned: dict[str, Listed] = {}
         for name in (DEMO, *settings.models):
             paths = find_model(name)
-            self._owned.setdefault(plain_name(paths.name), Listed(paths.name, paths, _modified(paths.decoder)))
+            known = self._owned.setdefault(
+                plain_name(paths.name).lower(), Listed(paths.name, paths, _modified(paths.decoder))
+            )
+            if known.files != (paths.decoder, paths.mmproj):
+                raise ModelFileError(
+                    f"Two models would be called {paths.name} (names are compared without case); give the folder or "
+                    "file of one another name."
+                )
         self.default = plain_name(find_model(settings.models[0]).name) if settings.models else DEMO
 
     def all(self) -> list[Listed]:
         """Every model that can be used, by name."""
         found = dict(self._owned)
-        records = {record.name: record for record in self.names.all()}
-        for record in records.values():
+        records = {record.name.lower(): record for record in self.names.all()}
+        for key, record in records.items():
             listed = self._made(record)
             if listed is not None:
-                found.setdefault(listed.name, listed)
+                found.setdefault(key, listed)
         for entry in self._pulled():
-            if entry.label not in records and (listed := self._stored(entry)) is not None:
-                found.setdefault(listed.name, listed)
+            if entry.label.lower() not in records and (listed := self._stored(entry)) is not None:
+                found.setdefault(listed.name.lower(), listed)
         return sorted(found.values(), key=lambda listed: listed.name.lower())
 
     def owned(self, name: str) -> Listed:
         """A model by the name the owner gave at the start, which may be a path."""
-        return self._owned[plain_name(find_model(name).name)]
+        return self._owned[plain_name(find_model(name).name).lower()]
 
     def find(self, name: str | None) -> Listed:
         """The model of this name; None takes the default.
@@ -129,8 +143,8 @@ class Catalog:
         return listed
 
     def _find(self, wanted: str) -> Listed | None:
-        if wanted in self._owned:
-            return self._owned[wanted]
+        if wanted.lower() in self._owned:
+            return self._owned[wanted.lower()]
         record = self.names.get(wanted)
         if record is not None:
             return self._made(record)
@@ -160,7 +174,7 @@ class Catalog:
         record = self.names.get(plain_name(name))
         if record is not None and listed.name == record.name:
             return record
-        entry = None if listed.name in self._owned else self._entry(listed.name)
+        entry = None if listed.name.lower() in self._owned else self._entry(listed.name)
         return Record(listed.name, base=listed.name if entry is None else entry.name)
 
     def put(self, record: Record, name: str) -> Record:
@@ -172,12 +186,12 @@ class Catalog:
             When the name is the owner's, a catalogue's, or none.
         """
         name = checked_name(plain_name(name))
-        if name in self._owned or name in ALIASES:
+        if name.lower() in self._owned or name.lower() in ALIASES:
             raise RequestError(f"{name} is the name of a model that clients cannot replace; choose another one.")
-        record = replace(record, name=name, hidden=False)
+        old = self.names.get(name)
+        record = replace(record, name=name if old is None else old.name, hidden=False)
         if self._made(record) is None:
             raise RequestError(f"The files of {name} are not all here; upload or pull them first.")
-        old = self.names.get(name)
         self.names.put(record)
         if old is not None:
             self._let_go(old)
@@ -198,7 +212,7 @@ class Catalog:
             When it is the owner's.
         """
         wanted = plain_name(name)
-        if wanted in self._owned:
+        if wanted.lower() in self._owned:
             raise NotAllowed(
                 f"{wanted} was given by the owner of this server, or is part of it; clients cannot delete it."
             )
@@ -242,12 +256,31 @@ class Catalog:
 
     def _entry(self, name: str) -> Entry | None:
         """The pulled model that a name means."""
+        return self._exactly(name) or self._exactly(self.spelled(name))
+
+    def _exactly(self, name: str) -> Entry | None:
         try:
             source = parse_source(name)
             entry = self.library.find(source) if source is not None else None
         except ModelFileError:
             return None
         return entry if entry is not None and entry.complete and entry.kind != "checkpoint" else None
+
+    def spelled(self, name: str) -> str:
+        """A name of something that can be pulled, in the case of an alias or of what was pulled already."""
+        kind, colon, rest = name.partition(":")
+        if colon and kind.lower() in ("hf", "ms", "ollama"):
+            name = f"{kind.lower()}:{rest}"
+        known = [*ALIASES]
+        for entry in self._pulled():
+            known += [entry.name, f"{entry.source.kind}:{entry.source.place}"]
+        key = name.lower()
+        for each in sorted(known, key=len, reverse=True):
+            if key == each.lower():
+                return each
+            if key.startswith(each.lower() + ":"):
+                return each + name[len(each) :]
+        return name
 
     def _stored(self, entry: Entry) -> Listed | None:
         """A pulled model; None where its files were removed behind our back."""
@@ -283,8 +316,8 @@ class Catalog:
         )
 
     def _base(self, name: str) -> Listed | None:
-        if name in self._owned:
-            return self._owned[name]
+        if name.lower() in self._owned:
+            return self._owned[name.lower()]
         entry = self.library.entry(name)
         return self._stored(entry) if entry is not None and entry.complete else None
 

@@ -32,9 +32,23 @@ from edge_runtime.errors import (
 
 logger = logging.getLogger("edge_runtime.server")
 
+LLAMA_SERVER = (
+    *(
+        "/apply-template",
+        "/audio/",
+        "/chat/",
+        "/completion",
+        "/detokenize",
+        "/embedding",
+        "/infill",
+        "/lora-adapters",
+    ),
+    *("/models", "/props", "/rerank", "/responses", "/slots", "/tokenize", "/v1/rerank"),
+)
+"""Beginnings of paths that llama-server has; its clients expect errors in its form."""
 RETRY_AFTER_S = 5
 """Told to whom there is no room for."""
-Api = Literal["ollama", "openai", "anthropic"]
+Api = Literal["ollama", "openai", "anthropic", "llama"]
 
 
 class ServerError(EdgeRuntimeError):
@@ -45,11 +59,16 @@ class ServerError(EdgeRuntimeError):
 
 
 class RequestError(ServerError):
-    """A body or a field of the wrong form."""
+    """A body or a field of the wrong form.
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    Parameters
+    ----------
+    details : what Anthropic's packages read of an error, to ask in another way.
+    """
+
+    def __init__(self, message: str, param: str | None = None, details: dict[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.param = param
+        self.param, self.details = param, details
 
 
 class ModelNotFound(ServerError):  # noqa: N818 - as OpenAI calls it
@@ -82,6 +101,12 @@ class TimedOut(ServerError):  # noqa: N818 - says what is the matter
     status, code = 504, "timeout"
 
 
+class NotOffered(ServerError):  # noqa: N818 - says what is the matter
+    """A route of another server's that this one knows and does not have."""
+
+    status, code = 501, "not_available"
+
+
 class ShuttingDown(ServerError):  # noqa: N818 - says what is the matter
     """The server is ending."""
 
@@ -97,6 +122,10 @@ class Problem:
     code: str | None = None
     param: str | None = None
     retry_after: int | None = None
+    n_prompt: int | None = None
+    """Tokens of a prompt that is too long."""
+    n_ctx: int | None = None
+    details: dict[str, Any] | None = None
 
     @property
     def kind(self) -> str:
@@ -118,8 +147,20 @@ class Problem:
         if api == "anthropic":
             kind = {413: "request_too_large", 529: "overloaded_error"}.get(self.status, self.kind)
             kind = "api_error" if kind == "server_error" else kind
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            details = {} if self.details is None else {"details": self.details}
+            return {"type": "error", "error": {"type": kind, "message": self.message, **details}}
+        if api == "llama":
+            return {"error": self._for_llama()}
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def _for_llama(self) -> dict[str, Any]:
+        """As llama-server writes it."""
+        kind = {501: "not_supported_error", 503: "unavailable_error"}.get(self.status, self.kind)
+        found = {"code": self.status, "message": self.message, "type": kind}
+        if self.n_prompt is None:
+            return found
+        numbers = {"n_prompt_tokens": self.n_prompt, "n_ctx": self.n_ctx}
+        return {**found, "type": "exceed_context_size_error", **numbers}
 
     def response(self, api: Api) -> Response:
         """The answer to a request."""
@@ -131,7 +172,6 @@ class Problem:
 
 # Classes of the runtime's errors, most special first: (status, OpenAI's code, Retry-After).
 _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] = (
-    (PromptTooLongError, 400, "context_length_exceeded", None),
     (ImageError, 400, "invalid_image", None),
     (MessageError, 400, "invalid_request", None),
     (EngineBusy, 429, "rate_limit_exceeded", RETRY_AFTER_S),
@@ -146,10 +186,14 @@ def problem_of(error: BaseException) -> Problem:
     """What clients are told of an error."""
     if isinstance(error, ServerError):
         retry = RETRY_AFTER_S if error.status in (429, 503) else None
-        return Problem(error.status, without_paths(str(error)), error.code, getattr(error, "param", None), retry)
+        param, details = (error.param, error.details) if isinstance(error, RequestError) else (None, None)
+        return Problem(error.status, without_paths(str(error)), error.code, param, retry, details=details)
+    if isinstance(error, PromptTooLongError):
+        numbers = (error.n_prompt, error.n_ctx)
+        return Problem(400, str(error), "context_length_exceeded", None, None, *numbers)
     for kind, status, code, retry in _STATUS:
         if isinstance(error, kind):
-            keeps_text = isinstance(error, MessageError | PromptTooLongError)  # /properties/a is a place in a schema
+            keeps_text = isinstance(error, MessageError)  # /properties/a is a place in a schema
             return Problem(status, str(error) if keeps_text else without_paths(str(error)), code, None, retry)
     if isinstance(error, RequestValidationError):
         return _validation(error)
@@ -162,11 +206,16 @@ def problem_of(error: BaseException) -> Problem:
 
 
 _PATH = re.compile(r"(?<![\w:/.#$~-])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()]+)*[/\\]([^\s/\\'\",;:()]+)")
+_ROUTE = re.compile(
+    r"/(?:api|v1)/[\w{}/:.-]*|/(?:apply-template|chat/completions|completions?|detokenize|health|metrics|models|props"
+    r"|responses|slots|tokenize|version)"
+)
+"""What this server is asked under; none of it is a file."""
 
 
 def without_paths(text: str) -> str:
-    """A sentence in which paths of this machine are cut to their last part; web addresses stay."""
-    return _PATH.sub(r"\1", text)
+    """A sentence in which paths of this machine are cut to their last part; web addresses and routes stay."""
+    return _PATH.sub(lambda found: found[0] if _ROUTE.fullmatch(found[0].rstrip(".")) else found[1], text)
 
 
 def _validation(error: RequestValidationError) -> Problem:
@@ -184,6 +233,8 @@ def api_of(path: str) -> Api:
     """The API that a path belongs to, whose clients expect errors in its form."""
     if path.startswith("/v1/messages"):
         return "anthropic"
+    if path.startswith(LLAMA_SERVER):
+        return "llama"
     return "openai" if path.startswith("/v1/") else "ollama"
 
 

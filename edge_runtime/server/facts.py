@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 from gguf import LlamaFileType
 
+from edge_runtime.answers import TOY_NOTICE
+from edge_runtime.capabilities import can_call_tools, can_think, capabilities
+from edge_runtime.config import is_toy, read_vocabulary
 from edge_runtime.errors import ModelFileError
+from edge_runtime.messages import THINK
 from edge_runtime.server.catalog import Listed
+from edge_runtime.server.errors import RequestError
+from edge_runtime.server.settings import Settings
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.tokenizer import special_tokens
+from edge_runtime.tools import TOOL_CALL
 from edge_runtime.weights import GGUFFile
 
 LONGEST_ARRAY = 64
@@ -31,17 +39,23 @@ class Facts:
     quantisation: str
     context_length: int
     """What the model was trained for."""
+    vocabulary: int
+    """Tokens there are."""
     template: str
     """Jinja."""
     decoder: Mapping[str, Any]
     """Metadata."""
     projector: Mapping[str, Any]
+    can_call_tools: bool
+    """Whether the vocabulary has the tokens of calls; likewise the next."""
+    can_think: bool
+    is_toy: bool
+    claims: tuple[str, ...]
+    """What it can do, by Ollama's names; less than its vocabulary allows where it is a toy."""
 
-    @property
-    def capabilities(self) -> list[str]:
-        """What the model can do, by Ollama's names: its template tells of tools and of reasoning."""
-        told = {"tools": "tools", "thinking": "enable_thinking"}
-        return ["completion", "vision", *(name for name, word in told.items() if word in self.template)]
+    def capabilities(self, settings: Settings) -> list[str]:
+        """What the model says that it can do: clients attach tools to every chat of a model that claims them."""
+        return [name for name in self.claims if name != "tools" or settings.tools != "off"]
 
 
 def facts_of(listed: Listed) -> Facts:
@@ -65,15 +79,21 @@ def _facts(decoder: Path, mmproj: Path, versions: tuple[tuple[int, int], ...]) -
     text, vision = GGUFFile(decoder), GGUFFile(mmproj)
     family = text.get("general.architecture", str)
     kind = text.get("general.file_type", int, -1)
+    special = special_tokens(read_vocabulary(text))
     names = {int(each): each.name.removeprefix("MOSTLY_").removeprefix("ALL_") for each in LlamaFileType}
     return Facts(
         family=family,
         parameters=sum(tensor.n_elements for file in (text, vision) for tensor in file.tensors.values()),
         quantisation=names.get(kind, "unknown"),
         context_length=text.get(f"{family}.context_length", int, 0),
+        vocabulary=len(text.metadata.get("tokenizer.ggml.tokens", ())),
         template=text.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE),
         decoder=_plain(text.metadata),
         projector=_plain(vision.metadata),
+        can_call_tools=can_call_tools(special),
+        can_think=can_think(special),
+        is_toy=is_toy(text),
+        claims=tuple(capabilities(text)),
     )
 
 
@@ -101,7 +121,38 @@ def details(listed: Listed, facts: Facts) -> dict[str, Any]:
         "families": [facts.family, "clip"],
         "parameter_size": _size(facts.parameters),
         "quantization_level": facts.quantisation,
+        "context_length": facts.context_length,
+        **({"notice": TOY_NOTICE} if facts.is_toy else {}),
     }
+
+
+def refuse_what_it_cannot(listed: Listed, settings: Settings, options: Mapping[str, Any]) -> None:
+    """Refuse tools and reasoning of a model that has none, in Ollama's words.
+
+    Parameters
+    ----------
+    options : keyword arguments of `Model.submit`.
+
+    Raises
+    ------
+    RequestError
+        Saying why.
+    ModelFileError
+        When a file is damaged or gone.
+    """
+    if options.get("tools") and options.get("tool_choice") != "none":
+        reason = None
+        if settings.tools == "off":
+            reason = "the owner of this server has switched them off (--tools off)"
+        elif not facts_of(listed).can_call_tools:
+            reason = f"its vocabulary lacks {TOOL_CALL}"
+        if reason is not None:
+            name = listed.tag if "/" in listed.tag else f"registry.ollama.ai/library/{listed.tag}"
+            raise RequestError(f"{name} does not support tools: {reason}; send none.", "tools")
+    if options.get("thinking") and not facts_of(listed).can_think:
+        raise RequestError(
+            f'"{listed.name}" does not support thinking: its vocabulary lacks {THINK}; leave it out.', "think"
+        )
 
 
 def _size(n: int) -> str:

@@ -13,18 +13,21 @@ import functools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.errors import EngineBusy, MessageError
+from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut
+from edge_runtime.server.facts import refuse_what_it_cannot
 from edge_runtime.server.fetching import Fetcher
 from edge_runtime.server.media import brought_in
 from edge_runtime.server.models import ModelRegistry, Use
+from edge_runtime.server.ollama_context import messages_of
 from edge_runtime.server.settings import Settings
 from edge_runtime.streaming import Piece
 from edge_runtime.video import VideoLimits
@@ -45,6 +48,10 @@ class ChatCall:
     """Keyword arguments of `Model.submit`, `n` left out."""
     n: int = 1
     keep_alive_s: float | None = None
+    context: Sequence[int] | None = None
+    """Ids of the conversation before `messages`, as Ollama's clients keep it; see `ollama_context`."""
+    tells_progress: bool = False
+    """Whether every step of the work before the first token is an event, not only one now and then."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,15 @@ class Answering:
         release: contextlib.AsyncExitStack,
         deadline: float,
         beat_s: float,
+        messages: str | Sequence[Any] = (),
+        tells_progress: bool = False,
     ) -> None:
-        self.use = use
+        self.use, self.messages = use, messages
+        self.tells_progress = tells_progress
         self._streams, self._release, self._deadline, self._beat_s = streams, release, deadline, beat_s
-        self._progress: Progress | None = None
-        self._queue: asyncio.Queue[tuple[int, Piece | Answer | Exception]] = asyncio.Queue()
+        self.progress: Progress | None = None
+        """How far the work before the first token is, as far as that was told."""
+        self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
         self.outcome: Outcome = Outcome(use.listed.name, time.perf_counter())
 
@@ -97,7 +108,7 @@ class Answering:
         EdgeRuntimeError
             When an answer fails; all of them end then. `TimedOut` after the time for a request.
         """
-        left = len(self._streams)
+        left, ended = len(self._streams), dict[int, Answer]()
         while left:
             try:
                 event = await self._next()
@@ -105,14 +116,17 @@ class Answering:
                 self.outcome.error = error
                 raise
             if event is None:
-                yield 0, Heartbeat(self._progress)
+                yield 0, Heartbeat(self.progress)
                 continue
             if isinstance(event[1], Answer):
                 left -= 1
-                self.outcome.answers.append(event[1])
+                ended[event[0]] = event[1]
+                self.outcome.answers = [
+                    ended[number] for number in sorted(ended)
+                ]  # the first has the prompt's counts
             yield event
 
-    async def _next(self) -> tuple[int, Piece | Answer] | None:
+    async def _next(self) -> tuple[int, Event] | None:
         """The next event, or None after a while without one."""
         if not self._queue.empty():
             found = self._queue.get_nowait()
@@ -138,7 +152,9 @@ class Answering:
         """Bring the pieces of one answer into the common queue."""
 
         def note(progress: Progress) -> None:
-            self._progress = progress
+            self.progress = progress
+            if self.tells_progress and number == 0:
+                self._queue.put_nowait((number, Heartbeat(progress)))
 
         stream.on_progress = note
         try:
@@ -172,6 +188,23 @@ def with_texts(listed: Listed, messages: str | Sequence[Any]) -> str | Sequence[
     system = [{"role": "system", "content": listed.system}] if listed.system and not has_system else []
     own = [*messages[:1]] if has_system else system
     return [*own, *listed.messages, *messages[1 if has_system else 0 :]]
+
+
+def _cut_into(most_tokens: int, max_slices: int | None, n_queries: int) -> dict[str, int]:
+    """The limit of cells under which a picture takes so many visual tokens at most: its overview is there as well.
+
+    Raises
+    ------
+    RequestError
+        When one slice takes more.
+    """
+    if most_tokens < n_queries:
+        raise RequestError(
+            f"image_max_tokens is {most_tokens}, but a picture takes at least {n_queries} tokens; allow as many.",
+            "image_max_tokens",
+        )
+    cells = max(1, most_tokens // n_queries - 1)
+    return {"max_slices": min(cells, max_slices or cells)}
 
 
 class Inference:
@@ -211,8 +244,10 @@ class Inference:
         async with contextlib.AsyncExitStack() as stack:
             self._admit(stack)
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
-            streams = await self._submit(call, use)
-            answering = Answering(streams, use, stack.pop_all(), deadline, self.settings.heartbeat_s)
+            messages = await self._conversation(call, use)
+            streams = await self._submit(call, use, messages)
+            beat_s = self.settings.heartbeat_s
+            answering = Answering(streams, use, stack.pop_all(), deadline, beat_s, messages, call.tells_progress)
             answering.outcome.started = started
             self._watch(answering)
             return answering
@@ -239,21 +274,32 @@ class Inference:
 
         answering._release.callback(ended)
 
-    async def _submit(self, call: ChatCall, use: Use) -> list[AnswerStream]:
+    async def _conversation(self, call: ChatCall, use: Use) -> str | Sequence[Any]:
+        """The messages of a call, behind the texts of the model and what went before."""
+        if call.options.get("raw"):
+            return call.messages
+        if call.context is None:
+            return with_texts(use.listed, call.messages)
+        before = await asyncio.to_thread(messages_of, call.context, use.model.tokenizer)
+        new: list[Any] = [{"role": "user", "content": call.messages}] if isinstance(call.messages, str) else []
+        new = new or [message for message in call.messages if message not in before or message["role"] != "system"]
+        return with_texts(replace(use.listed, messages=()), [*before, *new])  # its turns are in the context
+
+    async def _submit(self, call: ChatCall, use: Use, messages: str | Sequence[Any]) -> list[AnswerStream]:
         """Decode pictures and submit, off the event loop."""
         if not 1 <= call.n <= self.settings.max_answers:
             raise RequestError(f"n is {call.n}; expected a number from 1 to {self.settings.max_answers}.", "n")
-        if self.settings.tools == "off" and call.options.get("tools"):
-            raise RequestError(f"{use.listed.name} does not support tools", "tools")  # Ollama's own words
         options = {**self._limits, **use.listed.defaults, **call.options}
         if use.listed.adapters:
             options.setdefault("adapter", next(iter(use.listed.adapters)))
-        messages = call.messages if options.get("raw") else with_texts(use.listed, call.messages)
+        if "image_max_tokens" in options:
+            options |= _cut_into(options.pop("image_max_tokens"), options.get("max_slices"), use.model.n_queries)
         if type(options.setdefault("max_tokens", MAX_NEW_TOKENS)) is int:
             options["max_tokens"] = min(options["max_tokens"], self.settings.max_tokens)
         messages = await brought_in(messages, self.settings, self._fetcher)
 
         def submit() -> list[AnswerStream]:
+            refuse_what_it_cannot(use.listed, self.settings, options)
             try:
                 return use.model.submit(messages, n=call.n, **options)
             except TypeError as error:  # an option that Model.submit does not have
@@ -263,7 +309,11 @@ class Inference:
         return await loop.run_in_executor(self._decoders, submit)
 
     async def count_tokens(self, call: ChatCall) -> int:
-        """Tokens of the prompt that a call would have, without computing anything; admitted as `begin` does.
+        """Tokens of the prompt that a call would have; otherwise as `build_prompt`."""
+        return len((await self.build_prompt(call)).ids)
+
+    async def build_prompt(self, call: ChatCall) -> Prompt:
+        """The prompt that a call would have, without computing anything; admitted as `begin` does.
 
         Raises
         ------
@@ -277,7 +327,7 @@ class Inference:
             options = {**self._limits, **call.options}
             loop = asyncio.get_running_loop()
             build = functools.partial(use.model.build_prompt, messages, **options)
-            return len((await loop.run_in_executor(self._decoders, build)).ids)
+            return await loop.run_in_executor(self._decoders, build)
 
     def stop(self) -> None:
         """Cancel all answers; their readers are told that the server is shutting down."""

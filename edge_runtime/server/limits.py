@@ -1,23 +1,19 @@
-"""What stands before the routes: Host names, origins, keys, sizes and times. ASGI, without a route's knowledge.
+"""What stands before the routes: who may ask (`gate`), sizes and times. ASGI, without a route's knowledge.
 
-    Headers ─ Bodies ─ TimeLimit ─ CORS ─ Gate ─ routes
+    Headers ─ Bodies ─ TimeLimit ─ Gate ─ CORS ─ Key ─ HEAD as GET ─ routes
 
 `Headers` tells browsers to be careful with every reply. `Bodies` counts what clients send, of one request and of all
 together, and ends those who send too much or too slowly. `TimeLimit` bounds what follows. `Gate` refuses who asks
-under a foreign name (DNS rebinding), from a foreign page, or without the key, before a byte of a body is read.
+under a foreign name (DNS rebinding) or from a foreign page, `Key` who has none, before a byte of a body is read;
+between them, pages that may ask are told so, which they ask without a key.
 `connections` has what cannot be seen from here: heads that never end and readers who never read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from hashlib import sha256
-from ipaddress import ip_address
-from typing import Any
 
 from starlette.datastructures import Headers as RequestHeaders
 from starlette.datastructures import MutableHeaders
@@ -26,7 +22,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
-from edge_runtime.server.errors import NotAllowed, ServerError, TimedOut, TooLarge, Unauthorized, error_response
+from edge_runtime.server.errors import ServerError, TimedOut, TooLarge
+from edge_runtime.server.gate import Gate, Key, refuse
+from edge_runtime.server.origins import ANY, allowed_origins
+from edge_runtime.server.routing import HeadOfGet
 from edge_runtime.server.settings import Settings
 
 LEAST_BYTES_PER_S = 2048
@@ -41,29 +40,25 @@ MANY_HOURS = ("/api/pull", "/api/push", "/api/create", "/api/blobs/")
 """Paths whose work may take any time as long as it goes on."""
 BLOBS = "/api/blobs/"
 
-OPEN_PATHS = frozenset({"/", "/health", "/sw.js", "/favicon.ico"})
-"""Need no key: the page holds no secret, and whoever watches a server need not be able to use it."""
-OPEN_FOLDER = "/static/"
-
-LOOPBACK_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.internal"})
-"""Names of this machine that no public name server can give away; the latter two as containers call it."""
-
 
 def middleware(settings: Settings) -> list[Middleware]:
     """Middleware of a server, the outermost first."""
     found = [Middleware(Headers), Middleware(Bodies, settings=settings), Middleware(TimeLimit, settings=settings)]
-    if settings.cors_origins:
+    found.append(Middleware(Gate, settings=settings))
+    allowed = allowed_origins(settings)
+    if settings.cors_origins or allowed is not None:
         found.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=settings.cors_origins,
+                allow_origins=[ANY] if ANY in settings.cors_origins else [],
+                allow_origin_regex=None if allowed is None else allowed.pattern,
                 allow_methods=["*"],
                 allow_headers=["*"],
                 expose_headers=["Retry-After"],
-                allow_private_network=True,  # the origin was named by the owner
+                allow_private_network=True,  # the origin was named by the owner, or is of this machine
             )
         )
-    return [*found, Middleware(Gate, settings=settings)]
+    return [*found, Middleware(Key, settings=settings), Middleware(HeadOfGet)]
 
 
 def warnings_for(settings: Settings) -> list[str]:
@@ -79,16 +74,11 @@ def warnings_for(settings: Settings) -> list[str]:
             f"The API key has {len(settings.api_key)} characters and can be guessed; take one of 16 or more, such as "
             "that of: openssl rand -hex 24"
         )
-    if "*" in settings.cors_origins and settings.api_key is None:
+    if ANY in settings.cors_origins and settings.api_key is None:
         found.append("Every web page that is open in a browser here may use this server (--cors '*', no --api-key).")
     if "*" in settings.allow_url:
         found.append("Pictures are fetched from any public address that a request names (--allow-url '*').")
     return found
-
-
-async def refuse(error: EdgeRuntimeError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with an error in the form of the API that was asked."""
-    await error_response(error, scope["path"])(scope, receive, send)
 
 
 # --- headers -------------------------------------------------------------------------------------------------------
@@ -315,94 +305,3 @@ class TimeLimit:
 
     def _end(self) -> float:
         return asyncio.get_running_loop().time() + self._limit_s + SPARE_S
-
-
-# --- who may ask ---------------------------------------------------------------------------------------------------
-
-
-class Gate:
-    """Lets requests in that come under one of the server's names, from no foreign page, with the key."""
-
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app, self._settings = app, settings
-        self._digest = None if settings.api_key is None else sha256(settings.api_key.encode()).digest()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] == "http":
-            headers = RequestHeaders(scope=scope)
-            try:
-                self._check_host(headers)
-                self._check_origin(headers)
-                self._check_key(scope, headers)
-            except ServerError as error:
-                await refuse(error, scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _check_host(self, headers: RequestHeaders) -> None:
-        """A name that an attacker's name server points here brings his page with it; its Host header tells."""
-        name = host_name(headers.get("host", ""))
-        if not is_own_name(name, self._settings):
-            raise NotAllowed(
-                f"This server is not known as {name[:80]!r}; use its address, or ask its owner for --allow-host."
-            )
-
-    def _check_origin(self, headers: RequestHeaders) -> None:
-        """Browsers send simple requests of any page anywhere; only the reply is kept from it, not what was done."""
-        origin, allowed = headers.get("origin"), self._settings.cors_origins
-        if "*" in allowed:
-            return
-        if origin is None:
-            # A picture or script that a foreign page includes from here: no page of ours is loaded that way.
-            if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
-                raise NotAllowed("Other sites' pages may not use this server; its owner can allow them with --cors.")
-            return
-        scheme, _, host = origin.partition("://")
-        if origin not in allowed and not (scheme in ("http", "https") and host and host == headers.get("host")):
-            raise NotAllowed(
-                f"Pages of {origin[:80]!r} may not use this server; its owner can allow it with --cors {origin[:80]}"
-            )
-
-    def _check_key(self, scope: MutableMapping[str, Any], headers: RequestHeaders) -> None:
-        if self._digest is None:
-            return
-        path = scope["path"]
-        if scope["method"] in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_FOLDER)):
-            return
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = [bearer.strip()] if scheme.lower() == "bearer" else []
-        given += [headers["x-api-key"]] if "x-api-key" in headers else []
-        # Digests are of one length, and comparing them takes as long however much of a guess is right.
-        if not any(hmac.compare_digest(sha256(key.encode("latin-1")).digest(), self._digest) for key in given):
-            raise Unauthorized(
-                "The API key is wrong; expected the one the server was started with, as Authorization: Bearer KEY."
-                if given
-                else "This server asks for a key; expected Authorization: Bearer KEY, or x-api-key: KEY."
-            )
-
-
-def host_name(header: str) -> str:
-    """The name in a Host header, without the port and in small letters; empty if there is none."""
-    name = header.strip().lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0].rstrip(".")
-
-
-def is_own_name(name: str, settings: Settings) -> bool:
-    """Whether a server with these settings can be meant by a name.
-
-    An address cannot be rebound, so every address is. Who listens beyond this machine may be called by names of the
-    local network too: without a dot (as containers of one network call each other) or ending in `.local`.
-    """
-    allowed = {host.lower().rstrip(".") for host in (*settings.allowed_hosts, settings.host)}
-    if name and ("*" in allowed or name in LOOPBACK_NAMES or name.endswith(".localhost") or name in allowed):
-        return True
-    if any(host.startswith("*.") and name.endswith(host[1:]) for host in allowed):
-        return True
-    try:
-        ip_address(name.partition("%")[0])
-    except ValueError:
-        return not settings.is_loopback and bool(name) and ("." not in name or name.endswith(".local"))
-    return True

@@ -1,8 +1,8 @@
 """What the server did and does, in Prometheus's words: one registry for each server, filled from outcomes of calls.
 
 Counters of tokens and seconds give rates, the histogram gives quantiles of the time to the first token; what is a
-state (queue, memory, caches) is looked at when it is asked for. Labels are names of models that are listed here, so
-no client can make them many.
+state (queue, memory, caches) is looked at when it is asked for. Labels are names of models that are listed here, and
+no more than `MOST_NAMES` of them: a client may give a model as many names as it likes (/api/copy).
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ from edge_runtime.server.models import ModelRegistry
 
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 """Upper ends of the histogram: from the demo model to a full-size one with ten slices on a small processor."""
+
+MOST_NAMES = 100
+"""Models that are counted by themselves, the first ones that were asked; the others are counted together."""
+OTHERS = "(others)"
 
 
 def anonymous_bytes() -> int:
@@ -61,6 +65,8 @@ class Metrics:
             buckets=FIRST_TOKEN_S,
             **name,
         )
+        self._names: set[str] = set()
+        """Of the models that are counted by themselves."""
         self.registry.register(_State(inference))
         ProcessCollector(registry=self.registry)
         inference.on_end.append(self.note)
@@ -71,9 +77,17 @@ class Metrics:
         if outcome.error is not None:
             # Others were written to the log where they were answered.
             status = str(problem_of(outcome.error).status) if isinstance(outcome.error, EdgeRuntimeError) else "500"
-        self._requests.labels(outcome.model, status).inc()
+        model = self._label(outcome.model)
+        self._requests.labels(model, status).inc()
         for number, answer in enumerate(outcome.answers):
-            self._note_answer(outcome.model, answer, counts_prompt=number == 0)
+            self._note_answer(model, answer, counts_prompt=number == 0)
+
+    def _label(self, model: str) -> str:
+        """The name under which a model is counted."""
+        if model in self._names or len(self._names) < MOST_NAMES:
+            self._names.add(model)
+            return model
+        return OTHERS
 
     def _note_answer(self, model: str, answer: Answer, *, counts_prompt: bool) -> None:
         timings = answer.timings_s

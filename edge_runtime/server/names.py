@@ -2,6 +2,7 @@
 
     ROOT/HASH.json     one record, replaced in one step
 
+Names are compared without case, as Ollama does, and shown as they were first written.
 A record says what it is made of by name or by digest, never by path. A copy is another name for the same files; the
 files go with the last name. A pulled model whose name was deleted while others need its files is only hidden.
 """
@@ -74,13 +75,16 @@ class Names:
             return []
         found = [self._read(path) for path in paths]
         return [
-            record for path, record in zip(paths, found, strict=True) if record and self._path(record.name) == path
+            record for path, record in zip(paths, found, strict=True) if record and path in self._places(record.name)
         ]
 
     def get(self, name: str) -> Record | None:
-        """The record of a name."""
-        record = self._read(self._path(name))
-        return record if record is not None and record.name == name else None
+        """The record of a name, in any case."""
+        for path in self._places(name):
+            record = self._read(path)
+            if record is not None and record.name.lower() == name.lower():
+                return record
+        return None
 
     def put(self, record: Record) -> None:
         """Write a record, in one step."""
@@ -96,14 +100,22 @@ class Names:
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
+            for other in self._places(record.name)[1:]:
+                other.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Forget a name."""
         with storing(self._root):
-            self._path(name).unlink(missing_ok=True)
+            for path in self._places(name):
+                path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._root / f"{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()}.json"
+        return self._places(name)[0]
+
+    def _places(self, name: str) -> list[Path]:
+        """Where the record of a name lies; those of older versions lie by its case."""
+        digests = [hashlib.sha256(each.encode("utf-8", "surrogatepass")).hexdigest() for each in (name.lower(), name)]
+        return [self._root / f"{digest}.json" for digest in dict.fromkeys(digests)]
 
     def _read(self, path: Path) -> Record | None:
         """A record, checked; None where there is none of this version."""
@@ -149,4 +161,4 @@ def checked_name(name: str) -> str:
             "if you like.",
             "model",
         ) from None
-    return name.removesuffix(":latest")
+    return name[: -len(":latest")] if name.lower().endswith(":latest") else name

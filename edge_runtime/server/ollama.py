@@ -7,7 +7,9 @@ are nanoseconds. Tool arguments are objects. Source: api/types.go and server/rou
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -22,6 +24,7 @@ from edge_runtime.server import ollama_models, replies
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
 from edge_runtime.server.ollama_bodies import ChatBody, GenerateBody
+from edge_runtime.server.ollama_context import ids_of
 from edge_runtime.server.ollama_options import (
     format_options,
     keep_alive_seconds,
@@ -39,6 +42,7 @@ router.include_router(ollama_models.router)
 API_VERSION = "0.12.6"
 """Of Ollama, whose API this is: clients look at it before they use what came late."""
 
+_MARK = re.compile(r"(\[img(?:-[0-9]{1,9})?\])")
 Fields = dict[str, Any]
 Part = Callable[..., Fields]
 """The part of a reply that holds text, reasoning and calls; differs between chat and generate."""
@@ -53,10 +57,16 @@ async def version() -> dict[str, str]:
 @router.post("/chat")
 async def chat(body: ChatBody, request: Request, state: State) -> Response:
     """Answer a conversation; without messages, load or unload the model."""
+    _refuse_what_is_not_done(body)
     if not body.messages:
         return await _load_or_leave(body, state, _message)
-    options = {**_options(body), **({"tools": body.tools} if body.tools else {})}
-    call = ChatCall(body.wanted, body.messages, options, keep_alive_s=keep_alive_seconds(body.keep_alive))
+    messages = [{**message, "role": _small(message.get("role"))} for message in body.messages]
+    if body.system and not any(_is_system(message, body.system) for message in messages):
+        messages.insert(0, {"role": "system", "content": body.system})
+    given = {"tools": body.tools or None, "tool_choice": body.tool_choice}
+    given["continue_final_message"] = body.continue_final_message
+    options = {**_options(body), **{name: value for name, value in given.items() if value is not None}}
+    call = ChatCall(body.wanted, messages, options, keep_alive_s=keep_alive_seconds(body.keep_alive))
     return await _answer(call, body, request, state, _message)
 
 
@@ -64,13 +74,36 @@ async def chat(body: ChatBody, request: Request, state: State) -> Response:
 async def generate(body: GenerateBody, request: Request, state: State) -> Response:
     """Answer a prompt; without one, load or unload the model."""
     _refuse_what_is_not_done(body)
+    _refuse_of_prompts(body)
     if not body.prompt and not body.images:
         return await _load_or_leave(body, state, _response)
     options = {**_options(body), **({"raw": True} if body.raw else {})}
-    messages: list[Fields] = [{"role": "system", "content": body.system}] if body.system and not body.raw else []
-    messages.append({"role": "user", "content": body.prompt or "", "images": body.images or []})
-    call = ChatCall(body.wanted, messages, options, keep_alive_s=keep_alive_seconds(body.keep_alive))
+    messages: list[Fields] = [{"role": "system", "content": body.system}] if body.system else []
+    messages.append(_raw(body) if body.raw else {"role": "user", "content": body.prompt or "", "images": body.images})
+    keep_s = keep_alive_seconds(body.keep_alive)
+    call = ChatCall(body.wanted, messages, options, keep_alive_s=keep_s, context=body.context or None)
     return await _answer(call, body, request, state, _response)
+
+
+def _raw(body: GenerateBody) -> Fields:
+    """A prompt that is taken as it stands: each picture where `[img-N]` or `[img]` is, the others before it all."""
+    pieces: list[Any] = _MARK.split(body.prompt or "")
+    pictures: list[Fields | None] = [{"type": "image", "image": image} for image in body.images or []]
+    marks = range(1, len(pieces), 2)
+    for place in sorted(marks, key=lambda i: pieces[i] == "[img]"):  # those with a number first
+        free = [n for n, picture in enumerate(pictures) if picture is not None]
+        wanted = free[:1] if pieces[place] == "[img]" else [n for n in free if pieces[place] == f"[img-{n}]"]
+        for n in wanted:
+            pieces[place], pictures[n] = pictures[n], None
+    return {"role": "user", "content": [*filter(None, pictures), *(piece for piece in pieces if piece != "")]}
+
+
+def _is_system(message: Fields, text: str) -> bool:
+    return message.get("role") == "system" and message.get("content") == text
+
+
+def _small(role: Any) -> Any:
+    return role.lower() if isinstance(role, str) else role
 
 
 def _options(body: ChatBody | GenerateBody) -> Fields:
@@ -79,10 +112,19 @@ def _options(body: ChatBody | GenerateBody) -> Fields:
         **thinking_options(body.think),
         **format_options(body.format),
         **({"logprobs": True, "top_logprobs": body.top_logprobs or 0} if body.logprobs else {}),
+        **({"context_shift": True} if body.truncate is not False else {}),
     }
 
 
-def _refuse_what_is_not_done(body: GenerateBody) -> None:
+def _refuse_what_is_not_done(body: ChatBody | GenerateBody) -> None:
+    body.refuse_what_binds()
+    if body.debug_render_only:
+        raise RequestError(
+            "_debug_render_only was given, but prompts are not shown here; leave it out.", "_debug_render_only"
+        )
+
+
+def _refuse_of_prompts(body: GenerateBody) -> None:
     for name, value, instead in (
         ("suffix", body.suffix, "the model cannot fill in text before a suffix; leave it out"),
         (
@@ -90,10 +132,12 @@ def _refuse_what_is_not_done(body: GenerateBody) -> None:
             body.template,
             "prompts are made with the model's own template; send raw=true to write the whole",
         ),
-        ("context", body.context, "token ids of an earlier answer are not taken back; send the turns to /api/chat"),
     ):
         if value:
             raise RequestError(f"{name} was given, but {instead}.", name)
+    if body.raw and (body.system or body.context):
+        name = "system" if body.system else "context"
+        raise RequestError(f"raw mode does not support template, system, or context; leave {name} out.", name)
     if body.raw and (body.think or body.format):
         raise RequestError("raw was given together with think or format, which need the template; leave one out.")
 
@@ -135,7 +179,8 @@ async def _answer(
         (answer,) = await answering.whole()
         shown = part(answer.answer, answer.reasoning or "", answer.tool_calls)
         logprobs = {"logprobs": [_logprob(each) for each in answer.logprobs]} if answer.logprobs is not None else {}
-        return JSONResponse({**_head(body.wanted), **shown, **_end(answer, answering), **logprobs})
+        end = {**_end(answer, answering), **await _context(answer, answering, body)}
+        return JSONResponse({**_head(body.wanted), **shown, **end, **logprobs})
 
     if body.stream is False:
         return await replies.whole(request, state.inference, call, whole)
@@ -144,7 +189,8 @@ async def _answer(
     async def lines(events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[Mapping[str, Any]]:
         async for _, event in events:
             if isinstance(event, Answer):
-                yield {**_head(body.wanted), **part(), **_end(event, answering)}
+                end = {**_end(event, answering), **await _context(event, answering, body)}
+                yield {**_head(body.wanted), **part(), **end}
             elif isinstance(event, Heartbeat):
                 yield {**_head(body.wanted), **part(), "done": False, **_progress(event)}
             else:
@@ -185,7 +231,17 @@ def _end(answer: Answer, answering: Answering) -> Fields:
         "prompt_eval_duration": _nanoseconds(prompt_s),
         "eval_count": answer.completion_tokens,
         "eval_duration": _nanoseconds(times.get("decode", 0.0)),
+        # Of our own, so that nothing is dropped without a word: how many of the oldest turns did not fit.
+        **({"dropped_turns": answer.dropped_turns} if answer.dropped_turns else {}),
     }
+
+
+async def _context(answer: Answer, answering: Answering, body: ChatBody | GenerateBody) -> Fields:
+    """The conversation as ids, which a client of /api/generate may send with its next prompt."""
+    if not isinstance(body, GenerateBody) or body.raw:
+        return {}
+    turns, model = [*answering.messages, {"role": "assistant", "content": answer.answer}], answering.use.model
+    return {"context": await asyncio.to_thread(ids_of, turns, model.tokenizer, model.n_ctx)}
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -45,12 +45,13 @@ def pullable(name: str, state: ServerState) -> str:
     NotAllowed
         When it is an address on a host that the owner has not allowed.
     """
+    name = state.catalog.spelled(name)
     try:
         source = parse_source(name)
     except ModelFileError as error:
         raise RequestError(str(error), "model") from None
     if source is None:
-        if any(listed.name == name for listed in state.catalog.all()):
+        if any(listed.name.lower() == name.lower() for listed in state.catalog.all()):
             return name  # here already
         raise ModelNotFound(
             f"{visible(name)[:120]!r} names nothing to pull: models of Ollama's registry do not run here; expected "

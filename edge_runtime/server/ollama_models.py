@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.errors import ModelFileError
 from edge_runtime.server import ollama_making as making
 from edge_runtime.server.catalog import Catalog, Listed, plain_name
@@ -24,6 +25,7 @@ from edge_runtime.server.ollama_bodies import CopyBody, CreateBody, DeleteBody, 
 from edge_runtime.server.ollama_options import parameter_lines
 from edge_runtime.server.replies import NDJSON, while_connected
 from edge_runtime.server.routing import JSONRoute
+from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import State
 
 router = APIRouter(route_class=JSONRoute)
@@ -35,19 +37,19 @@ FOR_EVER = datetime.datetime(2318, 1, 1, tzinfo=datetime.UTC)
 @router.get("/tags")
 async def tags(state: State) -> dict[str, Any]:
     """List the models of this machine."""
-    return {"models": await asyncio.to_thread(_listings, state.catalog)}
+    return {"models": await asyncio.to_thread(_listings, state.catalog, state.settings)}
 
 
-def _listings(catalog: Catalog) -> list[dict[str, Any]]:
+def _listings(catalog: Catalog, settings: Settings) -> list[dict[str, Any]]:
     """All models but those whose files are damaged, which cannot be used either."""
     found = []
     for listed in catalog.all():
         with contextlib.suppress(ModelFileError, OSError):
-            found.append(_listing(listed))
+            found.append(_listing(listed, settings))
     return found
 
 
-def _listing(listed: Listed) -> dict[str, Any]:
+def _listing(listed: Listed, settings: Settings) -> dict[str, Any]:
     facts = facts_of(listed)
     return {
         "name": listed.tag,
@@ -56,7 +58,7 @@ def _listing(listed: Listed) -> dict[str, Any]:
         "size": listed.size,
         "digest": fingerprint(listed),
         "details": details(listed, facts),
-        "capabilities": facts.capabilities,
+        "capabilities": facts.capabilities(settings),
     }
 
 
@@ -91,7 +93,8 @@ async def show(body: ShowBody, state: State) -> dict[str, Any]:
 
     def describe() -> dict[str, Any]:
         listed = state.catalog.find(body.wanted)
-        return _description(listed, facts_of(listed))
+        facts = facts_of(listed)
+        return {**_description(listed, facts), "capabilities": facts.capabilities(state.settings)}
 
     return await asyncio.to_thread(describe)
 
@@ -111,7 +114,7 @@ def _description(listed: Listed, facts: Facts) -> dict[str, Any]:
         "messages": [*listed.messages],
         "model_info": {**facts.decoder, "general.parameter_count": facts.parameters},
         "projector_info": dict(facts.projector),
-        "capabilities": facts.capabilities,
+        **({"notice": TOY_NOTICE} if facts.is_toy else {}),
         "modified_at": listed.modified.isoformat(),
     }
 

@@ -15,7 +15,7 @@ from edge_runtime.sources import visible
 
 logger = logging.getLogger("edge_runtime.server")
 
-THINKING_LEVELS: dict[str, int | None] = {"low": 256, "medium": 1024, "high": None}
+THINKING_LEVELS: dict[str, int | None] = {"low": 256, "medium": 1024, "high": None, "max": None}
 """Tokens of reasoning after which the answer begins; None: no limit. The model itself knows on and off."""
 OWNERS = frozenset(
     {
@@ -27,11 +27,41 @@ OWNERS = frozenset(
         "use_mlock",
         "num_thread",
         "num_keep",
+        "num_gqa",
         "numa",
         "low_vram",
+        "f16_kv",
+        "logits_all",
+        "vocab_only",
+        "embedding_only",
+        "rope_frequency_base",
+        "rope_frequency_scale",
+        "draft_num_predict",
     }
 )
 """How a model is loaded, which the owner of the server decides for all clients (`edge-runtime serve --ctx`)."""
+BINDING = {
+    **dict.fromkeys(
+        ("format", "schema", "json_schema", "response_format", "structured_outputs", "guided_json"),
+        "send the schema as format, beside options",
+    ),
+    **dict.fromkeys(
+        ("grammar", "guided_grammar", "guided_regex", "guided_choice"),
+        "answers follow JSON schemas (format, beside options) and no other grammar",
+    ),
+    **dict.fromkeys(("tools", "tool_choice"), "tools stand beside options, in requests to /api/chat"),
+    **dict.fromkeys(
+        ("system", "template", "prompt", "suffix", "raw"), "it is a field beside options, of /api/generate"
+    ),
+    **dict.fromkeys(("think", "thinking", "reasoning_effort"), "send think, beside options"),
+    **dict.fromkeys(("logprobs", "top_logprobs"), "it is a field beside options"),
+    **dict.fromkeys(("n", "best_of"), "one answer is given to a request; send it again for more"),
+    **dict.fromkeys(("logit_bias", "bad_words", "ignore_eos"), "tokens cannot be forced or forbidden here"),
+    **dict.fromkeys(
+        ("images", "context", "keep_alive", "stream", "truncate", "shift"), "it is a field beside options"
+    ),
+}
+"""Words that are no options but say what an answer must be: refused with what to do, never left out."""
 UNLIMITED = 1 << 30
 LONGEST_KEEP_S = 10 * 365 * 86400.0
 
@@ -39,12 +69,14 @@ _warned: set[str] = set()
 
 
 def submit_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Translate `options` of a request, or the parameters of a Modelfile; unknown ones are left out with a warning.
+    """Translate `options` of a request, or the parameters of a Modelfile.
+
+    Unknown ones are left out with a warning in the log, as Ollama does, unless they bind the answer.
 
     Raises
     ------
     RequestError
-        When a value has the wrong type.
+        When a value has the wrong type, or an option that binds the answer is not known.
     """
     found: dict[str, Any] = {}
     for name, value in (options or {}).items():
@@ -52,6 +84,8 @@ def submit_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
             continue
         if name in _TRANSLATED:
             found |= _TRANSLATED[name](name, value)
+        elif name in BINDING:
+            raise RequestError(f"The option {name} is none that can be kept: {BINDING[name]}.", name)
         elif name not in OWNERS:
             _warn(name)
     if found.pop("repeats_count", True) is False:
@@ -84,7 +118,8 @@ def _same(target: str, read: Callable[[str, Any], Any]) -> Callable[[str, Any], 
 
 def _length(name: str, value: Any) -> dict[str, Any]:
     number = _whole(name, value)
-    return {"max_tokens": UNLIMITED if number < 0 else number}  # -1: for ever, -2: until the context is full
+    # -1: for ever; -2: until the context is full; 0: no limit either, as in the runners of Ollama.
+    return {"max_tokens": number if number > 0 else UNLIMITED}
 
 
 def _seed(name: str, value: Any) -> dict[str, Any]:
@@ -103,18 +138,28 @@ def _stop(name: str, value: Any) -> dict[str, Any]:
     return {"stop": [text for text in texts if text]}
 
 
+def _most(name: str, value: Any) -> int:
+    number = _whole(name, value)
+    if number < 1:
+        raise RequestError(f"The option {name} is {number}; expected a positive whole number.", name)
+    return number
+
+
 def _window(name: str, value: Any) -> dict[str, Any]:
     """Penalties here look at the whole answer; a window of 0 turns the one Ollama has on by default off."""
     return {"repeats_count": _whole(name, value) != 0}
 
 
 _TRANSLATED: dict[str, Callable[[str, Any], dict[str, Any]]] = {
-    "num_predict": _length,
+    **dict.fromkeys(("num_predict", "n_predict", "max_tokens", "max_completion_tokens"), _length),
     "seed": _seed,
     "stop": _stop,
     "top_k": _top_k,
     "repeat_last_n": _window,
-    "repeat_penalty": _same("repetition_penalty", _number),
+    "max_slices": _same("max_slices", _most),
+    "max_slice_nums": _same("max_slices", _most),
+    "image_max_tokens": _same("image_max_tokens", _most),
+    **dict.fromkeys(("repeat_penalty", "repetition_penalty"), _same("repetition_penalty", _number)),
     **{
         name: _same(name, _number)
         for name in ("temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty")

@@ -6,19 +6,25 @@ What requests mean is in `openai_requests`, what replies look like in `openai_re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edge_runtime.answers import Answer
+from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.server import openai_shapes as shapes
 from edge_runtime.server import responses, sse
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.llama_server_facts import entry_fields, list_fields
+from edge_runtime.server.llama_server_replies import PromptProgress
+from edge_runtime.server.openai_constraints import fields_as_sent
+from edge_runtime.server.openai_fields import with_warnings
 from edge_runtime.server.openai_replies import (
     ChatChunks,
     TextCompletions,
@@ -29,7 +35,7 @@ from edge_runtime.server.openai_replies import (
 from edge_runtime.server.openai_requests import ChatCompletionRequest, CompletionRequest, Loose
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
 from edge_runtime.server.routing import JSONRoute
-from edge_runtime.server.state import State
+from edge_runtime.server.state import ServerState, State
 
 router = APIRouter(tags=["OpenAI"], route_class=JSONRoute)
 router.include_router(responses.router)
@@ -45,34 +51,58 @@ ERRORS: Described = {"4XX": {"model": shapes.ErrorReply}, "5XX": {"model": shape
 )
 async def chat_completions(request: Request, state: State, body: ChatCompletionRequest) -> Response:
     """Answer a conversation, with pictures, documents and videos in it, whole or as a stream of chunks."""
-    call = ChatCall(body.model, body.conversation(), body.options(), n=body.n_answers)
+    warnings = body.all_warnings()
+    tells = bool(body.stream and body.return_progress)
+    call = ChatCall(body.model, body.conversation(), body.options(), n=body.n_answers, tells_progress=tells)
     model = body.model or state.catalog.default
-    if body.stream:
-        chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, most_calls=body.most_calls)
-        answering = await begin(request, state.inference, call)
-        return AnswerStreamResponse(answering, lambda events: _chat_lines(events, chunks), "sse", "openai")
+    with fields_as_sent(body.names()):
+        if body.stream:
+            chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, most_calls=body.most_calls)
+            answering = await begin(request, state.inference, call)
+            progress = PromptProgress() if tells else None
+            stream = AnswerStreamResponse(
+                answering, lambda events: _chat_lines(events, chunks, progress), "sse", "openai"
+            )
+            return with_warnings(stream, warnings)
 
-    async def reply(answering: Answering) -> Response:
-        return sse.body(chat_completion(await answering.whole(), model, most_calls=body.most_calls))
+        async def reply(answering: Answering) -> Response:
+            return sse.body(chat_completion(await answering.whole(), model, most_calls=body.most_calls))
 
-    return await whole(request, state.inference, call, reply)
+        return with_warnings(await whole(request, state.inference, call, reply), warnings)
 
 
-async def _chat_lines(events: AsyncIterator[tuple[int, Event]], chunks: ChatChunks) -> AsyncIterator[str]:
+@router.post(
+    "/v1/chat/completions/input_tokens",
+    response_model=None,
+    responses={200: {"model": shapes.InputTokens}, **ERRORS},
+)
+async def input_tokens(request: Request, state: State, body: ChatCompletionRequest) -> Response:
+    """Count the tokens of a conversation, its pictures' included, without answering it; so does llama-server."""
+    warnings = body.all_warnings()
+    call = ChatCall(body.model, body.conversation(), body.prompt_options())
+    with fields_as_sent(body.names()):
+        n = await while_connected(request, state.inference.count_tokens(call))
+    return with_warnings(sse.body(shapes.input_tokens(n)), warnings)
+
+
+async def _chat_lines(
+    events: AsyncIterator[tuple[int, Event]], chunks: ChatChunks, progress: PromptProgress | None
+) -> AsyncIterator[str]:
     """Role, pieces and end of each answer; then the tokens, where they were asked for."""
     answers: dict[int, Answer] = {}
     for chunk in chunks.begin():
         yield sse.event(chunk)
     async for number, event in events:
         if isinstance(event, Heartbeat):
-            yield sse.BEAT
+            told = progress.more(event.progress) if progress is not None else None
+            yield sse.BEAT if told is None else sse.event(chunks.progress(told))
         elif isinstance(event, Answer):
             answers[number] = event
-            yield sse.event(chunks.end(number, event.finish_reason))
+            yield sse.event(chunks.end(number, event))
         else:
             for chunk in chunks.piece(number, event):
                 yield sse.event(chunk)
-    for chunk in chunks.usage([*answers.values()]):
+    for chunk in chunks.usage([answers[number] for number in sorted(answers)]):
         yield sse.event(chunk)
     yield sse.DONE
 
@@ -84,36 +114,65 @@ async def _chat_lines(events: AsyncIterator[tuple[int, Event]], chunks: ChatChun
 )
 async def completions(request: Request, state: State, body: CompletionRequest) -> Response:
     """Go on with a text as it stands, without the chat template; so do llama-server and vLLM."""
-    options, prompts = body.options(), body.prompts
+    warnings, options, prompts = body.all_warnings(), body.options(), body.prompts
     texts = TextCompletions(
         body.model or state.catalog.default,
         include_usage=body.include_usage,
         n_top=body.logprobs or 0,
     )
-    calls = [ChatCall(body.model, prompt, options, n=body.n_answers) for prompt in prompts]
-    if body.stream:
-        if len(calls) > 1:
-            raise RequestError(
-                f"prompt holds {len(calls)} texts, but a stream has the answers to one; send one, or leave out "
-                "stream.",
-                "prompt",
+    calls = [_text_call(body, prompt, options) for prompt in prompts]
+    with fields_as_sent(body.names()):
+        if body.stream:
+            if len(calls) > 1:
+                raise RequestError(
+                    f"prompt holds {len(calls)} texts, but a stream has the answers to one; send one, or leave out "
+                    "stream.",
+                    "prompt",
+                )
+            answering = await begin(request, state.inference, calls[0])
+            echoed = [_echoed(body, prompts[0], answering)] * body.n_answers
+            stream = AnswerStreamResponse(
+                answering, lambda events: _text_lines(events, texts, echoed), "sse", "openai"
             )
-        answering = await begin(request, state.inference, calls[0])
-        echoed = [prompts[0] if body.echo else ""] * body.n_answers
-        return AnswerStreamResponse(answering, lambda events: _text_lines(events, texts, echoed), "sse", "openai")
+            return with_warnings(stream, warnings)
+        reply = _whole_texts(state, body, texts, calls)
+        return with_warnings(await while_connected(request, reply), warnings)
 
-    async def reply() -> Response:
-        async with AsyncExitStack() as stack:
-            begun = []
-            for call in calls:
-                begun.append(await state.inference.begin(call))
-                stack.push_async_callback(begun[-1].close)
-            found = [await answering.whole() for answering in begun]
-        answers = [answer for of_prompt in found for answer in of_prompt]
-        echoed = [prompt if body.echo else "" for prompt in prompts for _ in range(body.n_answers)]
-        return sse.body(texts.whole(answers, echoed, add_usage([usage(of_prompt) for of_prompt in found])))
 
-    return await while_connected(request, reply())
+def _text_call(body: CompletionRequest, prompt: str | list[int], options: dict[str, Any]) -> ChatCall:
+    if isinstance(prompt, str):
+        return ChatCall(body.model, prompt, options, n=body.n_answers)
+    return ChatCall(body.model, "", {**options, "prompt_ids": prompt}, n=body.n_answers)
+
+
+def _echoed(body: CompletionRequest, prompt: str | list[int], answering: Answering) -> str:
+    """What is repeated before an answer."""
+    if not body.echo:
+        return ""
+    if isinstance(prompt, str):
+        return prompt
+    return b"".join(map(answering.use.model.tokenizer.token_bytes, prompt)).decode("utf-8", "replace")
+
+
+async def _whole_texts(
+    state: ServerState, body: CompletionRequest, texts: TextCompletions, calls: list[ChatCall]
+) -> Response:
+    """Answers to all prompts, side by side."""
+    answers: list[Answer] = []
+    echoed: list[str] = []
+    scores: dict[int, list[TokenLogprobs]] = {}
+    async with AsyncExitStack() as stack:
+        begun = []
+        for call in calls:
+            begun.append(await state.inference.begin(call))
+            stack.push_async_callback(begun[-1].close)
+        found = [await answering.whole() for answering in begun]
+        for prompt, answering, of_prompt in zip(body.prompts, begun, found, strict=True):
+            first = of_prompt[0].prompt_logprobs or []  # the prompt is scored for the first of its answers
+            scores |= {len(answers) + i: first for i in range(len(of_prompt))}
+            echoed += [_echoed(body, prompt, answering)] * len(of_prompt)
+            answers += of_prompt
+    return sse.body(texts.whole(answers, echoed, add_usage([usage(of_prompt) for of_prompt in found]), scores))
 
 
 async def _text_lines(
@@ -128,35 +187,47 @@ async def _text_lines(
             yield sse.BEAT
         elif isinstance(event, Answer):
             answers[number] = event
-            yield sse.event(texts.end(number, event.finish_reason))
+            yield sse.event(texts.end(number, event))
         elif event.kind == "answer":
             yield sse.event(texts.piece(number, event))
-    for chunk in texts.usage(usage([*answers.values()])):
+    for chunk in texts.usage([answers[number] for number in sorted(answers)]):
         yield sse.event(chunk)
     yield sse.DONE
 
 
-def _entry(listed: Listed) -> shapes.ModelEntry:
-    return {
+def _contexts(state: ServerState) -> dict[tuple[Path, ...], int]:
+    """Files of the loaded models → tokens of their context."""
+    return {slot.listed.files: slot.model.n_ctx for slot in state.registry.loaded() if slot.model is not None}
+
+
+def _entry(listed: Listed, contexts: Mapping[tuple[Path, ...], int]) -> shapes.ModelEntry:
+    entry: shapes.ModelEntry = {
         "id": listed.name,
         "object": "model",
         "created": int(listed.modified.timestamp()),
         "owned_by": "library",
     }
+    entry.update(entry_fields(listed, contexts.get(listed.files)))  # type: ignore[typeddict-item]
+    return entry
 
 
 @router.get("/v1/models", response_model=None, responses={200: {"model": shapes.ModelList}, **ERRORS})
 async def models(state: State) -> Response:
     """List the models of this machine."""
-    found = await asyncio.to_thread(state.catalog.all)
-    listed: shapes.ModelList = {"object": "list", "data": [_entry(item) for item in found]}
-    return sse.body(listed)
+    contexts = _contexts(state)
+
+    def listed() -> dict[str, Any]:
+        found = state.catalog.all()
+        data: shapes.ModelList = {"object": "list", "data": [_entry(item, contexts) for item in found]}
+        return {**data, **list_fields(found)}
+
+    return sse.body(await asyncio.to_thread(listed))
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": shapes.ModelEntry}, **ERRORS})
 async def model(state: State, model: str) -> Response:
     """Tell of one model; its name may have slashes."""
-    return sse.body(_entry(await asyncio.to_thread(state.catalog.find, model)))
+    return sse.body(_entry(await asyncio.to_thread(state.catalog.find, model), _contexts(state)))
 
 
 class EmbeddingsRequest(Loose):

@@ -7,16 +7,19 @@ servers.
 
 from __future__ import annotations
 
+import codecs
 import json
+import math
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from edge_runtime import __version__
 from edge_runtime import tools as runtime_tools
 from edge_runtime.answers import Answer
-from edge_runtime.logprobs import TokenLogprobs
+from edge_runtime.logprobs import TokenLogprob, TokenLogprobs
 from edge_runtime.requests import FinishReason as EngineReason
 from edge_runtime.server import openai_shapes as shapes
 from edge_runtime.streaming import Piece
@@ -51,16 +54,25 @@ def usage(answers: Sequence[Answer]) -> shapes.Usage:
 def timings(answer: Answer) -> shapes.Timings:
     """Tell where the time of an answer went."""
     seconds = answer.timings_s
-    decode_s = seconds.get("decode", 0.0)
+    prefill_s, decode_s = seconds.get("prefill", 0.0), seconds.get("decode", 0.0)
+    n_prompt, n_predicted = answer.prompt_tokens - answer.cached_tokens, answer.completion_tokens
     return {
-        "prompt_n": answer.prompt_tokens - answer.cached_tokens,
-        "prompt_ms": seconds.get("prefill", 0.0) * 1e3,
-        "predicted_n": answer.completion_tokens,
+        "cache_n": answer.cached_tokens,
+        "prompt_n": n_prompt,
+        "prompt_ms": prefill_s * 1e3,
+        "prompt_per_token_ms": _share(prefill_s * 1e3, n_prompt),
+        "prompt_per_second": _share(n_prompt, prefill_s),
+        "predicted_n": n_predicted,
         "predicted_ms": decode_s * 1e3,
-        "predicted_per_second": answer.completion_tokens / decode_s if decode_s else 0.0,
+        "predicted_per_token_ms": _share(decode_s * 1e3, n_predicted),
+        "predicted_per_second": _share(n_predicted, decode_s),
         "image_ms": (seconds.get("image", 0.0) + seconds.get("encode", 0.0)) * 1e3 if answer.pictures else 0.0,
         "first_token_ms": seconds.get("first_token", 0.0) * 1e3,
     }
+
+
+def _share(amount: float, parts: float) -> float:
+    return amount / parts if parts else 0.0
 
 
 def add_usage(parts: Sequence[shapes.Usage]) -> shapes.Usage:
@@ -129,6 +141,7 @@ def chat_completion(answers: Sequence[Answer], model: str, *, most_calls: int | 
         "system_fingerprint": FINGERPRINT,
         "choices": [_choice(index, answer, most_calls) for index, answer in enumerate(answers)],
         "usage": usage(answers),
+        "timings": timings(answers[0]),
     }
 
 
@@ -165,6 +178,12 @@ class ChatChunks:
         """Say who speaks, once for each answer."""
         return (self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.n))
 
+    def progress(self, told: Mapping[str, Any]) -> shapes.ChatChunk:
+        """Tell how much of the prompt was read, as llama-server does."""
+        chunk = self._chunk(0, {})
+        chunk["prompt_progress"] = dict(told)
+        return chunk
+
     def piece(self, index: int, piece: Piece) -> Iterator[shapes.ChatChunk]:
         """Translate a piece; one that has nothing to be shown makes no chunk."""
         scores = _logprobs(piece.logprobs) if piece.logprobs else None
@@ -183,9 +202,13 @@ class ChatChunks:
         if piece.text or scores:
             yield self._chunk(index, delta, scores)
 
-    def end(self, index: int, reason: EngineReason) -> shapes.ChatChunk:
-        """Say why an answer ended."""
-        return self._chunk(index, {}, reason=finish_reason(reason, has_calls=index in self._calls))
+    def end(self, index: int, answer: Answer) -> shapes.ChatChunk:
+        """Say why an answer ended; where no usage follows, the times, too."""
+        reason = finish_reason(answer.finish_reason, has_calls=index in self._calls)
+        chunk = self._chunk(index, {}, reason=reason)
+        if not self.include_usage:
+            chunk["timings"] = timings(answer)
+        return chunk
 
     def usage(self, answers: Sequence[Answer]) -> Iterator[shapes.ChatChunk]:
         """Tell the tokens, where that was asked for."""
@@ -216,6 +239,36 @@ class ChatChunks:
         return chunk
 
 
+class _Offsets:
+    """Places of tokens in a text, whose characters may come in several tokens."""
+
+    def __init__(self, start: int = 0) -> None:
+        self._utf8, self._n = codecs.getincrementaldecoder("utf-8")(errors="replace"), start
+
+    def next(self, data: bytes) -> int:
+        """Place of the next token: how many characters are complete before it."""
+        place = self._n
+        self._n += len(self._utf8.decode(data))
+        return place
+
+
+def _ending(answer: Answer) -> list[TokenLogprobs]:
+    """The token that ended an answer, which is told as one of a completion's tokens: so all that were made are."""
+    return [] if answer.end_logprobs is None else [answer.end_logprobs]
+
+
+def _token_text(score: TokenLogprob) -> str:
+    """A token; as OpenAI wrote them here, its bytes where they are no text: two of these are not the same."""
+    try:
+        return bytes(score.bytes).decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in score.bytes)
+
+
+def _known(logprob: float) -> float | None:
+    return None if math.isnan(logprob) else logprob
+
+
 @dataclass
 class TextCompletions:
     """Replies and chunks of one request for completions; answers are numbered through all its prompts."""
@@ -225,43 +278,67 @@ class TextCompletions:
     n_top: int = 0
     id: str = field(default_factory=lambda: new_id("cmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
-    _offsets: dict[int, int] = field(default_factory=dict)
-    """Number of an answer → characters that were sent of it."""
+    _offsets: dict[int, _Offsets] = field(default_factory=dict)
+    """Number of an answer → where its next token begins."""
 
-    def whole(self, answers: Sequence[Answer], prompts: Sequence[str], total: shapes.Usage) -> shapes.TextCompletion:
+    def whole(
+        self,
+        answers: Sequence[Answer],
+        prompts: Sequence[str],
+        total: shapes.Usage,
+        prompt_scores: Mapping[int, Sequence[TokenLogprobs]] | None = None,
+    ) -> shapes.TextCompletion:
         """Whole reply.
 
         Parameters
         ----------
         prompts : one for each answer: what is repeated before it; empty where that was not asked for.
+        prompt_scores : number of an answer → log probabilities of its prompt's tokens.
         """
         choices: list[shapes.TextChoice] = []
         for index, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
-            scores = None if answer.logprobs is None else self._logprobs(answer.logprobs, len(prompt))
-            choices.append(self._choice(index, prompt + answer.answer, scores, answer.finish_reason))
-        return self._frame(choices) | {"usage": total}
+            text = prompt + answer.answer
+            scores: shapes.TextLogprobs | None = None
+            if answer.logprobs is not None:
+                of_prompt = (prompt_scores or {}).get(index, [])
+                told = self._logprobs(of_prompt, _Offsets())
+                rest = self._logprobs([*answer.logprobs, *_ending(answer)], _Offsets(len(prompt)))
+                scores = {
+                    "tokens": told["tokens"] + rest["tokens"],
+                    "token_logprobs": told["token_logprobs"] + rest["token_logprobs"],
+                    "top_logprobs": (told["top_logprobs"] or []) + (rest["top_logprobs"] or [])
+                    if self.n_top
+                    else None,
+                    "text_offset": [min(at, len(text)) for at in told["text_offset"] + rest["text_offset"]],
+                }
+            choices.append(self._choice(index, text, scores, answer.finish_reason))
+        return self._frame(choices) | {"usage": total, "timings": timings(answers[0])}
 
     def begin(self, index: int, prompt: str) -> Iterator[shapes.TextCompletion]:
         """Repeat the prompt, where that was asked for."""
-        self._offsets[index] = len(prompt)
+        self._offsets[index] = _Offsets(len(prompt))
         if prompt:
             yield self._chunk(self._choice(index, prompt, None, None))
 
     def piece(self, index: int, piece: Piece) -> shapes.TextCompletion:
         """Translate a piece."""
-        offset = self._offsets.get(index, 0)
-        self._offsets[index] = offset + len(piece.text)
-        scores = self._logprobs(piece.logprobs, offset) if piece.logprobs else None
+        offsets = self._offsets.setdefault(index, _Offsets())
+        scores = self._logprobs(piece.logprobs, offsets) if piece.logprobs else None
         return self._chunk(self._choice(index, piece.text, scores, None))
 
-    def end(self, index: int, reason: EngineReason) -> shapes.TextCompletion:
-        """Say why an answer ended."""
-        return self._chunk(self._choice(index, "", None, reason))
+    def end(self, index: int, answer: Answer) -> shapes.TextCompletion:
+        """Say why an answer ended; where no usage follows, the times, too."""
+        ending = _ending(answer)
+        scores = self._logprobs(ending, self._offsets.setdefault(index, _Offsets())) if ending else None
+        chunk = self._chunk(self._choice(index, "", scores, answer.finish_reason))
+        if not self.include_usage:
+            chunk["timings"] = timings(answer)
+        return chunk
 
-    def usage(self, total: shapes.Usage) -> Iterator[shapes.TextCompletion]:
+    def usage(self, answers: Sequence[Answer]) -> Iterator[shapes.TextCompletion]:
         """Tell the tokens, where that was asked for."""
         if self.include_usage:
-            yield self._frame([]) | {"usage": total}
+            yield self._frame([]) | {"usage": usage(answers), "timings": timings(answers[0])}
 
     def _choice(
         self, index: int, text: str, logprobs: shapes.TextLogprobs | None, reason: EngineReason | None
@@ -271,20 +348,19 @@ class TextCompletions:
             ended["finish_reason"] = "stop" if reason == "stop" else "length"
         return ended
 
-    def _logprobs(self, scores: Iterable[TokenLogprobs], offset: int) -> shapes.TextLogprobs:
-        scores = [score for score in scores if score.kind == "answer"]
-        offsets = []
-        for score in scores:
-            offsets.append(offset)
-            offset += len(score.token)
+    def _logprobs(self, scores: Iterable[TokenLogprobs], offsets: _Offsets) -> shapes.TextLogprobs:
+        scores = [score for score in scores if score.kind != "reasoning"]
         return {
-            "tokens": [score.token for score in scores],
-            "token_logprobs": [score.logprob for score in scores],
-            "top_logprobs": [{top.token: top.logprob for top in score.top_logprobs} for score in scores]
-            if self.n_top
-            else None,
-            "text_offset": offsets,
+            "tokens": [_token_text(score) for score in scores],
+            "token_logprobs": [_known(score.logprob) for score in scores],
+            "top_logprobs": [self._alternatives(score) for score in scores] if self.n_top else None,
+            "text_offset": [offsets.next(bytes(score.bytes)) for score in scores],
         }
+
+    def _alternatives(self, score: TokenLogprobs) -> dict[str, float] | None:
+        if _known(score.logprob) is None:
+            return None
+        return {_token_text(top): top.logprob for top in score.top_logprobs}
 
     def _chunk(self, choice: shapes.TextChoice) -> shapes.TextCompletion:
         chunk = self._frame([choice])

@@ -1,8 +1,8 @@
 """Requests of OpenAI's chat completions and completions → a conversation and options of `Model.submit`.
 
-Enters: the body, checked by pydantic; fields that are not named here are ignored, as servers of local models do.
-Leaves: messages for `edge_runtime.messages` and keyword arguments for `Model.submit`. Knows neither models nor
-connections.
+Enters: the body, checked by pydantic. Leaves: messages for `edge_runtime.messages` and keyword arguments for
+`Model.submit`. Knows neither models nor connections. What becomes of fields that are not named here is in
+`openai_fields`.
 
 Source: openai-python's types; extensions of llama-server, vLLM and Ollama that clients send in `extra_body`.
 """
@@ -10,84 +10,24 @@ Source: openai-python's types; extensions of llama-server, vLLM and Ollama that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import Field, StrictInt
 
-from edge_runtime.sampling import MAX_SEED
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.ollama_options import THINKING_LEVELS
-from edge_runtime.server.openai_tools import called, choose_tools, describe, given
+from edge_runtime.server.loose import Loose as Loose
+from edge_runtime.server.ollama_options import thinking_options
+from edge_runtime.server.openai_constraints import ResponseFormat
+from edge_runtime.server.openai_fields import OF_CHAT, OF_COMPLETIONS
+from edge_runtime.server.openai_sampling import MOST_STOPS as MOST_STOPS
+from edge_runtime.server.openai_sampling import Effort, SamplingFields, length, reasoning_options
+from edge_runtime.server.openai_tools import called, choose_tools, describe, given, offered
 from edge_runtime.server.parts import content_parts
 
-MOST_STOPS = 64
-MOST_PROMPTS = 16
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-EFFORTS_WITHOUT_REASONING = ("none", "minimal")
-Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
+MOST_PROMPTS = 32
 # Clients that want "as many as there are" write -1, as llama-server takes it.
 MaxTokens = Annotated[int, Field(ge=-1)]
-
-
-class Loose(BaseModel):
-    """A body, or a part of one, whose further fields are ignored."""
-
-    model_config = ConfigDict(extra="ignore", populate_by_name=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _as_it_is_written(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would turn into a number or a truth value: `false` is not 0, and "1" is neither."""
-        assert info.field_name is not None
-        wanted = _plain_types(cls.model_fields[info.field_name].annotation)
-        if value is None or not wanted or not wanted <= {bool, int, float}:
-            return value
-        is_right = isinstance(value, bool) if wanted == {bool} else isinstance(value, int | float)
-        if not is_right or (isinstance(value, bool) and bool not in wanted):
-            raise ValueError(f"expected {'true or false' if wanted == {bool} else 'a number'}")
-        return value
-
-
-def _plain_types(annotation: Any) -> set[Any]:
-    """What a value may be, apart from null: int and float of `Annotated[int, ...] | float | None`."""
-    if get_origin(annotation) is Annotated:
-        return _plain_types(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return {kind for part in get_args(annotation) for kind in _plain_types(part)} - {NoneType}
-    return {annotation}
-
-
-class Function(Loose):
-    """A function that the model may call."""
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class Tool(Loose):
-    """A tool; functions are the only kind."""
-
-    type: str = "function"
-    function: Function | None = None
-
-
-class JsonSchema(Loose):
-    """The schema of an answer."""
-
-    name: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-
-
-class ResponseFormat(Loose):
-    """What an answer must look like."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-    schema_: dict[str, Any] | None = Field(
-        None, alias="schema", description="Of json_object, as llama-server has it."
-    )
+Ids = Annotated[list[StrictInt], Field(min_length=1)]
 
 
 class StreamOptions(Loose):
@@ -115,25 +55,14 @@ class ChatMessage(Loose):
     tool_calls: list[dict[str, Any]] | None = None
 
 
-class SamplingFields(Loose):
-    """How tokens are chosen and when an answer ends; common to both kinds of completions."""
+class CompletionFields(SamplingFields):
+    """What chat completions and completions have in common."""
 
-    model: str | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1)
     max_tokens: MaxTokens | None = None
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, description="0 and -1 keep all tokens.")
-    min_p: float | None = Field(None, ge=0, le=1)
-    typical_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: Stop | None = None
-    logit_bias: dict[str, float] | None = None
+    n_predict: int | None = Field(None, ge=-2, description="The same, as llama-server has it.")
+    response_format: ResponseFormat | None = None
 
     @property
     def n_answers(self) -> int:
@@ -145,58 +74,97 @@ class SamplingFields(Loose):
         """Whether a stream ends with the tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling_options(self) -> dict[str, Any]:
-        """Arguments of `Model.submit` that both kinds have in common, but for `n`."""
-        return given(
-            max_tokens=limit(self.max_tokens),
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=None if self.top_k is None else max(self.top_k, 0),
-            min_p=self.min_p,
-            typical_p=self.typical_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            seed=None if self.seed is None else self.seed % MAX_SEED,
-            stop=stops(self.stop),
-            logit_bias=self.logit_bias,
-        )
+    def names(self) -> dict[str, str]:
+        """Options of `Model.submit` → fields of this request, for errors."""
+        _, form = self._form()
+        return {**super().names(), **form, "max_tokens": self._limit()[1] or "max_tokens"}
+
+    def _limit(self) -> tuple[int | None, str | None]:
+        return length(("n_predict", self.n_predict), ("max_tokens", self.max_tokens))
+
+    def _form(self) -> tuple[dict[str, Any], dict[str, str]]:
+        wanted = self.response_format.options() if self.response_format is not None else {}
+        return self.form(("response_format", wanted))
 
 
-class ChatCompletionRequest(SamplingFields):
+class ChatCompletionRequest(CompletionFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: MaxTokens | None = None
-    tools: list[Tool] | None = None
+    tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = Field(None, description="OpenAI's older form, which is refused; use `tools`.")
-    response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = Field(
         None, description="The same in the form of responses, as Ollama takes it too."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="`enable_thinking` is looked at.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="`enable_thinking` is taken.")
+    enable_thinking: bool | None = Field(None, description="The same, as Qwen's servers have it.")
+    think: bool | str | None = Field(None, description="A switch or a level, as Ollama has it.")
     thinking_budget: int | None = Field(None, ge=0, description="Most tokens of reasoning.")
+    thinking_token_budget: int | None = Field(None, ge=-1, description="The same, as vLLM has it.")
+    thinking_budget_tokens: int | None = Field(None, ge=-1, description="The same, as llama-server has it.")
     max_slices: int | None = Field(None, ge=1, description="Most cells that a picture is cut into.")
+    continue_final_message: bool | None = Field(
+        None, description="Whether a last message of the assistant is continued; null does, as llama-server does."
+    )
+    add_generation_prompt: bool | None = None
+    return_progress: bool | None = Field(None, description="Whether a stream tells how much of the prompt was read.")
 
     @property
     def most_calls(self) -> int | None:
         """1 where the client takes one call at a time."""
         return 1 if self.parallel_tool_calls is False else None
 
+    def _limit(self) -> tuple[int | None, str | None]:
+        return length(
+            ("max_completion_tokens", self.max_completion_tokens),
+            ("n_predict", self.n_predict),
+            ("max_tokens", self.max_tokens),
+        )
+
     def _reasoning(self) -> dict[str, Any]:
-        switch = (self.chat_template_kwargs or {}).get("enable_thinking")
+        kwargs = {name: value for name, value in (self.chat_template_kwargs or {}).items() if value is not None}
+        switch = kwargs.pop("enable_thinking", None)
+        if kwargs:
+            name = next(iter(kwargs))[:60]
+            raise RequestError(
+                f"chat_template_kwargs has {name!r}, which the template does not know; expected enable_thinking.",
+                f"chat_template_kwargs.{name}",
+            )
         if not isinstance(switch, bool | None):
             raise RequestError(
                 f"enable_thinking is of type {type(switch).__name__}; expected true or false.",
                 "chat_template_kwargs.enable_thinking",
             )
+        switch = self.enable_thinking if switch is None else switch
+        budgets = (self.thinking_budget, self.thinking_token_budget, self.thinking_budget_tokens)
+        budget = next((number for number in budgets if number is not None and number >= 0), None)
+        if self.think is not None and switch is None:
+            wanted = thinking_options(self.think)
+            limit = budget if budget is not None else wanted.get("thinking_budget")
+            return given(thinking=bool(wanted), thinking_budget=limit)
         effort = self.reasoning_effort or (self.reasoning.effort if self.reasoning is not None else None)
-        return reasoning_options(effort, self.thinking_budget, switch)
+        return reasoning_options(effort, budget, switch)
+
+    def _continuing(self) -> dict[str, Any]:
+        """Whether the last message is continued; a prompt that ends behind it without another is none."""
+        if self.add_generation_prompt is False and self.continue_final_message is not True:
+            raise RequestError(
+                "add_generation_prompt is false, but then nobody's turn would follow; to continue the last message, "
+                "set continue_final_message to true, too.",
+                "add_generation_prompt",
+            )
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError(
+                "add_generation_prompt and continue_final_message are both true, which contradict each other; leave "
+                "one of them out.",
+                "continue_final_message",
+            )
+        return given(continue_final_message=self.continue_final_message)
 
     def conversation(self) -> list[dict[str, Any]]:
         """Messages as `edge_runtime.messages` takes them.
@@ -208,6 +176,19 @@ class ChatCompletionRequest(SamplingFields):
         """
         return [_message(message, f"messages[{number}]") for number, message in enumerate(self.messages)]
 
+    def _tools(self) -> tuple[list[dict[str, Any]], list[str]]:
+        return offered(self.tools or [], self.tool_choice, _described)
+
+    def all_warnings(self) -> list[str]:
+        """Sentences about what was passed over; what must not be is refused.
+
+        Raises
+        ------
+        RequestError
+            Naming the field.
+        """
+        return [*self.warnings(OF_CHAT), *self._tools()[1]]
+
     def options(self) -> dict[str, Any]:
         """Arguments of `Model.submit`.
 
@@ -216,40 +197,65 @@ class ChatCompletionRequest(SamplingFields):
         RequestError
             When tools or the form of the answer are described in a way that cannot be used.
         """
-        if self.functions:
+        tools, choice = choose_tools(self._tools()[0], self.tool_choice)
+        most, name = self._limit()
+        if most == 0:
             raise RequestError(
-                "functions is OpenAI's older form, which this server does not read; describe them under 'tools'.",
-                "functions",
+                f"{name} is 0; expected a positive whole number, or -1 for as many as there are.", name
             )
-        most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        tools, choice = choose_tools(
-            [_described(tool, f"tools[{number}]") for number, tool in enumerate(self.tools or [])], self.tool_choice
-        )
         return self.sampling_options() | given(
-            max_tokens=limit(most),
+            max_tokens=most,
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
             max_slices=self.max_slices,
             tools=tools or None,
             tool_choice=choice,
             **self._reasoning(),
-            **_form(self.response_format),
+            **self._form()[0],
+            **self._continuing(),
         )
 
+    def prompt_options(self) -> dict[str, Any]:
+        """Those of them that decide the prompt."""
+        options = self.options()
+        kept: dict[str, Any] = {
+            name: options[name] for name in ("thinking", "tools", "max_slices") if name in options
+        }
+        if options.get("tool_choice") == "none":
+            kept.pop("tools", None)
+        return kept | self._continuing()
 
-class CompletionRequest(SamplingFields):
+
+class CompletionRequest(CompletionFields):
     """Body of `POST /v1/completions`."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+    )
     echo: bool | None = None
     suffix: str | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = None
 
     @property
-    def prompts(self) -> list[str]:
-        """Texts to be continued."""
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+    def prompts(self) -> list[str | list[int]]:
+        """Texts to be continued, or their token ids."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return [*self.prompt]
+
+    def all_warnings(self) -> list[str]:
+        """Sentences about what was passed over; what must not be is refused.
+
+        Raises
+        ------
+        RequestError
+            Naming the field.
+        """
+        return self.warnings(OF_COMPLETIONS)
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Model.submit`.
@@ -263,39 +269,32 @@ class CompletionRequest(SamplingFields):
             raise RequestError(
                 "suffix was given, but the model cannot write what stands between two texts; leave it out.", "suffix"
             )
-        if self.best_of is not None and self.best_of > self.n_answers:
+        if self.best_of is not None and self.best_of != self.n_answers:
             raise RequestError(
                 f"best_of is {self.best_of}, but n is {self.n_answers}; this server returns every answer it makes: "
                 "make them equal, and choose by the log probabilities.",
                 "best_of",
             )
+        tells_prompt = bool(self.echo) and self.logprobs is not None
+        if tells_prompt and self.stream:
+            raise RequestError(
+                "echo and logprobs were given with stream, but the prompt's log probabilities come with a whole "
+                "reply only; leave one of them out.",
+                "stream",
+            )
+        most, name = self._limit()
+        form = self._form()[0]
+        if most == 0 and form:
+            raise RequestError(f"{name} is 0, so that no answer could have the form that was asked for.", name)
         return self.sampling_options() | given(
-            raw=True, logprobs=None if self.logprobs is None else True, top_logprobs=self.logprobs
+            raw=True,
+            max_tokens=most or None,
+            prompt_only=most == 0 or None,
+            logprobs=None if self.logprobs is None else True,
+            top_logprobs=self.logprobs,
+            prompt_logprobs=tells_prompt or None,
+            **form,
         )
-
-
-def limit(max_tokens: int | None) -> int | None:
-    """Most tokens; None where the client leaves it to the server."""
-    return None if max_tokens == -1 else max_tokens
-
-
-def stops(stop: str | list[str] | None) -> list[str] | None:
-    """Stop strings as a list."""
-    return [stop] if isinstance(stop, str) else stop
-
-
-def reasoning_options(effort: Effort | None, budget: int | None, switch: bool | None = None) -> dict[str, Any]:
-    """Arguments of `Model.submit` about reasoning.
-
-    Parameters
-    ----------
-    effort : the levels that Ollama has limit it as there, those above do not; without one the model does not reason.
-    budget : most tokens, if the client said so.
-    switch : what the template is told, which comes before the effort.
-    """
-    thinking = effort not in (None, *EFFORTS_WITHOUT_REASONING) if switch is None else switch
-    limit = THINKING_LEVELS.get(effort) if effort is not None and thinking else None
-    return given(thinking=thinking, thinking_budget=budget if budget is not None else limit)
 
 
 def _message(message: ChatMessage, where: str) -> dict[str, Any]:
@@ -328,27 +327,17 @@ def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     return called(function["name"], function.get("arguments", ""))
 
 
-def _described(tool: Tool, where: str) -> dict[str, Any]:
-    if tool.type != "function" or tool.function is None:
+def _described(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
+    function = tool.get("function")
+    if (
+        not isinstance(function, Mapping)
+        or not isinstance(name := function.get("name"), str)
+        or not isinstance(description := function.get("description"), str | None)
+        or not isinstance(parameters := function.get("parameters"), dict | None)
+    ):
         raise RequestError(
-            f"The tool is of type {tool.type[:40]!r} or describes no function; expected "
+            "The tool describes no function; expected "
             '{"type": "function", "function": {"name": ..., "parameters": {...}}}.',
             where,
         )
-    function = tool.function
-    return describe(function.name, function.description, function.parameters)
-
-
-def _form(wanted: ResponseFormat | None) -> dict[str, Any]:
-    if wanted is None or wanted.type == "text":
-        return {}
-    if wanted.type == "json_object":
-        return {"json": True} if wanted.schema_ is None else {"schema": wanted.schema_}
-    schema = wanted.json_schema.schema_ if wanted.json_schema is not None else None
-    if schema is None:
-        raise RequestError(
-            'response_format has no schema; expected {"type": "json_schema", "json_schema": {"name": ..., "schema": '
-            "{...}}}.",
-            "response_format.json_schema",
-        )
-    return {"schema": schema}
+    return describe(name, description, parameters)

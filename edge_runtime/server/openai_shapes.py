@@ -76,11 +76,16 @@ class Usage(TypedDict):
 class Timings(TypedDict):
     """Where the time went, in milliseconds; not OpenAI's: all but the last two are llama-server's."""
 
+    cache_n: int
+    """Tokens of the prompt that were known from before."""
     prompt_n: int
     """Tokens of the prompt that were computed: all but the cached ones."""
     prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
     predicted_n: int
     predicted_ms: float
+    predicted_per_token_ms: float
     predicted_per_second: float
     image_ms: float
     """Decoding, cutting and encoding pictures."""
@@ -120,6 +125,8 @@ class ChatCompletion(TypedDict):
     system_fingerprint: str
     choices: list[Choice]
     usage: Usage
+    timings: Timings
+    """Of the first answer."""
 
 
 class Delta(TypedDict, total=False):
@@ -153,15 +160,18 @@ class ChatChunk(TypedDict):
     usage: NotRequired[Usage | None]
     """Where it was asked for: null but in the last chunk."""
     timings: NotRequired[Timings]
-    """Beside the usage."""
+    """Beside the usage; without it, beside the reason why an answer ended."""
+    prompt_progress: NotRequired[dict[str, int]]
+    """Where it was asked for, before the answer: total, cache, processed (tokens of the prompt) and time_ms."""
 
 
 class TextLogprobs(TypedDict):
     """Of the tokens of a completion, in lists side by side."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    """Null for the first token of a prompt, which nothing precedes."""
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -184,6 +194,8 @@ class TextCompletion(TypedDict):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: NotRequired[Usage | None]
+    timings: NotRequired[Timings]
+    """As of chats."""
 
 
 class ModelEntry(TypedDict):
@@ -200,6 +212,18 @@ class ModelList(TypedDict):
 
     object: Literal["list"]
     data: list[ModelEntry]
+
+
+class InputTokens(TypedDict):
+    """Tokens of a request that is not answered."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: int
+
+
+def input_tokens(n: int) -> InputTokens:
+    """A count of tokens."""
+    return {"object": "response.input_tokens", "input_tokens": n}
 
 
 class ErrorBody(TypedDict):

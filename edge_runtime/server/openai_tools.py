@@ -5,10 +5,13 @@ Shared by the APIs of OpenAI and Anthropic; knows no requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from edge_runtime.server.errors import RequestError
+
+NOT_HOSTED = ("custom", "namespace")
+"""Kinds of tools that clients run: to leave them out would take the model what it was to call."""
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -53,7 +56,8 @@ def choose_tools(
             return [*tools], name
     if kind == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
-        names = [_name(tool) for tool in _objects(allowed.get("tools") if isinstance(allowed, Mapping) else None)]
+        wanted = _objects(allowed.get("tools") if isinstance(allowed, Mapping) else None)
+        names = [_name(tool) for tool in wanted if tool.get("type", "function") == "function"]
         left = [tool for tool in tools if tool["function"]["name"] in names]
         if names and len(left) == len(names):
             return left, "required" if allowed.get("mode") == "required" else "auto"
@@ -71,3 +75,48 @@ def _name(tool: Mapping[str, Any]) -> str | None:
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) else None
+
+
+def offered(
+    tools: Sequence[Mapping[str, Any]],
+    choice: str | Mapping[str, Any] | None,
+    describe: Callable[[Mapping[str, Any], str], dict[str, Any]],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Functions among the tools; those that OpenAI's own servers run (`web_search` and the like) are left out.
+
+    Parameters
+    ----------
+    describe : brings one into the engine's form; given its place, for errors.
+
+    Returns
+    -------
+    functions, warnings : the latter are sentences about tools that were left out.
+
+    Raises
+    ------
+    RequestError
+        Naming a tool that cannot be used, or the choice of one where none is left.
+    """
+    functions, hosted = [], []
+    for number, tool in enumerate(tools):
+        kind, where = tool.get("type", "function"), f"tools[{number}]"
+        if kind == "function":
+            functions.append(describe(tool, where))
+        elif not isinstance(kind, str) or kind in NOT_HOSTED or "function" in tool or "parameters" in tool:
+            raise RequestError(
+                f"The tool is of type {str(kind)[:40]!r}, which this model cannot call; expected functions: "
+                '{"type": "function", ...} with a name and parameters.',
+                where,
+            )
+        else:
+            hosted.append(kind[:40])
+    if not hosted:
+        return functions, []
+    names = ", ".join(dict.fromkeys(hosted))
+    if not functions and choice not in (None, "auto", "none"):
+        raise RequestError(
+            f"tool_choice asks for a call, but the tools are {names}, which run on OpenAI's servers only; expected a "
+            "function among them.",
+            "tool_choice",
+        )
+    return functions, [f"Tools that run on OpenAI's servers only were left out: {names}"]

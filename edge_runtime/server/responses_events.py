@@ -1,7 +1,7 @@
 """Answers of the engine → the response object and the typed events of OpenAI's responses API.
 
 Enters: pieces while an answer is made, the `Answer` when it is finished. Leaves: dictionaries, each event with its
-`type` and `sequence_number`. A whole reply is the last event's response, so both ways say the same. Knows no
+`type` and `sequence_number`. A whole reply is the response of the last event, so both ways say the same. Knows no
 connections. Source: openai-python's types, and the order of events that its accumulator expects.
 """
 
@@ -16,7 +16,6 @@ from typing_extensions import TypedDict  # pydantic cannot describe typing's own
 
 from edge_runtime import tools as runtime_tools
 from edge_runtime.answers import Answer
-from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.server.openai_replies import arguments_text, new_id, token_logprobs
 from edge_runtime.server.responses_requests import ResponsesRequest
 from edge_runtime.streaming import Piece
@@ -87,7 +86,7 @@ class Response(TypedDict):
     truncation: str
     metadata: dict[str, str]
     user: str | None
-    previous_response_id: None
+    previous_response_id: str | None
     store: bool
     background: bool
 
@@ -212,8 +211,8 @@ class ResponseEvents:
             "truncation": request.truncation or "disabled",
             "metadata": request.metadata or {},
             "user": request.user,
-            "previous_response_id": None,
-            "store": False,
+            "previous_response_id": request.previous_response_id,
+            "store": request.store is not False,
             "background": False,
         }
         if answer is not None:
@@ -298,25 +297,3 @@ class ResponseEvents:
 def _copy(item: Item) -> Item:
     """An item as it is now: it grows after the event that tells of it."""
     return {key: [*value] if isinstance(value, list) else value for key, value in item.items()}
-
-
-def whole_response(request: ResponsesRequest, model: str, answer: Answer) -> Response:
-    """Reply to a request that is not streamed."""
-    events = ResponseEvents(request, model)
-    for piece in _pieces(answer):
-        for _ in events.piece(piece):
-            pass
-    *_, last = events.end(answer)
-    found: Response = last["response"]
-    return found
-
-
-def _pieces(answer: Answer) -> Iterator[Piece]:
-    """The pieces that a finished answer could have come in."""
-    scores: list[TokenLogprobs] = answer.logprobs or []
-    if answer.reasoning:
-        yield Piece(answer.reasoning, "reasoning")
-    if answer.answer or not answer.tool_calls:
-        yield Piece(answer.answer, "answer", tuple(scores))
-    for call in answer.tool_calls:
-        yield Piece("", "tool_call", call=call)

@@ -1,24 +1,40 @@
 """Requests of OpenAI's responses API → a conversation and options of `Model.submit`.
 
-Enters: the body, checked by pydantic. Leaves: messages for `edge_runtime.messages` and keyword arguments for
-`Model.submit`. What needs a server that remembers conversations, or OpenAI's own tools, is refused: an answer without
-them would be an answer to another question. Source: openai-python's types.
+Enters: the body, checked by pydantic, and the items of responses that it goes on from (`responses_store`). Leaves:
+messages for `edge_runtime.messages` and keyword arguments for `Model.submit`. What needs stored conversations or
+prompts is refused: an answer without them would be an answer to another question. Source: openai-python's types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from edge_runtime.sampling import MAX_SEED
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.openai_requests import Loose, Reasoning, reasoning_options
-from edge_runtime.server.openai_tools import called, choose_tools, describe, given
+from edge_runtime.server.loose import Loose
+from edge_runtime.server.openai_fields import OF_RESPONSES, REFUSED
+from edge_runtime.server.openai_requests import Reasoning
+from edge_runtime.server.openai_sampling import SamplingFields, reasoning_options
+from edge_runtime.server.openai_tools import called, choose_tools, describe, given, offered
 from edge_runtime.server.parts import content_parts
 
 LOGPROBS = "message.output_text.logprobs"
+VERBOSITY = REFUSED["verbosity"]
+Item = dict[str, Any]
+Messages = list[dict[str, Any]]
+Includable = Literal[
+    "message.output_text.logprobs",
+    # What only OpenAI's own tools and stores have: there is none of it in the answer.
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+    "reasoning.encrypted_content",
+]
 ROLES = ("user", "assistant", "system", "developer")
 
 
@@ -31,67 +47,100 @@ class TextFormat(Loose):
     description: str | None = None
     strict: bool | None = None
 
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Model.submit`.
+
+        Raises
+        ------
+        RequestError
+            When there is no schema where there should be one.
+        """
+        if self.type == "text":
+            return {}
+        if self.type == "json_object":
+            return {"json": True}
+        if self.schema_ is None:
+            raise RequestError(
+                'text.format has no schema; expected {"type": "json_schema", "name": ..., "schema": {...}}.',
+                "text.format.schema",
+            )
+        return {"schema": self.schema_}
+
 
 class TextConfig(Loose):
     """About the text of an answer."""
 
     format: TextFormat | None = None
+    verbosity: str | None = None
 
 
-class ResponsesRequest(Loose):
+class ResponsesRequest(SamplingFields):
     """Body of `POST /v1/responses`."""
 
-    model: str | None = None
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     instructions: str | None = None
-    stream: bool | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
-    include: list[str] | None = None
+    include: list[Includable] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     truncation: Literal["auto", "disabled"] | None = Field(
         None, description="`auto` leaves out the oldest turns of a conversation that does not fit."
     )
     metadata: dict[str, str] | None = None
     user: str | None = None
-    store: bool | None = Field(None, description="Nothing is stored, whatever it says.")
+    store: bool | None = Field(None, description="Whether the response is kept in memory for a while; not if false.")
     background: bool | None = None
-    previous_response_id: str | None = None
+    previous_response_id: str | None = Field(None, description="The conversation goes on from that response.")
     conversation: Any = None
     prompt: Any = None
     thinking_budget: int | None = Field(None, ge=0, description="Most tokens of reasoning.")
     max_slices: int | None = Field(None, ge=1, description="Most cells that a picture is cut into.")
 
-    def conversation_messages(self) -> list[dict[str, Any]]:
-        """Messages as `edge_runtime.messages` takes them.
+    def own_items(self) -> list[Item]:
+        """Items of this request alone.
 
         Raises
         ------
         RequestError
-            Naming the item that has the wrong form, or what cannot be done without stored conversations.
+            Naming what cannot be done without stored conversations, prompts, or answers that are fetched later.
         """
-        for field in ("previous_response_id", "conversation", "prompt"):
+        for field, instead in (
+            ("conversation", "send the whole conversation as 'input', or go on from 'previous_response_id'"),
+            ("prompt", "send its text as 'instructions' or 'input'"),
+        ):
             if getattr(self, field):
-                raise RequestError(
-                    f"{field} was given, but this server stores nothing; send the whole conversation as 'input'.",
-                    field,
-                )
+                raise RequestError(f"{field} was given, but this server stores none; {instead}.", field)
         if self.background:
             raise RequestError(
-                "background is true, but this server stores no answers to be fetched later; use 'stream'.",
+                "background is true, but this server makes no answers to be fetched later; use 'stream'.",
                 "background",
             )
-        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
         if isinstance(self.input, str):
-            return [*messages, {"role": "user", "content": self.input}]
-        return messages + _Items().read(self.input)
+            return [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": self.input}]}]
+        return self.input
+
+    def conversation_messages(self, before: Sequence[Item] = (), own: Sequence[Item] | None = None) -> Messages:
+        """Messages as `edge_runtime.messages` takes them.
+
+        Parameters
+        ----------
+        before : items of the responses that this one goes on from.
+        own : items of this request, where references to kept ones were looked up.
+
+        Raises
+        ------
+        RequestError
+            Naming the item that has the wrong form, or what this server does not store.
+        """
+        own = self.own_items() if own is None else own
+        messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        items = _Items()
+        items.read(before, "previous_response_id")
+        return messages + items.read(own, "input")
 
     def described_tools(self) -> list[dict[str, Any]]:
         """Functions in the engine's form.
@@ -101,7 +150,22 @@ class ResponsesRequest(Loose):
         RequestError
             Naming a tool that is none.
         """
-        return [_described(tool, f"tools[{number}]") for number, tool in enumerate(self.tools or [])]
+        return self._tools()[0]
+
+    def _tools(self) -> tuple[list[dict[str, Any]], list[str]]:
+        return offered(self.tools or [], self.tool_choice, _described)
+
+    def all_warnings(self) -> list[str]:
+        """Sentences about what was passed over; what must not be is refused.
+
+        Raises
+        ------
+        RequestError
+            Naming the field.
+        """
+        if self.text is not None and self.text.verbosity not in (None, "medium"):
+            raise RequestError(f"text.verbosity is {self.text.verbosity!r}, {VERBOSITY.why}.", "text.verbosity")
+        return [*self.warnings(OF_RESPONSES), *self._tools()[1]]
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Model.submit`.
@@ -112,11 +176,8 @@ class ResponsesRequest(Loose):
             When tools or the form of the answer are described in a way that cannot be used.
         """
         tools, choice = choose_tools(self.described_tools(), self.tool_choice)
-        return given(
+        return self.sampling_options() | given(
             max_tokens=self.max_output_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=None if self.seed is None else self.seed % MAX_SEED,
             tools=tools or None,
             tool_choice=choice,
             max_slices=self.max_slices,
@@ -124,36 +185,49 @@ class ResponsesRequest(Loose):
             logprobs=(LOGPROBS in (self.include or []) or bool(self.top_logprobs)) or None,
             top_logprobs=self.top_logprobs or None,
             **reasoning_options(self.reasoning.effort if self.reasoning else None, self.thinking_budget),
-            **self._form(),
+            **self._form()[0],
         )
 
-    def _form(self) -> dict[str, Any]:
+    def prompt_options(self) -> dict[str, Any]:
+        """Those of them that decide the prompt."""
+        options = self.options()
+        kept: dict[str, Any] = {
+            name: options[name] for name in ("thinking", "tools", "max_slices") if name in options
+        }
+        if options.get("tool_choice") == "none":
+            kept.pop("tools", None)
+        return kept
+
+    def names(self) -> dict[str, str]:
+        """Options of `Model.submit` → fields of this request, for errors."""
+        return {**super().names(), **self._form()[1], "max_tokens": "max_output_tokens"}
+
+    def _form(self) -> tuple[dict[str, Any], dict[str, str]]:
         wanted = self.text.format if self.text is not None else None
-        if wanted is None or wanted.type == "text":
-            return {}
-        if wanted.type == "json_object":
-            return {"json": True}
-        if wanted.schema_ is None:
-            raise RequestError(
-                'text.format has no schema; expected {"type": "json_schema", "name": ..., "schema": {...}}.',
-                "text.format.schema",
-            )
-        return {"schema": wanted.schema_}
+        return self.form(("text.format", {} if wanted is None else wanted.options()))
+
+
+class InputTokensRequest(ResponsesRequest):
+    """Body of `POST /v1/responses/input_tokens`."""
+
+    input: str | list[dict[str, Any]] | None = None  # type: ignore[assignment]
+
+    def own_items(self) -> list[Item]:
+        """Items of this request alone; without any, those of the response that it goes on from are counted."""
+        return [] if self.input is None else super().own_items()
 
 
 def _described(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A function is described flat here; some clients nest it as in chat completions."""
     function = tool.get("function", tool)
     if (
-        tool.get("type") != "function"
-        or not isinstance(function, Mapping)
+        not isinstance(function, Mapping)
         or not isinstance(name := function.get("name"), str)
         or not isinstance(description := function.get("description"), str | None)
         or not isinstance(parameters := function.get("parameters"), dict | None)
     ):
         raise RequestError(
-            f"The tool is of type {str(tool.get('type'))[:40]!r} or describes no function; expected "
-            '{"type": "function", "name": ..., "parameters": {...}}, for this server has no tools of its own.',
+            'The tool describes no function; expected {"type": "function", "name": ..., "parameters": {...}}.',
             where,
         )
     return describe(name, description, parameters)
@@ -172,9 +246,9 @@ class _Items:
             "reasoning": self._note_reasoning,
         }
 
-    def read(self, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def read(self, items: Sequence[Item], name: str) -> Messages:
         for number, item in enumerate(items):
-            where = f"input[{number}]"
+            where = f"{name}[{number}]"
             kind = item.get("type") or ("message" if "role" in item else None)
             translate = self._kinds.get(kind) if isinstance(kind, str) else None
             if translate is None:

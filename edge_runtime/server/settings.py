@@ -26,11 +26,13 @@ class Settings:
     api_key: str | None = field(default=None, repr=False)
     """What clients must send as a bearer token; None asks for nothing."""
     cors_origins: tuple[str, ...] = ()
-    """Origins of web pages, besides the server's own, that may use it; `*` for all."""
+    """Origins of web pages, besides the server's own, that may use it, with wildcards (`origins`); `*` for all."""
     allowed_hosts: tuple[str, ...] = ()
     """Further names in the Host header by which the server is reached."""
     allow_url: tuple[str, ...] = ()
     """Hosts from which pictures and models may be fetched because a request says so; none by default."""
+    tools: str = "auto"
+    """Whether models take tools: `auto` where their vocabulary can call them, `off` never."""
 
     max_body_bytes: int = 256 * MEGABYTE
     """Of one request; uploads of model files (blobs) have their own."""
@@ -66,8 +68,6 @@ class Settings:
     """How long a model stays loaded after its last request; below 0: for ever."""
     max_loaded_bytes: int | None = None
     """Most memory of all loaded models together; None: what the machine has free."""
-    tools: str = "auto"
-    """Whether models are offered with tools: `auto` as their vocabulary allows, `off` not at all."""
     load: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of `Model.load`, such as n_ctx and n_threads."""
 
@@ -89,10 +89,10 @@ class Settings:
                 raise MessageError(f"{name} is {value}; expected a positive whole number.")
             if name.endswith("_s") and name != "keep_alive_s" and not 0 < value < 1e9:
                 raise MessageError(f"{name} is {value}; expected a positive number of seconds.")
-        if not 0 <= self.port <= 65535:
-            raise MessageError(f"port is {self.port}; expected a number from 0 to 65535.")
         if self.tools not in TOOLS:
             raise MessageError(f"tools is {self.tools!r}; expected one of {', '.join(TOOLS)}.")
+        if not 0 <= self.port <= 65535:
+            raise MessageError(f"port is {self.port}; expected a number from 0 to 65535.")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
             raise MessageError("The API key is empty or holds odd characters; expected printable ASCII.")
         return self

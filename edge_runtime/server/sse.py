@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.responses import Response
@@ -32,6 +32,6 @@ def event(value: Mapping[str, Any], *, named: bool = False) -> str:
     return f"{name}data: {as_json(value)}\n\n"
 
 
-def body(value: Mapping[str, Any]) -> Response:
+def body(value: Mapping[str, Any] | Sequence[Any]) -> Response:
     """A whole reply."""
     return Response(as_json(value), media_type="application/json")

@@ -12,6 +12,7 @@ from edge_runtime.server.catalog import Catalog
 from edge_runtime.server.inference import Inference
 from edge_runtime.server.metrics import Metrics
 from edge_runtime.server.models import ModelRegistry
+from edge_runtime.server.responses_store import ResponseStore
 from edge_runtime.server.settings import Settings
 
 
@@ -24,6 +25,8 @@ class ServerState:
     registry: ModelRegistry
     inference: Inference
     metrics: Metrics
+    responses: ResponseStore = field(default_factory=ResponseStore)
+    """Kept for clients that go on from them."""
     started: float = field(default_factory=time.time)
     """Unix time."""
 

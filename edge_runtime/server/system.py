@@ -9,9 +9,7 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from edge_runtime import __version__
 from edge_runtime.model import Model
-from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import State
@@ -39,6 +37,7 @@ class DetokenizeRequest(BaseModel):
 
 
 @router.get("/health")
+@router.get("/v1/health")
 async def health() -> dict[str, str]:
     """Say that the server answers; needs no key."""
     return {"status": "ok"}
@@ -48,23 +47,6 @@ async def health() -> dict[str, str]:
 async def metrics(state: State) -> Response:
     """What the server did and does, for Prometheus."""
     return Response(state.metrics.text(), headers={"Content-Type": METRICS_TYPE})
-
-
-@router.get("/props")
-async def props(state: State, model: str | None = None) -> dict[str, Any]:
-    """What a model is and can do, as llama-server tells it; loads it if it is not loaded."""
-    async with state.registry.use(model) as use:
-        found = use.model
-        return {
-            "default_generation_settings": {"n_ctx": found.n_ctx, "params": {"n_predict": MAX_NEW_TOKENS}},
-            "total_slots": found.activity.slots,
-            "model_alias": use.listed.name,
-            "model_path": use.listed.paths.decoder.name,  # the file's name alone: where it lies is nobody's business
-            "modalities": {"vision": True, "audio": False},
-            "chat_template": found.template,
-            "build_info": f"edge-runtime {__version__}",
-            "is_sleeping": False,
-        }
 
 
 @router.post("/tokenize")

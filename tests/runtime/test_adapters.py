@@ -10,7 +10,8 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from edge_runtime import MessageError, Model, ModelFileError
-from edge_runtime.decoder import Decoder, DecoderOptions, Part
+from edge_runtime.decoder import Decoder, Part
+from edge_runtime.decoder_options import DecoderOptions
 from edge_runtime.weights import GGUFFile
 from runtime.command import refused
 from runtime.gguf_maker import F32, F64, STRING, U32, Gguf

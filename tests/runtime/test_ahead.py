@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edge_runtime import Model, scheduler
+from edge_runtime import Model, call_plan
 from edge_runtime.ahead import next_beginning
 from edge_runtime.decoder import Cancelled, Part
 from edge_runtime.requests import is_worth_leaving
@@ -62,7 +62,7 @@ def test_without_a_word_nothing_is_read(model, images):
 
 def test_whoever_asks_does_not_wait_for_it(model, images, monkeypatch):
     """Read token by token; a question ends it, and what was read stays."""
-    monkeypatch.setattr(scheduler, "AHEAD_CHUNK", 1)
+    monkeypatch.setattr(call_plan, "AHEAD_CHUNK", 1)
     alone = str(model.chat("Why?", **GREEDY))
     seen: list[int] = []
     step = model._decoder.step
@@ -91,7 +91,7 @@ def test_whoever_asks_does_not_wait_for_it(model, images, monkeypatch):
 
 
 def test_closing_ends_it(exact_folder, images, monkeypatch):
-    monkeypatch.setattr(scheduler, "AHEAD_CHUNK", 1)
+    monkeypatch.setattr(call_plan, "AHEAD_CHUNK", 1)
     model = Model.load(exact_folder, exact=True, n_ctx=1024, n_threads=1)
     model.chat(first_turn(images["wide"]), follow_up=True, **GREEDY | {"max_tokens": 60})
     started = time.monotonic()
@@ -196,8 +196,8 @@ def test_the_others_of_a_call_that_was_left_are_computed_again(model, monkeypatc
         return step(parts, cancelled, adapter)
 
     monkeypatch.setattr(model._decoder, "step", cancel_inside)
-    monkeypatch.setattr("edge_runtime.scheduler.TURN_S", 1e9)
-    model._engine._scheduler._row_s = 1.0  # so that little of the call seems to have passed
+    monkeypatch.setattr("edge_runtime.call_plan.TURN_S", 1e9)
+    model._engine._scheduler._planner.row_s = 1.0  # so that little of the call seems to have passed
     gate = _hold(model)
     streams += [model.chat(question, stream=True, **GREEDY) for question in questions]
     gate.set()

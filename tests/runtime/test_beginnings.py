@@ -337,24 +337,6 @@ def test_the_worth_of_what_is_held():
     assert held.hold(1, 100, None) is None  # it holds less than that
 
 
-@pytest.mark.parametrize("picture", [False, True])
-def test_a_prompt_that_is_too_long_names_the_share_of_tools(exact_model, images, picture):
-    tools = many_tools()
-    content = [images["tiny"], "What is it?"] if picture else ["What is it?"]
-    n = len(exact_model.build_prompt("A", tools=tools).ids) - len(exact_model.build_prompt("A").ids)
-    with pytest.raises(
-        PromptTooLongError, match=rf"The 36 tools that came with it take {n} of these tokens; send fewer"
-    ):
-        exact_model.chat([{"role": "user", "content": content}], tools=tools)
-    long = many_tools()[:1]
-    long[0]["function"]["description"] *= 500
-    with pytest.raises(PromptTooLongError, match="The tool that came with it takes"):
-        exact_model.chat("Why?", tools=long)
-    with pytest.raises(PromptTooLongError) as refused:
-        exact_model.chat("Why? " * 10_000)
-    assert "tools" not in str(refused.value)
-
-
 def test_an_adapter_computes_beginnings_of_its_own(exact_folder, tmp_path):
     path = tmp_path / "one.gguf"
     make_adapter(path, find_model(exact_folder).decoder, seed=1)

@@ -197,3 +197,27 @@ def test_as_many_limits_as_files(files: list[str]) -> None:
     assert result.exit_code == 2
     assert "2 numbers for 3 files" in result.stderr
     assert run(*files, "--max-slices", "1,2,3").exit_code == 2
+
+
+def tool(number: int) -> dict[str, object]:
+    described = {"type": "string", "description": "what is looked for, in the words of the user " * 4}
+    parameters = {"type": "object", "properties": {"query": described}, "required": ["query"]}
+    return {"type": "function", "function": {"name": f"search_{number}", "parameters": parameters}}
+
+
+@pytest.mark.parametrize("content", ["Hello", [picture(), "Hello"]])
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+def test_a_prompt_too_long_names_the_share_of_its_tools(demo: Model, content: object, system: list[object]) -> None:
+    messages, tools = [*system, {"role": "user", "content": content}], [tool(number) for number in range(36)]
+    with pytest.raises(PromptTooLongError) as caught:
+        demo.chat(messages, tools=tools)
+    whole, without = (len(demo.build_prompt(messages, tools=each).ids) for each in (tools, []))
+    share = (
+        f"The prompt has {whole} tokens, of which {whole - without} tokens are the 36 tools, but the context holds"
+    )
+    assert str(caught.value).startswith(f"{share} {demo.n_ctx}")
+    assert ("--tools" in str(caught.value)) == (content == "Hello")  # beside pictures, the advice is about those
+    with pytest.raises(PromptTooLongError, match=r"tokens, but the context holds"):
+        demo.chat([{"role": "user", "content": "x " * 9000}])
+    with pytest.raises(PromptTooLongError, match=r", of which \d+ tokens are the tool, but"):
+        demo.chat([{"role": "user", "content": "x " * 9000}], tools=tools[:1])

@@ -19,7 +19,6 @@ from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Request, Task
 from edge_runtime.sampling import SamplingOptions
 from edge_runtime.saved_prefixes import SavedPrefixes
-from edge_runtime.scheduler import Scheduler
 from edge_runtime.store import find_model
 
 A, B = "a" * 32, "b" * 32
@@ -233,9 +232,7 @@ def test_a_task_that_cannot_be_taken_in_fails_alone(exact_folder, tmp_path):
         assert model.chat("Why?", max_tokens=2).completion_tokens
 
 
-def test_progress_of_a_prompt_of_nothing(exact_model):
-    scheduler: Scheduler = exact_model._engine._scheduler
+def test_progress_of_a_prompt_of_nothing():
     task = Task(Request(Prompt("", [], []), [], [], SamplingOptions(0.0), False, 1), lambda: False)
-    task.sequence = exact_model._decoder.holding[0]
-    scheduler._report_prefill(task)
+    task.tell_prefill(0)
     assert task.events.get().share == 0.0

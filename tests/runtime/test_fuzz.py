@@ -229,7 +229,8 @@ CHILD = """
 import sys
 import numpy as np
 from pathlib import Path
-from edge_runtime.decoder import Decoder, DecoderOptions
+from edge_runtime.decoder import Decoder
+from edge_runtime.decoder_options import DecoderOptions
 from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.image import load_image
 from edge_runtime.tokenizer import Tokenizer

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.decoder import CacheFull, Decoder, DecoderOptions, Part
+from edge_runtime.decoder import CacheFull, Decoder, Part
+from edge_runtime.decoder_options import DecoderOptions
 from edge_runtime.kv_state import KVRows, UnknownState, build, parse
 
 

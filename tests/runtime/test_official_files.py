@@ -99,7 +99,7 @@ def test_a_folder_and_a_type(tmp_path):
 
 def test_equal_files_of_a_folder_count_once(tmp_path):
     mini_mmproj().write(tmp_path / MMPROJ)
-    mini_mmproj().write(tmp_path / "mmproj-copy.gguf")
+    mini_mmproj().write(tmp_path / NEW.format("mmproj-f16"))
     mini_decoder().write(tmp_path / OLD.format("Q4_K_M"))
     mini_decoder().write(tmp_path / NEW.format("Q4_K_M"))
     (tmp_path / "link-Q4_K_M.gguf").symlink_to(tmp_path / OLD.format("Q4_K_M"))

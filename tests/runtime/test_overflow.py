@@ -132,3 +132,41 @@ def test_no_more_is_dropped_than_a_quarter_where_turns_are_small():
         assert n_ctx // 2 - 20 <= len(prompt.ids) <= n_ctx - 8
     prompt, _, n_turns = fit(build, messages, [], 30, room=8)
     assert (len(prompt.ids), n_turns) == (10, 50)
+
+
+def test_system_prompts_stay_wherever_they_stand():
+    turn = ["user", "assistant"]
+    messages = parsed("system", *turn, "system", *turn, "user", "system", "assistant", "user")
+    left, _ = without_oldest(messages, [], 3)
+    assert [message.role for message in left] == ["system", "system", "system", "user"]
+    left, _ = without_oldest(messages, [], 1)
+    assert [message.role for message in left] == ["system", "system", *turn, "user", "system", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "n_ctx", "left"),
+    [
+        ("u:90 u:20", 100, "u:20"),
+        ("u:50 u:50 u:20", 100, "u:50 u:20"),
+        ("u:90 u:30 u:30", 100, "u:30 u:30"),
+        ("u:90 a:5 u:50 u:30", 100, "u:50 u:30"),  # the older turn is enough
+        ("s:10 u:90 a:5 u:90 u:30", 100, "s:10 u:30"),
+        ("u:90 u:30 a:10", 100, "u:30 a:10"),  # an answer to be gone on with
+        ("u:90 a:10 t:30", 100, "u:90 a:10 t:30"),  # a question is not taken from its tools' results
+    ],
+)
+def test_of_several_messages_of_a_user_the_oldest_go_where_nothing_else_helps(messages, n_ctx, left):
+    roles = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    sizes = [each.split(":") for each in messages.split()]
+    parsed_messages = parse_messages([{"role": roles[role], "content": "x" * int(n)} for role, n in sizes])
+
+    def build(kept, pictures):
+        return Prompt(
+            " ".join(f"{message.role[0]}:{len(str(message.parts[0]))}" for message in kept),
+            [0] * sum(len(str(message.parts[0])) for message in kept),
+            [],
+        )
+
+    prompt, _, n_turns = fit(build, parsed_messages, [], n_ctx, room=4)
+    assert prompt.text == left
+    assert (n_turns == 0) == (left == messages)

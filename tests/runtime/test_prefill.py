@@ -18,7 +18,8 @@ import pytest
 import edge_runtime.decoder as decoding
 from edge_kernels.linear_blocks import IS_POSSIBLE
 from edge_runtime import Model, console, filling
-from edge_runtime.decoder import CacheFull, Cancelled, Decoder, DecoderOptions, Part
+from edge_runtime.decoder import CacheFull, Cancelled, Decoder, Part
+from edge_runtime.decoder_options import DecoderOptions
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.filling import LEAST_ROWS, PastSpace
 from edge_runtime.mapping import Region, foreign_regions, let_go_of_region, map_file, region_bytes, watched

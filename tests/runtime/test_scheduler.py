@@ -45,7 +45,7 @@ def test_answers_are_those_of_requests_one_after_the_other(model, images):
 
 
 def test_answers_flow_while_a_long_prompt_is_worked_on(model, images, monkeypatch):
-    monkeypatch.setattr("edge_runtime.scheduler.TURN_S", 0.0)  # the smallest chunks
+    monkeypatch.setattr("edge_runtime.call_plan.TURN_S", 0.0)  # the smallest chunks
     first = stream(model, "Tell me a story.", max_tokens=200)
     next(first)
     second = stream(model, images["large"], "What is it?")

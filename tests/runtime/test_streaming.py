@@ -71,12 +71,21 @@ def test_other_special_tokens_are_printed():
 
 
 @pytest.mark.parametrize(
-    ("stop", "want"), [(["END"], "ab"), (["bE", "END"], "a"), (["xyz"], "abEND cd"), ([""], "abEND cd")]
+    ("stop", "want", "met"),
+    [
+        (["END"], "ab", "END"),
+        (["END", "bE"], "a", "bE"),
+        (["cd", "ND", "END"], "ab", "END"),
+        (["xyz"], "abEND cd", None),
+        ([""], "abEND cd", None),
+        (["d", " "], "abEND", " "),
+    ],
 )
-def test_stop_strings(stop, want):
+def test_stop_strings(stop, want, met):
     found, stream = pieces(b"abEND cd", stop=stop)
     assert text_of(found) == want
     assert stream.stopped == (want != "abEND cd")
+    assert stream.stop_string == met
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))

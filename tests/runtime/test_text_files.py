@@ -10,8 +10,8 @@ import pytest
 
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.lora import read_lora
-from edge_runtime.cli import read_schema
 from edge_runtime.errors import CheckpointError, MessageError
+from edge_runtime.run_checks import read_schema
 from edge_runtime.server.modelfiles import parse_modelfile
 from edge_runtime.text_files import decode_text, parse_json, read_text
 
@@ -36,7 +36,7 @@ def test_both_orders_of_bytes(mark):
 @pytest.mark.parametrize("raw", [b"\xff\xfe{", b"\xef\xbb\xbf", b"{\xe9}", b"", b"[" * 100_000, b"\xff\xfe\0\0\x01"])
 def test_what_is_no_json_is_one_sentence(tmp_path, raw):
     (tmp_path / "s.json").write_bytes(raw)
-    with pytest.raises(MessageError, match=r"is not valid JSON"):
+    with pytest.raises(MessageError, match=r"is not valid JSON|cannot be read: .* can't decode"):
         read_schema(str(tmp_path / "s.json"))
 
 

@@ -77,11 +77,11 @@ def test_requests_that_come_together_share_their_first_call(exact_folder, monkey
         monkeypatch.setattr("edge_runtime.engine.MOST_PATIENCE_S", 0.5)
         model.chat("Hello", max_tokens=1)  # what is built at the first request takes its time
         calls.clear()
-        scheduler._row_s = 10.0
+        scheduler._planner.row_s = 10.0
         streams = [model.chat(f"{n}. Why?", stream=True, greedy=True, max_tokens=2) for n in range(4)]
         assert all(stream.result().completion_tokens for stream in streams)
         assert calls[0] == 4
-        scheduler._row_s, slept = 0.0, []
+        scheduler._planner.row_s, slept = 0.0, []
         clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=slept.append)
         monkeypatch.setattr("edge_runtime.engine.time", clock)
         model.chat("Hello you", max_tokens=1)

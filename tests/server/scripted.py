@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.requests import Event, EventQueue, Finished
+from edge_runtime.store import find_model
 from edge_runtime.streaming import Piece
+from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.weights import GGUFFile
 
 Step = Event | Exception | threading.Event
 """An event to send, an error to fail with, or something to wait for."""
@@ -44,6 +48,11 @@ class _Running:
             self.events.put(finished("cancelled", 0))
 
 
+@cache
+def _demo_tokenizer() -> Tokenizer:
+    return Tokenizer(GGUFFile(find_model("demo").decoder))
+
+
 class ScriptedModel:
     """Stands where `Model` does in the registry.
 
@@ -54,7 +63,8 @@ class ScriptedModel:
 
     def __init__(self, script: Iterable[Step] | Callable[..., Iterable[Step]]) -> None:
         self._script = script
-        self.name, self.n_ctx, self.load_s = "scripted", 512, 0.0
+        self.name, self.n_ctx, self.load_s, self.n_queries = "scripted", 512, 0.0, 64
+        self.tokenizer = _demo_tokenizer()
         self.asked: list[tuple[Any, dict[str, Any]]] = []
         """Messages and options of every call."""
         self.running: list[_Running] = []

@@ -191,8 +191,19 @@ def test_dns_rebinding(server):
         reply = httpx.post(server.url + "/api/chat", content=body, headers={"Host": host}, trust_env=False)
         assert reply.status_code == 403
         assert httpx.get(server.url + "/api/tags", headers={"Host": host}, trust_env=False).status_code == 403
-    with connected(server, b"GET /api/tags HTTP/1.0\r\n\r\n") as connection:
-        assert b" 403 " in rest_of(connection).splitlines()[0]
+    for host in (b"[127.0.0.1].evil.example", b"127.0.0.1%evil.example", b"", b"127.0.0.1:80.evil.example"):
+        with connected(
+            server, b"GET /api/tags HTTP/1.1\r\nConnection: close\r\nHost: " + host + b"\r\n\r\n"
+        ) as connection:
+            assert b" 403 " in rest_of(connection).splitlines()[0]
+    with connected(server, b"GET /api/tags HTTP/1.0\r\n\r\n") as connection:  # no browser sends that
+        assert b" 200 " in rest_of(connection).splitlines()[0]
+    foreign = b"GET /api/tags HTTP/1.0\r\nOrigin: http://evil.example\r\n\r\n"
+    for request in (foreign, b"GET /api/tags HTTP/1.0\r\nHost: evil.example\r\n\r\n"):
+        with connected(server, request) as connection:
+            assert b" 403 " in rest_of(connection).splitlines()[0]
+    with connected(server, b"GET /api/tags HTTP/1.1\r\n\r\n") as connection:
+        assert b" 400 " in rest_of(connection).splitlines()[0]
     with connected(server, b"GET /api/tags HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n\r\n") as connection:
         assert b" 400 " in rest_of(connection).splitlines()[0]
 
@@ -200,7 +211,7 @@ def test_dns_rebinding(server):
 def test_a_foreign_page_can_neither_read_nor_do_anything(server):
     """A form or a fetch without a preflight reaches any server; what matters is that nothing comes of it."""
     before = server.state.metrics.text()
-    for origin in ("http://evil.example", "https://evil.example", "null", "http://127.0.0.1:1"):
+    for origin in ("http://evil.example", "https://evil.example", "null", "http://127.0.0.1:1.evil.example"):
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a"):
             headers = {"Origin": origin, "Content-Type": kind}
             for path in ("/api/chat", "/api/pull", "/api/create", "/v1/chat/completions"):

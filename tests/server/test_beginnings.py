@@ -20,7 +20,7 @@ SYSTEM = {"role": "system", "content": "You help with notes and calendars, in sh
 def ask(url: str, question: str, tools: list[dict[str, Any]]) -> tuple[int, int]:
     """Tokens of the prompt, and those of them that were computed."""
     messages = [SYSTEM, {"role": "user", "content": question}]
-    body = {"model": "demo", "messages": messages, "tools": tools, "max_tokens": 2, "options": {"num_predict": 2}}
+    body = {"model": "demo", "messages": messages, "tools": tools, "max_tokens": 2}
     with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
         reply = client.post("/v1/chat/completions", json={**body, "stream": False})
         assert reply.status_code == 200, reply.text
@@ -64,7 +64,8 @@ def test_where_tools_are_off_a_request_with_tools_is_refused(serve, path: str) -
     if path == "/v1/messages":
         function = tools[0]["function"]
         tools = [{"name": function["name"], "input_schema": function["parameters"]}]
-    body = {"model": "demo", "messages": [{"role": "user", "content": "ab"}], "max_tokens": 2, "stream": False}
+    limit: dict[str, Any] = {"options": {"num_predict": 2}} if path == "/api/chat" else {"max_tokens": 2}
+    body = {"model": "demo", "messages": [{"role": "user", "content": "ab"}], "stream": False, **limit}
     with httpx.Client(base_url=served.url, timeout=120, trust_env=False) as client:
         assert client.post(path, json=body).status_code == 200
         reply = client.post(path, json={**body, "tools": tools})

@@ -13,8 +13,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from edge_runtime.server import limits
-from edge_runtime.server.limits import host_name, is_own_name, warnings_for
+from edge_runtime.server import gate, limits
+from edge_runtime.server.gate import host_name, is_own_name
+from edge_runtime.server.limits import warnings_for
 from edge_runtime.server.settings import Settings
 
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
@@ -179,7 +180,7 @@ def test_keys_are_compared_in_one_time(monkeypatch):
         seen.append((len(a), len(b)))
         return a == b
 
-    monkeypatch.setattr(limits.hmac, "compare_digest", compare)
+    monkeypatch.setattr(gate.hmac, "compare_digest", compare)
     for guess in ("a", "a" * 1000, KEY):
         ask(Settings(api_key=KEY), "GET", "/api/size", headers={"x-api-key": guess})
     assert seen == [(32, 32)] * 3
@@ -215,6 +216,20 @@ def test_the_page_and_health_need_no_key_and_nothing_else_does():
         ("127.0.0.1.evil.example", False, False),
         ("127.0.0.1@evil.example", False, False),
         ("[evil.example]", False, False),
+        ("[localhost]", False, False),
+        ("[127.0.0.1].evil.example", False, False),
+        ("[::1].evil.example:80", False, False),
+        ("[::1]evil.example", False, False),
+        ("[::1", False, False),
+        ("[fe80::1%eth0]:11434", True, True),
+        ("127.0.0.1%evil.example", False, False),
+        ("127.0.0.1%25.evil.example:80", False, False),
+        ("localhost%evil.example", False, False),
+        ("127.0.0.1:80:evil.example", False, False),
+        ("127.0.0.1:evil.example", False, False),
+        ("127.0.0.1:80@evil.example", False, False),
+        ("127.0.0.1,evil.example", False, False),
+        ("127.0.0.1 evil.example", False, False),
         ("", False, False),
         (":11434", False, False),
         ("ollama:11434", True, False),  # a container's name, where others can reach this one
@@ -241,10 +256,11 @@ def test_further_names_of_the_server():
         ({}, 200),
         ({"Origin": "http://127.0.0.1:11434"}, 200),  # the page itself
         ({"Origin": "https://127.0.0.1:11434"}, 200),  # the same behind a proxy that speaks TLS
-        ({"Origin": "http://127.0.0.1:3000"}, 403),
+        ({"Origin": "http://127.0.0.1:3000"}, 200),  # a page of this machine, as Ollama allows it; see test_origins
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "http://127.0.0.1:11434.evil.example"}, 403),
-        ({"Origin": "file://127.0.0.1:11434"}, 403),
+        ({"Origin": "file://127.0.0.1:11434"}, 200),
+        ({"Origin": "ftp://127.0.0.1:11434"}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": ""}, 403),
         ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),

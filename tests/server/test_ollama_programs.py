@@ -1,7 +1,8 @@
-"""Programs that speak Ollama's API: LangChain and llm themselves, Dify and Open WebUI as they are known to ask."""
+"""Programs that speak Ollama's API: LangChain and llm themselves, the others as they are known to ask."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from typing import Any
 
+import ollama
 import pytest
 
 from server.conftest import SIGN
@@ -139,3 +141,94 @@ def test_what_open_webui_asks(client):
     assert told[-1]["eval_count"] > 0
     title = client.post("/api/generate", json={"model": "demo:latest", "prompt": "Title?", "stream": False})
     assert title.json()["done"] is True
+
+
+LOOK = {
+    "type": "function",
+    "function": {
+        "name": "HassTurnOn",
+        "description": "Turns on a device",
+        "parameters": {"type": "object", "properties": {"name": {"type": "string"}}, "required": []},
+    },
+}
+
+
+def test_what_home_assistant_asks(server):
+    """Streams always, and sends back what came: no content beside calls, and results without a name."""
+
+    async def talk() -> list[str]:
+        client = ollama.AsyncClient(server.url, trust_env=False)
+        options = {"num_ctx": 8192, "temperature": 0}  # the latter for the test alone
+        messages = [
+            ollama.Message(role="system", content="You are a voice assistant."),
+            ollama.Message(role="user", content="What does it say?", images=[ollama.Image(value=SIGN)]),
+        ]
+        whole = await client.chat(model="demo", messages=messages, options=options)
+        found = [whole["message"]["content"]]
+        for keep, tools in ((-1, None), ("30s", [LOOK])):
+            stream = await client.chat(
+                model="demo",
+                messages=messages,
+                tools=tools,
+                stream=True,
+                keep_alive=keep,
+                options=options,
+                think=False,
+                format=None,
+            )
+            parts = [part async for part in stream]
+            assert all(part["message"].get("content") is not None for part in parts)
+            found.append("".join(part["message"]["content"] for part in parts))
+        function = ollama.Message.ToolCall.Function(name="HassTurnOn", arguments={"name": "lamp"})
+        messages += [
+            ollama.Message(role="assistant", tool_calls=[ollama.Message.ToolCall(function=function)]),
+            ollama.Message(role="tool", content='{"data": {"success": true}, "error": null}'),
+        ]
+        schema = {
+            "type": "object",
+            "properties": {"word": {"type": "string", "enum": ["CAFE"]}},
+            "required": ["word"],
+        }
+        stream = await client.chat(
+            model="demo", messages=messages, stream=True, keep_alive="300s", options=options, format=schema
+        )
+        found.append("".join([part["message"]["content"] async for part in stream]))
+        await client._client.aclose()
+        return found
+
+    whole, plain, _, formed = asyncio.run(talk())
+    assert plain == whole != ""
+    assert json.loads(formed) == {"word": "CAFE"}
+
+
+def test_what_frigate_asks(server):
+    """Looks whether the model is there; describes pictures by /api/generate; asks with tools in one piece."""
+    with ollama.Client(host=server.url, timeout=60, headers=None, trust_env=False) as client:
+        assert client.show("demo").get("error") is None
+        assert "demo:latest" in [
+            model.get("name", model.get("model", "")) for model in client.list().get("models", [])
+        ]
+        options = {"temperature": 0, "repeat_penalty": 1.05, "presence_penalty": 0.3}
+        schema = {"type": "object", "properties": {"word": {"enum": ["CAFE"]}, "n": {"type": "integer"}}}
+        result = client.generate(
+            "demo",
+            "What does it say?",
+            images=[SIGN.read_bytes()],
+            options=options,
+            format={**schema, "required": ["word", "n"]},
+        )
+        assert json.loads(result["response"])["word"] == "CAFE"
+        assert result.get("done_reason") in ("stop", "length")
+        call = {"function": {"name": "HassTurnOn", "arguments": {}}}
+        reply = client.chat(
+            model="demo",
+            messages=[
+                {"role": "user", "content": "What happened?"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": "Nothing.", "tool_call_id": "call_1", "name": "HassTurnOn"},
+            ],
+            tools=[LOOK],
+            options={**options, "num_predict": 8},
+        )
+        assert reply.get("done") is True
+        assert isinstance(reply["message"].get("content"), str)

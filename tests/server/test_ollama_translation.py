@@ -123,6 +123,7 @@ def test_what_is_asked_of_the_model(scripted):
         "thinking_budget": 256,
         "logprobs": True,
         "top_logprobs": 3,
+        "context_shift": True,
     }
     chat(client, options={"num_predict": -1, "repeat_last_n": 0}, format={"type": "object"}, think=False)
     asked = model.asked[-1][1]

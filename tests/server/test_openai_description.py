@@ -26,7 +26,12 @@ from server.conftest import Served, running
 ROUTES = {
     "/v1/chat/completions": "POST",
     "/v1/completions": "POST",
+    "/v1/chat/completions/input_tokens": "POST",
     "/v1/responses": "POST",
+    "/v1/responses/input_tokens": "POST",
+    "/v1/responses/{response_id}": "GET",
+    "/v1/responses/{response_id}/cancel": "POST",
+    "/v1/responses/{response_id}/input_items": "GET",
     "/v1/models": "GET",
     "/v1/models/{model}": "GET",
     "/v1/embeddings": "POST",
@@ -75,4 +80,4 @@ def test_no_request_breaks_the_server(brief, path):
         statuses.add(case.call_and_validate(checks=CHECKS, timeout=60).status_code)
 
     ask()
-    assert statuses & {200, 400} or path == "/v1/models/{model}", "something got past the name of the model"
+    assert statuses & {200, 400} or "{" in path, "something got past the name of the model"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
 from edge_runtime.server.openai_replies import ChatChunks, TextCompletions, add_usage, chat_completion, usage
-from server.made_answers import CALLING, SCORED, THOUGHTFUL, made_answer
+from edge_runtime.streaming import Piece
+from server.made_answers import CALLING, SCORED, THOUGHTFUL, made_answer, scored
 
 REASONING = {"reasoning", "reasoning_content"}
-TIMINGS = {"timings"}  # llama-server's, in the last chunk of a stream
+TIMINGS = {"timings"}  # llama-server's, in whole replies and in the last chunk of a stream
 
 
 def unknown_fields(parsed: Any) -> set[str]:
@@ -79,7 +82,7 @@ def streamed(chunks: ChatChunks, *answers: Any) -> list[Any]:
     for number, pieces in enumerate(answers):
         for piece in pieces:
             found += chunks.piece(number, piece)
-        found.append(chunks.end(number, "stop"))
+        found.append(chunks.end(number, made_answer(pieces)))
     found += chunks.usage([made_answer(pieces) for pieces in answers])
     return [read(ChatCompletionChunk, chunk) for chunk in found]
 
@@ -125,6 +128,47 @@ def test_chunks_with_log_probabilities():
     assert tokens == [["A "], ["dog", "."]], "none of the reasoning's"
 
 
+TORN = [("😀🚀 é", [b"\xf0\x9f", b"\x98\x80", b"\xf0\x9f\x9a", b"\x80 ", b"\xc3", b"\xa9"], [0, 0, 1, 1, 3, 3])]
+
+
+@pytest.mark.parametrize(("text", "parts", "offsets"), TORN)
+def test_offsets_stay_in_the_text(text, parts, offsets):
+    """Characters may come in several tokens; the place of each is where its first complete character is."""
+    scores = [replace(scored("a"), token=part.decode("utf-8", "replace"), bytes=[*part]) for part in parts]
+    answer = made_answer([Piece(text, "answer", tuple(scores))])
+    texts = TextCompletions("demo")
+    (choice,) = texts.whole([answer], ["Say: "], usage([answer]))["choices"]
+    assert choice["logprobs"]["text_offset"] == [5 + at for at in offsets]
+    assert choice["logprobs"]["tokens"][0] == "bytes:\\xf0\\x9f", "unlike the other half of it"
+    [*texts.begin(0, "Say: ")]
+    streamed = [texts.piece(0, Piece("", "answer", (score,)))["choices"][0]["logprobs"] for score in scores]
+    assert [logprobs["text_offset"] for logprobs in streamed] == [[5 + at] for at in offsets]
+
+
+def test_log_probabilities_of_a_prompt():
+    first = replace(scored("Say"), logprob=math.nan, top_logprobs=[])
+    answer = replace(made_answer(SCORED[1:]), end_logprobs=scored("<|im_end|>"))
+    texts = TextCompletions("demo", n_top=2)
+    reply = texts.whole([answer], ["Say: "], usage([answer]), {0: [first, scored(": ")]})
+    logprobs = reply["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["Say", ": ", "A ", "dog", ".", "<|im_end|>"]
+    assert logprobs["token_logprobs"] == [None, *[-0.5] * 5], "nothing precedes the first"
+    assert logprobs["top_logprobs"][:2] == [None, {": ": -0.5, "no": -1.5}]
+    assert logprobs["text_offset"] == [0, 3, 5, 7, 10, 11]
+    assert json.loads(json.dumps(reply, allow_nan=False))
+
+
+def test_times_are_told_as_llama_server_does():
+    answer = made_answer(THOUGHTFUL, timings_s={"prefill": 0.5, "decode": 2.0})
+    told = chat_completion([answer], "demo")["timings"]
+    assert (told["cache_n"], told["prompt_n"], told["predicted_n"]) == (5, 15, 9)
+    assert (told["prompt_per_second"], told["prompt_per_token_ms"]) == (30.0, 500 / 15)
+    assert (told["predicted_per_second"], told["predicted_per_token_ms"]) == (4.5, 2000 / 9)
+    assert ChatChunks("demo").end(0, answer)["timings"] == told, "without usage, the last chunk has it"
+    assert "timings" not in ChatChunks("demo", include_usage=True).end(0, answer)
+    assert chat_completion([made_answer([], completion_tokens=0)], "demo")["timings"]["predicted_per_second"] == 0
+
+
 def test_completions():
     texts = TextCompletions("demo", n_top=2)
     answers = [made_answer(SCORED[1:]), made_answer([], finish_reason="length")]
@@ -145,8 +189,9 @@ def test_completions():
 
 def test_a_stream_of_completions():
     texts = TextCompletions("demo", include_usage=True)
-    chunks = [*texts.begin(0, "Say: "), *(texts.piece(0, piece) for piece in SCORED[1:]), texts.end(0, "stop")]
-    chunks += texts.usage(usage([made_answer(SCORED)]))
+    answer = made_answer(SCORED)
+    chunks = [*texts.begin(0, "Say: "), *(texts.piece(0, piece) for piece in SCORED[1:]), texts.end(0, answer)]
+    chunks += texts.usage([answer])
     parsed = [read_text_chunk(chunk) for chunk in chunks]
     assert [choice.text for chunk in parsed for choice in chunk.choices] == ["Say: ", "A ", "dog.", ""]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1]] == [None, None, None, "stop"]

@@ -309,12 +309,12 @@ def test_tools_that_are_no_functions_are_refused():
         with pytest.raises(RequestError) as error:
             chat(tools=[TOOL, tool]).options()
         assert error.value.param == "tools[1]"
-    for tool in ({"type": "web_search"}, {"type": "function"}, {"type": "function", "name": "a", "parameters": 5}):
+    for tool in ({"type": "custom"}, {"type": "function"}, {"type": "function", "name": "a", "parameters": 5}):
         with pytest.raises(RequestError) as error:
             responses(tools=[FLAT_TOOL, tool]).options()
         assert error.value.param == "tools[1]"
     with pytest.raises(RequestError, match="older form"):
-        chat(functions=[{"name": "weather"}]).options()
+        chat(functions=[{"name": "weather"}]).all_warnings()
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_items_that_cannot_be_used_are_named(item):
     assert error.value.param.startswith("input[1]")
 
 
-@pytest.mark.parametrize("field", ["previous_response_id", "conversation", "prompt", "background"])
+@pytest.mark.parametrize("field", ["conversation", "prompt", "background"])
 def test_what_needs_a_memory_is_refused(field):
     value = True if field == "background" else "id_1"
     with pytest.raises(RequestError) as error:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.grounding import find_regions
 from server.conftest import SIGN, Served
 from server.test_page import answer_of, ask, browser, say, size_of_sign, visit
@@ -249,3 +250,19 @@ def test_it_can_be_installed(visit: Callable[..., Page], server: Served):
     with httpx.Client(base_url=server.url, trust_env=False) as client:
         for icon in data["icons"]:
             assert client.get(f"/static/{icon['src']}").headers["content-type"] == icon["type"]
+
+
+def test_a_toy_is_labelled(visit: Callable[..., Page]):
+    """Whoever opens the page of the demo must not take its answers for those of the real model."""
+    page = visit()
+    expect(page.locator("#toy")).to_have_text("Toy model")
+    expect(page.locator("#note")).to_have_text(TOY_NOTICE)
+    expect(page.locator("#think")).to_be_hidden()
+    models = page.evaluate("fetch('api/tags').then((reply) => reply.json())")
+    del models["models"][0]["details"]["notice"]
+    models["models"][0]["capabilities"].append("thinking")
+    page.route("**/api/tags", lambda route: route.fulfill(json=models))
+    page.reload()
+    expect(page.locator("#think")).to_be_visible()
+    expect(page.locator("#toy")).to_be_hidden()
+    expect(page.locator("#note")).to_have_text("Answers can be wrong; look at the picture yourself.")

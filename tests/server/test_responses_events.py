@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from edge_runtime.server.responses_events import ResponseEvents, whole_response
+from edge_runtime.server.inference import Heartbeat
+from edge_runtime.server.responses import whole_response
+from edge_runtime.server.responses_events import ResponseEvents
 from edge_runtime.server.responses_requests import ResponsesRequest
 from edge_runtime.streaming import Piece
 from server.made_answers import CALLING, SCORED, THOUGHTFUL, made_answer
@@ -38,6 +42,18 @@ def checked(event: Any) -> Any:
     parsed = EVENT.validate_json(json.dumps(event), strict=True)
     assert unknown_fields(parsed) <= OURS
     return parsed
+
+
+def whole(pieces: list[Piece], asked: ResponsesRequest | None = None, **fields: Any) -> dict[str, Any]:
+    """The reply to a request that is not streamed."""
+
+    async def events() -> AsyncIterator[tuple[int, Any]]:
+        for piece in pieces:
+            yield 0, piece
+            yield 0, Heartbeat(None)
+        yield 0, made_answer(pieces, **fields)
+
+    return dict(asyncio.run(whole_response(events(), ResponseEvents(asked or request(), "demo"))))
 
 
 def kinds(events: list[Any]) -> list[str]:
@@ -122,12 +138,16 @@ def test_a_failure_is_told():
     assert (last.response.error.code, last.response.error.message) == ("server_error", "Too long.")
 
 
-@pytest.mark.parametrize("pieces", [THOUGHTFUL, CALLING, SCORED, []])
-def test_a_whole_response_says_what_the_stream_says(pieces):
-    whole = read_response(whole_response(request(tools=[TOOL]), "demo", made_answer(pieces)))
-    last = streamed(pieces, request(tools=[TOOL]))[-1].response
+BETWEEN_CALLS = [THOUGHTFUL[0], *CALLING[:2], Piece("And", "answer"), CALLING[2], Piece("so.", "answer")]
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+@pytest.mark.parametrize("pieces", [THOUGHTFUL, THOUGHTFUL[:2], CALLING, SCORED, [], BETWEEN_CALLS])
+def test_a_whole_response_says_what_the_stream_says(pieces, reason):
+    told = read_response(whole(pieces, request(tools=[TOOL]), finish_reason=reason))
+    last = streamed(pieces, request(tools=[TOOL]), finish_reason=reason)[-1].response
     changing = {"id", "call_id", "created_at", "completed_at"}
-    assert without(whole.model_dump(), changing) == without(last.model_dump(), changing)
+    assert without(told.model_dump(), changing) == without(last.model_dump(), changing)
 
 
 def read_response(reply: Any) -> Response:
@@ -170,7 +190,7 @@ SCHEMA = {"type": "object", "properties": {}, "additionalProperties": False}
     ],
 )
 def test_what_was_asked_is_told_in_a_form_that_clients_read(fields):
-    reply = read_response(whole_response(request(**fields), "demo", made_answer(THOUGHTFUL)))
+    reply = read_response(whole(THOUGHTFUL, request(**fields)))
     assert reply.instructions == fields.get("instructions")
     assert reply.metadata == fields.get("metadata", {})
     if "text" in fields and "format" in fields["text"]:
@@ -182,7 +202,7 @@ def test_what_was_asked_is_told_in_a_form_that_clients_read(fields):
 
 def test_reading_is_strict():
     """The checks above would notice a field that is missing or misspelt."""
-    reply = dict(whole_response(request(), "demo", made_answer(THOUGHTFUL)))
+    reply = whole(THOUGHTFUL)
     with pytest.raises(AssertionError):
         read(Response, reply | {"statuss": "completed"})
     reply.pop("output")

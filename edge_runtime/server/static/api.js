@@ -11,11 +11,15 @@ export class ApiError extends Error {
   }
 }
 
-/** Models that the server can answer with, in its order: `{name, thinks}`. */
+/** Models that the server can answer with, in its order: `{name, thinks, notice}`, a notice being what is to be known of it. */
 export async function listModels(key) {
   const response = await request("api/tags", { headers: withKey({}, key) });
   const { models } = await response.json();
-  return models.map(({ name, capabilities }) => ({ name, thinks: !capabilities || capabilities.includes("thinking") }));
+  return models.map(({ name, capabilities, details }) => ({
+    name,
+    thinks: !capabilities || capabilities.includes("thinking"),
+    notice: details?.notice ?? "",
+  }));
 }
 
 /**

@@ -13,6 +13,7 @@ import * as store from "./store.js";
 import { AnswerTurn, questionTurn } from "./turns.js";
 
 const SAVE_EVERY_MS = 2000; // while an answer grows
+const USUAL_NOTE = byId("note").textContent;
 
 let chats = []; // newest first
 let current = newChat();
@@ -247,10 +248,19 @@ async function loadModels() {
   const wanted = recall("model");
   if (models.some(({ name }) => name === wanted)) select.value = wanted;
   select.disabled = models.length < 2;
-  byId("think").hidden = !thinks();
+  showModel();
 }
 
-const thinks = () => models.find(({ name }) => name === byId("model").value)?.thinks ?? false;
+const chosen = () => models.find(({ name }) => name === byId("model").value);
+const thinks = () => chosen()?.thinks ?? false;
+
+/** What depends on the model: whether it thinks, and what is to be known before its answers are believed. */
+function showModel() {
+  const warning = chosen()?.notice ?? "";
+  byId("think").hidden = !thinks();
+  byId("toy").hidden = !warning;
+  byId("note").textContent = warning || USUAL_NOTE;
+}
 
 // --- The rest of the page ---
 
@@ -318,7 +328,7 @@ function setUp() {
   });
   byId("model").addEventListener("change", () => {
     remember("model", byId("model").value);
-    byId("think").hidden = !thinks();
+    showModel();
   });
   const think = byId("think");
   const setThink = (on) => think.setAttribute("aria-pressed", on);

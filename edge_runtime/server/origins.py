@@ -1,0 +1,74 @@
+"""Origins of web pages that may use the server: what the owner names, with wildcards, and what Ollama allows.
+
+Each becomes one regular expression over the `Origin` header. An origin that can never be one is refused when the
+server starts; `null` is, too: any page can send it, from a sandboxed frame.
+"""
+
+from __future__ import annotations
+
+import re
+
+from edge_runtime.errors import MessageError
+from edge_runtime.server.settings import Settings
+
+ANY = "*"
+OLLAMA_DEFAULTS = (
+    *(f"{scheme}://{host}:*" for host in ("localhost", "127.0.0.1", "0.0.0.0") for scheme in ("http", "https")),
+    *(f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")),
+)
+"""Pages of this machine at any port, and desktop programs made of pages (envconfig.AllowedOrigins of Ollama)."""
+
+_FORM = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\*|(?:\*\.)?[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])"
+    r"(?::(?P<port>\*|[0-9]{1,5}))?"
+)
+_USUAL_PORT = {"http": "80", "https": "443"}
+_PORT, _NAMES = r"(?::[0-9]{1,5})?", r"(?:[a-z0-9_-]+\.)+"
+_ANY_HOST = r"[^\s/?#@\\,]*"  # with a port; empty in file://
+
+
+def origin_expression(origin: str) -> str:
+    """The regular expression of an origin: SCHEME://HOST[:PORT], the host or its first label or the port being `*`.
+
+    Raises
+    ------
+    MessageError
+        When it is none.
+    """
+    form = _FORM.fullmatch(origin.strip().lower().removesuffix("/"))
+    if form is None:
+        raise MessageError(
+            f"--cors was given {origin[:80]!r}, which is the origin of no page; expected SCHEME://HOST or "
+            "SCHEME://HOST:PORT without a path, such as https://app.example, http://*.app.example, "
+            "http://192.168.0.7:*, app://*, or * for all pages."
+        )
+    scheme, host, port = form["scheme"], form["host"], form["port"]
+    usual = _USUAL_PORT.get(scheme)
+    if host == ANY:
+        shown = _ANY_HOST if port in (None, ANY) else rf"[^\s/?#@\\,:]+:{port}"
+    else:
+        shown = _NAMES + re.escape(host[2:]) if host.startswith("*.") else re.escape(host)
+        if port == ANY:
+            shown += _PORT
+        elif usual is not None and port in (None, usual):  # browsers leave it out
+            shown += f"(?::{usual})?"
+        elif port is not None:
+            shown += f":{port}"
+    return f"{re.escape(scheme)}://{shown}"
+
+
+def allowed_origins(settings: Settings) -> re.Pattern[str] | None:
+    """What an `Origin` must match as a whole, besides the server's own; None where no other page may ask.
+
+    `*` is not in it: it allows `null`, too. A server that only this machine can reach, and that asks for no key,
+    lets Ollama's default origins in, as Ollama does.
+
+    Raises
+    ------
+    MessageError
+        Naming an origin that is none.
+    """
+    named = [origin for origin in settings.cors_origins if origin != ANY]
+    defaults = OLLAMA_DEFAULTS if settings.is_loopback and settings.api_key is None else ()
+    found = [origin_expression(origin) for origin in (*named, *defaults)]
+    return re.compile("|".join(found)) if found else None

@@ -1,0 +1,30 @@
+"""LiteLLM and pydantic-ai against the server, see `client_libraries`; in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from server.conftest import Served
+
+TESTS = Path(__file__).with_name("client_libraries.py")
+NEEDED = ("litellm", "pydantic_ai")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="needs the extra `clients`")
+def test_client_libraries(server: Served):
+    # Without prices from the network, and with warnings as these libraries like them.
+    settings = {"EDGE_URL": server.url, "NO_PROXY": "127.0.0.1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environment = {**os.environ, **settings}
+    options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
+    command = [sys.executable, "-m", "pytest", *options, str(TESTS)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
+    assert "skipped" not in run.stdout
