@@ -231,7 +231,7 @@ class Dialect:
             low, high = RANGES[name]
             made["minimum"] = max(made.get("minimum", low), low)
             made["maximum"] = min(made.get("maximum", high), high)
-        elif name is not None:
+        elif name is not None and "pattern" not in made:
             self._notes.append(f"{where} is {name[:40]!r}, which is not enforced; any value of the type is taken.")
 
     def _conditions(self, made: dict[str, Any], path: str) -> Any:

@@ -272,7 +272,10 @@ REFUSED = [
     ({"not": {}}, r"excludes every value"),
     ({"allOf": [{"type": "null"}, {"if": {"pattern": "a"}, "then": False}]}, r"\$\.allOf\[1\]\.if cannot"),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"contains": {}, "maxContains": 1}}}, r"\$\.\$ref\.contains cannot"),
-    ({"properties": {"a b": {"propertyNames": {"not": {"const": "a"}}}}}, r"\$\.properties\['a b'\]\.propertyNames"),
+    (
+        {"properties": {"a b": {"propertyNames": {"pattern": "a", "maxLength": 3}}}},
+        r"\$\.properties\['a b'\]\.propertyNames",
+    ),
     ({"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "minItems": 3}, r"no answer that ends"),
     ({"type": "array", "uniqueItems": "yes"}, r"\$\.uniqueItems is \"yes\"; expected true or false"),
     ({"$dynamicRef": "#a"}, r"\$\.\$dynamicRef cannot be enforced"),

@@ -198,6 +198,12 @@ def test_a_known_format_replaces_a_pattern_that_cannot_be_enforced(writer):
         bound_schema({"type": "string", "format": "password", "pattern": LOOK_AROUND})
 
 
+def test_a_pattern_says_enough_beside_a_format_of_a_tool(writer):
+    schema = {"type": "string", "format": "nanoid", "pattern": "^[a-z]{3}$"}
+    valid(values(writer, schema), schema)
+    assert not notes(schema)
+
+
 def test_a_pattern_that_can_be_enforced_holds_beside_its_format(writer):
     schema = {"type": "string", "format": "date", "pattern": "^20[0-9]{2}-"}
     assert all(text.startswith("20") for text in valid(values(writer, schema), schema))
@@ -278,6 +284,7 @@ REWRITTEN_SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "propertyNames": {"pattern": "^[a-z]{2}$"}, "additionalProperties": SHORT, "minProperties": 2},
     {"type": "object", "propertyNames": {"minLength": 3, "maxLength": 4}, "minProperties": 1},
     {"type": "object", "propertyNames": False},
+    {"type": "object", "propertyNames": {"not": {"const": "a"}}, "minProperties": 1, "maxProperties": 2},
     {"type": "string", "not": {"const": ""}, "maxLength": 1},
     {"enum": ["x", "y", 1, None], "not": {"enum": ["x", 1]}},
     {"type": "integer", "minimum": 0, "maximum": 2, "not": {"const": 1}},

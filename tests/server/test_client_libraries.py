@@ -1,4 +1,4 @@
-"""LiteLLM, pydantic-ai and Vercel's AI SDK against the server; in processes of their own."""
+"""LiteLLM, pydantic-ai, instructor and Vercel's AI SDK against the server, in processes of their own."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pytest
 
 from server.conftest import Served
 
-TESTS = Path(__file__).with_name("client_libraries.py")
 SDK = Path(__file__).with_name("ai_sdk")
-NEEDED = ("litellm", "pydantic_ai")
+NEEDED = ("litellm", "pydantic_ai", "instructor")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["client_libraries.py", "instructor_client.py"])
 @pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="needs the extra `clients`")
-def test_client_libraries(server: Served):
+def test_client_libraries(server: Served, name):
     # Without prices from the network, and with warnings as these libraries like them.
     settings = {"EDGE_URL": server.url, "NO_PROXY": "127.0.0.1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     environment = {**os.environ, **settings}
     options = ["-q", "--noconftest", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
-    command = [sys.executable, "-m", "pytest", *options, str(TESTS)]
+    command = [sys.executable, "-m", "pytest", *options, str(Path(__file__).with_name(name))]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
