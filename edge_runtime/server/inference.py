@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.errors import EngineBusy, MessageError
+from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed
@@ -29,6 +30,7 @@ from edge_runtime.server.settings import Settings
 from edge_runtime.streaming import Piece
 from edge_runtime.video import VideoLimits
 
+R = TypeVar("R")
 DECODERS = 4
 """Threads that decode pictures; more would only hold more decoded pictures in memory."""
 
@@ -174,6 +176,20 @@ def with_texts(listed: Listed, messages: str | Sequence[Any]) -> str | Sequence[
     return [*own, *listed.messages, *messages[1 if has_system else 0 :]]
 
 
+class _Gone(Exception):  # noqa: N818 - says what is the matter
+    """Nobody waits for what is being prepared."""
+
+
+def _noticing(gone: threading.Event) -> dict[str, Any]:
+    """Arguments of `Model.submit` with which it ends between two pictures, pages or frames when nobody waits."""
+
+    def look(*_: object) -> None:
+        if gone.is_set():
+            raise _Gone
+
+    return {"on_image": look, "on_look": look}
+
+
 class Inference:
     """The door to the models.
 
@@ -251,14 +267,25 @@ class Inference:
             options["max_tokens"] = min(options["max_tokens"], self.settings.max_tokens)
         messages = await brought_in(messages, self.settings, self._fetcher)
 
-        def submit() -> list[AnswerStream]:
+        def submit(gone: threading.Event) -> list[AnswerStream]:
             try:
-                return use.model.submit(messages, n=call.n, **options)
+                streams = use.model.submit(messages, n=call.n, **options, **_noticing(gone))
             except TypeError as error:  # an option that Model.submit does not have
                 raise MessageError(f"An option is not known: {error}.") from error
+            if gone.is_set():  # or later: then nobody has the streams, which ends them, too
+                for stream in streams:
+                    stream.cancel()
+            return streams
 
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, submit)
+        return await self._while_wanted(submit)
+
+    async def _while_wanted(self, work: Callable[[threading.Event], R]) -> R:
+        """Do something in a thread that decodes; it is told when nobody waits for it any more."""
+        gone = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, work, gone)
+        finally:
+            gone.set()
 
     async def count_tokens(self, call: ChatCall) -> int:
         """Tokens of the prompt that a call would have, without computing anything; admitted as `begin` does.
@@ -273,9 +300,11 @@ class Inference:
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
             messages = await brought_in(with_texts(use.listed, call.messages), self.settings, self._fetcher)
             options = {**self._limits, **call.options}
-            loop = asyncio.get_running_loop()
-            build = functools.partial(use.model.build_prompt, messages, **options)
-            return len((await loop.run_in_executor(self._decoders, build)).ids)
+
+            def build(gone: threading.Event) -> Prompt:
+                return use.model.build_prompt(messages, **options, **_noticing(gone))
+
+            return len((await self._while_wanted(build)).ids)
 
     def stop(self) -> None:
         """Cancel all answers; their readers are told that the server is shutting down."""
