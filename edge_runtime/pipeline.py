@@ -183,6 +183,11 @@ def prepare(
         prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
     else:
         prompt, n_dropped = build(conversation, placed), 0
+    if not prompt.ids:
+        raise MessageError(
+            "The prompt is empty: the model's chat template makes nothing of these messages; expected text for the "
+            "model to go on with. Use a file with the official template, or send a raw prompt."
+        )
     known = conversation if begun is None else conversation[:-1]
     groups = [group for item in left for group in item.groups]
     n_left = sum(item.layout.frames for item in left)

@@ -103,7 +103,7 @@ class Scheduler:
             if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
             if not self._follows(task):
-                self._admit(task)
+                self._let_in(task)
         self._encode()
         self._decode()
 
@@ -117,6 +117,17 @@ class Scheduler:
             give_back()
 
     # --- admission -----------------------------------------------------------------------------------------------
+
+    def _let_in(self, task: Task) -> None:
+        """Admit a task; what goes wrong is its own affair, and nobody else's answer ends."""
+        try:
+            self._admit(task)
+        except Exception as error:  # noqa: BLE001 - handed to the one who asked
+            if task in self._waiting and task.sequence >= 0:
+                self._idle += task.sequences
+                task.sequence, task.more_sequences = -1, []
+            if task in self._waiting or task in self._active:
+                self._fail(task, error)
 
     def _admit(self, task: Task) -> None:
         """Give a task the sequence with the most of its beginning, and find out which pictures are missing."""
@@ -279,13 +290,13 @@ class Scheduler:
             self._encoder.tower.on_layer = lambda done, total: None
         for digest, tokens in found.items():
             self._visual_tokens.put(digest, tokens)
-        for task in self._active:
+        for task in [*self._active]:
             if task.missing.keys() & found.keys():
                 task.tokens |= {digest: found[digest] for digest in task.missing.keys() & found.keys()}
                 task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
                 self._report_encode(task)
                 if not task.missing:
-                    self._begin_prefill(task)
+                    self._go_on_to_prefill(task)
         if not any(task.missing for task in self._active):
             if self._keeping.low_memory:
                 self._encoder.unload()
@@ -302,6 +313,12 @@ class Scheduler:
     def _report_encode(task: Task, partial: float = 0.0) -> None:
         done = task.n_slices - sum(len(group) for group in task.missing.values())
         task.events.put(Progress("encode", done, task.n_slices, (done + partial) / task.n_slices))
+
+    def _go_on_to_prefill(self, task: Task) -> None:
+        try:
+            self._begin_prefill(task)
+        except Exception as error:  # noqa: BLE001 - handed to the one who asked
+            self._fail(task, error)
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
@@ -337,8 +354,14 @@ class Scheduler:
             self._width.note(n_rows, time.perf_counter() - started)
         rows_of: dict[Task, list[int]] = {}
         for task, part, row in zip(tasks, parts, rows, strict=True):
-            if not task.n_tokens:
-                self._report_prefill(task)
+            if task not in self._active:
+                continue  # it failed in this loop
+            try:
+                if not task.n_tokens:
+                    self._report_prefill(task)
+            except Exception as error:  # noqa: BLE001 - handed to the one who asked
+                self._fail(task, error)
+                continue
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._end(task, "stop")
             elif part.wants_logits and not task.is_cancelled():
@@ -408,7 +431,7 @@ class Scheduler:
 
     def _report_prefill(self, task: Task) -> None:
         done, total = self._decoder.held(task.sequence) - task.n_cached, len(task.request.prompt.ids) - task.n_cached
-        task.events.put(Progress("prefill", done, total, max(0.0, done / total)))
+        task.events.put(Progress("prefill", done, total, max(0.0, done / max(1, total))))
 
     def _make_room(self) -> None:
         """Forget what was unused for longest; when everything is in use, the youngest task steps back."""
