@@ -158,6 +158,8 @@ def prepare(
             tools=options.tools,
             raw=options.raw,
             begun=begun,
+            # Turns may go and pictures become smaller: then it is not known yet how much is too much.
+            most_tokens=n_ctx - 1 if refuse and n_ctx and not (options.context_shift or options.fit) else None,
         )
 
     fitted: int | None = None
