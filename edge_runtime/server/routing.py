@@ -9,6 +9,8 @@ from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from edge_runtime.server.json_bodies import JSONRequest
+
 
 class JSONRoute(APIRoute):
     """A route whose body is JSON.
@@ -24,6 +26,6 @@ class JSONRoute(APIRoute):
         async def relabelled(request: Request) -> Response:
             headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
             request.scope["headers"] = [*headers, (b"content-type", b"application/json")]
-            return await handle(Request(request.scope, request.receive))
+            return await handle(JSONRequest(request.scope, request.receive))
 
         return relabelled
