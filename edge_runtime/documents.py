@@ -143,7 +143,7 @@ class _Document:
 
     def indices(self, part: ImagePart, options: DocumentOptions) -> list[int]:
         pages = part.pages if isinstance(part, DocumentPart) and part.pages is not None else options.pages
-        return choose_pages(pages, self._file.n_pages, self._file.name, options.page_limit)
+        return choose_pages(pages, self._file.counted, self._file.name, options.page_limit)
 
     def chosen(self, part: ImagePart, options: DocumentOptions, pixels: int) -> list[Page]:
         indices, file = self.indices(part, options), self._file
@@ -186,9 +186,9 @@ def _open(part: ImagePart, options: DocumentOptions) -> _Document | None:
     if is_document:
         own = part.password if isinstance(part, DocumentPart) else None
         return _Document(PdfFile(content, name, own if own is not None else options.password))
-    file = TiffFile(content, name, options.page_limit)
+    file = TiffFile(content, name)
     is_chosen = options.pages is not None or (isinstance(part, DocumentPart) and part.pages is not None)
-    if file.n_pages > 1 or is_chosen:
+    if is_chosen or file.counted(2) > 1:
         return _Document(file)
     file.close()
     return None

@@ -276,7 +276,7 @@ def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
         return inbox.get(timeout=REST_AFTER_S)
     except queue.Empty:
         scheduler.rest()
-    while scheduler.save_more():
+    while scheduler.saver.save_more():
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=SAVE_PAUSE_S)
     return scheduler.expected_task(lambda: not inbox.empty()) or inbox.get()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice, takewhile
 
 from PIL import Image
 
@@ -17,6 +17,8 @@ PAGE_LIMIT = 2000
 PageChoice = str | int | Sequence[int]
 """Pages counted from 1: `"1-3,7"`, `"5-"` (to the end), a number, or numbers in order."""
 
+ALL = 1 << 31
+"""More pages than any document has."""
 _RANGE = re.compile(r"(\d{1,9})(?:(-)(\d{1,9})?)?", re.ASCII)
 
 
@@ -38,13 +40,14 @@ class Page(ABC):
         """The page as an upright RGB picture; errors as of `size`."""
 
 
-def choose_pages(choice: PageChoice | None, n_pages: int, name: str, page_limit: int) -> list[int]:
+def choose_pages(choice: PageChoice | None, counted: Callable[[int], int], name: str, page_limit: int) -> list[int]:
     """Indices, counted from 0, of the pages that are wanted, in the order in which they were named.
 
     Parameters
     ----------
     choice : see `PageChoice`; None takes all.
-    n_pages : pages there are.
+    counted : tells how many pages there are. It need not count beyond the number it is given: to count may be to
+        walk through the file.
     name : the document's, for errors.
     page_limit : most pages to be taken.
 
@@ -55,19 +58,24 @@ def choose_pages(choice: PageChoice | None, n_pages: int, name: str, page_limit:
     ImageError
         When it has more pages than `page_limit`.
     """
-    chosen = range(1, n_pages + 1) if choice is None else _numbers(choice, n_pages)
-    found = list(islice(_checked(chosen, n_pages, name), page_limit + 1))
+    chosen = _numbers("1-" if choice is None else choice, counted)
+    found = list(islice(_checked(chosen, counted, name), page_limit + 1))
     if len(found) > page_limit:
-        count = f"has {n_pages} pages" if choice is None else f"is to be read on more than {page_limit} pages"
+        what = f"is to be read on more than {page_limit} pages"
+        if choice is None:
+            beyond = page_limit + 2
+            n_pages = counted(beyond)
+            what = f"has {n_pages if n_pages != beyond else f'more than {page_limit}'} pages"
         raise ImageError(
-            f"{name} {count}, at most {page_limit} are looked at; choose some with --pages, or raise the limit with "
+            f"{name} {what}, at most {page_limit} are looked at; choose some with --pages, or raise the limit with "
             "--max-pages."
         )
     return found
 
 
-def _checked(numbers: Iterator[int] | range, n_pages: int, name: str) -> Iterator[int]:
+def _checked(numbers: Iterator[int], counted: Callable[[int], int], name: str) -> Iterator[int]:
     for number in numbers:
+        n_pages = counted(number if number > 0 else ALL)
         if not 1 <= number <= n_pages:
             raise MessageError(
                 f"Page {number} was asked for, but {name} has {n_pages} {'page' if n_pages == 1 else 'pages'}, which "
@@ -76,15 +84,21 @@ def _checked(numbers: Iterator[int] | range, n_pages: int, name: str) -> Iterato
         yield number - 1
 
 
-def _numbers(choice: PageChoice, n_pages: int) -> Iterator[int]:
+def _numbers(choice: PageChoice, counted: Callable[[int], int]) -> Iterator[int]:
     """Numbers that a choice names, one after the other: a range may be as long as it likes."""
     if isinstance(choice, str):
         for part in choice.split(","):
             match = _RANGE.fullmatch(part.strip())
-            first, last = (int(match[1]), int(match[3] or n_pages)) if match else (0, 0)
-            if match is None or (match[2] and match[3] and last < first):
+            if match is None:
                 raise _wrong(choice)
-            yield from range(first, last + 1) if match[2] and last >= first else [first]
+            first = int(match[1])
+            if match[3] and int(match[3]) < first:
+                raise _wrong(choice)
+            yield first
+            if match[3]:
+                yield from range(first + 1, int(match[3]) + 1)
+            elif match[2]:
+                yield from takewhile(lambda number: number <= counted(number), count(first + 1))
         return
     numbers = [choice] if isinstance(choice, int) else choice
     if not isinstance(numbers, Sequence | range) or not len(numbers):

@@ -80,6 +80,10 @@ class PdfFile:
             self.close()
             raise ImageError(reason)
 
+    def counted(self, most: int) -> int:
+        """Pages; all of them, for a PDF file tells their number."""
+        return self.n_pages
+
     def size(self, index: int) -> tuple[float, float]:
         """(width, height) of a page in points, upright."""
         with _pdfium_lock:

@@ -172,6 +172,8 @@ def prepare(
             tools=tools,
             raw=options.raw,
             begun=begun,
+            # Turns may go and pictures become smaller: then it is not known yet how much is too much.
+            most_tokens=n_ctx - 1 if refuse and n_ctx and not (options.context_shift or options.fit) else None,
         )
 
     def told() -> str:
@@ -201,6 +203,11 @@ def prepare(
         prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
     else:
         prompt, n_dropped = build(conversation, placed), 0
+    if not prompt.ids:
+        raise MessageError(
+            "The prompt is empty: the model's chat template makes nothing of these messages; expected text for the "
+            "model to go on with. Use a file with the official template, or send a raw prompt."
+        )
     if refuse and options.tools:
         check_room_beside_tools(prompt, n_ctx, told)
     known = conversation if begun is None else conversation[:-1]

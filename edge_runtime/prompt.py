@@ -17,7 +17,7 @@ from itertools import groupby
 from typing import Any
 
 from edge_runtime.continuation import Begun, ask_to_go_on
-from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
 from edge_runtime.messages import ImagePart, Message
 from edge_runtime.templates import render
 from edge_runtime.tokenizer import Tokenizer
@@ -76,6 +76,7 @@ def build_prompt(
     tools: Sequence[dict[str, Any]] = (),
     raw: bool = False,
     begun: Begun | None = None,
+    most_tokens: int | None = None,
 ) -> Prompt:
     """Build the prompt of a conversation.
 
@@ -88,9 +89,12 @@ def build_prompt(
     raw : the messages' text is the prompt as it stands, without the template; special tokens in it are meant, but
         for those that hold pictures.
     begun : the last message, when the prompt is to end inside of it.
+    most_tokens : tokens that a prompt may have; text that is sure to become more is not tokenised.
 
     Raises
     ------
+    PromptTooLongError
+        When the text alone is longer than `most_tokens` of the longest tokens; a shorter one may be too long, too.
     MessageError
         When the template refuses the conversation, or pictures and layouts do not match.
     ModelFileError
@@ -104,6 +108,11 @@ def build_prompt(
     )
     rendered = _whole_characters(text)
     marked = _expand(rendered, layouts, n_queries, use_image_id, mark)
+    if most_tokens is not None and (least := tokenizer.least_tokens(marked, mark)) > most_tokens:
+        raise PromptTooLongError(
+            f"The prompt has at least {least} tokens of text ({len(marked)} characters), but the context holds "
+            f"{most_tokens + 1}, one of them for the answer; use a shorter text, or a larger --ctx."
+        )
     ids = tokenizer.encode_special(marked, mark)
     return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
 

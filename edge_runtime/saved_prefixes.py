@@ -22,7 +22,7 @@ from typing import cast
 
 import numpy as np
 
-from edge_runtime.decoder import Decoder
+from edge_runtime.decoder import Decoder, common_beginning
 from edge_runtime.disk_cache import DiskCache
 from edge_runtime.kv_state import KVForm, KVRows, UnknownState
 
@@ -203,3 +203,35 @@ def _serialise(key: Hashable) -> bytes:
         return struct.pack("<cq", b"t", key)
     digest, place = cast("tuple[bytes, int]", key)
     return struct.pack("<cq", b"v", place) + digest
+
+
+class PromptSaver:
+    """Has prompts written that were computed; what there is no room for waits. Used by the inference thread alone."""
+
+    def __init__(self, decoder: Decoder, prefixes: SavedPrefixes | None) -> None:
+        self._decoder, self._prefixes = decoder, prefixes
+        self.unsaved: dict[int, tuple[list[Hashable], bytes]] = {}
+        """Sequence to keys and adapter of what is to be kept on disk when nobody asks."""
+
+    def save(self, sequence: int, keys: list[Hashable], adapter: bytes) -> None:
+        """Have what a sequence holds of a prompt written, or note that some of it is still to be."""
+        self.unsaved.pop(sequence, None)
+        if self._prefixes is None:
+            return
+        keys = keys[: common_beginning(keys, self._decoder.keys(sequence))]  # it may serve another one by now
+        try:
+            if not self._prefixes.save(self._decoder, sequence, keys, adapter):
+                self.unsaved[sequence] = keys, adapter
+        except Exception:
+            logger.warning("A prompt could not be kept on disk; it will be computed again.", exc_info=True)
+
+    def save_more(self) -> bool:
+        """Save what there was no room for before; whether it is worth coming again."""
+        for sequence in [*self.unsaved]:
+            self.save(sequence, *self.unsaved[sequence])
+        return bool(self.unsaved)
+
+    def save_all(self) -> None:
+        """Save everything, waiting for the disk."""
+        while self.save_more() and self._prefixes is not None:
+            self._prefixes.flush()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 
 from edge_runtime.batches import await_frames, next_batch, release
 from edge_runtime.beginnings import HeldBeginnings
@@ -33,7 +33,7 @@ from edge_runtime.keeping import Keeping
 from edge_runtime.kv_state import UnknownState
 from edge_runtime.memory import give_back
 from edge_runtime.requests import Activity, Expected, FinishReason, Task, is_worth_leaving
-from edge_runtime.saved_prefixes import Recorded, Saved
+from edge_runtime.saved_prefixes import PromptSaver, Recorded, Saved
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
 
@@ -63,8 +63,7 @@ class Scheduler:
         self._expected: deque[Expected] = deque()
         """To be computed when nobody asks."""
         self._warming: tuple[Task, Expected] | None = None
-        self._unsaved: dict[int, tuple[list[Hashable], bytes]] = {}
-        """Sequence to keys and adapter of what is to be kept on disk when nobody asks."""
+        self.saver = PromptSaver(decoder, keeping.prefixes)
 
     @property
     def n_tasks(self) -> int:
@@ -112,7 +111,7 @@ class Scheduler:
             if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
             if task.is_scoring or not self._follows(task):
-                self._admit(task)
+                self._let_in(task)
         self._encode()
         self._decode()
 
@@ -145,24 +144,6 @@ class Scheduler:
         self._warming = task, expected
         return task
 
-    def save_more(self) -> bool:
-        """Save what there was no room for before; whether it is worth coming again."""
-        for sequence in [*self._unsaved]:
-            self._save(sequence)
-        return bool(self._unsaved)
-
-    def _save(self, sequence: int) -> None:
-        """Have what a sequence holds of a prompt written, or note that some of it is still to be."""
-        prefixes, (keys, adapter) = self._keeping.prefixes, self._unsaved.pop(sequence)
-        if prefixes is None:
-            return
-        keys = keys[: common_beginning(keys, self._decoder.keys(sequence))]  # it may serve another one by now
-        try:
-            if not prefixes.save(self._decoder, sequence, keys, adapter):
-                self._unsaved[sequence] = keys, adapter
-        except Exception:
-            logger.warning("A prompt could not be kept on disk; it will be computed again.", exc_info=True)
-
     def _hold(self, task: Task) -> None:
         """Hold what a task whose prompt is computed shares with other chats, and write down that it is held."""
         held = self._beginnings.hold(task.sequence, task.request.shared, task.request.adapter)
@@ -179,6 +160,17 @@ class Scheduler:
         prefixes.record([Recorded(found, identities[name]) for found, name in ids])
 
     # --- admission -----------------------------------------------------------------------------------------------
+
+    def _let_in(self, task: Task) -> None:
+        """Admit a task; what goes wrong is its own affair, and nobody else's answer ends."""
+        try:
+            self._admit(task)
+        except Exception as error:  # noqa: BLE001 - handed to the one who asked
+            if task in self._waiting and task.sequence >= 0:
+                self._idle += task.sequences
+                task.sequence, task.more_sequences = -1, []
+            if task in self._waiting or task in self._active:
+                self._fail(task, error)
 
     def _admit(self, task: Task) -> None:
         """Give a task the sequence with the most of its beginning, and find out which pictures are missing."""
@@ -291,8 +283,7 @@ class Scheduler:
             self._warming = None
         if self._keeping.prefixes is not None and sequence >= 0:  # nobody waits for this
             n = min(self._decoder.held(sequence), len(task.request.prompt.ids))
-            self._unsaved[sequence] = task.keys[:n], self._decoder.adapters.identities[task.request.adapter]
-            self._save(sequence)
+            self.saver.save(sequence, task.keys[:n], self._decoder.adapters.identities[task.request.adapter])
 
     def _fail(self, task: Task, error: Exception) -> None:
         self._drop(task)
@@ -318,8 +309,7 @@ class Scheduler:
         """End everything; the decoder may be closed after this."""
         for task in [*self._waiting, *self._active]:
             self._end(task, "cancelled")
-        while self.save_more() and self._keeping.prefixes is not None:
-            self._keeping.prefixes.flush()
+        self.saver.save_all()
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
@@ -347,13 +337,13 @@ class Scheduler:
             self._encoder.tower.on_layer = lambda done, total: None
         for digest, tokens in found.items():
             self._visual_tokens.put(digest, tokens)
-        for task in self._active:
+        for task in [*self._active]:
             if task.missing.keys() & found.keys():
                 task.tokens |= {digest: found[digest] for digest in task.missing.keys() & found.keys()}
                 task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
                 task.tell_encode()
                 if not task.missing:
-                    self._begin_prefill(task)
+                    self._go_on_to_prefill(task)
         if not any(task.missing for task in self._active):
             if self._keeping.low_memory:
                 self._encoder.unload()
@@ -365,6 +355,12 @@ class Scheduler:
             raise Cancelled
         for task in tasks:
             task.tell_encode(share * sum(len(batch[name]) for name in batch.keys() & task.missing.keys()))
+
+    def _go_on_to_prefill(self, task: Task) -> None:
+        try:
+            self._begin_prefill(task)
+        except Exception as error:  # noqa: BLE001 - handed to the one who asked
+            self._fail(task, error)
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
@@ -398,10 +394,16 @@ class Scheduler:
         self._planner.note(n_rows, len(tasks), time.perf_counter() - started)
         rows_of: dict[Task, list[int]] = {}
         for task, part, row in zip(tasks, parts, rows, strict=True):
-            if not task.n_tokens:
-                task.tell_prefill(self._decoder.held(task.sequence))
-            if part.wants_all_logits:
-                task.score_prompt(self._decoder, len(part.keys), row)
+            if task not in self._active:
+                continue  # it failed in this loop
+            try:
+                if not task.n_tokens:
+                    task.tell_prefill(self._decoder.held(task.sequence))
+                if part.wants_all_logits:
+                    task.score_prompt(self._decoder, len(part.keys), row)
+            except Exception as error:  # noqa: BLE001 - handed to the one who asked
+                self._fail(task, error)
+                continue
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._hold(task)
                 self._end(task, "stop")

@@ -6,6 +6,7 @@ import io
 import threading
 import weakref
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
@@ -23,7 +24,6 @@ class TiffFile:
     ----------
     source : path, or the file's bytes.
     name : what it is called in errors.
-    page_limit : pages to be counted; what lies behind one more is not looked for.
 
     Raises
     ------
@@ -31,7 +31,7 @@ class TiffFile:
         When it is damaged.
     """
 
-    def __init__(self, source: Path | bytes, name: str, page_limit: int) -> None:
+    def __init__(self, source: Path | bytes, name: str) -> None:
         self.name = name
         self._lock = threading.Lock()
         with explained(name, PIXEL_LIMIT, source):
@@ -39,10 +39,22 @@ class TiffFile:
             self._picture = open_picture(io.BytesIO(source) if isinstance(source, bytes) else source)
             self.close = weakref.finalize(self, self._picture.close)
             """Close the file; its pages cannot be read any more."""
-            # Pillow's own count would follow a chain of directories to its end, however many there are.
-            self._places = pages(self._picture, page_limit + 1)
-            self.n_pages = len(self._places)
-            """Pages, without previews, masks and overviews."""
+        self._pages = pages(self._picture, name)
+        self._places: list[int] = []
+
+    def counted(self, most: int) -> int:
+        """Pages, without previews, masks and overviews, counted no further than `most`.
+
+        Pillow's own count would follow a chain of directories to its end, however many there are.
+
+        Raises
+        ------
+        ImageError
+            When the file has too many directories, or a damaged one.
+        """
+        with self._lock, explained(self.name, PIXEL_LIMIT):
+            self._places += islice(self._pages, max(0, most - len(self._places)))
+            return len(self._places)
 
     def page(self, index: int) -> TiffPage:
         """A page, counted from 0."""

@@ -17,6 +17,8 @@ from edge_runtime.errors import ImageError
 
 HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of TIFF and BigTIFF."""
+DIRECTORY_LIMIT = 1 << 16
+"""Pages and whatever lies between them: TIFF numbers pages (tag 297) with 16 bits."""
 _NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _COMPRESSION, _PHOTOMETRIC, _MAKE, _SUB_IFDS = 254, 255, 259, 262, 271, 330
 _PLANES, _DNG_VERSION, _CR2_SLICES = 284, 50706, 50752
 _LOOKED_AT = (_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _COMPRESSION, _PHOTOMETRIC, _MAKE, _DNG_VERSION, _CR2_SLICES)
@@ -92,29 +94,34 @@ def first_page(picture: Image.Image, name: str) -> None:
             f"{name} begins with a preview, and its picture lies in a SubIFD, which is not read; save it as a plain "
             "TIFF or PNG."
         )
-    page = next(iter(pages(picture, 1)))
+    page = next(pages(picture, name))
     picture.seek(page)
     read_planes(picture)
 
 
-def pages(picture: Image.Image, limit: int) -> list[int]:
-    """Positions of an opened file's pages; the first directory where none is one. Moves to another directory.
+def pages(picture: Image.Image, name: str) -> Iterator[int]:
+    """Positions of an opened file's pages, found one by one; the first directory where none is a page.
 
-    Parameters
-    ----------
-    limit : pages to be looked for, at most.
+    Moves to other directories; in between others may do so, too.
+
+    Raises
+    ------
+    ImageError
+        When pages are looked for behind more directories than a file may have.
     """
-    found: list[int] = []
-    index = 0
-    while len(found) < limit and index < 16 * limit + 16:
+    any_found = False
+    for index in range(DIRECTORY_LIMIT):
         try:
             picture.seek(index)
         except EOFError:
             break
         if is_page(picture):
-            found.append(index)
-        index += 1
-    return found or [0]
+            any_found = True
+            yield index
+    else:
+        raise ImageError(f"{name} has more than {DIRECTORY_LIMIT} directories, which are not read; split it.")
+    if not any_found:
+        yield 0
 
 
 def is_page(holder: Any) -> bool:

@@ -7,7 +7,9 @@ when told not to. Special tokens are never found by `encode`; who wants one name
 
 from __future__ import annotations
 
+import os
 import re
+import unicodedata
 from functools import cached_property
 
 from tokenizers import Regex, models, normalizers, pre_tokenizers
@@ -16,6 +18,9 @@ from tokenizers import Tokenizer as Bpe
 from edge_runtime.config import Vocabulary, read_vocabulary
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.weights import GGUFFile
+
+LONG_TEXT = 10_000  # characters
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one gain nothing, and warn of forks
 
 NORMALIZER_KEY = "edge_runtime.tokenizer.normalizer"
 QWEN2_PATTERN = (
@@ -97,6 +102,8 @@ class Tokenizer:
         """Ids of plain text: `<|im_end|>` and the like are ordinary characters here."""
         if not text:
             return []
+        if len(text) > LONG_TEXT:  # a batch is worked on without the interpreter's lock, a single text is not
+            return list(self._bpe.encode_batch([text], add_special_tokens=False)[0].ids)
         return list(self._bpe.encode(text, add_special_tokens=False).ids)
 
     def guard(self, text: str, mark: str, allowed: frozenset[str] = frozenset()) -> str:
@@ -121,6 +128,29 @@ class Tokenizer:
             ids.append(self.special_ids[match[0]])
             position = match.end()
         return ids + self.encode(text[position:].replace(mark, ""))
+
+    @cached_property
+    def _longest(self) -> int | None:
+        """Bytes of the longest token of plain text; None where a byte has no token, and leaves none in the ids."""
+        if not all(character in self.ids for character in _bytes_to_unicode().values()):
+            return None
+        return max(map(len, self.ids))  # a character stands for a byte; tokens that are none are longer, if anything
+
+    def least_tokens(self, text: str, mark: str) -> int:
+        """Tokens that the plain text of a rendered prompt becomes at least, without tokenising it.
+
+        No token stands for more bytes than the longest one. Bytes are those behind the normalisation, which may make
+        text shorter. Special tokens are not counted.
+        """
+        if self._longest is None:
+            return 0
+        n_tokens = 0
+        for run in self._special_pattern.split(text):
+            plain = run.replace(mark, "")
+            if self._normalizer == "nfc" and not plain.isascii():
+                plain = unicodedata.normalize("NFC", plain)
+            n_tokens += -(-len(plain.encode("utf-8", "surrogatepass")) // self._longest)
+        return n_tokens
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; nothing for rows without a token."""

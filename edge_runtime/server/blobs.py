@@ -12,9 +12,11 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Set
 from pathlib import Path
 
 from edge_runtime.download import storing
@@ -24,6 +26,11 @@ from edge_runtime.server.errors import RequestError, TooLarge
 from edge_runtime.sources import is_sha256, visible
 
 PREFIX = "sha256:"
+CUT_AFTER_S = 3600.0
+"""Without a byte: then an upload has ended, whether its server noticed or not."""
+UNNEEDED_AFTER_S = 24 * 3600.0
+"""How long an upload waits for a name that is made of it."""
+_WHOLE, _ARRIVING = re.compile(r"sha256-[0-9a-f]{64}"), re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{8}")
 WRITE_BYTES = 4 << 20  # so much is written at once, in a thread
 
 
@@ -132,6 +139,25 @@ class Blobs:
 
     def _too_large(self, n_bytes: int) -> TooLarge:
         return TooLarge(f"The upload has {n_bytes} bytes or more, at most {self._most_bytes} are taken.")
+
+    def tidy(self, needed: Set[str] | None, now: float | None = None) -> None:
+        """Remove what was left of uploads that were cut, and files that no name has needed for a while.
+
+        Another server may work in the same folder: what was written to lately stays.
+
+        Parameters
+        ----------
+        needed : digests that some name needs; None where that is not known, and every file stays.
+        now : Unix time.
+        """
+        kept, now = {self.path(digest).name for digest in needed or ()}, time.time() if now is None else now
+        with contextlib.suppress(OSError):  # no folder yet, or none that may be changed: nothing to tidy then
+            for path in self._root.iterdir():
+                is_whole, is_cut = _WHOLE.fullmatch(path.name), _ARRIVING.fullmatch(path.name)
+                age = now - path.stat().st_mtime
+                is_unneeded = is_whole and needed is not None and path.name not in kept
+                if (is_cut and age > CUT_AFTER_S) or (is_unneeded and age > UNNEEDED_AFTER_S):
+                    path.unlink(missing_ok=True)
 
     def remove(self, digest: str) -> None:
         """Forget a file."""

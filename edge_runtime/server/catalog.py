@@ -111,6 +111,10 @@ class Catalog:
                 )
         self.default = plain_name(find_model(settings.models[0]).name) if settings.models else DEMO
 
+    def tidy(self) -> None:
+        """Remove uploads that were cut, and those that no name has needed for a day."""
+        self.blobs.tidy(self.names.needed())
+
     def all(self) -> list[Listed]:
         """Every model that can be used, by name."""
         found = dict(self._owned)

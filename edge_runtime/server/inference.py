@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.errors import EngineBusy, MessageError
@@ -32,6 +32,7 @@ from edge_runtime.server.settings import Settings
 from edge_runtime.streaming import Piece
 from edge_runtime.video import VideoLimits
 
+R = TypeVar("R")
 DECODERS = 4
 """Threads that decode pictures; more would only hold more decoded pictures in memory."""
 
@@ -207,6 +208,20 @@ def _cut_into(most_tokens: int, max_slices: int | None, n_queries: int) -> dict[
     return {"max_slices": min(cells, max_slices or cells)}
 
 
+class _Gone(Exception):  # noqa: N818 - says what is the matter
+    """Nobody waits for what is being prepared."""
+
+
+def _noticing(gone: threading.Event) -> dict[str, Any]:
+    """Arguments of `Model.submit` with which it ends between two pictures, pages or frames when nobody waits."""
+
+    def look(*_: object) -> None:
+        if gone.is_set():
+            raise _Gone
+
+    return {"on_image": look, "on_look": look}
+
+
 class Inference:
     """The door to the models.
 
@@ -298,15 +313,26 @@ class Inference:
             options["max_tokens"] = min(options["max_tokens"], self.settings.max_tokens)
         messages = await brought_in(messages, self.settings, self._fetcher)
 
-        def submit() -> list[AnswerStream]:
+        def submit(gone: threading.Event) -> list[AnswerStream]:
             refuse_what_it_cannot(use.listed, self.settings, options)
             try:
-                return use.model.submit(messages, n=call.n, **options)
+                streams = use.model.submit(messages, n=call.n, **options, **_noticing(gone))
             except TypeError as error:  # an option that Model.submit does not have
                 raise MessageError(f"An option is not known: {error}.") from error
+            if gone.is_set():  # or later: then nobody has the streams, which ends them, too
+                for stream in streams:
+                    stream.cancel()
+            return streams
 
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, submit)
+        return await self._while_wanted(submit)
+
+    async def _while_wanted(self, work: Callable[[threading.Event], R]) -> R:
+        """Do something in a thread that decodes; it is told when nobody waits for it any more."""
+        gone = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, work, gone)
+        finally:
+            gone.set()
 
     async def count_tokens(self, call: ChatCall) -> int:
         """Tokens of the prompt that a call would have; otherwise as `build_prompt`."""
@@ -325,9 +351,11 @@ class Inference:
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
             messages = await brought_in(with_texts(use.listed, call.messages), self.settings, self._fetcher)
             options = {**self._limits, **call.options}
-            loop = asyncio.get_running_loop()
-            build = functools.partial(use.model.build_prompt, messages, **options)
-            return await loop.run_in_executor(self._decoders, build)
+
+            def build(gone: threading.Event) -> Prompt:
+                return use.model.build_prompt(messages, **options, **_noticing(gone))
+
+            return await self._while_wanted(build)
 
     def stop(self) -> None:
         """Cancel all answers; their readers are told that the server is shutting down."""

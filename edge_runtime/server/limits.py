@@ -106,9 +106,15 @@ class Headers:
             await self._app(scope, receive, send)
             return
 
+        asked = RequestHeaders(scope=scope)
+        # Proxies and servers have disagreed on where such a body ends: what follows it is not taken for a request.
+        is_ambiguous = "content-length" in asked and "transfer-encoding" in asked
+
         async def careful(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
+                if is_ambiguous:
+                    headers["Connection"] = "close"
                 for name, value in _CAREFUL.items():
                     headers.setdefault(name, value)
             await send(message)

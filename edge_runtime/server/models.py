@@ -85,6 +85,8 @@ class ModelRegistry:
         if self._closing:
             raise ShuttingDown("The server is shutting down; try again later.")
         listed = await asyncio.to_thread(self.catalog.find, name)
+        if self._closing:  # meanwhile: what is loaded now would never be unloaded
+            raise ShuttingDown("The server is shutting down; try again later.")
         slot = self._slots.setdefault(listed.files, Slot(listed, self._settings.keep_alive_s))
         slot.listed = listed
         slot.users += 1
@@ -125,8 +127,10 @@ class ModelRegistry:
                 await self._unload(slot)
 
     async def close(self) -> None:
-        """Unload everything."""
+        """Unload everything, and wait for what is on its way out."""
         self._closing = True
+        if self._leaving:
+            await asyncio.wait([*self._leaving])
         for slot in [*self._slots.values()]:
             if slot.loading is not None:
                 await asyncio.wait([slot.loading])
@@ -178,10 +182,17 @@ class ModelRegistry:
         return True
 
     async def _unload(self, slot: Slot) -> None:
+        await self._close(slot, self._take_out(slot))
+
+    def _take_out(self, slot: Slot) -> Model | None:
+        """Let nobody have a model any more: in one step, so that nobody who has it is overlooked."""
         self._stop_timer(slot)
         if self._slots.get(slot.listed.files) is slot:
             del self._slots[slot.listed.files]
         model, slot.model = slot.model, None
+        return model
+
+    async def _close(self, slot: Slot, model: Model | None) -> None:
         if model is not None:
             await asyncio.to_thread(model.close)
             logger.info("%s is unloaded", slot.listed.name)
@@ -196,7 +207,9 @@ class ModelRegistry:
         slot.timer = loop.call_later(slot.keep_alive_s, self._expire, slot)
 
     def _expire(self, slot: Slot) -> None:
-        leaving = asyncio.ensure_future(self._unload(slot))
+        if slot.users:
+            return
+        leaving = asyncio.ensure_future(self._close(slot, self._take_out(slot)))
         self._leaving.add(leaving)  # or the loop forgets it half done
         leaving.add_done_callback(self._leaving.discard)
 

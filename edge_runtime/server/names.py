@@ -13,7 +13,7 @@ import contextlib
 import datetime
 import hashlib
 import json
-import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -78,6 +78,15 @@ class Names:
             record for path, record in zip(paths, found, strict=True) if record and path in self._places(record.name)
         ]
 
+    def needed(self) -> set[str] | None:
+        """Digests that the records need; None where one cannot be read: it may need any."""
+        records = self.all()
+        try:
+            is_all = len(records) == len([*self._root.glob("*.json")])
+        except OSError:
+            is_all = False
+        return {digest for record in records for digest in record.digests} if is_all else None
+
     def get(self, name: str) -> Record | None:
         """The record of a name, in any case."""
         for path in self._places(name):
@@ -92,7 +101,7 @@ class Names:
         text = json.dumps({"format": FORMAT, **asdict(record)}, ensure_ascii=False, indent=1)
         if len(text.encode("utf-8", "surrogatepass")) > MAX_RECORD_BYTES:
             raise RequestError("The model's texts have more than 4 MB; shorten its system prompt or messages.")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # two may write one name at once
         with storing(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
             try:

@@ -63,8 +63,14 @@ class AnswerStreamResponse(StreamingResponse):
 
 
 async def begin(request: Request, inference: Inference, call: ChatCall) -> Answering:
-    """`Inference.begin`, given up when the client hangs up."""
-    return await while_connected(request, inference.begin(call))
+    """`Inference.begin`, given up when the client hangs up, in the very step in which it begins, too."""
+    beginning = asyncio.ensure_future(inference.begin(call))
+    try:
+        return await while_connected(request, beginning)
+    except BaseException:
+        if beginning.done() and not beginning.cancelled() and beginning.exception() is None:
+            await beginning.result().close()
+        raise
 
 
 async def whole(

@@ -11,6 +11,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edge_runtime.server.json_bodies import JSONRequest
+
 
 class JSONRoute(APIRoute):
     """A route whose body is JSON.
@@ -26,7 +28,7 @@ class JSONRoute(APIRoute):
         async def relabelled(request: Request) -> Response:
             headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
             request.scope["headers"] = [*headers, (b"content-type", b"application/json")]
-            return await handle(Request(request.scope, request.receive))
+            return await handle(JSONRequest(request.scope, request.receive))
 
         return relabelled
 

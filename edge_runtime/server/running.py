@@ -14,11 +14,14 @@ from fastapi import FastAPI
 
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.server.connections import KEEP_ALIVE_S, guarded
+from edge_runtime.server.hard_end import HardEnd
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import server_of
 
-AFTERWARDS_S = 2.0
+AFTERWARDS_S = 1.0
 """For the last words to clients whose answers were stopped at the end of the grace time."""
+HARD_END_S = 1.6
+"""After the grace time: when the process leaves, whatever is still at work."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -26,8 +29,8 @@ class Server(uvicorn.Server):
     """uvicorn's server, which tells its address and finishes what runs before it ends.
 
     The first signal closes the doors: running answers have the grace time, then they are stopped and their clients
-    told. A second Ctrl-C ends at once. Signals are not raised again at the end, as uvicorn does, for models are still
-    to be closed then.
+    told; a moment later the process leaves, whatever a thread is doing (`hard_end`). A second Ctrl-C ends at once.
+    Signals are not raised again at the end, as uvicorn does, for models are still to be closed then.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
@@ -44,7 +47,7 @@ class Server(uvicorn.Server):
             http=guarded(settings),
             ws="none",
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=round(settings.grace_s + AFTERWARDS_S + 0.5),
+            timeout_graceful_shutdown=settings.grace_s + AFTERWARDS_S,  # type: ignore[arg-type] # asyncio takes it
         )
         super().__init__(config)
 
@@ -58,7 +61,15 @@ class Server(uvicorn.Server):
                 except ValueError:  # not in the main thread: whoever started this ends it
                     break
                 stack.callback(signal.signal, number, before)
+            else:
+                hard_end = HardEnd(self.settings.grace_s + HARD_END_S, AFTERWARDS_S)
+                hard_end.watch()
+                stack.callback(self._ended, hard_end)
             yield
+
+    def _ended(self, hard_end: HardEnd) -> None:
+        if self.caught is None:  # otherwise what follows, to the last thread, has to end in time, too
+            hard_end.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin the end."""

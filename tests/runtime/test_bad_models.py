@@ -13,7 +13,13 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from edge_runtime import Model
-from edge_runtime.errors import EdgeRuntimeError, ModelFileError, PromptTooLongError, UnsupportedModelError
+from edge_runtime.errors import (
+    EdgeRuntimeError,
+    MessageError,
+    ModelFileError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
 from edge_runtime.store import find_model
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import GGUFFile
@@ -326,3 +332,16 @@ def test_a_failed_load_can_be_repeated(folder: Path) -> None:
         (folder / DECODER).unlink()
         (folder / DECODER).write_bytes(whole)
         Model.load(folder).close()
+
+
+@pytest.mark.parametrize("template", ["{{ '' }}", "{# nothing #}", "{% for m in [] %}x{% endfor %}"])
+def test_a_template_that_renders_to_nothing(folder: Path, template: str) -> None:
+    """A prompt of no tokens is refused before anybody divides by their number; raw prompts are answered."""
+    mini_decoder().key("tokenizer.chat_template", make.STRING, template).write(folder / DECODER)
+    with Model.load(folder) as model:
+        for ask in (model.chat, model.build_prompt):
+            with pytest.raises(MessageError, match="The prompt is empty: the model's chat template makes nothing of"):
+                ask("an apple")
+        with pytest.raises(MessageError, match="The raw prompt is empty"):
+            model.chat("", raw=True)
+        assert model.chat("an apple", raw=True, max_tokens=2).completion_tokens

@@ -37,7 +37,7 @@ def system_and(question: str, system: str = SYSTEM) -> list[dict[str, str]]:
 def wait_until_idle(model: Model) -> None:
     """Until nothing is at work, expected or to be saved."""
     scheduler, deadline = model._engine._scheduler, time.monotonic() + 120
-    while scheduler.n_tasks or scheduler._expected or scheduler._unsaved or not model._engine._inbox.empty():
+    while scheduler.n_tasks or scheduler._expected or scheduler.saver.unsaved or not model._engine._inbox.empty():
         assert time.monotonic() < deadline, "it does not come to rest"
         time.sleep(0.01)
 

@@ -62,7 +62,7 @@ QUESTION = "What does it say?"
     ],
 )
 def test_pages_are_chosen_in_the_order_in_which_they_are_named(choice: Any, expected: list[int]) -> None:
-    assert choose_pages(choice, 8, "a.pdf", 100) == expected
+    assert choose_pages(choice, lambda most: 8, "a.pdf", 100) == expected
 
 
 @pytest.mark.parametrize(
@@ -70,23 +70,26 @@ def test_pages_are_chosen_in_the_order_in_which_they_are_named(choice: Any, expe
 )
 def test_choices_that_are_none(choice: Any) -> None:
     with pytest.raises(MessageError, match="expected numbers and ranges such as 1-3,7"):
-        choose_pages(choice, 8, "a.pdf", 100)
+        choose_pages(choice, lambda most: 8, "a.pdf", 100)
 
 
 @pytest.mark.parametrize("choice, page", [("9", 9), ("7-9", 9), (0, 0), ([-1], -1), ("0-2", 0), ("12-", 12)])
 def test_pages_that_are_not_there(choice: Any, page: int) -> None:
     with pytest.raises(MessageError, match=rf"Page {page} was asked for, but a.pdf has 8 pages"):
-        choose_pages(choice, 8, "a.pdf", 100)
+        choose_pages(choice, lambda most: 8, "a.pdf", 100)
 
 
 def test_more_pages_than_allowed() -> None:
-    assert len(choose_pages(None, 8, "a.pdf", 8)) == 8
+    assert len(choose_pages(None, lambda most: 8, "a.pdf", 8)) == 8
     with pytest.raises(ImageError, match=r"a.pdf has 8 pages, at most 7 are looked at.*--pages.*--max-pages"):
-        choose_pages(None, 8, "a.pdf", 7)
+        choose_pages(None, lambda most: 8, "a.pdf", 7)
     with pytest.raises(ImageError, match=r"read on more than 7 pages, at most 7"):
-        choose_pages("1-8", 999_999_999, "a.pdf", 7)
+        choose_pages("1-8", lambda most: 999_999_999, "a.pdf", 7)
     with pytest.raises(ImageError, match="at most 7"):  # without counting to the end first
-        choose_pages("1-999999999", 999_999_999, "a.pdf", 7)
+        choose_pages("1-999999999", lambda most: 999_999_999, "a.pdf", 7)
+    for n_pages, said in ((9, "more than 7"), (12, "12")):
+        with pytest.raises(ImageError, match=rf"a.pdf has {said} pages, at most 7 are looked at"):
+            choose_pages(None, lambda most, there=n_pages: there, "a.pdf", 7)
 
 
 # --- PDF --------------------------------------------------------------------------------------------------------

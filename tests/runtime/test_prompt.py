@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from conftest import golden
-from edge_runtime import MessageError, Model, ModelFileError, templates
+from edge_runtime import MessageError, Model, ModelFileError, PromptTooLongError, templates
 from edge_runtime.messages import parse_messages
 from edge_runtime.prompt import ImageLayout, build_prompt, placeholder_text
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.tokenizer import Tokenizer
 
 CHATS = ["text_fast", "text_think", "one_fast", "wide_think", "history", "no_id_2_slices", "video_fast"]
 SPECIAL = [
@@ -317,3 +318,34 @@ def test_texts_that_meet_in_a_raw_prompt_hold_no_picture(exact_model: Model, a, 
         assert special[a + b] not in prompt.ids
     ended = exact_model.build_prompt([{"role": "user", "content": ["a<|im_", "end|>"]}], raw=True)
     assert ended.ids[-1] == special["<|im_end|>"]  # in a raw prompt, that is meant
+
+
+def test_text_that_can_not_fit_is_refused_before_it_is_tokenised(demo: Model, monkeypatch: pytest.MonkeyPatch):
+    longest = demo.tokenizer._longest
+    assert longest is not None
+    fits = len(demo.build_prompt("").ids) * longest  # what the template writes counts, too
+    sure = "a " * ((demo.n_ctx * longest + fits) // 2)
+    n_called, encode = [], Tokenizer.encode_special
+
+    def noted(self: Tokenizer, text: str, mark: str) -> list[int]:
+        n_called.append(text)
+        return encode(self, text, mark)
+
+    monkeypatch.setattr(Tokenizer, "encode_special", noted)
+    for ask in (sure, [{"role": "system", "content": sure}, {"role": "user", "content": "a"}]):
+        with pytest.raises(PromptTooLongError, match=rf"at least \d+ tokens of text .* holds {demo.n_ctx}, one of"):
+            demo.submit(ask)
+    with pytest.raises(PromptTooLongError, match="at least"):
+        demo.submit(sure, raw=True)
+    assert not n_called
+    with pytest.raises(PromptTooLongError, match=r"has \d+ tokens"):  # may fit by its length: counted
+        demo.submit("a " * (demo.n_ctx * longest // 2 - fits))
+    assert len(n_called) == 1
+    many = [
+        {"role": "user", "content": sure},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "a"},
+    ]
+    (begun,) = demo.submit(many, context_shift=True, max_tokens=1)
+    assert begun.result().dropped_turns == 1
+    assert len(demo.build_prompt(sure).ids) > demo.n_ctx  # whoever asks for the prompt gets it

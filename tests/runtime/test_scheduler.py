@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from edge_runtime import EngineBusy, Model, ModelFileError, PromptTooLongError
+from edge_runtime.scheduler import Scheduler
 
 ENDS = ("stop", "length", "repetition")
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
@@ -197,6 +198,30 @@ def test_an_error_nobody_expected_reaches_everybody_and_the_thread_goes_on(model
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["_report_prefill", "_begin_prefill", "_take_sequence", "_restore"])
+def test_an_error_in_what_one_request_needs_is_its_own(model, images, monkeypatch, where):
+    """Nobody else's answer ends, no sequence is lost, and the next request is answered."""
+    before, hit = getattr(Scheduler, where), []
+
+    def fail(self, task, *more):
+        if len(task.request.prompt.ids) not in lengths:
+            hit.append(task)
+            raise ZeroDivisionError("division by zero")
+        return before(self, task, *more)
+
+    lengths = {len(model.build_prompt("Tell me a story.").ids)}
+    monkeypatch.setattr(Scheduler, where, fail)
+    first = stream(model, "Tell me a story.", max_tokens=150, repetition_check=False, seed=1, greedy=False)
+    next(first)
+    for _ in range(2 * model.activity.slots):
+        with pytest.raises(ZeroDivisionError):
+            stream(model, images["tiny"], "What is it, and why is it there at all?").result()
+    assert hit
+    assert first.result().finish_reason in ENDS
+    monkeypatch.undo()
+    assert stream(model, images["tiny"], "What is it?").result().finish_reason in ENDS
+
+
 def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(model, images):
     rng = random.Random(5)
     expected = {question: str(stream(model, question).result()) for question in QUESTIONS}

@@ -296,6 +296,8 @@ REFUSED = [
     ),
     ({"$ref": "other.json"}, r"\$\.\$ref"),
     ({"$ref": "#/$defs/no"}, r"not in this schema"),
+    ({"anyOf": [{"$ref": "#/anyOf/²"}, {"type": "null"}]}, r"not in this schema"),
+    ({"anyOf": [{"$ref": "#/anyOf/" + "9" * 5000}, {"type": "null"}]}, r"not in this schema"),
     ({"properties": {"a": 3}}, r"\$\.properties\.a is 3"),
     ({"enum": []}, r"\$\.enum"),
     ({"multipleOf": 0}, r"\$\.multipleOf"),

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from edge_runtime import ImageError, MessageError
-from edge_runtime.documents import DocumentOptions, with_pages
+from edge_runtime.documents import DocumentOptions, page_numbers, with_pages
 from edge_runtime.image import EXIF_ORIENTATION, load_image, picture_size
-from edge_runtime.messages import parse_messages
+from edge_runtime.messages import ImagePart, parse_messages
 from edge_runtime.prompt import iter_images
 from runtime.document_maker import COLOURS, GREEN, SLICING, blocks, colours, pages_tiff, pictures
 from runtime.tiff_maker import directory, tiff
@@ -83,6 +83,44 @@ def test_limits_of_a_tiff() -> None:
     assert load_image(sources[0], pixel_limit=850).size == (40, 20)
     with pytest.raises(ImageError, match=r"Page 2 of The document has 30 x 30 = 900 pixels, at most 850"):
         load_image(sources[1], pixel_limit=850)
+
+
+@pytest.mark.parametrize("kind", ["tiff", "pdf"])
+def test_pages_behind_the_limit_exist(kind: str) -> None:
+    """The limit bounds how many are looked at, not which; a TIFF file is walked through no further than needed."""
+    pages = [Image.new("RGB", (40 + i, 40)) for i in range(6)]
+    file = io.BytesIO()
+    pages[0].save(file, kind, save_all=True, append_images=pages[1:])
+
+    def numbers(choice: Any, limit: int = 2) -> list[int] | None:
+        return page_numbers(ImagePart(file.getvalue()), DocumentOptions(pages=choice, page_limit=limit))
+
+    assert [numbers(choice) for choice in ([5], 6, "5-6", "6,1", "5-", "6-")] == [
+        *([5], [6], [5, 6], [6, 1], [5, 6], [6])
+    ]
+    assert numbers(None, 6) == numbers("1-", 6) == [1, 2, 3, 4, 5, 6]
+    for choice in ("3-", "4-6", "1,5-", "4,5-"):
+        with pytest.raises(ImageError, match="to be read on more than 2 pages, at most 2 are looked at"):
+            numbers(choice)
+    with pytest.raises(ImageError, match=r"has (6|more than 2) pages, at most 2 are looked at"):
+        numbers(None)
+    for choice in ("7-", "7", [7], "6-7"):
+        with pytest.raises(MessageError, match="Page 7 was asked for, but The document has 6 pages"):
+            numbers(choice)
+    with pytest.raises(MessageError, match="Page 0 was asked for, but The document has 6 pages"):
+        numbers("0")
+
+
+def test_directories_of_a_tiff_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_runtime.tiff_directories.DIRECTORY_LIMIT", 8)
+    page, other = directory(GREY, {254: 0}), directory(SMALL, {254: 1})
+    data = tiff(*[page] * 3, *[other] * 9, page)
+    assert len(pictures([data], pages="1-3")) == 3
+    for choice in (None, "4", "3-"):
+        with pytest.raises(
+            ImageError, match=r"The document has more than 8 directories, which are not read; split it"
+        ):
+            pictures([data], pages=choice)
 
 
 def test_a_tiff_whose_second_page_is_cut_short() -> None:

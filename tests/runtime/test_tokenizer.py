@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import unicodedata
 from pathlib import Path
 
@@ -74,6 +76,42 @@ def test_runs_between_special_tokens_are_tokenised_whole(tokenizer: Tokenizer):
         *tokenizer.encode("user\n\n the"),
         tokenizer.special_ids["<think>"],
     ]
+
+
+@given(
+    text=st.text(
+        alphabet=st.one_of(st.characters(), st.sampled_from("ae\u0301\u0308\u1100\u1161\u11a8<>")), max_size=400
+    )
+)
+def test_text_becomes_no_fewer_tokens_than_is_said(demo: Model, text: str):
+    """Normalisation makes text shorter: three bytes of a syllable may have been nine of its letters."""
+    found = demo.tokenizer
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace(MARK, "")
+    marked = f"<|im_start|>{found.guard(text, MARK)}<|im_end|>"
+    assert found.least_tokens(marked, MARK) <= len(found.encode_special(marked, MARK)) - 2
+
+
+def test_long_text_is_the_same_tokens_and_its_bound_is_exact(demo: Model):
+    found = demo.tokenizer
+    word = max((t for t in found.tokens if t.isascii() and t.isalpha()), key=len)
+    assert found.least_tokens(word * 10, MARK) * found._longest >= len(word) * 10
+    text = "an apple, 7 pears; " * 2000
+    pieces = [found.encode(text[i : i + 19]) for i in range(0, len(text), 19)]
+    assert found.token_bytes(found.encode(text)[0])
+    assert b"".join(map(found.token_bytes, found.encode(text))) == text.encode()
+    assert len(found.encode(text)) <= sum(map(len, pieces))
+
+
+def test_long_text_leaves_other_threads_their_turn(demo: Model):
+    """Tokenised as a single text, it held the interpreter's lock for seconds."""
+    demo.tokenizer.encode("warm")
+    working = threading.Thread(target=demo.tokenizer.encode, args=("a " * 700_000,))
+    working.start()
+    turns = 0
+    while working.is_alive():
+        time.sleep(0.005)
+        turns += 1
+    assert turns > 10
 
 
 def test_rows_without_a_token_print_nothing(demo: Model):

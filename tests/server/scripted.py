@@ -72,7 +72,10 @@ class ScriptedModel:
 
     def submit(self, messages: Any, *, n: int = 1, **options: Any) -> list[AnswerStream]:
         """Answer as scripted."""
+        options.pop("on_look", None)
+        look = options.pop("on_image", lambda done, total: None)
         self.asked.append((messages, options))
+        look(1, 1)
         steps = [*(self._script(messages, **options) if callable(self._script) else self._script)]
         return [self._answer(steps) for _ in range(n)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_runtime.server import replies
 from edge_runtime.server.connections import GuardedConnection
 from edge_runtime.server.inference import DECODERS
 from server.attacking import (
@@ -107,6 +109,69 @@ def test_clients_that_vanish(serve: Serve, endless, stream):
     assert len(names) <= MOST_POOLED + len(alone[-1])
     assert alone[-1] == alone[0]
     assert post(served, "/api/chat", chat(options={"num_predict": 3})).status_code == 200
+
+
+def test_pictures_of_a_client_that_has_left_are_not_decoded(serve: Serve, monkeypatch):
+    from edge_runtime import pipeline
+
+    served, load, seen = serve(), pipeline.load_image, []
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        seen.append(time.monotonic())
+        time.sleep(0.1)
+        return load(*args, **options)
+
+    post(served, "/api/chat", chat(options={"num_predict": 1}))
+    monkeypatch.setattr(pipeline, "load_image", slowly)
+    question = {**QUESTION, "images": QUESTION["images"] * 12}
+    for path, body in (
+        ("/api/chat", chat(messages=[question])),
+        ("/v1/messages/count_tokens", {"model": "demo", "messages": [anthropic_question(12)]}),
+    ):
+        seen.clear()
+        data = json.dumps(body).encode()
+        with connected(served, head(path, f"Content-Length: {len(data)}") + data):
+            wait_until(lambda: len(seen) >= 2)
+        wait_until(lambda: is_idle(served))
+        time.sleep(0.5)
+        n_seen = len(seen)
+        time.sleep(1.0)
+        assert len(seen) == n_seen < 12
+
+
+def anthropic_question(n_pictures: int) -> dict[str, Any]:
+    """A message with the picture of QUESTION so many times."""
+    source = {"type": "base64", "media_type": "image/png", "data": QUESTION["images"][0]}
+    return {"role": "user", "content": [{"type": "image", "source": source}] * n_pictures}
+
+
+def test_an_answer_whose_client_leaves_as_it_begins_is_closed():
+    """Leaving, or the time that is over, may come in the very step in which the answer is there."""
+
+    async def leave() -> None:
+        closed = []
+
+        class Begun:
+            async def close(self) -> None:
+                closed.append(self)
+
+        class Waiting:
+            async def receive(self) -> dict[str, Any]:
+                await asyncio.Event().wait()
+                return {}
+
+        class Beginning:
+            async def begin(self, call: Any) -> Begun:
+                await asyncio.sleep(0)
+                asking.cancel()
+                return Begun()
+
+        asking = asyncio.create_task(replies.begin(Waiting(), Beginning(), None))  # type: ignore[arg-type]
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert len(closed) == 1
+
+    asyncio.run(leave())
 
 
 def test_connections_are_counted(serve: Serve, monkeypatch):

@@ -17,6 +17,8 @@ from edge_runtime.server import gate, limits
 from edge_runtime.server.gate import host_name, is_own_name
 from edge_runtime.server.limits import warnings_for
 from edge_runtime.server.settings import Settings
+from server.attacking import connected, head, rest_of
+from server.conftest import Served
 
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
 
@@ -318,3 +320,20 @@ def test_what_owners_are_warned_of(settings, word):
     found = warnings_for(Settings(**settings))
     assert len(found) == (word is not None)
     assert word is None or word in found[0]
+
+
+def test_a_body_of_two_lengths_is_the_last_one_of_its_connection(server: Served):
+    """Content-Length and Transfer-Encoding: a proxy before us may have seen another end, and a request behind it."""
+    chunked = b"2\r\n{}\r\n0\r\n\r\n"
+    second = head("/health", method="GET")
+    both = head("/api/show", "Content-Length: 12", "Transfer-Encoding: chunked", "Content-Type: application/json")
+    with connected(server, both + chunked + second) as connection:
+        connection.settimeout(10)
+        reply = rest_of(connection)  # ends: the connection is closed
+    assert reply.count(b"HTTP/1.1 ") == 1
+    assert b"connection: close" in reply.lower()
+    one = head("/api/show", "Transfer-Encoding: chunked", "Content-Type: application/json")
+    last = head("/health", "Connection: close", method="GET")
+    with connected(server, one + chunked + last) as connection:
+        connection.settimeout(10)
+        assert rest_of(connection).count(b"HTTP/1.1 ") == 2

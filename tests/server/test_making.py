@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from edge_runtime.modelfile import TEMPLATE, modelfile_text
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.modelfiles import modelfile_of, parse_modelfile
+from edge_runtime.server.names import Names, Record
 from edge_runtime.store import find_model
 from runtime.gguf_maker import mini_decoder, mini_mmproj
 from runtime.hub_server import Fault
@@ -264,3 +267,60 @@ def test_a_damaged_record_hides_no_other(served, api):
             api.show("mine")
     (folder / ("0" * 64 + ".json")).write_text(json.dumps(good))
     assert names(api) == {"demo:latest"}, "a record stands under the hash of its own name"
+
+
+def test_many_write_one_name_at_once(tmp_path):
+    """Temporary files of their own: none takes another's away, and what is there at the end is one of them, whole."""
+    store = Names(tmp_path)
+    wanted = [Record("race", base="demo", system=str(i) * (20 if i % 2 else 200_000)) for i in range(8)]
+
+    def write(record: Record) -> None:
+        for _ in range(25):
+            store.put(record)
+            assert store.get("race") is not None
+
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        for done in [pool.submit(write, record) for record in wanted]:
+            done.result()
+    assert store.get("race") in wanted
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".json"] == []
+
+
+def test_what_uploads_leave_behind_is_removed(serve, own_store):
+    catalog = serve().state.catalog
+    root = catalog.blobs.path("sha256:" + "0" * 64).parent
+    root.mkdir(parents=True, exist_ok=True)
+    catalog.names.put(Record("tidy", base="demo", adapters=("sha256:" + "a" * 64,)))
+    day = 24 * 3600
+    files = {  # name: (seconds since it was written to, whether it stays)
+        f"sha256-{'a' * 64}": (9 * day, True),
+        f"sha256-{'b' * 64}": (day + 60, False),
+        f"sha256-{'c' * 64}": (day - 3600, True),
+        f".{'d' * 64}.0123abcd": (3700, False),
+        f".{'e' * 64}.0123abcd": (3000, True),
+        "notes.txt": (9 * day, True),
+    }
+
+    def write() -> None:
+        for name, (age, _) in files.items():
+            (root / name).write_bytes(b"x")
+            os.utime(root / name, (time.time() - age,) * 2)
+
+    def left() -> set[str]:
+        return {name for name in files if (root / name).exists()}
+
+    stays = {name for name, (_, stay) in files.items() if stay}
+    try:
+        write()
+        serve()  # as any server does when it starts
+        assert left() == stays
+        write()
+        unread = root.parent / "names" / "other.json"
+        unread.write_text('{"format": 99}')  # of a later version: it may need any file
+        catalog.tidy()
+        unread.unlink()
+        assert left() == stays | {f"sha256-{'b' * 64}"}
+    finally:
+        catalog.names.remove("tidy")
+        for name in files:
+            (root / name).unlink(missing_ok=True)

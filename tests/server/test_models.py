@@ -243,6 +243,41 @@ def test_what_was_loaded_at_the_start_stays(machine):
     asyncio.run(start())
 
 
+def test_a_model_that_is_pinned_again_is_not_closed(machine):
+    """Its time may be over in the step in which somebody else takes it."""
+
+    async def often() -> None:
+        found, closed_in_use = registry(), []
+
+        async def briefly(i: int) -> None:
+            await asyncio.sleep(i * 0.0005)
+            async with found.use("a", 0.0):
+                n_alive = len(machine.loads) - len(machine.closes)
+                await asyncio.sleep(0.001)
+                if n_alive < 1 or len(machine.loads) - len(machine.closes) < 1:
+                    closed_in_use.append(i)
+
+        await asyncio.gather(*(briefly(i) for i in range(300)))
+        assert not closed_in_use
+        await until(lambda: len(machine.closes) == len(machine.loads))
+        await found.close()
+
+    asyncio.run(often())
+
+
+def test_who_comes_as_the_server_closes_loads_nothing(machine):
+    async def late() -> None:
+        found = registry()
+        asking = asyncio.create_task(use(found, "a"))
+        await asyncio.sleep(0)  # it looks the name up, in a thread
+        await found.close()
+        with pytest.raises(ShuttingDown):
+            await asking
+        assert not machine.loads
+
+    asyncio.run(late())
+
+
 def test_files_decide_what_is_the_same_model(own_store):
     """Adapters are part of it."""
     from edge_runtime.server.catalog import Catalog

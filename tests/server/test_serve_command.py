@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from edge_runtime.server.settings import Settings
 from runtime.command import refused
 
 QUESTION = {"model": "demo", "messages": [{"role": "user", "content": "ab"}]}
+ONE_PIECE = {**QUESTION, "stream": False, "options": {"num_predict": 2}}
 ITEMS = 300
 LONG = {
     **QUESTION,  # about 3000 tokens, some seconds; drawn among many, so that it does not go in circles
@@ -34,14 +36,15 @@ LONG = {
 
 
 @contextlib.contextmanager
-def process(store: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run the command on a free port; yields the process and its address."""
+def process(store: Path, *options: str, before: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the command on a free port, `before` it some Python; yields the process and its address."""
     environment = {
         **os.environ,
         "EDGE_RUNTIME_MODELS": str(store),
         "EDGE_RUNTIME_CACHE_DIR": str(store / "cache"),
     }
-    command = [sys.executable, "-m", "edge_runtime", "serve", "--port", "0", *options]
+    program = ["-c", f"{before}\nfrom edge_runtime.cli import main\nmain()"] if before else ["-m", "edge_runtime"]
+    command = [sys.executable, *program, "serve", "--port", "0", *options]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
@@ -105,6 +108,49 @@ def test_after_the_grace_time_clients_are_told(tmp_path):
         assert child.wait(30) == 0
         assert child.stderr is not None
         assert "Traceback" not in child.stderr.read()
+
+
+IN_C = "__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # a quarter of an hour, without the lock
+IN_PYTHON = "[None for _ in iter(int, 1)]"
+STUCK = {
+    "a decoder in C": ("edge_runtime.model.Model.submit", IN_C),
+    "a decoder in Python": ("edge_runtime.model.Model.submit", IN_PYTHON),
+    "the engine": ("edge_runtime.scheduler.Scheduler.turn", IN_C),
+    "unloading": ("edge_runtime.model.Model.close", IN_C),
+    "the event loop": ("edge_runtime.server.inference.Inference._admit", IN_C),
+}
+
+
+@pytest.mark.parametrize("where", STUCK)
+def test_the_end_comes_whatever_a_thread_is_doing(tmp_path, where):
+    name, work = STUCK[where]
+    before = f"from unittest import mock\nmock.patch({name!r}, lambda *_, **__: {work}).start()"
+    with (
+        process(tmp_path, "--grace", "0.5", "-m", "demo", before=before) as (child, address),
+        httpx.Client(trust_env=False) as client,
+    ):
+        with contextlib.suppress(httpx.HTTPError):
+            client.post(f"{address}/api/chat", json=ONE_PIECE, timeout=60 if where == "unloading" else 2)
+        child.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert child.wait(30) == 0
+        assert time.monotonic() - started < 0.5 + 2 + 1.5  # grace, what is promised, and a busy machine
+        assert child.stderr is not None
+        assert "told to end and did not in time" in child.stderr.read()
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    name, work = STUCK["a decoder in C"]
+    before = f"from unittest import mock\nmock.patch({name!r}, lambda *_, **__: {work}).start()"
+    with process(tmp_path, "--grace", "600", "-m", "demo", before=before) as (child, address):
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(f"{address}/api/chat", json=ONE_PIECE, timeout=2, trust_env=False)
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        code = child.wait(20)
+        assert child.stderr is not None
+        assert code == 130, child.stderr.read()
 
 
 def test_a_host_for_everybody_without_a_key_is_warned_about(tmp_path):
