@@ -39,12 +39,21 @@ def test_a_schema_is_given_as_text_or_file(tmp_path):
         ("{", "not valid JSON"),
         ("[1]", "No such file"),
         (EXAMPLE, "cannot be read: 'utf-8'"),
-        ('{"not": {"pattern": "a"}}', r"\$\.not cannot be enforced"),
-        ('{"const": NaN}', "not JSON data"),
     ],
 )
 def test_a_schema_that_is_none_is_refused(source, reason):
     refused(["run", "Hi", "--schema", source], reason)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ('{"not": {"pattern": "a"}}', r"\$\.not cannot be enforced"),
+        ('{"const": NaN}', "not JSON data"),
+    ],
+)
+def test_a_schema_that_cannot_be_kept_is_refused_by_the_model(source, reason):
+    refused(["run", "Hi", "--schema", source], reason, after_notes=True)  # that the demo is a toy
 
 
 def test_places_are_drawn_onto_a_copy_of_the_last_picture(tmp_path):
