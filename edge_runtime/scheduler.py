@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -103,7 +104,7 @@ class Scheduler:
             if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
             if not self._follows(task):
-                self._let_in(task)
+                self._alone(self._admit, task)
         self._encode()
         self._decode()
 
@@ -118,10 +119,10 @@ class Scheduler:
 
     # --- admission -----------------------------------------------------------------------------------------------
 
-    def _let_in(self, task: Task) -> None:
-        """Admit a task; what goes wrong is its own affair, and nobody else's answer ends."""
+    def _alone(self, step: Callable[[Task], None], task: Task) -> None:
+        """Do something for one task; what goes wrong is its own affair, and nobody else's answer ends."""
         try:
-            self._admit(task)
+            step(task)
         except Exception as error:  # noqa: BLE001 - handed to the one who asked
             if task in self._waiting and task.sequence >= 0:
                 self._idle += task.sequences
@@ -296,7 +297,7 @@ class Scheduler:
                 task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
                 self._report_encode(task)
                 if not task.missing:
-                    self._go_on_to_prefill(task)
+                    self._alone(self._begin_prefill, task)
         if not any(task.missing for task in self._active):
             if self._keeping.low_memory:
                 self._encoder.unload()
@@ -313,12 +314,6 @@ class Scheduler:
     def _report_encode(task: Task, partial: float = 0.0) -> None:
         done = task.n_slices - sum(len(group) for group in task.missing.values())
         task.events.put(Progress("encode", done, task.n_slices, (done + partial) / task.n_slices))
-
-    def _go_on_to_prefill(self, task: Task) -> None:
-        try:
-            self._begin_prefill(task)
-        except Exception as error:  # noqa: BLE001 - handed to the one who asked
-            self._fail(task, error)
 
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
@@ -354,14 +349,10 @@ class Scheduler:
             self._width.note(n_rows, time.perf_counter() - started)
         rows_of: dict[Task, list[int]] = {}
         for task, part, row in zip(tasks, parts, rows, strict=True):
+            if not task.n_tokens:
+                self._alone(self._report_prefill, task)
             if task not in self._active:
                 continue  # it failed in this loop
-            try:
-                if not task.n_tokens:
-                    self._report_prefill(task)
-            except Exception as error:  # noqa: BLE001 - handed to the one who asked
-                self._fail(task, error)
-                continue
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._end(task, "stop")
             elif part.wants_logits and not task.is_cancelled():
