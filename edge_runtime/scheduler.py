@@ -15,6 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from edge_runtime.batches import await_frames, next_batch, release
 from edge_runtime.beginnings import HeldBeginnings
@@ -111,7 +112,7 @@ class Scheduler:
             if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
                 break
             if task.is_scoring or not self._follows(task):
-                self._let_in(task)
+                self._alone(self._admit, task)
         self._encode()
         self._decode()
 
@@ -161,10 +162,10 @@ class Scheduler:
 
     # --- admission -----------------------------------------------------------------------------------------------
 
-    def _let_in(self, task: Task) -> None:
-        """Admit a task; what goes wrong is its own affair, and nobody else's answer ends."""
+    def _alone(self, step: Callable[..., None], task: Task, *more: Any) -> None:
+        """Do something for one task; what goes wrong is its own affair, and nobody else's answer ends."""
         try:
-            self._admit(task)
+            step(task, *more)
         except Exception as error:  # noqa: BLE001 - handed to the one who asked
             if task in self._waiting and task.sequence >= 0:
                 self._idle += task.sequences
@@ -343,7 +344,7 @@ class Scheduler:
                 task.missing = {digest: group for digest, group in task.missing.items() if digest not in found}
                 task.tell_encode()
                 if not task.missing:
-                    self._go_on_to_prefill(task)
+                    self._alone(self._begin_prefill, task)
         if not any(task.missing for task in self._active):
             if self._keeping.low_memory:
                 self._encoder.unload()
@@ -356,14 +357,11 @@ class Scheduler:
         for task in tasks:
             task.tell_encode(share * sum(len(batch[name]) for name in batch.keys() & task.missing.keys()))
 
-    def _go_on_to_prefill(self, task: Task) -> None:
-        try:
-            self._begin_prefill(task)
-        except Exception as error:  # noqa: BLE001 - handed to the one who asked
-            self._fail(task, error)
-
     def _begin_prefill(self, task: Task) -> None:
         task.take_lap("encode")
+        self._report_prefill(task)
+
+    def _report_prefill(self, task: Task) -> None:
         task.tell_prefill(self._decoder.held(task.sequence))
 
     # --- prefill and generation ----------------------------------------------------------------------------------
@@ -394,16 +392,12 @@ class Scheduler:
         self._planner.note(n_rows, len(tasks), time.perf_counter() - started)
         rows_of: dict[Task, list[int]] = {}
         for task, part, row in zip(tasks, parts, rows, strict=True):
+            if not task.n_tokens:
+                self._alone(self._report_prefill, task)
+            if part.wants_all_logits and task in self._active:
+                self._alone(Task.score_prompt, task, self._decoder, len(part.keys), row)
             if task not in self._active:
                 continue  # it failed in this loop
-            try:
-                if not task.n_tokens:
-                    task.tell_prefill(self._decoder.held(task.sequence))
-                if part.wants_all_logits:
-                    task.score_prompt(self._decoder, len(part.keys), row)
-            except Exception as error:  # noqa: BLE001 - handed to the one who asked
-                self._fail(task, error)
-                continue
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._hold(task)
                 self._end(task, "stop")
