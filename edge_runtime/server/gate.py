@@ -23,6 +23,7 @@ from edge_runtime.server.settings import Settings
 OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/sw.js", "/favicon.ico"})
 """Need no key: the page holds no secret, and whoever watches a server need not be able to use it."""
 OPEN_FOLDER = "/static/"
+READING = ("GET", "HEAD", "OPTIONS")
 
 LOOPBACK_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.internal"})
 """Names of this machine that no public name server can give away; the latter two as containers call it."""
@@ -46,7 +47,7 @@ class Gate:
             headers = RequestHeaders(scope=scope)
             try:
                 self._check_host(scope, headers)
-                self._check_origin(headers)
+                self._check_origin(scope["method"], headers)
             except ServerError as error:
                 await refuse(error, scope, receive, send)
                 return
@@ -62,14 +63,16 @@ class Gate:
                 f"This server is not known as {name[:80]!r}; use its address, or ask its owner for --allow-host."
             )
 
-    def _check_origin(self, headers: RequestHeaders) -> None:
+    def _check_origin(self, method: str, headers: RequestHeaders) -> None:
         """Browsers send simple requests of any page anywhere; only the reply is kept from it, not what was done."""
         origin = headers.get("origin")
         if ANY in self._settings.cors_origins:
             return
         if origin is None:
-            # A picture or script that a foreign page includes from here: no page of ours is loaded that way.
-            if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
+            # A picture or script that a foreign page includes from here, or a form that it sends: a link to a page of
+            # ours is all that it may follow.
+            is_visit = headers.get("sec-fetch-mode") == "navigate" and method in READING
+            if headers.get("sec-fetch-site") == "cross-site" and not is_visit:
                 raise NotAllowed("Other sites' pages may not use this server; its owner can allow them with --cors.")
             return
         scheme, _, host = origin.partition("://")

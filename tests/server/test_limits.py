@@ -274,6 +274,15 @@ def test_origins(headers, status):
     assert ask(Settings(), "GET", "/api/size", headers=headers).status_code == status
 
 
+@pytest.mark.parametrize("mode", ["navigate", "no-cors", "cors"])
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+def test_a_foreign_page_changes_nothing_here(method, mode):
+    """A form of another site is a navigation, too; some senders leave `Origin` out."""
+    headers = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": mode}
+    assert ask(Settings(), method, "/api/size", headers=headers).status_code == 403
+    assert ask(Settings(cors_origins=("*",)), method, "/api/size", headers=headers).status_code != 403
+
+
 def test_origins_that_the_owner_allows():
     settings = Settings(cors_origins=("http://app.example",), api_key=KEY)
     preflight = {"Origin": "http://app.example", "Access-Control-Request-Method": "POST"}
