@@ -113,7 +113,7 @@ def test_several_files_on_one_line(demo, folder, monkeypatch, asked, line):
     [
         ("circle.pgn", "circle.pgn does not exist"),
         ("sub/circle", "sub/circle does not exist"),
-        ("/home/nobody/x y.png", "does not exist"),
+        ("/nowhere/x y.png", "does not exist"),
         ("my holidays.jpg", "does not exist, but my holiday.png is there"),
         ("rtsp://camera/1", "nothing is fetched"),
         ("What is in a.png?", "speaks of a.png, which is there but is not looked at"),

@@ -74,7 +74,7 @@ def test_sentences_keep_their_routes(sentence: str):
 @pytest.mark.parametrize(
     ("sentence", "told"),
     [
-        ("/home/me/models/a.gguf is damaged.", "a.gguf is damaged."),
+        ("/srv/models/a.gguf is damaged.", "a.gguf is damaged."),
         ("Cannot read '/api-models/secret/a.gguf'.", "Cannot read 'a.gguf'."),
         ("/health/records/b.gguf is damaged.", "b.gguf is damaged."),
         ("~/models/a.gguf and C:\\Users\\me\\b.gguf", "a.gguf and b.gguf"),
