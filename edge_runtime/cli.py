@@ -240,8 +240,8 @@ def run(
         note_fitted(answer.fitted_slices)
         if as_json:
             found = asdict(answer)
-            if logprobs is None:
-                del found["logprobs"]
+            for name in ("prompt_logprobs", *(() if logprobs is not None else ("logprobs", "end_logprobs"))):
+                del found[name]  # was not asked for
             click.echo(json.dumps(found, ensure_ascii=False))
         if draw is not None:
             console.draw_places(
