@@ -22,6 +22,7 @@ from edge_runtime.command import INTERRUPTED, Command, set_up_streams
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.document_options import (
     SliceLimits,
+    answer_fields,
     answer_pages,
     document_options,
     limit_slices,
@@ -239,10 +240,7 @@ def run(
         answer = console.answer(model, messages, request, quiet=as_json)
         note_fitted(answer.fitted_slices)
         if as_json:
-            found = asdict(answer)
-            for name in ("prompt_logprobs", *(() if logprobs is not None else ("logprobs", "end_logprobs"))):
-                del found[name]  # was not asked for
-            click.echo(json.dumps(found, ensure_ascii=False))
+            click.echo(json.dumps(answer_fields(answer), ensure_ascii=False))
         if draw is not None:
             console.draw_places(
                 answer, [part for part in content if isinstance(part, Path | Piped)][-1], draw, request

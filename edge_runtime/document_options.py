@@ -18,6 +18,7 @@ from edge_runtime.pages import PAGE_LIMIT
 from edge_runtime.piped import Piped
 
 if TYPE_CHECKING:
+    from edge_runtime.answers import Answer
     from edge_runtime.model import Model
 
 Asked = str | Path | Piped | VideoPart
@@ -204,8 +205,13 @@ def _as_json(pages: Sequence[Any], files: Sequence[Path | Piped], text: str) -> 
     for page in pages:
         entry: dict[str, Any] = {"file": str(files[page.file]), "page": page.page, "error": page.error}
         if page.answer is not None:
-            entry |= asdict(page.answer)
-            if entry["logprobs"] is None:
-                del entry["logprobs"]
+            entry |= answer_fields(page.answer)
         found.append(entry)
     return {"pages": found, "text": text}
+
+
+def answer_fields(answer: Answer) -> dict[str, Any]:
+    """An answer for `--json`, without log probabilities that were not asked for."""
+    found = asdict(answer)
+    unasked = ("prompt_logprobs", *(("logprobs", "end_logprobs") if answer.logprobs is None else ()))
+    return {name: value for name, value in found.items() if name not in unasked}
