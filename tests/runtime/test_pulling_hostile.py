@@ -137,7 +137,10 @@ BAD_MODELS = {
 }
 
 
-DAMAGED = dict.fromkeys((symlink, bad_offset, many_tensors, other_model), {DECODER}) | {huge_tensor: {MMPROJ}}
+DAMAGED = {
+    **{change: {DECODER} for change in (symlink, bad_offset, many_tensors, other_model)},
+    huge_tensor: {MMPROJ},
+}
 """What no model may have; the others are sound files that do not go together."""
 
 

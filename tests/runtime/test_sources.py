@@ -176,11 +176,10 @@ RECORD: dict[str, Any] = {
 
 
 def read_or_refused(record: Any) -> Entry | None:
-    """The entry of a record, which leads nowhere else; None where it is refused, in one sentence."""
+    """The entry of a record, which leads nowhere else; None where it is refused."""
     try:
         entry = parse_record(json.dumps(record).encode(), ROOT / "model.json")
-    except ModelFileError as error:
-        assert "The record /store/model.json is damaged or of another version" in str(error)
+    except ModelFileError:
         return None
     snapshot = Library(ROOT).snapshot(entry)
     assert snapshot.resolve().is_relative_to(Library(ROOT).folder(entry.name))
@@ -227,12 +226,15 @@ def test_a_sound_record_is_read(paths):
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd", "../c.gguf", "a/../../c.gguf", "..", ".", "", "a//c.gguf", ".hidden", "a\\..\\c.gguf"]
-    + ["C:\\c.gguf", "C:c.gguf", "c.gguf:stream", "con", "nul.gguf", "c.gguf.", "a" * 300, "/".join("ab" * 999)],
+    [
+        *("/etc/passwd", "../c.gguf", "a/../../c.gguf", "..", ".", "", "a//c.gguf", ".hidden", "a\\..\\c.gguf"),
+        *("C:\\c.gguf", "C:c.gguf", "c.gguf:stream", "con", "nul.gguf", "c.gguf.", "a" * 300, "/".join("ab" * 999)),
+    ],
 )
 def test_a_record_with_a_path_that_leads_elsewhere_is_refused(path):
     assert read_or_refused(RECORD) is not None
-    assert read_or_refused(with_file(path)) is None
+    with pytest.raises(ModelFileError, match=r"^The record .*model.json is damaged or of another version; pull the"):
+        parse_record(json.dumps(with_file(path)).encode(), ROOT / "model.json")
     other = {"path": path, "size": 1, "digest": ""}  # which is neither decoder nor mmproj
     assert read_or_refused({**RECORD, "files": [*RECORD["files"], other]}) is None
 
