@@ -120,6 +120,9 @@ def test_wrong_types_shapes_and_names_are_found(checkpoint: Path, converted: Cal
     plan = plan_vision(source, VISION_TYPES["f16"])
     with pytest.raises(CheckpointError, match=r"was written as F16 .* expected F32"):
         verify_gguf(file, plan_vision(source, VISION_TYPES["f32"]), file.name, types_may_differ=False)
+    flat = [replace(tensor, shape=(1, *tensor.shape)) if len(tensor.shape) == 1 else tensor for tensor in plan]
+    with pytest.raises(CheckpointError, match=r"was written as F32 \(\d+,\), expected F32 \(1, \d+\)"):
+        verify_gguf(file, flat, file.name, types_may_differ=False)
     with pytest.raises(CheckpointError, match=f"{plan[-1].name} is missing or unexpected"):
         verify_gguf(file, plan[:-1], file.name, types_may_differ=False)
     with pytest.raises(CheckpointError, match="is missing or unexpected"):
