@@ -203,8 +203,8 @@ def test_any_record_is_read_or_refused(value):
     read_or_refused(value)
     for key in RECORD:
         entry = read_or_refused({**RECORD, key: value})
-        if entry is not None and key != "files":
-            assert type(getattr(entry, key, value)) is type(value), "nothing is taken for something else"
+        if entry is not None and key not in ("format", "files"):
+            assert type(getattr(entry, key)) is type(RECORD[key]), key
     read_or_refused({**RECORD, "files": [*RECORD["files"], value]})
     for key, good in RECORD["files"][0].items():
         entry = read_or_refused({**RECORD, "files": [{**RECORD["files"][0], key: value}]})
@@ -237,6 +237,33 @@ def test_a_record_with_a_path_that_leads_elsewhere_is_refused(path):
         parse_record(json.dumps(with_file(path)).encode(), ROOT / "model.json")
     other = {"path": path, "size": 1, "digest": ""}  # which is neither decoder nor mmproj
     assert read_or_refused({**RECORD, "files": [*RECORD["files"], other]}) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"complete": 1}, {"complete": None}, {"format": 2}, {"format": None}, {"kind": "zip"}, {"kind": None}),
+        *(
+            {"name": "https://h/a.gguf?x=1"},
+            {"name": "demo"},
+            {"snapshot": "0" * 11},
+            {"snapshot": "../../../../"},
+            {"files": None},
+        ),
+        *(
+            {"files": []},
+            {"files": RECORD["files"] * 2},
+            {"mmproj": "d.gguf"},
+            {"licence": "\x1b[31m"},
+            {"pulled": 5},
+        ),
+        *({"files": [RECORD["files"][0] | change]} for change in ({"size": -1}, {"size": True}, {"size": 1.5})),
+        *({"files": [RECORD["files"][0] | change]} for change in ({"digest": None}, {"mode": 7}, {"path": 5})),
+    ],
+    ids=repr,
+)
+def test_a_record_with_one_thing_wrong_is_refused(change):
+    assert read_or_refused(RECORD | change) is None
 
 
 @given(
