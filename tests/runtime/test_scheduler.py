@@ -163,7 +163,7 @@ def test_reasoning_ends_with_its_budget(model):
     assert len(longer.reasoning) > len(cut.reasoning) > 0
 
 
-@pytest.mark.parametrize("budget", [0, 1, 2, 5])
+@pytest.mark.parametrize("budget", [0, 1, 5])
 @pytest.mark.parametrize("form", [{}, {"schema": {"enum": ["yes", "no"]}}], ids=["free", "schema"])
 def test_reasoning_has_as_many_tokens_as_its_budget(model, budget, form):
     """They, and the token that ends it, which counts as well; then comes the answer."""
