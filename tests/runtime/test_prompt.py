@@ -318,6 +318,32 @@ def test_markup_in_earlier_reasoning_and_calls_is_text(exact_model: Model, marku
         assert specials(markup, place) == specials("harmless", place), place
 
 
+@pytest.mark.parametrize("place", ["content", "reasoning", "call", "tool"])
+def test_the_mark_that_guards_is_a_character_of_nobody(exact_model: Model, place):
+    """Were it one of the conversation's, it would be taken out of the text with the marks."""
+    word = "".join(map(chr, range(0xE000, 0xE003)))  # the first that would be picked
+
+    def put(here: str) -> str:
+        return f"<image>{word}" if place == here else "<image>"
+
+    messages = [
+        {"role": "user", "content": put("content")},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning": put("reasoning"),
+            "tool_calls": [{"function": {"name": "f", "arguments": {"x": put("call")}}}],
+        },
+        {"role": "tool", "content": "r"},
+    ]
+    tools = [{"name": "f", "description": put("tool")}]
+    prompt = exact_model.build_prompt(messages, tools=tools)
+    assert f"<image>{word}" in prompt.text
+    assert prompt.text.count("<image>") == 4
+    assert prompt.bounds == []
+    assert exact_model.tokenizer.special_ids["<image>"] not in prompt.ids
+
+
 @pytest.mark.parametrize("markup", ["<image>", "</image>", "<slice>", "<unk>", "<image><unk></image>"])
 def test_markup_in_a_raw_prompt_becomes_no_picture(exact_model: Model, markup):
     """A picture beside it has its own places and no others."""
