@@ -167,6 +167,30 @@ def test_both_formats_are_read(tmp_path: Path, write: Callable[..., Path]) -> No
     assert (found.name, found.dataset, found.n_chunks) == ("m", "text.txt", 3)
 
 
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 256])
+def test_names_of_any_length_are_read_whole(tmp_path: Path, length: int) -> None:
+    """Of tensors that the decoder does not have; those it has follow, and lie where they should."""
+    long, short = ("blk.0." + "x" * length)[-length:], "blk.0.attn_q.weight"
+    values = np.linspace(0, 8, 256)
+    found = read_importance(legacy_file(tmp_path / "m", {long: values, short: values + 1}))
+    assert [*found.squares] == [long, short]
+    np.testing.assert_array_equal(found.squares[short], ((values + 1) / 4).astype(np.float32))
+
+
+@pytest.mark.parametrize("length", [257, 1 << 30, 0, -1])
+def test_names_that_are_none_are_refused(tmp_path: Path, length: int) -> None:
+    """Their length would be taken on trust, and what follows for numbers."""
+    path = legacy_file(tmp_path / "m", {"x" * 300: np.ones(256)})
+    data = bytearray(path.read_bytes())
+    if length != 257:
+        data[4:8] = struct.pack("<i", length)
+    else:
+        data = bytearray(legacy_file(path, {"x" * length: np.ones(256)}).read_bytes())
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="is no importance matrix; expected a file of llama-imatrix"):
+        read_importance(path)
+
+
 def test_a_matrix_changes_what_it_weighs(
     checkpoint: Path, converted: Callable[[str, str], Converted], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf.quants import dequantize
 
 import quantised_copies as q
 from checkpoint_copies import CheckpointCopy, Stored
@@ -174,6 +175,35 @@ def test_awq_integers_pass_into_q4_1_unchanged(awq: tuple[Path, CheckpointCopy],
     powers = np.isin(np.repeat(z.T, 4, axis=1), (0, 1, 2, 4, 8))
     assert powers.any()
     np.testing.assert_array_equal(m[powers], exact[powers])
+
+
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 96, 128])
+def test_integers_pass_into_q4_1_where_groups_are_whole_blocks(
+    copy: CheckpointCopy, tmp_path: Path, group: int
+) -> None:
+    """A block has one scale: where groups end inside of one, values are rounded anew, as for any other source."""
+    weight = np.random.default_rng(group).normal(0, 0.02, (8, 384)).astype(np.float32)
+    tensor = Checkpoint(
+        with_matrix(copy, q.awq_parts("llm.extra.weight", weight, group), tmp_path / "source")
+    ).tensors["llm.extra.weight"]
+    if group % 32:
+        assert tensor.block_type is None
+    else:
+        assert tensor.block_type is not None
+        assert tensor.block_type.name == "Q4_1"
+        values = dequantize(tensor.blocks(0, 8), tensor.block_type)
+        np.testing.assert_allclose(values, tensor.float_rows(0, 8), rtol=0, atol=0.01 * np.abs(weight).max())
+
+
+def test_groups_that_end_inside_of_blocks_convert_to_q4_1(copy: CheckpointCopy, tmp_path: Path) -> None:
+    """And to the values of the source, within the step of the type."""
+    weight = copy.tensors[f"{GATE}.weight"].values.astype(np.float32)
+    parts = q.awq_parts(f"{GATE}.weight", weight, 16)
+    tensors = {name: tensor for name, tensor in copy.tensors.items() if name != f"{GATE}.weight"}
+    source = CheckpointCopy(copy.files, {**tensors, **parts}).write(tmp_path / "source")
+    file = GGUFFile(convert_checkpoint(source, tmp_path / "out", decoder_type="q4_1").decoder)
+    found, expected = file.array("blk.1.ffn_gate.weight"), q.awq_values(f"{GATE}.weight", parts)
+    assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 0.1
 
 
 def test_only_a_checkpoint_of_integers_makes_q4_1_the_default(

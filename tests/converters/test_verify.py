@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +120,32 @@ def test_wrong_types_shapes_and_names_are_found(checkpoint: Path, converted: Cal
     plan = plan_vision(source, VISION_TYPES["f16"])
     with pytest.raises(CheckpointError, match=r"was written as F16 .* expected F32"):
         verify_gguf(file, plan_vision(source, VISION_TYPES["f32"]), file.name, types_may_differ=False)
+    flat = [replace(tensor, shape=(1, *tensor.shape)) if len(tensor.shape) == 1 else tensor for tensor in plan]
+    with pytest.raises(CheckpointError, match=r"was written as F32 \(\d+,\), expected F32 \(1, \d+\)"):
+        verify_gguf(file, flat, file.name, types_may_differ=False)
     with pytest.raises(CheckpointError, match=f"{plan[-1].name} is missing or unexpected"):
         verify_gguf(file, plan[:-1], file.name, types_may_differ=False)
     with pytest.raises(CheckpointError, match="is missing or unexpected"):
         verify_gguf(file, plan + plan_decoder(source, DECODER_TYPES["bf16"])[:1], file.name, types_may_differ=False)
+
+
+@pytest.mark.parametrize("types_may_differ", [False, True])
+@pytest.mark.parametrize("name", ["v.post_ln.bias", PROJ, "v.patch_embd.weight", "resampler.query"])
+def test_wrong_shapes_are_found_whose_values_are_right(
+    checkpoint: Path, converted: Callable[[str, str], Converted], name: str, types_may_differ: bool
+) -> None:
+    """As when an axis of length 1 is added or lost, or a kernel flattened: every row compares equal."""
+    file = converted("f32", "f16").mmproj
+    plan = {tensor.name: tensor for tensor in plan_vision(Checkpoint(checkpoint), VISION_TYPES["f16"])}
+    verify_gguf(file, [*plan.values()], file.name, types_may_differ=types_may_differ)
+    right = plan[name]
+    wrong = (1, *right.shape) if len(right.shape) == 1 else (*right.shape, 1)
+    if len(right.shape) > 2:
+        wrong = (right.n_rows, right.n_columns)
+    plan[name] = replace(right, shape=wrong)
+    match = rf"{name} was written as \w+ {re.escape(str(right.shape))}, expected \w+ {re.escape(str(wrong))}"
+    with pytest.raises(CheckpointError, match=match):
+        verify_gguf(file, [*plan.values()], file.name, types_may_differ=types_may_differ)
 
 
 def test_a_file_cut_short_is_found(

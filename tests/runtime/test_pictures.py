@@ -192,6 +192,24 @@ def test_pillow_s_own_lower_limit_does_not_count() -> None:
         load_image(png_header(20_000, 10_000))
 
 
+def icon(inner: bytes) -> bytes:
+    """An icon whose directory says 16 x 16 pixels and which holds any picture."""
+    return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
+
+
+def test_pictures_inside_of_icons_are_held_to_the_limit() -> None:
+    """Their size stands in no header of the icon: Pillow's own guard, moved to our limit, is what refuses them."""
+    assert load_image(icon(encoded(Image.new("RGBA", (300, 200)))), pixel_limit=60_000).size == (300, 200)
+    hollow = icon(png_header(300, 200))  # who decodes it says so
+    for limit in (59_999, 20_000):  # over a limit Pillow warns, over twice as much it refuses
+        with pytest.raises(ImageError, match=f"has 60000 pixels, at most {limit} are decoded"):
+            load_image(hollow, pixel_limit=limit)
+    with pytest.raises(ImageError, match="has 400000000 pixels, at most 200000000 are decoded"):
+        load_image(icon(png_header(20_000, 20_000)))
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        load_image(icon(png_header(20_000, 10_000)))  # the limit itself
+
+
 # --- refused ----------------------------------------------------------------------------------------------------
 
 JPEG = encoded(Image.fromarray(noise(200, 200, 3)), "JPEG")

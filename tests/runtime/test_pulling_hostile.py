@@ -137,6 +137,13 @@ BAD_MODELS = {
 }
 
 
+DAMAGED = {
+    **{change: {DECODER} for change in (symlink, bad_offset, many_tensors, other_model)},
+    huge_tensor: {MMPROJ},
+}
+"""What no model may have; the others are sound files that do not go together."""
+
+
 @pytest.mark.parametrize(("change", "reason"), BAD_MODELS.items(), ids=lambda value: getattr(value, "__name__", ""))
 def test_what_arrives_is_no_model_that_runs(hub, store, change, reason):
     change(hub.files)
@@ -144,3 +151,12 @@ def test_what_arrives_is_no_model_that_runs(hub, store, change, reason):
     assert complete() == []
     refused(["run", "-m", PAIR, "Hi"], "was not pulled")
     assert not [path for path in store.rglob("*") if path.is_symlink()]
+    assert not DAMAGED.get(change, set()) & set(files(store)), "no other command may run it"
+
+
+def test_a_refused_file_is_fetched_again_and_the_others_are_not(hub, store):
+    bad_offset(hub.files)
+    for n_pulls in (1, 2):
+        refused(["pull", PAIR], "cut short or its header is wrong", after_notes=True)
+        assert len(hub.bytes_requests(DECODER)) == n_pulls
+        assert len(hub.bytes_requests(MMPROJ)) == 1

@@ -119,6 +119,23 @@ def test_draws_follow_the_official_distribution(options):
     assert statistic > bound
 
 
+@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
+def test_a_penalty_holds_for_the_whole_answer(name):
+    """The window is the context: a token said first counts as long as anything fits."""
+    n_ctx, said, fresh = 1000, 7, 8
+    logits = np.zeros(N_VOCAB, np.float32)
+    logits[[said, fresh]] = 3.0, 2.9
+    sampler = Sampler(choose_options(thinking=False, greedy=True, **{name: 1.5}), N_VOCAB, n_ctx)
+    ids = np.arange(N_VOCAB)
+    assert sampler.choose(ids, logits) == said
+    sampler.accept(said)
+    for _ in range(n_ctx - 1):
+        assert sampler.choose(ids, logits) == fresh
+        sampler.accept(9)
+    assert sampler.choose(ids, logits) == fresh
+    sampler.close()
+
+
 def test_seeds_draw_independently():
     """Answers of neighbouring seeds, as `chat_n` takes them, are as different as those of any others."""
     logits = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))

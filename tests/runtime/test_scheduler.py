@@ -161,9 +161,19 @@ def test_reasoning_ends_with_its_budget(model):
     longer = model.chat("Why?", thinking=True, max_tokens=20, temperature=0.7, seed=1)
     assert not longer.answer
     assert len(longer.reasoning) > len(cut.reasoning) > 0
-    none = model.chat("Why?", thinking=True, thinking_budget=0, max_tokens=5, seed=1)
-    assert none.reasoning is None
-    assert none.answer
+
+
+@pytest.mark.parametrize("budget", [0, 1, 5])
+@pytest.mark.parametrize("form", [{}, {"schema": {"enum": ["yes", "no"]}}], ids=["free", "schema"])
+def test_reasoning_has_as_many_tokens_as_its_budget(model, budget, form):
+    """They, and the token that ends it, which counts as well; then comes the answer."""
+    options = {"thinking": True, "greedy": True, "max_tokens": 40}
+    answer = model.chat("Why?", **options, **form, thinking_budget=budget)
+    assert answer.reasoning_tokens == budget + 1
+    assert answer.completion_tokens > budget + 1
+    assert answer.answer
+    if budget == 0:
+        assert answer.reasoning is None
 
 
 def test_stop_strings_end_reasoning_only_when_asked(model):

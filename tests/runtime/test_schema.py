@@ -295,6 +295,10 @@ REFUSED = [
         r"\$\.properties\.s\.pattern cannot",
     ),
     ({"$ref": "other.json"}, r"\$\.\$ref"),
+    ({"properties": {"a": {"$id": "x", "type": "null"}}}, r"\$\.properties\.a\.\$id cannot be enforced: .*\$defs"),
+    ({"type": "array", "items": {"$id": "https://a.example/b"}}, r"\$\.items\.\$id cannot"),
+    ({"anyOf": [{"type": "null"}, {"$id": "#b"}]}, r"\$\.anyOf\[1\]\.\$id cannot"),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"$id": "a", "type": "null"}}}, r"\$\.\$ref\.\$id cannot"),
     ({"$ref": "#/$defs/no"}, r"not in this schema"),
     ({"anyOf": [{"$ref": "#/anyOf/²"}, {"type": "null"}]}, r"not in this schema"),
     ({"anyOf": [{"$ref": "#/anyOf/" + "9" * 5000}, {"type": "null"}]}, r"not in this schema"),
@@ -314,6 +318,14 @@ REFUSED = [
 def test_what_cannot_be_enforced_is_named(model, schema, message):
     with pytest.raises(MessageError, match=message):
         ask(model, schema=schema)
+
+
+def test_the_id_of_the_whole_schema_changes_nothing(model):
+    """Nested ones would: references inside count from them."""
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]}
+    schema |= {"additionalProperties": False, "$defs": {"a": {"const": "b"}}}
+    made = ask(model, schema={**schema, "$id": "https://a.example/b", "$schema": "https://json-schema.org/draft-07"})
+    assert json.loads(made.result().answer) == {"a": "b"}
 
 
 def test_deep_and_large_schemas_are_refused(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -159,15 +160,110 @@ def test_any_ollama_name_stays_inside_or_is_refused(name):
     assert len(manifest.resolve().relative_to(ROOT / "manifests").parts) == 4
 
 
+RECORD: dict[str, Any] = {
+    "format": 1,
+    "name": "hf:a/b:c.gguf",
+    "kind": "gguf",
+    "snapshot": "0" * 12,
+    "decoder": "c.gguf",
+    "mmproj": "",
+    "revision": "",
+    "licence": "",
+    "pulled": "",
+    "complete": True,
+    "files": [{"path": "c.gguf", "size": 1, "digest": ""}],
+}
+
+
+def read_or_refused(record: Any) -> Entry | None:
+    """The entry of a record, which leads nowhere else; None where it is refused."""
+    try:
+        entry = parse_record(json.dumps(record).encode(), ROOT / "model.json")
+    except ModelFileError:
+        return None
+    snapshot = Library(ROOT).snapshot(entry)
+    assert snapshot.resolve().is_relative_to(Library(ROOT).folder(entry.name))
+    paths = [file.path for file in entry.files]
+    for path in paths:
+        assert (snapshot / path).resolve().is_relative_to(snapshot.resolve())
+        assert (snapshot / path).resolve() != snapshot.resolve()
+    assert {entry.decoder, entry.mmproj} <= {"", *paths}
+    return entry
+
+
+def with_file(path: Any) -> dict[str, Any]:
+    """A record whose decoder has another path, in both places."""
+    return {**RECORD, "decoder": path, "files": [{"path": path, "size": 1, "digest": ""}]}
+
+
 @given(JSON)
 @settings(max_examples=300)
 def test_any_record_is_read_or_refused(value):
-    for raw in (json.dumps(value), json.dumps({"format": 1, "name": "hf:a/b", "kind": "gguf", "files": value})):
-        try:
-            entry = parse_record(raw.encode(), ROOT / "model.json")
-        except ModelFileError:
-            continue
-        assert all((ROOT / file.path).resolve().is_relative_to(ROOT) for file in entry.files)
+    """Any JSON for all of it, for each of its values, and for each of a file."""
+    read_or_refused(value)
+    for key in RECORD:
+        entry = read_or_refused({**RECORD, key: value})
+        if entry is not None and key not in ("format", "files"):
+            assert type(getattr(entry, key)) is type(RECORD[key]), key
+    read_or_refused({**RECORD, "files": [*RECORD["files"], value]})
+    for key, good in RECORD["files"][0].items():
+        entry = read_or_refused({**RECORD, "files": [{**RECORD["files"][0], key: value}]})
+        assert entry is None or type(value) is type(good)
+    read_or_refused(with_file(value))
+    entry = read_or_refused({**RECORD, "more": value})
+    assert entry is None, "a record of a later version"
+
+
+@given(st.lists(st.from_regex(r"[a-z0-9]{1,9}(/[a-z0-9]{1,9}){0,2}\.gguf", fullmatch=True), min_size=1, unique=True))
+def test_a_sound_record_is_read(paths):
+    """So the refusals above and below have their reasons."""
+    files = [{"path": path, "size": size, "digest": "abc"} for size, path in enumerate(paths)]
+    entry = read_or_refused({**RECORD, "files": files, "decoder": paths[0], "mmproj": paths[-1]})
+    assert entry is not None
+    assert entry.files == tuple(StoredFile(path, size, "abc") for size, path in enumerate(paths))
+    assert (entry.decoder, entry.mmproj, entry.complete) == (paths[0], paths[-1], True)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/etc/passwd", "../c.gguf", "a/../../c.gguf", "..", ".", "", "a//c.gguf", ".hidden", "a\\..\\c.gguf"),
+        *("C:\\c.gguf", "C:c.gguf", "c.gguf:stream", "con", "nul.gguf", "c.gguf.", "a" * 300, "/".join("ab" * 999)),
+    ],
+)
+def test_a_record_with_a_path_that_leads_elsewhere_is_refused(path):
+    assert read_or_refused(RECORD) is not None
+    with pytest.raises(ModelFileError, match=r"^The record .*model.json is damaged or of another version; pull the"):
+        parse_record(json.dumps(with_file(path)).encode(), ROOT / "model.json")
+    other = {"path": path, "size": 1, "digest": ""}  # which is neither decoder nor mmproj
+    assert read_or_refused({**RECORD, "files": [*RECORD["files"], other]}) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"complete": 1}, {"complete": None}, {"format": 2}, {"format": None}, {"kind": "zip"}, {"kind": None}),
+        *(
+            {"name": "https://h/a.gguf?x=1"},
+            {"name": "demo"},
+            {"snapshot": "0" * 11},
+            {"snapshot": "../../../../"},
+            {"files": None},
+        ),
+        *(
+            {"files": []},
+            {"files": RECORD["files"] * 2},
+            {"mmproj": "d.gguf"},
+            {"licence": "\x1b[31m"},
+            {"pulled": 5},
+        ),
+        *({"files": [RECORD["files"][0] | change]} for change in ({"size": -1}, {"size": True}, {"size": 1.5})),
+        *({"files": [RECORD["files"][0] | change]} for change in ({"digest": None}, {"mode": 7}, {"path": 5})),
+    ],
+    ids=repr,
+)
+def test_a_record_with_one_thing_wrong_is_refused(change):
+    assert read_or_refused(RECORD | change) is None
 
 
 @given(
@@ -176,27 +272,12 @@ def test_any_record_is_read_or_refused(value):
     )
 )
 def test_a_record_with_one_thing_changed_is_the_same_kind_of_thing_or_refused(change):
-    good = {
-        "format": 1,
-        "name": "hf:a/b:c.gguf",
-        "kind": "gguf",
-        "snapshot": "0" * 12,
-        "decoder": "c.gguf",
-        "mmproj": "",
-        "revision": "",
-        "licence": "",
-        "pulled": "",
-        "complete": True,
-        "files": [{"path": "c.gguf", "size": 1, "digest": ""}],
-    }
-    assert parse_record(json.dumps(good).encode(), ROOT).files == (StoredFile("c.gguf", 1),)
-    try:
-        entry = parse_record(json.dumps({**good, **change}).encode(), ROOT)
-    except ModelFileError:
-        return
-    assert entry.snapshot in ("", "0" * 12)
-    assert {entry.decoder, entry.mmproj} <= {"", "c.gguf"}
-    assert parse_source(entry.name).name == entry.name
+    assert parse_record(json.dumps(RECORD).encode(), ROOT).files == (StoredFile("c.gguf", 1),)
+    entry = read_or_refused({**RECORD, **change})
+    if entry is not None:
+        assert entry.snapshot in ("", "0" * 12)
+        assert {entry.decoder, entry.mmproj} <= {"", "c.gguf"}
+        assert parse_source(entry.name).name == entry.name
 
 
 def test_parts_of_names_fit_between_other_characters():

@@ -60,6 +60,16 @@ def test_plain_text_survives_the_round_trip(tokenizer: Tokenizer, text):
     assert not set(ids) & set(tokenizer.special_ids.values())
 
 
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
+def test_either_token_of_the_official_configuration_ends_an_answer(exact_model: Model, token):
+    """Both stand in `generation_config.json`; the vocabulary names but one of them as its end."""
+    tokenizer = exact_model.tokenizer
+    token_id = tokenizer.special_ids[token]
+    assert tokenizer.stop_ids == {tokenizer.special_ids["<|im_end|>"], tokenizer.special_ids["<|endoftext|>"]}
+    answer = exact_model.chat("Why?", greedy=True, max_tokens=5, logit_bias={token_id: 100.0})
+    assert (answer.answer, answer.finish_reason, answer.completion_tokens) == ("", "stop", 1)
+
+
 @pytest.mark.parametrize("special", ["<image>", "<|im_end|>", "<think>", "<tool_call>", "<unk>", "</slice>"])
 def test_guarded_special_tokens_are_text(tokenizer: Tokenizer, special):
     guarded = tokenizer.guard(f"a{special}b", MARK)

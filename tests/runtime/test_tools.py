@@ -234,7 +234,22 @@ def test_a_model_without_the_tags_cannot_be_made_to_call(tagless):
 
 
 def test_tools_that_cannot_be_enforced_may_be_offered_freely(model):
-    ask(model, tools=[{"name": "f", "parameters": {"not": {"pattern": "a"}}}], max_tokens=3).result()
+    """The model is told of them as they are, and what it calls them with is its own; enforced they cannot be."""
+    odd = {"name": "f", "description": "Odd.", "parameters": {"not": {"pattern": "a"}}}
+    question, tools = "What is the weather in Rome?", [odd, CLOCK]
+    prompt = model.build_prompt(question, tools=tools)
+    assert all(json.dumps(tool) in prompt.text for tool in tools)
+    for options in ({}, {"tool_choice": "auto"}):
+        answer = ask(model, tools=tools, max_tokens=3, **options).result()
+        assert answer.prompt_tokens == len(prompt.ids)
+        assert answer.completion_tokens == 3
+        assert not answer.shortened, "nothing has made it keep a form"
+    for choice in ("f", "required"):
+        with pytest.raises(MessageError, match=r"parameters of the tool 'f': \$\.not cannot"):
+            ask(model, tools=tools, tool_choice=choice)
+    (call,) = ask(model, tools=tools, tool_choice="clock").result().tool_calls
+    assert call == ToolCall("clock", {})
+    assert parse_call('{"name": "f", "arguments": {"b": "a"}}', ["f", "clock"]) == ToolCall("f", {"b": "a"})
 
 
 # --- the way back ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import selectors
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -143,6 +144,50 @@ def test_work_that_takes_too_long(monkeypatch):
 
     with pytest.raises(TimeoutError):  # ours: a download may take hours
         asyncio.run(go())
+
+
+class Jumping(selectors.DefaultSelector):
+    """Waits for nothing: its clock jumps to the next thing to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now += timeout or 0.0
+        return super().select(timeout if timeout is None else 0)
+
+
+@pytest.mark.parametrize(("work_s", "status"), [(104.0, 200), (106.0, 504)])
+@pytest.mark.parametrize("n_pieces", [1, 10])
+def test_the_time_of_work_counts_from_the_end_of_the_body(work_s, status, n_pieces):
+    """A body that takes longer than the whole limit takes nothing from it, and adds nothing to it."""
+    selector = Jumping()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        for _ in range(n_pieces):
+            await asyncio.sleep(50)
+            yield bytes(1000)
+
+    async def work(request: Request) -> Response:
+        got = len(await request.body())
+        await asyncio.sleep(work_s)
+        return PlainTextResponse(str(got))
+
+    app = app_with(Settings(request_timeout_s=100.0, body_timeout_s=60.0), **{"/v1/work": work})
+    assert limits.SPARE_S == 5.0
+
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
+            return await client.post("/v1/work", content=slow_body())
+
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        reply = runner.run(go())
+    assert reply.status_code == status
+    assert status != 200 or reply.text == str(1000 * n_pieces)
 
 
 # --- who may ask ---------------------------------------------------------------------------------------------------

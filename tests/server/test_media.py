@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -15,7 +16,7 @@ from edge_runtime import ImageError, MessageError
 from edge_runtime.server import fetching
 from edge_runtime.server.errors import NotAllowed, RequestError, TooLarge
 from edge_runtime.server.fetching import Allowed, Fetcher, is_public
-from edge_runtime.server.media import checked_messages
+from edge_runtime.server.media import brought_in, checked_messages
 from edge_runtime.server.settings import Settings
 from server.test_limits import PIXEL
 
@@ -376,3 +377,51 @@ def test_servers_that_do_not_deliver(monkeypatch, answer, complaint):
     web.pages["/a"] = answer
     with pytest.raises(ImageError, match=complaint):
         fetch(monkeypatch, web, PLACE)
+
+
+# --- several addresses of one request ------------------------------------------------------------------------------
+
+
+class Shelf:
+    """Stands for a `Fetcher`: sizes by address, and how much each might have had."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.sizes, self.most = sizes, []
+
+    async def fetch(self, address: str, most: int) -> bytes:
+        """The bytes; refused as a `Fetcher` refuses them."""
+        self.most.append(most)
+        n_bytes = self.sizes[address.removeprefix("http://h/")]
+        if n_bytes > most:
+            raise ImageError(f"{address} has more than {most} bytes, which is the limit.")
+        return bytes(n_bytes)
+
+
+def bring(shelf: Shelf, *names: str, **limits: int) -> Any:
+    asked = parts(*({"type": "image_url", "image_url": {"url": f"http://h/{name}"}} for name in names))
+    return asyncio.run(brought_in(asked, Settings(**limits), shelf))
+
+
+def test_pictures_to_be_fetched_share_one_limit():
+    """Each is small enough, and together they must be, too."""
+    limits = {"max_body_bytes": 1000, "max_image_bytes": 600}
+    shelf = Shelf(a=400, b=300, c=300, d=1)
+    (message,) = bring(shelf, "a", "b", "c", **limits)
+    assert shelf.most == [600, 600, 300], "what others have taken is left out of what one may have"
+    got = [part["image_url"]["url"] for part in message["content"][:3]]
+    assert [len(base64.b64decode(url.partition(",")[2])) for url in got] == [400, 300, 300]
+    with pytest.raises(TooLarge, match="more than 1000 bytes together"):
+        bring(shelf, "a", "b", "c", "d", **limits)
+    with pytest.raises(TooLarge, match="more than 1000 bytes together"):
+        bring(Shelf(a=600, b=600), "a", "b", **limits)
+
+
+def test_one_picture_that_is_too_large_is_no_matter_of_the_others():
+    with pytest.raises(ImageError, match="h/b has more than 600 bytes"):
+        bring(Shelf(a=100, b=601), "a", "b", max_body_bytes=5000, max_image_bytes=600)
+
+
+def test_a_picture_that_stands_twice_is_fetched_once():
+    shelf = Shelf(a=600)
+    bring(shelf, "a", "a", max_body_bytes=1000, max_image_bytes=600)
+    assert shelf.most == [600]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from edge_runtime.errors import ModelFileError, NotEnoughMemoryError
 from edge_runtime.server import models
-from edge_runtime.server.catalog import Listed
+from edge_runtime.server.catalog import Catalog
 from edge_runtime.server.errors import ModelNotFound, ShuttingDown
 from edge_runtime.server.models import ModelRegistry
 from edge_runtime.server.settings import Settings
@@ -26,6 +27,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.free, self.loads, self.closes = 10 * GIGABYTE, [], []
+        self.adapters: list[Any] = []
         self.hold = threading.Event()
         self.hold.set()
         self.fail: Exception | None = None
@@ -39,6 +41,7 @@ class Machine:
         self.free -= GIGABYTE
         file = paths.decoder.name
         self.loads.append(file)
+        self.adapters.append(options.adapters)
         return SimpleNamespace(close=lambda: self.close(file), n_ctx=512)
 
     def close(self, name: str) -> None:
@@ -278,10 +281,43 @@ def test_who_comes_as_the_server_closes_loads_nothing(machine):
     asyncio.run(late())
 
 
-def test_files_decide_what_is_the_same_model(own_store):
-    """Adapters are part of it."""
-    from edge_runtime.server.catalog import Catalog
-
-    demo: Listed = Catalog(Settings()).find("demo:latest")
+def test_files_decide_what_is_the_same_model(own_store, machine):
+    """Adapters are part of it; names, texts and options are not."""
+    demo = Catalog(Settings()).find("demo:latest")
     assert demo.files == (demo.paths.decoder, demo.paths.mmproj)
     assert all(path.is_file() for path in demo.files)
+    decoder, mmproj = demo.files
+    adapter, other = Path("adapter.gguf"), Path("other.gguf")
+    shelf = {
+        "demo": demo,
+        "copy": replace(demo, name="copy", system="Be brief.", parameters={"seed": 1}, license="MIT", parent="demo"),
+        "path": replace(demo, paths=replace(demo.paths, name="path")),
+        "decoder": replace(demo, paths=replace(demo.paths, decoder=other)),
+        "mmproj": replace(demo, paths=replace(demo.paths, mmproj=other)),
+        "adapted": replace(demo, adapters={"sha256:a": adapter}),
+        "adapted copy": replace(demo, name="b", adapters={"sha256:a": adapter}),
+        "adapted otherwise": replace(demo, adapters={"sha256:b": other}),
+        "adapted twice": replace(demo, adapters={"sha256:a": adapter, "sha256:b": other}),
+    }
+    assert {name: listed.files for name, listed in shelf.items()} == {
+        **dict.fromkeys(("demo", "copy", "path"), (decoder, mmproj)),
+        "decoder": (other, mmproj),
+        "mmproj": (decoder, other),
+        **dict.fromkeys(("adapted", "adapted copy"), (decoder, mmproj, adapter)),
+        "adapted otherwise": (decoder, mmproj, other),
+        "adapted twice": (decoder, mmproj, adapter, other),
+    }
+
+    async def go() -> None:
+        found = ModelRegistry(Settings(), SimpleNamespace(find=shelf.__getitem__))  # type: ignore[arg-type]
+        for n_loads, names in enumerate(
+            (("demo", "copy", "path"), ("adapted", "adapted copy"), ("adapted twice",)), 1
+        ):
+            for name in names:
+                async with found.use(name) as use:
+                    assert use.listed is shelf[name], "what it says of itself is its own"
+                assert len(machine.loads) == n_loads, name
+        assert machine.adapters == [{}, shelf["adapted"].adapters, shelf["adapted twice"].adapters]
+        await found.close()
+
+    asyncio.run(go())
