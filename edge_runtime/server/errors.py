@@ -186,7 +186,7 @@ def problem_of(error: BaseException) -> Problem:
     """What clients are told of an error."""
     if isinstance(error, ServerError):
         retry = RETRY_AFTER_S if error.status in (429, 503) else None
-        param, details = (error.param, error.details) if isinstance(error, RequestError) else (None, None)
+        param, details = getattr(error, "param", None), getattr(error, "details", None)
         return Problem(error.status, without_paths(str(error)), error.code, param, retry, details=details)
     if isinstance(error, PromptTooLongError):
         numbers = (error.n_prompt, error.n_ctx)

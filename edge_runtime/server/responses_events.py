@@ -287,7 +287,7 @@ class ResponseEvents:
         yield self._event("response.output_item.added", item=_copy(item), output_index=place["output_index"])
         yield self._event("response.function_call_arguments.delta", delta=arguments, **place)
         item |= {"arguments": arguments, "status": "completed"}
-        yield self._event("response.function_call_arguments.done", arguments=arguments, **place)
+        yield self._event("response.function_call_arguments.done", name=item["name"], arguments=arguments, **place)
         yield self._event("response.output_item.done", item=_copy(item), output_index=place["output_index"])
 
     def _place(self) -> dict[str, Any]:

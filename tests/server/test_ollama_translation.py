@@ -253,7 +253,7 @@ def test_requests_that_are_wrong(client, fields, reason):
     assert reason in reply.json()["error"]
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b"", b"null", b"\xff", b'{"model": ' + b"[" * 100_000])
+@pytest.mark.parametrize("body", [b"{", b"[]", b"", b"null", b"\xff", b'{"model": ' + b"[" * 50_000])
 def test_bodies_that_are_no_requests(client, body):
     reply = client.post("/api/chat", content=body)
     assert (reply.status_code, list(reply.json())) == (400, ["error"]), reply.text
