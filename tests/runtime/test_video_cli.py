@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edge_runtime import Model, console
+from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.chat import Chat
 from edge_runtime.cli import main
 from edge_runtime.clips import choose
@@ -43,7 +44,7 @@ def test_json_tells_which_frames_were_seen_and_when(folder):
         folder / "clip.mp4", "What?", "--json", "--packing", 4, "--fps", 5, "--start", "0:01", "--timestamps"
     )
     assert result.exit_code == 0, result.stderr
-    assert result.stderr == "" or "compiling" in result.stderr
+    assert result.stderr == f"{TOY_NOTICE}\n" or "compiling" in result.stderr
     (video,) = json.loads(result.stdout)["videos"]
     assert video["frames_in_video"] == 75
     assert video["seconds"] == pytest.approx(3.0)

@@ -395,7 +395,7 @@ def test_a_request_as_claude_code_sends_it(claude):
         betas=["claude-code-20250219", "interleaved-thinking-2025-05-14", "context-management-2025-06-27"],
     )
     assert reply.stop_reason in ("end_turn", "max_tokens", "tool_use")
-    assert reply.content
+    assert reply.usage.input_tokens > 100  # all of it was read; what the toy says to it may be nothing
 
 
 CITY: Any = {
