@@ -13,6 +13,8 @@ from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.config import is_toy
+from edge_runtime.decoding_opener import opening
+from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
@@ -219,6 +221,7 @@ class Model(Inside):
         tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
+        decoders: DecoderPool | None = None,
         **prompt_options: Any,
     ) -> list[AnswerStream]:
         """Begin answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.
@@ -258,6 +261,9 @@ class Model(Inside):
         on_image : called with (decoded, total) while pictures are read and pages drawn.
         on_look : called often with the share that is done while an index of videos is made; their frames are
             decoded later, beside the encoding. What this or `on_image` raises ends the work.
+        decoders : worker processes in which pictures, documents and videos are decoded, within limits of time and
+            memory, as for files of people one does not know; None: this process does it. `on_image` is then called
+            while they are waited for, too.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
             video_limits, context_shift, raw, fit, preset, continue_final_message (whether the answer goes on with a
             last message of the assistant's); for documents pages, dpi, password, page_limit, file_limit_bytes.
@@ -309,7 +315,7 @@ class Model(Inside):
         )
         prepared = self._prepare(
             messages,
-            *(on_image, on_look),
+            *(on_image, on_look, decoders),
             room=0 if prompt_only else max_tokens,
             refuse=True,
             thinking=thinking,
@@ -401,24 +407,27 @@ class Model(Inside):
         messages: str | Sequence[Any],
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
+        decoders: DecoderPool | None = None,
         room: int = 1,
         refuse: bool = False,
         **options: Any,
     ) -> Prepared:
-        return prepare(
-            messages,
-            PromptOptions.of(options),
-            slicing=self._encoder.slicing,
-            tokenizer=self.tokenizer,
-            n_queries=self._encoder.n_queries,
-            template=self.template,
-            n_ctx=self.n_ctx,
-            room=room,
-            refuse=refuse,
-            beginnings=self._beginnings if refuse else None,
-            on_image=on_image,
-            on_look=on_look,
-        )
+        with opening(decoders, on_image) as (opener, on_image):
+            return prepare(
+                messages,
+                PromptOptions.of(options),
+                slicing=self._encoder.slicing,
+                tokenizer=self.tokenizer,
+                n_queries=self._encoder.n_queries,
+                template=self.template,
+                n_ctx=self.n_ctx,
+                room=room,
+                refuse=refuse,
+                beginnings=self._beginnings if refuse else None,
+                on_image=on_image,
+                on_look=on_look,
+                opener=opener,
+            )
 
     def warm_up(self) -> None:
         """Compute what chats shared when this model was last loaded (system prompt and tools) while nobody asks.

@@ -23,6 +23,8 @@ VideoSource = str | Path | bytes | BinaryIO | list[Any] | tuple[Any, ...]
 IN_MEMORY = 32 << 20
 """Bytes of a file object that are kept in memory; a longer one is copied to a temporary file."""
 COPY_BYTES = 1 << 20
+UNNAMED = "The video"
+"""What errors call a video that is no file."""
 
 
 class Content:
@@ -37,11 +39,12 @@ class Content:
     def __init__(self, source: str | Path | bytes | BinaryIO, limits: VideoLimits) -> None:
         self._path: Path | None = None
         self._bytes = b""
-        self.name = "The video"
+        self.name = UNNAMED
         if is_data_uri(source):
             self._bytes = _decode_data_uri(source, limits)
         elif isinstance(source, bytes | bytearray | memoryview):
-            self._bytes = bytes(source)
+            self._bytes = source if isinstance(source, bytes) else bytes(source)
+            self.name = getattr(source, "name", None) or self.name
         elif isinstance(source, str | Path):
             self._path = Path(source)
             self.name = str(source)

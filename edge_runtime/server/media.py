@@ -80,6 +80,25 @@ def checked_messages(messages: Any, settings: Settings, fetched: Mapping[str, st
     return Media(settings, fetched or {}).conversation(messages)
 
 
+def has_media(messages: Any) -> bool:
+    """Whether there may be more than text in a conversation."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        return False
+    for message in messages:
+        if isinstance(message, Mapping):
+            content = message.get("content")
+            parts = (
+                [content] if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else []
+            )
+            if message.get("images") or any(
+                (isinstance(part, Mapping) and part.get("type", "text") not in TEXT_KINDS) or "video" in part
+                for part in parts
+                if not isinstance(part, str)
+            ):
+                return True
+    return False
+
+
 @dataclass
 class Media:
     """One pass over a conversation."""
