@@ -112,11 +112,12 @@ class DecoderPool:
         self._idle: list[Worker] = []
         self._busy: set[Worker] = set()
         self._n_kept = n_workers
-        self._is_closed = False
+        self._is_started = self._is_closed = False
         _end_at_exit(self)
 
     def start(self) -> None:
-        """Have a worker ready for the first picture; returns at once."""
+        """Have a worker ready for the next picture, also after one was ended; returns at once."""
+        self._is_started = True
 
         def begin() -> None:
             with contextlib.suppress(EdgeRuntimeError):
@@ -178,7 +179,10 @@ class DecoderPool:
     def _forget(self, worker: Worker) -> None:
         with self._changed:
             self._busy.discard(worker)
+            is_missed = self._is_started and not self._is_closed and not self._idle
         worker.end()
+        if is_missed:
+            self.start()
 
     def close(self) -> None:
         """End all workers; whoever waits for one is told."""

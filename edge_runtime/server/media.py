@@ -84,19 +84,18 @@ def has_media(messages: Any) -> bool:
     """Whether there may be more than text in a conversation."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         return False
-    for message in messages:
-        if isinstance(message, Mapping):
-            content = message.get("content")
-            parts = (
-                [content] if isinstance(content, Mapping) else content if isinstance(content, list | tuple) else []
-            )
-            if message.get("images") or any(
-                (isinstance(part, Mapping) and part.get("type", "text") not in TEXT_KINDS) or "video" in part
-                for part in parts
-                if not isinstance(part, str)
-            ):
-                return True
-    return False
+    found = [message for message in messages if isinstance(message, Mapping)]
+    if any(message.get("images") for message in found):
+        return True
+    contents = [message.get("content") for message in found]
+    parts = [content if isinstance(content, list | tuple) else [content] for content in contents]
+    return not all(_is_text(part) for some in parts for part in some)
+
+
+def _is_text(part: Any) -> bool:
+    if not isinstance(part, Mapping):
+        return part is None or isinstance(part, str)
+    return part.get("type", "text") in TEXT_KINDS and not part.keys() & {"image", "video"}
 
 
 @dataclass
