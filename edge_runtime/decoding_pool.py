@@ -348,7 +348,9 @@ def _error(reply: Mapping[str, Any], what: str, otherwise: type[ImageError]) -> 
     if isinstance(found, type) and issubclass(found, EdgeRuntimeError):
         return found(str(reply.get("text")))
     if name == "MemoryError":
-        return otherwise(f"{what} needs more memory to be decoded than is allowed; scale it down.")
+        return otherwise(
+            f"{what} needs more memory to be decoded than is allowed; it is damaged, or too large: scale it down."
+        )
     return otherwise(f"{what} cannot be decoded ({text[:200]}); it is damaged: get the file again.")
 
 

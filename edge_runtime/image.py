@@ -352,6 +352,10 @@ def explained(name: str, pixel_limit: int, source: Path | bytes = b"") -> Iterat
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             found = re.search(r"\d+", str(error))  # "Image size (400000000 pixels) exceeds limit of ..."
             raise ImageError(_over_limit(name, found[0] if found else "too many", pixel_limit)) from None
+        except MemoryError:
+            raise ImageError(
+                f"{name} needs more memory to be decoded than is allowed; it is damaged, or too large: scale it down."
+            ) from None
         except DAMAGE as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ImageError(

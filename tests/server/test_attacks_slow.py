@@ -17,7 +17,8 @@ import pytest
 
 from edge_runtime.server import replies
 from edge_runtime.server.connections import GuardedConnection
-from edge_runtime.server.inference import DECODERS
+from edge_runtime.server.inference import MOST_DECODERS, TEXT_THREADS
+from edge_runtime.server.settings import Settings
 from server.attacking import (
     QUESTION,
     Serve,
@@ -34,8 +35,9 @@ from server.attacking import (
 
 # --- slow and vanishing clients ------------------------------------------------------------------------------------
 
-POOLS = ("AnyIO worker thread", "asyncio_", "edge-runtime pictures")
-MOST_POOLED = 40 + min(32, (os.cpu_count() or 1) + 4) + DECODERS  # AnyIO's limit, the event loop's, and ours
+POOLS = ("AnyIO worker thread", "asyncio_", "edge-runtime pictures", "edge-runtime texts", "edge-runtime decoding")
+OURS = TEXT_THREADS + Settings().max_queue + 2 * MOST_DECODERS
+MOST_POOLED = 40 + min(32, (os.cpu_count() or 1) + 4) + OURS  # AnyIO's limit, the event loop's, and ours
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: "])
