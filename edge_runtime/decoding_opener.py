@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -30,6 +31,7 @@ from edge_runtime.pages import Page
 from edge_runtime.slicing import Size, check_plan, plan_slices
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import UNNAMED, Content, VideoSource
+from edge_runtime.video_file import MOST_THREADS
 from edge_runtime.video_frames import FOLDER_RATE, FrameSource, PictureFrames, Watch, file_identity, pictures_in
 
 OnImage = Callable[[int, int], None]
@@ -166,16 +168,25 @@ class WorkerVideo:
     def __init__(self, content: Content, limits: VideoLimits, watch: Watch, lease: Lease) -> None:
         self.name, self.content, self.limits, self.pool = content.name, content, limits, lease.pool
         request = {"op": "video", "limits": asdict(limits), "name": self._path}
-        reply = lease.ask(request, self.name, data=self.read(), on_share=watch, error=VideoError)
+        reply = lease.ask(
+            request, self.name, data=self.read(), n_threads=MOST_THREADS, on_share=watch, error=VideoError
+        )
         self.size = _size(reply, limits.most_pixels, self.name)
-        self.rate, self.missing_s = float(reply["rate"]), float(reply["missing_s"])
-        times = array("d")
-        times.frombytes(base64.b64decode(reply["times"]))
-        self.times: Sequence[float] = times
-        self.facts: Mapping[str, Any] = reply["facts"]
-        self.digest = bytes.fromhex(reply["digest"])
-        self.state: Mapping[str, Any] = reply["state"]
-        """What the worker wants to know when it goes on; only handed back."""
+        self.times: Sequence[float]
+        try:
+            self.rate, self.missing_s = float(reply["rate"]), float(reply["missing_s"])
+            self.times = array("d", base64.b64decode(reply["times"], validate=True))
+            self.facts: Mapping[str, Any] = reply["facts"]
+            self.digest = bytes.fromhex(reply["digest"])
+            self.state: Mapping[str, Any] = reply["state"]
+            """What the worker wants to know when it goes on; only handed back."""
+            is_sound = (
+                len(self.times) and self.rate > 0 and math.isfinite(self.rate + self.missing_s + sum(self.times))
+            )
+        except (LookupError, TypeError, ValueError):
+            is_sound = False
+        if not is_sound:
+            raise VideoError(f"{self.name} has an index of no sense; it is damaged: get the file again.")
 
     @property
     def _path(self) -> str | None:
@@ -209,12 +220,17 @@ class WorkerCursor:
         self._watch, video = watch, self._video
         if self._lease is None:
             lease = self._stack.enter_context(video.pool.lease(lambda: self._watch(0.0), for_frames=True))
-            request = {"op": "cursor", "limits": asdict(video.limits), "state": video.state, "name": video._path}
-            lease.ask(request, video.name, data=video.read(), error=VideoError)
+            opened: dict[str, Any] = {
+                "op": "cursor",
+                "limits": asdict(video.limits),
+                "state": video.state,
+                "name": video._path,
+            }
+            lease.ask(opened, video.name, data=video.read(), error=VideoError)
             self._lease = lease
-        reply = self._lease.ask(
-            {"op": "frame", "index": index}, video.name, what=f"Frame {index} of ", error=VideoError
-        )
+        request = {"op": "frame", "index": index}
+        what = f"Frame {index} of "
+        reply = self._lease.ask(request, video.name, what=what, n_threads=MOST_THREADS, error=VideoError)
         return _picture(self._lease, reply, video.limits.most_pixels, video.name)
 
     def close(self) -> None:
@@ -251,7 +267,10 @@ def _picture(lease: Lease, reply: Mapping[str, Any], pixel_limit: int, name: str
 
 
 def _size(reply: Mapping[str, Any], pixel_limit: int, name: str) -> Size:
-    width, height = (int(side) for side in reply["size"])
+    try:
+        width, height = (int(side) for side in reply["size"])
+    except (LookupError, TypeError, ValueError, OverflowError):
+        width = height = 0
     if width < 1 or height < 1 or width * height > pixel_limit:
         raise ImageError(
             f"{name} has {width} x {height} pixels, at most {pixel_limit} are decoded; scale it down or raise the "

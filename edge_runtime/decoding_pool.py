@@ -27,7 +27,9 @@ from edge_runtime.errors import EdgeRuntimeError, EngineBusy, ImageError
 from edge_runtime.memory import available_bytes
 
 TIMEOUT_S = 30.0
-"""Default for one page, picture or frame."""
+"""Default for one page, picture or frame: of processor time where the system tells it, since machines are busy."""
+MOST_WAIT = 4
+"""So many times as long may it take by the clock."""
 SLOW_AFTER_S = 1.0
 """What an ordinary file never takes: 12 million pixels of JPEG decode in 0.15 s."""
 N_SLOW = 1
@@ -95,7 +97,7 @@ class DecoderPool:
     Parameters
     ----------
     n_workers : files in the fast lane at once.
-    timeout_s : most seconds for one picture, page or frame, standing still not counted.
+    timeout_s : most seconds for one picture, page or frame, see `TIMEOUT_S`; standing still is not counted.
     pixel_limit : most pixels of a picture; decides how much memory a worker may take.
     """
 
@@ -219,6 +221,7 @@ class Lease:
         *,
         data: bytes | memoryview | None = None,
         what: str = "",
+        n_threads: int = 1,
         on_share: Callable[[float], None] = lambda share: None,
         error: type[ImageError] = ImageError,
     ) -> dict[str, Any]:
@@ -228,6 +231,7 @@ class Lease:
         ----------
         name : of the file, for errors.
         what : of the file is decoded, for errors: `Page 3 of `.
+        n_threads : that the decoder may have.
         error : class of the error when the worker fails.
 
         Raises
@@ -240,7 +244,7 @@ class Lease:
             self._send(data)
             request = {**request, "bytes": len(data)}
         try:
-            reply = self.worker.ask(request, _Watch(self, whole, error), 8 * self.pool.timeout_s, on_share)
+            reply = self.worker.ask(request, _Watch(self, whole, error, n_threads), 8 * self.pool.timeout_s, on_share)
         except WorkerEnded:
             if self.pool._is_closed:
                 raise errors.RequestCancelled("The server is shutting down; try again later.") from None
@@ -325,20 +329,29 @@ class Lease:
 class _Watch:
     """Looks round while a request is worked on."""
 
-    def __init__(self, lease: Lease, what: str, error: type[ImageError]) -> None:
-        self._lease, self._what, self._error = lease, what, error
+    def __init__(self, lease: Lease, what: str, error: type[ImageError], n_threads: int) -> None:
+        self._lease, self._what, self._error, self._n_threads = lease, what, error, n_threads
         self._paused_s = 0.0
+        self._before_s = lease.worker.processor_s
 
     def __call__(self, seconds: float) -> None:
         lease = self._lease
         lease.check()
         if seconds > SLOW_AFTER_S:
             self._paused_s += lease.become_slow(self._what)
-        if seconds - self._paused_s > lease.pool.timeout_s:
+        if self._is_over(seconds - self._paused_s, lease.pool.timeout_s):
             raise self._error(
                 f"{self._what} takes longer than {lease.pool.timeout_s:g} s to decode, which is the limit; save it "
                 "in a simpler form, leave it out, or raise the limit with --decode-timeout."
             )
+
+    def _is_over(self, seconds: float, limit: float) -> bool:
+        if seconds < limit:
+            return False
+        now = self._lease.worker.processor_s
+        if now is None or self._before_s is None:
+            return seconds > limit
+        return now - self._before_s > limit * self._n_threads or seconds > MOST_WAIT * limit
 
 
 def _error(reply: Mapping[str, Any], what: str, otherwise: type[ImageError]) -> EdgeRuntimeError:

@@ -162,6 +162,15 @@ class Worker:
             on_share(float(reply["share"]))
             look(time.monotonic() - began)
 
+    @property
+    def processor_s(self) -> float | None:
+        """Processor time that the process has taken; None where the system does not tell it."""
+        try:
+            told = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+        except (OSError, IndexError, ValueError):
+            return None
+
     def be_less_urgent(self) -> None:
         """Let others go first from here on: whatever it decodes takes long."""
         self.is_less_urgent = True

@@ -296,6 +296,8 @@ LIES = {
     "no size": {"size": [0, 5]},
     "a huge size": {"size": [1 << 20, 1 << 20]},
     "a size that is none": {"size": [-4, -4]},
+    "a size of another kind": {"size": ["large"]},
+    "nothing": {},
     "another error": {"error": "SystemExit", "text": "x"},
     "an error of Python's": {"error": "EdgeRuntimeError.__class__", "text": "x"},
 }
@@ -310,6 +312,35 @@ def test_a_worker_that_lies_is_not_believed(pool, monkeypatch, lie):
         for what in (lambda: source.size(1000), lambda: source.render(1000), lambda: source.cut(1000, SLICING, 9)):
             with pytest.raises(ImageError):
                 what()
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"times": ""},
+        {"times": "AAAA"},
+        {"rate": 0},
+        {"rate": float("nan")},
+        {"digest": "x"},
+        {"facts": None, "rate": []},
+    ],
+)
+def test_an_index_that_lies_is_not_believed(pool, monkeypatch, lie):
+    told = {
+        "size": [48, 48],
+        "rate": 25,
+        "missing_s": 0,
+        "times": "AAAAAAAAAAA=",
+        "facts": {},
+        "digest": "00",
+        "state": {},
+    }
+    with WorkerOpener(pool, lambda: None) as opener:
+        monkeypatch.setattr(opener.lease.worker, "ask", lambda *args, **more: {**told, **lie})
+        with pytest.raises(VideoError, match="an index of no sense"):
+            opener.video(b"video", LIMITS, lambda share: None, None)
+        monkeypatch.setattr(opener.lease.worker, "ask", lambda *args, **more: dict(told))
+        assert opener.video(b"video", LIMITS, lambda share: None, None).times.tolist() == [0.0]
 
 
 def test_nothing_of_one_request_is_there_for_the_next():
