@@ -26,6 +26,7 @@ import re
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edge_runtime.bus_errors import watch_memory
 from edge_runtime.errors import MessageError
 
 Bytes = npt.NDArray[np.uint8]
@@ -42,6 +44,7 @@ _HEAD = struct.Struct("<8sIIQ32s")
 SUFFIX = ".entry"
 _NAME = re.compile(r"[0-9a-f]{32}\.entry")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+\.tmp")
+ADVICE = "Delete it, or choose another --cache-dir."
 STALE_S = 3600  # a temporary file this old was left by a process that ended
 MOST_FACTS_BYTES = 1 << 20
 DEFAULT_LIMIT_BYTES = 4 << 30
@@ -108,7 +111,9 @@ class DiskCache:
         path = self.path(name)
         try:
             with path.open("rb") as stream:
-                data = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            data = np.frombuffer(mapped, np.uint8)
+            weakref.finalize(mapped, watch_memory(data.ctypes.data, data.size, path, ADVICE))
             entry = _checked(name, data)
         except FileNotFoundError:
             return None

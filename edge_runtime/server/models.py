@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_runtime.errors import NotEnoughMemoryError
+from edge_runtime.errors import EdgeRuntimeError, NotEnoughMemoryError
 from edge_runtime.loading import LoadOptions, needed_bytes
 from edge_runtime.memory import available_bytes
 from edge_runtime.model import Model
@@ -87,6 +87,7 @@ class ModelRegistry:
         listed = await asyncio.to_thread(self.catalog.find, name)
         if self._closing:  # meanwhile: what is loaded now would never be unloaded
             raise ShuttingDown("The server is shutting down; try again later.")
+        await self._leave_changed(listed)
         slot = self._slots.setdefault(listed.files, Slot(listed, self._settings.keep_alive_s))
         slot.listed = listed
         slot.users += 1
@@ -125,6 +126,21 @@ class ModelRegistry:
             slot.keep_alive_s = 0.0
             if slot.users == 0:
                 await self._unload(slot)
+
+    async def _leave_changed(self, listed: Listed) -> None:
+        """Let a model go whose files were written to, so that it is loaded anew; who uses it sees its own errors."""
+        slot = self._slots.get(listed.files)
+        if slot is None or slot.model is None:
+            return
+        try:
+            slot.model.check_usable()
+        except EdgeRuntimeError as error:
+            logger.warning("%s is loaded anew: %s", listed.name, error)
+            if slot.users == 0:
+                await self._unload(slot)
+            elif self._slots.get(listed.files) is slot:
+                del self._slots[listed.files]
+                slot.keep_alive_s = 0.0  # it goes with its last user
 
     async def close(self) -> None:
         """Unload everything, and wait for what is on its way out."""
