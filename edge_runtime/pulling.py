@@ -23,6 +23,7 @@ from edge_runtime.errors import DownloadError, ModelFileError
 from edge_runtime.hubs import Choice, Listing, choose, list_files
 from edge_runtime.library import Entry, Library, StoredFile
 from edge_runtime.sources import Source, parse_source, visible
+from edge_runtime.unfinished import make_folder
 from edge_runtime.weights import GGUFFile
 
 Progress = Callable[[str, int, int], None]
@@ -175,7 +176,7 @@ class _Pull:
     def run(self, on_plan: Callable[[Plan], None]) -> Entry:
         """Fetch what is missing; the record comes last."""
         with storing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._reuse()
             missing = [file for file in self.choice.files if not self._is_here(file)]
             fetched = sum(max(0, (file.size or 0) - self._arrived(file)) for file in missing)
@@ -219,7 +220,7 @@ class _Pull:
         for file in self.choice.files:
             if file.digest in known and not self._is_here(file) and known[file.digest].is_file():
                 target = self.folder / file.path
-                target.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent)
                 with contextlib.suppress(OSError):  # no hard links here: it is fetched
                     os.link(known[file.digest], target)
 

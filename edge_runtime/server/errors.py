@@ -28,6 +28,7 @@ from edge_runtime.errors import (
     ModelFileError,
     NotEnoughMemoryError,
     PromptTooLongError,
+    StoreError,
 )
 
 logger = logging.getLogger("edge_runtime.server")
@@ -177,6 +178,7 @@ _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] 
     (EngineBusy, 429, "rate_limit_exceeded", RETRY_AFTER_S),
     (NotEnoughMemoryError, 503, "not_enough_memory", RETRY_AFTER_S),
     (ModelFileError, 500, "model_unusable", None),
+    (StoreError, 507, "storage_failed", None),
     (DownloadError, 502, "download_failed", None),
     (BackendUnavailable, 501, "not_available", None),
 )

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from edge_runtime import MessageError
-from edge_runtime.disk_cache import STALE_S, DiskCache
+from edge_runtime.disk_cache import DiskCache
+from edge_runtime.unfinished import unfinished
 
 A, B, C = (digit * 32 for digit in "abc")
 
@@ -95,16 +96,34 @@ def test_the_first_of_several_names_stays_longest(cache):
 def test_the_limit_holds_from_the_start_and_stale_temporary_files_go(cache):
     for name in (A, B):
         put(cache, name, bytes(40_000))
-    stale, fresh, foreign = (cache.folder / name for name in (f".{A}.1.1.tmp", f".{B}.1.1.tmp", "holiday.jpg"))
-    for path in (stale, fresh, foreign):
+    left, foreign = cache.folder / f".{A}.1.1.tmp", cache.folder / "holiday.jpg"
+    for path in (left, foreign):
         path.write_bytes(b"x" * 1000)
-    long_ago = time.time() - STALE_S - 60
-    for path in (stale, foreign):
-        os.utime(path, (long_ago, long_ago))
-    smaller = DiskCache(cache.folder, 50_000)
-    assert [cache.has(name) for name in (A, B)] == [False, True]
-    assert (stale.exists(), fresh.exists(), foreign.exists()) == (False, True, True)
+    with unfinished(lambda token: cache.folder / f".{B}.{token}.tmp") as at_work:
+        for path in (at_work, foreign):  # whatever its age: somebody holds it
+            os.utime(path, (0, 0))
+        smaller = DiskCache(cache.folder, 50_000)
+        assert [cache.has(name) for name in (A, B)] == [False, True]
+        assert (left.exists(), at_work.exists(), foreign.exists()) == (False, True, True)
     smaller.close()
+
+
+@pytest.mark.parametrize("years", [-30, 30])
+def test_a_clock_that_is_set_makes_nothing_old(cache, monkeypatch, years):
+    """What is used now stays longest, whatever time it is said to be, also for who opens the folder later."""
+    for name in (A, B):
+        put(cache, name, bytes(40_000))
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + years * 365 * 86400 * 10**9)
+    cache.touch([A])
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    put(cache, C, bytes(40_000))
+    assert [cache.has(name) for name in (A, B, C)] == [True, False, True]
+    other = DiskCache(cache.folder, 100_000)
+    other.touch([A])
+    put(other, B, bytes(40_000))
+    assert [cache.has(name) for name in (A, B, C)] == [True, True, False]
+    other.close()
 
 
 def test_a_mapped_entry_survives_its_deletion(cache):
@@ -128,7 +147,7 @@ def test_a_full_disk_ends_the_keeping_and_nothing_else(cache, monkeypatch, caplo
     with caplog.at_level(logging.WARNING, "edge_runtime"):
         put(cache, A, b"content")
         put(cache, B, b"content")
-    assert caplog.text.count("No space left on device") == 1
+    assert caplog.text.count("the disk is full (") == 1
     assert not cache.has_room
     monkeypatch.undo()
 
