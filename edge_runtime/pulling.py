@@ -19,7 +19,7 @@ from pathlib import Path
 from edge_runtime import ollama
 from edge_runtime.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
 from edge_runtime.download import RemoteFile, download, part_of, storing
-from edge_runtime.errors import DownloadError, ModelFileError
+from edge_runtime.errors import ModelFileError, StoreError
 from edge_runtime.hubs import Choice, Listing, choose, list_files
 from edge_runtime.library import Entry, Library, StoredFile
 from edge_runtime.sources import Source, parse_source, visible
@@ -228,7 +228,7 @@ class _Pull:
         with storing(self.folder):
             free = shutil.disk_usage(self.folder).free
         if needed + SPARE_BYTES > free:
-            raise DownloadError(
+            raise StoreError(
                 f"{self.entry.name} needs {needed / 1e9:.2f} GB more, {self.library.root} has {free / 1e9:.2f} GB "
                 "free; free some space, or point EDGE_RUNTIME_MODELS to a folder on another disk."
             )

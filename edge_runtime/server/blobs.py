@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Set
 from pathlib import Path
 
 from edge_runtime.download import storing
-from edge_runtime.errors import DownloadError
+from edge_runtime.errors import StoreError
 from edge_runtime.pulling import SPARE_BYTES
 from edge_runtime.server.errors import RequestError, TooLarge
 from edge_runtime.sources import is_sha256, visible
@@ -82,7 +82,7 @@ class Blobs:
         ------
         RequestError, TooLarge
             When the contents are others, or too many.
-        DownloadError
+        StoreError
             When the disk is full or refuses.
         """
         target = self.path(digest)
@@ -131,7 +131,7 @@ class Blobs:
             make_folder(self._root)
             free = shutil.disk_usage(self._root).free
         if announced + SPARE_BYTES > free:
-            raise DownloadError(
+            raise StoreError(
                 f"The upload has {announced / 1e9:.2f} GB, the model store has {free / 1e9:.2f} GB free; free some "
                 "space, or point EDGE_RUNTIME_MODELS to a folder on another disk."
             )

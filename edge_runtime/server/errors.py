@@ -16,6 +16,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from edge_runtime.errors import (
@@ -203,6 +204,8 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(error.status_code, str(error.detail))
     if isinstance(error, asyncio.CancelledError):
         return Problem(503, "The server is shutting down; try again later.", retry_after=RETRY_AFTER_S)
+    if isinstance(error, ClientDisconnect):  # in the middle of a body: nobody reads this
+        return Problem(400, "The client left before its request was complete.")
     logger.error("A request failed unexpectedly", exc_info=error)
     return Problem(500, "Something went wrong inside the server; its log says what.", "internal_error")
 

@@ -40,9 +40,14 @@ class Slot:
     model: Model | None = None
     loading: asyncio.Task[None] | None = None
     last_used: float = field(default_factory=time.monotonic)
-    expires_at: float | None = None
-    """Unix time; None while it is used, or where it stays."""
+    ends_at: float | None = None
+    """By `time.monotonic`, as the clock on the wall may be set; None while it is used, or where it stays."""
     timer: asyncio.TimerHandle | None = None
+
+    @property
+    def expires_at(self) -> float | None:
+        """Unix time at which it goes, by the clock as it is now; None as above."""
+        return None if self.ends_at is None else time.time() + self.ends_at - time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,7 @@ class ModelRegistry:
         self._stop_timer(slot)
         if slot.users or slot.model is None or slot.keep_alive_s < 0 or self._closing:
             return
-        slot.expires_at = time.time() + slot.keep_alive_s
+        slot.ends_at = time.monotonic() + slot.keep_alive_s
         loop = asyncio.get_running_loop()
         slot.timer = loop.call_later(slot.keep_alive_s, self._expire, slot)
 
@@ -230,7 +235,7 @@ class ModelRegistry:
         leaving.add_done_callback(self._leaving.discard)
 
     def _stop_timer(self, slot: Slot) -> None:
-        slot.expires_at = None
+        slot.ends_at = None
         if slot.timer is not None:
             slot.timer.cancel()
             slot.timer = None
