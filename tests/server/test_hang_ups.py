@@ -246,7 +246,7 @@ def refused_requests() -> list[tuple[str, bytes, int]]:
         ("/api/chat", deep, 400),
         ("/api/chat", b"\xff\xfe" * 500_000, 400),
         ("/api/chat", of(messages=[bad_picture]), 400),
-        ("/api/chat", of(messages=[{"role": "user", "content": "word " * 200_000}]), 400),
+        ("/api/chat", of(messages=[{"role": "user", "content": "word " * 60_000}]), 400),
         ("/api/chat", of(messages=[{"role": "user", "content": "word " * 9_000}], truncate=False), 400),
         (
             "/api/chat",
@@ -261,7 +261,7 @@ def refused_requests() -> list[tuple[str, bytes, int]]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere memory cannot be told from mapped files")
-@pytest.mark.parametrize("n", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [44, pytest.param(1000, marks=pytest.mark.slow)])
 def test_memory_comes_back_after_requests_that_are_refused(serve, n):
     served = serve(max_body_bytes=4_000_000)
     requests = refused_requests()
@@ -274,7 +274,7 @@ def test_memory_comes_back_after_requests_that_are_refused(serve, n):
                 assert reply.status_code == status, (path, body[:80], reply.text[:300])
 
         client.post("/api/chat", json=chat(options={"num_predict": 2}))
-        ask(2 * len(requests))  # threads, caches and arenas that stay
+        ask(4)  # what the first ones bring in: modules, threads
         before = rss_anon()
         ask(n)
         wait_until(lambda: rss_anon() < before + (100 << 20), 60)
