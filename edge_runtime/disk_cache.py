@@ -16,6 +16,7 @@ nothing here raises.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ import mmap
 import os
 import queue
 import re
+import stat
 import struct
 import threading
 import time
@@ -111,12 +113,14 @@ class DiskCache:
         """An entry that is as it was written; None if there is none, or if it was damaged and is now deleted."""
         path = self.path(name)
         try:
-            with path.open("rb") as stream:
+            with open(path, "rb", opener=_open_entry) as stream:
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             data = np.frombuffer(mapped, np.uint8)
             weakref.finalize(mapped, watch_memory(data.ctypes.data, data.size, path, ADVICE))
             entry = _checked(name, data)
         except FileNotFoundError:
+            return None
+        except _Foreign:
             return None
         except MemoryError:  # it is whole, but not to be had now
             return None
@@ -285,6 +289,29 @@ def usable_folder(folder: str | Path) -> Path:
             f"The cache folder {str(folder)!r} cannot be used ({reason}); choose another --cache-dir."
         ) from None
     return path
+
+
+class _Foreign(Exception):  # noqa: N818 - nobody is told
+    """An entry that somebody else has put there."""
+
+
+def _open_entry(path: str, flags: int) -> int:
+    """Open an entry, if it is a file of whoever runs this: no link to elsewhere, no pipe that never answers.
+
+    Raises
+    ------
+    OSError
+        When it is no file.
+    """
+    handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    status = os.fstat(handle)
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        os.close(handle)
+        raise _Foreign
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return handle
 
 
 def _write_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:

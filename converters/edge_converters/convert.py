@@ -59,8 +59,9 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.vocabulary: Vocabulary = read_vocabulary(self.checkpoint, self.checkpoint.size("vocab_size"))
+        # In this order: the tensors hold the number of tokens against the rows that there are.
         self.tensors = plan_decoder(self.checkpoint, self.recipe, self.decoder_types)
+        self.vocabulary: Vocabulary = read_vocabulary(self.checkpoint, self.checkpoint.size("vocab_size"))
         self.vision_tensors = plan_vision(self.checkpoint, self.vision, self.vision_types)
         self.adapter_tensors = [] if self.lora is None else plan_adapter(self.lora, self.checkpoint)
 

@@ -139,6 +139,50 @@ def test_a_folder_that_cannot_be_used_is_told(tmp_path):
         DiskCache(tmp_path / "file")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such things here")
+@pytest.mark.parametrize("what", ["link", "pipe", "folder", "dangling", "loop", "foreign"])
+def test_what_is_no_entry_of_ours_is_not_read(cache, tmp_path, monkeypatch, what):
+    """Not for a moment: a pipe would never answer, a link may lead to anything."""
+    put(cache, A, b"content")
+    path, elsewhere = cache.path(A), tmp_path / "elsewhere"
+    if what == "foreign":
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        assert cache.get(A) is None
+        assert path.exists(), "it is not ours to delete"
+        return
+    path.rename(elsewhere)
+    if what == "link":
+        path.symlink_to(elsewhere)
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "none" if what == "dangling" else path)
+    assert cache.get(A) is None
+    assert elsewhere.read_bytes().endswith(b"content")
+    put(cache, B, b"content")
+    assert cache.get(B).content.tobytes() == b"content"
+    if what != "folder":
+        put(cache, A, b"content")
+        assert cache.get(A).content.tobytes() == b"content"
+        assert not path.is_symlink()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="rights of another kind")
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_rights_do_not_depend_on_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        cache = DiskCache(tmp_path / "above" / "cache", 100_000)
+        put(cache, A, b"content")
+        cache.close()
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "above", cache.folder, cache.path(A))]
+    assert modes == [0o755 & ~umask, 0o700, 0o600]
+
+
 def test_a_full_disk_ends_the_keeping_and_nothing_else(cache, monkeypatch, caplog):
     def fail(self, name, facts, content):
         raise OSError(28, "No space left on device")
