@@ -30,6 +30,20 @@ class Inside(ABC):
     _engine: Engine
     _low_memory: bool
 
+    def check_usable(self) -> None:
+        """Refuse what would wait for ever, or be computed with something else than what was loaded.
+
+        Raises
+        ------
+        EdgeRuntimeError
+            When the model was closed, or loaded by the process that this one was forked from.
+        ModelFileError
+            When its files were written to since.
+        """
+        self._engine.check_open()
+        for file in (self._decoder.file, self._encoder.file):
+            file.check_unchanged()
+
     @property
     def capabilities(self) -> list[str]:
         """What it can do, by Ollama's names: completion, vision, tools, thinking."""

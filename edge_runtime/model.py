@@ -273,6 +273,7 @@ class Model(Inside):
         MessageError, ImageError, PromptTooLongError
             Before anything is computed.
         """
+        self.check_usable()
         stop = check_lengths(max_tokens, thinking_budget, stop)
         n_beams = count_beams(beams, sampling)
         check_counts(

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from edge_runtime.base64_data import data_uri_size, decode_data_uri, is_data_uri
 from edge_runtime.errors import VideoError
+from edge_runtime.forks import only_here
 from edge_runtime.video import VideoLimits
 
 VideoSource = str | Path | bytes | BinaryIO | list[Any] | tuple[Any, ...]
@@ -108,7 +109,7 @@ class Content:
             self._bytes = head
             return
         handle, name = tempfile.mkstemp(prefix="edge-runtime-", suffix=".video")
-        weakref.finalize(self, _remove, name)
+        weakref.finalize(self, only_here(_remove), name)
         self._path = Path(name)
         n_bytes = 0
         with os.fdopen(handle, "wb") as copy:
