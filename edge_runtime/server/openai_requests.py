@@ -112,7 +112,6 @@ class ChatCompletionRequest(CompletionFields):
         None, description="Whether a last message of the assistant is continued; null does, as llama-server does."
     )
     add_generation_prompt: bool | None = None
-    return_progress: bool | None = Field(None, description="Whether a stream tells how much of the prompt was read.")
 
     @property
     def most_calls(self) -> int | None:

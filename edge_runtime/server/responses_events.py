@@ -16,7 +16,8 @@ from typing_extensions import TypedDict  # pydantic cannot describe typing's own
 
 from edge_runtime import tools as runtime_tools
 from edge_runtime.answers import Answer
-from edge_runtime.server.openai_replies import arguments_text, new_id, token_logprobs
+from edge_runtime.server.openai_replies import arguments_text, new_id, timings, token_logprobs
+from edge_runtime.server.openai_shapes import Timings
 from edge_runtime.server.responses_requests import ResponsesRequest
 from edge_runtime.streaming import Piece
 
@@ -89,6 +90,8 @@ class Response(TypedDict):
     previous_response_id: str | None
     store: bool
     background: bool
+    timings: NotRequired[Timings]
+    """Of a finished one; not OpenAI's, but llama-server's."""
 
 
 def _usage(answer: Answer) -> ResponseUsage:
@@ -151,6 +154,10 @@ class ResponseEvents:
         """Say that work has begun."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self.response("in_progress"))
+
+    def of_prompt(self) -> Event:
+        """Say that work goes on: one that tells of the prompt."""
+        return self._event("response.in_progress", response=self.response("in_progress"))
 
     def piece(self, piece: Piece) -> Iterator[Event]:
         """Translate a piece."""
@@ -217,6 +224,7 @@ class ResponseEvents:
         }
         if answer is not None:
             found["completed_at"] = int(time.time())
+            found["timings"] = timings(answer)
         return found
 
     def _event(self, kind: str, **fields: Any) -> Event:
