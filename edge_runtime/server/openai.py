@@ -22,6 +22,7 @@ from edge_runtime.server.chunks import Telling, lines, one_call, whole_answers
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import Answering, ChatCall
 from edge_runtime.server.llama_server_facts import entry_fields, list_fields
+from edge_runtime.server.loose import Loose
 from edge_runtime.server.openai_constraints import fields_as_sent
 from edge_runtime.server.openai_fields import with_warnings
 from edge_runtime.server.openai_replies import (
@@ -31,7 +32,7 @@ from edge_runtime.server.openai_replies import (
     chat_completion,
     usage,
 )
-from edge_runtime.server.openai_requests import ChatCompletionRequest, CompletionRequest, Loose
+from edge_runtime.server.openai_requests import ChatCompletionRequest, CompletionRequest
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import ServerState, State

@@ -210,11 +210,11 @@ class ResponseEvents:
             "max_output_tokens": request.max_output_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "tools": [_tool(tool) for tool in request.described_tools()],
+            "tools": [_tool(tool) for tool in request.offered_tools()[0]],
             "tool_choice": _choice(request),
-            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "parallel_tool_calls": request.most_calls is None,
             "text": _format(request),
-            "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
+            "reasoning": {"effort": request.effort, "summary": None},
             "truncation": request.truncation or "disabled",
             "metadata": request.metadata or {},
             "user": request.user,
@@ -277,7 +277,7 @@ class ResponseEvents:
         yield self._event("response.output_item.done", item=_copy(item), output_index=len(self._output) - 1)
 
     def _call(self, call: runtime_tools.ToolCall) -> Iterator[Event]:
-        if self._n_calls and self.request.parallel_tool_calls is False:
+        if self._n_calls and self._n_calls == self.request.most_calls:
             return
         yield from self._close("completed")
         self._n_calls += 1
