@@ -164,7 +164,7 @@ class Engine:
             if waiting >= MOST_REQUESTS:
                 raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
             self._open.add(task)
-        if self._keeping.prefixes is not None and not request.scores_prompt:
+        if self._keeping.prefixes is not None and request.reuse and not request.scores_prompt:
             adapter = self._decoder.adapters.identities[request.adapter]
             task.saved = self._keeping.prefixes.find(task.keys, adapter, self._scheduler.remembered(task))
         self._inbox.put(task)

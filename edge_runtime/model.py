@@ -202,6 +202,7 @@ class Model(Inside):
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         prompt_only: bool = False,
+        reuse: bool = True,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         min_tokens: int = 0,
@@ -243,6 +244,8 @@ class Model(Inside):
         top_logprobs : and of so many of the most probable ones at its place, at most 20.
         prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
         prompt_only : end where the prompt is computed, with an empty answer.
+        reuse : False computes the prompt anew, whatever is remembered of it in memory or on disk; its pictures are
+            taken from memory all the same. The same question is then computed in the same chunks each time.
         stop : strings that end the answer; they are not part of it.
         stop_token_ids, min_tokens, ignore_eos, allowed_token_ids : see `token_rules`.
         stop_in_reasoning : whether they end it in the reasoning already.
@@ -353,6 +356,7 @@ class Model(Inside):
             begun,
             rules,
             shared=prepared.shared,
+            reuse=reuse,
         )
 
         def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:

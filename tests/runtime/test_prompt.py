@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,18 @@ def test_templates_are_foreign_code(exact_model: Model, template, error):
             thinking=False,
             use_image_id=True,
         )
+
+
+def test_templates_have_what_transformers_gives_them():
+    """Without it, those of Llama 3 would tell another date, and those of Command R would not be rendered at all."""
+    template = (
+        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}"
+        "{% endfor %} {{ strftime_now('%d %b %Y') }} {{ messages[0].content | tojson }}"
+    )
+    days = [date.today().strftime("%d %b %Y")]
+    text = templates.render(template, {"messages": [{"content": "<é>"}]})
+    days.append(date.today().strftime("%d %b %Y"))  # midnight may have passed
+    assert text in {f'02 {day} "<é>"' for day in days}
 
 
 @pytest.mark.parametrize(
