@@ -95,6 +95,12 @@ class TooLarge(ServerError):  # noqa: N818 - says what is the matter
     status = 413
 
 
+class TooManyConnections(ServerError):  # noqa: N818 - says what is the matter
+    """A connection beyond what the server, or one client, may have."""
+
+    status, code = 503, "too_many_connections"
+
+
 class TimedOut(ServerError):  # noqa: N818 - says what is the matter
     """A request that took longer than the owner allows."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
-from edge_runtime.errors import EngineBusy, MessageError
+from edge_runtime.errors import MessageError
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
@@ -29,6 +29,7 @@ from edge_runtime.server.media import brought_in
 from edge_runtime.server.models import ModelRegistry, Use
 from edge_runtime.server.ollama_context import messages_of
 from edge_runtime.server.settings import Settings
+from edge_runtime.server.shares import Places, asking
 from edge_runtime.streaming import Piece
 from edge_runtime.video import VideoLimits
 
@@ -232,8 +233,7 @@ class Inference:
 
     def __init__(self, settings: Settings, registry: ModelRegistry) -> None:
         self.settings, self.registry = settings, registry
-        self.n_open = 0
-        """Calls that wait or are worked on."""
+        self._places = Places(settings.max_queue, settings.queue_of_one, "requests are waiting or running")
         self.on_end: list[Callable[[Outcome], None]] = []
         self._decoders = ThreadPoolExecutor(DECODERS, "edge-runtime pictures")
         self._running: set[Answering] = set()
@@ -245,13 +245,18 @@ class Inference:
             "video_limits": VideoLimits(most_bytes=settings.max_video_bytes, most_pixels=settings.max_pixels),
         }
 
+    @property
+    def n_open(self) -> int:
+        """Calls that wait or are worked on."""
+        return self._places.n
+
     async def begin(self, call: ChatCall) -> Answering:
         """Admit a call, prepare and submit it.
 
         Raises
         ------
         EngineBusy
-            When too many calls are open.
+            When too many calls are open, or too many of this client's.
         EdgeRuntimeError
             When something about the call, or its model, is not right; nothing was computed then.
         """
@@ -268,14 +273,7 @@ class Inference:
             return answering
 
     def _admit(self, stack: contextlib.AsyncExitStack) -> None:
-        if self.n_open >= self.settings.max_queue:
-            raise EngineBusy(f"{self.n_open} requests are waiting or running, which is the limit; try again later.")
-        self.n_open += 1
-
-        def leave() -> None:
-            self.n_open -= 1
-
-        stack.callback(leave)
+        stack.callback(self._places.take(asking()))
 
     def _watch(self, answering: Answering) -> None:
         """Keep book of the call until it is closed."""
