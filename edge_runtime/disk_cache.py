@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.errors import MessageError
+from edge_runtime.plain_files import open_plain
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -107,7 +108,7 @@ class DiskCache:
         """An entry that is as it was written; None if there is none, or if it was damaged and is now deleted."""
         path = self.path(name)
         try:
-            with path.open("rb") as stream:
+            with open_plain(path) as stream:
                 data = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
             entry = _checked(name, data)
         except FileNotFoundError:

@@ -38,6 +38,14 @@ class DownloadError(EdgeRuntimeError):
     """A model that cannot be fetched or stored, or that arrived other than it was announced."""
 
 
+class StoreFull(DownloadError):  # noqa: N818 - says what is the matter
+    """More than clients of a server may store."""
+
+
+class AddressRefused(DownloadError):  # noqa: N818 - says what is the matter
+    """A download that a client asked for, and that would lead where the owner lets none go."""
+
+
 class ImageError(EdgeRuntimeError):
     """A picture or document that cannot be decoded, or that is too large to be encoded."""
 

@@ -75,6 +75,8 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option(
     "--cache-limit", **SIZE, metavar="GB", default=DEFAULT_LIMIT_BYTES / 2**30, help="Most that DIR may hold.  [4]"
 )
+@click.option("--max-store", **SIZE, default=256, metavar="GB", help="No pulls and uploads beyond this.  [256]")
+@click.option("--max-names", **COUNT, default=1000, help="Most models that clients make.  [1000]")
 @click.option("--tools", type=click.Choice(["auto", "off"]), default="auto", help="off: no model claims tools.")
 @click.option("--force", is_flag=True, help="Load models even if memory seems too short.")
 def serve(**options: Any) -> None:
@@ -137,6 +139,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
     bodies = options.pop("max_bodies")
     settings = Settings(
         max_body_bytes=int(options.pop("max_body") * MEGABYTE),
+        max_stored_bytes=int(options.pop("max_store") * 2**30),
         max_bodies_bytes=None if bodies is None else int(bodies * MEGABYTE),
         max_video_bytes=int(options.pop("max_video") * MEGABYTE),
         max_loaded_bytes=None if memory is None else int(memory * 1e9),

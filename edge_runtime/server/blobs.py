@@ -16,11 +16,12 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Callable, Set
 from pathlib import Path
 
 from edge_runtime.download import storing
-from edge_runtime.errors import DownloadError
+from edge_runtime.errors import DownloadError, StoreFull
+from edge_runtime.plain_files import is_plain
 from edge_runtime.pulling import SPARE_BYTES
 from edge_runtime.server.errors import RequestError, TooLarge
 from edge_runtime.sources import is_sha256, visible
@@ -58,18 +59,30 @@ class Blobs:
     ----------
     root : their folder; made when it is needed.
     most_bytes : of one upload.
+    room : bytes that clients may store beside what is there.
     """
 
-    def __init__(self, root: Path, most_bytes: int) -> None:
-        self._root, self._most_bytes = root, most_bytes
+    def __init__(self, root: Path, most_bytes: int, room: Callable[[], int] = lambda: 1 << 62) -> None:
+        self._root, self._most_bytes, self._room = root, most_bytes, room
 
     def path(self, digest: str) -> Path:
         """Where a file of this digest is, or would be."""
         return self._root / f"sha256-{checked_digest(digest)[len(PREFIX) :]}"
 
     def has(self, digest: str) -> bool:
-        """Whether it is here."""
-        return self.path(digest).is_file()
+        """Whether it is here. Who asks may want to make something of it: it stays for another while."""
+        path = self.path(digest)
+        if not is_plain(path):
+            return False
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return True
+
+    def size(self) -> int:
+        """Bytes of all that is here or arriving."""
+        with contextlib.suppress(OSError), os.scandir(self._root) as files:
+            return sum(file.stat(follow_symlinks=False).st_size for file in files)
+        return 0
 
     async def receive(self, digest: str, chunks: AsyncIterator[bytes], announced: int | None) -> None:
         """Store an upload when it is what its digest says; of a cut one nothing is left.
@@ -82,6 +95,8 @@ class Blobs:
         ------
         RequestError, TooLarge
             When the contents are others, or too many.
+        StoreFull
+            When clients may not store that much more.
         DownloadError
             When the disk is full or refuses.
         """
@@ -108,6 +123,7 @@ class Blobs:
             with path.open("xb") as file:
 
                 def flush() -> None:
+                    self._check_quota(len(held))
                     digest.update(held)
                     file.write(held)
                     held.clear()
@@ -128,6 +144,7 @@ class Blobs:
             return
         if announced > self._most_bytes:
             raise self._too_large(announced)
+        self._check_quota(announced)
         with storing(self._root):
             self._root.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._root).free
@@ -135,6 +152,13 @@ class Blobs:
             raise DownloadError(
                 f"The upload has {announced / 1e9:.2f} GB, the model store has {free / 1e9:.2f} GB free; free some "
                 "space, or point EDGE_RUNTIME_MODELS to a folder on another disk."
+            )
+
+    def _check_quota(self, n_bytes: int) -> None:
+        if n_bytes > (room := self._room()):
+            raise StoreFull(
+                f"The upload does not fit: clients may fill the store with another {max(0, room) / 1e9:.2f} GB. "
+                "Delete a model, or ask the server's owner for a larger --max-store."
             )
 
     def _too_large(self, n_bytes: int) -> TooLarge:
@@ -153,8 +177,10 @@ class Blobs:
         kept, now = {self.path(digest).name for digest in needed or ()}, time.time() if now is None else now
         with contextlib.suppress(OSError):  # no folder yet, or none that may be changed: nothing to tidy then
             for path in self._root.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    continue
                 is_whole, is_cut = _WHOLE.fullmatch(path.name), _ARRIVING.fullmatch(path.name)
-                age = now - path.stat().st_mtime
+                age = now - path.lstat().st_mtime
                 is_unneeded = is_whole and needed is not None and path.name not in kept
                 if (is_cut and age > CUT_AFTER_S) or (is_unneeded and age > UNNEEDED_AFTER_S):
                     path.unlink(missing_ok=True)

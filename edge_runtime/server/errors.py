@@ -7,7 +7,6 @@ is told that it happened, nothing more.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from edge_runtime.errors import (
+    AddressRefused,
     BackendUnavailable,
     DownloadError,
     EdgeRuntimeError,
@@ -28,7 +28,9 @@ from edge_runtime.errors import (
     ModelFileError,
     NotEnoughMemoryError,
     PromptTooLongError,
+    StoreFull,
 )
+from edge_runtime.server.sse import as_json
 
 logger = logging.getLogger("edge_runtime.server")
 
@@ -173,7 +175,7 @@ class Problem:
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(api), self.status, headers)
+        return Response(as_json(self.body(api)), self.status, headers, "application/json")
 
 
 # Classes of the runtime's errors, most special first: (status, OpenAI's code, Retry-After).
@@ -183,6 +185,8 @@ _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] 
     (EngineBusy, 429, "rate_limit_exceeded", RETRY_AFTER_S),
     (NotEnoughMemoryError, 503, "not_enough_memory", RETRY_AFTER_S),
     (ModelFileError, 500, "model_unusable", None),
+    (AddressRefused, 403, None, None),
+    (StoreFull, 507, "store_full", None),
     (DownloadError, 502, "download_failed", None),
     (BackendUnavailable, 501, "not_available", None),
 )
@@ -251,7 +255,7 @@ def error_response(error: Exception, path: str) -> Response:
 
 def error_line(error: BaseException, api: Api) -> str:
     """An error as the last JSON object of a stream."""
-    return json.dumps(problem_of(error).body(api), ensure_ascii=False)
+    return as_json(problem_of(error).body(api))
 
 
 def install(app: FastAPI) -> None:

@@ -272,6 +272,18 @@ class Inference:
             self._watch(answering)
             return answering
 
+    def check_answers(self, n: int) -> None:
+        """Look at how many answers are asked for, before room is made for so many.
+
+        Raises
+        ------
+        RequestError
+            When there are none, or too many.
+        """
+        if not 1 <= n <= self.settings.max_answers:
+            shown = n if abs(n) < 10**18 else "a number of more than 18 digits"
+            raise RequestError(f"n is {shown}; expected a number from 1 to {self.settings.max_answers}.", "n")
+
     def _admit(self, stack: contextlib.AsyncExitStack) -> None:
         stack.callback(self._places.take(asking()))
 
@@ -300,8 +312,7 @@ class Inference:
 
     async def _submit(self, call: ChatCall, use: Use, messages: str | Sequence[Any]) -> list[AnswerStream]:
         """Decode pictures and submit, off the event loop."""
-        if not 1 <= call.n <= self.settings.max_answers:
-            raise RequestError(f"n is {call.n}; expected a number from 1 to {self.settings.max_answers}.", "n")
+        self.check_answers(call.n)
         options = {**self._limits, **use.listed.defaults, **call.options}
         if use.listed.adapters:
             options.setdefault("adapter", next(iter(use.listed.adapters)))

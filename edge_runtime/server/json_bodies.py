@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +81,14 @@ def read(body: bytes, settings: Settings) -> Any:
         value = json.loads(body)
     except RecursionError:
         raise too_deep from None
+    except UnicodeDecodeError:
+        raise HTTPException(400, "The body is not valid UTF-8; expected one JSON object.") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # more digits than Python reads, which takes the square of their number in time
+        raise HTTPException(
+            400, f"The body holds a whole number of more than {sys.get_int_max_str_digits()} digits; shorten it."
+        ) from None
     level = [value]
     for _ in range(settings.max_depth):
         level = (

@@ -47,9 +47,13 @@ class Settings:
     """Of a conversation."""
     max_parts: int = 1000
     """Of one message."""
-    max_tokenize_bytes: int = 4 * MEGABYTE
+    max_tokenize_bytes: int = MEGABYTE
     """Of a text for /tokenize, which may be longer than any prompt."""
     max_blob_bytes: int = 64 << 30
+    max_stored_bytes: int = 256 << 30
+    """Of the model store, whoever filled it; then clients can neither pull nor upload anything more."""
+    max_names: int = 1000
+    """Of models that clients made."""
     max_images: int = 64
     """Pictures in one request."""
     max_image_bytes: int = 64 * MEGABYTE
