@@ -210,9 +210,9 @@ def through(door: Door | None) -> Iterator[None]:
 
 
 def checked(client: httpx2.Client) -> httpx2.Client:
-    """Return a client all of whose requests, redirects included, pass the door of their context."""
-    hooks = client.event_hooks
-    if _look not in hooks["request"]:
+    """Return a client all of whose requests, redirects included, pass the door of their context, if it has one."""
+    hooks = client.event_hooks if _DOOR.get() is not None else None
+    if hooks is not None and _look not in hooks["request"]:
         client.event_hooks = {**hooks, "request": [*hooks["request"], _look]}
     return client
 
