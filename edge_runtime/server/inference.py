@@ -22,10 +22,10 @@ from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed
-from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut
+from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, TooLarge
 from edge_runtime.server.facts import refuse_what_it_cannot
 from edge_runtime.server.fetching import Fetcher
-from edge_runtime.server.media import brought_in
+from edge_runtime.server.media import brought_in, text_bytes
 from edge_runtime.server.models import ModelRegistry, Use
 from edge_runtime.server.ollama_context import messages_of
 from edge_runtime.server.settings import Settings
@@ -352,6 +352,8 @@ class Inference:
 
         Raises
         ------
+        TooLarge
+            When there is more text than is worth counting: it may be longer than any context, but not without end.
         EdgeRuntimeError
             As `begin`.
         """
@@ -360,6 +362,9 @@ class Inference:
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
             messages = await brought_in(with_texts(use.listed, call.messages), self.settings, self._fetcher)
             options = {**self._limits, **call.options}
+            n_bytes, most = text_bytes([messages, options.get("tools")]), self.settings.max_tokenize_bytes
+            if n_bytes > most:
+                raise TooLarge(f"The conversation has {n_bytes} bytes of text, at most {most} are cut into tokens.")
 
             def build(gone: threading.Event) -> Prompt:
                 return use.model.build_prompt(messages, **options, **_noticing(gone))

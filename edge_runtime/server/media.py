@@ -26,6 +26,8 @@ DESCRIPTIONS = frozenset(
 )
 """Keys of a part whose strings describe and lead nowhere."""
 TEXT_KINDS = ("text", "input_text", "output_text", "refusal")
+TEXT_KEYS = frozenset({"", "content", "text", "refusal", "reasoning", "reasoning_content", "thinking", "arguments"})
+"""Whatever these begin with, it is read."""
 VIDEO_KINDS = ("video", "video_url", "input_video")
 LARGE_KINDS = (*VIDEO_KINDS, "file", "input_file", "document")
 """Parts that may be as large as a video."""
@@ -78,6 +80,22 @@ def checked_messages(messages: Any, settings: Settings, fetched: Mapping[str, st
         When there are too many pictures, or one is too large.
     """
     return Media(settings, fetched or {}).conversation(messages)
+
+
+def text_bytes(value: Any, key: str = "") -> int:
+    """Bytes of UTF-8 of all texts in a conversation that was brought in; `data:` URIs of media are none."""
+    left, n_bytes = [(key, value)], 0
+    while left:
+        key, item = left.pop()
+        if isinstance(item, str):
+            is_media = key not in TEXT_KEYS and is_data_uri(item)
+            n_bytes += 0 if is_media else len(item.encode("utf-8", "surrogatepass"))
+        elif isinstance(item, Mapping):
+            left += [("text", name) for name in item]
+            left += [(str(name), inner) for name, inner in item.items()]
+        elif isinstance(item, list | tuple):
+            left += [(key, inner) for inner in item]
+    return n_bytes
 
 
 @dataclass

@@ -12,6 +12,7 @@ import pytest
 from starlette.exceptions import HTTPException
 
 from edge_runtime.server import json_bodies
+from edge_runtime.server.media import text_bytes
 from edge_runtime.server.settings import Settings
 from server.conftest import Served
 
@@ -119,3 +120,28 @@ def test_text_to_be_cut_into_tokens_has_a_limit(client: httpx.Client):
     reply = client.post("/tokenize", json={"content": "ä" * (Settings.max_tokenize_bytes // 2 + 1)})
     assert reply.status_code == 413
     assert f"at most {Settings.max_tokenize_bytes} are cut" in reply.json()["error"]["message"]
+
+
+def test_text_to_be_counted_has_a_limit(client: httpx.Client):
+    for path in ("/v1/messages/count_tokens", "/v1/chat/completions/input_tokens", "/apply-template"):
+        for begins in ("", "data:;base64,"):
+            text = begins + "a" * Settings.max_tokenize_bytes
+            reply = client.post(path, json={"model": "demo", "messages": [{"role": "user", "content": text + "a"}]})
+            assert reply.status_code == 413, reply.text[:200]
+            assert "of text, at most" in reply.text
+    reply = client.post("/v1/responses/input_tokens", json={"model": "demo", "input": text + "a"})
+    assert reply.status_code == 413
+
+
+def test_what_counts_as_text():
+    picture = "data:image/png;base64," + "A" * 1000
+    message = {
+        "role": "user",
+        "content": [{"type": "image_url", "image_url": {"url": picture}}, "ä"],
+        "images": [picture],
+    }
+    assert text_bytes([]) == 0
+    assert text_bytes("data:a") == 6
+    assert 2 < text_bytes([message]) < 100
+    assert text_bytes([{"content": [{"type": "text", "text": picture}]}]) > 1000
+    assert text_bytes([{"content": picture}, {"parameters": {picture: 1}}]) > 2000
