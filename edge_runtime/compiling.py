@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from edge_runtime.errors import BackendUnavailable
+from edge_runtime.errors import BackendUnavailable, MessageError
 
 OPTIONS: dict[str, Any] = {
     # One blank at most: an answer of blanks would be valid without end.
@@ -37,9 +37,20 @@ def load_llguidance() -> Any:
 
 
 def grammar_text(schema: str, *, one_of_is_any_of: bool = False) -> str:
-    """The grammar of a schema that was checked and bounded."""
+    """The grammar of a schema that was checked and bounded.
+
+    Raises
+    ------
+    MessageError
+        When it is nested more deeply than its reader goes.
+    """
     options = {**OPTIONS, "coerce_one_of": one_of_is_any_of}
-    text: str = load_llguidance().LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    try:
+        text: str = load_llguidance().LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    except ValueError as error:
+        raise MessageError(
+            f"The schema cannot be read ({str(error)[:100]}); expected fewer lists and objects inside of each other."
+        ) from None
     return text
 
 

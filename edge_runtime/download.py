@@ -4,7 +4,8 @@ What has arrived lies in a hidden `.part` file beside the target, named after th
 later call, of this process or another, goes on behind it. The file gets its name when size and checksum hold. Two
 processes must not fetch the same file at once: the caller holds a lock.
 
-Requests go through huggingface_hub's session for every server: its proxies, certificates, time-outs and offline
+Requests go through huggingface_hub's session for every server, and through the door of `addresses` where a client of
+the server asked for them: its proxies, certificates, time-outs and offline
 switch then mean the same everywhere. It follows redirects and leaves keys behind when they lead to another host.
 The library's own download is not used because it begins anew after a process has ended, and takes a file of the
 right size without looking at its checksum.
@@ -115,6 +116,7 @@ def ask(what: str, call: Callable[[], T]) -> T:
     def once() -> T:
         try:
             with _troubles(what):
+                session()  # what the hub's own functions use passes the door, too
                 return call()
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON that is none, or of another shape
             raise DownloadError(
@@ -261,14 +263,21 @@ def _check_announced(file: RemoteFile, response: Any, total: int | None) -> None
         raise DownloadError(f"{visible(file.path)} is announced with {announced} bytes; expected a model, not that.")
 
 
+def session() -> Any:
+    """huggingface_hub's client, whose requests pass the door of their context."""
+    from huggingface_hub import get_session
+
+    from edge_runtime.addresses import checked
+
+    return checked(get_session())
+
+
 @contextlib.contextmanager
 def _request(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
     """Stream an answer; a redirect may not lead from a secure address to an open one."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
 
-    with get_session().stream(
-        "GET", url, headers=dict(headers), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-    ) as response:
+    with session().stream("GET", url, headers=dict(headers), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
         if response.url.scheme != "https" and urlsplit(url).scheme == "https" and response.url.host not in LOOPBACK:
             raise DownloadError(
                 f"{urlsplit(url).hostname} redirects to an address that is not secure ({response.url.host}); "

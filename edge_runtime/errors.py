@@ -43,6 +43,14 @@ class StoreError(DownloadError):
     """A file of the model store that the disk does not take, or does not let go."""
 
 
+class StoreFull(StoreError):  # noqa: N818 - says what is the matter
+    """More than clients of a server may store."""
+
+
+class AddressRefused(DownloadError):  # noqa: N818 - says what is the matter
+    """A download that a client asked for, and that would lead where the owner lets none go."""
+
+
 class ImageError(EdgeRuntimeError):
     """A picture or document that cannot be decoded, or that is too large to be encoded."""
 

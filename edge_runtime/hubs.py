@@ -7,6 +7,7 @@ login`), sent to the hub alone and never shown.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,6 +80,20 @@ def list_files(source: Source, mmproj: str | None = None) -> Listing:
     if source.kind == "ms":
         return _modelscope(source.place)
     return _addresses(source, mmproj)
+
+
+def endpoint_of(source: Source) -> str:
+    """Address of the hub that a model comes from, as the owner of this machine set it; empty where there is none."""
+    if source.kind == "hf":
+        from huggingface_hub import constants
+
+        return str(constants.ENDPOINT)
+    if source.kind == "ms":
+        with contextlib.suppress(ImportError):
+            from modelscope_hub import get_default_config
+
+            return str(get_default_config().endpoint)
+    return ""
 
 
 def choose(source: Source, listing: Listing, mmproj: str | None = None) -> Choice:

@@ -24,12 +24,15 @@ from typing import Any, Literal
 
 from edge_runtime.download import storing
 from edge_runtime.errors import DownloadError, ModelFileError
+from edge_runtime.plain_files import open_plain
 from edge_runtime.sources import ALIASES, Source, checked_path, is_meant, parse_source, visible
 from edge_runtime.unfinished import make_folder, write_whole
 
 RECORD, LOCKS = "model.json", ".locks"
 MAX_RECORD_BYTES = 1 << 20
 FORMAT = 1
+WAIT_S = 1.0
+"""Between two looks at a lock that another process holds."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class Library:
 
         Parameters
         ----------
-        on_wait : called once when another process holds it; may raise instead of waiting.
+        on_wait : called now and then while another process holds it; may raise instead of waiting.
         """
         from filelock import FileLock, Timeout
 
@@ -216,8 +219,10 @@ class Library:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                on_wait()
-                lock.acquire()
+                while not lock.is_locked:
+                    on_wait()
+                    with contextlib.suppress(Timeout):
+                        lock.acquire(timeout=WAIT_S)
         try:
             yield
         finally:
@@ -226,7 +231,7 @@ class Library:
     def _read(self, folder: Path) -> Entry | None:
         record = folder / RECORD
         try:
-            with record.open("rb") as file:
+            with open_plain(record) as file:
                 raw = file.read(MAX_RECORD_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None

@@ -12,15 +12,16 @@ import datetime
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime import ollama
+from edge_runtime.addresses import Allowed, Door, through
 from edge_runtime.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
 from edge_runtime.download import RemoteFile, download, part_of, storing
-from edge_runtime.errors import ModelFileError, StoreError
-from edge_runtime.hubs import Choice, Listing, choose, list_files
+from edge_runtime.errors import ModelFileError, StoreError, StoreFull
+from edge_runtime.hubs import Choice, Listing, choose, endpoint_of, list_files
 from edge_runtime.library import Entry, Library, StoredFile
 from edge_runtime.sources import Source, parse_source, visible
 from edge_runtime.unfinished import make_folder
@@ -51,6 +52,8 @@ def pull(
     on_plan: Callable[[Plan], None] = lambda plan: None,
     on_wait: Callable[[], None] = lambda: None,
     library: Library | None = None,
+    allowed: Sequence[Allowed] | None = None,
+    most_bytes: int | None = None,
 ) -> Entry:
     """Bring a model into the store.
 
@@ -60,7 +63,10 @@ def pull(
     mmproj : the mmproj file when it is not the usual one: a name in the repository, or the second address.
     progress : called while bytes arrive.
     on_plan : called once it is known what will be fetched.
-    on_wait : called when another process is pulling the same model; its end is awaited.
+    on_wait : called now and then while another process is pulling the same model; its end is awaited.
+    allowed : what the owner of a server lets its clients have fetched; hubs are allowed beside it. None: it is the
+        owner who asks, and may name any address.
+    most_bytes : that may be fetched.
 
     Raises
     ------
@@ -68,17 +74,21 @@ def pull(
         When the name is none, or a file is no model that runs here.
     DownloadError
         When something cannot be fetched or stored. What has arrived is kept for the next time.
+    AddressRefused
+        When it is, or leads to, an address that may not be reached; nothing was sent there then.
     """
     source, library = _source(name), library or Library()
+    door = None if allowed is None else Door(tuple(allowed), endpoint_of(source))
     if source.kind == "ollama":
         if mmproj is not None:
             raise ModelFileError(f"{name} has an mmproj file of its own; expected no --mmproj here, but for 'run'.")
         return _link(source, library, progress)
-    listing = list_files(source, mmproj)
-    choice = choose(source, listing, mmproj if source.kind != "url" else None)
-    entry = _describe(source, listing, choice)
-    with library.lock(entry.name, on_wait):
-        return _Pull(library, entry, choice, progress).run(on_plan)
+    with through(door):
+        listing = list_files(source, mmproj)
+        choice = choose(source, listing, mmproj if source.kind != "url" else None)
+        entry = _describe(source, listing, choice)
+        with library.lock(entry.name, on_wait):
+            return _Pull(library, entry, choice, progress).run(on_plan, most_bytes)
 
 
 def fetch_checkpoint(name: str, progress: Progress, on_plan: Callable[[Plan], None]) -> tuple[Path, str]:
@@ -173,7 +183,7 @@ class _Pull:
         self.folder = library.snapshot(entry)
         self.old = self._old()
 
-    def run(self, on_plan: Callable[[Plan], None]) -> Entry:
+    def run(self, on_plan: Callable[[Plan], None], most_bytes: int | None = None) -> Entry:
         """Fetch what is missing; the record comes last."""
         with storing(self.folder):
             make_folder(self.folder)
@@ -181,6 +191,11 @@ class _Pull:
             missing = [file for file in self.choice.files if not self._is_here(file)]
             fetched = sum(max(0, (file.size or 0) - self._arrived(file)) for file in missing)
         on_plan(Plan(self.entry, fetched, self.folder))
+        if most_bytes is not None and fetched > most_bytes:
+            raise StoreFull(
+                f"{self.entry.name} needs {fetched / 1e9:.2f} GB more, and clients may fill the store with another "
+                f"{most_bytes / 1e9:.2f} GB; delete a model, or ask the server's owner for a larger --max-store."
+            )
         if missing:
             self._check_space(fetched)
         if self.old is None:

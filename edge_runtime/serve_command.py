@@ -36,9 +36,23 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--keep-alive", default="5m", metavar="TIME", help="How long an unused model stays loaded.  [5m]")
 @click.option("--max-memory", **SIZE, metavar="GB", help="Most for all loaded models.  [what is free]")
 @click.option("--queue", "max_queue", **COUNT, default=64, help="Most requests at once, waiting ones too.  [64]")
+@click.option("--queue-per-client", "max_queue_per_client", **COUNT, help="Of one address.  [7/8 of --queue]")
+@click.option("--connections", "max_connections", **COUNT, default=512, help="Most connections.  [512]")
+@click.option(
+    "--connections-per-client", "max_connections_per_client", **COUNT, help="Of one address.  [3/4 of --connections]"
+)
+@click.option("--patience", "body_timeout_s", **SECONDS, default=30, help="With senders and readers below...  [30]")
+@click.option("--min-rate", "min_bytes_per_s", **COUNT, default=1024, help="...so many bytes a second.  [1024]")
 @click.option("--timeout", "request_timeout_s", **SECONDS, default=1800, help="Longest request.  [1800]")
 @click.option("--grace", "grace_s", **SECONDS, default=30, help="For running answers at the end.  [30]")
-@click.option("--max-body", **SIZE, default=256, metavar="MB", help="Largest request.  [256]")
+@click.option("--max-body", **SIZE, default=64, metavar="MB", help="Largest request.  [64]")
+@click.option(
+    "--max-bodies", **SIZE, metavar="MB", help="Of all requests together.  [4 of --max-body, 1/8 of what is free]"
+)
+@click.option("--max-values", **COUNT, default=100_000, help="Most JSON values of a request.  [100000]")
+@click.option("--max-depth", **COUNT, default=200, help="Deepest nesting of one.  [200]")
+@click.option("--max-messages", **COUNT, default=10_000, help="Most messages of one.  [10000]")
+@click.option("--max-parts", **COUNT, default=1000, help="Most parts of a message.  [1000]")
 @click.option("--max-images", **COUNT, default=64, help="Most pictures in a request.  [64]")
 @click.option(
     "--decode-timeout", "decode_timeout_s", **SECONDS, default=30, help="For a picture, page or video frame.  [30]"
@@ -64,6 +78,8 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option(
     "--cache-limit", **SIZE, metavar="GB", default=DEFAULT_LIMIT_BYTES / 2**30, help="Most that DIR may hold.  [4]"
 )
+@click.option("--max-store", **SIZE, default=256, metavar="GB", help="No pulls and uploads beyond this.  [256]")
+@click.option("--max-names", **COUNT, default=1000, help="Most models that clients make.  [1000]")
 @click.option("--tools", type=click.Choice(["auto", "off"]), default="auto", help="off: no model claims tools.")
 @click.option("--force", is_flag=True, help="Load models even if memory seems too short.")
 def serve(**options: Any) -> None:
@@ -123,8 +139,11 @@ def settings_of(options: dict[str, Any]) -> Settings:
     }
     load["cache_limit"] = max(1, int(options.pop("cache_limit") * 2**30))
     memory, keep_alive = options.pop("max_memory"), keep_alive_seconds(options.pop("keep_alive"))
+    bodies = options.pop("max_bodies")
     settings = Settings(
         max_body_bytes=int(options.pop("max_body") * MEGABYTE),
+        max_stored_bytes=int(options.pop("max_store") * 2**30),
+        max_bodies_bytes=None if bodies is None else int(bodies * MEGABYTE),
         max_video_bytes=int(options.pop("max_video") * MEGABYTE),
         max_loaded_bytes=None if memory is None else int(memory * 1e9),
         keep_alive_s=300.0 if keep_alive is None else keep_alive,

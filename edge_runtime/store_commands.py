@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def pull(name: str, mmproj: str | None) -> None:
             mmproj=mmproj,
             progress=progress,
             on_plan=announce,
-            on_wait=lambda: console.note(f"Another process is pulling {name}; waiting for it."),
+            on_wait=cache(lambda: console.note(f"Another process is pulling {name}; waiting for it.")),  # once
         )
     click.echo(f"{entry.label}  {_state(entry)}")
     use = f"convert {entry.label} -o FOLDER" if entry.kind == "checkpoint" else f"run -m {entry.label}"

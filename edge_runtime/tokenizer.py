@@ -99,9 +99,11 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: `<|im_end|>` and the like are ordinary characters here."""
+        """Ids of plain text: `<|im_end|>` and the like are ordinary characters here, halves of pairs are U+FFFD."""
         if not text:
             return []
+        if not text.isascii():
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if len(text) > LONG_TEXT:  # a batch is worked on without the interpreter's lock, a single text is not
             return list(self._bpe.encode_batch([text], add_special_tokens=False)[0].ids)
         return list(self._bpe.encode(text, add_special_tokens=False).ids)

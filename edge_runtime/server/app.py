@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
 from edge_runtime import __version__
+from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.server import (
     anthropic,
     envelope,
@@ -28,6 +30,16 @@ from edge_runtime.server.metrics import Metrics
 from edge_runtime.server.models import ModelRegistry
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import ServerState
+
+TIDY_S = 3600.0
+"""Between two looks for uploads that nobody needs."""
+
+
+async def _tidy_now_and_then(catalog: Catalog) -> None:
+    while True:
+        await asyncio.sleep(TIDY_S)
+        with contextlib.suppress(EdgeRuntimeError):  # a full or broken disk: whoever stores something hears of it
+            await asyncio.to_thread(catalog.tidy)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -50,10 +62,13 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(catalog.tidy)
         await registry.preload()
+        tidying = asyncio.create_task(_tidy_now_and_then(catalog))
         try:
             yield
         finally:
+            tidying.cancel()
             state.inference.close()
+            state.making.shutdown(wait=False, cancel_futures=True)
             await registry.close()
 
     app = FastAPI(

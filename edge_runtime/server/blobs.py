@@ -15,11 +15,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Callable, Set
 from pathlib import Path
 
 from edge_runtime.download import storing
-from edge_runtime.errors import StoreError
+from edge_runtime.errors import StoreError, StoreFull
+from edge_runtime.plain_files import is_plain
 from edge_runtime.pulling import SPARE_BYTES
 from edge_runtime.server.errors import RequestError, TooLarge
 from edge_runtime.sources import is_sha256, visible
@@ -58,18 +59,30 @@ class Blobs:
     ----------
     root : their folder; made when it is needed.
     most_bytes : of one upload.
+    room : bytes that clients may store beside what is there.
     """
 
-    def __init__(self, root: Path, most_bytes: int) -> None:
-        self._root, self._most_bytes = root, most_bytes
+    def __init__(self, root: Path, most_bytes: int, room: Callable[[], int] = lambda: 1 << 62) -> None:
+        self._root, self._most_bytes, self._room = root, most_bytes, room
 
     def path(self, digest: str) -> Path:
         """Where a file of this digest is, or would be."""
         return self._root / f"sha256-{checked_digest(digest)[len(PREFIX) :]}"
 
     def has(self, digest: str) -> bool:
-        """Whether it is here."""
-        return self.path(digest).is_file()
+        """Whether it is here. Who asks may want to make something of it: it stays for another while."""
+        path = self.path(digest)
+        if not is_plain(path):
+            return False
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return True
+
+    def size(self) -> int:
+        """Bytes of all that is here or arriving."""
+        with contextlib.suppress(OSError), os.scandir(self._root) as files:
+            return sum(file.stat(follow_symlinks=False).st_size for file in files)
+        return 0
 
     async def receive(self, digest: str, chunks: AsyncIterator[bytes], announced: int | None) -> None:
         """Store an upload when it is what its digest says; of a cut one nothing is left.
@@ -82,6 +95,8 @@ class Blobs:
         ------
         RequestError, TooLarge
             When the contents are others, or too many.
+        StoreFull
+            When clients may not store that much more.
         StoreError
             When the disk is full or refuses.
         """
@@ -107,6 +122,7 @@ class Blobs:
         with storing(path, AGAIN), path.open("wb") as file:
 
             def flush() -> None:
+                self._check_quota(len(held))
                 digest.update(held)
                 file.write(held)
                 held.clear()
@@ -127,6 +143,7 @@ class Blobs:
             return
         if announced > self._most_bytes:
             raise self._too_large(announced)
+        self._check_quota(announced)
         with storing(self._root, AGAIN):
             make_folder(self._root)
             free = shutil.disk_usage(self._root).free
@@ -134,6 +151,13 @@ class Blobs:
             raise StoreError(
                 f"The upload has {announced / 1e9:.2f} GB, the model store has {free / 1e9:.2f} GB free; free some "
                 "space, or point EDGE_RUNTIME_MODELS to a folder on another disk."
+            )
+
+    def _check_quota(self, n_bytes: int) -> None:
+        if n_bytes > (room := self._room()):
+            raise StoreFull(
+                f"The upload does not fit: clients may fill the store with another {max(0, room) / 1e9:.2f} GB. "
+                "Delete a model, or ask the server's owner for a larger --max-store."
             )
 
     def _too_large(self, n_bytes: int) -> TooLarge:
@@ -153,12 +177,14 @@ class Blobs:
         kept, now = {self.path(digest).name for digest in needed or ()}, time.time() if now is None else now
         with contextlib.suppress(OSError):  # no folder yet, or none that may be changed: nothing to tidy then
             for path in self._root.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    continue
                 if _ARRIVING.fullmatch(path.name):
                     remove_abandoned([path])
                 elif _WHOLE.fullmatch(path.name) and needed is not None and path.name not in kept:
-                    age = now - path.stat().st_mtime
+                    age = now - path.lstat().st_mtime
                     if not 0 <= age < CLOCK_WAS_SET_S:
-                        os.utime(path, (now, now))
+                        os.utime(path, (now, now), follow_symlinks=False)
                     elif age > UNNEEDED_AFTER_S:
                         path.unlink(missing_ok=True)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import ModelFileError
+from edge_runtime.errors import ModelFileError, StoreFull
 from edge_runtime.library import Entry, Library
+from edge_runtime.plain_files import is_plain
 from edge_runtime.server.blobs import Blobs
 from edge_runtime.server.errors import ModelNotFound, NotAllowed, RequestError
 from edge_runtime.server.names import Names, Record, checked_name
@@ -25,6 +27,10 @@ from edge_runtime.store import DEMO, ModelPaths, find_model
 LATEST = ":latest"
 FOLDER = ".served"
 """Of names and uploads, in the model store."""
+CHANGES = "names that clients gave"
+"""Name of the lock that is held while one is changed."""
+MOST_NAMES_BYTES = 64 << 20
+"""Of the records of all of them, which are read for every list."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,8 @@ class Catalog:
     def __init__(self, settings: Settings, library: Library | None = None) -> None:
         self.library = library or Library()
         self.names = Names(self.library.root / FOLDER / "names")
-        self.blobs = Blobs(self.library.root / FOLDER / "blobs", settings.max_blob_bytes)
+        self.blobs = Blobs(self.library.root / FOLDER / "blobs", settings.max_blob_bytes, self.room)
+        self._most_bytes, self._most_names = settings.max_stored_bytes, settings.max_names
         self._owned: dict[str, Listed] = {}
         for name in (DEMO, *settings.models):
             paths = find_model(name)
@@ -113,7 +120,17 @@ class Catalog:
 
     def tidy(self) -> None:
         """Remove uploads that were cut, and those that no name has needed for a day."""
-        self.blobs.tidy(self.names.needed())
+        if self.blobs.size():
+            with self._changing():
+                self.blobs.tidy(self.names.needed())
+
+    def room(self) -> int:
+        """Bytes that clients may add to the store."""
+        return self._most_bytes - self.blobs.size() - sum(entry.size for entry in self.library.entries())
+
+    def _changing(self) -> AbstractContextManager[None]:
+        """Hold the only right to change names, of this process and others: files go with the last name for them."""
+        return self.library.lock(CHANGES, lambda: None)
 
     def all(self) -> list[Listed]:
         """Every model that can be used, by name."""
@@ -188,11 +205,23 @@ class Catalog:
         ------
         RequestError
             When the name is the owner's, a catalogue's, or none.
+        StoreFull
+            When there are as many names as clients may give.
         """
         name = checked_name(plain_name(name))
         if name.lower() in self._owned or name.lower() in ALIASES:
             raise RequestError(f"{name} is the name of a model that clients cannot replace; choose another one.")
+        with self._changing():
+            return self._put(record, name)
+
+    def _put(self, record: Record, name: str) -> Record:
         old = self.names.get(name)
+        n_names, n_bytes = self.names.size()
+        if (old is None and n_names >= self._most_names) or n_bytes > MOST_NAMES_BYTES:
+            raise StoreFull(
+                f"There are {n_names} models that clients made, with {n_bytes / 1e6:.0f} MB of texts; at most "
+                f"{self._most_names} and {MOST_NAMES_BYTES / 1e6:.0f} MB are kept. Delete one first."
+            )
         record = replace(record, name=name if old is None else old.name, hidden=False)
         if self._made(record) is None:
             raise RequestError(f"The files of {name} are not all here; upload or pull them first.")
@@ -220,6 +249,10 @@ class Catalog:
             raise NotAllowed(
                 f"{wanted} was given by the owner of this server, or is part of it; clients cannot delete it."
             )
+        with self._changing():
+            return self._delete(name, wanted)
+
+    def _delete(self, name: str, wanted: str) -> Listed | None:
         record = self.names.get(wanted)
         listed = self.find(name) if record is None else self._made(record)
         if record is not None:
@@ -238,9 +271,10 @@ class Catalog:
 
     def unhide(self, entry: Entry) -> None:
         """Show a pulled model again: somebody asked for it."""
-        record = self.names.get(entry.label)
-        if record is not None and record.hidden:
-            self.names.remove(entry.label)
+        with self._changing():
+            record = self.names.get(entry.label)
+            if record is not None and record.hidden:
+                self.names.remove(entry.label)
 
     def _let_go(self, record: Record) -> None:
         """Remove what only this record needed."""
@@ -304,7 +338,9 @@ class Catalog:
         adapters = {digest: self.blobs.path(digest) for digest in record.adapters}
         if record.hidden or decoder is None or mmproj is None:
             return None
-        if not all(path.is_file() for path in (decoder, mmproj, *adapters.values())):
+        if not all(map(is_plain, map(self.blobs.path, record.digests))):
+            return None
+        if not all(path.is_file() for path in (decoder, mmproj)):
             return None
         return Listed(
             record.name,

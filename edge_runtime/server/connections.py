@@ -1,25 +1,37 @@
-"""Connections of uvicorn, with the limits of patience that it does not have itself.
+"""Connections of uvicorn, with the limits of patience and of number that it does not have itself.
 
 uvicorn waits for ever for the head of a request, and for ever for a client that does not read; both keep a
-connection, and the second keeps an answer. Here heads have a time, readers have a time, and there are only so many
-connections.
+connection, and the second keeps an answer. Here heads have a time, readers have a pace, and there are only so many
+connections, of all clients and of each. Where there is one too many, those on which nothing is asked are given up,
+the one that has been so for longest first: its client opens another when it needs one. Only where all are at work a
+new one is turned away, with a word.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import struct
+import sys
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from edge_runtime.server.pace import Pace
 from edge_runtime.server.settings import Settings
+from edge_runtime.server.shares import SURPLUS, client_of
 
-MOST_CONNECTIONS = 512
-"""Each costs a file descriptor, of which processes usually have 1024."""
+MOST_SURPLUS = 32
+"""Connections beyond the limit that are told so; further ones are closed without a word."""
+SURPLUS_S = 3.0
+"""For the head of a request that is refused."""
 KEEP_ALIVE_S = 75
 """Idle, between two requests; longer than clients and proxies keep connections, so that it is they who close."""
+LOOKS = 4
+"""Times that a reader is looked at while its patience lasts."""
 
 
 class _Timer:
@@ -45,19 +57,61 @@ class GuardedConnection(H11Protocol):
     """A connection whose client has to send and to read."""
 
     header_timeout_s = 20.0
-    write_timeout_s = 60.0
+    patience_s = 30.0
+    least_per_s = 1024.0
+    most, most_each = 512, 384
+    surplus: ClassVar[set[GuardedConnection]] = set()
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._head, self._reader = _Timer(), _Timer()
+        self.owner = ""
+        """Client that it belongs to."""
+        self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, or turn away who is one too many."""
+        """Begin; where there are too many, end one on which nothing is asked, or say why this one is refused."""
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
+        self.owner = client_of(self.client[0] if self.client else "")
+        self.idle_since = self.loop.time()
+        refusal = self._find_room()
+        if refusal is None:
+            self._head.start(self.loop, self.header_timeout_s, transport.abort)
+        elif len(self.surplus) >= MOST_SURPLUS:
             transport.abort()
         else:
-            self._head.start(self.loop, self.header_timeout_s, transport.abort)
+            self.surplus.add(self)
+            self.app_state = {**self.app_state, SURPLUS: refusal}
+            self._head.start(self.loop, min(SURPLUS_S, self.header_timeout_s), transport.abort)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is asked here, and nothing is left to be read."""
+        is_asked = self.cycle is not None and not self.cycle.response_complete
+        return not is_asked and self.transport.get_write_buffer_size() == 0
+
+    def _find_room(self) -> str | None:
+        """Make room for this connection; returns why there is none."""
+        others = [
+            other
+            for other in self.connections
+            if isinstance(other, GuardedConnection) and not other.transport.is_closing()
+        ]
+        counted = [other for other in others if other not in self.surplus and other is not self]
+        held = Counter(other.owner for other in counted)
+        idle = [other for other in counted if other.is_idle]
+        if held[self.owner] >= self.most_each:
+            idle = [other for other in idle if other.owner == self.owner]
+            reason = f"Your address has {held[self.owner]} connections at work, which is the share of one"
+        elif len(counted) >= self.most:  # of those who have the most, and of nobody who has less than this one's
+            idle = [other for other in idle if held[other.owner] >= held[self.owner]]
+            reason = f"{len(counted)} connections are at work, which is the limit"
+        else:
+            return None
+        if not idle:
+            return f"{reason}; try again later."
+        min(idle, key=lambda other: (-held[other.owner], other.idle_since)).shutdown()
+        return None
 
     def data_received(self, data: bytes) -> None:
         """Take in bytes; if they are the beginning of a head, the rest has to follow in time."""
@@ -72,6 +126,7 @@ class GuardedConnection(H11Protocol):
         """End, timers included."""
         self._head.stop()
         self._reader.stop()
+        self.surplus.discard(self)
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -86,24 +141,53 @@ class GuardedConnection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """All is written; the client has to take what is left."""
+        self.idle_since = self.loop.time()
         super().on_response_complete()
         self._expect_reading()
 
     def _expect_reading(self) -> None:
-        """Look after a while whether anything was taken; a connection closed in the normal way would wait for it."""
+        """Look now and then how much was taken; a connection closed in the normal way would wait for it for ever."""
         self._reader.stop()
-        left = self.transport.get_write_buffer_size()
-        if left:
-            self._reader.start(self.loop, self.write_timeout_s, self._look, left)
+        if self.transport.get_write_buffer_size():
+            self._look_later(Pace(self.patience_s, self.least_per_s), self._unread())
 
-    def _look(self, before: int) -> None:
-        if self.transport.get_write_buffer_size() >= before:
-            self.transport.abort()
+    def _look_later(self, pace: Pace, unread: int) -> None:
+        self._reader.start(self.loop, self.patience_s / LOOKS, self._look, pace, unread)
+
+    def _look(self, pace: Pace, before: int) -> None:
+        unread = self._unread()
+        if not self.transport.get_write_buffer_size():
+            self._reader.stop()
+        elif pace.waited(self.patience_s / LOOKS, max(0, before - unread)):
+            self._look_later(pace, unread)
         else:
-            self._expect_reading()
+            self.transport.abort()
+
+    def _unread(self) -> int:
+        """Bytes that the client's machine has not taken, those in the system's own buffer included.
+
+        The system takes more only when much of its buffer is free: without looking into it a reader seems to stand
+        still for minutes.
+        """
+        n_bytes = self.transport.get_write_buffer_size()
+        if sys.platform != "win32":
+            import fcntl
+            import termios
+
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                answer = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+                n_bytes += struct.unpack("i", answer)[0]
+        return n_bytes
 
 
 def guarded(settings: Settings) -> type[GuardedConnection]:
     """The class of a server's connections."""
-    times = {"header_timeout_s": settings.header_timeout_s, "write_timeout_s": settings.body_timeout_s}
-    return type("Connection", (GuardedConnection,), times)
+    limits = {
+        "header_timeout_s": settings.header_timeout_s,
+        "patience_s": settings.body_timeout_s,
+        "least_per_s": settings.min_bytes_per_s,
+        "most": settings.max_connections,
+        "most_each": settings.connections_of_one,
+        "surplus": set(),
+    }
+    return type("Connection", (GuardedConnection,), limits)

@@ -7,7 +7,6 @@ is told that it happened, nothing more.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from edge_runtime.errors import (
+    AddressRefused,
     BackendUnavailable,
     DownloadError,
     EdgeRuntimeError,
@@ -30,7 +30,9 @@ from edge_runtime.errors import (
     NotEnoughMemoryError,
     PromptTooLongError,
     StoreError,
+    StoreFull,
 )
+from edge_runtime.server.sse import as_json
 
 logger = logging.getLogger("edge_runtime.server")
 
@@ -95,6 +97,12 @@ class TooLarge(ServerError):  # noqa: N818 - says what is the matter
     """A body, or something inside it, beyond its limit."""
 
     status = 413
+
+
+class TooManyConnections(ServerError):  # noqa: N818 - says what is the matter
+    """A connection beyond what the server, or one client, may have."""
+
+    status, code = 503, "too_many_connections"
 
 
 class TimedOut(ServerError):  # noqa: N818 - says what is the matter
@@ -169,7 +177,7 @@ class Problem:
         headers = {"Retry-After": str(self.retry_after)} if self.retry_after is not None else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(api), self.status, headers)
+        return Response(as_json(self.body(api)), self.status, headers, "application/json")
 
 
 # Classes of the runtime's errors, most special first: (status, OpenAI's code, Retry-After).
@@ -179,6 +187,8 @@ _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] 
     (EngineBusy, 429, "rate_limit_exceeded", RETRY_AFTER_S),
     (NotEnoughMemoryError, 503, "not_enough_memory", RETRY_AFTER_S),
     (ModelFileError, 500, "model_unusable", None),
+    (AddressRefused, 403, None, None),
+    (StoreFull, 507, "store_full", None),
     (StoreError, 507, "storage_failed", None),
     (DownloadError, 502, "download_failed", None),
     (BackendUnavailable, 501, "not_available", None),
@@ -250,7 +260,7 @@ def error_response(error: Exception, path: str) -> Response:
 
 def error_line(error: BaseException, api: Api) -> str:
     """An error as the last JSON object of a stream."""
-    return json.dumps(problem_of(error).body(api), ensure_ascii=False)
+    return as_json(problem_of(error).body(api))
 
 
 def install(app: FastAPI) -> None:

@@ -1,8 +1,8 @@
 """The address of a picture in a request → its bytes, if the owner allows the host; nothing else is ever reached.
 
-A request could otherwise make this machine talk to its own services, to the router, or to a cloud's metadata. So:
-only http and https, only hosts of `--allow-url`, only their standard ports unless one is named there, and no address
-that is not of the public internet. A name is resolved once; all its addresses are checked, and the connection goes to
+The rules are those of `addresses`, which hold for models, too: only http and https, only hosts of `--allow-url`, only
+their standard ports unless one is named there, and no address that is not of the public internet, unless the owner
+named it as an address. A name is resolved once; all its addresses are checked, and the connection goes to
 an address that was checked, so that a name which resolves differently the second time gains nothing. Redirects pass
 the same checks. Bytes, seconds and redirects are limited; nothing is decompressed; no proxy and no cookie is used.
 """
@@ -13,82 +13,20 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import ip_address
 from typing import Any
 
 import httpcore2
 import httpx2
 
-from edge_runtime.errors import ImageError, MessageError
+from edge_runtime.addresses import PORTS, Address, Allowed, is_public
+from edge_runtime.errors import ImageError
 from edge_runtime.server.errors import NotAllowed
 from edge_runtime.server.settings import Settings
 
 MOST_REDIRECTS = 3
-PORTS = {"http": 80, "https": 443}
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_NAT64 = IPv6Network("64:ff9b::/96")
 _SHOWN = 80  # characters of an address in an error
-
-
-def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether an address belongs to one machine of the public internet.
-
-    Not so: this machine, private and link-local networks, carrier-grade NAT, multicast, what is reserved, and IPv6
-    addresses that carry such an IPv4 address (mapped, 6to4, NAT64).
-    """
-    if isinstance(address, IPv6Address):
-        inside = address.ipv4_mapped or address.sixtofour
-        if address in _NAT64:
-            inside = IPv4Address(int(address) & 0xFFFFFFFF)
-        if inside is not None:
-            return is_public(inside)
-        if address.scope_id is not None or address.is_site_local:
-            return False
-    return address.is_global and not (address.is_multicast or address.is_reserved)
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """One `--allow-url`: HOST, *.DOMAIN or *, each with :PORT if it is not the scheme's own."""
-
-    host: str
-    port: int | None
-
-    @classmethod
-    def parse(cls, text: str) -> Allowed:
-        """Read it as the owner wrote it.
-
-        Raises
-        ------
-        MessageError
-            When it is an address with a path, or no host.
-        """
-        host, colon, port = text.rpartition(":") if not text.endswith("]") else (text, "", "")
-        if not colon:
-            host = text
-        wildcard = host[:2] if host.startswith("*.") else "*" if host == "*" else ""
-        try:
-            name = host_of(httpx2.URL(f"http://{host[len(wildcard) :]}"))
-        except (httpx2.InvalidURL, ValueError):
-            name = ""
-        if not (name or wildcard == "*") or "/" in host or (colon and not (port.isascii() and port.isdigit())):
-            raise MessageError(f"--allow-url is {text!r}; expected a host such as example.org or *.example.org:8443.")
-        return cls(wildcard + name, int(port) if colon else None)
-
-    def covers(self, url: httpx2.URL) -> bool:
-        """Whether an address is of this host and port."""
-        if (url.port or PORTS[url.scheme]) != (self.port or PORTS[url.scheme]):
-            return False
-        host = host_of(url)
-        if self.host == "*":
-            return True
-        return host.endswith(self.host[1:]) if self.host.startswith("*.") else host == self.host
-
-
-def host_of(url: httpx2.URL) -> str:
-    """The host of an address in its one spelling."""
-    return url.raw_host.decode("ascii").lower().rstrip(".")
 
 
 class Fetcher:
@@ -164,7 +102,7 @@ class Fetcher:
         if url.scheme == "https" and self._tls is None:
             self._tls = await asyncio.to_thread(httpcore2.default_ssl_context)  # reads a file of certificates
         async with (
-            httpcore2.AsyncConnectionPool(self._tls, network_backend=CheckedBackend()) as pool,
+            httpcore2.AsyncConnectionPool(self._tls, network_backend=CheckedBackend(self._allowed)) as pool,
             pool.stream("GET", _plain(url), headers=headers) as response,
         ):
             found = {name.lower(): value.decode("latin-1") for name, value in response.headers}
@@ -201,8 +139,8 @@ def _joined(url: httpx2.URL, location: str, shown: str) -> str:
 class CheckedBackend(httpcore2.AsyncNetworkBackend):
     """Connects to addresses of the public internet only, and to the very address that was checked."""
 
-    def __init__(self) -> None:
-        self._connect = httpcore2.AnyIOBackend()
+    def __init__(self, allowed: Sequence[Allowed] = ()) -> None:
+        self._connect, self._allowed = httpcore2.AnyIOBackend(), allowed
 
     async def connect_tcp(
         self,
@@ -214,7 +152,7 @@ class CheckedBackend(httpcore2.AsyncNetworkBackend):
     ) -> httpcore2.AsyncNetworkStream:
         """Resolve, check, connect. TLS above this still asks for a certificate of the name."""
         error: Exception | None = None
-        for address in await public_addresses(host, port):
+        for address in await public_addresses(host, port, self._allowed):
             try:
                 return await self._connect.connect_tcp(str(address), port, timeout, local_address, socket_options)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as failed:
@@ -223,13 +161,17 @@ class CheckedBackend(httpcore2.AsyncNetworkBackend):
         raise error
 
 
-async def public_addresses(host: str, port: int) -> Sequence[IPv4Address | IPv6Address]:
+async def public_addresses(host: str, port: int, allowed: Sequence[Allowed] = ()) -> Sequence[Address]:
     """All addresses of a host, written in any form that the system understands (decimal, octal, a name).
+
+    Parameters
+    ----------
+    allowed : by the owner; addresses among them may be reached though they are not public.
 
     Raises
     ------
     NotAllowed
-        When one of them is not of the public internet.
+        When one of them is neither of the public internet nor named by the owner.
     ImageError
         When the host is not known.
     """
@@ -238,7 +180,8 @@ async def public_addresses(host: str, port: int) -> Sequence[IPv4Address | IPv6A
     except (OSError, UnicodeError):
         raise ImageError(f"The host {host[:_SHOWN]!r} is not known; check the address of the picture.") from None
     addresses = list(dict.fromkeys(ip_address(entry[4][0]) for entry in found))
-    if not addresses or not all(map(is_public, addresses)):
+    may_be_reached = [is_public(found) or any(each.names(found, port) for each in allowed) for found in addresses]
+    if not addresses or not all(may_be_reached):
         raise NotAllowed(
             f"The host {host[:_SHOWN]!r} is not one of the public internet; pictures are fetched from there only."
         )

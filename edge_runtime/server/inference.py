@@ -19,18 +19,19 @@ from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.decoding_pool import DecoderPool
-from edge_runtime.errors import EngineBusy, MessageError
+from edge_runtime.errors import MessageError
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed
-from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut
+from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, TooLarge
 from edge_runtime.server.facts import refuse_what_it_cannot
 from edge_runtime.server.fetching import Fetcher
-from edge_runtime.server.media import brought_in, has_media
+from edge_runtime.server.media import brought_in, has_media, text_bytes
 from edge_runtime.server.models import ModelRegistry, Use
 from edge_runtime.server.ollama_context import messages_of
 from edge_runtime.server.settings import Settings
+from edge_runtime.server.shares import Places, asking
 from edge_runtime.streaming import Piece
 from edge_runtime.video import VideoLimits
 
@@ -236,8 +237,7 @@ class Inference:
 
     def __init__(self, settings: Settings, registry: ModelRegistry) -> None:
         self.settings, self.registry = settings, registry
-        self.n_open = 0
-        """Calls that wait or are worked on."""
+        self._places = Places(settings.max_queue, settings.queue_of_one, "requests are waiting or running")
         self.on_end: list[Callable[[Outcome], None]] = []
         self._texts = ThreadPoolExecutor(TEXT_THREADS, "edge-runtime texts")
         self._media = ThreadPoolExecutor(settings.max_queue, "edge-runtime pictures")
@@ -253,13 +253,18 @@ class Inference:
             "video_limits": VideoLimits(most_bytes=settings.max_video_bytes, most_pixels=settings.max_pixels),
         }
 
+    @property
+    def n_open(self) -> int:
+        """Calls that wait or are worked on."""
+        return self._places.n
+
     async def begin(self, call: ChatCall) -> Answering:
         """Admit a call, prepare and submit it.
 
         Raises
         ------
         EngineBusy
-            When too many calls are open.
+            When too many calls are open, or too many of this client's.
         EdgeRuntimeError
             When something about the call, or its model, is not right; nothing was computed then.
         """
@@ -275,15 +280,20 @@ class Inference:
             self._watch(answering)
             return answering
 
+    def check_answers(self, n: int) -> None:
+        """Look at how many answers are asked for, before room is made for so many.
+
+        Raises
+        ------
+        RequestError
+            When there are none, or too many.
+        """
+        if not 1 <= n <= self.settings.max_answers:
+            shown = n if abs(n) < 10**18 else "a number of more than 18 digits"
+            raise RequestError(f"n is {shown}; expected a number from 1 to {self.settings.max_answers}.", "n")
+
     def _admit(self, stack: contextlib.AsyncExitStack) -> None:
-        if self.n_open >= self.settings.max_queue:
-            raise EngineBusy(f"{self.n_open} requests are waiting or running, which is the limit; try again later.")
-        self.n_open += 1
-
-        def leave() -> None:
-            self.n_open -= 1
-
-        stack.callback(leave)
+        stack.callback(self._places.take(asking()))
 
     def _watch(self, answering: Answering) -> None:
         """Keep book of the call until it is closed."""
@@ -310,8 +320,7 @@ class Inference:
 
     async def _submit(self, call: ChatCall, use: Use, messages: str | Sequence[Any]) -> list[AnswerStream]:
         """Decode pictures and submit, off the event loop."""
-        if not 1 <= call.n <= self.settings.max_answers:
-            raise RequestError(f"n is {call.n}; expected a number from 1 to {self.settings.max_answers}.", "n")
+        self.check_answers(call.n)
         options = {**self._limits, **use.listed.defaults, **call.options}
         if use.listed.adapters:
             options.setdefault("adapter", next(iter(use.listed.adapters)))
@@ -355,6 +364,8 @@ class Inference:
 
         Raises
         ------
+        TooLarge
+            When there is more text than is worth counting: it may be longer than any context, but not without end.
         EdgeRuntimeError
             As `begin`.
         """
@@ -363,6 +374,9 @@ class Inference:
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
             messages = await brought_in(with_texts(use.listed, call.messages), self.settings, self._fetcher)
             options = {**self._limits, **call.options}
+            n_bytes, most = text_bytes([messages, options.get("tools")]), self.settings.max_tokenize_bytes
+            if n_bytes > most:
+                raise TooLarge(f"The conversation has {n_bytes} bytes of text, at most {most} are cut into tokens.")
 
             def build(gone: threading.Event) -> Prompt:
                 return use.model.build_prompt(messages, **options, **_noticing(gone))

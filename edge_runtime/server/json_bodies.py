@@ -1,8 +1,8 @@
-"""Bytes of a body → the JSON value in them, if it is not more than a request needs; off the event loop.
+"""Bytes of a body → what a route takes, if it is not more than a request needs; off the event loop.
 
 A value of JSON takes a hundred times the memory of its bytes, `[],[],[],…` being the worst, and no other request is
 heard while it is made. So values are counted before they are made: by what separates and opens them, outside of
-strings.
+strings. What is large is read, measured and validated in a thread.
 """
 
 from __future__ import annotations
@@ -10,47 +10,87 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
+from collections.abc import Mapping
 from typing import Any
 
+from fastapi._compat import ModelField
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.types import Receive, Scope
 
-MOST_VALUES = 100_000
-"""Values in one body, those inside of others counted; a conversation of a thousand messages has ten thousand."""
-MOST_DEPTH = 200
-"""Lists and objects inside of each other; further ones are no request of any API here."""
+from edge_runtime.server.settings import Settings
+
 SHORT_BYTES = 16_384
 """Read on the spot: handing it to a thread would take longer."""
+CONVERSATIONS = ("messages", "input")
+"""Fields that hold a list of messages, whose contents are lists of parts."""
 
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class JSONRequest(Request):
-    """A request whose body is JSON."""
+    """A request whose body is JSON.
+
+    Parameters
+    ----------
+    field : what it has to be; of a large body that is found out here, and a value of its type is handed on, which
+        FastAPI takes as it is.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, field: ModelField | None, settings: Settings) -> None:
+        super().__init__(scope, receive)
+        self._field, self._settings = field, settings
+        self.refusal: RequestValidationError | None = None
+        """Why a large body is not what it has to be; FastAPI would replace it by a sentence of its own."""
 
     async def json(self) -> Any:
         """The value; HTTPException where there is too much of it, JSONDecodeError where it is none."""
         if not hasattr(self, "_json"):
             body = await self.body()
-            self._json = read(body) if len(body) <= SHORT_BYTES else await asyncio.to_thread(read, body)
+            if len(body) <= SHORT_BYTES:
+                self._json = read(body, self._settings)
+            else:
+                self._json = await asyncio.to_thread(self._validated, body)
         return self._json
 
+    def _validated(self, body: bytes) -> Any:
+        value = read(body, self._settings)
+        if self._field is None:
+            return value
+        found, errors = self._field.validate(value, {}, loc=("body",))
+        if errors:
+            self.refusal = RequestValidationError(errors[:1])
+            raise self.refusal
+        return found
 
-def read(body: bytes) -> Any:
+
+def read(body: bytes, settings: Settings) -> Any:
     """Read a body; raises as `JSONRequest.json`."""
-    if _separators(body) > MOST_VALUES and _separators(_STRING.sub(b"", body)) > MOST_VALUES:
+    most = settings.max_values
+    if _separators(body) > most and _separators(_STRING.sub(b"", body)) > most:
         raise HTTPException(
-            413, f"The body holds more than {MOST_VALUES} values, which is the limit; send fewer or shorter messages."
+            413, f"The body holds more than {most} values, which is the limit; send fewer or shorter messages."
         )
     too_deep = HTTPException(
-        400, f"The body has more than {MOST_DEPTH} lists and objects inside of each other; expected less nesting."
+        400,
+        f"The body has more than {settings.max_depth} lists and objects inside of each other; expected less nesting.",
     )
     try:
         value = json.loads(body)
     except RecursionError:
         raise too_deep from None
+    except UnicodeDecodeError:
+        raise HTTPException(400, "The body is not valid UTF-8; expected one JSON object.") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # more digits than Python reads, which takes the square of their number in time
+        raise HTTPException(
+            400, f"The body holds a whole number of more than {sys.get_int_max_str_digits()} digits; shorten it."
+        ) from None
     level = [value]
-    for _ in range(MOST_DEPTH):
+    for _ in range(settings.max_depth):
         level = (
             [
                 inner
@@ -62,8 +102,33 @@ def read(body: bytes) -> Any:
             else []
         )
         if not level:
+            check_counts(value, settings)
             return value
     raise too_deep
+
+
+def check_counts(value: Any, settings: Settings) -> None:
+    """Refuse conversations of too many messages, and messages of too many parts.
+
+    Raises
+    ------
+    HTTPException
+        With status 413.
+    """
+    for name in CONVERSATIONS if isinstance(value, Mapping) else ():
+        messages = value.get(name)
+        if not isinstance(messages, list):
+            continue
+        if len(messages) > settings.max_messages:
+            raise HTTPException(
+                413, f"{name} holds {len(messages)} messages, at most {settings.max_messages} are taken; send fewer."
+            )
+        for message in messages:
+            content = message.get("content") if isinstance(message, Mapping) else None
+            if isinstance(content, list) and len(content) > settings.max_parts:
+                raise HTTPException(
+                    413, f"A message has {len(content)} parts, at most {settings.max_parts} are taken; send fewer."
+                )
 
 
 def _separators(data: bytes) -> int:

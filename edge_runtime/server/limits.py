@@ -1,9 +1,10 @@
 """What stands before the routes: who may ask (`gate`), sizes and times. ASGI, without a route's knowledge.
 
-    Headers ─ Bodies ─ TimeLimit ─ Gate ─ CORS ─ Key ─ HEAD as GET ─ routes
+    Headers ─ Bodies ─ TimeLimit ─ Clients ─ Gate ─ CORS ─ Key ─ HEAD as GET ─ routes
 
 `Headers` tells browsers to be careful with every reply. `Bodies` counts what clients send, of one request and of all
-together, and ends those who send too much or too slowly. `TimeLimit` bounds what follows. `Gate` refuses who asks
+together, and ends those who send too much or too slowly. `TimeLimit` bounds what follows. `Clients` remembers whose
+request it is. `Gate` refuses who asks
 under a foreign name (DNS rebinding) or from a foreign page, `Key` who has none, before a byte of a body is read;
 between them, pages that may ask are told so, which they ask without a key.
 `connections` has what cannot be seen from here: heads that never end and readers who never read.
@@ -22,16 +23,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
+from edge_runtime.memory import available_bytes
 from edge_runtime.server.errors import ServerError, TimedOut, TooLarge
 from edge_runtime.server.gate import Gate, Key, refuse
 from edge_runtime.server.origins import ANY, allowed_origins
+from edge_runtime.server.pace import Pace
 from edge_runtime.server.routing import HeadOfGet
-from edge_runtime.server.settings import Settings
+from edge_runtime.server.settings import MEGABYTE, Settings
+from edge_runtime.server.shares import Clients
 
-LEAST_BYTES_PER_S = 2048
-"""Slower than the slowest phone; a body that drips is ended."""
 BODIES_TOGETHER = 4
 """Times the limit of one: most bytes of bodies that all requests together may hold in memory."""
+MEMORY_SHARE = 8
+"""Nor may they hold more than this part of the memory that is free: what is made of a body takes several times its
+bytes."""
+FEW_BYTES = 4 * MEGABYTE
+"""May be held together whatever is free, so that a question without pictures is always heard."""
+MEMORY_S = 1.0
+"""For which a look at the free memory holds."""
 LINGER_S, LINGER_BYTES = 2.0, 16 << 20
 """What is still read of a body that was refused, so that its sender gets to see why."""
 SPARE_S = 5.0
@@ -44,7 +53,7 @@ BLOBS = "/api/blobs/"
 def middleware(settings: Settings) -> list[Middleware]:
     """Middleware of a server, the outermost first."""
     found = [Middleware(Headers), Middleware(Bodies, settings=settings), Middleware(TimeLimit, settings=settings)]
-    found.append(Middleware(Gate, settings=settings))
+    found += [Middleware(Clients), Middleware(Gate, settings=settings)]
     allowed = allowed_origins(settings)
     if settings.cors_origins or allowed is not None:
         found.append(
@@ -137,6 +146,20 @@ class Held:
 
     limit: int
     n_bytes: int = 0
+    counts_memory: bool = False
+    """Whether the limit is lower while little memory is free."""
+    _free: int = 0
+    _looked: float = -1e9
+
+    @property
+    def most(self) -> int:
+        """Bytes that may be held now."""
+        if not self.counts_memory or self.n_bytes <= FEW_BYTES:
+            return self.limit
+        now = time.monotonic()
+        if now - self._looked > MEMORY_S:  # what is held already is not free any more, and is part of the share
+            self._looked, self._free = now, available_bytes() + self.n_bytes
+        return min(self.limit, max(FEW_BYTES, self._free // MEMORY_SHARE))
 
 
 class Bodies:
@@ -144,7 +167,8 @@ class Bodies:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
-        self._held = Held(BODIES_TOGETHER * settings.max_body_bytes)
+        limit = settings.max_bodies_bytes
+        self._held = Held(limit or BODIES_TOGETHER * settings.max_body_bytes, counts_memory=limit is None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
@@ -154,7 +178,8 @@ class Bodies:
         is_blob = scope["path"].startswith(BLOBS)  # goes to the disk piece by piece
         limit = self._settings.max_blob_bytes if is_blob else self._settings.max_body_bytes
         held = Held(limit) if is_blob else self._held
-        body = _Body(scope, receive, send, limit, self._settings.body_timeout_s, held)
+        pace = Pace(self._settings.body_timeout_s, self._settings.min_bytes_per_s)
+        body = _Body(scope, receive, send, limit, pace, held)
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
@@ -174,7 +199,7 @@ class _Body:
     receive_next: Receive
     send_next: Send
     limit: int
-    timeout_s: float
+    pace: Pace
     held: Held
     started: float = field(default_factory=time.monotonic)
     n_bytes: int = 0
@@ -207,27 +232,37 @@ class _Body:
         announced = headers.get("content-length", "")
         if announced.isdecimal() and int(announced) > self.limit:
             raise self._too_large()
-        left = self.started + self.timeout_s + self.n_bytes / LEAST_BYTES_PER_S - time.monotonic()
+        began = time.monotonic()
         try:
-            message = await asyncio.wait_for(self.receive_next(), max(0.0, min(left, self.timeout_s)))
+            message = await asyncio.wait_for(self.receive_next(), self.pace.left_s)
         except TimeoutError:
-            raise RequestTimedOut(
-                f"The body did not arrive in time: {self.n_bytes} bytes in {time.monotonic() - self.started:.0f} s."
-            ) from None
+            raise self._too_slow() from None
+        n_bytes = len(message.get("body", b""))
+        is_in_time = self.pace.waited(
+            time.monotonic() - began, n_bytes
+        )  # of the client; a slow disk costs it nothing
         if message["type"] != "http.request":
             self.is_complete = True  # the client is gone
             return message
         self.is_complete = not message.get("more_body", False)
-        self.n_bytes += len(message.get("body", b""))
-        self.held.n_bytes += len(message.get("body", b""))
+        self.n_bytes += n_bytes
+        self.held.n_bytes += n_bytes
         if self.n_bytes > self.limit:
             raise self._too_large()
-        if self.held.n_bytes > self.held.limit:
+        if self.held.n_bytes > (most := self.held.most):
             raise EngineBusy(
-                f"The requests of all clients together hold more than {self.held.limit / 1e6:.0f} MB, which is the "
-                "limit; try again later."
+                f"The requests of all clients together hold more than {most / 1e6:.0f} MB, which is the limit; try "
+                "again later."
             )
+        if not (is_in_time or self.is_complete):
+            raise self._too_slow()
         return message
+
+    def _too_slow(self) -> RequestTimedOut:
+        return RequestTimedOut(
+            f"The body did not arrive in time: {self.n_bytes} bytes in {time.monotonic() - self.started:.0f} s; "
+            "expected a faster connection, or a smaller body."
+        )
 
     def _too_large(self) -> TooLarge:
         return TooLarge(

@@ -59,6 +59,7 @@ def without_version(*routers: APIRouter) -> APIRouter:
 async def completion(request: Request, state: State, body: LlamaCompletionRequest) -> Response:
     """Go on with a prompt as it stands: text, token ids, pictures at their marks; whole or as a stream."""
     warnings = body.all_warnings()
+    state.inference.check_answers(body.n_answers)
     async with state.registry.use(body.model) as use:  # its vocabulary says what the prompt is
         calls = body.calls(use.model.tokenizer)
         replies = _replies(body, use.model, body.model or use.listed.name, state.settings.max_tokens)

@@ -26,6 +26,8 @@ DESCRIPTIONS = frozenset(
 )
 """Keys of a part whose strings describe and lead nowhere."""
 TEXT_KINDS = ("text", "input_text", "output_text", "refusal")
+TEXT_KEYS = frozenset({"", "content", "text", "refusal", "reasoning", "reasoning_content", "thinking", "arguments"})
+"""Whatever these begin with, it is read."""
 VIDEO_KINDS = ("video", "video_url", "input_video")
 LARGE_KINDS = (*VIDEO_KINDS, "file", "input_file", "document")
 """Parts that may be as large as a video."""
@@ -96,6 +98,22 @@ def _is_text(part: Any) -> bool:
     if not isinstance(part, Mapping):
         return part is None or isinstance(part, str)
     return part.get("type", "text") in TEXT_KINDS and not part.keys() & {"image", "video"}
+
+
+def text_bytes(value: Any, key: str = "") -> int:
+    """Bytes of UTF-8 of all texts in a conversation that was brought in; `data:` URIs of media are none."""
+    left, n_bytes = [(key, value)], 0
+    while left:
+        key, item = left.pop()
+        if isinstance(item, str):
+            is_media = key not in TEXT_KEYS and is_data_uri(item)
+            n_bytes += 0 if is_media else len(item.encode("utf-8", "surrogatepass"))
+        elif isinstance(item, Mapping):
+            left += [("text", name) for name in item]
+            left += [(str(name), inner) for name, inner in item.items()]
+        elif isinstance(item, list | tuple):
+            left += [(key, inner) for inner in item]
+    return n_bytes
 
 
 @dataclass

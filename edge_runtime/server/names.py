@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from edge_runtime.download import storing
 from edge_runtime.errors import ModelFileError
+from edge_runtime.plain_files import open_plain
 from edge_runtime.server.blobs import checked_digest
 from edge_runtime.server.errors import RequestError
 from edge_runtime.sources import ollama_parts
@@ -106,6 +108,13 @@ class Names:
             for other in self._places(record.name)[1:]:
                 other.unlink(missing_ok=True)
 
+    def size(self) -> tuple[int, int]:
+        """How many names there are, and their bytes."""
+        with contextlib.suppress(OSError), os.scandir(self._root) as files:
+            sizes = [file.stat(follow_symlinks=False).st_size for file in files if file.name.endswith(".json")]
+            return len(sizes), sum(sizes)
+        return 0, 0
+
     def remove(self, name: str) -> None:
         """Forget a name."""
         with storing(self._root):
@@ -123,7 +132,7 @@ class Names:
     def _read(self, path: Path) -> Record | None:
         """A record, checked; None where there is none of this version."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError, RequestError):
-            with path.open("rb") as file:
+            with open_plain(path) as file:
                 value = json.loads(file.read(MAX_RECORD_BYTES + 1))
             if value.pop("format") == FORMAT:
                 return _checked(Record(**value))

@@ -7,15 +7,18 @@ that were uploaded, and every file is checked against the rules of its format be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+import httpx2
 
 from edge_runtime.adapters import check_adapter
+from edge_runtime.addresses import Allowed
 from edge_runtime.errors import ModelFileError
 from edge_runtime.pulling import Plan, check_model_file, check_roles
 from edge_runtime.pulling import pull as fetch
@@ -26,6 +29,7 @@ from edge_runtime.server.modelfiles import parse_modelfile
 from edge_runtime.server.names import Record, checked_name
 from edge_runtime.server.ollama_bodies import CreateBody
 from edge_runtime.server.ollama_options import submit_options
+from edge_runtime.server.shares import asking
 from edge_runtime.server.state import ServerState
 from edge_runtime.sources import ALIASES, parse_source, visible
 from edge_runtime.weights import GGUFFile
@@ -57,11 +61,15 @@ def pullable(name: str, state: ServerState) -> str:
             f"{visible(name)[:120]!r} names nothing to pull: models of Ollama's registry do not run here; expected "
             f"{', '.join(ALIASES)}, hf:ORG/REPO or ms:ORG/REPO."
         )
-    if source.kind == "url" and (urlsplit(source.place).hostname or "") not in state.settings.allow_url:
+    if source.kind == "url" and not any(each.covers(httpx2.URL(source.place)) for each in _allowed(state)):
         raise NotAllowed(
-            "Models are pulled from hubs only; the owner of this server can allow hosts (--allow-url HOST)."
+            "Models are pulled from hubs only; the owner of this server can allow hosts (--allow-url HOST:PORT)."
         )
     return name
+
+
+def _allowed(state: ServerState) -> list[Allowed]:
+    return [Allowed.parse(text) for text in state.settings.allow_url]
 
 
 async def pull(name: str, state: ServerState) -> AsyncIterator[Step]:
@@ -71,12 +79,19 @@ async def pull(name: str, state: ServerState) -> AsyncIterator[Step]:
     ------
     DownloadError, ModelFileError
         When it cannot be fetched, or is none that runs here.
+    EngineBusy
+        When too many are being pulled.
     """
-    yield {"status": "pulling manifest"}
-    if parse_source(name) is not None:
-        async for step in _in_thread(lambda report: _fetch(name, state, report)):
-            yield step
-    yield {"status": "success"}
+    leave = state.pulls.take(asking())
+    try:
+        yield {"status": "pulling manifest"}
+        if parse_source(name) is not None:
+            leave, in_thread = (lambda: None), leave
+            async for step in _in_thread(lambda report: _fetch(name, state, report), in_thread):
+                yield step
+        yield {"status": "success"}
+    finally:
+        leave()
 
 
 def _fetch(name: str, state: ServerState, report: Callable[[Step], None]) -> None:
@@ -94,7 +109,15 @@ def _fetch(name: str, state: ServerState, report: Callable[[Step], None]) -> Non
     def wait() -> None:
         report({"status": "waiting for another pull of this model"})
 
-    entry = fetch(name, progress=progress, on_plan=plan, on_wait=wait, library=state.catalog.library)
+    entry = fetch(
+        name,
+        progress=progress,
+        on_plan=plan,
+        on_wait=wait,
+        library=state.catalog.library,
+        allowed=_allowed(state),
+        most_bytes=state.catalog.room(),
+    )
     if entry.kind == "checkpoint":
         raise ModelFileError(
             f"{entry.label} is a checkpoint, expected GGUF files; on the server's machine, run 'edge-runtime convert "
@@ -109,11 +132,21 @@ class _Abandoned(Exception):  # noqa: N818 - nobody is told
     """Raised in a worker whose reports nobody reads any more."""
 
 
-async def _in_thread(work: Callable[[Callable[[Step], None]], None]) -> AsyncIterator[Step]:
-    """Run something in a thread of its own and hand on its reports; whoever stops reading ends it at its next one."""
+async def _in_thread(
+    work: Callable[[Callable[[Step], None]], None], on_end: Callable[[], None]
+) -> AsyncIterator[Step]:
+    """Run something in a thread of its own and hand on its reports; whoever stops reading ends it at its next one.
+
+    A download may stand still for minutes: it takes none of the threads that other requests need.
+
+    Parameters
+    ----------
+    on_end : called when the thread has ended, in that of the event loop.
+    """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Step | None]()
     abandoned = threading.Event()
     latest: dict[str, tuple[float, bool]] = {}
+    errors: list[BaseException] = []
 
     def report(step: Step) -> None:
         if abandoned.is_set():
@@ -130,14 +163,19 @@ async def _in_thread(work: Callable[[Callable[[Step], None]], None]) -> AsyncIte
             work(report)
         except _Abandoned:
             pass
+        except BaseException as error:  # noqa: BLE001 - raised where somebody waits for it
+            errors.append(error)
         finally:
-            loop.call_soon_threadsafe(queue.put_nowait, None)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and all that it counted
+                loop.call_soon_threadsafe(on_end)
+                loop.call_soon_threadsafe(queue.put_nowait, None)
 
-    running = loop.run_in_executor(None, run)
+    threading.Thread(target=run, name="edge-runtime pull", daemon=True).start()
     try:
         while (step := await queue.get()) is not None:
             yield step
-        await running
+        if errors:
+            raise errors[0]
     finally:
         abandoned.set()
 
@@ -160,7 +198,8 @@ async def create(body: CreateBody, state: ServerState) -> AsyncIterator[Step]:
         )
     submit_options(body.parameters)  # refused now rather than with every request
     yield {"status": "reading model metadata"}
-    record = await asyncio.to_thread(_record, body, state)
+    loop = asyncio.get_running_loop()
+    record = await loop.run_in_executor(state.making, _record, body, state)
     if body.template and body.template.strip() != await asyncio.to_thread(_own_template, record, state):
         yield {"status": "keeping the template to be shown; prompts are made with the one in the model's file"}
     yield {"status": "writing manifest"}

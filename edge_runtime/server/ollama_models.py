@@ -26,6 +26,7 @@ from edge_runtime.server.ollama_options import parameter_lines
 from edge_runtime.server.replies import NDJSON, while_connected
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.settings import Settings
+from edge_runtime.server.shares import asking
 from edge_runtime.server.state import State
 
 router = APIRouter(route_class=JSONRoute)
@@ -187,8 +188,12 @@ async def receive_blob(digest: str, request: Request, state: State) -> Response:
     """Take an upload whose contents have this digest."""
     announced = request.headers.get("content-length", "")
     length = int(announced) if announced.isascii() and announced.isdecimal() else None
-    if not state.catalog.blobs.has(digest):
-        await state.catalog.blobs.receive(digest, request.stream(), length)
+    leave = state.uploads.take(asking())
+    try:
+        if not state.catalog.blobs.has(digest):
+            await state.catalog.blobs.receive(digest, request.stream(), length)
+    finally:
+        leave()
     return Response(status_code=201)
 
 

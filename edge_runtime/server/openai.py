@@ -52,6 +52,7 @@ ERRORS: Described = {"4XX": {"model": shapes.ErrorReply}, "5XX": {"model": shape
 async def chat_completions(request: Request, state: State, body: ChatCompletionRequest) -> Response:
     """Answer a conversation, with pictures, documents and videos in it, whole or as a stream of chunks."""
     warnings = body.all_warnings()
+    state.inference.check_answers(body.n_answers)
     call = ChatCall(
         body.model, body.conversation(), body.options(), n=body.n_answers, tells_progress=body.tells_progress
     )
@@ -92,6 +93,7 @@ async def input_tokens(request: Request, state: State, body: ChatCompletionReque
 async def completions(request: Request, state: State, body: CompletionRequest) -> Response:
     """Go on with a text as it stands, without the chat template; so do llama-server and vLLM."""
     warnings, options, prompts = body.all_warnings(), body.options(), body.prompts
+    state.inference.check_answers(body.n_answers)
     texts = TextCompletions(
         body.model or state.catalog.default,
         include_usage=body.include_usage,

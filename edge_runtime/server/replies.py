@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from edge_runtime.server.errors import Api, ServerError, error_line
 from edge_runtime.server.inference import Answering, ChatCall, Event, Inference
+from edge_runtime.server.sse import as_json
 
 R = TypeVar("R")
 Lines = Callable[[AsyncIterator[tuple[int, Event]]], AsyncIterator[Mapping[str, Any] | str]]
@@ -51,7 +51,7 @@ class AnswerStreamResponse(StreamingResponse):
         events = self._answering.events()
         try:
             async for line in self._lines(events):
-                yield line if isinstance(line, str) else self._framed(json.dumps(line, ensure_ascii=False))
+                yield line if isinstance(line, str) else self._framed(as_json(line))
         except Exception as error:  # noqa: BLE001 - the status is sent: all that is left is to say it in the stream
             yield self._framed(error_line(error, self._api), is_error=True)
 

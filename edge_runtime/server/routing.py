@@ -7,11 +7,13 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_runtime.server.json_bodies import JSONRequest
+from edge_runtime.server.state import state_of
 
 
 class JSONRoute(APIRoute):
@@ -28,7 +30,14 @@ class JSONRoute(APIRoute):
         async def relabelled(request: Request) -> Response:
             headers = [(name, value) for name, value in request.scope["headers"] if name != b"content-type"]
             request.scope["headers"] = [*headers, (b"content-type", b"application/json")]
-            return await handle(JSONRequest(request.scope, request.receive))
+            field = None if self._embed_body_fields else self.body_field
+            read = JSONRequest(request.scope, request.receive, field, state_of(request).settings)
+            try:
+                return await handle(read)
+            except HTTPException:
+                if read.refusal is None:
+                    raise
+            raise read.refusal
 
         return relabelled
 

@@ -34,9 +34,26 @@ class Settings:
     tools: str = "auto"
     """Whether models take tools: `auto` where their vocabulary can call them, `off` never."""
 
-    max_body_bytes: int = 256 * MEGABYTE
+    max_body_bytes: int = 64 * MEGABYTE
     """Of one request; uploads of model files (blobs) have their own."""
+    max_bodies_bytes: int | None = None
+    """Of all requests together; None: four times that of one, and no more than a part of the free memory."""
+    max_values: int = 100_000
+    """JSON values in one body, those inside of others counted; a conversation of a thousand messages has ten
+    thousand."""
+    max_depth: int = 200
+    """Lists and objects inside of each other; further ones are no request of any API here."""
+    max_messages: int = 10_000
+    """Of a conversation."""
+    max_parts: int = 1000
+    """Of one message."""
+    max_tokenize_bytes: int = MEGABYTE
+    """Of a text for /tokenize, which may be longer than any prompt."""
     max_blob_bytes: int = 64 << 30
+    max_stored_bytes: int = 256 << 30
+    """Of the model store, whoever filled it; then clients can neither pull nor upload anything more."""
+    max_names: int = 1000
+    """Of models that clients made."""
     max_images: int = 64
     """Pictures in one request."""
     max_image_bytes: int = 64 * MEGABYTE
@@ -49,14 +66,22 @@ class Settings:
     """Pages of a document that may be looked at."""
     max_queue: int = 64
     """Requests that are worked on or wait; further ones are told to come back."""
+    max_queue_per_client: int | None = None
+    """Of one client address; None: seven eighths of all."""
+    max_connections: int = 512
+    """Each costs a file descriptor, of which processes usually have 1024."""
+    max_connections_per_client: int | None = None
+    """Of one client address; None: three quarters of all."""
     max_tokens: int = 32_768
     """Most tokens of one answer, whatever a request asks for."""
     max_answers: int = 8
     """Most answers to one request (OpenAI's n)."""
     header_timeout_s: float = 20.0
     """For the head of a request to arrive."""
-    body_timeout_s: float = 60.0
-    """Without a byte of a body that was announced."""
+    body_timeout_s: float = 30.0
+    """Patience with clients that send or read slower than the next, or not at all."""
+    min_bytes_per_s: int = 1024
+    """Of a body on its way in and of an answer on its way out, over any time longer than that; phones are faster."""
     request_timeout_s: float = 1800.0
     """From a request's arrival to the end of its answer."""
     fetch_timeout_s: float = 20.0
@@ -78,6 +103,18 @@ class Settings:
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
 
+    @property
+    def queue_of_one(self) -> int:
+        """Requests that one client may have open."""
+        usual = self.max_queue - self.max_queue // 8
+        return min(self.max_queue, self.max_queue_per_client or usual)
+
+    @property
+    def connections_of_one(self) -> int:
+        """Connections that one client may have."""
+        usual = self.max_connections - self.max_connections // 4
+        return min(self.max_connections, self.max_connections_per_client or usual)
+
     def checked(self) -> Settings:
         """Return these settings when every number is in range.
 
@@ -87,7 +124,7 @@ class Settings:
             Naming the one that is not.
         """
         for name, value in vars(self).items():
-            if name.startswith("max_") and value is not None and value < 1:
+            if name.startswith(("max_", "min_")) and value is not None and value < 1:
                 raise MessageError(f"{name} is {value}; expected a positive whole number.")
             if name.endswith("_s") and name != "keep_alive_s" and not 0 < value < 1e9:
                 raise MessageError(f"{name} is {value}; expected a positive number of seconds.")

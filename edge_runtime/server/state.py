@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Annotated, cast
 
@@ -14,6 +15,7 @@ from edge_runtime.server.metrics import Metrics
 from edge_runtime.server.models import ModelRegistry
 from edge_runtime.server.responses_store import ResponseStore
 from edge_runtime.server.settings import Settings
+from edge_runtime.server.shares import Places
 
 
 @dataclass
@@ -25,6 +27,10 @@ class ServerState:
     registry: ModelRegistry
     inference: Inference
     metrics: Metrics
+    pulls: Places = field(default_factory=lambda: Places(4, 3, "models are being pulled"))
+    uploads: Places = field(default_factory=lambda: Places(16, 12, "files are being uploaded"))
+    making: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "edge-runtime making"))
+    """Threads that look into files for new models; what others wait for has threads of its own."""
     responses: ResponseStore = field(default_factory=ResponseStore)
     """Kept for clients that go on from them."""
     started: float = field(default_factory=time.time)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from edge_runtime.model import Model
-from edge_runtime.server.errors import RequestError
+from edge_runtime.server import sse
+from edge_runtime.server.errors import RequestError, TooLarge
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import State
 
@@ -32,7 +31,7 @@ class TokenizeRequest(BaseModel):
 class DetokenizeRequest(BaseModel):
     """Body of /detokenize."""
 
-    tokens: list[int] = Field(max_length=1_000_000)
+    tokens: list[int]
     model: str | None = None
 
 
@@ -49,25 +48,36 @@ async def metrics(state: State) -> Response:
     return Response(state.metrics.text(), headers={"Content-Type": METRICS_TYPE})
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
+@router.post("/tokenize", response_model=None, responses={200: {"content": {"application/json": {}}}})
+async def tokenize(body: TokenizeRequest, state: State) -> Response:
     """Cut text into tokens."""
+    most = state.settings.max_tokenize_bytes
+    if (n_bytes := len(body.content.encode("utf-8", "surrogatepass"))) > most:
+        raise TooLarge(f"content has {n_bytes} bytes, at most {most} are cut into tokens; send it in pieces.")
     async with state.registry.use(body.model) as use:
-        ids = await run_in_threadpool(_encode, use.model, body.content, special=body.parse_special)
-        if not body.with_pieces:
-            return {"tokens": ids}
-        return {"tokens": [{"id": i, "piece": _piece(use.model.tokenizer.token_bytes(i))} for i in ids]}
+        return await run_in_threadpool(_tokens, use.model, body)
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, state: State) -> dict[str, str]:
+def _tokens(model: Model, body: TokenizeRequest) -> Response:
+    ids = _encode(model, body.content, special=body.parse_special)
+    if not body.with_pieces:
+        return sse.body({"tokens": ids})
+    return sse.body({"tokens": [{"id": i, "piece": _piece(model.tokenizer.token_bytes(i))} for i in ids]})
+
+
+@router.post("/detokenize", response_model=None, responses={200: {"content": {"application/json": {}}}})
+async def detokenize(body: DetokenizeRequest, state: State) -> Response:
     """Put tokens together to text."""
     async with state.registry.use(body.model) as use:
-        tokenizer = use.model.tokenizer
-        wrong = [i for i in body.tokens if not 0 <= i < len(tokenizer.tokens)]
-        if wrong:
-            raise RequestError(f"The token {wrong[0]} is none of the {len(tokenizer.tokens)} there are.", "tokens")
-        return {"content": b"".join(map(tokenizer.token_bytes, body.tokens)).decode("utf-8", "replace")}
+        return await run_in_threadpool(_text, use.model, body.tokens)
+
+
+def _text(model: Model, ids: list[int]) -> Response:
+    n_tokens = len(model.tokenizer.tokens)
+    wrong = next((i for i in ids if not 0 <= i < n_tokens), None)
+    if wrong is not None:
+        raise RequestError(f"The token {wrong} is none of the {n_tokens} there are.", "tokens")
+    return sse.body({"content": b"".join(map(model.tokenizer.token_bytes, ids)).decode("utf-8", "replace")})
 
 
 def _encode(model: Model, text: str, *, special: bool) -> list[int]:

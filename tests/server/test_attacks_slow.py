@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
@@ -174,19 +173,6 @@ def test_an_answer_whose_client_leaves_as_it_begins_is_closed():
         assert len(closed) == 1
 
     asyncio.run(leave())
-
-
-def test_connections_are_counted(serve: Serve, monkeypatch):
-    monkeypatch.setattr("edge_runtime.server.connections.MOST_CONNECTIONS", 5)
-    served = serve()
-    with contextlib.ExitStack() as stack:
-        for _ in range(5):
-            stack.enter_context(connected(served))
-        wait_until(lambda: len(served.server.server_state.connections) == 5)
-        with connected(served, head("/health", method="GET")) as connection:
-            assert rest_of(connection) == b""
-    wait_until(lambda: not served.server.server_state.connections)
-    assert httpx.get(served.url + "/health", trust_env=False).status_code == 200
 
 
 # --- the end -------------------------------------------------------------------------------------------------------
