@@ -61,3 +61,8 @@ def reason(message: str) -> str:
         return ""
     text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
     return text.rstrip(".")[:300]
+
+
+def too_complex(message: str) -> str:
+    """What an error of llguidance in the middle of a text means, as a sentence."""
+    return f"The schema is too complex: {reason(message)}. Use fewer branches and properties, and plainer patterns."

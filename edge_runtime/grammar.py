@@ -42,6 +42,8 @@ class GrammarVocabulary:
         """Text of every token; none for special ones."""
         self.byte_tokens = {token[0]: i for i, token in enumerate(text) if len(token) == 1}
         """Token of a single byte."""
+        self.ids_of_bytes = np.array([self.byte_tokens.get(byte, 0) for byte in range(256)])
+        """ndarray [shape=(256,), int64]: the same."""
         missing = [byte for byte in range(256) if byte not in self.byte_tokens]
         if missing:
             raise MessageError(
@@ -117,8 +119,10 @@ class Grammar:
         """Whether the schema leaves open how long an answer gets."""
         self.limits_keys = '"patternProperties"' in bounded.text
         """Whether an object may run out of keys that it does not have yet."""
+        self.shortest = tuple(shortest)
+        """The shortest answer."""
         self.n_shortest = len(shortest)
-        """Tokens of the shortest answer."""
+        """Its tokens."""
         self.most_forced = len(shortest) + len(bounded.text)
         """Tokens that one token may bring with it at most: a bracket opens what the schema requires inside."""
 
