@@ -108,6 +108,8 @@ class Constraint:
 
     def __init__(self, form: AnswerForm, separator: Sequence[int] = ()) -> None:
         self._forced = deque(separator)
+        self._first_way: list[int] = []
+        """Where nothing is written yet: the shortest way to the end."""
         self._take(form)
         self._call = form.call
         """As long as it is open whether the answer is one."""
@@ -123,7 +125,7 @@ class Constraint:
         if form.begun:
             self._matcher.consume_tokens([*form.begun])
             self._position.feed(b"".join(self._vocabulary.token_bytes[i] for i in form.begun))
-            self._first_way = None
+            self._first_way = []
             self._end_if_complete()
 
     def _take(self, form: AnswerForm) -> None:
@@ -131,8 +133,7 @@ class Constraint:
         self._forced.extend(form.before)
         self._left = form.budget
         self._matcher, self._position = form.grammar.matcher(), form.grammar.position()
-        self._first_way: list[int] | None = [*form.grammar.shortest]
-        """Where nothing is written yet: the shortest way to the end."""
+        self._first_way = [*form.grammar.shortest]
 
     @property
     def ended(self) -> bool:
@@ -245,8 +246,8 @@ class Constraint:
     def _way_to_the_end(self, wanted: int, remaining: int) -> list[int] | None:
         """The shortest way to the end, when it is so near that it must be known; None too where it does not fit."""
         if self._way is None and (self._look_at is None or wanted <= self._look_at):
-            way, self._first_way = self._first_way, None
-            way = way or shortest_end(self._matcher, self._position, self._vocabulary, self._effort)
+            known, self._first_way = self._first_way, []
+            way = known or shortest_end(self._matcher, self._position, self._vocabulary, self._effort)
             self._look_at = wanted - LOOK_EVERY
             if way is not None and len(way) <= remaining:
                 near = len(way) + self._grammar.most_forced

@@ -14,6 +14,7 @@ from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, 
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.config import is_toy
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.effort import Effort
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
 from edge_runtime.forms import choose_form
@@ -219,6 +220,7 @@ class Model(Inside):
         tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
+        on_check: Callable[[], None] = lambda: None,
         **prompt_options: Any,
     ) -> list[AnswerStream]:
         """Begin answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.
@@ -258,6 +260,7 @@ class Model(Inside):
         on_image : called with (decoded, total) while pictures are read and pages drawn.
         on_look : called often with the share that is done while an index of videos is made; their frames are
             decoded later, beside the encoding. What this or `on_image` raises ends the work.
+        on_check : called often while the form of the answer is worked out; what it raises ends the work, too.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
             video_limits, context_shift, raw, fit, preset, continue_final_message (whether the answer goes on with a
             last message of the assistant's); for documents pages, dpi, password, page_limit, file_limit_bytes.
@@ -295,11 +298,12 @@ class Model(Inside):
         )
         started = time.perf_counter()
         tools = checked_tools(tools, tool_choice)
+        effort = Effort(check=on_check)
         form = choose_form(
-            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
+            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary, effort
         )
         texts = {"choices": choices, "regex": regex, "grammar": grammar}
-        bound = choose_text_form(texts, form, bool(tools), lambda: self._grammar_vocabulary)
+        bound = choose_text_form(texts, form, bool(tools), lambda: self._grammar_vocabulary, effort)
         check_form(bound is not None, n_beams)
         rules = choose_rules(
             *(stop_token_ids, min_tokens, ignore_eos, allowed_token_ids),

@@ -219,7 +219,7 @@ def _noticing(gone: threading.Event) -> dict[str, Any]:
         if gone.is_set():
             raise _Gone
 
-    return {"on_image": look, "on_look": look}
+    return {"on_image": look, "on_look": look, "on_check": look}
 
 
 class Inference:
@@ -353,7 +353,9 @@ class Inference:
             options = {**self._limits, **call.options}
 
             def build(gone: threading.Event) -> Prompt:
-                return use.model.build_prompt(messages, **options, **_noticing(gone))
+                looks = _noticing(gone)
+                del looks["on_check"]  # no form is worked out
+                return use.model.build_prompt(messages, **options, **looks)
 
             return await self._while_wanted(build)
 
