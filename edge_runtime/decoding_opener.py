@@ -10,7 +10,8 @@ import base64
 import contextlib
 import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import TracebackType
@@ -34,27 +35,10 @@ from edge_runtime.video_content import UNNAMED, Content, VideoSource
 from edge_runtime.video_file import MOST_THREADS
 from edge_runtime.video_frames import FOLDER_RATE, FrameSource, PictureFrames, Watch, file_identity, pictures_in
 
-OnImage = Callable[[int, int], None]
 
-
-@contextlib.contextmanager
-def opening(decoders: DecoderPool | None, on_image: OnImage) -> Iterator[tuple[WorkerOpener | None, OnImage]]:
-    """An opener on workers, and what is to be called in the place of `on_image`; None where there are no workers.
-
-    While a worker is waited for, `on_image` is called again and again with what it was called with last.
-    """
-    last = (0, 0)
-
-    def note(done: int, total: int) -> None:
-        nonlocal last
-        last = done, total
-        on_image(done, total)
-
-    if decoders is None:
-        yield None, on_image
-        return
-    with WorkerOpener(decoders, lambda: on_image(*last)) as opener:
-        yield opener, note
+def opening(decoders: DecoderPool | None, check: Check) -> AbstractContextManager[WorkerOpener | None]:
+    """An opener on workers; None where there are no workers."""
+    return contextlib.nullcontext() if decoders is None else WorkerOpener(decoders, check)
 
 
 class WorkerOpener:

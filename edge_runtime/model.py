@@ -16,6 +16,7 @@ from edge_runtime.config import is_toy
 from edge_runtime.decoding_opener import opening
 from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.effort import Effort
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
 from edge_runtime.forms import choose_form
@@ -222,6 +223,7 @@ class Model(Inside):
         tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
+        on_check: Callable[[], None] = lambda: None,
         decoders: DecoderPool | None = None,
         **prompt_options: Any,
     ) -> list[AnswerStream]:
@@ -263,10 +265,11 @@ class Model(Inside):
             function's name (a call of that one).
         on_image : called with (decoded, total) while pictures are read and pages drawn.
         on_look : called often with the share that is done while an index of videos is made; their frames are
-            decoded later, beside the encoding. What this or `on_image` raises ends the work.
-        decoders : worker processes in which pictures, documents and videos are decoded, within limits of time and
-            memory, as for files of people one does not know; None: this process does it. `on_image` is then called
-            while they are waited for, too.
+            decoded later, beside the encoding.
+        on_check : called often while the form of the answer is worked out, and while decoders are waited for. What
+            one of these three raises ends the work.
+        decoders : processes in which pictures, documents and videos are decoded, within limits of time and memory:
+            for files of people one does not know. None: in this process.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
             video_limits, context_shift, raw, fit, preset, continue_final_message (whether the answer goes on with a
             last message of the assistant's); for documents pages, dpi, password, page_limit, file_limit_bytes.
@@ -305,11 +308,12 @@ class Model(Inside):
         )
         started = time.perf_counter()
         tools = checked_tools(tools, tool_choice)
+        effort = Effort(check=on_check)
         form = choose_form(
-            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
+            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary, effort
         )
         texts = {"choices": choices, "regex": regex, "grammar": grammar}
-        bound = choose_text_form(texts, form, bool(tools), lambda: self._grammar_vocabulary)
+        bound = choose_text_form(texts, form, bool(tools), lambda: self._grammar_vocabulary, effort)
         check_form(bound is not None, n_beams)
         rules = choose_rules(
             *(stop_token_ids, min_tokens, ignore_eos, allowed_token_ids),
@@ -319,7 +323,7 @@ class Model(Inside):
         )
         prepared = self._prepare(
             messages,
-            *(on_image, on_look, decoders),
+            *(on_image, on_look, on_check, decoders),
             room=0 if prompt_only else max_tokens,
             refuse=True,
             thinking=thinking,
@@ -412,12 +416,13 @@ class Model(Inside):
         messages: str | Sequence[Any],
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
+        on_check: Callable[[], None] = lambda: None,
         decoders: DecoderPool | None = None,
         room: int = 1,
         refuse: bool = False,
         **options: Any,
     ) -> Prepared:
-        with opening(decoders, on_image) as (opener, on_image):
+        with opening(decoders, on_check) as opener:
             return prepare(
                 messages,
                 PromptOptions.of(options),

@@ -224,7 +224,7 @@ def _noticing(gone: threading.Event) -> dict[str, Any]:
         if gone.is_set():
             raise _Gone
 
-    return {"on_image": look, "on_look": look}
+    return {"on_image": look, "on_look": look, "on_check": look}
 
 
 class Inference:
