@@ -13,7 +13,6 @@ from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.config import is_toy
-from edge_runtime.decoding_opener import opening
 from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.effort import Effort
@@ -33,7 +32,6 @@ from edge_runtime.options import (
     check_streaming,
     count_beams,
 )
-from edge_runtime.pipeline import Prepared, PromptOptions, prepare
 from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.store import ModelPaths, find_model
@@ -410,34 +408,6 @@ class Model(Inside):
         messages, options : as of `chat`.
         """
         return AsyncAnswer(lambda streaming, options: self._submit(messages, 1, streaming, options)[0], options)
-
-    def _prepare(
-        self,
-        messages: str | Sequence[Any],
-        on_image: Callable[[int, int], None] = lambda done, total: None,
-        on_look: Callable[[float], None] = lambda share: None,
-        on_check: Callable[[], None] = lambda: None,
-        decoders: DecoderPool | None = None,
-        room: int = 1,
-        refuse: bool = False,
-        **options: Any,
-    ) -> Prepared:
-        with opening(decoders, on_check) as opener:
-            return prepare(
-                messages,
-                PromptOptions.of(options),
-                slicing=self._encoder.slicing,
-                tokenizer=self.tokenizer,
-                n_queries=self._encoder.n_queries,
-                template=self.template,
-                n_ctx=self.n_ctx,
-                room=room,
-                refuse=refuse,
-                beginnings=self._beginnings if refuse else None,
-                on_image=on_image,
-                on_look=on_look,
-                opener=opener,
-            )
 
     def warm_up(self) -> None:
         """Compute what chats shared when this model was last loaded (system prompt and tools) while nobody asks.
