@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
 
@@ -15,12 +14,11 @@ from edge_runtime.server.llama_server_facts import MEDIA_MARKER
 from edge_runtime.server.llama_server_replies import LlamaCompletions
 from edge_runtime.server.llama_server_requests import LlamaCompletionRequest
 from edge_runtime.streaming import Piece
-from server.conftest import SIGN
+from server.asked import ANSWER
+from server.asked import PROMPT as HELLO
+from server.asked import SIGN_BASE64 as PICTURE
 from server.made_answers import made_answer, scored
 
-PICTURE = base64.b64encode(SIGN.read_bytes()).decode()
-HELLO = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-ANSWER = "I am a tiny demo model."
 FIELDS = {
     *("index", "content", "tokens", "id_slot", "stop", "model", "tokens_predicted", "tokens_evaluated"),
     *("generation_settings", "prompt", "has_new_line", "truncated", "stop_type", "stopping_word", "tokens_cached"),

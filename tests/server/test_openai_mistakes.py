@@ -19,10 +19,8 @@ from edge_runtime.server.inference import Answering, Heartbeat
 from edge_runtime.server.responses_events import ResponseEvents
 from edge_runtime.server.responses_requests import ResponsesRequest
 from edge_runtime.streaming import Piece
-from server.test_openai import HELLO, ai
+from server.asked import HELLO
 from server.test_responses_events import checked
-
-__all__ = ["ai"]
 
 
 def test_embeddings_are_refused(ai):
