@@ -16,6 +16,7 @@ nothing here raises.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -23,9 +24,11 @@ import mmap
 import os
 import queue
 import re
+import stat
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,8 +36,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edge_runtime.bus_errors import watch_memory
 from edge_runtime.errors import MessageError
-from edge_runtime.plain_files import open_plain
+from edge_runtime.unfinished import make_folder, reason_of, remove_abandoned, unfinished
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -42,8 +46,8 @@ MAGIC, VERSION = b"EDGECACH", 1
 _HEAD = struct.Struct("<8sIIQ32s")
 SUFFIX = ".entry"
 _NAME = re.compile(r"[0-9a-f]{32}\.entry")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9]+\.[0-9]+\.tmp")
-STALE_S = 3600  # a temporary file this old was left by a process that ended
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f.]+\.tmp")
+ADVICE = "Delete it, or choose another --cache-dir."
 MOST_FACTS_BYTES = 1 << 20
 DEFAULT_LIMIT_BYTES = 4 << 30
 QUEUE_BYTES = 256 << 20
@@ -81,7 +85,8 @@ class DiskCache:
         self._waiting_bytes = 0
         self._written = self._total = 0
         """Bytes this process has written since it last looked at the folder, and what it found then."""
-        self._n_temporary = 0
+        self._latest_ns = 0
+        """Newest time of change that was seen: a clock that is set back must not make what is used look old."""
         self._is_broken = False
         self._total = self._shrink(0)
         self._writer = threading.Thread(
@@ -108,10 +113,14 @@ class DiskCache:
         """An entry that is as it was written; None if there is none, or if it was damaged and is now deleted."""
         path = self.path(name)
         try:
-            with open_plain(path) as stream:
-                data = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+            with open(path, "rb", opener=_open_entry) as stream:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            data = np.frombuffer(mapped, np.uint8)
+            weakref.finalize(mapped, watch_memory(data.ctypes.data, data.size, path, ADVICE))
             entry = _checked(name, data)
         except FileNotFoundError:
+            return None
+        except _Foreign:
             return None
         except MemoryError:  # it is whole, but not to be had now
             return None
@@ -125,10 +134,16 @@ class DiskCache:
 
     def touch(self, names: Sequence[str]) -> None:
         """Say that entries were used; the first of them last, so that it stays longest."""
-        now = time.time_ns()
+        now = self._now_ns(len(names))
         for i, name in enumerate(names):
             with contextlib.suppress(OSError):
                 os.utime(self.path(name), ns=(now - i, now - i))
+
+    def _now_ns(self, n: int = 1) -> int:
+        """The last of `n` moments behind all that was seen in the folder."""
+        with self._lock:
+            self._latest_ns = max(time.time_ns(), self._latest_ns + n)
+            return self._latest_ns
 
     def forget(self, name: str) -> None:
         """Delete an entry if it is there."""
@@ -204,7 +219,7 @@ class DiskCache:
                 "The cache folder %s cannot be %s any more (%s); nothing further is kept there.",
                 self.folder,
                 what,
-                getattr(error, "strerror", None) or error,
+                reason_of(error, self.folder / "entry") if isinstance(error, OSError) else error,
             )
 
     def _write_file(self, name: str, facts: dict[str, Any], content: bytes) -> None:
@@ -215,34 +230,35 @@ class DiskCache:
         if self._total + self._written + size > self._limit or self._written > self._limit // 16:
             # Looked at anew now and then: other processes write here too.
             self._total, self._written = self._shrink(size), 0
-        self._n_temporary += 1
-        temporary = self.folder / f".{name}.{os.getpid()}.{self._n_temporary}.tmp"
         digest = _digest(name, header, content)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever empties the cache deletes it whole
+        make_folder(self.folder, 0o700)  # whoever empties the cache deletes it whole
         try:
-            with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
-                stream.write(_HEAD.pack(MAGIC, VERSION, len(header), len(content), digest))
-                stream.write(header)
-                stream.write(content)
-            temporary.replace(self.path(name))
+            with unfinished(lambda token: self.folder / f".{name}.{token}.tmp", 0o600) as temporary:
+                with temporary.open("wb") as stream:
+                    stream.write(_HEAD.pack(MAGIC, VERSION, len(header), len(content), digest))
+                    stream.write(header)
+                    stream.write(content)
+                now = self._now_ns()
+                os.utime(temporary, ns=(now, now))
+                temporary.replace(self.path(name))
         except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             if not self.has(name):  # else somebody else was faster, and reads it: some systems do not replace it then
                 raise
         self._written += size
 
     def _shrink(self, wanted: int) -> int:
         """Delete what was used for longest ago until `wanted` bytes fit; returns the bytes that are left."""
-        found = []
+        found, left = [], []
         with contextlib.suppress(OSError), os.scandir(self.folder) as files:
             for file in files:
                 with contextlib.suppress(OSError):  # deleted meanwhile by another process
                     status = file.stat(follow_symlinks=False)
                     if _NAME.fullmatch(file.name):
                         found.append((status.st_mtime_ns, status.st_size, file.name))
-                    elif _TEMPORARY.fullmatch(file.name) and time.time() - status.st_mtime > STALE_S:
-                        (self.folder / file.name).unlink()
+                    elif _TEMPORARY.fullmatch(file.name):
+                        left.append(self.folder / file.name)
+        remove_abandoned(left)
+        self._latest_ns = max(self._latest_ns, *(changed for changed, _, _ in found), 0)
         total = sum(size for _, size, _ in found)
         for _, size, name in sorted(found):
             if total + wanted <= self._limit:
@@ -263,10 +279,9 @@ def usable_folder(folder: str | Path) -> Path:
     """
     try:
         path = Path(folder).expanduser()
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)  # it will hold what people asked
-        probe = path / f".{os.urandom(16).hex()}.{os.getpid()}.0.tmp"
-        probe.touch(mode=0o600)
-        probe.unlink()
+        make_folder(path, 0o700)  # it will hold what people asked
+        with unfinished(lambda token: path / f".{token}{token}.0.tmp", 0o600):
+            pass
         next(path.iterdir(), None)  # a folder can be written to and not be read
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home for `~`
         reason = getattr(error, "strerror", None) or error
@@ -274,6 +289,29 @@ def usable_folder(folder: str | Path) -> Path:
             f"The cache folder {str(folder)!r} cannot be used ({reason}); choose another --cache-dir."
         ) from None
     return path
+
+
+class _Foreign(Exception):  # noqa: N818 - nobody is told
+    """An entry that somebody else has put there."""
+
+
+def _open_entry(path: str, flags: int) -> int:
+    """Open an entry, if it is a file of whoever runs this: no link to elsewhere, no pipe that never answers.
+
+    Raises
+    ------
+    OSError
+        When it is no file.
+    """
+    handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    status = os.fstat(handle)
+    if hasattr(os, "geteuid") and status.st_uid != os.geteuid():
+        os.close(handle)
+        raise _Foreign
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return handle
 
 
 def _write_jobs(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
