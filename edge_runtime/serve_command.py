@@ -32,7 +32,7 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--api-key", envvar="EDGE_RUNTIME_API_KEY", metavar="KEY", help="Key that clients must send.")
 @click.option("--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Web pages of this origin may ask.")
 @click.option("--allow-host", "allowed_hosts", multiple=True, metavar="NAME", help="Further name of this server.")
-@click.option("--allow-url", multiple=True, metavar="HOST", help="Fetch pictures from this host when asked.")
+@click.option("--allow-url", multiple=True, metavar="HOST", help="Fetch pictures and models from it when asked.")
 @click.option("--keep-alive", default="5m", metavar="TIME", help="How long an unused model stays loaded.  [5m]")
 @click.option("--max-memory", **SIZE, metavar="GB", help="Most for all loaded models.  [what is free]")
 @click.option("--queue", "max_queue", **COUNT, default=64, help="Most requests at once, waiting ones too.  [64]")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
 from edge_runtime import __version__
-from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.server import (
     anthropic,
     envelope,
@@ -38,8 +36,7 @@ TIDY_S = 3600.0
 async def _tidy_now_and_then(catalog: Catalog) -> None:
     while True:
         await asyncio.sleep(TIDY_S)
-        with contextlib.suppress(EdgeRuntimeError):  # a full or broken disk: whoever stores something hears of it
-            await asyncio.to_thread(catalog.tidy)
+        await asyncio.to_thread(catalog.tidy)
 
 
 def create_app(settings: Settings) -> FastAPI:

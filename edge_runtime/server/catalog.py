@@ -6,6 +6,7 @@ A name is looked up, never opened: only what stands in a list here leads to a fi
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.errors import ModelFileError, StoreFull
+from edge_runtime.errors import DownloadError, ModelFileError, StoreFull
 from edge_runtime.library import Entry, Library
 from edge_runtime.plain_files import is_plain
 from edge_runtime.server.blobs import Blobs
@@ -121,7 +122,10 @@ class Catalog:
     def tidy(self) -> None:
         """Remove uploads that were cut, and those that no name has needed for a day."""
         if self.blobs.size():
-            with self._changing():
+            with (
+                contextlib.suppress(DownloadError),
+                self._changing(),
+            ):  # a store that cannot be changed stays as it is
                 self.blobs.tidy(self.names.needed())
 
     def room(self) -> int:

@@ -118,6 +118,17 @@ def test_a_link_or_a_pipe_is_no_blob_and_no_name(catalog: Catalog, tmp_path):
     assert secret.read_bytes() == b"x"
 
 
+def test_a_store_that_cannot_be_changed_stays_as_it_is(catalog: Catalog):
+    digest = digest_of(b"x")
+    catalog.blobs.path(digest).parent.mkdir(parents=True)
+    catalog.blobs.path(digest).write_bytes(b"x")
+    (catalog.library.root / ".locks").write_bytes(b"")  # no folder, so that no lock can be had
+    old = time.time() - UNNEEDED_AFTER_S - 60
+    os.utime(catalog.blobs.path(digest), (old, old))
+    catalog.tidy()
+    assert catalog.blobs.has(digest)
+
+
 # --- at the same time ----------------------------------------------------------------------------------------------
 
 
