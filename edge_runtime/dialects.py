@@ -21,6 +21,7 @@ from edge_runtime.formats import BY_GRAMMAR, PATTERNS, RANGES, WHERE_IT_FITS
 from edge_runtime.rewriting import (
     are_apart,
     conditional,
+    counted,
     named_by,
     negated,
     older,
@@ -253,6 +254,8 @@ class Dialect:
             ("dependentRequired", lambda: with_dependents(made)),
             ("dependentSchemas", lambda: with_dependents(made)),
             ("if", lambda: conditional(made, resolve)),
+            ("minProperties", lambda: counted(made)),
+            ("maxProperties", lambda: counted(made)),
         )
         for name in ("minContains", "maxContains"):
             if "contains" not in made:

@@ -8,6 +8,7 @@ simple forms that can be said otherwise. `resolve` follows references.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -22,6 +23,7 @@ Resolve = Callable[[Any], Any]
 
 MOST_TRIGGERS = 4  # 2 to the power of this many variants of an object
 MOST_CONTAINED = 64
+MOST_VARIANTS = 128
 MOST_EXCLUDED = 500  # characters of strings that are not to be written
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
@@ -285,6 +287,37 @@ def _variant(made: Schema, required: set[str], properties: Mapping[str, Any], co
     if conditions:
         variant["allOf"] = [*conditions]
     return variant
+
+
+def counted(made: Schema) -> Any:
+    """Say `minProperties` and `maxProperties` beside optional names as variants: which names are there.
+
+    Narrower: no other properties than the named ones, where those are enough. The grammar counts by itself where all
+    names are required, or none is given.
+    """
+    named, required = made.get("properties", {}), [*dict.fromkeys(made.get("required", []))]
+    low, high = int(made.get("minProperties", 0)), made.get("maxProperties")
+    optional = [name for name, inner in named.items() if name not in required and inner is not False]
+    if not optional or "patternProperties" in made or not set(required) <= set(named):
+        return made
+    high = len(required) + len(optional) if high is None else int(high)
+    least, most = max(0, low - len(required)), min(high - len(required), len(optional))
+    if most < 0:
+        return False
+    if least > most:
+        return False if made.get("additionalProperties") is False else None
+    if math.comb(len(optional), most) * math.comb(most, least) > MOST_VARIANTS:
+        return None
+    for name in ("minProperties", "maxProperties"):
+        made.pop(name, None)
+    rest, variants = {**made, "additionalProperties": False}, []
+    for left in combinations(optional, most):
+        for first in combinations(left, least):
+            # The first so many that are there: names between them are not, so that no object has two variants.
+            skipped = left[: left.index(first[-1]) + 1] if first else ()
+            absent = [name for name in optional if name not in left or (name in skipped and name not in first)]
+            variants.append(_variant(rest, {*required, *first}, dict.fromkeys(absent, False), made.get("allOf", [])))
+    return variants[0] if len(variants) == 1 else {"anyOf": variants}
 
 
 def conditional(made: Schema, resolve: Resolve) -> Any:

@@ -19,6 +19,8 @@ MOST_PROPERTIES = 1000
 """Of one object: every look at the vocabulary goes through all that may follow."""
 LONGEST_TEXT, LONGEST_PATTERN = 1 << 15, 1 << 18
 """Characters of one name or value, which is tokenised as a whole; and of a pattern."""
+MOST_TOGETHER = 8
+"""Patterns that may have to hold for one text: the states of their automata are multiplied."""
 MOST_MULTIPLE = 200_000
 """Of `multipleOf` without its decimal point: its automaton has a state for every remainder."""
 
@@ -36,6 +38,11 @@ def check_size(root: dict[str, Any]) -> None:
         raise MessageError(
             f"The schema has more than {MOST_VALUES} values, each mapping and list counted as {COMPOSITE}, once its "
             "conditions are written out; use fewer branches, enum values, conditions inside one another, or tools."
+        )
+    if _Together(root).most > MOST_TOGETHER:
+        raise MessageError(
+            f"The schema has an allOf of more than {MOST_TOGETHER} schemas with patterns or formats, which is the "
+            "limit; say it with fewer patterns."
         )
     numerators = sizes.multiples if not sizes.combines else {math.lcm(*sizes.multiples)}
     if max(numerators, default=1) > MOST_MULTIPLE:
@@ -83,6 +90,7 @@ class _Sizes:
 
 
 _REFERRING = {"$ref", "anyOf", "oneOf"}
+_PATTERNS = frozenset(("pattern", "patternProperties", "format"))
 
 
 def check_text(text: str, most: int = LONGEST_TEXT) -> None:
@@ -97,3 +105,57 @@ def check_text(text: str, most: int = LONGEST_TEXT) -> None:
         raise MessageError(
             f"The schema has a text of {len(text)} characters ({text[:20]!r}…), expected at most {most}; shorten it."
         )
+
+
+class _Together:
+    """Counts how many schemas with a pattern hold together in one place, references followed.
+
+    Parameters
+    ----------
+    root : the schema.
+    """
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._known: dict[int, int] = {}
+        self._with_pattern: dict[int, bool] = {}
+        self.most = 0
+        self._visit(root)
+
+    def _visit(self, node: Any) -> None:
+        stack, seen = [node], set[int]()
+        while stack:
+            value = stack.pop()
+            if id(value) in seen or not isinstance(value, dict | list):
+                continue
+            seen.add(id(value))
+            if isinstance(value, dict) and ("allOf" in value or "$ref" in value):
+                self.most = max(self.most, self._together(value))
+            stack += value.values() if isinstance(value, dict) else value
+
+    def _together(self, schema: Any) -> int:
+        """Schemas with a pattern, at any depth, that hold together with this one."""
+        if not isinstance(schema, dict):
+            return 0
+        if id(schema) not in self._known:
+            self._known[id(schema)] = 0  # for what refers to itself
+            branches = schema.get("allOf", [])
+            own = [value for name, value in schema.items() if name not in ("allOf", "$defs")]
+            has_pattern = not _PATTERNS.isdisjoint(schema) or any(map(self._has_pattern, own))
+            found = has_pattern + sum(map(self._together, branches if isinstance(branches, list) else []))
+            self._known[id(schema)] = found + self._together(self._target(schema.get("$ref")))
+        return self._known[id(schema)]
+
+    def _target(self, reference: Any) -> Any:
+        name = reference.removeprefix("#/$defs/") if isinstance(reference, str) else None
+        return self._root.get("$defs", {}).get(name)
+
+    def _has_pattern(self, value: Any) -> bool:
+        if isinstance(value, list):
+            return any(map(self._has_pattern, value))
+        if not isinstance(value, dict):
+            return False
+        if id(value) not in self._with_pattern:
+            inside = any(map(self._has_pattern, value.values()))
+            self._with_pattern[id(value)] = inside or not _PATTERNS.isdisjoint(value)
+        return self._with_pattern[id(value)]

@@ -7,8 +7,11 @@ no end that could be looked for.
 
 from __future__ import annotations
 
+import json
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm, Choose
 from edge_runtime.effort import AnswerEffort, Effort
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import GrammarVocabulary, allowed_ids
+from edge_runtime.schema_size import MOST_TOGETHER, check_size
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -136,9 +140,9 @@ def choose_text_form(
     matcher = _compile(name, given[name], words, effort or Effort())
     reason = _reason(matcher)
     if not reason and not matcher.is_accepting():  # an end token is allowed where nothing else is
-        going_on = set(allowed_ids(matcher, len(words.continues_number))) - words.stop_ids
+        goes_on = bool({*allowed_ids(matcher, len(words.continues_number))} - words.stop_ids)
         reason = _reason(matcher)
-        if not going_on and (not reason or reason.startswith("NoExtension")):
+        if not goes_on and (not reason or reason.startswith("NoExtension")):
             reason = "no text is of its form"
     if reason:
         raise MessageError(f"{name} cannot be enforced: {reason}.")
@@ -169,12 +173,31 @@ def _compile(name: str, value: Any, vocabulary: GrammarVocabulary, effort: Effor
     else:
         try:
             grammar = LLMatcher.grammar_from_lark(any_to_lark(value))
+            _check_lark(grammar)
+        except MessageError:
+            raise
         except Exception as error:  # noqa: BLE001 - the converter raises what Python happens to raise
             raise MessageError(
                 f"grammar cannot be read as GBNF: {str(error)[:200] or type(error).__name__}."
             ) from None
     matcher: LLMatcher = compiled(vocabulary.llguidance, grammar, effort)
     return matcher
+
+
+def _check_lark(grammar: str) -> None:
+    """Check what of a grammar llguidance has no limits for: intersections, and schemas inside."""
+    n_and = _IN_QUOTES.sub("", grammar).count("&")
+    if n_and >= MOST_TOGETHER:
+        raise MessageError(
+            f"grammar has {n_and} intersections (&), expected fewer than {MOST_TOGETHER}; simplify it."
+        )
+    for place in re.finditer(r"%json\s*", grammar):
+        with suppress(ValueError, RecursionError):  # what is no JSON, llguidance refuses
+            schema, _ = json.JSONDecoder().raw_decode(grammar, place.end())
+            check_size(schema if isinstance(schema, dict) else {})
+
+
+_IN_QUOTES = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 
 
 def _literal(text: str) -> str:
