@@ -23,7 +23,8 @@ from PIL import Image
 
 from edge_runtime.base64_data import is_data_uri
 from edge_runtime.config import SlicingConfig
-from edge_runtime.decoding_pool import Check, DecoderPool, Lease
+from edge_runtime.decoding_lanes import Check
+from edge_runtime.decoding_pool import Decoders, Lease
 from edge_runtime.documents import FILE_LIMIT_BYTES, DocumentOptions, check_file_bytes
 from edge_runtime.errors import ImageError, MessageError, VideoError
 from edge_runtime.image import ImageSource, encoded, load_image, name_of
@@ -36,7 +37,7 @@ from edge_runtime.video_file import MOST_THREADS
 from edge_runtime.video_frames import FOLDER_RATE, FrameSource, PictureFrames, Watch, file_identity, pictures_in
 
 
-def opening(decoders: DecoderPool | None, check: Check) -> AbstractContextManager[WorkerOpener | None]:
+def opening(decoders: Decoders | None, check: Check) -> AbstractContextManager[WorkerOpener | None]:
     """An opener on workers; None where there are no workers."""
     return contextlib.nullcontext() if decoders is None else WorkerOpener(decoders, check)
 
@@ -49,7 +50,7 @@ class WorkerOpener:
     check : called while something is waited for; what it raises ends the work.
     """
 
-    def __init__(self, pool: DecoderPool, check: Check) -> None:
+    def __init__(self, pool: Decoders, check: Check) -> None:
         self.pool, self._check = pool, check
         self.is_open = True
         self._n_files = 0
@@ -101,7 +102,7 @@ class WorkerOpener:
             return PictureFrames(str(source), pictures, rate or FOLDER_RATE, limits, _Loader(self))
         if isinstance(source, list | tuple):
             return PictureFrames("The video", source, rate or FOLDER_RATE, limits, _Loader(self))
-        return WorkerVideo(Content(source, limits), limits, watch, self.lease)
+        return WorkerVideo(Content(source, limits), limits, watch, self.lease, self.pool)
 
 
 class WorkerPage(Page):
@@ -149,8 +150,8 @@ class WorkerVideo:
 
     sampled = False
 
-    def __init__(self, content: Content, limits: VideoLimits, watch: Watch, lease: Lease) -> None:
-        self.name, self.content, self.limits, self.pool = content.name, content, limits, lease.pool
+    def __init__(self, content: Content, limits: VideoLimits, watch: Watch, lease: Lease, pool: Decoders) -> None:
+        self.name, self.content, self.limits, self.pool = content.name, content, limits, pool
         request = {"op": "video", "limits": asdict(limits), "name": self._path}
         reply = lease.ask(
             request, self.name, data=self.read(), n_threads=MOST_THREADS, on_share=watch, error=VideoError

@@ -16,13 +16,14 @@ import contextlib
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from edge_runtime import errors
-from edge_runtime.decoding_worker import LOOK_S, Worker, WorkerEnded
+from edge_runtime.decoding_lanes import Check, Lane
+from edge_runtime.decoding_worker import Worker, WorkerEnded
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy, ImageError
 from edge_runtime.memory import available_bytes
 
@@ -31,7 +32,7 @@ TIMEOUT_S = 30.0
 MOST_WAIT = 4
 """So many times as long may it take by the clock."""
 SLOW_AFTER_S = 1.0
-"""What an ordinary file never takes: 12 million pixels of JPEG decode in 0.15 s."""
+"""As of `TIMEOUT_S`; an ordinary file never takes it: 12 million pixels of JPEG are decoded and cut in 0.4 s."""
 N_SLOW = 1
 """Slow files that are worked on at once."""
 MOST_SLOW = 16
@@ -43,52 +44,6 @@ RETIRED_AFTER = 1000
 """Requests after which a worker makes room for a new one: what a decoder leaks is bounded."""
 LARGE_BYTES = 64 << 20
 """Of one file or its pixels, after which a worker makes room for a new one, since memory is rarely given back."""
-
-Check = Callable[[], None]
-"""Called while a request waits; what it raises ends the work."""
-
-
-class _Lane:
-    """Places, given in the order in which they were asked for."""
-
-    def __init__(self, n_places: int, changed: threading.Condition) -> None:
-        self.n_free, self._changed = n_places, changed
-        self.waiting: deque[object] = deque()
-
-    def take(self, check: Check) -> None:
-        """Wait for a place. The condition's lock is not held by the caller."""
-        ticket = object()
-        with self._changed:
-            self.waiting.append(ticket)
-        try:
-            while True:
-                check()
-                with self._changed:
-                    if self._is_next(ticket):
-                        self.n_free -= 1
-                        return
-                    self._changed.wait(LOOK_S)
-        finally:
-            with self._changed:
-                self.waiting.remove(ticket)
-                self._changed.notify_all()
-
-    def take_now(self) -> bool:
-        """Take a place if there is one and nobody waits."""
-        with self._changed:
-            if self.waiting or not self.n_free:
-                return False
-            self.n_free -= 1
-            return True
-
-    def give_back(self) -> None:
-        """Leave."""
-        with self._changed:
-            self.n_free += 1
-            self._changed.notify_all()
-
-    def _is_next(self, ticket: object) -> bool:
-        return self.n_free > 0 and self.waiting[0] is ticket
 
 
 class DecoderPool:
@@ -106,9 +61,9 @@ class DecoderPool:
         self.most_bytes = LEAST_BYTES + BYTES_PER_PIXEL * pixel_limit
         self.most_bytes = max(LEAST_BYTES, min(self.most_bytes, available_bytes() // 2))
         self._changed = threading.Condition()
-        self.fast = _Lane(n_workers, self._changed)
-        self.slow = _Lane(N_SLOW, self._changed)
-        self.videos = _Lane(N_VIDEOS, self._changed)
+        self.fast = Lane(n_workers, self._changed)
+        self.slow = Lane(N_SLOW, self._changed)
+        self.videos = Lane(N_VIDEOS, self._changed)
         self.n_slow = 0
         """Leases in the slow lane, waiting ones included."""
         self._idle: list[Worker] = []
@@ -128,12 +83,13 @@ class DecoderPool:
         threading.Thread(target=begin, name="edge-runtime decoding", daemon=True).start()
 
     @contextmanager
-    def lease(self, check: Check = lambda: None, *, for_frames: bool = False) -> Iterator[Lease]:
+    def lease(self, check: Check = lambda: None, *, for_frames: bool = False, owner: str = "") -> Iterator[Lease]:
         """A worker for a while, for one thread.
 
         Parameters
         ----------
         for_frames : whether it is held while frames are encoded.
+        owner : the client whose file it is.
 
         Raises
         ------
@@ -141,8 +97,8 @@ class DecoderPool:
             When none can be started.
         """
         lane = self.videos if for_frames else self.fast
-        lane.take(check)
-        lease = Lease(self, lane, check)
+        lane.take(owner, check)
+        lease = Lease(self, lane, check, owner)
         try:
             lease.worker = self._worker()
             yield lease
@@ -204,14 +160,29 @@ class DecoderPool:
             return [worker.pid for worker in (*self._idle, *self._busy)]
 
 
+@dataclass(frozen=True)
+class ClientsDecoders:
+    """The pool, as one client of a server has it."""
+
+    pool: DecoderPool
+    owner: str
+
+    def lease(self, check: Check = lambda: None, *, for_frames: bool = False) -> AbstractContextManager[Lease]:
+        """As `DecoderPool.lease`."""
+        return self.pool.lease(check, for_frames=for_frames, owner=self.owner)
+
+
+Decoders = DecoderPool | ClientsDecoders
+
+
 class Lease:
     """A worker that one request has. Made by `DecoderPool.lease`."""
 
     worker: Worker
 
-    def __init__(self, pool: DecoderPool, lane: _Lane, check: Check) -> None:
-        self.pool, self.check = pool, check
-        self._lane: _Lane | None = lane
+    def __init__(self, pool: DecoderPool, lane: Lane, check: Check, owner: str) -> None:
+        self.pool, self.check, self._owner = pool, check, owner
+        self._lane: Lane | None = lane
         self._is_slow = self._is_large = False
 
     def ask(
@@ -287,10 +258,10 @@ class Lease:
                 )
             pool.n_slow += 1
         began = time.monotonic()
-        if not pool.slow.take_now():
+        if not pool.slow.take_now(self._owner):
             self.worker.pause()
             try:
-                pool.slow.take(self.check)
+                pool.slow.take(self._owner, self.check)
             except BaseException:
                 with pool._changed:
                     pool.n_slow -= 1
@@ -302,7 +273,7 @@ class Lease:
     def _leave(self) -> None:
         lane, self._lane = self._lane, None
         if lane is not None:
-            lane.give_back()
+            lane.give_back(self._owner)
         if lane is self.pool.slow:
             with self.pool._changed:
                 self.pool.n_slow -= 1
@@ -331,14 +302,15 @@ class _Watch:
 
     def __init__(self, lease: Lease, what: str, error: type[ImageError], n_threads: int) -> None:
         self._lease, self._what, self._error, self._n_threads = lease, what, error, n_threads
-        self._paused_s = 0.0
+        self._is_slow, self._paused_s = False, 0.0
         self._before_s = lease.worker.processor_s
 
     def __call__(self, seconds: float) -> None:
         lease = self._lease
         lease.check()
-        if seconds > SLOW_AFTER_S:
-            self._paused_s += lease.become_slow(self._what)
+        if not self._is_slow and self._is_over(seconds, SLOW_AFTER_S):
+            self._is_slow = True
+            self._paused_s = lease.become_slow(self._what)
         if self._is_over(seconds - self._paused_s, lease.pool.timeout_s):
             raise self._error(
                 f"{self._what} takes longer than {lease.pool.timeout_s:g} s to decode, which is the limit; save it "

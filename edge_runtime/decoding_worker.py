@@ -31,7 +31,7 @@ LOOK_S = 0.05
 MOST_REPLY_BYTES = 64 << 20
 """The times of a video of days; a longer line is no reply."""
 CLEAR_S = 10.0
-LESS_URGENT = 10  # added to the nice value of a worker that takes long
+LESS_URGENT = 15  # the nice value of a worker that takes long; that of others is `sandbox.NICE`
 
 Look = Callable[[float], None]
 """Called now and then with the seconds that a request has taken; what it raises ends the worker."""

@@ -11,7 +11,7 @@ from edge_runtime.beginnings import Beginnings
 from edge_runtime.capabilities import capabilities
 from edge_runtime.decoder import Decoder
 from edge_runtime.decoding_opener import opening
-from edge_runtime.decoding_pool import DecoderPool
+from edge_runtime.decoding_pool import Decoders
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import Group, ImageEncoder
 from edge_runtime.engine import Engine
@@ -81,7 +81,7 @@ class Inside:
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
         on_check: Callable[[], None] = lambda: None,
-        decoders: DecoderPool | None = None,
+        decoders: Decoders | None = None,
         room: int = 1,
         refuse: bool = False,
         **options: Any,

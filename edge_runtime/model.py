@@ -13,7 +13,7 @@ from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.config import is_toy
-from edge_runtime.decoding_pool import DecoderPool
+from edge_runtime.decoding_pool import Decoders
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.effort import Effort
 from edge_runtime.engine import Engine
@@ -222,7 +222,7 @@ class Model(Inside):
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
         on_check: Callable[[], None] = lambda: None,
-        decoders: DecoderPool | None = None,
+        decoders: Decoders | None = None,
         **prompt_options: Any,
     ) -> list[AnswerStream]:
         """Begin answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.

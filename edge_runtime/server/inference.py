@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
-from edge_runtime.decoding_pool import DecoderPool
+from edge_runtime.decoding_pool import ClientsDecoders, DecoderPool
 from edge_runtime.errors import MessageError
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
@@ -246,7 +246,6 @@ class Inference:
         self._running: set[Answering] = set()
         self._fetcher = Fetcher(settings)
         self._limits = {
-            "decoders": self.decoders,
             "pixel_limit": settings.max_pixels,
             "page_limit": settings.max_pages,
             "file_limit_bytes": settings.max_video_bytes,
@@ -321,7 +320,8 @@ class Inference:
     async def _submit(self, call: ChatCall, use: Use, messages: str | Sequence[Any]) -> list[AnswerStream]:
         """Decode pictures and submit, off the event loop."""
         self.check_answers(call.n)
-        options = {**self._limits, **use.listed.defaults, **call.options}
+        decoders = ClientsDecoders(self.decoders, asking())
+        options = {**self._limits, "decoders": decoders, **use.listed.defaults, **call.options}
         if use.listed.adapters:
             options.setdefault("adapter", next(iter(use.listed.adapters)))
         if "image_max_tokens" in options:
@@ -373,7 +373,8 @@ class Inference:
             self._admit(stack)
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
             messages = await brought_in(with_texts(use.listed, call.messages), self.settings, self._fetcher)
-            options = {**self._limits, **call.options}
+            decoders = ClientsDecoders(self.decoders, asking())
+            options = {**self._limits, "decoders": decoders, **call.options}
             n_bytes, most = text_bytes([messages, options.get("tools")]), self.settings.max_tokenize_bytes
             if n_bytes > most:
                 raise TooLarge(f"The conversation has {n_bytes} bytes of text, at most {most} are cut into tokens.")

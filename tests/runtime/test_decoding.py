@@ -17,6 +17,7 @@ from PIL import Image
 
 from edge_runtime.clips import expand_videos
 from edge_runtime.decoding import InThisProcess, cut_source
+from edge_runtime.decoding_lanes import Lane
 from edge_runtime.decoding_opener import WorkerOpener
 from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.documents import DocumentOptions, with_pages
@@ -257,6 +258,30 @@ def test_too_many_slow_files_are_sent_away(monkeypatch):
     pool.close()
 
 
+def test_clients_with_fewer_files_at_work_come_first():
+    """One asks for nine, then another for one: it waits for one of the nine to end, not for all."""
+    lane, order, lock = Lane(1, threading.Condition()), [], threading.Lock()
+
+    def use(owner: str) -> None:
+        lane.take(owner, lambda: None)
+        with lock:
+            order.append(owner)
+        time.sleep(0.05)
+        lane.give_back(owner)
+
+    lane.take("many", lambda: None)  # held until all of them wait
+    threads = [threading.Thread(target=use, args=(owner,)) for owner in ["many"] * 9 + ["one"]]
+    for n, thread in enumerate(threads, 1):
+        thread.start()
+        wait_until(lambda n=n: len(lane.waiting) == n)
+    lane.n_free = 1  # and another place comes
+    for thread in threads:
+        thread.join(60)
+    assert order == ["one"] + ["many"] * 9
+    lane.give_back("many")
+    assert lane.n_free == 2
+
+
 def test_whoever_waits_for_a_worker_can_leave():
     def leave() -> None:
         raise Left
@@ -398,6 +423,7 @@ def test_what_is_given_up_is_gone(tmp_path):
 
 BUSY = """
 import sys, threading
+from edge_runtime.decoding_lanes import Lane
 from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.decoding_opener import WorkerOpener
 from edge_runtime.documents import DocumentOptions

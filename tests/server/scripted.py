@@ -107,6 +107,9 @@ class ScriptedModel:
 
         return AnswerStream(running, finish)  # type: ignore[arg-type]
 
+    def check_usable(self) -> None:
+        """It is."""
+
     def close(self) -> None:
         """Note that it was unloaded."""
         self.closed.set()
