@@ -73,6 +73,7 @@ class ScriptedModel:
     def submit(self, messages: Any, *, n: int = 1, **options: Any) -> list[AnswerStream]:
         """Answer as scripted."""
         options.pop("on_look", None)
+        options.pop("on_check", None)
         look = options.pop("on_image", lambda done, total: None)
         self.asked.append((messages, options))
         look(1, 1)
