@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any
 
 MOST_RANGES = 512
 """Of memory that the table holds; what comes beyond gets the text for all."""
+KEPT_TEXTS = 4
+"""Of each range: a handler may still be reading the one before."""
 _LOST = "was cut short while it was in use, or its disk fails"
 _SI_CODE = 8  # bytes into siginfo_t, on both systems
 _SI_ADDR = 24 if sys.platform == "darwin" else 16 if ctypes.sizeof(ctypes.c_void_p) == 8 else 12
@@ -74,7 +77,9 @@ class _Watch:
         """The last one is of no range: its text is for addresses that no other holds."""
         self.names: list[str] = [""] * MOST_RANGES
         self.before, self.is_told = _Action(), ctypes.c_uint32(0)
-        self.texts: dict[bytes, bytes] = {}
+        self.models: dict[int, str] = {}
+        """Those that the text for all names."""
+        self.texts = [deque[bytes](maxlen=KEPT_TEXTS) for _ in range(MOST_RANGES + 1)]
         self.lock = threading.RLock()  # forgetting may come from the collector at any place
         self.engine, address = _machine_code(self.ranges, self.before, self.is_told)
         self.action = _Action(handler=address, flags=_FLAGS)
@@ -98,11 +103,11 @@ class _Watch:
             place = next((i for i, name in enumerate(self.names) if not name), None)
             if place is not None:
                 self.names[place] = str(path)
-                self._write(
-                    self.ranges[place], f"{_shown(path)} {_LOST}; the process ends, as it cannot go on. {advice}"
-                )
+                self._write(place, f"{_shown(path)} {_LOST}; the process ends, as it cannot go on. {advice}")
                 self.ranges[place].begin, self.ranges[place].end = begin, begin + n_bytes
-            self._tell_all()
+                if advice == RESTORE:
+                    self.models[place] = _shown(path)
+                    self._tell_all()
             self.install()
             return place
 
@@ -111,21 +116,22 @@ class _Watch:
         with self.lock:
             self.ranges[place].end = 0
             self.names[place] = ""
-            self._tell_all()
+            if self.models.pop(place, None) is not None:
+                self._tell_all()
 
     def _tell_all(self) -> None:
-        names = sorted({_shown(Path(name)) for name in self.names if name})
+        names = sorted({*self.models.values()})
         files = f"one of {', '.join(names)} {_LOST}, or " if names else ""
         what = f"memory is gone that was in use: {files}there is no room for shared memory; the process ends."
-        self._write(self.ranges[MOST_RANGES], what)
+        self._write(MOST_RANGES, what)
 
-    def _write(self, entry: _Range, what: str) -> None:
-        text = f"\nedge-runtime: {what}\n".encode("utf-8", "replace")
-        text = self.texts.setdefault(text, text)  # for ever: a handler may be reading it
-        place = ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p).value
-        assert place is not None
+    def _write(self, place: int, what: str) -> None:
+        text, entry = f"\nedge-runtime: {what}\n".encode("utf-8", "replace"), self.ranges[place]
+        self.texts[place].append(text)
+        address = ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p).value
+        assert address is not None
         entry.n = min(entry.n, len(text))  # never more than there is, whichever of the two a handler sees
-        entry.text, entry.n = place, len(text)
+        entry.text, entry.n = address, len(text)
 
 
 def _shown(path: Path) -> str:

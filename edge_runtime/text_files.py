@@ -34,16 +34,28 @@ def decode_text(raw: bytes) -> str:
 def read_text(path: Path, most_bytes: int | None = None) -> str:
     """Text of a file, see `decode_text`, its lines ending in a newline; OSError when it cannot be read.
 
+    Parameters
+    ----------
+    most_bytes : for files of others, which may have no end; they must be files, no pipes and devices.
+
     Raises
     ------
     ValueError
-        When it is no text, or longer than `most_bytes`.
+        When it is no text, or too long.
     """
+    return decode_text(_read(path, most_bytes)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read(path: Path, most_bytes: int | None) -> bytes:
+    if most_bytes is None:
+        return path.read_bytes()
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
     with path.open("rb") as file:
-        data = file.read(-1 if most_bytes is None else most_bytes + 1)
-    if most_bytes is not None and len(data) > most_bytes:
-        raise ValueError(f"more than {most_bytes} bytes")
-    return decode_text(data).replace("\r\n", "\n").replace("\r", "\n")
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes} bytes")
+    return data
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -57,6 +69,6 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads((decode_text(text) if isinstance(text, bytes) else text).removeprefix("\ufeff"))
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file; OSError when it cannot be read, otherwise errors as of `parse_json`."""
-    return parse_json(path.read_bytes())
+def read_json(path: Path, most_bytes: int | None = None) -> Any:
+    """The value of a JSON file, see `read_text`; OSError when it cannot be read, else errors as of `parse_json`."""
+    return parse_json(_read(path, most_bytes))

@@ -67,11 +67,8 @@ class Checkpoint:
 
     def text(self, name: str) -> str | None:
         """Text file of the folder, or None when it is not there."""
-        path = self.folder / name
         try:
-            if path.exists() and not path.is_file():
-                raise CheckpointError(f"{name} is no file; download the checkpoint again.")
-            return read_text(path, MAX_TEXT_BYTES)
+            return read_text(self.folder / name, MAX_TEXT_BYTES)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

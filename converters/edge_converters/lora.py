@@ -26,6 +26,7 @@ from edge_runtime.errors import CheckpointError
 from edge_runtime.text_files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 16 << 20
 PREFIX = "base_model.model."
 DECODER = "llm."
 # MODULE.lora_A.weight, with ".default" before ".weight" where the adapter was saved with its name.
@@ -142,7 +143,7 @@ def read_lora(folder: str | Path, tensors: dict[str, SourceTensor]) -> Lora:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} has no {CONFIG}; expected a LoRA folder as PEFT or LLaMA-Factory saves it."

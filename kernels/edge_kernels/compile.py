@@ -286,6 +286,10 @@ def _cache_key() -> str:
 def _usable_directory(path: Path, *, private: bool = False) -> bool:
     """Make sure of `path`; tell whether we can write there (and nobody else, if `private`)."""
     try:
+        if private:  # also above it nobody else may write, whatever the umask
+            for parent in reversed(path.parents):
+                if not parent.is_dir():
+                    parent.mkdir(mode=0o755, exist_ok=True)
         path.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
         if private and hasattr(os, "getuid"):
             # Cached code is executed: a folder in a shared place must be ours alone and no link to somewhere
@@ -305,7 +309,7 @@ def cache_directory() -> Path | None:
     key = _cache_key()
     chosen = numba.config.CACHE_DIR  # NUMBA_CACHE_DIR, if the user has set it
     home = Path(chosen) if chosen else Path(platformdirs.user_cache_dir("edge-runtime")) / "jit"
-    if _usable_directory(home / key):
+    if _usable_directory(home / key, private=not chosen):
         return home / key
     owner = os.getuid() if hasattr(os, "getuid") else "user"
     fallback = Path(tempfile.gettempdir()) / f"edge-runtime-jit-{owner}"

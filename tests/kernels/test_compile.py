@@ -141,6 +141,26 @@ def test_a_temporary_folder_others_can_write_to_is_not_used(places, caplog):
     assert "every start compiles" in caplog.text
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no file owners on this system")
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_machine_code_is_its_owners_whatever_the_umask(tmp_path, monkeypatch, umask):
+    """It is executed: who could write there could do whatever we may."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path / "home" / name))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = os.umask(umask)
+    try:
+        directory = compilation.cache_directory.__wrapped__()
+    finally:
+        os.umask(before)
+    assert directory.is_relative_to(tmp_path / "home" / "edge-runtime")
+    for folder in (directory, directory.parent, directory.parent.parent, tmp_path / "home"):
+        assert folder.stat().st_mode & 0o022 == 0
+    assert directory.stat().st_mode & 0o077 == 0
+    directory.chmod(0o777)
+    assert compilation.cache_directory.__wrapped__() != directory, "anybody may have written to it"
+
+
 def test_numba_cache_dir_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     assert compilation.cache_directory.__wrapped__().parent == tmp_path

@@ -192,4 +192,7 @@ def test_more_ranges_than_the_table_holds(tmp_path):
     assert sum(map(bool, watch.names)) == MOST_RANGES
     for forget in forgets:
         forget()
+    for number in range(2000):  # as entries of a cache come and go: nothing of them is kept
+        watch_memory(address, 1, tmp_path / str(number))()
+    assert sum(map(len, watch.texts)) <= 4 * (MOST_RANGES + 1)
     assert sum(map(bool, watch.names)) == before
