@@ -331,6 +331,3 @@ def test_progress_of_pages_and_ending_it(demo: Model) -> None:
     with pytest.raises(EnoughError):
         demo.chat([message], on_image=stop)
     assert seen == [(1, 3)]
-
-
-# --- pages that are not what the file holds -------------------------------------------------------------------
