@@ -16,7 +16,8 @@ from edge_runtime.requests import Progress
 from edge_runtime.server import sse
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat, Inference
-from edge_runtime.server.openai_shapes import PromptProgress, RunningTimings
+from edge_runtime.server.openai_replies import running_timings
+from edge_runtime.server.openai_shapes import PromptProgress
 from edge_runtime.streaming import Piece
 
 Chunk = Mapping[str, Any]
@@ -72,7 +73,7 @@ class Telling:
             "time_ms": round(seconds * 1e3),
         }
         n_read = done - progress.cached_tokens
-        times = {"timings": _times(progress.cached_tokens, n_read, seconds if n_read else 0.0, 0, 0.0)}
+        times = {"timings": running_timings(progress.cached_tokens, n_read, seconds if n_read else 0.0, 0, 0.0)}
         return {"prompt_progress": told, **(times if self._times else {})}
 
     def of_piece(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -82,21 +83,11 @@ class Telling:
         progress, now = self._answering.progress or Progress("prefill", 0, 0), time.perf_counter()
         first = self._first.setdefault(index, now)
         n_read = progress.prompt_tokens - progress.cached_tokens
-        return {"timings": _times(progress.cached_tokens, n_read, first - self._started, piece.n_tokens, now - first)}
-
-
-def _times(n_cached: int, n_prompt: int, prompt_s: float, n_predicted: int, decode_s: float) -> RunningTimings:
-    return {
-        "cache_n": n_cached,
-        "prompt_n": n_prompt,
-        "prompt_ms": prompt_s * 1e3,
-        "prompt_per_token_ms": prompt_s * 1e3 / n_prompt if n_prompt else 0.0,
-        "prompt_per_second": n_prompt / prompt_s if prompt_s else 0.0,
-        "predicted_n": n_predicted,
-        "predicted_ms": decode_s * 1e3,
-        "predicted_per_token_ms": decode_s * 1e3 / n_predicted if n_predicted else 0.0,
-        "predicted_per_second": n_predicted / decode_s if decode_s else 0.0,
-    }
+        return {
+            "timings": running_timings(
+                progress.cached_tokens, n_read, first - self._started, piece.n_tokens, now - first
+            )
+        }
 
 
 async def lines(

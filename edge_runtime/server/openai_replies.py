@@ -54,19 +54,32 @@ def timings(answer: Answer) -> shapes.Timings:
     """Tell where the time of an answer went."""
     seconds = answer.timings_s
     prefill_s, decode_s = seconds.get("prefill", 0.0), seconds.get("decode", 0.0)
-    n_prompt, n_predicted = answer.prompt_tokens - answer.cached_tokens, answer.completion_tokens
+    n_read, n_cached = answer.prompt_tokens - answer.cached_tokens, answer.cached_tokens
     return {
-        "cache_n": answer.cached_tokens,
-        "prompt_n": n_prompt,
-        "prompt_ms": prefill_s * 1e3,
-        "prompt_per_token_ms": _share(prefill_s * 1e3, n_prompt),
-        "prompt_per_second": _share(n_prompt, prefill_s),
-        "predicted_n": n_predicted,
-        "predicted_ms": decode_s * 1e3,
-        "predicted_per_token_ms": _share(decode_s * 1e3, n_predicted),
-        "predicted_per_second": _share(n_predicted, decode_s),
+        **running_timings(n_cached, n_read, prefill_s, answer.completion_tokens, decode_s),
         "image_ms": (seconds.get("image", 0.0) + seconds.get("encode", 0.0)) * 1e3 if answer.pictures else 0.0,
         "first_token_ms": seconds.get("first_token", 0.0) * 1e3,
+    }
+
+
+def running_timings(
+    n_cached: int, n_prompt: int, prompt_s: float, n_predicted: int, decode_s: float
+) -> shapes.RunningTimings:
+    """Times and rates as llama-server tells them.
+
+    The first token comes from the prompt's last logits, so the rates of the others are over one step less.
+    """
+    n_steps = max(0, n_predicted - 1)
+    return {
+        "cache_n": n_cached,
+        "prompt_n": n_prompt,
+        "prompt_ms": prompt_s * 1e3,
+        "prompt_per_token_ms": _share(prompt_s * 1e3, n_prompt),
+        "prompt_per_second": _share(n_prompt, prompt_s),
+        "predicted_n": n_predicted,
+        "predicted_ms": decode_s * 1e3,
+        "predicted_per_token_ms": _share(decode_s * 1e3, n_steps),
+        "predicted_per_second": _share(n_steps, decode_s),
     }
 
 

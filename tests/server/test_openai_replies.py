@@ -165,10 +165,12 @@ def test_times_are_told_as_llama_server_does():
     told = chat_completion([answer], "demo")["timings"]
     assert (told["cache_n"], told["prompt_n"], told["predicted_n"]) == (5, 15, 9)
     assert (told["prompt_per_second"], told["prompt_per_token_ms"]) == (30.0, 500 / 15)
-    assert (told["predicted_per_second"], told["predicted_per_token_ms"]) == (4.5, 2000 / 9)
+    assert (told["predicted_per_second"], told["predicted_per_token_ms"]) == (4.0, 250.0), "over eight steps"
     assert ChatChunks("demo").end(0, answer)["timings"] == told, "without usage, the last chunk has it"
     assert "timings" not in ChatChunks("demo", include_usage=True).end(0, answer)
-    assert chat_completion([made_answer([], completion_tokens=0)], "demo")["timings"]["predicted_per_second"] == 0
+    for few in (0, 1):
+        short = made_answer([], completion_tokens=few, timings_s={"decode": 0.1})
+        assert chat_completion([short], "demo")["timings"]["predicted_per_second"] == 0
 
 
 def test_completions():
