@@ -252,15 +252,15 @@ class AsyncAnswer:
     Parameters
     ----------
     start : prepares and submits the request; told whether its pieces are wanted as they come, and the options.
-    options : of the request. While pictures and videos are read, `on_image` and `on_look` are where a cancelled
-        answer is left.
+    options : of the request. While pictures and videos are read and a schema is worked on, `on_image`, `on_look` and
+        `on_check` are where a cancelled answer is left.
     """
 
     def __init__(self, start: Callable[[bool, dict[str, Any]], AnswerStream], options: Mapping[str, Any]) -> None:
         self._start, self._options = start, dict(options)
         self._stream: AnswerStream | None = None
         self._cancelled = threading.Event()
-        for name in ("on_image", "on_look"):
+        for name in ("on_image", "on_look", "on_check"):
             self._options[name] = self._unless_cancelled(self._options.get(name))
 
     def _unless_cancelled(self, call: Callable[..., None] | None) -> Callable[..., None]:

@@ -28,6 +28,7 @@ from edge_runtime.messages import ImagePart, Message, VideoPart
 from edge_runtime.resampler import STILL
 from edge_runtime.slicing import Slice, check_plan, cut_picture, plan_slices
 from edge_runtime.video import FrameChoice, VideoLimits, VideoOptions, clock
+from edge_runtime.video_content import VideoSource
 from edge_runtime.video_frames import FrameSource, Watch, facts_of, frames_between, open_video
 
 
@@ -51,8 +52,21 @@ class Chosen:
         return [[round(float(self.source.times[i]), 6) for i in group] for group in self.groups]
 
 
-def choose(part: VideoPart, limits: VideoLimits, watch: Watch = lambda share: None) -> Chosen:
+OpenVideo = Callable[[VideoSource, VideoLimits, Watch, float | None], FrameSource]
+
+
+def _open_here(source: VideoSource, limits: VideoLimits, watch: Watch, rate: float | None) -> FrameSource:
+    return open_video(source, limits, watch, rate=rate)
+
+
+def choose(
+    part: VideoPart, limits: VideoLimits, watch: Watch = lambda share: None, open_video: OpenVideo = _open_here
+) -> Chosen:
     """Look at a video and choose frames.
+
+    Parameters
+    ----------
+    open_video : what opens it, with (source, limits, watch, rate of pictures).
 
     Raises
     ------
@@ -62,7 +76,7 @@ def choose(part: VideoPart, limits: VideoLimits, watch: Watch = lambda share: No
         When it needs PyAV and that is not installed.
     """
     options = part.options
-    source = open_video(part.source, limits, watch, rate=options.fps)
+    source = open_video(part.source, limits, watch, options.fps)
     end_s = source.times[STILL] + 1 / source.rate
     if source.missing_s and (options.end is None or options.end > end_s):
         raise VideoError(
@@ -208,12 +222,14 @@ def expand_videos(
     slicing: SlicingConfig,
     limits: VideoLimits,
     on_look: Callable[[float], None],
+    open_video: OpenVideo = _open_here,
 ) -> list[Message]:
     """The conversation with a part for each frame in the place of videos.
 
     Parameters
     ----------
     on_look : called with the share of the videos that was looked at; what it raises ends the work.
+    open_video : as of `choose`.
 
     Raises
     ------
@@ -231,7 +247,7 @@ def expand_videos(
         parts: list[str | ImagePart | VideoPart] = []
         for part in message.parts:
             if isinstance(part, VideoPart):
-                parts += Clip(choose(part, limits, watch), part.options, slicing).parts()
+                parts += Clip(choose(part, limits, watch, open_video), part.options, slicing).parts()
                 done += 1
             else:
                 parts.append(part)

@@ -6,6 +6,7 @@ import json
 from functools import lru_cache
 from typing import Any
 
+from edge_runtime.effort import Effort
 from edge_runtime.errors import BackendUnavailable, MessageError
 
 OPTIONS: dict[str, Any] = {
@@ -14,6 +15,14 @@ OPTIONS: dict[str, Any] = {
     "item_separator": ", ?",
     "key_separator": ": ?",
 }
+LIMITS: dict[str, Any] = {
+    "max_lexer_states": 100_000,
+    "verbose_errors": False,
+}
+"""What differs from llguidance's own limits of a compilation and of a look at the vocabulary (60 ms, when used up).
+
+A state of its automaton takes 1 to 2 kB, for every answer that is at work. Beyond a limit the matcher has failed.
+"""
 OVERLAPPING = "oneOf"
 """How llguidance's message begins when it cannot see that the branches of a oneOf exclude one another."""
 
@@ -54,8 +63,25 @@ def grammar_text(schema: str, *, one_of_is_any_of: bool = False) -> str:
     return text
 
 
-def fault(schema: dict[str, Any]) -> str:
+def compiled(tokenizer: Any, grammar: str, effort: Effort) -> Any:
+    """A grammar's matcher (llguidance's `LLMatcher`), which may have failed; compiled without the interpreter's lock.
+
+    Raises
+    ------
+    TooMuchWorkError
+        When there is no time left for it, or it took too long.
+    """
+    llguidance = load_llguidance()
+    effort.look()
+    matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+    effort.look()
+    return matcher
+
+
+def fault(schema: dict[str, Any], effort: Effort | None = None) -> str:
     """Why a schema cannot be compiled, in a few words; empty if it can. Contradictions are such reasons, too."""
+    if effort is not None:
+        effort.look()
     return _fault(json.dumps(schema, sort_keys=True))
 
 
@@ -72,3 +98,8 @@ def reason(message: str) -> str:
         return ""
     text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]
     return text.rstrip(".")[:300]
+
+
+def too_complex(message: str) -> str:
+    """What an error of llguidance in the middle of a text means, as a sentence."""
+    return f"The schema is too complex: {reason(message)}. Use fewer branches and properties, and plainer patterns."

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.ending import distinct_item, is_end, next_key, shortest_end
+from edge_runtime.compiling import too_complex
+from edge_runtime.effort import AnswerEffort, TooMuchWorkError
+from edge_runtime.ending import has_new_item, has_new_key, is_end, shortest_end
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import Grammar, allowed_ids
-from edge_runtime.json_position import JsonPosition, without_blanks
-
-if TYPE_CHECKING:
-    from llguidance import LLMatcher
+from edge_runtime.json_position import without_blanks
 
 DEFAULT_BUDGET = 1024
 """Tokens of an answer whose schema leaves open how long it gets; more where it requires more."""
@@ -110,6 +108,8 @@ class Constraint:
 
     def __init__(self, form: AnswerForm, separator: Sequence[int] = ()) -> None:
         self._forced = deque(separator)
+        self._first_way: list[int] = []
+        """Where nothing is written yet: the shortest way to the end."""
         self._take(form)
         self._call = form.call
         """As long as it is open whether the answer is one."""
@@ -121,9 +121,11 @@ class Constraint:
         """So many tokens ahead of the last the shortest way is looked for next; None: at once."""
         self.shortened = False
         """Whether the answer was brought to its end because tokens ran out."""
+        self._effort = AnswerEffort()
         if form.begun:
             self._matcher.consume_tokens([*form.begun])
             self._position.feed(b"".join(self._vocabulary.token_bytes[i] for i in form.begun))
+            self._first_way = []
             self._end_if_complete()
 
     def _take(self, form: AnswerForm) -> None:
@@ -131,6 +133,7 @@ class Constraint:
         self._forced.extend(form.before)
         self._left = form.budget
         self._matcher, self._position = form.grammar.matcher(), form.grammar.position()
+        self._first_way = [*form.grammar.shortest]
 
     @property
     def ended(self) -> bool:
@@ -144,7 +147,16 @@ class Constraint:
         ----------
         remaining : tokens that the answer may still have, this one included.
         choose : picks one of the token ids it is given: ndarray [shape=(n,), int64].
+
+        Raises
+        ------
+        MessageError
+            When the schema turns out to ask for too much: of the grammar, or of work (`TooMuchWorkError`).
         """
+        with self._effort.step():
+            return self._next_token(remaining, choose)
+
+    def _next_token(self, remaining: int, choose: Choose) -> int:
         if self.ended:  # the prompt held the whole of it
             return min(self._vocabulary.stop_ids)
         if self._call is not None and not self._forced:
@@ -178,16 +190,20 @@ class Constraint:
         if way is not None and len(way) >= wanted:
             self._close(way)
             return None
-        token, matcher, position = self._sampled(choose)
-        if token in self._vocabulary.stop_ids:
-            return token
+        try:
+            token = self._sampled(choose)
+            if token in self._vocabulary.stop_ids:
+                return token
+            rest = self._way_behind(token, way) if way is not None else None
+        except TooMuchWorkError:
+            if way is None:
+                raise
+            rest = None
         if way is not None:
-            rest = self._way_behind(token, way, matcher, position)
             if rest is None or len(rest) >= wanted:
-                self._close(way)  # one token further on, no way to the end would fit
+                self._close(way)  # one token further on, no way to the end would fit, or be found: it is not taken
                 return None
             self._way = rest
-        self._matcher, self._position = matcher, position
         self._end_if_complete()
         return token
 
@@ -196,36 +212,42 @@ class Constraint:
             self._forced.extend(self._after)
             self._is_complete = True
 
-    def _sampled(self, choose: Choose) -> tuple[int, LLMatcher, JsonPosition]:
-        """A token that the sampler takes from what the grammar allows, and where it leads."""
+    def _sampled(self, choose: Choose) -> int:
+        """A token that the sampler takes from what the grammar allows, and go over it unless it is an end token."""
         ids = allowed_ids(self._matcher, len(self._vocabulary.continues_number))
         if self._matcher.is_error():
-            raise MessageError(f"The schema is too complex: {self._matcher.get_error()[:200]}; simplify it.")
+            raise MessageError(too_complex(self._matcher.get_error()))
         for group in self._preferred(ids):
             while len(group):
                 token = choose(group)
-                matcher, position = self._matcher.deep_copy(), self._position.copy()
-                if token in self._vocabulary.stop_ids or self._leads_on(token, matcher, position):
-                    return token, matcher, position
+                if token in self._vocabulary.stop_ids or self._leads_on(token):
+                    return token
                 group = group[group != token]
         raise MessageError(
             "The schema asks for more different keys, or more different items of an array, than it allows; "
             "correct it."
         )
 
-    def _leads_on(self, token: int, matcher: LLMatcher, position: JsonPosition) -> bool:
-        """Take in a token; false where an object would get a key, or an array an item, twice, now or later."""
-        if not position.feed(self._vocabulary.token_bytes[token]) or not matcher.consume_token(token):
+    def _leads_on(self, token: int) -> bool:
+        """Go over a token; false where an object would get a key, or an array an item, twice: nothing moves then."""
+        position = self._position.copy()
+        if not position.feed(self._vocabulary.token_bytes[token]):
             return False
-        if position.may_repeat and distinct_item(matcher, position, self._vocabulary) is None:
-            return False
+        if not self._matcher.consume_token(token):
+            raise MessageError(too_complex(self._matcher.get_error()))
+        place = (self._matcher, position, self._vocabulary, self._effort)
         runs_out = self._grammar.limits_keys and position.is_at_key
-        return not runs_out or next_key(matcher, position, self._vocabulary) is not None
+        if (position.may_repeat and not has_new_item(*place)) or (runs_out and not has_new_key(*place)):
+            self._matcher.rollback(1)
+            return False
+        self._position = position
+        return True
 
     def _way_to_the_end(self, wanted: int, remaining: int) -> list[int] | None:
         """The shortest way to the end, when it is so near that it must be known; None too where it does not fit."""
         if self._way is None and (self._look_at is None or wanted <= self._look_at):
-            way = shortest_end(self._matcher, self._position, self._vocabulary)
+            known, self._first_way = self._first_way, []
+            way = known or shortest_end(self._matcher, self._position, self._vocabulary, self._effort)
             self._look_at = wanted - LOOK_EVERY
             if way is not None and len(way) <= remaining:
                 near = len(way) + self._grammar.most_forced
@@ -235,13 +257,13 @@ class Constraint:
                     self._look_at = max(near, self._look_at)
         return self._way
 
-    def _way_behind(self, token: int, way: list[int], matcher: LLMatcher, position: JsonPosition) -> list[int] | None:
-        """The way to the end one token further on; inside a string it mostly stays the same."""
+    def _way_behind(self, token: int, way: list[int]) -> list[int] | None:
+        """The way to the end behind a token that was just taken; inside a string it mostly stays the same."""
         if way[:1] == [token]:
             return way[1:]
-        if is_end(way, matcher, position, self._vocabulary):
+        if is_end(way, self._matcher, self._position, self._vocabulary):
             return way
-        return shortest_end(matcher, position, self._vocabulary)
+        return shortest_end(self._matcher, self._position, self._vocabulary, self._effort)
 
     def _close(self, way: Sequence[int]) -> None:
         self._forced.extend([*way, *self._after])

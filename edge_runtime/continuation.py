@@ -8,6 +8,9 @@ rendered for the turn itself, so no template can close it, cut it or move it.
   is none, whether or not the model is asked to think, for its time is over.
 - Reasoning alone: it is gone on with where the model thinks; otherwise it is closed, and the answer begins.
 - Nothing: the turn is left out.
+
+Of two such turns it is not clear which is gone on with, and where the first one ends; as llama-server does, they are
+refused, unless the last one is asked for (`continue_final_message`).
 """
 
 from __future__ import annotations
@@ -75,6 +78,11 @@ def find_begun(
         return messages, None
     if wanted is False:
         return messages, None
+    if wanted is None and [message.role for message in messages[-2:]] == [ASSISTANT, ASSISTANT]:
+        raise MessageError(
+            "Cannot have 2 or more assistant messages at the end of the list: an answer goes on with one. Join them, "
+            "or ask something behind them."
+        )
     if last.tool_calls:
         raise MessageError(
             "The last message is the assistant's and holds tool calls, behind which no answer can go on; append "

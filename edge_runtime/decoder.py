@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType
 
 from edge_runtime import llama
 from edge_runtime.adapters import Adapters
+from edge_runtime.bus_errors import watch_memory
 from edge_runtime.config import decoder_config
 from edge_runtime.decoder_options import CHUNK_TOKENS, DecoderOptions
 from edge_runtime.errors import ModelFileError, PromptTooLongError
@@ -90,6 +91,7 @@ class Decoder:
         self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1 + N_HELD)]
         self._adapters: Adapters | None = None
         self._region: Region | None = None
+        self._forget: Callable[[], None] = lambda: None
         self._lib = lib = llama.library()
         self.kv_type = choose_kv_type(self.file, options.kv_type, exact=options.exact)
         self._model = self._load_model(repack=options.repack)
@@ -160,6 +162,9 @@ class Decoder:
         with llama.watch_log(lambda line: None), watched(self.file.path) as regions:
             model = lib.llama_model_load_from_file(str(self.file.path).encode(), params)
         self._region = regions[0] if regions else None
+        if self._region is not None:
+            size = self._region.end - self._region.begin
+            self._forget = watch_memory(self._region.begin, size, self.file.path)
         if not model:
             raise ModelFileError(
                 f"llama.cpp refuses {self.file.path.name}: {llama.last_errors()}; convert or download it again."
@@ -424,6 +429,8 @@ class Decoder:
             self._lib.llama_free(self._context)
         if self._adapters:
             self._adapters.close()
+        self._forget()
+        self._forget = lambda: None
         if self._model:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None

@@ -15,11 +15,13 @@ from typing import Any
 from urllib.parse import unquote
 
 from edge_runtime.compiling import fault
+from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
 from edge_runtime.formats import BY_GRAMMAR, PATTERNS, RANGES, WHERE_IT_FITS
 from edge_runtime.rewriting import (
     are_apart,
     conditional,
+    counted,
     named_by,
     negated,
     older,
@@ -27,6 +29,7 @@ from edge_runtime.rewriting import (
     with_contained,
     with_dependents,
 )
+from edge_runtime.schema_size import LONGEST_PATTERN, check_text
 from edge_runtime.schema_words import BINDING, KEYWORDS, QUIET, REWRITTEN, TYPES, meant_word
 
 MAX_DEPTH = 64  # of the schema itself, so that no walk over it exhausts the stack
@@ -42,10 +45,11 @@ class Dialect:
     Parameters
     ----------
     root : as JSON data; it is not changed.
+    effort : what may be done for it.
     """
 
-    def __init__(self, root: dict[str, Any]) -> None:
-        self._root = root
+    def __init__(self, root: dict[str, Any], effort: Effort) -> None:
+        self._root, self._effort = root, effort
         self._definitions: dict[str, Any] = {}
         """Name in the rewritten schema → what stands there."""
         self._names: dict[str, str] = {}
@@ -88,6 +92,7 @@ class Dialect:
             raise MessageError(f"{path} is {short(schema)}; expected a schema: a mapping, true or false.")
         if depth > MAX_DEPTH:
             raise MessageError(f"{path} is nested more than {MAX_DEPTH} deep; expected a flatter schema.")
+        self._effort.spend(1 + len(schema) // 16)
         made = older(self._checked(schema, path, depth))
         is_nullable = made.pop("nullable", False)
         self._format(made, path)
@@ -105,7 +110,7 @@ class Dialect:
         for name in ("anyOf", "oneOf"):
             if name in made:
                 made[name] = self._branches(made[name], path + step(name), depth)
-        if "anyOf" not in made and are_apart(made.get("oneOf", []), self._resolved) and "oneOf" in made:
+        if "anyOf" not in made and "oneOf" in made and are_apart(made["oneOf"], self._resolved, self._effort):
             made["anyOf"] = made.pop("oneOf")
         if "$ref" in made:
             made["$ref"] = self._reference(made["$ref"], path + step("$ref"), depth)
@@ -147,7 +152,8 @@ class Dialect:
         where, value = path + step(name), made[name]
         if name == "patternProperties":
             for pattern in value:
-                if why := fault({"type": "string", "pattern": pattern}):
+                check_text(pattern, LONGEST_PATTERN)
+                if why := fault({"type": "string", "pattern": pattern}, self._effort):
                     raise CannotEnforceError(f"{where}{step(pattern)} cannot be enforced: {why}.")
         if name in ("properties", "patternProperties", "dependentSchemas"):
             made[name] = {key: self._schema(item, where + step(key), depth + 1) for key, item in value.items()}
@@ -210,7 +216,9 @@ class Dialect:
         name, where = made.pop("format", None), path + step("format")
         pattern, types = made.get("pattern"), made.get("type", [*TYPES])
         types = types if isinstance(types, list) else [types]
-        why = fault({"type": "string", "pattern": pattern}) if pattern is not None else ""
+        if pattern is not None:
+            check_text(pattern, LONGEST_PATTERN)
+        why = fault({"type": "string", "pattern": pattern}, self._effort) if pattern is not None else ""
         expression = PATTERNS.get(name or "")
         if expression is None and (pattern is None or why) and _fits(made, WHERE_IT_FITS.get(name or "")):
             expression = WHERE_IT_FITS[name or ""]
@@ -246,6 +254,8 @@ class Dialect:
             ("dependentRequired", lambda: with_dependents(made)),
             ("dependentSchemas", lambda: with_dependents(made)),
             ("if", lambda: conditional(made, resolve)),
+            ("minProperties", lambda: counted(made)),
+            ("maxProperties", lambda: counted(made)),
         )
         for name in ("minContains", "maxContains"):
             if "contains" not in made:

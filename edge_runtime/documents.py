@@ -7,7 +7,7 @@ bytes or a `data:` URI may be either wherever a picture is accepted. How a page 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ from PIL import Image
 from edge_runtime.base64_data import data_uri_head, data_uri_size, is_data_uri
 from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import ImageError, MessageError
-from edge_runtime.image import HEAD_BYTES, ImageSource, decode_data_uri, existing_file, read_file_object, read_head
+from edge_runtime.image import (
+    HEAD_BYTES,
+    ImageSource,
+    decode_data_uri,
+    existing_file,
+    name_of,
+    read_file_object,
+    read_head,
+)
 from edge_runtime.messages import DocumentPart, ImagePart, Message, Part
 from edge_runtime.pages import PAGE_LIMIT, Page, PageChoice, choose_pages
 from edge_runtime.pdf import PdfFile, PdfPage, Resolution
@@ -46,14 +54,39 @@ class DocumentOptions:
     file_limit_bytes: int = FILE_LIMIT_BYTES
 
 
+def open_part(part: ImagePart, options: DocumentOptions, pixels: int) -> tuple[bool, Sequence[ImageSource]]:
+    """Open a picture or a document.
+
+    Parameters
+    ----------
+    pixels : of a page of a PDF, where no resolution was asked for.
+
+    Returns
+    -------
+    is_document, sources : the pages that are wanted; or the picture, not opened yet.
+
+    Raises
+    ------
+    ImageError, MessageError, BackendUnavailable
+        As `with_pages`.
+    """
+    document = _open(part, options)
+    return (False, [part.source]) if document is None else (True, document.chosen(part, options, pixels))
+
+
 def with_pages(
-    conversation: Sequence[Message], options: DocumentOptions, slicing: SlicingConfig, max_slices: int | None = None
+    conversation: Sequence[Message],
+    options: DocumentOptions,
+    slicing: SlicingConfig,
+    max_slices: int | None = None,
+    open_part: Callable[[ImagePart, DocumentOptions, int], tuple[bool, Sequence[ImageSource]]] = open_part,
 ) -> list[Message]:
     """Put the pages of every document in its place.
 
     Parameters
     ----------
     max_slices : most cells per picture, where a part has no limit of its own; None takes the model's.
+    open_part : what opens a part.
 
     Raises
     ------
@@ -72,15 +105,11 @@ def with_pages(
                 parts.append(part)
                 continue
             part = read(part, options)
-            document = _open(part, options)
-            if document is None:
-                n_pictures += 1
-                parts.append(part)
-                continue
-            n_documents += 1
             cells = next(n for n in (part.max_slices, max_slices, slicing.max_slice_nums) if n is not None)
-            pages = document.chosen(part, options, DETAIL * cells * slicing.scale_resolution**2)
-            parts += [ImagePart(page, part.max_slices) for page in pages]
+            is_document, sources = open_part(part, options, DETAIL * cells * slicing.scale_resolution**2)
+            n_documents += is_document
+            n_pictures += not is_document
+            parts += [ImagePart(source, part.max_slices) for source in sources]
         found.append(replace(message, parts=tuple(parts)))
     if options.pages is not None and n_pictures and not n_documents:
         raise MessageError(
@@ -94,7 +123,7 @@ def read(part: ImagePart, options: DocumentOptions) -> ImagePart:
     if isinstance(part.source, Image.Image | str | Path | bytes | Page):
         return part
     data = read_file_object(part.source, options.file_limit_bytes + 1)
-    _check_bytes("The file", len(data), options.file_limit_bytes)
+    check_file_bytes("The file", len(data), options.file_limit_bytes)
     return replace(part, source=data)
 
 
@@ -206,17 +235,19 @@ def _head(source: ImageSource) -> bytes:
 def _content(source: Any, limit: int) -> tuple[Path | bytes, str]:
     """What a document is read from, and its name; nothing larger than allowed."""
     if is_data_uri(source):
-        _check_bytes("The document", data_uri_size(source), limit)
+        check_file_bytes("The document", data_uri_size(source), limit)
         source = decode_data_uri(source)
     if isinstance(source, bytes):
-        _check_bytes("The document", len(source), limit)
-        return source, "The document"
+        name = name_of(source, "The document")
+        check_file_bytes(name, len(source), limit)
+        return source, name
     path = existing_file(source, "document")
-    _check_bytes(str(path), path.stat().st_size, limit)
+    check_file_bytes(str(path), path.stat().st_size, limit)
     return path, str(path)
 
 
-def _check_bytes(name: str, n_bytes: int, limit: int) -> None:
+def check_file_bytes(name: str, n_bytes: int, limit: int) -> None:
+    """Hold the size of a file against the limit."""
     if n_bytes > limit:
         raise ImageError(
             f"{name} has {n_bytes} bytes, at most {limit} are read; split it, or raise file_limit_bytes."

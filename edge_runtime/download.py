@@ -14,7 +14,6 @@ right size without looking at its checksum.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -26,15 +25,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from edge_runtime.errors import DownloadError
+from edge_runtime.errors import DownloadError, StoreError
 from edge_runtime.sources import LOOPBACK, visible
+from edge_runtime.unfinished import FILE_MODE, FULL, make_folder, open_for_owner, why_not_written
 
 ATTEMPTS = 5
 """Without a byte gained in between; then the download is given up until somebody asks again."""
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 CHUNK_BYTES = 1 << 20
 MAX_BYTES = 1 << 50
-_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 T = TypeVar("T")
@@ -80,8 +79,8 @@ def download(file: RemoteFile, target: Path, on_bytes: Callable[[int], None] = l
         does not take it. `target` is as before then.
     """
     part = part_of(target, file)
-    with storing(target.parent):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with storing(target):
+        make_folder(target.parent)
         _persist(file.path, lambda: _continue(file, part, on_bytes), lambda: _size(part))
         found = digest_of(part, file.digest)
         if found != file.digest:
@@ -173,18 +172,24 @@ def digest_of(path: Path, like: str) -> str:
 
 
 @contextlib.contextmanager
-def storing(folder: Path) -> Iterator[None]:
-    """Say in one sentence what a disk refuses."""
+def storing(path: Path, again: str = "pull again: it goes on where it stopped") -> Iterator[None]:
+    """Say in one sentence what a disk refuses.
+
+    Parameters
+    ----------
+    path : of the file or folder that is written.
+    again : what to do when there is room.
+
+    Raises
+    ------
+    StoreError
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise DownloadError(
-                f"The disk holding {folder} is full; free some space and pull again: it goes on where it stopped."
-            ) from None
-        raise DownloadError(
-            f"{folder} cannot be written: {error.strerror or error}; check its permissions, or point "
-            "EDGE_RUNTIME_MODELS to another folder."
+        advice = f"free some space and {again}" if error.errno in FULL else "check its permissions"
+        raise StoreError(
+            f"{why_not_written(error, path)}; {advice}, or point EDGE_RUNTIME_MODELS to a folder on another disk."
         ) from None
 
 
@@ -213,7 +218,7 @@ def _continue(file: RemoteFile, part: Path, on_bytes: Callable[[int], None]) -> 
         part.unlink()
         have = 0
     if have == file.size:
-        part.touch()  # also the empty file
+        part.touch(FILE_MODE)  # also the empty file
         on_bytes(have)
         return
     headers = {**file.headers, "Accept-Encoding": "identity"}
@@ -233,7 +238,7 @@ def _continue(file: RemoteFile, part: Path, on_bytes: Callable[[int], None]) -> 
         total = file.size if file.size is not None else _total(response)
         _check_announced(file, response, total)
         done = have if resumed else 0
-        with part.open("ab" if resumed else "wb") as out:
+        with open(part, "ab" if resumed else "wb", opener=open_for_owner) as out:
             for chunk in response.iter_raw():  # as it arrives: what was waited for would be lost at a cut
                 done += len(chunk)
                 if total is not None and done > total:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
+from edge_runtime.forks import Home, only_here
 from edge_runtime.keeping import Keeping
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity, Event, EventQueue, Expected, Request, Task
@@ -50,14 +51,16 @@ class _Inbox:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Task | _Call | None] = queue.SimpleQueue()
-        self._is_open, self._lock = True, threading.Lock()
+        self._is_open, self._lock, self._home = True, threading.Lock(), Home()
 
     def put(self, item: Task | _Call) -> None:
+        self._home.check()
         with self._lock:
             self.check_open()
             self._queue.put(item)
 
     def check_open(self) -> None:
+        self._home.check()
         if not self._is_open:
             raise EdgeRuntimeError("The model was closed; load it again with Model.load.")
 
@@ -77,7 +80,7 @@ class Running:
     """A submitted request: take its events one by one, or cancel it. Forgetting it cancels it too."""
 
     def __init__(self, task: Task, cancelled: threading.Event) -> None:
-        self._task, self._cancelled = task, cancelled
+        self._task, self._cancelled, self._home = task, cancelled, Home()
 
     def next_event(self) -> Event:
         """Wait for the next event; `Finished` is the last.
@@ -89,18 +92,21 @@ class Running:
         EdgeRuntimeError
             When the request failed; no event follows.
         """
+        self._home.check()
         event: Event = _checked(self._task.events.get())
         return event
 
     async def next_event_async(self) -> Event:
         """Wait for the next event in an event loop; otherwise as `next_event`."""
+        self._home.check()
         event: Event = _checked(await self._task.events.get_async())
         return event
 
     def cancel(self) -> None:
         """End the request; its last event, sent at once, says `cancelled`. The engine leaves it as soon as it can."""
-        self._cancelled.set()
-        self._task.finish("cancelled")
+        if self._home.is_here:
+            self._cancelled.set()
+            self._task.finish("cancelled")
 
     def __del__(self) -> None:
         """Nobody listens any more."""
@@ -131,8 +137,12 @@ class Engine:
         self._thread.start()
         # Runs at exit too: a thread inside llama.cpp while the interpreter goes down would crash it.
         self._close = weakref.finalize(
-            self, _shut_down, self._inbox, self._stopping, self._thread, decoder, self._keeping
+            self, only_here(_shut_down), self._inbox, self._stopping, self._thread, decoder, self._keeping
         )
+
+    def check_open(self) -> None:
+        """Raise `EdgeRuntimeError` when there is no thread: the engine was closed, or is that of a parent process."""
+        self._inbox.check_open()
 
     def submit(self, request: Request) -> Running:
         """Queue a request.
@@ -144,9 +154,9 @@ class Engine:
         EngineBusy
             When too many requests wait already.
         """
+        self.check_open()
         self._decoder.check_length(len(request.prompt.ids))
         self._decoder.adapters.check(request.adapter)
-        self._inbox.check_open()
         cancelled, stopping = threading.Event(), self._stopping
         task = Task(request, lambda: cancelled.is_set() or stopping.is_set(), keys=request.keys())
         with self._opening:
@@ -154,7 +164,7 @@ class Engine:
             if waiting >= MOST_REQUESTS:
                 raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
             self._open.add(task)
-        if self._keeping.prefixes is not None and not request.scores_prompt:
+        if self._keeping.prefixes is not None and request.reuse and not request.scores_prompt:
             adapter = self._decoder.adapters.identities[request.adapter]
             task.saved = self._keeping.prefixes.find(task.keys, adapter, self._scheduler.remembered(task))
         self._inbox.put(task)

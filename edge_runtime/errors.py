@@ -7,6 +7,7 @@ Each message is one sentence or two with three parts: what was found, what was e
     │   └── UnsupportedModelError   the file is sound but of another architecture or a type we cannot run
     ├── CheckpointError         a Hugging Face checkpoint cannot be converted
     ├── DownloadError           a model cannot be fetched, or what came is not what was announced
+    │   └── StoreError              the disk does not take it
     ├── ImageError              a picture or document cannot be read, or is too large to be encoded
     │   └── VideoError              a video, or a frame of it, cannot be read, or is larger than was allowed
     ├── MessageError            a message, option or temporal id has the wrong form
@@ -38,7 +39,11 @@ class DownloadError(EdgeRuntimeError):
     """A model that cannot be fetched or stored, or that arrived other than it was announced."""
 
 
-class StoreFull(DownloadError):  # noqa: N818 - says what is the matter
+class StoreError(DownloadError):
+    """A file of the model store that the disk does not take, or does not let go."""
+
+
+class StoreFull(StoreError):  # noqa: N818 - says what is the matter
     """More than clients of a server may store."""
 
 

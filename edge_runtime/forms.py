@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm
+from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import Grammar, GrammarVocabulary
 from edge_runtime.messages import THINK_END
@@ -26,6 +27,7 @@ def choose_form(
     thinking: bool,
     tokenizer: Tokenizer,
     vocabulary: Callable[[], GrammarVocabulary],
+    effort: Effort | None = None,
 ) -> AnswerForm | None:
     """Form of an answer; None where it is free.
 
@@ -33,12 +35,14 @@ def choose_form(
     ----------
     thinking : whether the model reasons first; the form begins behind that.
     vocabulary : called only where there is something to enforce.
+    effort : what may be done for it, all schemas together.
 
     Raises
     ------
     MessageError
-        When the wishes contradict each other or cannot be enforced.
+        When the wishes contradict each other, cannot be enforced, or take too much work.
     """
+    effort = effort or Effort()
     names = chosen_functions(tools, tool_choice)
     if schema is not None and json:
         raise MessageError("Both a schema and json=True were given; expected one of them: a schema says it all.")
@@ -51,12 +55,14 @@ def choose_form(
         )
     form: AnswerForm | None = None
     if schema is not None or json:  # checked even where a call must be made
-        grammar = Grammar(schema, vocabulary())
+        grammar = Grammar(schema, vocabulary(), effort)
         form = AnswerForm(grammar, _budget(grammar))
     if form is None or names is not None:
-        form = _call_form(tools, names or [], tokenizer, vocabulary)
+        form = _call_form(tools, names or [], tokenizer, vocabulary, effort)
     elif tools:
-        form = replace(form, call=_call_form(tools, function_names(tools), tokenizer, vocabulary, must_call=False))
+        form = replace(
+            form, call=_call_form(tools, function_names(tools), tokenizer, vocabulary, effort, must_call=False)
+        )
     _tell(form.notes)
     return replace(form, separator=tuple(tokenizer.encode("\n\n")))
 
@@ -66,6 +72,7 @@ def _call_form(
     names: Sequence[str],
     tokenizer: Tokenizer,
     vocabulary: Callable[[], GrammarVocabulary],
+    effort: Effort,
     *,
     must_call: bool = True,
 ) -> AnswerForm:
@@ -76,7 +83,7 @@ def _call_form(
             f"{'' if must_call else ' or to answer by a schema where it could call one'}; use MiniCPM-V 4.5, or ask "
             f"without {'tools' if must_call else 'one of the two'}."
         )
-    grammar = Grammar(call_schema(tools, names, must_hold=must_call), vocabulary())
+    grammar = Grammar(call_schema(tools, names, must_hold=must_call, effort=effort), vocabulary(), effort)
     newline = tokenizer.encode("\n")
     return AnswerForm(
         grammar,

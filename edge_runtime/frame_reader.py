@@ -18,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from edge_runtime.errors import EdgeRuntimeError, VideoError
+from edge_runtime.forks import only_here
 from edge_runtime.video_frames import FrameCursor, FrameSource
 
 Pixels = npt.NDArray[np.uint8]
@@ -134,7 +135,7 @@ class FrameReader:
 
     def __init__(self, source: FrameSource, groups: Sequence[Sequence[int]], cut: Cut) -> None:
         self._reading = _Reading(source, groups, cut)
-        weakref.finalize(self, _shut_down, self._reading)
+        weakref.finalize(self, only_here(_shut_down), self._reading)
 
     @property
     def n_read(self) -> int:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.compiling import OVERLAPPING, grammar_text, load_llguidance, reason
-from edge_runtime.ending import shortest_end
+from edge_runtime.compiling import OVERLAPPING, compiled, grammar_text, load_llguidance, reason
+from edge_runtime.effort import Effort, TooMuchWorkError
+from edge_runtime.ending import LONGEST_END, shortest_end
 from edge_runtime.errors import MessageError
 from edge_runtime.json_position import NUMBER_BYTES, QUOTE, JsonPosition
 from edge_runtime.places import Place
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 SPECIAL_MARK = b"\xff"  # llguidance's mark for a token that is no text
+CULPRIT_S = 1.0
+"""For the search for the part of a schema that is to blame."""
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 """The schema of free JSON."""
 
@@ -42,6 +45,8 @@ class GrammarVocabulary:
         """Text of every token; none for special ones."""
         self.byte_tokens = {token[0]: i for i, token in enumerate(text) if len(token) == 1}
         """Token of a single byte."""
+        self.ids_of_bytes = np.array([self.byte_tokens.get(byte, 0) for byte in range(256)])
+        """ndarray [shape=(256,), int64]: the same."""
         missing = [byte for byte in range(256) if byte not in self.byte_tokens]
         if missing:
             raise MessageError(
@@ -80,20 +85,24 @@ class Grammar:
     Parameters
     ----------
     schema : JSON schema, or None for any JSON object.
+    effort : what may be done for it.
 
     Raises
     ------
     MessageError
-        When the schema cannot be enforced, naming the JSON path, or when no value is valid.
+        When the schema cannot be enforced, naming the JSON path, when no value is valid, or when it takes too much
+        work to find out.
     """
 
-    def __init__(self, schema: Mapping[str, Any] | None, vocabulary: GrammarVocabulary) -> None:
-        self.vocabulary = vocabulary
+    def __init__(
+        self, schema: Mapping[str, Any] | None, vocabulary: GrammarVocabulary, effort: Effort | None = None
+    ) -> None:
+        self.vocabulary, self._effort = vocabulary, effort or Effort()
         given = ANY_OBJECT if schema is None else schema
-        bounded = bound_schema(given)
+        bounded = bound_schema(given, effort=self._effort)
         self._matcher = self._compile(bounded.text)
         if self._matcher.is_error():  # a pattern may want a longer string than the default bound
-            bounded = bound_schema(given, pattern_max_length=DEFAULT_MAX_LENGTH)
+            bounded = bound_schema(given, pattern_max_length=DEFAULT_MAX_LENGTH, effort=self._effort)
             self._matcher = self._compile(bounded.text)
         self.notes = bounded.notes
         """What of the schema is left out or read in another way, in sentences."""
@@ -107,18 +116,21 @@ class Grammar:
             why = reason(self._matcher.get_error())
             raise MessageError(f"{self._culprit(json.loads(bounded.text), why)} cannot be enforced: {why}.")
         self._place = Place.of(bounded.root) if bounded.has_unique_items else None
-        shortest = shortest_end(self._matcher, self.position(), vocabulary)
+        shortest = shortest_end(self._matcher, self.position(), vocabulary, self._effort)
         if shortest is None:
             raise MessageError(
-                "The schema has no answer that ends; check its references for endless recursion, and whether its "
-                "patterns and enums allow as many different keys and unique items as it asks for."
+                f"The schema has no answer that ends, or none of at most {LONGEST_END} tokens; check its references "
+                "for endless recursion, how many items and characters it asks for, and whether its patterns and "
+                "enums allow as many different keys and unique items as it asks for."
             )
         self.is_open = bounded.is_open
         """Whether the schema leaves open how long an answer gets."""
         self.limits_keys = '"patternProperties"' in bounded.text
         """Whether an object may run out of keys that it does not have yet."""
+        self.shortest = tuple(shortest)
+        """The shortest answer."""
         self.n_shortest = len(shortest)
-        """Tokens of the shortest answer."""
+        """Its tokens."""
         self.most_forced = len(shortest) + len(bounded.text)
         """Tokens that one token may bring with it at most: a bracket opens what the schema requires inside."""
 
@@ -131,19 +143,23 @@ class Grammar:
         return JsonPosition(self._place)
 
     def _compile(self, schema: str, *, one_of_is_any_of: bool = False) -> LLMatcher:
-        llguidance = load_llguidance()
-        limits = llguidance.LLParserLimits(verbose_errors=False)
         grammar = grammar_text(schema, one_of_is_any_of=one_of_is_any_of)
-        matcher: LLMatcher = llguidance.LLMatcher(self.vocabulary.llguidance, grammar, log_level=0, limits=limits)
+        matcher: LLMatcher = compiled(self.vocabulary.llguidance, grammar, self._effort)
         return matcher
 
     def _culprit(self, root: dict[str, Any], why: str) -> str:
-        """JSON path of the innermost schema that cannot be compiled by itself, for the same reason."""
-        path, schema = "$", root
+        """JSON path of the innermost schema that cannot be compiled by itself, for the same reason.
+
+        A large schema has many inner ones: a path further out is told where the search takes too much work.
+        """
+        path, schema, self._effort = "$", root, Effort(seconds=CULPRIT_S)
         definitions = {name: root[name] for name in ("$defs",) if name in root}
         while True:
             for step, inner in _inner(schema):
-                matcher = self._compile(json.dumps({**definitions, **inner}), one_of_is_any_of=True)
+                try:
+                    matcher = self._compile(json.dumps({**definitions, **inner}), one_of_is_any_of=True)
+                except TooMuchWorkError:
+                    return path
                 if reason(matcher.get_error()) == why:
                     path, schema = path + step, inner
                     break

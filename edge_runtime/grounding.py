@@ -8,7 +8,6 @@ Source: the authors' description (OpenBMB/MiniCPM-V issues 185, 772 and 982).
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Literal, cast
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from edge_runtime.errors import ImageError
+from edge_runtime.unfinished import unfinished, why_not_written
 
 SCALE = 1000  # what the model takes a picture's width and height to be
 N_NUMBERS = {"box": 4, "quad": 8, "point": 2}
@@ -115,14 +115,14 @@ def save_drawing(picture: Image.Image, target: Path) -> None:
         When it cannot be written.
     """
     check_drawing(target)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}{target.suffix}")
     try:
-        picture.save(unfinished)
-        unfinished.replace(target)
-    except (OSError, ValueError) as error:
-        unfinished.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"The drawing {target} cannot be written: {reason}; choose another place.") from None
+        with unfinished(lambda token: target.with_name(f".{target.name}.{token}{target.suffix}")) as temporary:
+            picture.save(temporary)
+            temporary.replace(target)
+    except OSError as error:
+        raise ImageError(f"The drawing {why_not_written(error, target)}; choose another place.") from None
+    except ValueError as error:
+        raise ImageError(f"The drawing {target} cannot be written: {error}; choose another place.") from None
 
 
 def _outline(draw: ImageDraw.ImageDraw, region: Region, width: int, colour: str, unit: int) -> None:

@@ -48,6 +48,13 @@ _SIDEWAYS = (5, 6, 7, 8)
 ImageSource = Image.Image | str | Path | bytes | IO[bytes] | Page
 """A Pillow picture, a path, a `data:` URI, encoded bytes, a file opened for bytes, or a page of a document."""
 
+
+class NamedBytes(bytes):
+    """Bytes of a file that was read elsewhere, with the name by which errors call it."""
+
+    name: str | None = None
+
+
 _pillow_lock = threading.Lock()
 
 _PROGRAMS = frozenset({"EPS"})
@@ -96,7 +103,7 @@ def opened_picture(source: ImageSource, pixel_limit: int) -> Iterator[tuple[Imag
             yield source, "The picture"
         return
     data = encoded(source)
-    name = "The picture" if isinstance(data, bytes) else str(data)
+    name = name_of(data, "The picture")
     head = data[:HEAD_BYTES] if isinstance(data, bytes) else read_head(data)
     prepare_format(head, name)
     file = io.BytesIO(data) if isinstance(data, bytes) else data
@@ -109,6 +116,12 @@ def opened_picture(source: ImageSource, pixel_limit: int) -> Iterator[tuple[Imag
             if picture.format == "TIFF":
                 tiff_directories.first_page(picture, name)
             yield picture, name
+
+
+def name_of(source: Path | bytes, otherwise: str) -> str:
+    """What errors call a file: its path or name, or something else where it has none."""
+    name = getattr(source, "name", None) if isinstance(source, bytes) else str(source)
+    return name or otherwise
 
 
 def refuse_raw(data: Path | bytes, name: str) -> None:
@@ -339,6 +352,10 @@ def explained(name: str, pixel_limit: int, source: Path | bytes = b"") -> Iterat
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             found = re.search(r"\d+", str(error))  # "Image size (400000000 pixels) exceeds limit of ..."
             raise ImageError(_over_limit(name, found[0] if found else "too many", pixel_limit)) from None
+        except MemoryError:
+            raise ImageError(
+                f"{name} needs more memory to be decoded than is allowed; it is damaged, or too large: scale it down."
+            ) from None
         except DAMAGE as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ImageError(

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from edge_runtime.beginnings import Beginnings
 from edge_runtime.capabilities import capabilities
 from edge_runtime.decoder import Decoder
+from edge_runtime.decoding_opener import opening
+from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import Group, ImageEncoder
 from edge_runtime.engine import Engine
 from edge_runtime.image import ImageSource, load_image
-from edge_runtime.pipeline import Prepared, pack_frames
+from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
+from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tracing import Trace, trace
 from edge_runtime.weights import Float32
 
 
-class Inside(ABC):
+class Inside:
     """The part of `Model` that tells of itself; everything that computes runs on the inference thread."""
 
     _encoder: ImageEncoder
     _decoder: Decoder
     _engine: Engine
+    _beginnings: Beginnings
     _low_memory: bool
+    tokenizer: Tokenizer
+    template: str
+
+    def check_usable(self) -> None:
+        """Refuse what would wait for ever, or be computed with something else than what was loaded.
+
+        Raises
+        ------
+        EdgeRuntimeError
+            When the model was closed, or loaded by the process that this one was forked from.
+        ModelFileError
+            When its files were written to since.
+        """
+        self._engine.check_open()
+        for file in (self._decoder.file, self._encoder.file):
+            file.check_unchanged()
 
     @property
     def capabilities(self) -> list[str]:
@@ -55,8 +75,33 @@ class Inside(ABC):
         """How many requests wait and run now, of how many at most, and how often a picture was known already."""
         return self._engine.activity
 
-    @abstractmethod
-    def _prepare(self, messages: str | Sequence[Any], **options: Any) -> Prepared: ...
+    def _prepare(
+        self,
+        messages: str | Sequence[Any],
+        on_image: Callable[[int, int], None] = lambda done, total: None,
+        on_look: Callable[[float], None] = lambda share: None,
+        on_check: Callable[[], None] = lambda: None,
+        decoders: DecoderPool | None = None,
+        room: int = 1,
+        refuse: bool = False,
+        **options: Any,
+    ) -> Prepared:
+        with opening(decoders, on_check) as opener:
+            return prepare(
+                messages,
+                PromptOptions.of(options),
+                slicing=self._encoder.slicing,
+                tokenizer=self.tokenizer,
+                n_queries=self._encoder.n_queries,
+                template=self.template,
+                n_ctx=self.n_ctx,
+                room=room,
+                refuse=refuse,
+                beginnings=self._beginnings if refuse else None,
+                on_image=on_image,
+                on_look=on_look,
+                opener=opener,
+            )
 
     def slices(self, image: ImageSource, max_slices: int | None = None) -> list[Slice]:
         """Slices of a picture as the vision tower gets them."""

@@ -26,6 +26,7 @@ from edge_runtime.download import storing
 from edge_runtime.errors import DownloadError, ModelFileError
 from edge_runtime.plain_files import open_plain
 from edge_runtime.sources import ALIASES, Source, checked_path, is_meant, parse_source, visible
+from edge_runtime.unfinished import make_folder, write_whole
 
 RECORD, LOCKS = "model.json", ".locks"
 MAX_RECORD_BYTES = 1 << 20
@@ -170,18 +171,9 @@ class Library:
 
     def write(self, entry: Entry) -> None:
         """Put the record in place, in one step."""
-        folder = self.folder(entry.name)
-        temporary = folder / f".{RECORD}.{os.getpid()}"
-        with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with temporary.open("w", encoding="utf-8") as file:
-                    json.dump({"format": FORMAT, **asdict(entry)}, file, indent=1)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(folder / RECORD)
-            finally:
-                temporary.unlink(missing_ok=True)
+        path = self.folder(entry.name) / RECORD
+        with storing(path):
+            write_whole(path, json.dumps({"format": FORMAT, **asdict(entry)}, indent=1).encode())
 
     def remove(self, entry: Entry) -> int:
         """Remove a model and everything that was fetched for it.
@@ -222,7 +214,7 @@ class Library:
 
         folder = self.root / LOCKS
         with storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             lock = FileLock(folder / f"{self.folder(name).name}.lock")
             try:
                 lock.acquire(timeout=0)

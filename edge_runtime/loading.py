@@ -13,6 +13,7 @@ from edge_runtime.decoder_options import DEFAULT_CONTEXT, DecoderOptions
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.forks import begin_loading
 from edge_runtime.keeping import Keeping
 from edge_runtime.kv_types import choose_kv_type
 from edge_runtime.memory import choose_context, reckon
@@ -88,9 +89,12 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
         When the model needs more than is free; nothing is loaded then.
     MessageError
         When an option does not fit the model, or the cache folder cannot be used.
+    EdgeRuntimeError
+        In a fork of a process that has loaded a model.
     """
     from edge_kernels.compile import cpu_count
 
+    begin_loading()
     check_instruction_set()
     exact = options.exact
     encoder = ImageEncoder(paths.mmproj, exact=exact)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,24 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from edge_runtime.bus_errors import RESTORE, watch_memory
 from edge_runtime.errors import ModelFileError
 
 Bytes = npt.NDArray[np.uint8]
 
-_own: set[int] = set()
-"""Addresses of what `map_file` has mapped and is still there."""
+
+class _Mapped(NamedTuple):
+    """A file that is mapped."""
+
+    handle: int
+    """Of the file itself, which may have another name by now, or none."""
+    size: int
+    changed_ns: int
+    forget: Callable[[], None]
+
+
+_own: dict[int, _Mapped] = {}
+"""What `map_file` has mapped and is still there, by its address."""
 _one_at_a_time = threading.Lock()
 
 
@@ -33,10 +46,12 @@ def map_file(path: Path) -> Bytes:
             raise ModelFileError(
                 f"{path.name} has {size} bytes, too few for a GGUF file; download or convert it again."
             )
-        mapped = np.memmap(path, dtype=np.uint8, mode="r")
-        address = mapped.ctypes.data
-        _own.add(address)
-        weakref.finalize(mapped, _own.discard, address)
+        with path.open("rb") as file:
+            mapped = np.memmap(file, dtype=np.uint8, mode="r")
+            address, status = mapped.ctypes.data, os.fstat(file.fileno())
+            forget = watch_memory(address, mapped.size, path)
+            _own[address] = _Mapped(os.dup(file.fileno()), mapped.size, status.st_mtime_ns, forget)
+        weakref.finalize(mapped, _forget, address)
         return mapped.view(np.ndarray)
     except FileNotFoundError:
         raise ModelFileError(f"The model file {path} does not exist; check the path.") from None
@@ -45,6 +60,35 @@ def map_file(path: Path) -> Bytes:
         raise ModelFileError(
             f"The model file {str(path)!r} cannot be read: {reason}; check the path and its permissions."
         ) from None
+
+
+def _forget(address: int) -> None:
+    mapped = _own.pop(address)
+    mapped.forget()
+    os.close(mapped.handle)
+
+
+def check_unchanged(data: Bytes, path: Path) -> None:
+    """Refuse a mapped file that was written to since: what is in memory is neither the old file nor the new one.
+
+    A file that has taken its name is another one, and changes nothing here.
+
+    Parameters
+    ----------
+    data : from `map_file`.
+    path : named in the error.
+
+    Raises
+    ------
+    ModelFileError
+    """
+    mapped = _own[data.ctypes.data]
+    status = os.fstat(mapped.handle)
+    if (status.st_size, status.st_mtime_ns) != (mapped.size, mapped.changed_ns):
+        raise ModelFileError(
+            f"{path.name} was written to since it was loaded ({status.st_size} bytes now, {mapped.size} then), which "
+            f"ruins what is computed with it; load the model again. {RESTORE}"
+        )
 
 
 def let_go(data: Bytes) -> None:

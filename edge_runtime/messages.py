@@ -132,7 +132,7 @@ def _parse(entry: Any, number: int, n_images: int) -> Message:
     reasoning = _reasoning(entry, where)
     has_thought = False
     if role == "assistant":
-        reasoning, parts, has_thought = _without_reasoning(reasoning, parts)
+        reasoning, parts, has_thought = _without_reasoning(reasoning, parts, where)
     elif role == "system" and any(isinstance(part, ImagePart | VideoPart) for part in parts):
         raise MessageError(f"{where} puts a picture into the system prompt; pictures belong to user messages.")
     return Message(role, tuple(parts), reasoning, _list(entry, "tool_calls", where), has_thought)
@@ -201,19 +201,25 @@ def _list(entry: Mapping[str, Any], key: str, where: str) -> list[Any]:
     return list(value)
 
 
-def _without_reasoning(reasoning: Any, parts: list[Part]) -> tuple[str | None, list[Part], bool]:
+def _without_reasoning(reasoning: Any, parts: list[Part], where: str) -> tuple[str | None, list[Part], bool]:
     """Take the reasoning out of an earlier answer, as the template does, so that the rest can be guarded as text.
+
+    Pictures behind it stay where they are.
 
     Returns
     -------
     reasoning, parts, has_thought : the last says whether the text held the end of any.
     """
-    if not all(isinstance(part, str) for part in parts):
+    n_before = max((i for i, part in enumerate(parts) if isinstance(part, str) and THINK_END in part), default=-1) + 1
+    if not n_before:
         return reasoning, parts, False
-    written, answer = split_reasoning("\n".join(str(part) for part in parts))
-    if written is None:
-        return reasoning, parts, False
-    return (str(reasoning) if reasoning else written), [answer], True
+    if not all(isinstance(part, str) for part in parts[:n_before]):
+        raise MessageError(
+            f"{where} has a picture in its reasoning, which is left out of prompts; put it behind {THINK_END}."
+        )
+    written, answer = split_reasoning("\n".join(str(part) for part in parts[:n_before]))
+    left = [*([answer] if answer or n_before == len(parts) else []), *parts[n_before:]]
+    return (str(reasoning) if reasoning else written), left, True
 
 
 def split_reasoning(text: str) -> tuple[str | None, str]:

@@ -13,7 +13,9 @@ from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.config import is_toy
+from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.effort import Effort
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
 from edge_runtime.forms import choose_form
@@ -30,7 +32,6 @@ from edge_runtime.options import (
     check_streaming,
     count_beams,
 )
-from edge_runtime.pipeline import Prepared, PromptOptions, prepare
 from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.store import ModelPaths, find_model
@@ -200,6 +201,7 @@ class Model(Inside):
         top_logprobs: int = 0,
         prompt_logprobs: bool = False,
         prompt_only: bool = False,
+        reuse: bool = True,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         min_tokens: int = 0,
@@ -219,6 +221,8 @@ class Model(Inside):
         tool_choice: str | Mapping[str, Any] = "auto",
         on_image: Callable[[int, int], None] = lambda done, total: None,
         on_look: Callable[[float], None] = lambda share: None,
+        on_check: Callable[[], None] = lambda: None,
+        decoders: DecoderPool | None = None,
         **prompt_options: Any,
     ) -> list[AnswerStream]:
         """Begin answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.
@@ -240,6 +244,8 @@ class Model(Inside):
         top_logprobs : and of so many of the most probable ones at its place, at most 20.
         prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
         prompt_only : end where the prompt is computed, with an empty answer.
+        reuse : False computes the prompt anew, whatever is remembered of it in memory or on disk; its pictures are
+            taken from memory all the same. The same question is then computed in the same chunks each time.
         stop : strings that end the answer; they are not part of it.
         stop_token_ids, min_tokens, ignore_eos, allowed_token_ids : see `token_rules`.
         stop_in_reasoning : whether they end it in the reasoning already.
@@ -257,7 +263,11 @@ class Model(Inside):
             function's name (a call of that one).
         on_image : called with (decoded, total) while pictures are read and pages drawn.
         on_look : called often with the share that is done while an index of videos is made; their frames are
-            decoded later, beside the encoding. What this or `on_image` raises ends the work.
+            decoded later, beside the encoding.
+        on_check : called often while the form of the answer is worked out, and while decoders are waited for. What
+            one of these three raises ends the work.
+        decoders : processes in which pictures, documents and videos are decoded, within limits of time and memory:
+            for files of people one does not know. None: in this process.
         prompt_options : fields of `pipeline.PromptOptions`: max_slices, use_image_id, temporal_ids, pixel_limit,
             video_limits, context_shift, raw, fit, preset, continue_final_message (whether the answer goes on with a
             last message of the assistant's); for documents pages, dpi, password, page_limit, file_limit_bytes.
@@ -267,6 +277,7 @@ class Model(Inside):
         MessageError, ImageError, PromptTooLongError
             Before anything is computed.
         """
+        self.check_usable()
         stop = check_lengths(max_tokens, thinking_budget, stop)
         n_beams = count_beams(beams, sampling)
         check_counts(
@@ -295,11 +306,12 @@ class Model(Inside):
         )
         started = time.perf_counter()
         tools = checked_tools(tools, tool_choice)
+        effort = Effort(check=on_check)
         form = choose_form(
-            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary
+            schema, json, tools, tool_choice, thinking, self.tokenizer, lambda: self._grammar_vocabulary, effort
         )
         texts = {"choices": choices, "regex": regex, "grammar": grammar}
-        bound = choose_text_form(texts, form, bool(tools), lambda: self._grammar_vocabulary)
+        bound = choose_text_form(texts, form, bool(tools), lambda: self._grammar_vocabulary, effort)
         check_form(bound is not None, n_beams)
         rules = choose_rules(
             *(stop_token_ids, min_tokens, ignore_eos, allowed_token_ids),
@@ -309,7 +321,7 @@ class Model(Inside):
         )
         prepared = self._prepare(
             messages,
-            *(on_image, on_look),
+            *(on_image, on_look, on_check, decoders),
             room=0 if prompt_only else max_tokens,
             refuse=True,
             thinking=thinking,
@@ -346,6 +358,7 @@ class Model(Inside):
             begun,
             rules,
             shared=prepared.shared,
+            reuse=reuse,
         )
 
         def finish(answer: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished) -> Answer:
@@ -395,30 +408,6 @@ class Model(Inside):
         messages, options : as of `chat`.
         """
         return AsyncAnswer(lambda streaming, options: self._submit(messages, 1, streaming, options)[0], options)
-
-    def _prepare(
-        self,
-        messages: str | Sequence[Any],
-        on_image: Callable[[int, int], None] = lambda done, total: None,
-        on_look: Callable[[float], None] = lambda share: None,
-        room: int = 1,
-        refuse: bool = False,
-        **options: Any,
-    ) -> Prepared:
-        return prepare(
-            messages,
-            PromptOptions.of(options),
-            slicing=self._encoder.slicing,
-            tokenizer=self.tokenizer,
-            n_queries=self._encoder.n_queries,
-            template=self.template,
-            n_ctx=self.n_ctx,
-            room=room,
-            refuse=refuse,
-            beginnings=self._beginnings if refuse else None,
-            on_image=on_image,
-            on_look=on_look,
-        )
 
     def warm_up(self) -> None:
         """Compute what chats shared when this model was last loaded (system prompt and tools) while nobody asks.

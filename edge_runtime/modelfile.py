@@ -12,7 +12,6 @@ Source: parser/parser.go and template/template.go of Ollama.
 
 from __future__ import annotations
 
-import os
 from importlib import resources
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.sources import visible
 from edge_runtime.store import ModelPaths, find_model
+from edge_runtime.unfinished import why_not_written, write_whole
 from edge_runtime.weights import GGUFFile
 
 TEMPLATE = resources.files("edge_runtime").joinpath("ollama_template.gotmpl").read_text("utf-8").rstrip("\n")
@@ -51,22 +51,14 @@ def export_modelfile(name: str, folder: str | Path, *, mmproj: str | Path | None
     paths = find_model(name, mmproj)
     _check(paths)
     path = Path(folder) / "Modelfile"
-    temporary = path.with_name(f".Modelfile.{os.getpid()}")
     try:
         if path.exists() and not force:
             raise ModelFileError(
                 f"{path} exists already; choose another folder with -o, or pass --force to replace it."
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(modelfile_text(paths), "utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, modelfile_text(paths).encode())
     except OSError as error:
-        raise ModelFileError(
-            f"{path} cannot be written: {error.strerror or error}; choose another folder with -o."
-        ) from None
+        raise ModelFileError(f"{why_not_written(error, path)}; choose another folder with -o.") from None
     return path
 
 

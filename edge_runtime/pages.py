@@ -7,9 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice, takewhile
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import ImageError, MessageError
+from edge_runtime.slicing import Size, cut_whole
 
 PAGE_LIMIT = 2000
 """Default for the most pages of one document."""
@@ -23,7 +27,7 @@ _RANGE = re.compile(r"(\d{1,9})(?:(-)(\d{1,9})?)?", re.ASCII)
 
 
 class Page(ABC):
-    """A page of a document, which becomes a picture only while it is looked at."""
+    """A page of a document, or a picture somewhere else, which becomes one here only while it is looked at."""
 
     @abstractmethod
     def size(self, pixel_limit: int) -> tuple[int, int]:
@@ -38,6 +42,13 @@ class Page(ABC):
     @abstractmethod
     def render(self, pixel_limit: int) -> Image.Image:
         """The page as an upright RGB picture; errors as of `size`."""
+
+    def cut(
+        self, pixel_limit: int, config: SlicingConfig, max_slices: int | None
+    ) -> tuple[Size, list[npt.NDArray[np.uint8]]]:
+        """Size of the picture and pixels of its slices, as `slicing.cut_whole`; errors as of `size`, too."""
+        picture = self.render(pixel_limit)
+        return picture.size, cut_whole(picture, config, max_slices)
 
 
 def choose_pages(choice: PageChoice | None, counted: Callable[[int], int], name: str, page_limit: int) -> list[int]:

@@ -23,15 +23,16 @@ from edge_runtime.budget import Budget, check_room_beside_tools, share_of_tools
 from edge_runtime.clips import FramePart, expand_videos, group_ids
 from edge_runtime.config import SlicingConfig
 from edge_runtime.continuation import Begun, find_begun
+from edge_runtime.decoding import InThisProcess, Opener, cut_source
 from edge_runtime.documents import DocumentOptions, with_pages
 from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError
-from edge_runtime.image import PIXEL_LIMIT, load_image
+from edge_runtime.image import PIXEL_LIMIT
 from edge_runtime.messages import ImagePart, Message, checked_max_slices, parse_messages
 from edge_runtime.overflow import Placed, fit
 from edge_runtime.presets import with_preset
 from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
-from edge_runtime.slicing import Size, Slice, SlicePlan, check_plan, plan_slices, slice_image
+from edge_runtime.slicing import Size, Slice, SlicePlan, plan_slices
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tools import checked_tools
 from edge_runtime.video import VideoLimits, check_groups
@@ -117,6 +118,7 @@ def prepare(
     beginnings: Beginnings | None = None,
     on_image: Callable[[int, int], None] = lambda done, total: None,
     on_look: Callable[[float], None] = lambda share: None,
+    opener: Opener | None = None,
 ) -> Prepared:
     """Turn a conversation into a prompt and the slices behind it.
 
@@ -129,6 +131,7 @@ def prepare(
     on_image : called with (pictures decoded or pages drawn, all of them); what it raises ends the work, as with
         `on_look`.
     on_look : called often with the share of the videos whose index was made.
+    opener : opens documents, pictures and videos; None: this process does.
 
     Raises
     ------
@@ -147,8 +150,9 @@ def prepare(
     )
     if options.preset is not None:
         conversation = with_preset(conversation, options.preset)
-    conversation = with_pages(conversation, options, slicing, options.max_slices)
-    conversation = expand_videos(conversation, slicing, options.video_limits, on_look)
+    opener = opener or InThisProcess()
+    conversation = with_pages(conversation, options, slicing, options.max_slices, opener.part)
+    conversation = expand_videos(conversation, slicing, options.video_limits, on_look, opener.video)
     parts = list(iter_images(conversation))
     times = group_ids(parts, options.temporal_ids)
     check_groups(times, len(parts))
@@ -274,11 +278,9 @@ def _place(
 
 
 def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tuple[Size, SlicePlan, list[Slice]]:
-    picture = load_image(part.source, pixel_limit=options.pixel_limit)
     limit = part.max_slices if part.max_slices is not None else options.max_slices
-    plan = plan_slices(*picture.size, slicing, limit)
-    check_plan(*picture.size, plan, slicing)
-    return picture.size, plan, slice_image(picture, plan, slicing)
+    size, slices = cut_source(part.source, options.pixel_limit, slicing, limit)
+    return size, plan_slices(*size, slicing, limit), [Slice(pixels, slicing) for pixels in slices]
 
 
 def group_digest(group: Group) -> bytes:

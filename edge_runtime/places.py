@@ -45,6 +45,11 @@ class Place:
         """Whether an array here must not hold the same value twice."""
         return any(schema.get("uniqueItems") is True for schema in self.schemas)
 
+    @property
+    def n_first(self) -> int:
+        """Items of an array here that have schemas of their own."""
+        return max((len(schema.get("prefixItems", ())) for schema in self.schemas), default=0)
+
     def item(self, index: int) -> Place:
         """The place of an array's item."""
         found = []

@@ -181,7 +181,8 @@ def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict
     texts = [tokenizer.guard(part, mark, allowed) if isinstance(part, str) else PLACEHOLDER for part in message.parts]
     entry: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
     if message.reasoning is not None:
-        entry["reasoning_content"] = tokenizer.guard(message.reasoning, mark)
+        # The model wrote both: officially tags are markup in both, and its own ids come back as they were.
+        entry["reasoning_content"] = tokenizer.guard(message.reasoning, mark, allowed)
     if message.tool_calls:
         entry["tool_calls"] = _guard_all(message.tool_calls, tokenizer, mark)
     return entry

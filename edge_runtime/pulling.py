@@ -20,10 +20,11 @@ from edge_runtime import ollama
 from edge_runtime.addresses import Allowed, Door, through
 from edge_runtime.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
 from edge_runtime.download import RemoteFile, download, part_of, storing
-from edge_runtime.errors import DownloadError, ModelFileError, StoreFull
+from edge_runtime.errors import ModelFileError, StoreError, StoreFull
 from edge_runtime.hubs import Choice, Listing, choose, endpoint_of, list_files
 from edge_runtime.library import Entry, Library, StoredFile
 from edge_runtime.sources import Source, parse_source, visible
+from edge_runtime.unfinished import make_folder
 from edge_runtime.weights import GGUFFile
 
 Progress = Callable[[str, int, int], None]
@@ -185,7 +186,7 @@ class _Pull:
     def run(self, on_plan: Callable[[Plan], None], most_bytes: int | None = None) -> Entry:
         """Fetch what is missing; the record comes last."""
         with storing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             self._reuse()
             missing = [file for file in self.choice.files if not self._is_here(file)]
             fetched = sum(max(0, (file.size or 0) - self._arrived(file)) for file in missing)
@@ -234,7 +235,7 @@ class _Pull:
         for file in self.choice.files:
             if file.digest in known and not self._is_here(file) and known[file.digest].is_file():
                 target = self.folder / file.path
-                target.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent)
                 with contextlib.suppress(OSError):  # no hard links here: it is fetched
                     os.link(known[file.digest], target)
 
@@ -242,7 +243,7 @@ class _Pull:
         with storing(self.folder):
             free = shutil.disk_usage(self.folder).free
         if needed + SPARE_BYTES > free:
-            raise DownloadError(
+            raise StoreError(
                 f"{self.entry.name} needs {needed / 1e9:.2f} GB more, {self.library.root} has {free / 1e9:.2f} GB "
                 "free; free some space, or point EDGE_RUNTIME_MODELS to a folder on another disk."
             )

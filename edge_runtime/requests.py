@@ -111,6 +111,8 @@ class Request:
     """Compute the prompt and nothing else, as long as nobody asks for anything; see `ahead`."""
     shared: int = 0
     """Positions at the beginning that other chats have, too: system prompt and tools; see `beginnings`."""
+    reuse: bool = True
+    """Whether the prompt goes on behind a beginning that another request has computed."""
 
     def keys(self) -> list[Hashable]:
         """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
@@ -239,6 +241,10 @@ class Task:
     def sequences(self) -> list[int]:
         """All that the task occupies."""
         return [self.sequence, *self.more_sequences]
+
+    def may_take(self, other: Task) -> bool:
+        """Whether it may begin with what another task computes: without reuse, another answer to its own prompt."""
+        return self.request.reuse or other.request.prompt is self.request.prompt
 
     def start_answer(self, tokenizer: Tokenizer, decoder: Decoder) -> None:
         """Set up what turns logits into text, once the prompt is computed."""

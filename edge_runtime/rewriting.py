@@ -8,10 +8,13 @@ simple forms that can be said otherwise. `resolve` follows references.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
+from edge_runtime.effort import Effort
 from edge_runtime.places import canonical
 from edge_runtime.schema_words import COMBINATORS, TYPES
 
@@ -20,6 +23,7 @@ Resolve = Callable[[Any], Any]
 
 MOST_TRIGGERS = 4  # 2 to the power of this many variants of an object
 MOST_CONTAINED = 64
+MOST_VARIANTS = 128
 MOST_EXCLUDED = 500  # characters of strings that are not to be written
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
@@ -74,37 +78,67 @@ def named_by(made: Schema, names: Any, resolve: Resolve) -> Any:
     return made
 
 
-def are_apart(branches: Sequence[Any], resolve: Resolve) -> bool:
+@dataclass(frozen=True)
+class _Kind:
+    """What a branch says of its values, as far as that tells it from others."""
+
+    values: frozenset[str] | None
+    """Those that are listed, each in one spelling."""
+    types: set[str]
+    named: dict[str, frozenset[str]]
+    """Properties whose values are listed."""
+    required: frozenset[str]
+
+
+def are_apart(branches: Sequence[Any], resolve: Resolve, effort: Effort) -> bool:
     """Whether no value can be valid under two of several schemas: by type, by value, or by a property's value."""
-    return all(_is_apart(resolve(one), resolve(other), resolve) for one, other in combinations(branches, 2))
-
-
-def _is_apart(one: Any, other: Any, resolve: Resolve) -> bool:
-    if one is False or other is False:
+    kinds = []
+    for branch in map(resolve, branches):
+        if branch is True or (isinstance(branch, dict) and not branch):
+            return len(branches) < 2
+        if isinstance(branch, dict):
+            kinds.append(_kind(branch, resolve))
+    if _told_by_one_property(kinds):
         return True
-    if not isinstance(one, dict) or not isinstance(other, dict):
+    for one, other in combinations(kinds, 2):
+        effort.spend()
+        if not _is_apart(one, other):
+            return False
+    return True
+
+
+def _kind(schema: Schema, resolve: Resolve) -> _Kind:
+    named = {name: _values(resolve(inner)) for name, inner in schema.get("properties", {}).items()}
+    listed = {name: values for name, values in named.items() if values is not None}
+    return _Kind(_values(schema), _types(schema), listed, frozenset(schema.get("required", [])))
+
+
+def _told_by_one_property(kinds: Sequence[_Kind]) -> bool:
+    """Whether all are objects that a property tells apart which each must have; many branches mostly are such."""
+    if not kinds or any(kind.types != {"object"} for kind in kinds):
         return False
-    values, types = [_values(one), _values(other)], [_types(one), _types(other)]
-    if values[0] is not None and values[1] is not None:
-        return not any(_is_same(a, b) for a in values[0] for b in values[1])
-    if types[0].isdisjoint(types[1]):
+    common = frozenset.intersection(*(kind.required.intersection(kind.named) for kind in kinds))
+    listed = ([kind.named[name] for kind in kinds] for name in common)
+    return any(sum(map(len, values)) == len(frozenset[str]().union(*values)) for values in listed)
+
+
+def _is_apart(one: _Kind, other: _Kind) -> bool:
+    if one.values is not None and other.values is not None:
+        return one.values.isdisjoint(other.values)
+    if one.types.isdisjoint(other.types):
         return True
-    if types != [{"object"}] * 2:
+    if one.types != {"object"} or other.types != {"object"}:
         return False
-    named = [schema.get("properties", {}) for schema in (one, other)]
-    for name in {*one.get("required", []), *other.get("required", [])} & {*named[0]} & {*named[1]}:
-        first, second = (_values(resolve(properties[name])) for properties in named)
-        if first is not None and second is not None and not any(_is_same(a, b) for a in first for b in second):
-            return True
-    return False
+    names = (one.required | other.required) & one.named.keys() & other.named.keys()
+    return any(one.named[name].isdisjoint(other.named[name]) for name in names)
 
 
-def _values(schema: Any) -> list[Any] | None:
-    """The values that a schema lists."""
+def _values(schema: Any) -> frozenset[str] | None:
+    """The values that a schema lists, each in one spelling."""
     if not isinstance(schema, dict):
         return None
     listed: list[Any] | None = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    return listed
+    return None if listed is None else frozenset(map(_spelled, listed))
 
 
 def _types(schema: Schema) -> set[str]:
@@ -182,7 +216,8 @@ def _without_types(made: Schema, names: Any) -> Any:
 def _without_values(made: Schema, values: Sequence[Any]) -> Any:
     listed = made.get("enum", [made["const"]] if "const" in made else None)
     if listed is not None:
-        rest = [value for value in listed if not any(_is_same(value, other) for other in values)]
+        excluded = frozenset(map(_spelled, values))
+        rest = [value for value in listed if _spelled(value) not in excluded]
         made.pop("const", None)
         made["enum"] = rest
         return made if rest else False
@@ -215,8 +250,9 @@ def _escaped(character: str) -> str:
     return f"\\x{{{ord(character):x}}}"
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    return canonical(json.dumps(one).encode()) == canonical(json.dumps(other).encode())
+def _spelled(value: Any) -> str:
+    """One spelling for all that JSON Schema takes for the same value."""
+    return canonical(json.dumps(value).encode())
 
 
 def with_dependents(made: Schema) -> Any:
@@ -251,6 +287,37 @@ def _variant(made: Schema, required: set[str], properties: Mapping[str, Any], co
     if conditions:
         variant["allOf"] = [*conditions]
     return variant
+
+
+def counted(made: Schema) -> Any:
+    """Say `minProperties` and `maxProperties` beside optional names as variants: which names are there.
+
+    Narrower: no other properties than the named ones, where those are enough. The grammar counts by itself where all
+    names are required, or none is given.
+    """
+    named, required = made.get("properties", {}), [*dict.fromkeys(made.get("required", []))]
+    low, high = int(made.get("minProperties", 0)), made.get("maxProperties")
+    optional = [name for name, inner in named.items() if name not in required and inner is not False]
+    if not optional or "patternProperties" in made or not set(required) <= set(named):
+        return made
+    high = len(required) + len(optional) if high is None else int(high)
+    least, most = max(0, low - len(required)), min(high - len(required), len(optional))
+    if most < 0:
+        return False
+    if least > most:
+        return False if made.get("additionalProperties") is False else None
+    if math.comb(len(optional), most) * math.comb(most, least) > MOST_VARIANTS:
+        return None
+    for name in ("minProperties", "maxProperties"):
+        made.pop(name, None)
+    rest, variants = {**made, "additionalProperties": False}, []
+    for left in combinations(optional, most):
+        for first in combinations(left, least):
+            # The first so many that are there: names between them are not, so that no object has two variants.
+            skipped = left[: left.index(first[-1]) + 1] if first else ()
+            absent = [name for name in optional if name not in left or (name in skipped and name not in first)]
+            variants.append(_variant(rest, {*required, *first}, dict.fromkeys(absent, False), made.get("allOf", [])))
+    return variants[0] if len(variants) == 1 else {"anyOf": variants}
 
 
 def conditional(made: Schema, resolve: Resolve) -> Any:

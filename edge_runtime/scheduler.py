@@ -204,7 +204,7 @@ class Scheduler:
             return True
         known = max(self.remembered(task), task.saved.n)
         for other in self._active:
-            if other.n_tokens or other.request.adapter != task.request.adapter:
+            if other.n_tokens or other.request.adapter != task.request.adapter or not task.may_take(other):
                 continue
             common = common_beginning(task.keys, other.keys)
             # The same prompt, as with several answers to it, is worth waiting for however short it is.
@@ -240,6 +240,10 @@ class Scheduler:
     def _common(self, sequence: int, task: Task) -> int:
         if self._adapters.get(sequence) != task.request.adapter or task.is_scoring:
             return 0  # what was computed before has no logits
+        if not task.request.reuse and not any(
+            sequence in other.sequences and task.may_take(other) for other in self._active
+        ):
+            return 0
         return self._decoder.common(sequence, task.keys)
 
     def _restore(self, task: Task, n: int) -> int:

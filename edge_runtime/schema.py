@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_runtime.dialects import Dialect
+from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
+from edge_runtime.schema_size import check_size
 from edge_runtime.schema_words import COMBINATORS, KEYWORDS, TYPES
 
 DEFAULT_MAX_LENGTH = 1024  # characters of a string without maxLength
@@ -43,18 +45,22 @@ class BoundedSchema:
     """What was left out or is read in another way, in sentences."""
 
 
-def bound_schema(schema: Mapping[str, Any], *, pattern_max_length: int = PATTERN_MAX_LENGTH) -> BoundedSchema:
+def bound_schema(
+    schema: Mapping[str, Any], *, pattern_max_length: int = PATTERN_MAX_LENGTH, effort: Effort | None = None
+) -> BoundedSchema:
     """Check a schema and bound what it leaves open.
 
     Parameters
     ----------
     schema : as JSON data; it is not changed.
     pattern_max_length : bound of strings that have a pattern or format and no maxLength.
+    effort : what may be done for it.
 
     Raises
     ------
     MessageError
-        Naming the JSON path of a keyword that is unknown, cannot be enforced, or has a wrong value.
+        Naming the JSON path of a keyword that is unknown, cannot be enforced, or has a wrong value; or when it is too
+        large, or takes too much work.
     """
     if not isinstance(schema, Mapping):
         raise MessageError(f"The schema is of type {type(schema).__name__}; expected a JSON schema as a mapping.")
@@ -69,13 +75,16 @@ def bound_schema(schema: Mapping[str, Any], *, pattern_max_length: int = PATTERN
         raise MessageError(
             f"The schema has {len(text)} characters, expected at most {MAX_SCHEMA_BYTES}; simplify it."
         )
-    dialect = Dialect(root)
+    effort = effort or Effort()
+    dialect = Dialect(root, effort)
     root = dialect.rewritten()
+    check_size(root)
     walk = _Walk(root, pattern_max_length)
     walk.visit(root, combined=_has_combined_reference(root))
     for array in walk.unique:
         del array["uniqueItems"]
     text = json.dumps(root, ensure_ascii=False)
+    effort.look()
     for array in walk.unique:
         array["uniqueItems"] = True
     return BoundedSchema(text, root, bool(walk.unique), walk.is_open, dialect.notes)
@@ -194,7 +203,8 @@ def _has_combined_reference(root: Any) -> bool:
         if isinstance(node, dict):
             if "$ref" in node and (combined or _is_mixed(node)):
                 return True
-            stack += [(value, combined or _is_mixed(node) or name == "allOf") for name, value in node.items()]
+            combined = combined or _is_mixed(node)
+            stack += [(value, combined or name == "allOf") for name, value in node.items()]
         elif isinstance(node, list):
             stack += [(item, combined) for item in node]
     return False

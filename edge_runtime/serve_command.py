@@ -54,6 +54,9 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--max-messages", **COUNT, default=10_000, help="Most messages of one.  [10000]")
 @click.option("--max-parts", **COUNT, default=1000, help="Most parts of a message.  [1000]")
 @click.option("--max-images", **COUNT, default=64, help="Most pictures in a request.  [64]")
+@click.option(
+    "--decode-timeout", "decode_timeout_s", **SECONDS, default=30, help="For a picture, page or video frame.  [30]"
+)
 @click.option("--max-pixels", **COUNT, default=64_000_000, help="Largest picture.  [64 million]")
 @click.option("--max-video", **SIZE, default=128, metavar="MB", help="Largest video or document.  [128]")
 @click.option("--max-frames", "max_video_frames", **COUNT, default=180, help="Most frames of a video.  [180]")

@@ -155,6 +155,19 @@ def check_plan(width: int, height: int, plan: SlicePlan, config: SlicingConfig) 
         )
 
 
+def cut_whole(picture: Image.Image, config: SlicingConfig, max_slices: int | None) -> list[npt.NDArray[np.uint8]]:
+    """Pixels of the slices of an RGB picture, as `cut_picture`, by the plan of its size.
+
+    Raises
+    ------
+    ImageError
+        As `check_plan`.
+    """
+    plan = plan_slices(*picture.size, config, max_slices)
+    check_plan(*picture.size, plan, config)
+    return cut_picture(picture, plan)
+
+
 def slice_image(picture: Image.Image, plan: SlicePlan, config: SlicingConfig) -> list[Slice]:
     """Cut an RGB picture as planned.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from edge_runtime.logprobs import TokenLogprobs, TokenScores, describe
@@ -33,6 +33,8 @@ class Piece:
     """Of a piece of the kind `tool_call`."""
     malformed: MalformedCall | None = None
     """Of a piece of the kind `answer` that would have been a tool call; its text is what the model wrote."""
+    n_tokens: int = field(default=0, compare=False)
+    """Tokens of the answer and its reasoning so far, this piece's included."""
 
 
 class TextStream:
@@ -80,6 +82,7 @@ class TextStream:
         self._at_start = thinking and not goes_on
         self.stopped = False
         """Whether a stop string was met."""
+        self._n_fed = 0
         self.n_reasoning = 0
         """Tokens of the reasoning so far, the one that ended it included."""
 
@@ -92,6 +95,7 @@ class TextStream:
         """Pieces that can be shown after this token."""
         if self.stopped:
             return []
+        self._n_fed += 1
         self.n_reasoning += self.is_reasoning
         if self._call is not None or (token_id == self._call_begins is not None and not self.is_reasoning):
             return self._feed_call(token_id, scores)
@@ -144,8 +148,8 @@ class TextStream:
         logprobs = tuple(scores for _, scores in self._scored)
         self._scored.clear()
         if isinstance(found, ToolCall):
-            return Piece(text, "tool_call", logprobs, call=found)
-        return Piece(text, "answer", logprobs, malformed=MalformedCall(text, found))
+            return Piece(text, "tool_call", logprobs, call=found, n_tokens=self._n_fed)
+        return Piece(text, "answer", logprobs, malformed=MalformedCall(text, found), n_tokens=self._n_fed)
 
     def _release(self, *, final: bool) -> list[Piece]:
         text = self._releasable(final)
@@ -153,7 +157,7 @@ class TextStream:
         taken = []
         while (text or final) and self._scored and (self._scored[0][0] < shown or (final and not self.stopped)):
             taken.append(self._scored.popleft()[1])
-        return [Piece(text, self._kind, (*taken,))] if text or taken else []
+        return [Piece(text, self._kind, (*taken,), n_tokens=self._n_fed)] if text or taken else []
 
     def _releasable(self, final: bool) -> str:
         """Take what can be shown out of what is held."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -44,9 +45,15 @@ def _compile(template: str) -> Any:
         # As transformers has it: Jinja's own tojson escapes <, > and & for HTML.
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    def strftime_now(form: str) -> str:
+        return datetime.now().astimezone().strftime(form)
+
+    # Filters, functions and loop controls are those that transformers gives to templates; llama.cpp has them, too.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     try:
         return environment.from_string(template)
     except (TemplateSyntaxError, RecursionError, MemoryError) as error:

@@ -21,6 +21,7 @@ from typing import Any
 
 from edge_runtime import template_process
 from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.forks import only_here
 from edge_runtime.template_process import MOST_BYTES, MOST_S, TemplateFault
 
 OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime").joinpath("chat_template.jinja").read_text("utf-8")
@@ -59,8 +60,14 @@ def render(template: str, context: dict[str, Any]) -> str:
 @cache
 def _renderer() -> Renderer:
     renderer = Renderer()
-    atexit.register(renderer.close)
+    atexit.register(only_here(renderer.close))
     return renderer
+
+
+if hasattr(
+    os, "register_at_fork"
+):  # the process is the parent's, and its lock may be held by a thread that is not here
+    os.register_at_fork(after_in_child=_renderer.cache_clear)
 
 
 class Renderer:

@@ -31,9 +31,19 @@ def decode_text(raw: bytes) -> str:
     return raw.decode(next((encoding for mark, encoding in _MARKS if raw.startswith(mark)), "utf-8"))
 
 
-def read_text(path: Path) -> str:
-    """Text of a file, see `decode_text`, its lines ending in a newline; OSError when it cannot be read."""
-    return decode_text(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+def read_text(path: Path, most_bytes: int | None = None) -> str:
+    """Text of a file, see `decode_text`, its lines ending in a newline; OSError when it cannot be read.
+
+    Raises
+    ------
+    ValueError
+        When it is no text, or longer than `most_bytes`.
+    """
+    with path.open("rb") as file:
+        data = file.read(-1 if most_bytes is None else most_bytes + 1)
+    if most_bytes is not None and len(data) > most_bytes:
+        raise ValueError(f"more than {most_bytes} bytes")
+    return decode_text(data).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -7,14 +7,20 @@ no end that could be looked for.
 
 from __future__ import annotations
 
+import json
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from edge_runtime.compiling import compiled
 from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm, Choose
+from edge_runtime.effort import AnswerEffort, Effort
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import GrammarVocabulary, allowed_ids
+from edge_runtime.schema_size import MOST_TOGETHER, check_size
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -69,6 +75,7 @@ class TextConstraint:
     def __init__(self, form: TextForm, separator: Sequence[int] = ()) -> None:
         self._vocabulary, self._matcher = form.vocabulary, form.start_matcher.deep_copy()
         self._forced = deque(separator)
+        self._effort = AnswerEffort()
 
     @property
     def ended(self) -> bool:
@@ -77,6 +84,12 @@ class TextConstraint:
 
     def next_token(self, remaining: int, choose: Choose) -> int:
         """Choose the next token, or an end token; see `Constraint.next_token`."""
+        with self._effort.step():
+            token = self._next_token(choose)
+            self._effort.look()
+            return token
+
+    def _next_token(self, choose: Choose) -> int:
         if self._forced:
             return self._forced.popleft()
         if self.ended:  # the prompt held the whole of it
@@ -98,6 +111,7 @@ def choose_text_form(
     form: AnswerForm | None,
     has_tools: bool,
     vocabulary: Callable[[], GrammarVocabulary],
+    effort: Effort | None = None,
 ) -> AnswerForm | TextForm | None:
     """Form of an answer: the one that it has already, or that of a text.
 
@@ -107,6 +121,7 @@ def choose_text_form(
     form : what a schema, JSON or the choice of a tool asks for.
     has_tools : whether the model may call some.
     vocabulary : called only where there is something to enforce.
+    effort : what may be done for it.
 
     Raises
     ------
@@ -122,10 +137,13 @@ def choose_text_form(
     (name,) = wanted
     _check(name, given[name])
     words = vocabulary()
-    matcher = _compile(name, given[name], words)
+    matcher = _compile(name, given[name], words, effort or Effort())
     reason = _reason(matcher)
-    if not reason and not matcher.is_stopped() and not len(allowed_ids(matcher, len(words.continues_number))):
-        reason = "no text is of its form"
+    if not reason and not matcher.is_accepting():  # an end token is allowed where nothing else is
+        goes_on = bool({*allowed_ids(matcher, len(words.continues_number))} - words.stop_ids)
+        reason = _reason(matcher)
+        if not goes_on and (not reason or reason.startswith("NoExtension")):
+            reason = "no text is of its form"
     if reason:
         raise MessageError(f"{name} cannot be enforced: {reason}.")
     return TextForm(words, matcher, tuple(words("\n\n")))
@@ -144,8 +162,8 @@ def _check(name: str, value: Any) -> None:
         raise MessageError(f"{name} has more than {MOST_CHARACTERS} characters, which is the limit.")
 
 
-def _compile(name: str, value: Any, vocabulary: GrammarVocabulary) -> LLMatcher:
-    from llguidance import LLMatcher, LLParserLimits
+def _compile(name: str, value: Any, vocabulary: GrammarVocabulary, effort: Effort) -> LLMatcher:
+    from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
     if name == "choices":
@@ -155,11 +173,31 @@ def _compile(name: str, value: Any, vocabulary: GrammarVocabulary) -> LLMatcher:
     else:
         try:
             grammar = LLMatcher.grammar_from_lark(any_to_lark(value))
+            _check_lark(grammar)
+        except MessageError:
+            raise
         except Exception as error:  # noqa: BLE001 - the converter raises what Python happens to raise
             raise MessageError(
                 f"grammar cannot be read as GBNF: {str(error)[:200] or type(error).__name__}."
             ) from None
-    return LLMatcher(vocabulary.llguidance, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    matcher: LLMatcher = compiled(vocabulary.llguidance, grammar, effort)
+    return matcher
+
+
+def _check_lark(grammar: str) -> None:
+    """Check what of a grammar llguidance has no limits for: intersections, and schemas inside."""
+    n_and = _IN_QUOTES.sub("", grammar).count("&")
+    if n_and >= MOST_TOGETHER:
+        raise MessageError(
+            f"grammar has {n_and} intersections (&), expected fewer than {MOST_TOGETHER}; simplify it."
+        )
+    for place in re.finditer(r"%json\s*", grammar):
+        with suppress(ValueError, RecursionError):  # what is no JSON, llguidance refuses
+            schema, _ = json.JSONDecoder().raw_decode(grammar, place.end())
+            check_size(schema if isinstance(schema, dict) else {})
+
+
+_IN_QUOTES = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 
 
 def _literal(text: str) -> str:

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edge_runtime.effort import Effort, TooMuchWorkError
 from edge_runtime.errors import MessageError
 from edge_runtime.schema import bound_schema
 
@@ -55,11 +57,10 @@ def function_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
         When a description has the wrong form.
     """
     names = [_function(tool, i)["name"] for i, tool in enumerate(tools)]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise MessageError(
-            f"The tools describe {sorted(twice)[0]!r} more than once; expected one description for each."
-        )
+    counts = Counter(names)
+    twice = next((name for name in sorted(counts) if counts[name] > 1), None)
+    if twice is not None:
+        raise MessageError(f"The tools describe {twice!r} more than once; expected one description for each.")
     return names
 
 
@@ -120,7 +121,7 @@ def chosen_functions(tools: Sequence[Mapping[str, Any]], choice: Any) -> list[st
 
 
 def call_schema(
-    tools: Sequence[Mapping[str, Any]], names: Sequence[str], *, must_hold: bool = True
+    tools: Sequence[Mapping[str, Any]], names: Sequence[str], *, must_hold: bool = True, effort: Effort | None = None
 ) -> dict[str, Any]:
     """JSON schema of a call of one of the named functions.
 
@@ -128,20 +129,23 @@ def call_schema(
     ----------
     must_hold : whether parameters that cannot be enforced are an error. Otherwise any arguments are taken for them,
         as where a call is made freely.
+    effort : what may be done for it.
 
     Raises
     ------
     MessageError
         When a function's parameters cannot be enforced.
     """
-    calls, definitions = [], {}
+    calls, definitions, wanted, effort = [], {}, frozenset(names), effort or Effort()
     for number, tool in enumerate(tools):
         function = _function(tool, number)
-        if function["name"] not in names:
+        if function["name"] not in wanted:
             continue
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         try:
-            bound_schema(parameters)
+            bound_schema(parameters, effort=effort)
+        except TooMuchWorkError:
+            raise
         except MessageError as error:
             if not must_hold:
                 calls.append(_call_of(function["name"], {"type": "object"}))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from edge_runtime.errors import BackendUnavailable
 from edge_runtime.identity import file_identity, machine_identity
 from edge_runtime.kv_types import KV_TYPES
 from edge_runtime.text_files import read_json
+from edge_runtime.unfinished import why_not_written, write_whole
 from edge_runtime.weights import GGUFFile
 
 MOST_THREADS = 1024
@@ -79,15 +78,11 @@ def remember_tuning(decoder: GGUFFile, tuning: Tuning) -> Path:
         known = {}
     known[machine_identity()] = asdict(tuning)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tuning")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(known, stream, indent=1)
-        Path(temporary).replace(path)
+        write_whole(path, json.dumps(known, indent=1).encode())
     except OSError as error:
         raise BackendUnavailable(
-            f"The tuning cannot be kept in {path.parent} ({error.strerror or error}); make that folder writable, or "
-            "give --threads and --kv-type each time."
+            f"The tuning cannot be kept: {why_not_written(error, path)}; mend that, or give --threads and --kv-type "
+            "each time."
         ) from None
     return path
 

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from edge_runtime.base64_data import data_uri_size, decode_data_uri, is_data_uri
 from edge_runtime.errors import VideoError
+from edge_runtime.forks import only_here
 from edge_runtime.video import VideoLimits
 
 VideoSource = str | Path | bytes | BinaryIO | list[Any] | tuple[Any, ...]
@@ -23,6 +24,8 @@ VideoSource = str | Path | bytes | BinaryIO | list[Any] | tuple[Any, ...]
 IN_MEMORY = 32 << 20
 """Bytes of a file object that are kept in memory; a longer one is copied to a temporary file."""
 COPY_BYTES = 1 << 20
+UNNAMED = "The video"
+"""What errors call a video that is no file."""
 
 
 class Content:
@@ -37,11 +40,12 @@ class Content:
     def __init__(self, source: str | Path | bytes | BinaryIO, limits: VideoLimits) -> None:
         self._path: Path | None = None
         self._bytes = b""
-        self.name = "The video"
+        self.name = UNNAMED
         if is_data_uri(source):
             self._bytes = _decode_data_uri(source, limits)
         elif isinstance(source, bytes | bytearray | memoryview):
-            self._bytes = bytes(source)
+            self._bytes = source if isinstance(source, bytes) else bytes(source)
+            self.name = getattr(source, "name", None) or self.name
         elif isinstance(source, str | Path):
             self._path = Path(source)
             self.name = str(source)
@@ -105,7 +109,7 @@ class Content:
             self._bytes = head
             return
         handle, name = tempfile.mkstemp(prefix="edge-runtime-", suffix=".video")
-        weakref.finalize(self, _remove, name)
+        weakref.finalize(self, only_here(_remove), name)
         self._path = Path(name)
         n_bytes = 0
         with os.fdopen(handle, "wb") as copy:

@@ -10,6 +10,7 @@ Frames count as decord counts them in the official recipe: all of the stream, in
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import logging
 import os
@@ -27,7 +28,7 @@ from edge_runtime.errors import BackendUnavailable, VideoError
 from edge_runtime.frame_pictures import Look, look_of, picture_of, shown_size
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import Content, check_pixels, check_seconds
-from edge_runtime.video_frames import Watch
+from edge_runtime.video_frames import Watch, file_identity
 
 if TYPE_CHECKING:
     import av
@@ -158,7 +159,7 @@ class VideoFile:
         finally:
             cursor.close()
         self.size = first.size
-        self._digest: bytes = digest.digest()
+        self.digest: bytes = digest.digest()
 
     def _scan(self, container: InputContainer, stream: VideoStream, file: BinaryIO, watch: Watch) -> Any:
         """Read all packets; returns the fingerprint so far."""
@@ -240,11 +241,44 @@ class VideoFile:
 
     def identity(self, index: int) -> bytes:
         """Fingerprint of the stream and of how it is shown, and the place in it."""
-        return self._digest + index.to_bytes(8, "little")
+        return file_identity(self.digest, index)
 
     def open(self) -> FileCursor:
         """Begin to decode."""
         return FileCursor(self._content, self._pts, self._begins, len(self.times), self._limits, self._frame_size)
+
+    def state(self) -> dict[str, Any]:
+        """What `cursor_from` takes."""
+        begins = array("q", (time for begin in self._begins for time in begin))
+        return {
+            "pts": None if self._pts is None else _packed(self._pts),
+            "begins": _packed(begins),
+            "n_frames": len(self.times),
+            "frame_size": self._frame_size,
+        }
+
+
+def cursor_from(content: Content, limits: VideoLimits, state: Mapping[str, Any]) -> FileCursor:
+    """The cursor of a `VideoFile` that gave this state in another process."""
+    begins = _unpacked(state["begins"])
+    return FileCursor(
+        content,
+        None if state["pts"] is None else _unpacked(state["pts"]),
+        [*zip(begins[::2], begins[1::2], strict=True)],
+        state["n_frames"],
+        limits,
+        (*state["frame_size"],) if state["frame_size"] is not None else None,
+    )
+
+
+def _packed(numbers: array[int]) -> str:
+    return base64.b64encode(numbers.tobytes()).decode()
+
+
+def _unpacked(text: str) -> array[int]:
+    numbers = array("q")
+    numbers.frombytes(base64.b64decode(text))
+    return numbers
 
 
 class FileCursor:

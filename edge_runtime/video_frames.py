@@ -75,6 +75,21 @@ class FrameSource(Protocol):
         """Begin to decode."""
 
 
+class FileFrames(FrameSource, Protocol):
+    """A video that is one file, which another process may go on to decode."""
+
+    digest: bytes
+    """Fingerprint of all that decides how its frames look; with the position of one, its identity."""
+
+    def state(self) -> dict[str, Any]:
+        """What a cursor needs besides the file, of JSON's kinds; empty for an animation."""
+
+
+def file_identity(digest: bytes, index: int) -> bytes:
+    """Fingerprint of one frame of a file."""
+    return digest + index.to_bytes(8, "little")
+
+
 def open_video(
     source: VideoSource,
     limits: VideoLimits,
@@ -100,6 +115,11 @@ def open_video(
     if isinstance(source, str | Path) and not is_data_uri(str(source)) and Path(source).is_dir():
         return PictureFrames(str(source), pictures_in(Path(source)), rate or FOLDER_RATE, limits)
     content = Content(source, limits)
+    return open_file(content, limits, watch)
+
+
+def open_file(content: Content, limits: VideoLimits, watch: Watch) -> FileFrames:
+    """Look at a video that is one file; errors as of `open_video`."""
     with content.open() as file:
         head = file.read(16)
     if _is_animation(head):
@@ -107,6 +127,20 @@ def open_video(
     from edge_runtime.video_file import VideoFile
 
     return VideoFile(content, limits, watch)
+
+
+def open_cursor(content: Content, limits: VideoLimits, state: Mapping[str, Any]) -> FrameCursor:
+    """Begin to decode a file that was looked at in another process.
+
+    Parameters
+    ----------
+    state : what `FileFrames.state` gave there.
+    """
+    if not state:
+        return AnimationCursor(content, limits)
+    from edge_runtime.video_file import cursor_from
+
+    return cursor_from(content, limits, state)
 
 
 def _is_animation(head: bytes) -> bool:
@@ -137,8 +171,19 @@ def _parts(name: str) -> list[str]:
     return [part.lstrip("0") if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
+Load = Callable[[ImageSource, int, Callable[[], None]], Image.Image]
+
+
+def _load_here(picture: ImageSource, pixel_limit: int, check: Callable[[], None]) -> Image.Image:
+    return load_image(picture, pixel_limit=pixel_limit)
+
+
 class PictureFrames:
     """Pictures in order, at a rate.
+
+    Parameters
+    ----------
+    load : decodes one, with (picture, pixel limit, what is called while it waits).
 
     Raises
     ------
@@ -148,10 +193,12 @@ class PictureFrames:
 
     sampled, missing_s, facts = True, 0.0, AS_STORED
 
-    def __init__(self, name: str, pictures: Sequence[ImageSource], rate: float, limits: VideoLimits) -> None:
+    def __init__(
+        self, name: str, pictures: Sequence[ImageSource], rate: float, limits: VideoLimits, load: Load = _load_here
+    ) -> None:
         if not pictures:
             raise VideoError(f"{name} has no frames; expected a list of at least one picture.")
-        self.name, self.rate, self._limits = name, rate, limits
+        self.name, self.rate, self._limits, self._load_picture = name, rate, limits, load
         self._pictures = [_held(picture) for picture in pictures]
         self.times: Sequence[float] = [i / rate for i in range(len(pictures))]
         check_seconds(name, len(pictures) / rate, limits)
@@ -172,7 +219,7 @@ class PictureFrames:
     def read(self, index: int, watch: Watch) -> Image.Image:
         """Load one picture."""
         watch(0.0)
-        picture, digest = self._read(index)
+        picture, digest = self._read(index, lambda: watch(0.0))
         if digest != self._digests.setdefault(index, digest):
             raise VideoError(f"Frame {index} of {self.name} has changed while it was read; ask again.")
         if picture.size != self.size:
@@ -187,18 +234,18 @@ class PictureFrames:
         picture = self._pictures[index]
         return picture.read_bytes() if isinstance(picture, Path) else picture if isinstance(picture, bytes) else None
 
-    def _load(self, index: int, data: bytes | None = None) -> Image.Image:
+    def _load(self, index: int, data: bytes | None = None, check: Callable[[], None] = lambda: None) -> Image.Image:
         picture = self._pictures[index] if data is None else data
-        return load_image(picture, pixel_limit=self._limits.most_pixels)
+        return self._load_picture(picture, self._limits.most_pixels, check)
 
-    def _read(self, index: int) -> tuple[Image.Image, bytes]:
+    def _read(self, index: int, check: Callable[[], None] = lambda: None) -> tuple[Image.Image, bytes]:
         """A picture and its fingerprint.
 
         Of a file that is its bytes. A Pillow picture has more than its samples (a palette, an orientation, a
         profile), and only the pixels that come of all that tell whether two look the same.
         """
         data = self._data(index)
-        picture = self._load(index, data)  # of the very bytes that are fingerprinted
+        picture = self._load(index, data, check)  # of the very bytes that are fingerprinted
         return picture, _pixel_digest(picture) if data is None else _file_digest(data)
 
     def close(self) -> None:
@@ -241,7 +288,7 @@ class AnimationFrames:
         with content.open() as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
-        self._digest = digest.digest()
+        self.digest = digest.digest()
         with content.open() as file, explained(self.name, _guard(limits)), Image.open(file) as picture:
             check_pixels(self.name, *picture.size, limits)
             total = getattr(picture, "n_frames", 1)
@@ -261,18 +308,22 @@ class AnimationFrames:
 
     def identity(self, index: int) -> bytes:
         """Fingerprint of the file, and the place in it."""
-        return self._digest + index.to_bytes(8, "little")
+        return file_identity(self.digest, index)
 
     def open(self) -> AnimationCursor:
         """Begin to decode."""
-        return AnimationCursor(self.name, self._content, self._limits)
+        return AnimationCursor(self._content, self._limits)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 class AnimationCursor:
     """Goes through an animation; Pillow composes each frame from the one before it."""
 
-    def __init__(self, name: str, content: Content, limits: VideoLimits) -> None:
-        self._name, self._limits = name, limits
+    def __init__(self, content: Content, limits: VideoLimits) -> None:
+        self._name, self._limits = content.name, limits
         self._file = content.open()
         self._picture: Image.Image | None = None
 

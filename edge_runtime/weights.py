@@ -32,7 +32,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from edge_runtime import blocks
 from edge_runtime.blocks import BlockParts, Bytes
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
-from edge_runtime.mapping import Region, let_go, map_file, region_bytes
+from edge_runtime.mapping import Region, check_unchanged, let_go, map_file, region_bytes
 
 Float32 = blocks.Float32
 
@@ -253,6 +253,10 @@ class GGUFFile:
         end = max(info.offset + info.n_bytes for info in self.tensors.values())
         found = None if region is None else region_bytes(region, first, end)
         return (self._data[first:end] if found is None else found), first
+
+    def check_unchanged(self) -> None:
+        """Raise `ModelFileError` when somebody has written into the file since it was opened."""
+        check_unchanged(self._data, self.path)
 
     def let_go(self) -> None:
         """Give the pages that were read back to the system; whoever reads on gets them from the file again."""

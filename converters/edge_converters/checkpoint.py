@@ -6,6 +6,7 @@ names, whose values are made as they are read.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from edge_runtime.errors import CheckpointError
 from edge_runtime.text_files import parse_json, read_text
 
 QUANTIZED = {"bitsandbytes": "4 bits", "awq": "4 bits in the GEMM layout"}
+MAX_TEXT_BYTES = 256 << 20
+"""Of a JSON or text file; the official tokenizer.json has 11 MB."""
+MOST_LAYERS, MOST, MOST_VALUE = 1000, 1 << 24, 1e30
+"""Of layers, of any other size, and of any number: far above any model, far below what takes for ever."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -50,6 +55,8 @@ class Checkpoint:
             return None
         try:
             value = parse_json(text)
+            if "\\u" in text:  # halves of characters, which no file can hold
+                json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{name} is not readable JSON ({error}); download the checkpoint again.") from None
         if not isinstance(value, dict):
@@ -60,27 +67,38 @@ class Checkpoint:
 
     def text(self, name: str) -> str | None:
         """Text file of the folder, or None when it is not there."""
+        path = self.folder / name
         try:
-            return read_text(self.folder / name)
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{name} is no file; download the checkpoint again.")
+            return read_text(path, MAX_TEXT_BYTES)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{name} is not readable text ({error}); download the checkpoint again.") from None
 
     def size(self, *keys: str, default: int | None = None) -> int:
-        """Nested whole number of config.json that must be there, unless it has a default."""
-        return int(self.number(*keys, default=default))
+        """Nested positive whole number of config.json that must be there, unless it has a default."""
+        value = self.number(*keys, default=default)
+        most = MOST_LAYERS if keys[-1] == "num_hidden_layers" else MOST
+        if value != int(value) or not 1 <= value <= most:
+            raise CheckpointError(
+                f"config.json holds {value!r} for {'.'.join(keys)}, expected a whole number from 1 to {most}; use an "
+                "unmodified config.json."
+            )
+        return int(value)
 
     def number(self, *keys: str, default: float | None = None) -> float:
-        """Nested number of config.json that must be there, unless it has a default."""
+        """Nested positive number of config.json that must be there, unless it has a default."""
         value: Any = self.config
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_VALUE:
             raise CheckpointError(
-                f"config.json holds {value!r} for {'.'.join(keys)}, expected a number; use an unmodified config.json."
+                f"config.json holds {_short(value)} for {'.'.join(keys)}, expected a number above 0; use an "
+                "unmodified config.json."
             )
         return value
 
@@ -147,6 +165,14 @@ class Checkpoint:
             "*.safetensors file; load the checkpoint in PyTorch and save it with save_pretrained(FOLDER), which "
             "writes safetensors."
         )
+
+
+def _short(value: object) -> str:
+    """A value as JSON-like text of bounded length: numbers may have thousands of digits."""
+    try:
+        return repr(value)[:40]
+    except ValueError:  # more digits than Python prints
+        return "an enormous number"
 
 
 def _check_architecture(config: dict[str, Any]) -> None:

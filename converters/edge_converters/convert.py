@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from edge_converters.recipes import DECODER_TYPES, VISION_TYPES, DecoderType
 from edge_converters.report import FileReport, report_file
 from edge_converters.verify import verify_gguf
 from edge_converters.vocabulary import Vocabulary, read_vocabulary
-from edge_converters.writer import PlannedTensor, replacing, write_gguf
+from edge_converters.writer import PlannedTensor, beside, replacing, storing, write_gguf
 from edge_runtime.errors import CheckpointError
 from edge_runtime.store import ADAPTER_PREFIX
 
@@ -60,8 +59,9 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.vocabulary: Vocabulary = read_vocabulary(self.checkpoint, self.checkpoint.size("vocab_size"))
+        # In this order: the tensors hold the number of tokens against the rows that there are.
         self.tensors = plan_decoder(self.checkpoint, self.recipe, self.decoder_types)
+        self.vocabulary: Vocabulary = read_vocabulary(self.checkpoint, self.checkpoint.size("vocab_size"))
         self.vision_tensors = plan_vision(self.checkpoint, self.vision, self.vision_types)
         self.adapter_tensors = [] if self.lora is None else plan_adapter(self.lora, self.checkpoint)
 
@@ -117,17 +117,16 @@ def convert_checkpoint(
         Path(folder) / f"mmproj-model-{vision_type}.gguf",
         Path(folder) / f"{ADAPTER_PREFIX}{plan.lora.name}.gguf" if plan.lora else None,
     )
-    with contextlib.ExitStack() as stack:
-
-        def unfinished(path: Path) -> Path:
-            return stack.enter_context(replacing(path, force))
-
-        decoder, mmproj = unfinished(result.decoder), unfinished(result.mmproj)
-        adapter = unfinished(result.adapter) if result.adapter else None
-        _write_vision(plan, mmproj, result.mmproj.name, pictures, progress)
-        _write_decoder(plan, decoder, result.decoder.name, progress, mmproj, pictures)
-        if adapter is not None and result.adapter is not None and plan.lora is not None:
-            _write(adapter, "qwen3", partial(adapter_metadata, plan.lora), plan.adapter_tensors, "adapter", progress)
+    paths = [path for path in (result.decoder, result.mmproj, result.adapter) if path is not None]
+    with replacing(paths, force=force) as (decoder, mmproj, *adapters):
+        _write_vision(plan, mmproj, result.mmproj, pictures, progress)
+        _write_decoder(plan, decoder, result.decoder, progress, mmproj, pictures)
+        for adapter in adapters:
+            assert plan.lora is not None
+            assert result.adapter is not None
+            with storing(result.adapter):
+                metadata = partial(adapter_metadata, plan.lora)
+                _write(adapter, "qwen3", metadata, plan.adapter_tensors, "adapter", progress)
             verify_gguf(adapter, plan.adapter_tensors, result.adapter.name, types_may_differ=False)
         reports = []
         if report:
@@ -204,19 +203,21 @@ def _weigh(plan: Plan) -> None:
         )
 
 
-def _write_vision(plan: Plan, mmproj: Path, final_name: str, pictures: str | Path | None, progress: Progress) -> None:
+def _write_vision(plan: Plan, mmproj: Path, final: Path, pictures: str | Path | None, progress: Progress) -> None:
     metadata: Callable[[GGUFWriter], None] = partial(vision_metadata, plan.checkpoint, plan.vision)
-    _write(mmproj, "clip", metadata, plan.vision_tensors, "vision", progress)
+    with storing(final):
+        _write(mmproj, "clip", metadata, plan.vision_tensors, "vision", progress)
     if pictures is not None:
         calibration = calibrate(mmproj, Path(pictures), progress)
         plan.vision_tensors = [*plan.vision_tensors, *smoothing_tensors(calibration)]
         metadata = partial(calibrated_metadata, calibration, metadata)
-        _write(mmproj, "clip", metadata, plan.vision_tensors, "vision", progress)
-    verify_gguf(mmproj, plan.vision_tensors, final_name, types_may_differ=False)
+        with storing(final):
+            _write(mmproj, "clip", metadata, plan.vision_tensors, "vision", progress)
+    verify_gguf(mmproj, plan.vision_tensors, final.name, types_may_differ=False)
 
 
 def _write_decoder(
-    plan: Plan, decoder: Path, final_name: str, progress: Progress, mmproj: Path, pictures: str | Path | None
+    plan: Plan, decoder: Path, final: Path, progress: Progress, mmproj: Path, pictures: str | Path | None
 ) -> None:
     def metadata(writer: GGUFWriter) -> None:
         decoder_metadata(plan.checkpoint, writer, plan.recipe.file_type)
@@ -224,7 +225,7 @@ def _write_decoder(
 
     is_mix = plan.recipe.matrix is None
     if is_mix:
-        with _scratch(decoder.with_name(decoder.name + "-lossless")) as lossless:
+        with storing(final), beside(final) as lossless:
             _write(lossless, "qwen3", metadata, plan.tensors, "decoder", progress)
             if pictures is not None and plan.importance is None:
                 plan.importance = observe(lossless, mmproj, Path(pictures), progress)
@@ -237,17 +238,9 @@ def _write_decoder(
                 plan.decoder_types,
             )
     else:
-        _write(decoder, "qwen3", metadata, plan.tensors, "decoder", progress)
-    verify_gguf(decoder, plan.tensors, final_name, types_may_differ=is_mix)
-
-
-@contextlib.contextmanager
-def _scratch(path: Path) -> Iterator[Path]:
-    """A file that is gone when the block ends."""
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
+        with storing(final):
+            _write(decoder, "qwen3", metadata, plan.tensors, "decoder", progress)
+    verify_gguf(decoder, plan.tensors, final.name, types_may_differ=is_mix)
 
 
 def _write(

@@ -71,6 +71,8 @@ def read_importance(path: Path) -> Importance:
         When the file is missing, damaged, or something else.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"The importance matrix {path} is no file; check the path.")
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
@@ -100,6 +102,8 @@ def _means(file: GGUFFile, name: str) -> Float32:
         raise ModelFileError(
             f"{name} has {len(counts)} counts, expected one; use the importance matrix of this model."
         )
+    if not 0 <= counts[0] < np.inf:
+        raise ModelFileError(f"{name} has the count {counts[0]}; make the importance matrix again.")
     values = sums.reshape(-1)
     return values / np.float32(counts[0]) if counts[0] > 0 else np.ones_like(values)
 
@@ -108,9 +112,10 @@ def _read_legacy(path: Path) -> Importance:
     broken = CheckpointError(
         f"{path} is no importance matrix; expected a file of llama-imatrix (GGUF, or the older .dat), whole."
     )
-    if path.stat().st_size > MAX_LEGACY_BYTES:
+    with path.open("rb") as file:
+        data = file.read(MAX_LEGACY_BYTES + 1)
+    if len(data) > MAX_LEGACY_BYTES:
         raise broken
-    data = path.read_bytes()
     squares: dict[str, Float32] = {}
     try:
         (n_entries,), place = _INT.unpack_from(data), 4
@@ -123,7 +128,7 @@ def _read_legacy(path: Path) -> Importance:
             name = data[place + 4 : place + 4 + length].decode("utf-8")
             n_calls, n_values = struct.unpack_from("<2i", data, place + 4 + length)
             place += 12 + length
-            if n_values < 1:
+            if n_values < 1 or n_calls < 0 or name in squares:
                 raise broken
             values: Float32 = np.frombuffer(data, "<f4", n_values, place)
             place += 4 * n_values

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
-from edge_converters.checkpoint import Checkpoint
+from edge_converters.checkpoint import MOST, MOST_VALUE, Checkpoint
 from edge_converters.plan import n_vision_layers
 from edge_converters.recipes import VisionType
 from edge_runtime import config as keys
@@ -95,11 +95,11 @@ def _slicing(checkpoint: Checkpoint, name: str, default: int) -> int:
     value = settings = checkpoint.config.get("slice_config") or {}
     if isinstance(settings, dict):
         value = checkpoint.preprocessor.get(name, settings.get(name, default))
-        if isinstance(value, int) and value > 0:
+        if type(value) is int and 0 < value <= MOST:
             return value
     raise CheckpointError(
-        f"preprocessor_config.json or slice_config hold {value!r} for {name}, expected a positive whole number; use "
-        "the unmodified files."
+        f"preprocessor_config.json or slice_config hold {value!r:.40} for {name}, expected a positive whole number; "
+        "use the unmodified files."
     )
 
 
@@ -109,9 +109,10 @@ def _norm(checkpoint: Checkpoint, name: str) -> list[float]:
     if (
         isinstance(values, list | tuple)
         and len(values) == 3
-        and all(isinstance(value, int | float) for value in values)
+        and all(type(value) in (int, float) and abs(value) < MOST_VALUE for value in values)
+        and (name != "norm_std" or 0 not in values)
     ):
         return [float(value) for value in values]
     raise CheckpointError(
-        f"preprocessor_config.json holds {values!r} for {name}, expected three numbers; use the unmodified file."
+        f"preprocessor_config.json holds {values!r:.80} for {name}, expected three numbers; use the unmodified file."
     )

@@ -10,9 +10,9 @@ Source of the format: the safetensors README (8 bytes header length, JSON header
 from __future__ import annotations
 
 import abc
+import itertools
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ def read_index(files: list[Path]) -> dict[str, StoredTensor]:
     return tensors
 
 
-def read_header(file: Path) -> Iterator[StoredTensor]:
+def read_header(file: Path) -> list[StoredTensor]:
     """Parse and check the header of one safetensors file.
 
     Raises
@@ -167,23 +167,38 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
         return CheckpointError(f"{file.name} is not a usable safetensors file: {what}; download it again.")
 
     try:
+        if not file.is_file():  # a pipe has no end, and opening it may have none
+            raise broken("it is no file")
         size = file.stat().st_size
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise broken(f"its header claims {length} of {size} bytes")
-            header = json.loads(opened.read(length))
+            header = json.loads(opened.read(length), object_pairs_hook=_without_repetitions)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}; check its permissions.") from None
     except (ValueError, RecursionError):
-        raise broken("its header is no JSON") from None
+        raise broken("its header is no JSON, or has a name twice") from None
     if not isinstance(header, dict):
         raise broken("its header is no JSON object")
     header.pop("__metadata__", None)
+    tensors = []
     for name, entry in header.items():
         if not name.isprintable():  # it would be quoted in messages, and a terminal obey it
             raise broken(f"the name {name[:80]!r} holds control characters")
-        yield _entry(file, name, entry, 8 + length, size, broken)
+        tensors.append(_entry(file, name, entry, 8 + length, size, broken))
+    in_order = sorted((tensor for tensor in tensors if tensor.n_bytes), key=lambda tensor: tensor.offset)
+    for one, other in itertools.pairwise(in_order):
+        if other.offset < one.offset + one.n_bytes:
+            raise broken(f"{one.name[:80]} and {other.name[:80]} share bytes")
+    return tensors
+
+
+def _without_repetitions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
 
 
 def _entry(file: Path, name: str, entry: Any, data_start: int, size: int, broken: Any) -> StoredTensor:

@@ -56,7 +56,13 @@ def read_vocabulary(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
     """
     try:
         return _read(checkpoint, n_rows)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of another form than any tokenizer's
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # JSON of another form than any tokenizer's
         raise CheckpointError(
             f"The tokenizer files of {checkpoint.folder} do not have the usual form ({error!r}); download them again."
         ) from None
@@ -77,6 +83,7 @@ def _read(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
             f"{checkpoint.folder} has no tokenizer; expected vocab.json and merges.txt, or tokenizer.json, as in "
             "the official checkpoint."
         )
+    _check(base, merges)
     added = _added_tokens(checkpoint, settings, fast, base)
     texts = {int(token_id): text for text, token_id in base.items()} | {i: text for i, (text, _) in added.items()}
     beyond = [i for i in texts if not 0 <= i < n_rows]
@@ -94,6 +101,21 @@ def _read(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
         _chat_template(checkpoint, settings),
         _special_ids(checkpoint, settings, texts),
     )
+
+
+def _check(base: dict[str, int], merges: list[str]) -> None:
+    """Refuse what no tokenizer could be made of: whoever loads the file would find out."""
+    odd = next((text for text, i in base.items() if type(i) is not int), None)
+    if odd is not None or len(set(base.values())) < len(base):
+        what = "one id for several tokens" if odd is None else f"no whole number as id of {odd[:40]!r}"
+        raise CheckpointError(f"The tokenizer's vocabulary has {what}; use the original tokenizer files.")
+    for merge in merges:
+        parts = merge.split(" ")
+        if len(parts) != 2 or not {*parts, "".join(parts)} <= base.keys():
+            raise CheckpointError(
+                f"The tokenizer has the merge {merge[:40]!r}, expected two tokens of the vocabulary that make a "
+                "third; use the original tokenizer files."
+            )
 
 
 def _fill(

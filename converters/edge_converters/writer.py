@@ -6,13 +6,11 @@ Memory stays at a few chunks whatever the size of the checkpoint. A file under i
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,9 @@ from edge_converters.checkpoint import Checkpoint
 from edge_converters.quantize import encode_rows
 from edge_converters.safetensors import StoredTensor
 from edge_runtime.errors import CheckpointError
+from edge_runtime.unfinished import FULL, alone_in, make_folder, remove_abandoned, unfinished, why_not_written
 from edge_runtime.weights import KEY_ROW_LENGTH
 
-ABANDONED_S = 3600  # an unfinished file that nobody wrote to for so long belongs to no running conversion
 CHUNK_VALUES = 8 << 20  # values per chunk: 32 MiB as float32
 _SAME_BITS = {
     "F32": GGMLQuantizationType.F32,
@@ -176,47 +174,65 @@ def write_gguf(
 
 
 @contextlib.contextmanager
-def replacing(path: Path, force: bool) -> Iterator[Path]:
-    """Temporary path beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+def replacing(paths: Sequence[Path], *, force: bool) -> Iterator[list[Path]]:
+    """Temporary files that become `paths` when the block ends well, together, and vanish when it does not.
+
+    Parameters
+    ----------
+    paths : in one folder, which no other conversion may write to meanwhile; the decoder first.
 
     Raises
     ------
     CheckpointError
-        When `path` exists and `force` is false, or when the disk is full or not writable.
+        When one of them exists and `force` is false, or when the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
-    try:
-        if path.exists() and not force:
+    names = [path.name for path in paths]
+    with contextlib.ExitStack() as stack, storing(paths[0].parent):
+        for path in paths:
+            _check_place(path, force=force)
+        folder = paths[0].parent
+        make_folder(folder)
+        if not stack.enter_context(alone_in(folder)):
             raise CheckpointError(
-                f"{path} exists already; choose another folder with -o, or pass --force to replace it."
+                f"Another conversion is writing to {folder}; wait for its end, or choose another folder with -o."
             )
-        if path.is_dir():  # found only after the work otherwise, when the other file is in place already
-            raise CheckpointError(f"{path} is a folder, expected a file or nothing; choose another folder with -o.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        try:
-            yield temporary
+        for name in names:  # what killed conversions left: up to 17 GB each
+            remove_abandoned(folder.glob(f".{glob.escape(name)}.incomplete-*"))
+        temporaries = [stack.enter_context(beside(path)) for path in paths]
+        yield temporaries
+        for temporary in temporaries:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+        for path in paths:
+            _check_place(path, force=force)  # another program may have been there meanwhile
+        paths[0].unlink(missing_ok=True)  # killed between two replacements, there is no model rather than a mixed one
+        for temporary, path in reversed([*zip(temporaries, paths, strict=True)]):
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A hidden file in the folder of `path` to be written to, gone when the block ends unless it was renamed."""
+    with unfinished(lambda token: path.with_name(f".{path.name}.incomplete-{token}")) as temporary:
+        yield temporary
+
+
+def _check_place(path: Path, *, force: bool) -> None:
+    if path.exists() and not force:
+        raise CheckpointError(f"{path} exists already; choose another folder with -o, or pass --force to replace it.")
+    if path.is_dir():  # found only after the work otherwise, when the other file is in place already
+        raise CheckpointError(f"{path} is a folder, expected a file or nothing; choose another folder with -o.")
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Say in one sentence what a disk refuses: `CheckpointError`."""
+    try:
+        yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise CheckpointError(
-                f"The disk holding {path.parent} is full; free some space and convert again."
-            ) from None
-        raise CheckpointError(
-            f"{path} cannot be written: {error.strerror or error}; choose another folder with -o."
-        ) from None
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what killed conversions into `path` left behind: up to 17 GB each, under hidden names."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.incomplete-*"):
-        # Another conversion, of this machine or one that shares the disk, writes to its file all the time.
-        if time.time() - leftover.stat().st_mtime > ABANDONED_S:
-            leftover.unlink(missing_ok=True)
+        what = why_not_written(error, path)
+        advice = "free some space and convert again, or " if error.errno in FULL else ""
+        raise CheckpointError(f"{what}; {advice}choose another folder with -o.") from None
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -15,8 +15,9 @@ from pydantic import ConfigDict, Field
 from edge_runtime.server.anthropic_blocks import content_of, in_order, referenced_tools, turn
 from edge_runtime.server.anthropic_schemas import as_meant
 from edge_runtime.server.errors import RequestError
+from edge_runtime.server.loose import Loose
 from edge_runtime.server.ollama_options import THINKING_LEVELS
-from edge_runtime.server.openai_requests import MOST_STOPS, Loose
+from edge_runtime.server.openai_sampling import MOST_STOPS
 from edge_runtime.server.openai_tools import describe, given
 from edge_runtime.server.sse import as_json
 

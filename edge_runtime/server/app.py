@@ -19,6 +19,7 @@ from edge_runtime.server import (
     openai,
     pages,
     responses,
+    resting,
     system,
 )
 from edge_runtime.server.catalog import Catalog
@@ -73,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # they load scripts from a CDN; /openapi.json has the description
         redoc_url=None,
-        middleware=[*envelope.middleware(), *limits.middleware(settings)],
+        middleware=[*resting.middleware(), *envelope.middleware(), *limits.middleware(settings)],
     )
     app.state.server = state
     errors.install(app)

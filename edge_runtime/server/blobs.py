@@ -13,25 +13,25 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Set
 from pathlib import Path
 
 from edge_runtime.download import storing
-from edge_runtime.errors import DownloadError, StoreFull
+from edge_runtime.errors import StoreError, StoreFull
 from edge_runtime.plain_files import is_plain
 from edge_runtime.pulling import SPARE_BYTES
 from edge_runtime.server.errors import RequestError, TooLarge
 from edge_runtime.sources import is_sha256, visible
+from edge_runtime.unfinished import make_folder, remove_abandoned, unfinished
 
 PREFIX = "sha256:"
-CUT_AFTER_S = 3600.0
-"""Without a byte: then an upload has ended, whether its server noticed or not."""
+AGAIN = "send the upload again"
 UNNEEDED_AFTER_S = 24 * 3600.0
 """How long an upload waits for a name that is made of it."""
-_WHOLE, _ARRIVING = re.compile(r"sha256-[0-9a-f]{64}"), re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{8}")
+CLOCK_WAS_SET_S = 365 * 24 * 3600.0
+_WHOLE, _ARRIVING = re.compile(r"sha256-[0-9a-f]{64}"), re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{8,16}")
 WRITE_BYTES = 4 << 20  # so much is written at once, in a thread
 
 
@@ -97,46 +97,45 @@ class Blobs:
             When the contents are others, or too many.
         StoreFull
             When clients may not store that much more.
-        DownloadError
+        StoreError
             When the disk is full or refuses.
         """
         target = self.path(digest)
         self._check_room(announced)
-        arriving = self._root / f".{target.name[7:]}.{secrets.token_hex(4)}"
-        try:
+        with contextlib.ExitStack() as stack:
+            with storing(target, AGAIN):
+                make_folder(self._root)
+                arriving = stack.enter_context(
+                    unfinished(lambda token: self._root / f".{target.name[7:]}.{token}", 0o600)
+                )
             found = await self._write(arriving, chunks)
             if found != target.name[7:]:
                 raise RequestError(
                     f"The upload has the digest sha256:{found[:16]}..., expected {digest[:23]}...; send it again.",
                     "digest",
                 )
-            with storing(self._root):
+            with storing(target, AGAIN):
                 arriving.replace(target)
-        finally:
-            with contextlib.suppress(OSError):
-                arriving.unlink(missing_ok=True)
 
     async def _write(self, path: Path, chunks: AsyncIterator[bytes]) -> str:
         digest, held, total = hashlib.sha256(), bytearray(), 0
-        with storing(self._root):
-            self._root.mkdir(parents=True, exist_ok=True)
-            with path.open("xb") as file:
+        with storing(path, AGAIN), path.open("wb") as file:
 
-                def flush() -> None:
-                    self._check_quota(len(held))
-                    digest.update(held)
-                    file.write(held)
-                    held.clear()
+            def flush() -> None:
+                self._check_quota(len(held))
+                digest.update(held)
+                file.write(held)
+                held.clear()
 
-                async for chunk in chunks:
-                    total += len(chunk)
-                    if total > self._most_bytes:
-                        raise self._too_large(total)
-                    held += chunk
-                    if len(held) >= WRITE_BYTES:
-                        await asyncio.to_thread(flush)
-                flush()
-                await asyncio.to_thread(os.fsync, file.fileno())
+            async for chunk in chunks:
+                total += len(chunk)
+                if total > self._most_bytes:
+                    raise self._too_large(total)
+                held += chunk
+                if len(held) >= WRITE_BYTES:
+                    await asyncio.to_thread(flush)
+            flush()
+            await asyncio.to_thread(os.fsync, file.fileno())
         return digest.hexdigest()
 
     def _check_room(self, announced: int | None) -> None:
@@ -145,11 +144,11 @@ class Blobs:
         if announced > self._most_bytes:
             raise self._too_large(announced)
         self._check_quota(announced)
-        with storing(self._root):
-            self._root.mkdir(parents=True, exist_ok=True)
+        with storing(self._root, AGAIN):
+            make_folder(self._root)
             free = shutil.disk_usage(self._root).free
         if announced + SPARE_BYTES > free:
-            raise DownloadError(
+            raise StoreError(
                 f"The upload has {announced / 1e9:.2f} GB, the model store has {free / 1e9:.2f} GB free; free some "
                 "space, or point EDGE_RUNTIME_MODELS to a folder on another disk."
             )
@@ -167,7 +166,8 @@ class Blobs:
     def tidy(self, needed: Set[str] | None, now: float | None = None) -> None:
         """Remove what was left of uploads that were cut, and files that no name has needed for a while.
 
-        Another server may work in the same folder: what was written to lately stays.
+        Another server may work in the same folder: what it is writing stays, and so does what came lately. Ages of
+        more than a year, or from the future, tell of a clock that was set: they begin anew.
 
         Parameters
         ----------
@@ -179,13 +179,16 @@ class Blobs:
             for path in self._root.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     continue
-                is_whole, is_cut = _WHOLE.fullmatch(path.name), _ARRIVING.fullmatch(path.name)
-                age = now - path.lstat().st_mtime
-                is_unneeded = is_whole and needed is not None and path.name not in kept
-                if (is_cut and age > CUT_AFTER_S) or (is_unneeded and age > UNNEEDED_AFTER_S):
-                    path.unlink(missing_ok=True)
+                if _ARRIVING.fullmatch(path.name):
+                    remove_abandoned([path])
+                elif _WHOLE.fullmatch(path.name) and needed is not None and path.name not in kept:
+                    age = now - path.lstat().st_mtime
+                    if not 0 <= age < CLOCK_WAS_SET_S:
+                        os.utime(path, (now, now), follow_symlinks=False)
+                    elif age > UNNEEDED_AFTER_S:
+                        path.unlink(missing_ok=True)
 
     def remove(self, digest: str) -> None:
         """Forget a file."""
-        with storing(self._root):
+        with storing(self._root, AGAIN):
             self.path(digest).unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from edge_runtime.errors import (
@@ -28,6 +29,7 @@ from edge_runtime.errors import (
     ModelFileError,
     NotEnoughMemoryError,
     PromptTooLongError,
+    StoreError,
     StoreFull,
 )
 from edge_runtime.server.sse import as_json
@@ -187,6 +189,7 @@ _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] 
     (ModelFileError, 500, "model_unusable", None),
     (AddressRefused, 403, None, None),
     (StoreFull, 507, "store_full", None),
+    (StoreError, 507, "storage_failed", None),
     (DownloadError, 502, "download_failed", None),
     (BackendUnavailable, 501, "not_available", None),
 )
@@ -211,6 +214,8 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(error.status_code, str(error.detail))
     if isinstance(error, asyncio.CancelledError):
         return Problem(503, "The server is shutting down; try again later.", retry_after=RETRY_AFTER_S)
+    if isinstance(error, ClientDisconnect):  # in the middle of a body: nobody reads this
+        return Problem(400, "The client left before its request was complete.")
     logger.error("A request failed unexpectedly", exc_info=error)
     return Problem(500, "Something went wrong inside the server; its log says what.", "internal_error")
 

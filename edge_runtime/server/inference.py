@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
+from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.errors import MessageError
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
@@ -25,7 +27,7 @@ from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, TooLarge
 from edge_runtime.server.facts import refuse_what_it_cannot
 from edge_runtime.server.fetching import Fetcher
-from edge_runtime.server.media import brought_in, text_bytes
+from edge_runtime.server.media import brought_in, has_media, text_bytes
 from edge_runtime.server.models import ModelRegistry, Use
 from edge_runtime.server.ollama_context import messages_of
 from edge_runtime.server.settings import Settings
@@ -34,8 +36,10 @@ from edge_runtime.streaming import Piece
 from edge_runtime.video import VideoLimits
 
 R = TypeVar("R")
-DECODERS = 4
-"""Threads that decode pictures; more would only hold more decoded pictures in memory."""
+TEXT_THREADS = 4
+"""Threads that prepare conversations without pictures; of the others each has one, and waits for a decoder there."""
+MOST_DECODERS = 4
+"""Files that are decoded at once; more would only hold more pictures in memory."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,7 @@ def _noticing(gone: threading.Event) -> dict[str, Any]:
         if gone.is_set():
             raise _Gone
 
-    return {"on_image": look, "on_look": look}
+    return {"on_image": look, "on_look": look, "on_check": look}
 
 
 class Inference:
@@ -235,10 +239,14 @@ class Inference:
         self.settings, self.registry = settings, registry
         self._places = Places(settings.max_queue, settings.queue_of_one, "requests are waiting or running")
         self.on_end: list[Callable[[Outcome], None]] = []
-        self._decoders = ThreadPoolExecutor(DECODERS, "edge-runtime pictures")
+        self._texts = ThreadPoolExecutor(TEXT_THREADS, "edge-runtime texts")
+        self._media = ThreadPoolExecutor(settings.max_queue, "edge-runtime pictures")
+        n_decoders = min(MOST_DECODERS, os.cpu_count() or 1)
+        self.decoders = DecoderPool(n_decoders, settings.decode_timeout_s, settings.max_pixels)
         self._running: set[Answering] = set()
         self._fetcher = Fetcher(settings)
         self._limits = {
+            "decoders": self.decoders,
             "pixel_limit": settings.max_pixels,
             "page_limit": settings.max_pages,
             "file_limit_bytes": settings.max_video_bytes,
@@ -348,13 +356,17 @@ class Inference:
                     stream.cancel()
             return streams
 
-        return await self._while_wanted(submit)
+        return await self._while_wanted(messages, submit)
 
-    async def _while_wanted(self, work: Callable[[threading.Event], R]) -> R:
-        """Do something in a thread that decodes; it is told when nobody waits for it any more."""
+    async def _while_wanted(self, messages: Any, work: Callable[[threading.Event], R]) -> R:
+        """Do something about a conversation in a thread; it is told when nobody waits for it any more.
+
+        Text has threads of its own: it waits for nobody's picture.
+        """
         gone = threading.Event()
+        threads = self._media if has_media(messages) else self._texts
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._decoders, work, gone)
+            return await asyncio.get_running_loop().run_in_executor(threads, work, gone)
         finally:
             gone.set()
 
@@ -384,7 +396,7 @@ class Inference:
             def build(gone: threading.Event) -> Prompt:
                 return use.model.build_prompt(messages, **options, **_noticing(gone))
 
-            return await self._while_wanted(build)
+            return await self._while_wanted(messages, build)
 
     def stop(self) -> None:
         """Cancel all answers; their readers are told that the server is shutting down."""
@@ -393,5 +405,7 @@ class Inference:
                 stream.cancel()
 
     def close(self) -> None:
-        """Let the threads go."""
-        self._decoders.shutdown(wait=False, cancel_futures=True)
+        """Let the threads go, and end the decoders."""
+        for threads in (self._texts, self._media):
+            threads.shutdown(wait=False, cancel_futures=True)
+        self.decoders.close()

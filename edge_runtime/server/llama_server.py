@@ -6,29 +6,28 @@ What requests mean is in `llama_server_requests`, what replies look like in `lla
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
-from edge_runtime.answers import Answer
 from edge_runtime.model import Model
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server import sse
-from edge_runtime.server.errors import NotOffered, RequestError
-from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.chunks import Telling, lines, one_call, whole_answers
+from edge_runtime.server.errors import NotOffered
+from edge_runtime.server.inference import ChatCall
 from edge_runtime.server.llama_server_facts import MEDIA_MARKER, props, sampling_settings
-from edge_runtime.server.llama_server_replies import LlamaCompletions, PromptProgress, Reply
+from edge_runtime.server.llama_server_replies import LlamaCompletions
 from edge_runtime.server.llama_server_requests import LlamaCompletionRequest
 from edge_runtime.server.openai_constraints import fields_as_sent
 from edge_runtime.server.openai_fields import with_warnings
 from edge_runtime.server.openai_requests import ChatCompletionRequest
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected
 from edge_runtime.server.routing import JSONRoute
-from edge_runtime.server.state import ServerState, State
+from edge_runtime.server.state import State
 
 router = APIRouter(tags=["llama-server"], route_class=JSONRoute)
 
@@ -66,18 +65,16 @@ async def completion(request: Request, state: State, body: LlamaCompletionReques
         replies = _replies(body, use.model, body.model or use.listed.name, state.settings.max_tokens)
         with fields_as_sent(body.names()):
             if body.stream:
-                if len(calls) > 1:
-                    raise RequestError(
-                        f"prompt holds {len(calls)} prompts, but a stream has the answers to one; send one, or leave "
-                        "out stream.",
-                        "prompt",
-                    )
-                answering = await begin(request, state.inference, calls[0])
+                answering = await begin(request, state.inference, one_call(calls))
+                telling = Telling(answering, times=bool(body.timings_per_token))
+                replies.progress = lambda: answering.progress
                 stream = AnswerStreamResponse(
-                    answering, lambda events: _lines(events, replies, answering), "sse", "llama"
+                    answering, lambda events: lines(events, replies, telling, last=""), "sse", "llama"
                 )
                 return with_warnings(stream, warnings)
-            found = await while_connected(request, _whole(state, calls, replies, body.response_fields or ()))
+            whole = await while_connected(request, whole_answers(state.inference, calls))
+    answers = [answer for _, of_prompt in whole for answer in of_prompt]
+    found = [replies.whole(index, answer, body.response_fields or ()) for index, answer in enumerate(answers)]
     is_list = isinstance(body.prompt, list) and len(calls) > 1
     return with_warnings(sse.body(found if is_list or len(found) > 1 else found[0]), warnings)
 
@@ -105,7 +102,6 @@ def _replies(body: LlamaCompletionRequest, model: Model, name: str, max_tokens: 
         model.n_ctx,
         n_top=body.n_top,
         tells_ids=body.tells_ids,
-        tells_times=bool(body.timings_per_token),
     )
 
 
@@ -115,34 +111,6 @@ def _biases(pairs: Iterable[tuple[int, float]], body: LlamaCompletionRequest, mo
     return [{"token": token, "bias": bias} for token, bias in pairs] + [
         {"token": token, "bias": None} for token in never
     ]
-
-
-async def _whole(
-    state: ServerState, calls: list[ChatCall], replies: LlamaCompletions, fields: Iterable[str]
-) -> list[Reply]:
-    """Answers to all prompts, side by side."""
-    async with AsyncExitStack() as stack:
-        begun = []
-        for call in calls:
-            begun.append(await state.inference.begin(call))
-            stack.push_async_callback(begun[-1].close)
-        answers = [answer for answering in begun for answer in await answering.whole()]
-    return [replies.whole(index, answer, [*fields]) for index, answer in enumerate(answers)]
-
-
-async def _lines(
-    events: AsyncIterator[tuple[int, Event]], replies: LlamaCompletions, answering: Answering
-) -> AsyncIterator[str]:
-    progress = PromptProgress()
-    async for number, event in events:
-        if isinstance(event, Heartbeat):
-            told = progress.more(event.progress) if answering.tells_progress else None
-            yield sse.BEAT if told is None else sse.event(replies.progress(told))
-        elif isinstance(event, Answer):
-            yield sse.event(replies.end(number, event))
-        else:
-            for chunk in replies.piece(number, event, answering.progress):
-                yield sse.event(chunk)
 
 
 @router.post("/apply-template", response_model=None)

@@ -5,8 +5,7 @@ Enters: pieces while an answer is made, `Answer`s when they are finished. Leaves
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,29 +17,6 @@ from edge_runtime.streaming import Piece
 
 Reply = dict[str, Any]
 NO_SLOT = -1
-
-
-@dataclass
-class PromptProgress:
-    """What a stream tells of its prompt: once when it begins, then whenever more of it was read."""
-
-    started: float = field(default_factory=time.perf_counter)
-    _told: int = -1
-
-    def more(self, progress: Progress | None) -> dict[str, Any] | None:
-        """`prompt_progress`, where there is more to tell than before."""
-        if progress is None or not progress.prompt_tokens:
-            return None
-        done = progress.cached_tokens + (progress.done if progress.stage == "prefill" else 0)
-        if done <= self._told:
-            return None
-        self._told = done
-        return {
-            "total": progress.prompt_tokens,
-            "cache": progress.cached_tokens,
-            "processed": done,
-            "time_ms": round((time.perf_counter() - self.started) * 1e3),
-        }
 
 
 @dataclass
@@ -60,12 +36,10 @@ class LlamaCompletions:
     n_ctx: int
     n_top: int = 0
     tells_ids: bool = False
-    tells_times: bool = False
+    progress: Callable[[], Progress | None] = lambda: None
+    """How far the work before the first token is; asked while an answer is made."""
     _n_sent: dict[int, int] = field(default_factory=dict)
     """Number of an answer → tokens that were sent of it."""
-    _started: float = field(default_factory=time.perf_counter)
-    _first: float | None = None
-    """When the first token came."""
 
     def whole(self, index: int, answer: Answer, fields: Sequence[str] = ()) -> Reply:
         """Whole reply, or the fields of it that are wanted."""
@@ -77,34 +51,31 @@ class LlamaCompletions:
             reply["completion_probabilities"] = [_probabilities(score) for score in scores]
         return _chosen(reply, fields) if fields else reply
 
-    def progress(self, told: Mapping[str, Any]) -> Reply:
-        """How much of the prompt was read."""
-        chunk = self._chunk(0, "", [], told["total"]) | {"prompt_progress": dict(told)}
-        if self.tells_times:
-            n_read = told["processed"] - told["cache"]
-            chunk["timings"] = _times(told["cache"], n_read, told["time_ms"] / 1e3 if n_read else 0.0, 0, 0.0)
-        return chunk
+    def begin(self) -> Iterator[Reply]:
+        """Nothing comes before the answers."""
+        return iter(())
 
-    def piece(self, index: int, piece: Piece, progress: Progress | None) -> Iterator[Reply]:
+    def of_prompt(self) -> Reply:
+        """One that tells of the prompt."""
+        return self._chunk(0, "", [])
+
+    def piece(self, index: int, piece: Piece) -> Iterator[Reply]:
         """Translate a piece: a chunk for each of its tokens, with the text at the last of them."""
-        n_prompt, n_cached = (progress.prompt_tokens, progress.cached_tokens) if progress is not None else (0, 0)
-        self._first = self._first or time.perf_counter()
         *before, last = piece.logprobs or (None,)
         for text, score in [*(("", score) for score in before), (piece.text, last)]:
-            if not text and score is None:
-                continue
-            chunk = self._chunk(index, text, [score] if score else [], n_prompt)
-            if self.tells_times:
-                prompt_s, decode_s = self._first - self._started, time.perf_counter() - self._first
-                n_sent = sum(self._n_sent.values())
-                chunk["timings"] = _times(n_cached, n_prompt - n_cached, prompt_s, n_sent, decode_s)
-            yield chunk
+            if text or score is not None:
+                yield self._chunk(index, text, [score] if score else [])
 
     def end(self, index: int, answer: Answer) -> Reply:
         """Say why an answer ended, and what was asked."""
         return self._end(index, answer)
 
-    def _chunk(self, index: int, text: str, scores: Sequence[TokenLogprobs], n_prompt: int) -> Reply:
+    def usage(self, answers: Sequence[Answer]) -> Iterator[Reply]:
+        """Nothing comes behind the answers."""
+        return iter(())
+
+    def _chunk(self, index: int, text: str, scores: Sequence[TokenLogprobs]) -> Reply:
+        progress = self.progress()
         n_sent = self._n_sent[index] = self._n_sent.get(index, 0) + len(scores)
         chunk: Reply = {
             "index": index,
@@ -113,7 +84,7 @@ class LlamaCompletions:
             "stop": False,
             "id_slot": NO_SLOT,
             "tokens_predicted": n_sent,
-            "tokens_evaluated": n_prompt,
+            "tokens_evaluated": 0 if progress is None else progress.prompt_tokens,
         }
         if self.n_top and scores:
             chunk["completion_probabilities"] = [_probabilities(score) for score in scores]
@@ -139,21 +110,6 @@ class LlamaCompletions:
             "tokens_cached": answer.cached_tokens,
             "timings": timings(answer),
         }
-
-
-def _times(n_cached: int, n_prompt: int, prompt_s: float, n_predicted: int, decode_s: float) -> dict[str, Any]:
-    """Times while an answer is made; the same names as when it is finished."""
-    return {
-        "cache_n": n_cached,
-        "prompt_n": n_prompt,
-        "prompt_ms": prompt_s * 1e3,
-        "prompt_per_token_ms": prompt_s * 1e3 / n_prompt if n_prompt else 0.0,
-        "prompt_per_second": n_prompt / prompt_s if prompt_s else 0.0,
-        "predicted_n": n_predicted,
-        "predicted_ms": decode_s * 1e3,
-        "predicted_per_token_ms": decode_s * 1e3 / n_predicted if n_predicted else 0.0,
-        "predicted_per_second": n_predicted / decode_s if decode_s else 0.0,
-    }
 
 
 def _stop_type(answer: Answer) -> str:

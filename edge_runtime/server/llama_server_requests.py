@@ -50,8 +50,6 @@ class LlamaCompletionRequest(SamplingFields):
     n_probs: int | None = Field(None, ge=0, le=20)
     logprobs: int | None = Field(None, ge=0, le=20, description="The same, where `n_probs` is not given.")
     return_tokens: bool | None = None
-    return_progress: bool | None = None
-    timings_per_token: bool | None = None
     response_fields: list[str] | None = Field(None, description="Of a whole reply; `a/b` is `b` inside of `a`.")
     id_slot: int | None = Field(None, description="Passed over: sequences are chosen by what they hold.")
 
@@ -118,11 +116,6 @@ class LlamaCompletionRequest(SamplingFields):
             ChatCall(self.model, messages, {**options, **more}, self.n_answers, tells_progress=self.tells_progress)
             for messages, more in (_prompt(item, where, tokenizer) for where, item in self._prompts())
         ]
-
-    @property
-    def tells_progress(self) -> bool:
-        """Whether a stream tells how much of the prompt was read."""
-        return bool(self.stream and self.return_progress)
 
     def settings(self, tokenizer: Tokenizer) -> SamplingOptions:
         """How tokens are chosen, defaults included."""

@@ -82,6 +82,24 @@ def checked_messages(messages: Any, settings: Settings, fetched: Mapping[str, st
     return Media(settings, fetched or {}).conversation(messages)
 
 
+def has_media(messages: Any) -> bool:
+    """Whether there may be more than text in a conversation."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        return False
+    found = [message for message in messages if isinstance(message, Mapping)]
+    if any(message.get("images") for message in found):
+        return True
+    contents = [message.get("content") for message in found]
+    parts = [content if isinstance(content, list | tuple) else [content] for content in contents]
+    return not all(_is_text(part) for some in parts for part in some)
+
+
+def _is_text(part: Any) -> bool:
+    if not isinstance(part, Mapping):
+        return part is None or isinstance(part, str)
+    return part.get("type", "text") in TEXT_KINDS and not part.keys() & {"image", "video"}
+
+
 def text_bytes(value: Any, key: str = "") -> int:
     """Bytes of UTF-8 of all texts in a conversation that was brought in; `data:` URIs of media are none."""
     left, n_bytes = [(key, value)], 0

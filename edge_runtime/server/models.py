@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_runtime.errors import NotEnoughMemoryError
+from edge_runtime.errors import EdgeRuntimeError, NotEnoughMemoryError
 from edge_runtime.loading import LoadOptions, needed_bytes
 from edge_runtime.memory import available_bytes
 from edge_runtime.model import Model
@@ -40,9 +40,14 @@ class Slot:
     model: Model | None = None
     loading: asyncio.Task[None] | None = None
     last_used: float = field(default_factory=time.monotonic)
-    expires_at: float | None = None
-    """Unix time; None while it is used, or where it stays."""
+    ends_at: float | None = None
+    """By `time.monotonic`, as the clock on the wall may be set; None while it is used, or where it stays."""
     timer: asyncio.TimerHandle | None = None
+
+    @property
+    def expires_at(self) -> float | None:
+        """Unix time at which it goes, by the clock as it is now; None as above."""
+        return None if self.ends_at is None else time.time() + self.ends_at - time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class ModelRegistry:
         listed = await asyncio.to_thread(self.catalog.find, name)
         if self._closing:  # meanwhile: what is loaded now would never be unloaded
             raise ShuttingDown("The server is shutting down; try again later.")
+        await self._leave_changed(listed)
         slot = self._slots.setdefault(listed.files, Slot(listed, self._settings.keep_alive_s))
         slot.listed = listed
         slot.users += 1
@@ -125,6 +131,21 @@ class ModelRegistry:
             slot.keep_alive_s = 0.0
             if slot.users == 0:
                 await self._unload(slot)
+
+    async def _leave_changed(self, listed: Listed) -> None:
+        """Let a model go whose files were written to, so that it is loaded anew; who uses it sees its own errors."""
+        slot = self._slots.get(listed.files)
+        if slot is None or slot.model is None:
+            return
+        try:
+            slot.model.check_usable()
+        except EdgeRuntimeError as error:
+            logger.warning("%s is loaded anew: %s", listed.name, error)
+            if slot.users == 0:
+                await self._unload(slot)
+            elif self._slots.get(listed.files) is slot:
+                del self._slots[listed.files]
+                slot.keep_alive_s = 0.0  # it goes with its last user
 
     async def close(self) -> None:
         """Unload everything, and wait for what is on its way out."""
@@ -202,7 +223,7 @@ class ModelRegistry:
         self._stop_timer(slot)
         if slot.users or slot.model is None or slot.keep_alive_s < 0 or self._closing:
             return
-        slot.expires_at = time.time() + slot.keep_alive_s
+        slot.ends_at = time.monotonic() + slot.keep_alive_s
         loop = asyncio.get_running_loop()
         slot.timer = loop.call_later(slot.keep_alive_s, self._expire, slot)
 
@@ -214,7 +235,7 @@ class ModelRegistry:
         leaving.add_done_callback(self._leaving.discard)
 
     def _stop_timer(self, slot: Slot) -> None:
-        slot.expires_at = None
+        slot.ends_at = None
         if slot.timer is not None:
             slot.timer.cancel()
             slot.timer = None

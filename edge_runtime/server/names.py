@@ -14,7 +14,6 @@ import datetime
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,6 +25,7 @@ from edge_runtime.plain_files import open_plain
 from edge_runtime.server.blobs import checked_digest
 from edge_runtime.server.errors import RequestError
 from edge_runtime.sources import ollama_parts
+from edge_runtime.unfinished import write_whole
 
 FORMAT = 1
 MAX_RECORD_BYTES = 4 << 20
@@ -103,14 +103,8 @@ class Names:
         text = json.dumps({"format": FORMAT, **asdict(record)}, ensure_ascii=False, indent=1)
         if len(text.encode("utf-8", "surrogatepass")) > MAX_RECORD_BYTES:
             raise RequestError("The model's texts have more than 4 MB; shorten its system prompt or messages.")
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # two may write one name at once
-        with storing(self._root):
-            self._root.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_text(text, "utf-8", errors="replace")
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with storing(self._root, "make the model again"):
+            write_whole(path, text.encode("utf-8", "replace"), mode=0o600)  # it may hold what people said
             for other in self._places(record.name)[1:]:
                 other.unlink(missing_ok=True)
 

@@ -66,6 +66,7 @@ async def chat(body: ChatBody, request: Request, state: State) -> Response:
     given = {"tools": body.tools or None, "tool_choice": body.tool_choice}
     given["continue_final_message"] = body.continue_final_message
     options = {**_options(body), **{name: value for name, value in given.items() if value is not None}}
+    messages = messages if body.continue_final_message is False else _joined_at_the_end(messages)
     call = ChatCall(body.wanted, messages, options, keep_alive_s=keep_alive_seconds(body.keep_alive))
     return await _answer(call, body, request, state, _message)
 
@@ -96,6 +97,23 @@ def _raw(body: GenerateBody) -> Fields:
         for n in wanted:
             pieces[place], pictures[n] = pictures[n], None
     return {"role": "user", "content": [*filter(None, pictures), *(piece for piece in pieces if piece != "")]}
+
+
+def _joined_at_the_end(messages: list[Fields]) -> list[Fields]:
+    """Texts of the assistant's that a conversation ends with as one message, with an empty line between them.
+
+    So Ollama joins them; of two turns it would not be clear which one is gone on with.
+    """
+    found = [*messages]
+    while len(found) > 1 and all(_is_plain_answer(message) for message in found[-2:]):
+        last, before = found.pop(), found.pop()
+        found.append({**before, "content": f"{before['content']}\n\n{last['content']}"})
+    return found
+
+
+def _is_plain_answer(message: Fields) -> bool:
+    more = {name for name, value in message.items() if value not in (None, "", [])}
+    return message.get("role") == "assistant" and more == {"role", "content"} and isinstance(message["content"], str)
 
 
 def _is_system(message: Fields, text: str) -> bool:

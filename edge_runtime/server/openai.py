@@ -6,8 +6,7 @@ What requests mean is in `openai_requests`, what replies look like in `openai_re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.server import openai_shapes as shapes
 from edge_runtime.server import responses, sse
 from edge_runtime.server.catalog import Listed
+from edge_runtime.server.chunks import Telling, lines, one_call, whole_answers
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.inference import Answering, ChatCall
 from edge_runtime.server.llama_server_facts import entry_fields, list_fields
-from edge_runtime.server.llama_server_replies import PromptProgress
+from edge_runtime.server.loose import Loose
 from edge_runtime.server.openai_constraints import fields_as_sent
 from edge_runtime.server.openai_fields import with_warnings
 from edge_runtime.server.openai_replies import (
@@ -32,7 +32,7 @@ from edge_runtime.server.openai_replies import (
     chat_completion,
     usage,
 )
-from edge_runtime.server.openai_requests import ChatCompletionRequest, CompletionRequest, Loose
+from edge_runtime.server.openai_requests import ChatCompletionRequest, CompletionRequest
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import ServerState, State
@@ -53,17 +53,16 @@ async def chat_completions(request: Request, state: State, body: ChatCompletionR
     """Answer a conversation, with pictures, documents and videos in it, whole or as a stream of chunks."""
     warnings = body.all_warnings()
     state.inference.check_answers(body.n_answers)
-    tells = bool(body.stream and body.return_progress)
-    call = ChatCall(body.model, body.conversation(), body.options(), n=body.n_answers, tells_progress=tells)
+    call = ChatCall(
+        body.model, body.conversation(), body.options(), n=body.n_answers, tells_progress=body.tells_progress
+    )
     model = body.model or state.catalog.default
     with fields_as_sent(body.names()):
         if body.stream:
             chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, most_calls=body.most_calls)
             answering = await begin(request, state.inference, call)
-            progress = PromptProgress() if tells else None
-            stream = AnswerStreamResponse(
-                answering, lambda events: _chat_lines(events, chunks, progress), "sse", "openai"
-            )
+            telling = Telling(answering, times=bool(body.timings_per_token))
+            stream = AnswerStreamResponse(answering, lambda events: lines(events, chunks, telling), "sse", "openai")
             return with_warnings(stream, warnings)
 
         async def reply(answering: Answering) -> Response:
@@ -86,28 +85,6 @@ async def input_tokens(request: Request, state: State, body: ChatCompletionReque
     return with_warnings(sse.body(shapes.input_tokens(n)), warnings)
 
 
-async def _chat_lines(
-    events: AsyncIterator[tuple[int, Event]], chunks: ChatChunks, progress: PromptProgress | None
-) -> AsyncIterator[str]:
-    """Role, pieces and end of each answer; then the tokens, where they were asked for."""
-    answers: dict[int, Answer] = {}
-    for chunk in chunks.begin():
-        yield sse.event(chunk)
-    async for number, event in events:
-        if isinstance(event, Heartbeat):
-            told = progress.more(event.progress) if progress is not None else None
-            yield sse.BEAT if told is None else sse.event(chunks.progress(told))
-        elif isinstance(event, Answer):
-            answers[number] = event
-            yield sse.event(chunks.end(number, event))
-        else:
-            for chunk in chunks.piece(number, event):
-                yield sse.event(chunk)
-    for chunk in chunks.usage([answers[number] for number in sorted(answers)]):
-        yield sse.event(chunk)
-    yield sse.DONE
-
-
 @router.post(
     "/v1/completions",
     response_model=None,
@@ -125,26 +102,18 @@ async def completions(request: Request, state: State, body: CompletionRequest) -
     calls = [_text_call(body, prompt, options) for prompt in prompts]
     with fields_as_sent(body.names()):
         if body.stream:
-            if len(calls) > 1:
-                raise RequestError(
-                    f"prompt holds {len(calls)} texts, but a stream has the answers to one; send one, or leave out "
-                    "stream.",
-                    "prompt",
-                )
-            answering = await begin(request, state.inference, calls[0])
-            echoed = [_echoed(body, prompts[0], answering)] * body.n_answers
-            stream = AnswerStreamResponse(
-                answering, lambda events: _text_lines(events, texts, echoed), "sse", "openai"
-            )
+            answering = await begin(request, state.inference, one_call(calls))
+            texts.echoed = [_echoed(body, prompts[0], answering)] * body.n_answers
+            telling = Telling(answering, times=bool(body.timings_per_token))
+            stream = AnswerStreamResponse(answering, lambda events: lines(events, texts, telling), "sse", "openai")
             return with_warnings(stream, warnings)
-        reply = _whole_texts(state, body, texts, calls)
-        return with_warnings(await while_connected(request, reply), warnings)
+        found = await while_connected(request, whole_answers(state.inference, calls))
+    return with_warnings(_whole_texts(body, texts, found), warnings)
 
 
 def _text_call(body: CompletionRequest, prompt: str | list[int], options: dict[str, Any]) -> ChatCall:
-    if isinstance(prompt, str):
-        return ChatCall(body.model, prompt, options, n=body.n_answers)
-    return ChatCall(body.model, "", {**options, "prompt_ids": prompt}, n=body.n_answers)
+    text, ids = (prompt, {}) if isinstance(prompt, str) else ("", {"prompt_ids": prompt})
+    return ChatCall(body.model, text, {**options, **ids}, n=body.n_answers, tells_progress=body.tells_progress)
 
 
 def _echoed(body: CompletionRequest, prompt: str | list[int], answering: Answering) -> str:
@@ -156,45 +125,19 @@ def _echoed(body: CompletionRequest, prompt: str | list[int], answering: Answeri
     return b"".join(map(answering.use.model.tokenizer.token_bytes, prompt)).decode("utf-8", "replace")
 
 
-async def _whole_texts(
-    state: ServerState, body: CompletionRequest, texts: TextCompletions, calls: list[ChatCall]
+def _whole_texts(
+    body: CompletionRequest, texts: TextCompletions, found: Sequence[tuple[Answering, list[Answer]]]
 ) -> Response:
-    """Answers to all prompts, side by side."""
+    """Answers to all prompts, numbered through."""
     answers: list[Answer] = []
     echoed: list[str] = []
     scores: dict[int, list[TokenLogprobs]] = {}
-    async with AsyncExitStack() as stack:
-        begun = []
-        for call in calls:
-            begun.append(await state.inference.begin(call))
-            stack.push_async_callback(begun[-1].close)
-        found = [await answering.whole() for answering in begun]
-        for prompt, answering, of_prompt in zip(body.prompts, begun, found, strict=True):
-            first = of_prompt[0].prompt_logprobs or []  # the prompt is scored for the first of its answers
-            scores |= {len(answers) + i: first for i in range(len(of_prompt))}
-            echoed += [_echoed(body, prompt, answering)] * len(of_prompt)
-            answers += of_prompt
-    return sse.body(texts.whole(answers, echoed, add_usage([usage(of_prompt) for of_prompt in found]), scores))
-
-
-async def _text_lines(
-    events: AsyncIterator[tuple[int, Event]], texts: TextCompletions, echoed: list[str]
-) -> AsyncIterator[str]:
-    answers: dict[int, Answer] = {}
-    for number, prompt in enumerate(echoed):
-        for chunk in texts.begin(number, prompt):
-            yield sse.event(chunk)
-    async for number, event in events:
-        if isinstance(event, Heartbeat):
-            yield sse.BEAT
-        elif isinstance(event, Answer):
-            answers[number] = event
-            yield sse.event(texts.end(number, event))
-        elif event.kind == "answer":
-            yield sse.event(texts.piece(number, event))
-    for chunk in texts.usage([answers[number] for number in sorted(answers)]):
-        yield sse.event(chunk)
-    yield sse.DONE
+    for prompt, (answering, of_prompt) in zip(body.prompts, found, strict=True):
+        first = of_prompt[0].prompt_logprobs or []  # the prompt is scored for the first of its answers
+        scores |= {len(answers) + i: first for i in range(len(of_prompt))}
+        echoed += [_echoed(body, prompt, answering)] * len(of_prompt)
+        answers += of_prompt
+    return sse.body(texts.whole(answers, echoed, add_usage([usage(of_prompt) for _, of_prompt in found]), scores))
 
 
 def _contexts(state: ServerState) -> dict[tuple[Path, ...], int]:

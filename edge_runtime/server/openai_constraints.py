@@ -23,6 +23,9 @@ FORMS = ("schema", "json", "choices", "regex", "grammar")
 """Options of which an answer has one at most."""
 
 
+FormKind = Literal["text", "json_object", "json_schema"]
+
+
 class JsonSchema(Loose):
     """The schema of an answer."""
 
@@ -30,10 +33,29 @@ class JsonSchema(Loose):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
-class ResponseFormat(Loose):
-    """What an answer must look like."""
+class TextFormat(JsonSchema):
+    """What an answer must look like, as responses have it."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    type: FormKind = "text"
+    description: str | None = None
+    strict: bool | None = None
+
+    def options(self) -> Options:
+        """Arguments of `Model.submit`.
+
+        Raises
+        ------
+        RequestError
+            When there is no schema where there should be one.
+        """
+        expected = '{"type": "json_schema", "name": ..., "schema": {...}}'
+        return form_options(self.type, self.schema_, "text.format", "text.format.schema", expected)
+
+
+class ResponseFormat(Loose):
+    """What an answer must look like, as chats have it."""
+
+    type: FormKind
     json_schema: JsonSchema | None = None
     schema_: dict[str, Any] | None = Field(
         None, alias="schema", description="The same without a name, as llama-server has it."
@@ -47,18 +69,33 @@ class ResponseFormat(Loose):
         RequestError
             When there is no schema where there should be one.
         """
-        if self.type == "text":
-            return {}
-        if self.type == "json_object":
-            return {"json": True} if self.schema_ is None else {"schema": self.schema_}
+        if self.type == "json_object" and self.schema_ is not None:
+            return {"schema": self.schema_}
         schema = self.json_schema.schema_ if self.json_schema is not None else self.schema_
-        if schema is None:
-            raise RequestError(
-                'response_format has no schema; expected {"type": "json_schema", "json_schema": {"name": ..., '
-                '"schema": {...}}}.',
-                "response_format.json_schema",
-            )
-        return {"schema": schema}
+        expected = '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
+        return form_options(self.type, schema, "response_format", "response_format.json_schema", expected)
+
+
+def form_options(kind: FormKind, schema: dict[str, Any] | None, where: str, place: str, expected: str) -> Options:
+    """Arguments of `Model.submit` that a form means.
+
+    Parameters
+    ----------
+    where : the field that asks for the form.
+    place, expected : where its schema belongs, and what the whole looks like, for the error.
+
+    Raises
+    ------
+    RequestError
+        When there is no schema where there should be one.
+    """
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json": True}
+    if schema is None:
+        raise RequestError(f"{where} has no schema; expected {expected}.", place)
+    return {"schema": schema}
 
 
 class ConstraintFields(Loose):

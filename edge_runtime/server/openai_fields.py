@@ -154,8 +154,8 @@ PASSED_OVER = frozenset(
         "user", "safety_identifier", "metadata", "store", "service_tier", "prediction", "prompt_cache_key",
         "prompt_cache_options", "prompt_cache_retention", "web_search_options", "max_tool_calls",
         "context_management", "stream_options", "background_options", "access_programs",
-        # llama-server's: caches, slots, progress, and numbers that do nothing while their sampler is off
-        "cache_prompt", "id_slot", "n_keep", "n_discard", "n_cache_reuse", "timings_per_token", "return_progress",
+        # llama-server's: caches, slots, and numbers that do nothing while their sampler is off
+        "id_slot", "n_keep", "n_discard", "n_cache_reuse",
         "min_keep", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "xtc_threshold", "dry_base",
         "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "parse_tool_calls",
         "reasoning_control", "t_max_prompt_ms",

@@ -14,7 +14,6 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from edge_runtime import __version__
 from edge_runtime import tools as runtime_tools
@@ -178,11 +177,9 @@ class ChatChunks:
         """Say who speaks, once for each answer."""
         return (self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.n))
 
-    def progress(self, told: Mapping[str, Any]) -> shapes.ChatChunk:
-        """Tell how much of the prompt was read, as llama-server does."""
-        chunk = self._chunk(0, {})
-        chunk["prompt_progress"] = dict(told)
-        return chunk
+    def of_prompt(self) -> shapes.ChatChunk:
+        """One that tells of the prompt."""
+        return self._chunk(0, {})
 
     def piece(self, index: int, piece: Piece) -> Iterator[shapes.ChatChunk]:
         """Translate a piece; one that has nothing to be shown makes no chunk."""
@@ -276,6 +273,8 @@ class TextCompletions:
     model: str
     include_usage: bool = False
     n_top: int = 0
+    echoed: Sequence[str] = ()
+    """What is repeated before each answer of a stream; empty where that was not asked for."""
     id: str = field(default_factory=lambda: new_id("cmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, _Offsets] = field(default_factory=dict)
@@ -314,17 +313,23 @@ class TextCompletions:
             choices.append(self._choice(index, text, scores, answer.finish_reason))
         return self._frame(choices) | {"usage": total, "timings": timings(answers[0])}
 
-    def begin(self, index: int, prompt: str) -> Iterator[shapes.TextCompletion]:
+    def begin(self) -> Iterator[shapes.TextCompletion]:
         """Repeat the prompt, where that was asked for."""
-        self._offsets[index] = _Offsets(len(prompt))
-        if prompt:
-            yield self._chunk(self._choice(index, prompt, None, None))
+        for index, prompt in enumerate(self.echoed):
+            self._offsets[index] = _Offsets(len(prompt))
+            if prompt:
+                yield self._chunk(self._choice(index, prompt, None, None))
 
-    def piece(self, index: int, piece: Piece) -> shapes.TextCompletion:
-        """Translate a piece."""
-        offsets = self._offsets.setdefault(index, _Offsets())
-        scores = self._logprobs(piece.logprobs, offsets) if piece.logprobs else None
-        return self._chunk(self._choice(index, piece.text, scores, None))
+    def of_prompt(self) -> shapes.TextCompletion:
+        """One that tells of the prompt."""
+        return self._chunk(self._choice(0, "", None, None))
+
+    def piece(self, index: int, piece: Piece) -> Iterator[shapes.TextCompletion]:
+        """Translate a piece; there is no reasoning to a text."""
+        if piece.kind == "answer":
+            offsets = self._offsets.setdefault(index, _Offsets())
+            scores = self._logprobs(piece.logprobs, offsets) if piece.logprobs else None
+            yield self._chunk(self._choice(index, piece.text, scores, None))
 
     def end(self, index: int, answer: Answer) -> shapes.TextCompletion:
         """Say why an answer ended; where no usage follows, the times, too."""

@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictInt
 
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.loose import Loose as Loose
+from edge_runtime.server.loose import Loose
 from edge_runtime.server.ollama_options import thinking_options
 from edge_runtime.server.openai_constraints import ResponseFormat
+from edge_runtime.server.openai_conversations import ConversationFields
 from edge_runtime.server.openai_fields import OF_CHAT, OF_COMPLETIONS
-from edge_runtime.server.openai_sampling import MOST_STOPS as MOST_STOPS
 from edge_runtime.server.openai_sampling import Effort, SamplingFields, length, reasoning_options
-from edge_runtime.server.openai_tools import called, choose_tools, describe, given, offered
+from edge_runtime.server.openai_tools import called, given
 from edge_runtime.server.parts import content_parts
 
 MOST_PROMPTS = 32
@@ -34,15 +34,6 @@ class StreamOptions(Loose):
     """What a stream brings besides the answer."""
 
     include_usage: bool | None = None
-
-
-class Reasoning(Loose):
-    """About reasoning."""
-
-    effort: Effort | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = Field(
-        None, description="Ignored: the reasoning itself is told."
-    )
 
 
 class ChatMessage(Loose):
@@ -87,37 +78,26 @@ class CompletionFields(SamplingFields):
         return self.form(("response_format", wanted))
 
 
-class ChatCompletionRequest(CompletionFields):
+class ChatCompletionRequest(CompletionFields, ConversationFields):
     """Body of `POST /v1/chat/completions`."""
+
+    flat_functions = False
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: MaxTokens | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
     reasoning_effort: Effort | None = None
-    reasoning: Reasoning | None = Field(
-        None, description="The same in the form of responses, as Ollama takes it too."
-    )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="`enable_thinking` is taken.")
     enable_thinking: bool | None = Field(None, description="The same, as Qwen's servers have it.")
     think: bool | str | None = Field(None, description="A switch or a level, as Ollama has it.")
-    thinking_budget: int | None = Field(None, ge=0, description="Most tokens of reasoning.")
-    thinking_token_budget: int | None = Field(None, ge=-1, description="The same, as vLLM has it.")
+    thinking_token_budget: int | None = Field(
+        None, ge=-1, description="Most tokens of reasoning, too, as vLLM has it."
+    )
     thinking_budget_tokens: int | None = Field(None, ge=-1, description="The same, as llama-server has it.")
-    max_slices: int | None = Field(None, ge=1, description="Most cells that a picture is cut into.")
     continue_final_message: bool | None = Field(
         None, description="Whether a last message of the assistant is continued; null does, as llama-server does."
     )
     add_generation_prompt: bool | None = None
-    return_progress: bool | None = Field(None, description="Whether a stream tells how much of the prompt was read.")
-
-    @property
-    def most_calls(self) -> int | None:
-        """1 where the client takes one call at a time."""
-        return 1 if self.parallel_tool_calls is False else None
 
     def _limit(self) -> tuple[int | None, str | None]:
         return length(
@@ -147,8 +127,7 @@ class ChatCompletionRequest(CompletionFields):
             wanted = thinking_options(self.think)
             limit = budget if budget is not None else wanted.get("thinking_budget")
             return given(thinking=bool(wanted), thinking_budget=limit)
-        effort = self.reasoning_effort or (self.reasoning.effort if self.reasoning is not None else None)
-        return reasoning_options(effort, budget, switch)
+        return reasoning_options(self.reasoning_effort or self.effort, budget, switch)
 
     def _continuing(self) -> dict[str, Any]:
         """Whether the last message is continued; a prompt that ends behind it without another is none."""
@@ -176,9 +155,6 @@ class ChatCompletionRequest(CompletionFields):
         """
         return [_message(message, f"messages[{number}]") for number, message in enumerate(self.messages)]
 
-    def _tools(self) -> tuple[list[dict[str, Any]], list[str]]:
-        return offered(self.tools or [], self.tool_choice, _described)
-
     def all_warnings(self) -> list[str]:
         """Sentences about what was passed over; what must not be is refused.
 
@@ -187,7 +163,7 @@ class ChatCompletionRequest(CompletionFields):
         RequestError
             Naming the field.
         """
-        return [*self.warnings(OF_CHAT), *self._tools()[1]]
+        return [*self.warnings(OF_CHAT), *self.offered_tools()[1]]
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Model.submit`.
@@ -197,33 +173,19 @@ class ChatCompletionRequest(CompletionFields):
         RequestError
             When tools or the form of the answer are described in a way that cannot be used.
         """
-        tools, choice = choose_tools(self._tools()[0], self.tool_choice)
         most, name = self._limit()
         if most == 0:
             raise RequestError(
                 f"{name} is 0; expected a positive whole number, or -1 for as many as there are.", name
             )
-        return self.sampling_options() | given(
+        return super().options() | given(
             max_tokens=most,
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
-            max_slices=self.max_slices,
-            tools=tools or None,
-            tool_choice=choice,
             **self._reasoning(),
             **self._form()[0],
             **self._continuing(),
         )
-
-    def prompt_options(self) -> dict[str, Any]:
-        """Those of them that decide the prompt."""
-        options = self.options()
-        kept: dict[str, Any] = {
-            name: options[name] for name in ("thinking", "tools", "max_slices") if name in options
-        }
-        if options.get("tool_choice") == "none":
-            kept.pop("tools", None)
-        return kept | self._continuing()
 
 
 class CompletionRequest(CompletionFields):
@@ -325,19 +287,3 @@ def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
             where,
         )
     return called(function["name"], function.get("arguments", ""))
-
-
-def _described(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    function = tool.get("function")
-    if (
-        not isinstance(function, Mapping)
-        or not isinstance(name := function.get("name"), str)
-        or not isinstance(description := function.get("description"), str | None)
-        or not isinstance(parameters := function.get("parameters"), dict | None)
-    ):
-        raise RequestError(
-            "The tool describes no function; expected "
-            '{"type": "function", "function": {"name": ..., "parameters": {...}}}.',
-            where,
-        )
-    return describe(name, description, parameters)

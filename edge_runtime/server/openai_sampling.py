@@ -44,6 +44,20 @@ class SamplingFields(ConstraintFields):
     seed: int | None = None
     stop: Stop | None = None
     logit_bias: Bias | None = Field(None, description="By token id; or pairs, as llama-server has them.")
+    cache_prompt: bool | None = Field(
+        None, description="False computes the prompt anew, whatever is known of it; as llama-server has it."
+    )
+    return_progress: bool | None = Field(
+        None, description="Whether a stream tells how much of the prompt was read, as llama-server has it."
+    )
+    timings_per_token: bool | None = Field(
+        None, description="Whether a stream tells the times with each piece, as llama-server has it."
+    )
+
+    @property
+    def tells_progress(self) -> bool:
+        """Whether a stream tells how much of the prompt was read."""
+        return bool(self.stream and self.return_progress)
 
     def warnings(self, *tables: dict[str, Refused]) -> list[str]:
         """Sentences about fields that nobody knows; those that ask for what is not done are refused.
@@ -82,6 +96,7 @@ class SamplingFields(ConstraintFields):
             seed=None if self.seed is None else self.seed % MAX_SEED,
             stop=stops(self.stop),
             logit_bias=_bias(self.logit_bias),
+            reuse=False if self.cache_prompt is False else None,
             **self.rule_options(),
         )
 

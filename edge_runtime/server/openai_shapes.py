@@ -73,8 +73,8 @@ class Usage(TypedDict):
     completion_tokens_details: CompletionDetails
 
 
-class Timings(TypedDict):
-    """Where the time went, in milliseconds; not OpenAI's: all but the last two are llama-server's."""
+class RunningTimings(TypedDict):
+    """Where the time went until now, in milliseconds; not OpenAI's, but llama-server's."""
 
     cache_n: int
     """Tokens of the prompt that were known from before."""
@@ -87,10 +87,26 @@ class Timings(TypedDict):
     predicted_ms: float
     predicted_per_token_ms: float
     predicted_per_second: float
+
+
+class Timings(RunningTimings):
+    """Where the time of an answer went."""
+
     image_ms: float
     """Decoding, cutting and encoding pictures."""
     first_token_ms: float
     """From the request's preparation on, everything before included."""
+
+
+class PromptProgress(TypedDict):
+    """How much of a prompt was read; llama-server's."""
+
+    total: int
+    cache: int
+    """Tokens that were known from before."""
+    processed: int
+    """These and what was computed."""
+    time_ms: int
 
 
 class Message(TypedDict):
@@ -159,10 +175,10 @@ class ChatChunk(TypedDict):
     choices: list[ChunkChoice]
     usage: NotRequired[Usage | None]
     """Where it was asked for: null but in the last chunk."""
-    timings: NotRequired[Timings]
-    """Beside the usage; without it, beside the reason why an answer ended."""
-    prompt_progress: NotRequired[dict[str, int]]
-    """Where it was asked for, before the answer: total, cache, processed (tokens of the prompt) and time_ms."""
+    timings: NotRequired[Timings | RunningTimings]
+    """Beside the usage; without it, beside the reason why an answer ended; with every piece, where asked for."""
+    prompt_progress: NotRequired[PromptProgress]
+    """Where it was asked for, before the answer."""
 
 
 class TextLogprobs(TypedDict):
@@ -194,8 +210,9 @@ class TextCompletion(TypedDict):
     system_fingerprint: str
     choices: list[TextChoice]
     usage: NotRequired[Usage | None]
-    timings: NotRequired[Timings]
-    """As of chats."""
+    timings: NotRequired[Timings | RunningTimings]
+    prompt_progress: NotRequired[PromptProgress]
+    """Both as of chats."""
 
 
 class ModelEntry(TypedDict):

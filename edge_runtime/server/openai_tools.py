@@ -29,6 +29,34 @@ def describe(name: str, description: str | None, parameters: dict[str, Any] | No
     return {"type": "function", "function": given(name=name, description=description, parameters=parameters)}
 
 
+def described(tool: Mapping[str, Any], where: str, *, flat: bool) -> dict[str, Any]:
+    """Description of a function as OpenAI's APIs have it, in the engine's form.
+
+    Parameters
+    ----------
+    flat : whether its name stands beside the type, as in responses; nested in `function` it is taken there, too.
+
+    Raises
+    ------
+    RequestError
+        When it describes none.
+    """
+    function = tool.get("function", tool if flat else None)
+    if (
+        not isinstance(function, Mapping)
+        or not isinstance(name := function.get("name"), str)
+        or not isinstance(description := function.get("description"), str | None)
+        or not isinstance(parameters := function.get("parameters"), dict | None)
+    ):
+        inside = '"name": ..., "parameters": {...}'
+        form = inside if flat else f'"function": {{{inside}}}'
+        raise RequestError(
+            f'The tool describes no function; expected {{"type": "function", {form}}}.',
+            where,
+        )
+    return describe(name, description, parameters)
+
+
 def choose_tools(
     tools: Sequence[dict[str, Any]], choice: str | Mapping[str, Any] | None
 ) -> tuple[list[dict[str, Any]], str | None]:

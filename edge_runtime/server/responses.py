@@ -11,10 +11,12 @@ from starlette.responses import Response
 from edge_runtime.answers import Answer
 from edge_runtime.server import openai_shapes as shapes
 from edge_runtime.server import sse
+from edge_runtime.server.chunks import Telling
 from edge_runtime.server.errors import Problem, RequestError, problem_of
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
 from edge_runtime.server.openai_constraints import fields_as_sent
 from edge_runtime.server.openai_fields import with_warnings
+from edge_runtime.server.openai_replies import timings
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
 from edge_runtime.server.responses_events import Response as Reply
 from edge_runtime.server.responses_events import ResponseEvents
@@ -38,7 +40,8 @@ async def responses(request: Request, state: State, body: ResponsesRequest) -> R
     owner = owner_of(request.headers)
     warnings = body.all_warnings()
     before, own = _items(state, body, owner)
-    call = ChatCall(body.model, body.conversation_messages(before, own), body.options())
+    messages = body.conversation_messages(before, own)
+    call = ChatCall(body.model, messages, body.options(), tells_progress=body.tells_progress)
     typed = ResponseEvents(body, body.model or state.catalog.default)
 
     def keep(response: Mapping[str, Any]) -> None:
@@ -48,7 +51,10 @@ async def responses(request: Request, state: State, body: ResponsesRequest) -> R
     with fields_as_sent(body.names()):
         if body.stream:
             answering = await begin(request, state.inference, call)
-            reply = AnswerStreamResponse(answering, lambda events: _lines(events, typed, keep), "sse", "openai")
+            telling = Telling(answering, times=bool(body.timings_per_token))
+            reply = AnswerStreamResponse(
+                answering, lambda events: _lines(events, typed, telling, keep), "sse", "openai"
+            )
             return with_warnings(reply, warnings)
 
         async def told(answering: Answering) -> Response:
@@ -93,22 +99,26 @@ async def whole_response(events: AsyncIterator[tuple[int, Event]], typed: Respon
 async def _lines(
     events: AsyncIterator[tuple[int, Event]],
     typed: ResponseEvents,
+    telling: Telling,
     keep: Callable[[Mapping[str, Any]], None] = lambda response: None,
 ) -> AsyncIterator[str]:
+    """Typed events; what is told of the work stands in the last one of a piece, as llama-server has it."""
     for line in typed.begin():
         yield sse.event(line, named=True)
     try:
-        async for _, event in events:
+        async for number, event in events:
             if isinstance(event, Heartbeat):
-                yield sse.BEAT
-                continue
-            if isinstance(event, Answer):
-                lines = [*typed.end(event)]
+                told = telling.of_prompt(event.progress)
+                lines = [typed.of_prompt()] if told else []
+            elif isinstance(event, Answer):
+                told, lines = {"timings": timings(event)}, [*typed.end(event)]
                 keep(lines[-1]["response"])  # whoever reads the last event may go on from it at once
             else:
-                lines = [*typed.piece(event)]
-            for line in lines:
-                yield sse.event(line, named=True)
+                told, lines = telling.of_piece(number, event), [*typed.piece(event)]
+            if not lines:
+                yield sse.BEAT
+            for i, line in enumerate(lines, 1):
+                yield sse.event(line if i < len(lines) else {**line, **told}, named=True)
     except Exception as error:  # noqa: BLE001 - this API has an event of its own for it
         problem = problem_of(error)
         for line in typed.fail(problem.message, _code(problem)):

@@ -16,7 +16,8 @@ from typing_extensions import TypedDict  # pydantic cannot describe typing's own
 
 from edge_runtime import tools as runtime_tools
 from edge_runtime.answers import Answer
-from edge_runtime.server.openai_replies import arguments_text, new_id, token_logprobs
+from edge_runtime.server.openai_replies import arguments_text, new_id, timings, token_logprobs
+from edge_runtime.server.openai_shapes import Timings
 from edge_runtime.server.responses_requests import ResponsesRequest
 from edge_runtime.streaming import Piece
 
@@ -89,6 +90,8 @@ class Response(TypedDict):
     previous_response_id: str | None
     store: bool
     background: bool
+    timings: NotRequired[Timings]
+    """Of a finished one; not OpenAI's, but llama-server's."""
 
 
 def _usage(answer: Answer) -> ResponseUsage:
@@ -152,6 +155,10 @@ class ResponseEvents:
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self.response("in_progress"))
 
+    def of_prompt(self) -> Event:
+        """Say that work goes on: one that tells of the prompt."""
+        return self._event("response.in_progress", response=self.response("in_progress"))
+
     def piece(self, piece: Piece) -> Iterator[Event]:
         """Translate a piece."""
         if piece.call is not None:
@@ -203,11 +210,11 @@ class ResponseEvents:
             "max_output_tokens": request.max_output_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "tools": [_tool(tool) for tool in request.described_tools()],
+            "tools": [_tool(tool) for tool in request.offered_tools()[0]],
             "tool_choice": _choice(request),
-            "parallel_tool_calls": request.parallel_tool_calls is not False,
+            "parallel_tool_calls": request.most_calls is None,
             "text": _format(request),
-            "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
+            "reasoning": {"effort": request.effort, "summary": None},
             "truncation": request.truncation or "disabled",
             "metadata": request.metadata or {},
             "user": request.user,
@@ -217,6 +224,7 @@ class ResponseEvents:
         }
         if answer is not None:
             found["completed_at"] = int(time.time())
+            found["timings"] = timings(answer)
         return found
 
     def _event(self, kind: str, **fields: Any) -> Event:
@@ -269,7 +277,7 @@ class ResponseEvents:
         yield self._event("response.output_item.done", item=_copy(item), output_index=len(self._output) - 1)
 
     def _call(self, call: runtime_tools.ToolCall) -> Iterator[Event]:
-        if self._n_calls and self.request.parallel_tool_calls is False:
+        if self._n_calls and self._n_calls == self.request.most_calls:
             return
         yield from self._close("completed")
         self._n_calls += 1

@@ -14,10 +14,11 @@ from pydantic import Field
 
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.loose import Loose
+from edge_runtime.server.openai_constraints import TextFormat
+from edge_runtime.server.openai_conversations import ConversationFields
 from edge_runtime.server.openai_fields import OF_RESPONSES, REFUSED
-from edge_runtime.server.openai_requests import Reasoning
-from edge_runtime.server.openai_sampling import SamplingFields, reasoning_options
-from edge_runtime.server.openai_tools import called, choose_tools, describe, given, offered
+from edge_runtime.server.openai_sampling import reasoning_options
+from edge_runtime.server.openai_tools import called, given
 from edge_runtime.server.parts import content_parts
 
 LOGPROBS = "message.output_text.logprobs"
@@ -38,35 +39,6 @@ Includable = Literal[
 ROLES = ("user", "assistant", "system", "developer")
 
 
-class TextFormat(Loose):
-    """What an answer must look like."""
-
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    description: str | None = None
-    strict: bool | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of `Model.submit`.
-
-        Raises
-        ------
-        RequestError
-            When there is no schema where there should be one.
-        """
-        if self.type == "text":
-            return {}
-        if self.type == "json_object":
-            return {"json": True}
-        if self.schema_ is None:
-            raise RequestError(
-                'text.format has no schema; expected {"type": "json_schema", "name": ..., "schema": {...}}.',
-                "text.format.schema",
-            )
-        return {"schema": self.schema_}
-
-
 class TextConfig(Loose):
     """About the text of an answer."""
 
@@ -74,19 +46,16 @@ class TextConfig(Loose):
     verbosity: str | None = None
 
 
-class ResponsesRequest(SamplingFields):
+class ResponsesRequest(ConversationFields):
     """Body of `POST /v1/responses`."""
+
+    flat_functions = True
 
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
-    reasoning: Reasoning | None = None
     include: list[Includable] | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
     truncation: Literal["auto", "disabled"] | None = Field(
         None, description="`auto` leaves out the oldest turns of a conversation that does not fit."
     )
@@ -97,8 +66,6 @@ class ResponsesRequest(SamplingFields):
     previous_response_id: str | None = Field(None, description="The conversation goes on from that response.")
     conversation: Any = None
     prompt: Any = None
-    thinking_budget: int | None = Field(None, ge=0, description="Most tokens of reasoning.")
-    max_slices: int | None = Field(None, ge=1, description="Most cells that a picture is cut into.")
 
     def own_items(self) -> list[Item]:
         """Items of this request alone.
@@ -142,19 +109,6 @@ class ResponsesRequest(SamplingFields):
         items.read(before, "previous_response_id")
         return messages + items.read(own, "input")
 
-    def described_tools(self) -> list[dict[str, Any]]:
-        """Functions in the engine's form.
-
-        Raises
-        ------
-        RequestError
-            Naming a tool that is none.
-        """
-        return self._tools()[0]
-
-    def _tools(self) -> tuple[list[dict[str, Any]], list[str]]:
-        return offered(self.tools or [], self.tool_choice, _described)
-
     def all_warnings(self) -> list[str]:
         """Sentences about what was passed over; what must not be is refused.
 
@@ -165,7 +119,7 @@ class ResponsesRequest(SamplingFields):
         """
         if self.text is not None and self.text.verbosity not in (None, "medium"):
             raise RequestError(f"text.verbosity is {self.text.verbosity!r}, {VERBOSITY.why}.", "text.verbosity")
-        return [*self.warnings(OF_RESPONSES), *self._tools()[1]]
+        return [*self.warnings(OF_RESPONSES), *self.offered_tools()[1]]
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Model.submit`.
@@ -175,28 +129,14 @@ class ResponsesRequest(SamplingFields):
         RequestError
             When tools or the form of the answer are described in a way that cannot be used.
         """
-        tools, choice = choose_tools(self.described_tools(), self.tool_choice)
-        return self.sampling_options() | given(
+        return super().options() | given(
             max_tokens=self.max_output_tokens,
-            tools=tools or None,
-            tool_choice=choice,
-            max_slices=self.max_slices,
             context_shift=self.truncation == "auto" or None,
             logprobs=(LOGPROBS in (self.include or []) or bool(self.top_logprobs)) or None,
             top_logprobs=self.top_logprobs or None,
-            **reasoning_options(self.reasoning.effort if self.reasoning else None, self.thinking_budget),
+            **reasoning_options(self.effort, self.thinking_budget),
             **self._form()[0],
         )
-
-    def prompt_options(self) -> dict[str, Any]:
-        """Those of them that decide the prompt."""
-        options = self.options()
-        kept: dict[str, Any] = {
-            name: options[name] for name in ("thinking", "tools", "max_slices") if name in options
-        }
-        if options.get("tool_choice") == "none":
-            kept.pop("tools", None)
-        return kept
 
     def names(self) -> dict[str, str]:
         """Options of `Model.submit` → fields of this request, for errors."""
@@ -215,22 +155,6 @@ class InputTokensRequest(ResponsesRequest):
     def own_items(self) -> list[Item]:
         """Items of this request alone; without any, those of the response that it goes on from are counted."""
         return [] if self.input is None else super().own_items()
-
-
-def _described(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A function is described flat here; some clients nest it as in chat completions."""
-    function = tool.get("function", tool)
-    if (
-        not isinstance(function, Mapping)
-        or not isinstance(name := function.get("name"), str)
-        or not isinstance(description := function.get("description"), str | None)
-        or not isinstance(parameters := function.get("parameters"), dict | None)
-    ):
-        raise RequestError(
-            'The tool describes no function; expected {"type": "function", "name": ..., "parameters": {...}}.',
-            where,
-        )
-    return describe(name, description, parameters)
 
 
 class _Items:

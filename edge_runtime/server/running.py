@@ -106,6 +106,7 @@ async def serve(app: FastAPI, settings: Settings, on_start: Callable[[str, Serve
     with contextlib.closing(_listen(settings)) as listener:
         async with app.router.lifespan_context(app):
             server = Server(app, settings)
+            server.state.inference.decoders.start()
             running = asyncio.create_task(server.serve([listener]))
             while not server.started and not running.done():
                 await asyncio.sleep(0.01)

@@ -85,6 +85,8 @@ class Settings:
     request_timeout_s: float = 1800.0
     """From a request's arrival to the end of its answer."""
     fetch_timeout_s: float = 20.0
+    decode_timeout_s: float = 30.0
+    """For one picture, page or video frame to be decoded."""
     heartbeat_s: float = 1.0
     """Between signs of life while nothing else is to be said."""
     grace_s: float = 30.0

@@ -26,6 +26,7 @@ from edge_runtime.cli import main
 from edge_runtime.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "converters"))}
 STAGES = ("vision", "decoder", "quantize")
 
 
@@ -133,7 +134,10 @@ def test_a_disk_that_fills_up(checkpoint: Path, tmp_path: Path, monkeypatch: pyt
         yield from whole(tensor)
 
     monkeypatch.setattr(writer.PlannedTensor, "encoded_chunks", chunks)
-    with pytest.raises(CheckpointError, match=r"The disk holding .* is full; free some space"):
+    name = {"vision": "mmproj-model-q8_0.gguf", "decoder": "ggml-model-Q4_K_M.gguf"}[stage]
+    with pytest.raises(
+        CheckpointError, match=rf"{name} cannot be written: the disk is full \(.* MB are free\); free"
+    ):
         convert_checkpoint(checkpoint, tmp_path)
     assert names(tmp_path) == []
 
@@ -148,7 +152,10 @@ def file_size_limit() -> Iterator[Any]:
 
 def test_a_file_that_cannot_grow(checkpoint: Path, tmp_path: Path, file_size_limit: Any) -> None:
     file_size_limit(1 << 20)
-    with pytest.raises(CheckpointError, match="cannot be written: File too large"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"mmproj-model-q8_0.gguf cannot be written: files may not be so large there.* \(.* MB are free\)",
+    ):
         convert_checkpoint(checkpoint, tmp_path)
     assert names(tmp_path) == []
 
@@ -217,33 +224,83 @@ convert_checkpoint(sys.argv[1], sys.argv[2], progress=progress)
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_conversion_leaves_nothing_under_a_final_name(checkpoint: Path, tmp_path: Path, stage: str) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "converters"))}
     command = [sys.executable, "-c", SLOW_CONVERSION, str(checkpoint), str(tmp_path), stage]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == f"{stage}\n"
         child.kill()
     left = names(tmp_path)
     assert left
     assert all(name.startswith(".") for name in left)
-    convert_checkpoint(checkpoint, tmp_path)  # what was left is no hindrance
+    files = convert_checkpoint(checkpoint, tmp_path)  # what was left is no hindrance, and gone
+    assert names(tmp_path) == sorted(path.name for path in (files.decoder, files.mmproj))
 
 
 # --- the command ----------------------------------------------------------------------------------------------
 
 
 def test_what_killed_conversions_left_is_removed_by_the_next(checkpoint: Path, tmp_path: Path) -> None:
-    """Only when nobody wrote to it for an hour: a conversion that runs beside this one keeps its file."""
-    old, running, other = (
-        tmp_path / f".{name}.incomplete-{pid}"
-        for name, pid in (("ggml-model-F32.gguf", "1-lossless"), ("mmproj-model-f32.gguf", "2"), ("x.gguf", "3"))
-    )
-    for path in (old, running, other):
-        path.write_bytes(b"unfinished")
+    """Only what nobody holds any more, whatever its age, and only of the files that are made."""
+    old, other = (tmp_path / f".{name}.incomplete-1-lossless" for name in ("ggml-model-F32.gguf", "x.gguf"))
     for path in (old, other):
-        os.utime(path, (0, 0))
-    convert_checkpoint(checkpoint, tmp_path, decoder_type="f32", vision_type="f32")
-    assert (old.exists(), running.exists(), other.exists()) == (False, True, True)
+        path.write_bytes(b"unfinished")
+    with writer.beside(tmp_path / "mmproj-model-f32.gguf") as held:
+        os.utime(held, (0, 0))
+        convert_checkpoint(checkpoint, tmp_path, decoder_type="f32", vision_type="f32")
+        assert (old.exists(), held.exists(), other.exists()) == (False, True, True)
+
+
+def test_two_conversions_into_one_folder(checkpoint: Path, tmp_path: Path) -> None:
+    """The second is refused while the first is at work, and leaves it alone; the pair is of one conversion."""
+    said: list[str] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "decoder" and not said:
+            command = [
+                sys.executable,
+                "-m",
+                "edge_runtime",
+                "convert",
+                str(checkpoint),
+                "-o",
+                str(tmp_path),
+                "--force",
+            ]
+            said.append(subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False).stderr)
+            with pytest.raises(CheckpointError, match="Another conversion is writing to"):
+                convert_checkpoint(checkpoint, tmp_path, decoder_type="f16")  # nor in this process
+
+    files = convert_checkpoint(checkpoint, tmp_path, progress=progress)
+    assert said[0].startswith("edge-runtime: Another conversion is writing to")
+    assert said[0].count("\n") == 1
+    assert names(tmp_path) == sorted(path.name for path in (files.decoder, files.mmproj))
+
+
+def test_what_was_made_meanwhile_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    """By a program that knows no lock."""
+
+    def progress(what: str, done: int, total: int) -> None:
+        (tmp_path / "mmproj-model-q8_0.gguf").write_bytes(b"precious")
+
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert_checkpoint(checkpoint, tmp_path, progress=progress)
+    assert names(tmp_path) == ["mmproj-model-q8_0.gguf"]
+    assert (tmp_path / "mmproj-model-q8_0.gguf").read_bytes() == b"precious"
+
+
+def test_killed_between_two_replacements_there_is_no_mixed_model(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_checkpoint(checkpoint, tmp_path)
+    replace, seen = Path.replace, []
+
+    def look(self: Path, target: Path) -> Path:
+        seen.append([name for name in names(tmp_path) if not name.startswith(".")])
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", look)
+    convert_checkpoint(checkpoint, tmp_path, force=True)
+    assert seen == [["mmproj-model-q8_0.gguf"]] * 2
 
 
 def test_the_command_prints_the_two_files(checkpoint: Path, tmp_path: Path) -> None:

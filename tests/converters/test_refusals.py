@@ -186,7 +186,7 @@ TOKENIZERS: dict[str, tuple[Change, str]] = {
         "'<think>' under two ids",
     ),
     "no end token": (without_end, "names no end token"),
-    "ids that are no numbers": (lambda c: c.files["vocab.json"].update({"a": "b"}), "do not have the usual form"),
+    "ids that are no numbers": (lambda c: c.files["vocab.json"].update({"a": "b"}), "no whole number as id of 'a'"),
     "an id below zero": (lambda c: c.files["added_tokens.json"].update({"<below>": -1}), "id -1"),
     "added tokens without text": (
         lambda c: c.files["tokenizer_config.json"]["added_tokens_decoder"].update({"600": {}}),

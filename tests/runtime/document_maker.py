@@ -69,6 +69,11 @@ def written_pdf(pages: Sequence[bytes], *, rotate: int = 0, crop: Sequence[int] 
     for i, content in enumerate(pages):
         objects.append(b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 100]/Contents %d 0 R%s>>" % (4 + 2 * i, extra))
         objects.append(b"<</Length %d>>stream\n%s\nendstream" % (len(content), content))
+    return assembled_pdf(objects)
+
+
+def assembled_pdf(objects: Sequence[bytes]) -> bytes:
+    """A PDF file of objects, the first of which is its catalog."""
     out, places = b"%PDF-1.7\n", []
     for number, body in enumerate(objects, 1):
         places.append(len(out))
@@ -77,6 +82,22 @@ def written_pdf(pages: Sequence[bytes], *, rotate: int = 0, crop: Sequence[int] 
     head = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
     tail = b"trailer<</Root 1 0 R/Size %d>>\nstartxref\n%d\n%%%%EOF" % (len(objects) + 1, len(out))
     return out + head + table + tail
+
+
+def endless_pdf(depth: int = 10, fan: int = 20) -> bytes:
+    """A small PDF file whose forms draw each other: to draw its page takes `fan` to the power of `depth` steps."""
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 99 99]/Contents 4 0 R/Resources<</XObject<</F 5 0 R>>>>>>",
+        b"<</Length 5>>stream\n/F Do\nendstream",
+    ]
+    form = b"<</Type/XObject/Subtype/Form/BBox[0 0 99 99]/Resources%s/Length %d>>stream\n%s\nendstream"
+    for i in range(depth):
+        is_last = i == depth - 1
+        body = b"0 0 9 9 re f" if is_last else b" ".join([b"/F Do"] * fan)
+        objects.append(form % (b"<<>>" if is_last else b"<</XObject<</F %d 0 R>>>>" % (6 + i), len(body), body))
+    return assembled_pdf(objects)
 
 
 def blocks(sizes: list[tuple[int, int]]) -> list[Image.Image]:

@@ -58,7 +58,7 @@ def test_too_many_pictures_are_refused_with_what_each_takes(monkeypatch: pytest.
         n = model._encoder.n_queries
         messages = asked([picture(), picture(), picture((60, 60)), *(picture() for _ in range(30))])
         total = len(model.build_prompt(messages).ids)
-        monkeypatch.setattr(pipeline, "load_image", lambda *_, **__: pytest.fail("a picture was decoded"))
+        monkeypatch.setattr(pipeline, "cut_source", lambda *_, **__: pytest.fail("a picture was decoded"))
         with pytest.raises(PromptTooLongError) as refusal:
             model.chat(messages)
     text = str(refusal.value)

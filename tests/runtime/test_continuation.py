@@ -148,6 +148,9 @@ def test_a_turn_without_any_before_it_goes_on_too(exact_model: Model):
         (begun(["x", Image.new("RGB", (9, 9))]), {}, "holds a picture"),
         (begun("<think>\nLet me"), {}, "thinking is off"),
         ([{"role": "assistant", "content": ""}], {}, "one empty message"),
+        ([*begun("x"), {"role": "assistant", "content": "y"}], {}, "Cannot have 2 or more assistant messages"),
+        ([*begun("x"), {"role": "assistant", "content": ""}], {}, "Cannot have 2 or more assistant messages"),
+        ([*begun("x"), *begun("y")[1:] * 2], {}, "Cannot have 2 or more assistant messages"),
     ],
 )
 def test_what_cannot_go_on_is_refused(exact_model: Model, messages, options, message):
@@ -155,6 +158,15 @@ def test_what_cannot_go_on_is_refused(exact_model: Model, messages, options, mes
         exact_model.build_prompt(messages, **options)
     if options.get("continue_final_message") is None and messages[1:]:
         exact_model.build_prompt(messages, continue_final_message=False)
+
+
+def test_the_last_of_two_turns_goes_on_where_that_is_said(exact_model: Model):
+    """Two turns elsewhere, or with another's words behind them, are nobody's mistake."""
+    two = [*begun("One"), {"role": "assistant", "content": "Two"}]
+    text = exact_model.build_prompt(two, continue_final_message=True).text
+    assert text.endswith("Two")
+    assert "One<|im_end|>" in text
+    assert "Two<|im_end|>" in exact_model.build_prompt([*two, ASKED]).text
 
 
 # ---------------------------------------------------------------- answers

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from edge_runtime import MessageError
-from edge_runtime.disk_cache import STALE_S, DiskCache
+from edge_runtime.disk_cache import DiskCache
+from edge_runtime.unfinished import unfinished
 
 A, B, C = (digit * 32 for digit in "abc")
 
@@ -95,16 +96,34 @@ def test_the_first_of_several_names_stays_longest(cache):
 def test_the_limit_holds_from_the_start_and_stale_temporary_files_go(cache):
     for name in (A, B):
         put(cache, name, bytes(40_000))
-    stale, fresh, foreign = (cache.folder / name for name in (f".{A}.1.1.tmp", f".{B}.1.1.tmp", "holiday.jpg"))
-    for path in (stale, fresh, foreign):
+    left, foreign = cache.folder / f".{A}.1.1.tmp", cache.folder / "holiday.jpg"
+    for path in (left, foreign):
         path.write_bytes(b"x" * 1000)
-    long_ago = time.time() - STALE_S - 60
-    for path in (stale, foreign):
-        os.utime(path, (long_ago, long_ago))
-    smaller = DiskCache(cache.folder, 50_000)
-    assert [cache.has(name) for name in (A, B)] == [False, True]
-    assert (stale.exists(), fresh.exists(), foreign.exists()) == (False, True, True)
+    with unfinished(lambda token: cache.folder / f".{B}.{token}.tmp") as at_work:
+        for path in (at_work, foreign):  # whatever its age: somebody holds it
+            os.utime(path, (0, 0))
+        smaller = DiskCache(cache.folder, 50_000)
+        assert [cache.has(name) for name in (A, B)] == [False, True]
+        assert (left.exists(), at_work.exists(), foreign.exists()) == (False, True, True)
     smaller.close()
+
+
+@pytest.mark.parametrize("years", [-30, 30])
+def test_a_clock_that_is_set_makes_nothing_old(cache, monkeypatch, years):
+    """What is used now stays longest, whatever time it is said to be, also for who opens the folder later."""
+    for name in (A, B):
+        put(cache, name, bytes(40_000))
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now + years * 365 * 86400 * 10**9)
+    cache.touch([A])
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    put(cache, C, bytes(40_000))
+    assert [cache.has(name) for name in (A, B, C)] == [True, False, True]
+    other = DiskCache(cache.folder, 100_000)
+    other.touch([A])
+    put(other, B, bytes(40_000))
+    assert [cache.has(name) for name in (A, B, C)] == [True, True, False]
+    other.close()
 
 
 def test_a_mapped_entry_survives_its_deletion(cache):
@@ -120,6 +139,50 @@ def test_a_folder_that_cannot_be_used_is_told(tmp_path):
         DiskCache(tmp_path / "file")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such things here")
+@pytest.mark.parametrize("what", ["link", "pipe", "folder", "dangling", "loop", "foreign"])
+def test_what_is_no_entry_of_ours_is_not_read(cache, tmp_path, monkeypatch, what):
+    """Not for a moment: a pipe would never answer, a link may lead to anything."""
+    put(cache, A, b"content")
+    path, elsewhere = cache.path(A), tmp_path / "elsewhere"
+    if what == "foreign":
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        assert cache.get(A) is None
+        assert path.exists(), "it is not ours to delete"
+        return
+    path.rename(elsewhere)
+    if what == "link":
+        path.symlink_to(elsewhere)
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "none" if what == "dangling" else path)
+    assert cache.get(A) is None
+    assert elsewhere.read_bytes().endswith(b"content")
+    put(cache, B, b"content")
+    assert cache.get(B).content.tobytes() == b"content"
+    if what != "folder":
+        put(cache, A, b"content")
+        assert cache.get(A).content.tobytes() == b"content"
+        assert not path.is_symlink()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="rights of another kind")
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_rights_do_not_depend_on_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        cache = DiskCache(tmp_path / "above" / "cache", 100_000)
+        put(cache, A, b"content")
+        cache.close()
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "above", cache.folder, cache.path(A))]
+    assert modes == [0o755 & ~umask, 0o700, 0o600]
+
+
 def test_a_full_disk_ends_the_keeping_and_nothing_else(cache, monkeypatch, caplog):
     def fail(self, name, facts, content):
         raise OSError(28, "No space left on device")
@@ -128,7 +191,7 @@ def test_a_full_disk_ends_the_keeping_and_nothing_else(cache, monkeypatch, caplo
     with caplog.at_level(logging.WARNING, "edge_runtime"):
         put(cache, A, b"content")
         put(cache, B, b"content")
-    assert caplog.text.count("No space left on device") == 1
+    assert caplog.text.count("the disk is full (") == 1
     assert not cache.has_room
     monkeypatch.undo()
 

@@ -224,7 +224,10 @@ def test_an_empty_file(hub, target):
 def test_a_full_disk_is_one_sentence(file, target):
     target.parent.mkdir()
     part_of(target, file).symlink_to("/dev/full")
-    with pytest.raises(DownloadError, match="is full; free some space and pull again"):
+    with pytest.raises(
+        DownloadError,
+        match=r"weights.bin cannot be written: the disk is full \(.* MB are free\); free some space and pull again",
+    ):
         download(file, target)
     assert not target.exists()
 

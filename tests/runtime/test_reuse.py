@@ -66,6 +66,33 @@ def test_the_same_question_again_computes_one_token_of_the_prompt(model, images)
     assert str(second) == str(first)
 
 
+def test_a_prompt_is_computed_anew_where_that_is_asked_for(model, images, encoded):
+    """Of memory only the visual tokens are taken; what was computed serves the next request."""
+    first = ask(model, images["tiny"], "What is it?")
+    anew = ask(model, images["tiny"], "What is it?", reuse=False)
+    assert (first.cached_tokens, anew.cached_tokens, len(encoded)) == (0, 0, 1)
+    assert str(anew) == str(first)
+    assert ask(model, images["tiny"], "What is it?").cached_tokens == first.prompt_tokens - 1
+
+
+def test_answers_to_one_prompt_compute_it_once_and_take_nothing_from_others(model, monkeypatch):
+    question = "Is this a longer question than most, whose prompt is worth waiting for?"
+    asked = model.chat(question, greedy=True, max_tokens=4)
+    rows = []
+    step = model._decoder.step
+    monkeypatch.setattr(
+        model._decoder,
+        "step",
+        lambda parts, *more: rows.append(sum(len(p.keys) for p in parts)) or step(parts, *more),
+    )
+    answers = model.chat_n(question, 3, seed=1, max_tokens=4, reuse=False)
+    assert answers[0].cached_tokens == 0
+    assert asked.prompt_tokens <= sum(rows) < 2 * asked.prompt_tokens + 20
+    rows.clear()
+    streams = [*model.submit(question, reuse=False, max_tokens=4), *model.submit(question, reuse=False, max_tokens=4)]
+    assert [stream.result().cached_tokens for stream in streams] == [0, 0], "nor from one that began beside it"
+
+
 def test_another_picture_of_the_same_size_is_another_picture(model, exact_folder, images, encoded):
     picture = Image.open(images["square"]).convert("RGB")
     other = picture.copy()

@@ -6,46 +6,21 @@ Run by `test_client_libraries` in a process of its own, as they leave connection
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+
+from server.asked import ANSWER, HELLO, QUESTION, SIGN, WEATHER, Sign
 
 URL = os.environ["EDGE_URL"]
-SIGN = Path(__file__).parents[2] / "examples" / "sign.png"
-URI = "data:image/png;base64," + base64.b64encode(SIGN.read_bytes()).decode()
-HELLO = [{"role": "user", "content": "Who are you?"}]
-PARTS = [{"type": "image_url", "image_url": {"url": URI}}, {"type": "text", "text": "What does it say?"}]
-ANSWER = "I am a tiny demo model."
 SCHEMA = {
     "type": "object",
     "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}},
     "required": ["a"],
     "additionalProperties": False,
 }
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Weather at a place.",
-        "parameters": {
-            "type": "object",
-            "properties": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
-            "required": ["days"],
-        },
-    },
-}
-
-
-class Sign(BaseModel):
-    """What a structured answer is to be."""
-
-    shape: bool
-    big: bool
 
 
 @pytest.fixture(params=["openai/demo", "hosted_vllm/demo", "ollama_chat/demo"])
@@ -61,7 +36,7 @@ def test_litellm_answers(ask: Any):
     assert ask().choices[0].message.content == ANSWER
     chunks = [chunk for chunk in ask(stream=True) if chunk.choices]
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ANSWER
-    assert ask(messages=[{"role": "user", "content": PARTS}]).choices[0].message.content == "CAFE"
+    assert ask(messages=QUESTION).choices[0].message.content == "CAFE"
 
 
 def test_litellm_keeps_schemas(ask: Any):

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 from fastapi import FastAPI
 
@@ -20,8 +22,9 @@ from edge_runtime.server.app import create_app
 from edge_runtime.server.running import Server
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import ServerState
+from server.asked import SIGN
 
-SIGN = Path(__file__).parents[2] / "examples" / "sign.png"
+__all__ = ["SIGN"]
 
 
 @dataclass
@@ -105,3 +108,22 @@ def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that end only when they are stopped, or at their `num_predict`."""
     monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: 40)
     monkeypatch.setattr("edge_runtime.streaming.RepetitionDetector.feed", lambda self, token_id: False)
+
+
+def openai_client(served: Served) -> openai.OpenAI:
+    plain = openai.DefaultHttpxClient(trust_env=False)
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60, http_client=plain)
+
+
+@pytest.fixture
+def ai(server: Served) -> Iterator[openai.OpenAI]:
+    """A client of the demo model."""
+    with openai_client(server) as client:
+        yield client
+
+
+@pytest.fixture
+def claude(server: Served) -> Iterator[anthropic.Anthropic]:
+    plain = anthropic.DefaultHttpxClient(trust_env=False)
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, http_client=plain) as client:
+        yield client

@@ -14,9 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_runtime.decoding_pool import Lease
 from edge_runtime.server import replies
 from edge_runtime.server.connections import GuardedConnection
-from edge_runtime.server.inference import DECODERS
+from edge_runtime.server.inference import MOST_DECODERS, TEXT_THREADS
+from edge_runtime.server.settings import Settings
 from server.attacking import (
     QUESTION,
     Serve,
@@ -33,8 +35,9 @@ from server.attacking import (
 
 # --- slow and vanishing clients ------------------------------------------------------------------------------------
 
-POOLS = ("AnyIO worker thread", "asyncio_", "edge-runtime pictures")
-MOST_POOLED = 40 + min(32, (os.cpu_count() or 1) + 4) + DECODERS  # AnyIO's limit, the event loop's, and ours
+POOLS = ("AnyIO worker thread", "asyncio_", "edge-runtime pictures", "edge-runtime texts", "edge-runtime decoding")
+OURS = TEXT_THREADS + Settings().max_queue + 2 * MOST_DECODERS
+MOST_POOLED = 40 + min(32, (os.cpu_count() or 1) + 4) + OURS  # AnyIO's limit, the event loop's, and ours
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: "])
@@ -111,17 +114,16 @@ def test_clients_that_vanish(serve: Serve, endless, stream):
 
 
 def test_pictures_of_a_client_that_has_left_are_not_decoded(serve: Serve, monkeypatch):
-    from edge_runtime import pipeline
+    served, ask, seen = serve(), Lease.ask, []
 
-    served, load, seen = serve(), pipeline.load_image, []
-
-    def slowly(*args: Any, **options: Any) -> Any:
-        seen.append(time.monotonic())
-        time.sleep(0.1)
-        return load(*args, **options)
+    def slowly(lease: Lease, request: Any, *args: Any, **options: Any) -> Any:
+        if request["op"] == "cut":
+            seen.append(time.monotonic())
+            time.sleep(0.1)
+        return ask(lease, request, *args, **options)
 
     post(served, "/api/chat", chat(options={"num_predict": 1}))
-    monkeypatch.setattr(pipeline, "load_image", slowly)
+    monkeypatch.setattr(Lease, "ask", slowly)
     question = {**QUESTION, "images": QUESTION["images"] * 12}
     for path, body in (
         ("/api/chat", chat(messages=[question])),

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import itertools
 import json
 from typing import Any
 
 import httpx
 import pytest
 
-from edge_runtime.requests import Progress
 from edge_runtime.server import llama_server
 from edge_runtime.server.errors import LLAMA_SERVER, api_of
 from edge_runtime.server.llama_server_facts import MEDIA_MARKER
-from edge_runtime.server.llama_server_replies import LlamaCompletions, PromptProgress
+from edge_runtime.server.llama_server_replies import LlamaCompletions
 from edge_runtime.server.llama_server_requests import LlamaCompletionRequest
 from edge_runtime.streaming import Piece
-from server.conftest import SIGN
+from server.asked import ANSWER
+from server.asked import PROMPT as HELLO
+from server.asked import SIGN_BASE64 as PICTURE
 from server.made_answers import made_answer, scored
 
-PICTURE = base64.b64encode(SIGN.read_bytes()).decode()
-HELLO = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-ANSWER = "I am a tiny demo model."
 FIELDS = {
     *("index", "content", "tokens", "id_slot", "stop", "model", "tokens_predicted", "tokens_evaluated"),
     *("generation_settings", "prompt", "has_new_line", "truncated", "stop_type", "stopping_word", "tokens_cached"),
@@ -183,7 +179,7 @@ def test_what_cannot_be_kept_is_refused_by_name(client, fields, name):
 
 
 def test_what_changes_no_answer_is_passed_over(client):
-    speed = {"cache_prompt": False, "id_slot": 3, "n_keep": -1, "n_discard": 5, "min_keep": 1, "sse_ping_interval": 5}
+    speed = {"id_slot": 3, "n_keep": -1, "n_discard": 5, "min_keep": 1, "sse_ping_interval": 5}
     off = {"mirostat": 0, "dry_multiplier": 0.0, "xtc_probability": 0, "top_n_sigma": -1, "dynatemp_range": 0.0}
     empty = {"lora": [], "samplers": [], "grammar": "", "post_sampling_probs": False, "t_max_predict_ms": -1}
     harmless = speed | off | empty | {"json_schema": None, "n_probs": 0}
@@ -236,47 +232,13 @@ def test_a_stream_says_what_a_whole_reply_says(client):
     assert {chunk["tokens_evaluated"] for chunk in chunks} == {whole["tokens_evaluated"]}
 
 
-@pytest.mark.parametrize("path", ["/completion", "/chat/completions"])
-def test_how_much_of_the_prompt_was_read(client, path):
-    text = f"Nobody has asked this before on {path}. " * 10
-    body = {"prompt": text} if path == "/completion" else {"messages": [{"role": "user", "content": text}]}
-    for _ in range(2):  # the second time most of it is known
-        told = [
-            chunk["prompt_progress"]
-            for chunk in streamed(client, path, **body, return_progress=True)
-            if "prompt_progress" in chunk
-        ]
-        assert told[0]["processed"] == told[0]["cache"]
-        assert told[-1]["processed"] == told[-1]["total"]
-        assert all(
-            a["processed"] < b["processed"] and a["time_ms"] <= b["time_ms"] for a, b in itertools.pairwise(told)
-        )
-    assert told[0]["cache"] == told[0]["total"] - 1
-    assert not any("prompt_progress" in chunk for chunk in streamed(client, path, **body))
-
-
-def test_progress_is_told_once():
-    progress = PromptProgress()
-    steps = [
-        Progress("encode", 0, 4, 0.0, 100, 20),
-        Progress("encode", 2, 4, 0.5, 100, 20),
-        Progress("prefill", 0, 80, 0.0, 100, 20),
-        Progress("prefill", 40, 80, 0.5, 100, 20),
-        Progress("prefill", 40, 80, 0.5, 100, 20),
-        Progress("prefill", 80, 80, 1.0, 100, 20),
-    ]
-    found = [told for step in steps if (told := progress.more(step)) is not None]
-    assert [told["processed"] for told in found] == [20, 60, 100]
-    assert progress.more(None) is None
-
-
 def test_a_piece_of_several_tokens_is_several_chunks():
     replies = LlamaCompletions("demo", {}, ["Hi"], 512, n_top=1, tells_ids=True)
     piece = Piece("é", "answer", (scored("\u00c3"), scored("\u00a9")))
-    chunks = [*replies.piece(0, piece, None)]
+    chunks = [*replies.piece(0, piece)]
     assert [chunk["content"] for chunk in chunks] == ["", "é"]
     assert [chunk["tokens_predicted"] for chunk in chunks] == [1, 2]
-    assert [*replies.piece(0, Piece("", "answer"), None)] == []
+    assert [*replies.piece(0, Piece("", "answer"))] == []
 
 
 def test_an_answer_that_fills_the_context_is_truncated():

@@ -296,8 +296,10 @@ def test_what_uploads_leave_behind_is_removed(serve, own_store):
         f"sha256-{'a' * 64}": (9 * day, True),
         f"sha256-{'b' * 64}": (day + 60, False),
         f"sha256-{'c' * 64}": (day - 3600, True),
+        f"sha256-{'f' * 64}": (30 * 365 * day, True),  # a clock was set: its time begins now
+        f"sha256-{'9' * 64}": (-30 * 365 * day, True),
         f".{'d' * 64}.0123abcd": (3700, False),
-        f".{'e' * 64}.0123abcd": (3000, True),
+        f".{'e' * 64}.0123abcd": (-3000, False),  # nobody holds it, whatever its age
         "notes.txt": (9 * day, True),
     }
 
@@ -314,6 +316,8 @@ def test_what_uploads_leave_behind_is_removed(serve, own_store):
         write()
         serve()  # as any server does when it starts
         assert left() == stays
+        for digit in "f9":
+            assert abs((root / f"sha256-{digit * 64}").stat().st_mtime - time.time()) < 600
         write()
         unread = root.parent / "names" / "other.json"
         unread.write_text('{"format": 99}')  # of a later version: it may need any file

@@ -31,6 +31,12 @@ class Machine:
         self.hold = threading.Event()
         self.hold.set()
         self.fail: Exception | None = None
+        self.changed: set[str] = set()
+        """Loaded files that were written to since."""
+
+    def check(self, file: str) -> None:
+        if file in self.changed:
+            raise ModelFileError(f"{file} was written to.")
 
     def load(self, paths: Any, options: Any) -> Any:
         self.hold.wait(10)
@@ -42,7 +48,8 @@ class Machine:
         file = paths.decoder.name
         self.loads.append(file)
         self.adapters.append(options.adapters)
-        return SimpleNamespace(close=lambda: self.close(file), n_ctx=512)
+        self.changed.discard(file)
+        return SimpleNamespace(close=lambda: self.close(file), check_usable=lambda: self.check(file), n_ctx=512)
 
     def close(self, name: str) -> None:
         self.free += GIGABYTE
@@ -127,6 +134,29 @@ def test_a_model_that_nobody_waits_for_any_more_expires(machine):
         await found.close()
 
     asyncio.run(all_leave())
+
+
+def test_a_model_whose_files_were_written_to_is_loaded_anew(machine):
+    """At once where nobody uses it; else beside the old one, which goes with its last user."""
+
+    async def written_to() -> None:
+        found = registry(models=("a",))
+        await use(found, "a")
+        machine.changed.add("a")
+        await use(found, "a")
+        assert (machine.loads, machine.closes) == (["a", "a"], ["a"])
+        async with found.use("a") as old:
+            machine.changed.add("a")
+            async with found.use("a") as new:
+                assert new.model is not old.model
+                assert machine.closes == ["a"]
+        await until(lambda: machine.closes == ["a", "a"])
+        assert names(found) == ["a"]
+        await found.close()
+        assert len(machine.loads) == len(machine.closes) == 3
+        assert machine.free == 10 * GIGABYTE
+
+    asyncio.run(written_to())
 
 
 async def until(condition: Any) -> None:

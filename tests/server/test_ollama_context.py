@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from edge_runtime.server.ollama_context import MOST_IDS, ids_of, messages_of
 from edge_runtime.store import find_model
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import GGUFFile
-from server.conftest import SIGN
+from server.asked import SIGN_BASE64 as PICTURE
 
-PICTURE = base64.b64encode(SIGN.read_bytes()).decode()
 MUCH = 100_000
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import os
@@ -14,9 +13,8 @@ from typing import Any
 import ollama
 import pytest
 
+from server.asked import SIGN_BASE64 as PICTURE
 from server.conftest import SIGN
-
-PICTURE = base64.b64encode(SIGN.read_bytes()).decode()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import httpx
 import ollama
 import pytest
 
+from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.errors import EngineBusy, ImageError, MessageError, PromptTooLongError
 from edge_runtime.requests import Progress
 from edge_runtime.server import models
@@ -110,6 +111,7 @@ def test_what_is_asked_of_the_model(scripted):
     }
     chat(client, options={**options, "seed": -1, "mirostat": 2}, think="low", logprobs=True, top_logprobs=3)
     asked = model.asked[-1][1]
+    assert isinstance(asked.pop("decoders"), DecoderPool)
     assert asked.pop("pixel_limit") > 1_000_000
     assert asked.pop("video_limits").most_bytes == asked.pop("file_limit_bytes") > 1_000_000
     assert asked.pop("page_limit") == Settings().max_pages == 100

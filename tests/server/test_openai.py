@@ -15,53 +15,12 @@ import pytest
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from PIL import Image
-from pydantic import BaseModel
 
 from edge_runtime.server.settings import Settings
-from server.conftest import SIGN, Served, running
+from server.asked import ANSWER, CLOCK, HELLO, PICTURE, PROMPT, QUESTION, URI, WEATHER, Sign
+from server.conftest import Served, openai_client, running
 from server.test_openai_replies import read, read_text_chunk
 from server.test_responses_events import checked, read_response
-
-URI = "data:image/png;base64," + base64.b64encode(SIGN.read_bytes()).decode()
-PICTURE = {"type": "image_url", "image_url": {"url": URI}}
-QUESTION = [{"role": "user", "content": [PICTURE, {"type": "text", "text": "What does it say?"}]}]
-HELLO = [{"role": "user", "content": "Who are you?"}]
-ANSWER = "I am a tiny demo model."
-PROMPT = "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""The same as the chat template writes it, for completions have none."""
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Weather at a place.",
-        "parameters": {
-            "type": "object",
-            "properties": {"days": {"type": "integer", "minimum": 1, "maximum": 9}},
-            "required": ["days"],
-            "additionalProperties": False,
-        },
-    },
-}
-CLOCK = {"type": "function", "function": {"name": "clock"}}
-
-
-class Sign(BaseModel):
-    """What a structured answer is to be."""
-
-    shape: bool
-    count: int
-
-
-def openai_client(served: Served) -> openai.OpenAI:
-    plain = openai.DefaultHttpxClient(trust_env=False)
-    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=60, http_client=plain)
-
-
-@pytest.fixture
-def ai(server: Served) -> Iterator[openai.OpenAI]:
-    """A client of the demo model."""
-    with openai_client(server) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from edge_runtime.server.errors import RequestError
-from server.test_openai_requests import SCHEMA, chat, responses
+from server.openai_bodies import SCHEMA, chat, responses
 
 ROUTES: dict[str, dict[str, Any]] = {
     "chat/completions": {"messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 60},

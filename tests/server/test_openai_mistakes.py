@@ -5,22 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import openai
 import pytest
 
 from edge_runtime.errors import EngineBusy, ImageError
 from edge_runtime.server import responses, sse
+from edge_runtime.server.chunks import Telling
 from edge_runtime.server.errors import TimedOut
 from edge_runtime.server.inference import Answering, Heartbeat
 from edge_runtime.server.responses_events import ResponseEvents
 from edge_runtime.server.responses_requests import ResponsesRequest
 from edge_runtime.streaming import Piece
-from server.test_openai import HELLO, ai
+from server.asked import HELLO
 from server.test_responses_events import checked
-
-__all__ = ["ai"]
 
 
 def test_embeddings_are_refused(ai):
@@ -128,7 +128,8 @@ async def collected(lines: AsyncIterator[str]) -> list[str]:
 )
 def test_a_response_that_fails_says_so(error, code, caplog):
     typed = ResponseEvents(ResponsesRequest(input="Hi"), "demo")
-    lines = asyncio.run(collected(responses._lines(Failing(error).__aiter__(), typed)))
+    telling = Telling(cast("Answering", SimpleNamespace(tells_progress=False)), times=False)
+    lines = asyncio.run(collected(responses._lines(Failing(error).__aiter__(), typed, telling)))
     assert sse.BEAT in lines
     events = [checked(json.loads(line.split("data: ", 1)[1])) for line in lines if line != sse.BEAT]
     assert [event.type for event in events[-2:]] == ["response.output_item.done", "response.failed"]

@@ -140,8 +140,10 @@ def test_offsets_stay_in_the_text(text, parts, offsets):
     (choice,) = texts.whole([answer], ["Say: "], usage([answer]))["choices"]
     assert choice["logprobs"]["text_offset"] == [5 + at for at in offsets]
     assert choice["logprobs"]["tokens"][0] == "bytes:\\xf0\\x9f", "unlike the other half of it"
-    [*texts.begin(0, "Say: ")]
-    streamed = [texts.piece(0, Piece("", "answer", (score,)))["choices"][0]["logprobs"] for score in scores]
+    texts.echoed = ["Say: "]
+    [*texts.begin()]
+    chunks = [chunk for score in scores for chunk in texts.piece(0, Piece("", "answer", (score,)))]
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
     assert [logprobs["text_offset"] for logprobs in streamed] == [[5 + at] for at in offsets]
 
 
@@ -190,7 +192,11 @@ def test_completions():
 def test_a_stream_of_completions():
     texts = TextCompletions("demo", include_usage=True)
     answer = made_answer(SCORED)
-    chunks = [*texts.begin(0, "Say: "), *(texts.piece(0, piece) for piece in SCORED[1:]), texts.end(0, answer)]
+    texts.echoed = ["Say: "]
+    chunks = [*texts.begin()]
+    for piece in SCORED:
+        chunks += texts.piece(0, piece)
+    chunks += [texts.end(0, answer)]
     chunks += texts.usage([answer])
     parsed = [read_text_chunk(chunk) for chunk in chunks]
     assert [choice.text for chunk in parsed for choice in chunk.choices] == ["Say: ", "A ", "dog.", ""]

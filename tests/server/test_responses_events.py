@@ -21,8 +21,8 @@ from server.test_openai_replies import read, unknown_fields
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}}
-OURS = {"store", "bytes"}
-"""Fields that OpenAI's server sends and its types lack: of a response, and of log probabilities in events."""
+OURS = {"store", "bytes", "timings"}
+"""Fields that its types lack: OpenAI's own of responses, and of log probabilities in events; and times."""
 
 
 def request(**fields: Any) -> ResponsesRequest:

@@ -16,11 +16,8 @@ from edge_runtime.server.errors import RequestError
 from edge_runtime.server.responses_items import listed_items, page
 from edge_runtime.server.responses_store import NotKept, PreviousNotKept, ResponseStore, owner_of
 from server.conftest import Served
-from server.test_openai import ai
 from server.test_openai_replies import unknown_fields
 from server.test_responses_events import read_response
-
-__all__ = ["ai"]
 
 ITEM: Any = TypeAdapter(ResponseItem)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 
 import httpx
@@ -11,10 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from edge_runtime.server.inference import Outcome
 from edge_runtime.server.metrics import MOST_NAMES, OTHERS, Metrics
-from server.conftest import SIGN, Served
+from server.asked import SIGN_BASE64 as PICTURE
+from server.conftest import Served
 from server.made_answers import made_answer
-
-PICTURE = base64.b64encode(SIGN.read_bytes()).decode()
 
 
 def numbers(served: Served) -> dict[str, float]:

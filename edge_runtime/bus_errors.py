@@ -1,0 +1,245 @@
+"""A mapped file that is cut short while it is read → a sentence on stderr before the process ends.
+
+Whoever reads a page of a mapped file that is not there any more gets SIGBUS, which ends the process without a word.
+Python cannot handle it: its handlers run between two of its instructions, and the one at work never ends. Nor may a
+handler wait for the interpreter's lock, as the thread that was hit may be one of a kernel whose caller holds it. So
+the handler is a few instructions of machine code, made by llvmlite, which numba brings: it looks the address up in a
+table, writes a text that was prepared, puts the handler from before back and returns; the same instruction then ends
+the process as ever. It calls nothing but `write`, `sigaction` and `raise`, which POSIX allows there.
+
+Linux and macOS. Windows lets nobody cut a file that is mapped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+MOST_RANGES = 512
+"""Of memory that the table holds; what comes beyond gets the text for all."""
+_LOST = "was cut short while it was in use, or its disk fails"
+_SI_CODE = 8  # bytes into siginfo_t, on both systems
+_SI_ADDR = 24 if sys.platform == "darwin" else 16 if ctypes.sizeof(ctypes.c_void_p) == 8 else 12
+_FLAGS = 0x0041 if sys.platform == "darwin" else 0x08000004  # SA_SIGINFO | SA_ONSTACK
+RESTORE = (
+    "Put the file back, or pull or convert it again; replace model files by renaming, never by writing into one that "
+    "is in use."
+)
+"""What to do about a model file."""
+
+
+class _Range(ctypes.Structure):
+    _fields_ = [
+        ("begin", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("text", ctypes.c_uint64),
+        ("n", ctypes.c_uint64),
+    ]
+
+
+class _Action(ctypes.Structure):
+    """`struct sigaction`, with room for more than any system has."""
+
+    _fields_ = (
+        [
+            ("handler", ctypes.c_void_p),
+            ("mask", ctypes.c_uint32),
+            ("flags", ctypes.c_int),
+            ("room", ctypes.c_char * 64),
+        ]
+        if sys.platform == "darwin"
+        else [
+            ("handler", ctypes.c_void_p),
+            ("mask", ctypes.c_char * 128),
+            ("flags", ctypes.c_int),
+            ("restorer", ctypes.c_void_p),
+            ("room", ctypes.c_char * 64),
+        ]
+    )
+
+
+class _Watch:
+    """The table, the handler, and what must stay where it is as long as the process lives."""
+
+    def __init__(self) -> None:
+        self.ranges = (_Range * (MOST_RANGES + 1))()
+        """The last one is of no range: its text is for addresses that no other holds."""
+        self.names: list[str] = [""] * MOST_RANGES
+        self.before, self.is_told = _Action(), ctypes.c_uint32(0)
+        self.texts: dict[bytes, bytes] = {}
+        self.lock = threading.RLock()  # forgetting may come from the collector at any place
+        self.engine, address = _machine_code(self.ranges, self.before, self.is_told)
+        self.action = _Action(handler=address, flags=_FLAGS)
+        self.sigaction = _libc().sigaction
+        os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self.lock = threading.RLock()
+
+    def install(self) -> None:
+        """Take the signal; whatever handles it now comes after."""
+        now = _Action()
+        self.sigaction(signal.SIGBUS, None, ctypes.byref(now))
+        if now.handler != self.action.handler:
+            self.before = _copy(now, self.before)
+            self.sigaction(signal.SIGBUS, ctypes.byref(self.action), None)
+
+    def add(self, begin: int, n_bytes: int, path: Path, advice: str) -> int | None:
+        """Enter a range; returns its place."""
+        with self.lock:
+            place = next((i for i, name in enumerate(self.names) if not name), None)
+            if place is not None:
+                self.names[place] = str(path)
+                self._write(
+                    self.ranges[place], f"{_shown(path)} {_LOST}; the process ends, as it cannot go on. {advice}"
+                )
+                self.ranges[place].begin, self.ranges[place].end = begin, begin + n_bytes
+            self._tell_all()
+            self.install()
+            return place
+
+    def remove(self, place: int) -> None:
+        """Forget a range."""
+        with self.lock:
+            self.ranges[place].end = 0
+            self.names[place] = ""
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        names = sorted({_shown(Path(name)) for name in self.names if name})
+        files = f"one of {', '.join(names)} {_LOST}, or " if names else ""
+        what = f"memory is gone that was in use: {files}there is no room for shared memory; the process ends."
+        self._write(self.ranges[MOST_RANGES], what)
+
+    def _write(self, entry: _Range, what: str) -> None:
+        text = f"\nedge-runtime: {what}\n".encode("utf-8", "replace")
+        text = self.texts.setdefault(text, text)  # for ever: a handler may be reading it
+        place = ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p).value
+        assert place is not None
+        entry.n = min(entry.n, len(text))  # never more than there is, whichever of the two a handler sees
+        entry.text, entry.n = place, len(text)
+
+
+def _shown(path: Path) -> str:
+    return "".join(c if c.isprintable() else "?" for c in str(path))
+
+
+def _copy(source: _Action, target: _Action) -> _Action:
+    ctypes.memmove(ctypes.byref(target), ctypes.byref(source), ctypes.sizeof(_Action))
+    return target
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _machine_code(ranges: Any, before: _Action, is_told: ctypes.c_uint32) -> tuple[Any, int]:
+    """The handler: (whatever keeps its code in memory, its address)."""
+    import llvmlite.binding as llvm
+    from llvmlite import ir
+
+    module = ir.Module("edge_runtime_bus_errors")
+    module.triple = llvm.get_process_triple()
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32), pointer, pointer])
+    handler = ir.Function(module, kind, "edge_runtime_on_bus_error")
+    _write_handler(ir, handler, ctypes.addressof(ranges), ctypes.addressof(before), ctypes.addressof(is_told))
+    with contextlib.suppress(RuntimeError):  # newer ones have it done
+        llvm.initialize()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(str(module)), machine)
+    engine.finalize_object()
+    return engine, engine.get_function_address(handler.name)
+
+
+def _write_handler(ir: Any, handler: Any, ranges: int, before: int, is_told: int) -> None:
+    """Body of `handler(signal, info, context)`; ranges, before, is_told : addresses."""
+    word, i32, i8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+    number = i32(int(signal.SIGBUS))
+    names = ("entry", "looking", "next", "found", "tell", "leave", "again", "end")
+    entry, looking, next_one, found, tell, leave, again, end = map(handler.append_basic_block, names)
+    build = ir.IRBuilder(entry)
+
+    def at(address: Any, kind: Any) -> Any:
+        return build.inttoptr(address, kind.as_pointer())
+
+    def member(n: int) -> Any:
+        return build.load(at(build.add(place, word(8 * n)), word))
+
+    def call(name: str, result: Any, *arguments: Any) -> None:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = word(ctypes.cast(getattr(_libc(), name), ctypes.c_void_p).value)
+        build.call(build.inttoptr(function, kind.as_pointer()), arguments)
+
+    info = build.ptrtoint(handler.args[1], word)
+    code = build.load(at(build.add(info, word(_SI_CODE)), i32))
+    address = build.load(at(build.add(info, word(_SI_ADDR)), word))
+    # On macOS the code does not tell whether somebody sent the signal.
+    was_sent = ir.Constant(ir.IntType(1), 0) if sys.platform == "darwin" else build.icmp_signed("<=", code, i32(0))
+    build.cbranch(was_sent, leave, looking)
+
+    build.position_at_end(looking)
+    i = build.phi(word)
+    place = build.add(word(ranges), build.mul(i, word(ctypes.sizeof(_Range))))
+    is_inside = build.and_(
+        build.icmp_unsigned("<=", member(0), address), build.icmp_unsigned("<", address, member(1))
+    )
+    build.cbranch(build.or_(is_inside, build.icmp_unsigned("==", i, word(MOST_RANGES))), found, next_one)
+    build.position_at_end(next_one)
+    i.add_incoming(word(0), entry)
+    i.add_incoming(build.add(i, word(1)), next_one)
+    build.branch(looking)
+
+    build.position_at_end(
+        found
+    )  # of several threads one tells; the others are hit again until the old handler is back
+    was_told = build.atomic_rmw("xchg", at(word(is_told), i32), i32(1), "seq_cst")
+    build.cbranch(build.icmp_unsigned("==", was_told, i32(0)), tell, end)
+    build.position_at_end(tell)
+    call("write", word, i32(2), at(member(2), i8), member(3))
+    build.branch(leave)
+
+    build.position_at_end(leave)
+    call("sigaction", i32, number, at(word(before), i8), ir.Constant(i8.as_pointer(), None))
+    build.cbranch(was_sent, again, end)
+    build.position_at_end(again)  # what somebody sent does not come again by itself
+    call("raise", i32, number)
+    build.branch(end)
+    build.position_at_end(end)
+    build.ret_void()
+
+
+@cache
+def _watch() -> _Watch | None:
+    if sys.platform not in ("linux", "darwin"):
+        return None
+    return _Watch()
+
+
+def watch_memory(begin: int, n_bytes: int, path: Path, advice: str = RESTORE) -> Callable[[], None]:
+    """Have it told on stderr when a file turns out to be cut short while it is read through memory.
+
+    Parameters
+    ----------
+    begin, n_bytes : where it is mapped.
+    path : named in the sentence.
+    advice : ends it.
+
+    Returns
+    -------
+    forget : to be called before that memory is something else.
+    """
+    watch = _watch()
+    place = None if watch is None else watch.add(begin, n_bytes, path, advice)
+    return (lambda: None) if watch is None or place is None else lambda: watch.remove(place)
