@@ -12,7 +12,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -278,6 +278,21 @@ class Inference:
             answering.outcome.started = started
             self._watch(answering)
             return answering
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count work that is none of a model's, and takes a processor all the same, among the open calls.
+
+        Raises
+        ------
+        EngineBusy
+            As `begin`.
+        """
+        leave = self._places.take(asking())
+        try:
+            yield
+        finally:
+            leave()
 
     def check_answers(self, n: int) -> None:
         """Look at how many answers are asked for, before room is made for so many.

@@ -54,8 +54,10 @@ async def tokenize(body: TokenizeRequest, state: State) -> Response:
     most = state.settings.max_tokenize_bytes
     if (n_bytes := len(body.content.encode("utf-8", "surrogatepass"))) > most:
         raise TooLarge(f"content has {n_bytes} bytes, at most {most} are cut into tokens; send it in pieces.")
-    async with state.registry.use(body.model) as use:
-        return await run_in_threadpool(_tokens, use.model, body)
+    with state.inference.admitted():
+        async with state.registry.use(body.model) as use:
+            reply = await run_in_threadpool(_tokens, use.model, body)
+    return reply
 
 
 def _tokens(model: Model, body: TokenizeRequest) -> Response:
@@ -68,8 +70,10 @@ def _tokens(model: Model, body: TokenizeRequest) -> Response:
 @router.post("/detokenize", response_model=None, responses={200: {"content": {"application/json": {}}}})
 async def detokenize(body: DetokenizeRequest, state: State) -> Response:
     """Put tokens together to text."""
-    async with state.registry.use(body.model) as use:
-        return await run_in_threadpool(_text, use.model, body.tokens)
+    with state.inference.admitted():
+        async with state.registry.use(body.model) as use:
+            reply = await run_in_threadpool(_text, use.model, body.tokens)
+    return reply
 
 
 def _text(model: Model, ids: list[int]) -> Response:

@@ -36,6 +36,26 @@ def test_values_are_counted_outside_of_strings():
             read(body)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1 << 18])
+def test_values_are_counted_piece_by_piece(monkeypatch, size):
+    """Wherever a body is cut: escapes, quotes and runs of backslashes belong together."""
+    monkeypatch.setattr(json_bodies, "PIECE_BYTES", size)
+    texts = ["", ",", '"', "\\", '\\"', '",', "[{\\\\", 'a\\\\",[', "\n,", "\u0022", "\\" * 9 + ","]
+    for one in texts:
+        for other in texts:
+            body = json.dumps({one: [other, 1, {"a": one + other}]}).encode()
+            assert json_bodies._n_values(body, 1000) == 5, body
+    assert json_bodies._n_values(b"[[[[[[" + b"\\" * 5, 3) >= 4
+
+
+def test_a_large_body_holds_nobody_up():
+    """40 MB of escapes: no step of the count is long."""
+    body = b'{"a":"' + b'\\"' * 20_000_000 + b",[[," * 200_000 + b'"}'
+    started = time.process_time()
+    assert json_bodies._n_values(body, 100_000) == 1
+    assert time.process_time() - started < 1.5  # it took 3 s in a single one
+
+
 @pytest.mark.parametrize("opening, closing", [("[", "]"), ('{"a":', "}")])
 def test_nesting_is_counted(opening, closing):
     def nested(n: int) -> bytes:

@@ -201,6 +201,17 @@ def test_one_client_does_not_fill_the_queue(serve: Serve, endless):
     assert post(served, "/api/chat", chat(options={"num_predict": 3})).status_code == 200
 
 
+def test_cutting_text_takes_a_place_in_the_queue(serve: Serve):
+    served = serve(max_queue=1)
+    with served.state.inference.admitted():
+        for path, body in (("/tokenize", {"content": "a"}), ("/detokenize", {"tokens": [40]})):
+            reply = post(served, path, body)
+            assert reply.status_code == 429
+            assert "1 requests are waiting or running" in reply.json()["error"]["message"]
+    assert post(served, "/tokenize", {"content": "a"}).status_code == 200
+    assert is_idle(served)
+
+
 # --- time ----------------------------------------------------------------------------------------------------------
 
 
