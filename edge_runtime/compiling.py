@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from edge_runtime.effort import Effort
-from edge_runtime.errors import BackendUnavailable
+from edge_runtime.errors import BackendUnavailable, MessageError
 
 OPTIONS: dict[str, Any] = {
     # One blank at most: an answer of blanks would be valid without end.
@@ -48,7 +48,10 @@ def load_llguidance() -> Any:
 def grammar_text(schema: str, *, one_of_is_any_of: bool = False) -> str:
     """The grammar of a schema that was checked and bounded."""
     options = {**OPTIONS, "coerce_one_of": one_of_is_any_of}
-    text: str = load_llguidance().LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    try:
+        text: str = load_llguidance().LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    except ValueError as error:
+        raise MessageError(f"The schema cannot be read ({str(error)[:200]}); correct it.") from None
     return text
 
 
