@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LONGEST_END = 4096  # tokens of the shortest way to an end; beyond it there is taken to be none
 FEW = 3  # bytes that are looked at one by one, before all are
 RUN = 16  # bytes of a long string that are looked at together
-MOST_TRIED = 5000  # steps on ways to a key or item that is not there yet; then there is taken to be none
+MOST_TRIED = 1500  # steps on ways to a key or item that is not there yet; then there is taken to be none
 # Where there is a choice, a text ends soonest with a closing bracket, then with plain values, then with brackets.
 _OUTSIDE = (b'}],:"0123456789-.ntfaelrsu+E[{ ', b'}],:"0123456789-.ntfaelrsu+E{[ ')
 _PLAIN = bytes(b for b in range(32, 127) if b not in b'"\\')
@@ -263,10 +263,10 @@ class _Ending:
         position = self._trail.position
         taken = position.next_of_items
         # Another order at every place, or a pattern that allows a byte again and again would never end; and for every
-        # item, so that the first one that is tried is mostly new.
+        # item, so that the first one that is tried is mostly new. A point comes before an exponent: 0 has no other.
         if position.in_string:
             return _apart(b'"' + _turned(_INSIDE[1:], 7 * position.length + 5 * position.n_outer_items), taken)
-        return _apart(b"}],:" + _turned(b"123456789", position.n_outer_items) + b'"ntfaelrsu0.-+E{[', taken)
+        return _apart(b"}],:" + _turned(b"123456789", position.n_outer_items) + b'"ntfa.elrsu0-+E{[', taken)
 
 
 def _apart(order: bytes, taken: Iterable[int]) -> list[int]:

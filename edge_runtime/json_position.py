@@ -118,6 +118,8 @@ class JsonPosition:
         """Whether the item of an open array could become one that is there already."""
         if not self._n_unique:
             return False
+        if any(opened.seen is not None and opened.place.is_scarce for opened in self._opened):
+            return True
         return any(  # numbers have several spellings: -0 and 0.0 are 0
             self.in_number or written.startswith(self._text[opened.start :])
             for opened in self._opened
@@ -170,7 +172,7 @@ class JsonPosition:
         if not self.in_string and self._opened:
             innermost = self._opened[-1]
             if byte in (COMMA, CLOSE_ARRAY) and innermost.seen is not None:
-                if not self._end_item(innermost):
+                if not self._end_item(innermost) or (byte == COMMA and self._leaves_none()):
                     return False
             elif byte == COMMA:
                 self._opened = (*self._opened[:-1], replace(innermost, n_items=innermost.n_items + 1))
@@ -212,6 +214,11 @@ class JsonPosition:
         ended = replace(array, n_items=array.n_items + 1, seen=array.seen | {spelled}, written=(*array.written, item))
         self._opened = (*self._opened[:-1], ended)
         return True
+
+    def _leaves_none(self) -> bool:
+        """Whether an array that goes on with a comma has taken what a later item needs."""
+        array = self._opened[-1]
+        return array.seen is not None and not array.place.leaves_enough(array.n_items, array.seen)
 
     def _repeats_item(self) -> bool:
         """Whether a string, object or array that has just ended is an item that its array has."""

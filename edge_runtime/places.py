@@ -7,10 +7,15 @@ what is checked is at most narrower than what was asked for.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+MOST_SCARCE = 64
+"""Items of an array that are looked at together, and values that they may have."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,33 @@ class Place:
         """Items of an array here that have schemas of their own."""
         return max((len(schema.get("prefixItems", ())) for schema in self.schemas), default=0)
 
+    @cached_property
+    def _scarce(self) -> list[frozenset[str] | None]:
+        """Values that the items may have which an array here must hold; None where they are many.
+
+        Empty where they all draw on the same, or where several schemas may apply.
+        """
+        arrays = [schema for schema in self.schemas if {"items", "prefixItems", "uniqueItems"} & schema.keys()]
+        if len(arrays) != 1 or not self.has_unique_items or "prefixItems" not in arrays[0]:
+            return []
+        first, rest = arrays[0]["prefixItems"], arrays[0].get("items", True)
+        n = min(int(arrays[0].get("minItems", 0)), MOST_SCARCE)
+        return [_few_values(self.root, first[i] if i < len(first) else rest, 0) for i in range(n)]
+
+    @property
+    def is_scarce(self) -> bool:
+        """Whether an item that is new may still leave none for a later one."""
+        return any(values is not None for values in self._scarce)
+
+    def leaves_enough(self, n_items: int, seen: frozenset[str]) -> bool:
+        """Whether the items that must follow can all be new, and differ from one another.
+
+        Parameters
+        ----------
+        n_items, seen : of the array so far: how many, and the items in their canonical spelling.
+        """
+        return _can_differ([values - seen for values in self._scarce[n_items:] if values is not None])
+
     def item(self, index: int) -> Place:
         """The place of an array's item."""
         found = []
@@ -68,6 +100,42 @@ class Place:
             ]
             found += named or [schema.get("additionalProperties")]
         return self._at(self.root, found)
+
+
+def _few_values(root: dict[str, Any], schema: Any, depth: int) -> frozenset[str] | None:
+    """The values that are valid under a schema, each in its canonical spelling; None where they are not listed."""
+    if not isinstance(schema, dict) or depth > MOST_SCARCE or {"allOf", "not"} & schema.keys():
+        return None
+    if "enum" in schema or "const" in schema:
+        listed: list[Any] = schema["enum"] if "enum" in schema else [schema["const"]]
+        return frozenset(canonical(json.dumps(value).encode()) for value in listed)
+    if schema.get("type") in ("boolean", "null"):
+        return frozenset(("true", "false") if schema["type"] == "boolean" else ("null",))
+    if schema.get("type") == "integer" and {"minimum", "maximum"} <= schema.keys():
+        low, high = math.ceil(schema["minimum"]), math.floor(schema["maximum"])
+        return frozenset(map(str, range(low, high + 1))) if high - low < MOST_SCARCE else None
+    branches: list[Any] = schema.get("anyOf") or schema.get("oneOf") or []
+    if "$ref" in schema:
+        branches = [*branches, _target(root, schema["$ref"])]
+    found = [_few_values(root, branch, depth + 1) for branch in branches]
+    if not found or any(values is None for values in found):
+        return None
+    return frozenset[str]().union(*(values for values in found if values is not None))
+
+
+def _can_differ(choices: list[frozenset[str]]) -> bool:
+    """Whether one value can be taken from each of several sets, no value twice: a matching in a bipartite graph."""
+    taken_by: dict[str, int] = {}
+
+    def place(i: int, tried: set[str]) -> bool:
+        for value in choices[i] - tried:
+            tried.add(value)
+            if value not in taken_by or place(taken_by[value], tried):
+                taken_by[value] = i
+                return True
+        return False
+
+    return all(place(i, set()) for i in range(len(choices)))
 
 
 def _may_match(pattern: str, key: str) -> bool:

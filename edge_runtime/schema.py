@@ -27,6 +27,7 @@ PATTERN_MAX_LENGTH = 128  # the same, where a pattern or format may not let a st
 DEFAULT_MAX_ITEMS = 64
 LARGEST_INTEGER = 2**53 - 1  # JSON readers that know only floats still tell all up to this apart
 MAX_SCHEMA_BYTES = 1 << 20
+MOST_DIGITS = 300  # of a whole number
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def bound_schema(
         raise MessageError(f"The schema is of type {type(schema).__name__}; expected a JSON schema as a mapping.")
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-        root = json.loads(text)
+        text.encode()  # halves of surrogate pairs are no characters
+        root = json.loads(text, parse_int=_finite)
     except (TypeError, ValueError, RecursionError) as error:
         raise MessageError(
             f"The schema is not JSON data ({error}); expected mappings, lists and plain values."
@@ -88,6 +90,13 @@ def bound_schema(
     for array in walk.unique:
         array["uniqueItems"] = True
     return BoundedSchema(text, root, bool(walk.unique), walk.is_open, dialect.notes)
+
+
+def _finite(digits: str) -> int:
+    """Read a whole number that a float can come near, as readers of JSON want it."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits is beyond any float")
+    return int(digits)
 
 
 class _Walk:

@@ -158,6 +158,8 @@ def _check(name: str, value: Any) -> None:
     ):
         expected = f"a list of 1 to {MOST_CHOICES} texts" if name == "choices" else "a text"
         raise MessageError(f"{name} is {str(value)[:60]!r}; expected {expected}, not empty.")
+    if name != "choices" and any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise MessageError(f"{name} has half of a surrogate pair, which is no character; expected whole ones.")
     if sum(map(len, texts)) > MOST_CHARACTERS:
         raise MessageError(f"{name} has more than {MOST_CHARACTERS} characters, which is the limit.")
 
