@@ -204,7 +204,7 @@ def main(most_bytes: int) -> None:
     sandbox.be_ended_first()
     sandbox.be_less_urgent()
     held = {
-        "memory": sandbox.limit_memory(most_bytes),
+        "memory": sandbox.limit_resources(most_bytes),
         "files": sandbox.give_up_files(),
         "network": sandbox.give_up_system_calls(),
     }

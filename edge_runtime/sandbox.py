@@ -1,4 +1,4 @@
-"""What a process that decodes foreign files gives up before it opens the first: memory, network, files, programs.
+"""What a process for foreign files and templates gives up before it sees the first: memory, network, files, programs.
 
 Limits of memory hold on Linux (and as far as macOS keeps them), the rest on Linux alone, with its two ways for
 processes without privileges: a seccomp filter refuses system calls (sockets, programs, other processes), Landlock
@@ -66,17 +66,17 @@ _CLONE, _CLONE3 = (56, 220), 435
 _CLONE_THREAD = 0x10000
 _X32 = 0x40000000  # x86-64's other numbering, which would pass by the list
 
-_SYSTEM = ("/usr", "/lib", "/lib64", "/etc/fonts", "/sys/devices/system/cpu", "/dev/null", "/dev/urandom")
-"""What libraries read while they work: fonts that a PDF does not bring, the number of processors."""
+_SYSTEM = ("/usr", "/lib", "/lib64", "/etc/fonts", "/etc/localtime", "/sys/devices/system/cpu", "/dev/null", "/dev/urandom")
+"""What libraries read while they work: fonts that a PDF does not bring, the time zone, the number of processors."""
 
 
-def limit_memory(most_bytes: int) -> bool:
-    """Limit the address space of this process, and write no core file; whether the system does that."""
+def limit_resources(most_bytes: int) -> bool:
+    """Limit the address space of this process, and write no file; whether the system does that."""
     try:
         import resource
     except ImportError:  # Windows
         return False
-    for name, most in ((resource.RLIMIT_AS, most_bytes), (resource.RLIMIT_CORE, 0)):
+    for name, most in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, most_bytes)):
         hard = resource.getrlimit(name)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         try:

@@ -4,7 +4,7 @@ The sandbox keeps a template from reaching anything, but not from computing: thr
 power of another, take for ever without writing a character. So templates of model files are rendered in a process
 that `templates` can end, with limits of memory and processor time of its own in case nobody is left to do it.
 
-This file imports nothing of the package, and runs as a script: each line on stdin is a request, `{"template": ...,
+It runs as a module, in its `sandbox`: each line on stdin is a request, `{"template": ...,
 "context": {...}}`, each line on stdout what became of it, `{"text": ...}` or `{"fault": "template" | "conversation",
 "error": ...}`; the first line says that it is ready.
 """
@@ -16,6 +16,8 @@ import sys
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
+
+from edge_runtime import sandbox
 
 MAX_RENDERED_CHARACTERS = 16 << 20
 MOST_S = 5.0
@@ -87,36 +89,17 @@ def render(template: str, context: dict[str, Any]) -> str:
     return "".join(text)
 
 
-def _limit_resources() -> None:
-    """Memory, and no files; where the system has such limits."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    for name, limit in ((resource.RLIMIT_AS, MOST_BYTES), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(name)[1]
-        resource.setrlimit(name, (limit, hard) if hard == resource.RLIM_INFINITY or hard > limit else (hard, hard))
-
-
-def _limit_time() -> None:
-    """End this process when the next rendering takes too long, even if whoever asked for it is gone."""
-    try:
-        import resource
-    except ImportError:
-        return
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    until = int(usage.ru_utime + usage.ru_stime + MOST_S) + 2
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (until if hard == resource.RLIM_INFINITY else min(until, hard), hard))
-
-
 def main() -> None:
     """Answer requests until there are none."""
-    _limit_resources()
+    import jinja2.sandbox  # noqa: F401 - before files are given up
+
+    sandbox.limit_resources(MOST_BYTES)
+    sandbox.give_up_files()
+    sandbox.give_up_system_calls()
     print("{}", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        _limit_time()
+        sandbox.limit_time(MOST_S)
         try:
             reply = {"text": render(request["template"], request["context"])}
         except TemplateFault as error:

@@ -16,7 +16,6 @@ import sys
 import threading
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from edge_runtime import template_process
@@ -123,7 +122,7 @@ class Renderer:
         environment |= {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", str(Path(template_process.__file__))],
+                [sys.executable, "-P", "-m", template_process.__name__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
