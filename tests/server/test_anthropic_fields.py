@@ -19,7 +19,9 @@ from edge_runtime.server import anthropic_requests as requests
 from edge_runtime.server.anthropic_requests import CountRequest, MessagesRequest
 from edge_runtime.server.anthropic_schemas import as_meant
 from edge_runtime.server.errors import RequestError
-from server.test_anthropic import IMAGE, TOOL, asked
+from server.asked import ANTHROPIC_TOOL as TOOL
+from server.asked import BLOCK as IMAGE
+from server.test_anthropic_translation import asked
 
 CREATE = (
     message_create_params.MessageCreateParamsNonStreaming,
