@@ -20,6 +20,7 @@ import io
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,8 @@ from reportlab.pdfgen.canvas import Canvas
 
 LIMIT_S = 10.0
 """For one file, --decode-timeout of the server."""
+PAUSE_S = 3.0
+"""Between two questions of the other client."""
 LARGEST = b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x01\x00\x00", b"\x00\x00\x00\x00"
 
 
@@ -207,7 +210,7 @@ class Neighbour:
     def _ask(self) -> None:
         body = {"model": "demo", "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 2}
         with httpx.Client(base_url=self.address, timeout=120, trust_env=False) as client:
-            while not self._stop.wait(0.5):
+            while not self._stop.wait(PAUSE_S):
                 started = time.perf_counter()
                 try:
                     reply = client.post("/v1/chat/completions", json=body)
@@ -283,6 +286,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--keep", type=Path, default=Path("build/mutated"), help="where files that did harm are kept")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with us
     options.keep.mkdir(parents=True, exist_ok=True)
     kinds = options.format or [*PICTURES, *VIDEOS]
     if not features.check("avif"):
