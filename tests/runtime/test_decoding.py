@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ def pictures(opener, content, **options) -> list:
     """Sizes and slices of all pictures of a message; of videos the digests and pixels of their groups."""
     options = {"pages": None, "pixel_limit": 4_000_000, **options}
     limit = options.pop("pixel_limit")
+    limits = replace(LIMITS, most_pixels=options.pop("video_pixels", LIMITS.most_pixels))
     conversation = with_pages(
         parse_messages([{"role": "user", "content": content}]),
         DocumentOptions(**options),
@@ -65,7 +67,7 @@ def pictures(opener, content, **options) -> list:
         open_part=opener.part,
     )
     found = []
-    for part in iter_images(expand_videos(conversation, SLICING, LIMITS, lambda share: None, opener.video)):
+    for part in iter_images(expand_videos(conversation, SLICING, limits, lambda share: None, opener.video)):
         if not hasattr(part, "clip"):
             found.append(cut_source(part.source, limit, SLICING, part.max_slices))
         elif part.ids:

@@ -21,8 +21,13 @@ from edge_runtime.documents import DocumentOptions
 from edge_runtime.errors import EngineBusy, ImageError, VideoError
 from edge_runtime.messages import parse_messages
 from runtime.document_maker import SLICING, endless_pdf
+from runtime.slow_files import PICTURES, VIDEOS
 from runtime.test_decoding import CONTENTS, LIMITS, pictures, saved
 from runtime.video_maker import make_video
+
+SLOW_OR_LARGE = (
+    r"takes longer than 0\.7 s to decode|needs more memory|ended the process that decodes it|cannot be read"
+)
 
 
 class Left(Exception):  # noqa: N818 - says what happened
@@ -69,6 +74,21 @@ def test_what_takes_too_long_is_ended_and_named():
         with pytest.raises(ImageError, match=r"^Page 1 of The document takes longer than 1\.5 s .*--decode-timeout"):
             draw(pool)
         assert not is_alive(pid)
+        with WorkerOpener(pool, lambda: None) as opener:
+            pictures(opener, CONTENTS["turned"])
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("kind", [*PICTURES, *VIDEOS])
+def test_every_kind_of_slow_file_is_ended(kind):
+    """Within its time, by one sentence; the next file is decoded as if nothing had been."""
+    pool = DecoderPool(1, 0.7)
+    content = [{"type": "image", "image": PICTURES[kind]()}] if kind in PICTURES else []
+    content += [{"type": "video", "video": VIDEOS[kind]()}] if kind in VIDEOS else []
+    try:
+        with WorkerOpener(pool, lambda: None) as opener, pytest.raises(ImageError, match=SLOW_OR_LARGE):
+            pictures(opener, content, pixel_limit=64_000_000, video_pixels=64_000_000)
         with WorkerOpener(pool, lambda: None) as opener:
             pictures(opener, CONTENTS["turned"])
     finally:
