@@ -207,9 +207,8 @@ def _write_handler(ir: Any, handler: Any, ranges: int, before: int, is_told: int
     i.add_incoming(build.add(i, word(1)), next_one)
     build.branch(looking)
 
-    build.position_at_end(
-        found
-    )  # of several threads one tells; the others are hit again until the old handler is back
+    # Of several threads one tells; the others are hit again until the old handler is back.
+    build.position_at_end(found)
     was_told = build.atomic_rmw("xchg", at(word(is_told), i32), i32(1), "seq_cst")
     build.cbranch(build.icmp_unsigned("==", was_told, i32(0)), tell, end)
     build.position_at_end(tell)

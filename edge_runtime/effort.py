@@ -95,7 +95,7 @@ class AnswerEffort(Effort):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step of the answer, in which `spend` and `look` raise once it, and those before it, took too long."""
+        """One step of the answer; `spend` and `look` raise inside when it, and those before it, took too long."""
         self._saved_s = min(ANSWER_SAVED_S, self._saved_s + ANSWER_STEP_S)
         self._began = time.thread_time()
         try:
