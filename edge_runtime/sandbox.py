@@ -66,7 +66,10 @@ _CLONE, _CLONE3 = (56, 220), 435
 _CLONE_THREAD = 0x10000
 _X32 = 0x40000000  # x86-64's other numbering, which would pass by the list
 
-_SYSTEM = ("/usr", "/lib", "/lib64", "/etc/fonts", "/etc/localtime", "/sys/devices/system/cpu", "/dev/null", "/dev/urandom")
+_SYSTEM = (
+    *("/usr", "/lib", "/lib64", "/etc/fonts", "/etc/localtime", "/sys/devices/system/cpu"),
+    *("/dev/null", "/dev/urandom"),
+)
 """What libraries read while they work: fonts that a PDF does not bring, the time zone, the number of processors."""
 
 
