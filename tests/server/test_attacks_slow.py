@@ -179,7 +179,7 @@ def test_an_answer_whose_client_leaves_as_it_begins_is_closed():
 
 
 def test_running_answers_finish_and_new_ones_are_refused(serve: Serve, endless):
-    served = serve(grace_s=30.0)
+    served = serve(grace_s=600.0)
     asking = chat(stream=True, options={"num_predict": 300})
     with httpx.stream("POST", served.url + "/api/chat", json=asking, timeout=60, trust_env=False) as reply:
         lines = reply.iter_lines()
