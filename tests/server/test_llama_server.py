@@ -104,7 +104,7 @@ def test_a_picture_stands_at_its_mark(client):
     assert template.count(MEDIA_MARKER) == 1
     assert "<unk>" not in template
     assert client.get("/props").json()["media_marker"] == MEDIA_MARKER
-    reply = completed(client, {"prompt_string": template, "multimodal_data": [PICTURE]}, temperature=0)
+    reply = completed(client, {"prompt_string": template, "multimodal_data": [PICTURE]})
     assert reply["content"] == "CAFE"
     asked = client.post("/chat/completions/input_tokens", json={"messages": [{"role": "user", "content": [image()]}]})
     assert asked.json()["input_tokens"] > 64

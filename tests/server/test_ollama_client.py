@@ -116,7 +116,7 @@ def test_options_change_the_answer(api):
     assert api.chat("demo", QUESTION, options={**GREEDY, "stop": ["F"]}).message.content == "CA"
     short = api.chat("demo", QUESTION, options={**GREEDY, "num_predict": 1})
     assert (short.eval_count, short.done_reason) == (1, "length")
-    # Few tokens: a reused beginning moves logits by a last bit, and at this temperature long answers part sooner or later.
+    # Few tokens: a reused beginning moves logits by a last bit, and at this temperature long answers part some time.
     options = {"seed": 7, "temperature": 9.0, "top_k": 0, "top_p": 1.0, "num_predict": 8}
     drawn = [api.chat("demo", QUESTION, options=options) for _ in "ab"]
     assert drawn[0].message.content == drawn[1].message.content != "CAFE"
