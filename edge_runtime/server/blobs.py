@@ -84,6 +84,13 @@ class Blobs:
             return sum(file.stat(follow_symlinks=False).st_size for file in files)
         return 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is here, not even an upload of which no byte has arrived."""
+        with contextlib.suppress(OSError), os.scandir(self._root) as files:
+            return next(files, None) is None
+        return True
+
     async def receive(self, digest: str, chunks: AsyncIterator[bytes], announced: int | None) -> None:
         """Store an upload when it is what its digest says; of a cut one nothing is left.
 

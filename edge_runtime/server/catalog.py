@@ -121,12 +121,11 @@ class Catalog:
 
     def tidy(self) -> None:
         """Remove uploads that were cut, and those that no name has needed for a day."""
-        if self.blobs.size():
-            with (
-                contextlib.suppress(DownloadError),
-                self._changing(),
-            ):  # a store that cannot be changed stays as it is
-                self.blobs.tidy(self.names.needed())
+        if self.blobs.is_empty:
+            return
+        # A store that cannot be changed stays as it is.
+        with contextlib.suppress(DownloadError), self._changing():
+            self.blobs.tidy(self.names.needed())
 
     def room(self) -> int:
         """Bytes that clients may add to the store."""

@@ -202,7 +202,7 @@ def test_clients_leave_a_pull(hub: Hub, serve):
 
 
 def test_pulls_of_one_name_at_once(hub: Hub, serve):
-    """In one server: one fetches, the others wait for it and are told so."""
+    """In one server: one fetches, the others wait for it and are told so. One address may pull three at once."""
     served, replies = serve(), list[str]()
     hub.stalled.clear()
     hub.released.clear()
@@ -211,7 +211,7 @@ def test_pulls_of_one_name_at_once(hub: Hub, serve):
     def ask() -> None:
         replies.append(post(served, "/api/pull", {"model": "hf:org/demo"}).text)
 
-    asking = [threading.Thread(target=ask) for _ in range(4)]
+    asking = [threading.Thread(target=ask) for _ in range(3)]
     for thread in asking:
         thread.start()
     assert hub.stalled.wait(30)
@@ -219,8 +219,8 @@ def test_pulls_of_one_name_at_once(hub: Hub, serve):
     hub.released.set()
     for thread in asking:
         thread.join(60)
-    assert [json.loads(reply.splitlines()[-1]) for reply in replies] == [{"status": "success"}] * 4, replies
-    assert sum("waiting for another pull" in reply for reply in replies) == 3
+    assert [json.loads(reply.splitlines()[-1]) for reply in replies] == [{"status": "success"}] * 3, replies
+    assert sum("waiting for another pull" in reply for reply in replies) == 2
     fetched = [headers for headers in hub.bytes_requests() if "range" not in headers]
     assert len(fetched) == 2, "one file was fetched twice"
 
