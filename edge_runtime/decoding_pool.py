@@ -1,9 +1,10 @@
 """Worker processes that decode foreign files: how many, for how long, and who waits for whom.
 
 A file may take long, or for ever, whatever its size. So there are two lanes. A lease begins in the fast one; when one
-of its requests takes longer than `SLOW_AFTER_S`, it moves to the slow one, where fewer run at a time, at a lower
-priority, and the others stand still. So many slow files delay each other, and no picture that decodes in the usual
-time. Frames of videos are decoded on workers of their own, since they are held for as long as a video is encoded.
+of its requests takes longer than `SLOW_AFTER_S`, it moves to the slow one, where one file is worked on at a time, at a
+lower priority and in turns, and the others stand still. So slow files delay each other, and hardly any that decodes
+in the usual time. Frames of videos are decoded on workers of their own, since they are held for as long as a video is
+encoded.
 
 A worker is ended when a request of its takes too long, when nobody waits for it any more, and when it has become
 large; another one takes its place.
@@ -31,8 +32,10 @@ TIMEOUT_S = 30.0
 """Default for one page, picture or frame: of processor time where the system tells it, since machines are busy."""
 MOST_WAIT = 4
 """So many times as long may it take by the clock."""
-SLOW_AFTER_S = 1.0
-"""As of `TIMEOUT_S`; an ordinary file never takes it: 12 million pixels of JPEG are decoded and cut in 0.4 s."""
+SLOW_AFTER_S = 0.3
+"""As of `TIMEOUT_S`; most files take less: 12 million pixels of JPEG are decoded and cut in 0.4 s."""
+TURN_S = 0.5
+"""Of a file in the slow lane, while others wait there."""
 N_SLOW = 1
 """Slow files that are worked on at once."""
 MOST_SLOW = 16
@@ -97,8 +100,8 @@ class DecoderPool:
             When none can be started.
         """
         lane = self.videos if for_frames else self.fast
-        lane.take(owner, check)
         lease = Lease(self, lane, check, owner)
+        lease.since = lane.take(owner, check)
         try:
             lease.worker = self._worker()
             yield lease
@@ -137,7 +140,7 @@ class DecoderPool:
     def _forget(self, worker: Worker) -> None:
         with self._changed:
             self._busy.discard(worker)
-            is_missed = self._is_started and not self._is_closed and not self._idle
+            is_missed = self._is_started and not self._is_closed and len(self._idle) < self._n_kept
         worker.end()
         if is_missed:
             self.start()
@@ -183,6 +186,8 @@ class Lease:
     def __init__(self, pool: DecoderPool, lane: Lane, check: Check, owner: str) -> None:
         self.pool, self.check, self._owner = pool, check, owner
         self._lane: Lane | None = lane
+        self.since = 0.0
+        """When its place was given."""
         self._is_slow = self._is_large = False
 
     def ask(
@@ -257,23 +262,37 @@ class Lease:
                     f"{what} takes long to decode, and so do {pool.n_slow} other files now; try again later."
                 )
             pool.n_slow += 1
-        began = time.monotonic()
-        if not pool.slow.take_now(self._owner):
-            self.worker.pause()
-            try:
-                pool.slow.take(self._owner, self.check)
-            except BaseException:
-                with pool._changed:
-                    pool.n_slow -= 1
-                raise
-            self.worker.resume()
+        if pool.slow.take_now():
+            self._lane, self.since = pool.slow, time.monotonic()
+            return 0.0
+        return self._wait_for_a_turn()
+
+    def take_turns(self) -> float:
+        """Let another slow file go on, if one waits; returns the seconds that the worker had to stand still."""
+        slow = self.pool.slow
+        if self._lane is not slow or not slow.waiting or time.monotonic() - self.since < TURN_S:
+            return 0.0
+        self._lane = None
+        slow.give_back(self._owner, self.since)
+        return self._wait_for_a_turn()
+
+    def _wait_for_a_turn(self) -> float:
+        pool, began = self.pool, time.monotonic()
+        self.worker.pause()
+        try:
+            self.since = pool.slow.take(self._owner, self.check)
+        except BaseException:
+            with pool._changed:
+                pool.n_slow -= 1
+            raise
         self._lane = pool.slow
-        return time.monotonic() - began
+        self.worker.resume()
+        return self.since - began
 
     def _leave(self) -> None:
         lane, self._lane = self._lane, None
         if lane is not None:
-            lane.give_back(self._owner)
+            lane.give_back(self._owner, self.since)
         if lane is self.pool.slow:
             with self.pool._changed:
                 self.pool.n_slow -= 1
@@ -311,6 +330,7 @@ class _Watch:
         if not self._is_slow and self._is_over(seconds, SLOW_AFTER_S):
             self._is_slow = True
             self._paused_s = lease.become_slow(self._what)
+        self._paused_s += lease.take_turns()
         if self._is_over(seconds - self._paused_s, lease.pool.timeout_s):
             raise self._error(
                 f"{self._what} takes longer than {lease.pool.timeout_s:g} s to decode, which is the limit; save it "

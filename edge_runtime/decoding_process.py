@@ -202,7 +202,6 @@ def main(most_bytes: int) -> None:
     Image.init()
     silence_libtiff()  # finds the library in /proc, which is closed from here on
     sandbox.be_ended_first()
-    sandbox.be_less_urgent()
     held = {
         "memory": sandbox.limit_resources(most_bytes),
         "files": sandbox.give_up_files(),

@@ -31,7 +31,7 @@ LOOK_S = 0.05
 MOST_REPLY_BYTES = 64 << 20
 """The times of a video of days; a longer line is no reply."""
 CLEAR_S = 10.0
-LESS_URGENT = 15  # the nice value of a worker that takes long; that of others is `sandbox.NICE`
+URGENCY, LESS_URGENT = 5, 10  # nice values: running answers go first, and then whatever does not take long
 
 Look = Callable[[float], None]
 """Called now and then with the seconds that a request has taken; what it raises ends the worker."""
@@ -75,6 +75,7 @@ class Worker:
                 f"Pictures are decoded in a process of its own, which cannot be started ({error}); see if memory or "
                 "processes are short."
             ) from None
+        self._set_nice(URGENCY)
         assert self._process.stdout is not None
         threading.Thread(
             target=_read, args=(self._process.stdout, self._replies), name="edge-runtime decoding", daemon=True
@@ -174,6 +175,9 @@ class Worker:
     def be_less_urgent(self) -> None:
         """Let others go first from here on: whatever it decodes takes long."""
         self.is_less_urgent = True
+        self._set_nice(LESS_URGENT)
+
+    def _set_nice(self, value: int) -> None:
         if sys.platform == "win32":
             return
         threads = [self.pid]
@@ -181,7 +185,7 @@ class Worker:
             threads = [int(path.name) for path in Path(f"/proc/{self.pid}/task").iterdir()]
         for thread in threads:
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, thread, LESS_URGENT)
+                os.setpriority(os.PRIO_PROCESS, thread, value)
 
     def pause(self) -> None:
         """Stand still, where the system can do that."""

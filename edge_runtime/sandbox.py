@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-NICE = 5
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 """As the kernel names them to a filter."""
 
@@ -128,12 +127,6 @@ def be_ended_first() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     except OSError:
         return
-
-
-def be_less_urgent() -> None:
-    """Let others go first where there is more to do than processors: answers that run wait for every thread."""
-    if hasattr(os, "nice"):
-        os.nice(NICE)
 
 
 def give_up_system_calls() -> bool:

@@ -29,6 +29,7 @@ from edge_runtime.errors import (
     ModelFileError,
     NotEnoughMemoryError,
     PromptTooLongError,
+    RequestCancelled,
     StoreError,
     StoreFull,
 )
@@ -184,6 +185,7 @@ class Problem:
 _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] = (
     (ImageError, 400, "invalid_image", None),
     (MessageError, 400, "invalid_request", None),
+    (RequestCancelled, 503, "shutting_down", RETRY_AFTER_S),
     (EngineBusy, 429, "rate_limit_exceeded", RETRY_AFTER_S),
     (NotEnoughMemoryError, 503, "not_enough_memory", RETRY_AFTER_S),
     (ModelFileError, 500, "model_unusable", None),

@@ -400,7 +400,8 @@ class Inference:
             return await self._while_wanted(messages, build)
 
     def stop(self) -> None:
-        """Cancel all answers; their readers are told that the server is shutting down."""
+        """Cancel all answers, and end the decoders; whoever waits is told that the server is shutting down."""
+        self.decoders.close()
         for answering in [*self._running]:
             for stream in answering._streams:
                 stream.cancel()

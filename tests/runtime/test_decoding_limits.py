@@ -147,28 +147,27 @@ def test_too_many_slow_files_are_sent_away(monkeypatch):
     pool.close()
 
 
-def test_clients_with_fewer_files_at_work_come_first():
+def test_clients_who_have_used_less_come_first():
     """One asks for nine, then another for one: it waits for one of the nine to end, not for all."""
     lane, order, lock = Lane(1, threading.Condition()), [], threading.Lock()
 
     def use(owner: str) -> None:
-        lane.take(owner, lambda: None)
+        since = lane.take(owner, lambda: None)
         with lock:
             order.append(owner)
         time.sleep(0.05)
-        lane.give_back(owner)
+        lane.give_back(owner, since)
 
-    lane.take("many", lambda: None)  # held until all of them wait
+    first = lane.take("many", lambda: None)  # held until all of them wait
     threads = [threading.Thread(target=use, args=(owner,)) for owner in ["many"] * 9 + ["one"]]
     for n, thread in enumerate(threads, 1):
         thread.start()
         wait_until(lambda n=n: len(lane.waiting) == n)
-    lane.n_free = 1  # and another place comes
+    lane.give_back("many", first)
     for thread in threads:
         thread.join(60)
     assert order == ["one"] + ["many"] * 9
-    lane.give_back("many")
-    assert lane.n_free == 2
+    assert lane.n_free == 1
 
 
 def test_whoever_waits_for_a_worker_can_leave():
