@@ -67,7 +67,9 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 env=_environment(),
                 pass_fds=self.buffer.inherited,
-                start_new_session=True,  # Ctrl-C in the terminal is for the process that it works for
+                # Ctrl-C in the terminal is for the process that it works for. Not a session of its own: Linux gives
+                # sessions equal shares of the processor (autogroup), whatever their nice values.
+                process_group=0,
             )
         except OSError as error:
             self.buffer.close()

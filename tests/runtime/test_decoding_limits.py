@@ -274,7 +274,8 @@ def test_workers_see_no_environment_of_ours(monkeypatch):
     pool = DecoderPool(1)
     with pool.lease() as lease:
         assert b"secret" not in Path(f"/proc/{lease.worker.pid}/environ").read_bytes()
-        assert os.getsid(lease.worker.pid) == lease.worker.pid  # Ctrl-C does not reach it
+        assert os.getpgid(lease.worker.pid) == lease.worker.pid  # Ctrl-C does not reach it
+        assert os.getsid(lease.worker.pid) == os.getsid(0)
     pool.close()
 
 
