@@ -1,8 +1,8 @@
 """Worker processes that decode foreign files: how many, for how long, and who waits for whom.
 
 A file may take long, or for ever, whatever its size. So there are two lanes. A lease begins in the fast one; when one
-of its requests takes longer than `SLOW_AFTER_S`, it moves to the slow one, where one file is worked on at a time, at a
-lower priority and in turns, and the others stand still. So slow files delay each other, and hardly any that decodes
+of its requests takes longer than `SLOW_AFTER_S`, it moves to the slow one, where one file is worked on at a time, in
+turns and at a lower priority, and the others stand still. So slow files delay each other, and hardly any that decodes
 in the usual time. Frames of videos are decoded on workers of their own, since they are held for as long as a video is
 encoded.
 
