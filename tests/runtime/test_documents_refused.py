@@ -15,6 +15,7 @@ from edge_runtime import EdgeRuntimeError, ImageError
 from runtime.command import refused
 from runtime.document_maker import (
     RED,
+    assembled_pdf,
     blocks,
     colours,
     pages_tiff,
@@ -110,19 +111,7 @@ def form(text: str = "CAFE", *, xfa: bool = True, dynamic: bool = False, fields:
         b"<</Length 10>>stream\n<xdp:xdp/>\nendstream",
         b"<</Type/Annot/Subtype/Widget/FT/Tx/T(city)/V(x)/Rect[10 10 60 30]/P 3 0 R>>",
     ]
-    return assembled(objects)
-
-
-def assembled(objects: list[bytes]) -> bytes:
-    out, places = b"%PDF-1.7\n", []
-    for number, body in enumerate(objects, 1):
-        places.append(len(out))
-        out += b"%d 0 obj%s endobj\n" % (number, body)
-    table = b"".join(b"%010d 00000 n \n" % place for place in places)
-    head = b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
-    return (
-        out + head + table + b"trailer<</Root 1 0 R/Size %d>>\nstartxref\n%d\n%%%%EOF" % (len(objects) + 1, len(out))
-    )
+    return assembled_pdf(objects)
 
 
 WAIT = "Please wait... Your PDF viewer may not be able to display this"
@@ -162,7 +151,7 @@ def portfolio(*, collection: bool = True, packed: bool = False, n_files: int = 2
     for i in range(n_files):
         objects.append(b"<</Type/Filespec/F(file%d.docx)/UF(file%d.docx)/EF<</F %d 0 R>>>>" % (i, i, 6 + 2 * i))
         objects.append(b"<</Type/EmbeddedFile/Length 1>>stream\nx\nendstream")
-    return assembled(objects if packed else [*objects[:3], b"<<>>", *objects[4:]])
+    return assembled_pdf(objects if packed else [*objects[:3], b"<<>>", *objects[4:]])
 
 
 @pytest.mark.parametrize("packed", [False, True])
