@@ -301,6 +301,26 @@ def load(result: Result) -> str:
     return table(heading, [[*row, number(first["median"]), number(first["p95"]), number(result["growth_mb"], 1)]])
 
 
+def attacked(result: Result) -> str:
+    """Clients of a server in peace, and while another client attacks it."""
+    rows = []
+    for side in ("peace", "attacked"):
+        found, first = result[side], result[side]["first_token_s"]
+        ends = ", ".join(f"{count} {end}" for end, count in found["ends"].items())
+        rows.append([side, ends, number(found["requests_per_s"], 1), number(first["median"]), number(first["p95"])])
+    heading = [
+        f"{result['clients']} clients with pictures",
+        "ends",
+        "requests/s",
+        "first token, seconds: median",
+        "p95",
+    ]
+    note = (
+        f"{result['attackers']} attackers at once; p95 beside them is {result['p95_ratio']:.2f} times that in peace."
+    )
+    return f"{table(heading, rows)}\n\n{note}"
+
+
 def load_peer(result: Result) -> str:
     """A server beside llama-server."""
     rows = []
@@ -320,7 +340,7 @@ def render(result: Result) -> str:
     """
     scenario = str(result.get("scenario"))
     known = {"vision": vision, "quality-demo": quality, "vision-kernels": kernels, "video": video}
-    known |= {"load": load, "load_peer": load_peer}
+    known |= {"load": load, "load_peer": load_peer, "attacked": attacked}
     known |= dict.fromkeys(("turns", "first_token", "together", "decode"), goals)
     if scenario in known:
         return known[scenario](result)
