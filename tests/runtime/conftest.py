@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import download
-from runtime.gguf_maker import mini_decoder, mini_mmproj
-from runtime.hub_server import Hub, serve
+from support.gguf_maker import mini_decoder, mini_mmproj
+from support.hub_server import Hub, serve
 
 DECODER, MMPROJ = "ggml-model-Q4_K_M.gguf", "mmproj-model-f16.gguf"
 KEY = "hf_not_a_real_key"

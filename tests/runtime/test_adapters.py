@@ -13,8 +13,8 @@ from edge_runtime import MessageError, Model, ModelFileError
 from edge_runtime.decoder import Decoder, Part
 from edge_runtime.decoder_options import DecoderOptions
 from edge_runtime.weights import GGUFFile
-from runtime.command import refused
-from runtime.gguf_maker import F32, F64, STRING, U32, Gguf
+from support.command import refused
+from support.gguf_maker import F32, F64, STRING, U32, Gguf
 
 ALPHA, RANK = 6.0, 4
 QUESTIONS = ["What is it?", "Why?", "Say something.", "Who are you?"]

@@ -19,7 +19,7 @@ from edge_runtime.library import Library
 from edge_runtime.plain_files import is_plain, open_plain
 from edge_runtime.pulling import pull
 from runtime.conftest import DECODER
-from runtime.hub_server import Fault
+from support.hub_server import Fault
 
 PAIR = "hf:org/pair"
 

@@ -23,9 +23,9 @@ from edge_runtime.errors import (
 from edge_runtime.store import find_model
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import GGUFFile
-from runtime import gguf_maker as make
-from runtime.command import refused
-from runtime.gguf_maker import Gguf, mini_decoder, mini_mmproj
+from support import gguf_maker as make
+from support.command import refused
+from support.gguf_maker import Gguf, mini_decoder, mini_mmproj
 
 DECODER, MMPROJ = "decoder.gguf", "mmproj.gguf"
 

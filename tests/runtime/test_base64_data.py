@@ -25,7 +25,7 @@ from edge_runtime.base64_data import (
 )
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import load_image
-from runtime.document_maker import pictures, words_pdf
+from support.document_maker import pictures, words_pdf
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
 

@@ -17,7 +17,7 @@ from edge_runtime.beams import BeamSearch
 from edge_runtime.cli import main
 from edge_runtime.embedding import embed
 from naive_beams import beam_search
-from runtime.command import refused
+from support.command import refused
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "sign.png")
 QUESTIONS = ["What is it?", "Say something.", "Why?", "Tell me a story.", "Hello", "the the the the"]

@@ -17,7 +17,7 @@ from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.chat import HELP, Chat
 from edge_runtime.cli import main
 from edge_runtime.piped import Piped
-from runtime.gguf_maker import BOOL, mini_decoder, mini_mmproj
+from support.gguf_maker import BOOL, mini_decoder, mini_mmproj
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"
 QUESTION = "What does it say?"

@@ -17,7 +17,7 @@ from PIL import Image
 
 from edge_runtime.errors import ImageError
 from edge_runtime.image import EXIF_ORIENTATION, load_image, picture_size
-from runtime.document_maker import pages_tiff
+from support.document_maker import pages_tiff
 
 SIZE = (96, 64)
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
@@ -272,7 +272,7 @@ from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.image import load_image
 from edge_runtime.messages import parse_messages
 from edge_runtime.prompt import iter_images
-from runtime.document_maker import SLICING
+from support.document_maker import SLICING
 for path in sys.argv[1:]:
     try:
         messages = parse_messages([{"role": "user", "content": [Path(path)]}])

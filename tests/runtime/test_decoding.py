@@ -21,8 +21,8 @@ from edge_runtime.messages import parse_messages
 from edge_runtime.pipeline import group_digest
 from edge_runtime.prompt import iter_images
 from edge_runtime.video import VideoLimits
-from runtime.document_maker import COLOURS, SLICING, blocks, coloured_pdf, pages_tiff, words_pdf
-from runtime.video_maker import make_video, numbered
+from support.document_maker import COLOURS, SLICING, blocks, coloured_pdf, pages_tiff, words_pdf
+from support.video_maker import make_video, numbered
 
 LIMITS = VideoLimits(most_pixels=1_000_000)
 

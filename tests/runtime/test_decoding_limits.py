@@ -20,10 +20,10 @@ from edge_runtime.decoding_pool import DecoderPool
 from edge_runtime.documents import DocumentOptions
 from edge_runtime.errors import EngineBusy, ImageError, VideoError
 from edge_runtime.messages import parse_messages
-from runtime.document_maker import SLICING, endless_pdf
-from runtime.slow_files import PICTURES, VIDEOS
 from runtime.test_decoding import CONTENTS, LIMITS, pictures, saved
-from runtime.video_maker import make_video
+from support.document_maker import SLICING, endless_pdf
+from support.slow_files import PICTURES, VIDEOS
+from support.video_maker import make_video
 
 SLOW_OR_LARGE = (
     r"takes longer than 0\.7 s to decode|needs more memory|ended the process that decodes it|cannot be read"

@@ -16,7 +16,7 @@ from edge_runtime.messages import VideoPart
 from edge_runtime.pipeline import group_digest
 from edge_runtime.slicing import Slice
 from edge_runtime.video import VideoLimits, VideoOptions
-from runtime.video_maker import numbered
+from support.video_maker import numbered
 
 SLICING = SlicingConfig(56, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 PACKED = VideoOptions(packing=2)

@@ -22,8 +22,8 @@ from edge_runtime.messages import DocumentPart, ImagePart, parse_messages
 from edge_runtime.pages import choose_pages
 from edge_runtime.pdf import PdfFile, PdfPage, Resolution
 from edge_runtime.prompt import iter_images
-from runtime.command import refused
-from runtime.document_maker import (
+from support.command import refused
+from support.document_maker import (
     BLUE,
     COLOURS,
     GREEN,

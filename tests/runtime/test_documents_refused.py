@@ -12,8 +12,8 @@ import pytest
 from reportlab.lib.pdfencrypt import StandardEncryption
 
 from edge_runtime import EdgeRuntimeError, ImageError
-from runtime.command import refused
-from runtime.document_maker import (
+from support.command import refused
+from support.document_maker import (
     RED,
     assembled_pdf,
     blocks,

@@ -22,7 +22,7 @@ from edge_runtime import download as module
 from edge_runtime.download import RemoteFile, download, part_of
 from edge_runtime.errors import DownloadError
 from runtime.conftest import KEY
-from runtime.hub_server import Fault, Hub, git_id
+from support.hub_server import Fault, Hub, git_id
 
 DATA = np.random.default_rng(5).bytes(300_000)
 NAME = "org/data/weights.bin"

@@ -17,7 +17,7 @@ from edge_runtime.errors import ImageError
 from edge_runtime.file_kinds import kind_of
 from edge_runtime.image import load_image, picture_size
 from edge_runtime.picture_formats import is_pdf, is_sequence
-from runtime.document_maker import pictures, words_pdf
+from support.document_maker import pictures, words_pdf
 
 
 def zipped(*names: str, first: bytes = b"") -> bytes:

@@ -24,8 +24,8 @@ from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.image import load_image
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights import GGUFFile
-from runtime.gguf_maker import BOOL, CODES, F32, I32, STRING, U32, VOCABULARY, Gguf, Tensor, mini_decoder, mini_mmproj
-from runtime.gguf_maker import scalar as encode
+from support.gguf_maker import BOOL, CODES, F32, I32, STRING, U32, VOCABULARY, Gguf, Tensor, mini_decoder, mini_mmproj
+from support.gguf_maker import scalar as encode
 
 WHOLE = [mini_decoder().build(), mini_mmproj().build()]
 HEADERS = [len(mini_decoder().header()), len(mini_mmproj().header())]

@@ -24,8 +24,8 @@ from edge_runtime.cli import main
 from edge_runtime.modelfile import TEMPLATE
 from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from runtime.command import refused
-from runtime.gguf_maker import STRING, mini_decoder, mini_mmproj
+from support.command import refused
+from support.gguf_maker import STRING, mini_decoder, mini_mmproj
 
 GO = shutil.which("go")
 RENDERER = Path(__file__).with_name("ollama_render.go")

@@ -9,9 +9,9 @@ from edge_runtime.library import Library
 from edge_runtime.pulling import pull
 from edge_runtime.sources import ALIASES, OFFICIAL, parse_source, split_stem
 from edge_runtime.store import find_model
-from runtime.command import refused
 from runtime.conftest import MMPROJ
-from runtime.gguf_maker import U16, mini_decoder, mini_mmproj
+from support.command import refused
+from support.gguf_maker import U16, mini_decoder, mini_mmproj
 
 NAME = "minicpm-v-4.5"
 OLD, NEW = "ggml-model-{}.gguf", "MiniCPM-V-4_5-{}.gguf"

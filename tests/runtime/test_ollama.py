@@ -17,8 +17,8 @@ from edge_runtime import Model, ollama
 from edge_runtime.cli import main
 from edge_runtime.errors import ModelFileError
 from edge_runtime.store import find_model
-from runtime.command import refused
-from runtime.gguf_maker import mini_decoder, mini_mmproj
+from support.command import refused
+from support.gguf_maker import mini_decoder, mini_mmproj
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"
 MODEL, PROJECTOR, TEMPLATE = (f"application/vnd.ollama.image.{name}" for name in ("model", "projector", "template"))

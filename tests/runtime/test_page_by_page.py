@@ -23,7 +23,7 @@ from edge_runtime.memory import give_back
 from edge_runtime.messages import ImagePart, Message, parse_messages
 from edge_runtime.page_by_page import without_fence
 from edge_runtime.presets import PRESETS, with_preset
-from runtime.document_maker import pages_tiff, scanned_pdf, words_pdf, written_pdf
+from support.document_maker import pages_tiff, scanned_pdf, words_pdf, written_pdf
 
 QUESTION = "What does it say?"
 WORDS = ["CAFE", "TAXI", "HELLO"]

@@ -14,7 +14,7 @@ from PIL import Image
 from edge_runtime import BackendUnavailable, ImageError
 from edge_runtime import picture_formats as formats
 from edge_runtime.image import EXIF_ORIENTATION, load_image, picture_size
-from runtime.command import refused
+from support.command import refused
 
 SHADES = np.add.outer(np.arange(48) * 2, np.arange(64) * 2).astype(np.uint8)
 PIXELS = np.dstack([SHADES, 255 - SHADES, SHADES // 2])

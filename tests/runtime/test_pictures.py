@@ -21,7 +21,7 @@ from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.image import EXIF_ORIENTATION, load_image
 from edge_runtime.slicing import check_plan, plan_slices
-from runtime.command import refused
+from support.command import refused
 
 Pixels = npt.NDArray[Any]
 

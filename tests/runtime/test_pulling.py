@@ -22,10 +22,10 @@ from edge_runtime.library import Library
 from edge_runtime.pulling import pull
 from edge_runtime.sources import ALIASES
 from edge_runtime.store import find_model
-from runtime.command import refused
 from runtime.conftest import DECODER, KEY, MMPROJ
-from runtime.gguf_maker import mini_decoder, mini_mmproj
-from runtime.hub_server import REVISION, Fault
+from support.command import refused
+from support.gguf_maker import mini_decoder, mini_mmproj
+from support.hub_server import REVISION, Fault
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"
 PAIR = "hf:org/pair"

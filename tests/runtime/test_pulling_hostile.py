@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from edge_runtime.errors import DownloadError, ModelFileError
 from edge_runtime.pulling import pull
-from runtime import gguf_maker as make
-from runtime.command import refused
 from runtime.conftest import DECODER, MMPROJ
-from runtime.gguf_maker import mini_decoder, mini_mmproj
-from runtime.hub_server import REVISION
 from runtime.test_pulling import PAIR, complete, files
+from support import gguf_maker as make
+from support.command import refused
+from support.gguf_maker import mini_decoder, mini_mmproj
+from support.hub_server import REVISION
 
 HOSTILE_NAMES = [
     "../model.gguf",

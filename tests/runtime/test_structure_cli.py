@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edge_runtime.cli import main
-from runtime.command import refused
+from support.command import refused
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "sign.png")
 BOX = '{"const": "<box>100 200 400 800</box>"}'

@@ -17,8 +17,8 @@ from edge_runtime.documents import DocumentOptions, page_numbers, with_pages
 from edge_runtime.image import EXIF_ORIENTATION, load_image, picture_size
 from edge_runtime.messages import ImagePart, parse_messages
 from edge_runtime.prompt import iter_images
-from runtime.document_maker import COLOURS, GREEN, SLICING, blocks, colours, pages_tiff, pictures
-from runtime.tiff_maker import directory, tiff
+from support.document_maker import COLOURS, GREEN, SLICING, blocks, colours, pages_tiff, pictures
+from support.tiff_maker import directory, tiff
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_deflate", "jpeg", "packbits"])

@@ -16,7 +16,7 @@ from edge_runtime.image import load_image, picture_size
 from edge_runtime.transparency import on_white
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_frames import open_video
-from runtime.document_maker import pictures
+from support.document_maker import pictures
 
 Pixels = npt.NDArray[Any]
 SHADES = np.add.outer(np.arange(24) * 4, np.arange(32) * 4).astype(np.uint8)

@@ -15,7 +15,7 @@ from edge_runtime import BackendUnavailable, ImageError, VideoError, video_conte
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_frames import open_video
 from runtime.test_video_files import chosen, quarters, recipe, refused, shown
-from runtime.video_maker import (
+from support.video_maker import (
     SIZE,
     make_animation,
     make_sound,

@@ -17,8 +17,8 @@ from edge_runtime.cli import main
 from edge_runtime.config import SlicingConfig
 from edge_runtime.frame_reader import FrameReader
 from edge_runtime.pipeline import PromptOptions
-from runtime.document_maker import words_pdf
-from runtime.video_maker import make_animation, numbered, write_frames
+from support.document_maker import words_pdf
+from support.video_maker import make_animation, numbered, write_frames
 
 SLICING = SlicingConfig(448, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 WIDE, SQUARE = (640, 200), (300, 300)

@@ -21,7 +21,7 @@ from edge_runtime.messages import VideoPart
 from edge_runtime.video import VideoLimits, VideoOptions, clock
 from edge_runtime.video_file import FileCursor, VideoFile
 from edge_runtime.video_frames import PictureFrames
-from runtime.video_maker import make_animation, make_video, numbered, write_frames
+from support.video_maker import make_animation, make_video, numbered, write_frames
 from tolerances import RESAMPLER
 
 HOLES = "<image>" + "<unk>" * 64 + "</image>"

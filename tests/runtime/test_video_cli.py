@@ -18,8 +18,8 @@ from edge_runtime.clips import choose
 from edge_runtime.messages import VideoPart
 from edge_runtime.storyboard import draw_storyboard
 from edge_runtime.video import VideoLimits, VideoOptions
-from runtime.command import refused
-from runtime.video_maker import make_animation, make_sound, make_video, number_of, numbered, write_frames
+from support.command import refused
+from support.video_maker import make_animation, make_sound, make_video, number_of, numbered, write_frames
 
 
 @pytest.fixture(scope="module")

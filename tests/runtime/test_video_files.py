@@ -21,7 +21,7 @@ from edge_runtime.clips import choose
 from edge_runtime.messages import VideoPart
 from edge_runtime.video import VideoLimits, VideoOptions
 from edge_runtime.video_frames import open_video
-from runtime.video_maker import (
+from support.video_maker import (
     make_animation,
     make_video,
     number_of,

@@ -16,7 +16,7 @@ from edge_runtime.messages import VideoPart
 from edge_runtime.tone_mapping import HLG, PQ, to_sdr
 from edge_runtime.video import VideoLimits, VideoOptions
 from edge_runtime.video_frames import facts_of, open_video
-from runtime.video_maker import SIZE, make_video, number_of, numbered
+from support.video_maker import SIZE, make_video, number_of, numbered
 
 UNLIMITED = VideoLimits()
 GREY = (64, 96)  # height, width

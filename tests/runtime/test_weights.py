@@ -17,8 +17,8 @@ from gguf import quants as gguf_quants
 from edge_converters.quantize import encode_rows
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.weights import GGUFFile
-from runtime import gguf_maker as make
-from runtime.gguf_maker import Gguf
+from support import gguf_maker as make
+from support.gguf_maker import Gguf
 
 
 def small() -> Gguf:

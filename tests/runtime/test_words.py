@@ -22,7 +22,7 @@ from edge_runtime.file_names import find_named, folded
 from edge_runtime.piped import Piped, told_apart
 from edge_runtime.video_arguments import is_video
 from edge_runtime.words import looks_like_file, parse_arguments
-from runtime.command import refused
+from support.command import refused
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"
 QUESTION = "What does it say?"

@@ -24,7 +24,6 @@ from PIL import Image
 
 from edge_runtime.cli import main
 from edge_runtime.server.settings import Settings
-from runtime.gguf_maker import mini_decoder, mini_mmproj
 from server.attacking import (
     QUESTION,
     Serve,
@@ -37,6 +36,7 @@ from server.attacking import (
     wait_until,
 )
 from server.conftest import SIGN
+from support.gguf_maker import mini_decoder, mini_mmproj
 
 KEY = "a-key-that-nobody-guesses"
 

@@ -22,10 +22,10 @@ from edge_runtime.pulling import pull
 from edge_runtime.server.blobs import Blobs
 from edge_runtime.server.names import Names
 from edge_runtime.store import find_model
-from runtime.hub_server import Fault
 from server.attacking import wait_until
 from server.test_ollama_client import DEMO_FILES, hub
 from server.test_serve_command import process
+from support.hub_server import Fault
 
 __all__ = ["hub"]
 

@@ -21,10 +21,10 @@ from typing import Any
 import httpx
 import pytest
 
-from runtime.hub_server import Fault, Hub
 from server.attacking import QUESTION, chat, head, is_idle, post, wait_until
 from server.conftest import Served
 from server.test_ollama_client import GREEDY, hub
+from support.hub_server import Fault, Hub
 
 __all__ = ["hub"]
 

@@ -14,10 +14,10 @@ import pytest
 from pydantic import BaseModel
 
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from runtime.gguf_maker import mini_decoder, mini_mmproj
-from runtime.hub_server import Fault, Hub
-from runtime.hub_server import serve as serve_hub
 from server.conftest import SIGN
+from support.gguf_maker import mini_decoder, mini_mmproj
+from support.hub_server import Fault, Hub
+from support.hub_server import serve as serve_hub
 
 QUESTION = [{"role": "user", "content": "What does it say?", "images": [SIGN]}]
 GREEDY = {"temperature": 0}

@@ -23,7 +23,7 @@ from edge_runtime import MessageError
 from edge_runtime.cli import main
 from edge_runtime.serve_command import settings_of
 from edge_runtime.server.settings import Settings
-from runtime.command import refused
+from support.command import refused
 
 QUESTION = {"model": "demo", "messages": [{"role": "user", "content": "ab"}]}
 ONE_PIECE = {**QUESTION, "stream": False, "options": {"num_predict": 2}}

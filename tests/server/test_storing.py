@@ -21,10 +21,10 @@ from edge_runtime.server.catalog import Catalog
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.names import Record
 from edge_runtime.server.settings import Settings
-from runtime.hub_server import Fault
 from server.attacking import Serve, chat, post, wait_until
 from server.conftest import Served
 from server.test_ollama_client import hub
+from support.hub_server import Fault
 
 __all__ = ["hub"]
 

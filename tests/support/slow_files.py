@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image
 
-from runtime.document_maker import assembled_pdf, endless_pdf
+from support.document_maker import assembled_pdf, endless_pdf
 
 
 def page(content: bytes, resources: bytes = b"<<>>", extra: Sequence[bytes] = ()) -> bytes:
