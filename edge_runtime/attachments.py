@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-from edge_runtime.base64_data import decode_base64, is_data_uri, looks_like_base64
 from edge_runtime.errors import MessageError
+from edge_runtime.system.base64_data import decode_base64, is_data_uri, looks_like_base64
 
 KINDS = ("pdf", "file", "input_file")
 """Types of parts that are read here."""

@@ -19,7 +19,6 @@ from gguf import GGMLQuantizationType
 
 from edge_runtime import llama
 from edge_runtime.adapters import Adapters
-from edge_runtime.bus_errors import watch_memory
 from edge_runtime.config import decoder_config
 from edge_runtime.decoder_options import CHUNK_TOKENS, DecoderOptions
 from edge_runtime.errors import ModelFileError, PromptTooLongError
@@ -28,6 +27,7 @@ from edge_runtime.kv_state import Bytes, KVRows, UnknownState, build, parse
 from edge_runtime.kv_types import choose_kv_type
 from edge_runtime.mapping import Region, let_go_of_region, watched
 from edge_runtime.prefill import Prefill
+from edge_runtime.system.bus_errors import watch_memory
 from edge_runtime.weights import Float32, GGUFFile
 
 ROWS_AT_A_TIME = 128

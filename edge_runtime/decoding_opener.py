@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edge_runtime.base64_data import is_data_uri
 from edge_runtime.config import SlicingConfig
 from edge_runtime.decoding_lanes import Check
 from edge_runtime.decoding_pool import Decoders, Lease
@@ -31,6 +30,7 @@ from edge_runtime.image import ImageSource, encoded, load_image, name_of
 from edge_runtime.messages import DocumentPart, ImagePart
 from edge_runtime.pages import Page
 from edge_runtime.slicing import Size, check_plan, plan_slices
+from edge_runtime.system.base64_data import is_data_uri
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import UNNAMED, Content, VideoSource
 from edge_runtime.video_file import MOST_THREADS

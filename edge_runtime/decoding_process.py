@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edge_runtime import sandbox
 from edge_runtime.config import SlicingConfig
 from edge_runtime.decoding import cut_source
 from edge_runtime.documents import DocumentOptions, open_part
@@ -30,7 +29,8 @@ from edge_runtime.image import ImageSource, NamedBytes, load_image, picture_size
 from edge_runtime.messages import DocumentPart, ImagePart
 from edge_runtime.native_notes import silence_libtiff
 from edge_runtime.pdf import PdfPage
-from edge_runtime.shared_buffer import Mapped
+from edge_runtime.system import sandbox
+from edge_runtime.system.shared_memory import Mapped
 from edge_runtime.tiff import TiffPage
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import Content

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edge_runtime.errors import BackendUnavailable
-from edge_runtime.shared_buffer import SharedBuffer
+from edge_runtime.system.shared_memory import SharedBuffer
 
 logger = logging.getLogger("edge_runtime")
 

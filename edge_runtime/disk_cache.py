@@ -36,9 +36,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.bus_errors import watch_memory
 from edge_runtime.errors import MessageError
-from edge_runtime.unfinished import make_folder, reason_of, remove_abandoned, unfinished
+from edge_runtime.system.atomic_files import make_folder, reason_of, remove_abandoned, unfinished
+from edge_runtime.system.bus_errors import watch_memory
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from edge_runtime.errors import DownloadError, StoreError
 from edge_runtime.sources import LOOPBACK, visible
-from edge_runtime.unfinished import FILE_MODE, FULL, make_folder, open_for_owner, why_not_written
+from edge_runtime.system.atomic_files import FILE_MODE, FULL, make_folder, open_for_owner, why_not_written
 
 ATTEMPTS = 5
 """Without a byte gained in between; then the download is given up until somebody asks again."""
@@ -267,7 +267,7 @@ def session() -> Any:
     """huggingface_hub's client, whose requests pass the door of their context."""
     from huggingface_hub import get_session
 
-    from edge_runtime.addresses import checked
+    from edge_runtime.system.addresses import checked
 
     return checked(get_session())
 

@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
-from edge_runtime.forks import Home, only_here
 from edge_runtime.keeping import Keeping
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity, Event, EventQueue, Expected, Request, Task
 from edge_runtime.sampling import SamplingOptions
 from edge_runtime.scheduler import Scheduler
+from edge_runtime.system.forks import Home, only_here
 from edge_runtime.tokenizer import Tokenizer
 
 MOST_REQUESTS = 64

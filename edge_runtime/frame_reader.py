@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from edge_runtime.errors import EdgeRuntimeError, VideoError
-from edge_runtime.forks import only_here
+from edge_runtime.system.forks import only_here
 from edge_runtime.video_frames import FrameCursor, FrameSource
 
 Pixels = npt.NDArray[np.uint8]

@@ -17,7 +17,7 @@ from typing import Literal, cast
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from edge_runtime.errors import ImageError
-from edge_runtime.unfinished import unfinished, why_not_written
+from edge_runtime.system.atomic_files import unfinished, why_not_written
 
 SCALE = 1000  # what the model takes a picture's width and height to be
 N_NUMBERS = {"box": 4, "quad": 8, "point": 2}

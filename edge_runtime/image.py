@@ -19,7 +19,7 @@ from typing import IO
 
 from PIL import Image, UnidentifiedImageError
 
-from edge_runtime import base64_data, pixel_aspect, tiff_directories
+from edge_runtime import pixel_aspect, tiff_directories
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.file_kinds import LOOKED_AT
 from edge_runtime.native_notes import silence_libtiff
@@ -27,6 +27,7 @@ from edge_runtime.pages import Page
 from edge_runtime.picture_formats import prepare_format, unknown_format
 from edge_runtime.repair import DAMAGE, loaded, open_picture
 from edge_runtime.samples import SIXTEEN_BIT, refuse_hidden_bits, sample_format, to_grey
+from edge_runtime.system import base64_data
 from edge_runtime.transparency import colour_key, on_white
 
 PIXEL_LIMIT = 200_000_000

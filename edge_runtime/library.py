@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 from edge_runtime.download import storing
 from edge_runtime.errors import DownloadError, ModelFileError
-from edge_runtime.plain_files import open_plain
 from edge_runtime.sources import ALIASES, Source, checked_path, is_meant, parse_source, visible
-from edge_runtime.unfinished import make_folder, write_whole
+from edge_runtime.system.atomic_files import make_folder, write_whole
+from edge_runtime.system.plain_files import open_plain
 
 RECORD, LOCKS = "model.json", ".locks"
 MAX_RECORD_BYTES = 1 << 20

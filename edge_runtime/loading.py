@@ -13,12 +13,12 @@ from edge_runtime.decoder_options import DEFAULT_CONTEXT, DecoderOptions
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import MessageError, ModelFileError
-from edge_runtime.forks import begin_loading
 from edge_runtime.keeping import Keeping
 from edge_runtime.kv_types import choose_kv_type
 from edge_runtime.memory import choose_context, reckon
 from edge_runtime.products import check_instruction_set
 from edge_runtime.store import ModelPaths
+from edge_runtime.system.forks import begin_loading
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning import Tuning, remembered_tuning
 from edge_runtime.weights import GGUFFile

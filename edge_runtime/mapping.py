@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.bus_errors import RESTORE, watch_memory
 from edge_runtime.errors import ModelFileError
+from edge_runtime.system.bus_errors import RESTORE, watch_memory
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -24,10 +24,10 @@ from typing import Any
 from PIL import Image
 
 from edge_runtime.attachments import KINDS, document_fields
-from edge_runtime.base64_data import decode_base64, is_data_uri, looks_like_base64
 from edge_runtime.errors import MessageError
 from edge_runtime.image import ImageSource
 from edge_runtime.pages import Page, PageChoice
+from edge_runtime.system.base64_data import decode_base64, is_data_uri, looks_like_base64
 from edge_runtime.video import VideoOptions
 from edge_runtime.video_content import VideoSource
 

@@ -21,7 +21,7 @@ from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.sources import visible
 from edge_runtime.store import ModelPaths, find_model
-from edge_runtime.unfinished import why_not_written, write_whole
+from edge_runtime.system.atomic_files import why_not_written, write_whole
 from edge_runtime.weights import GGUFFile
 
 TEMPLATE = resources.files("edge_runtime").joinpath("ollama_template.gotmpl").read_text("utf-8").rstrip("\n")

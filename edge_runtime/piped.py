@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 from edge_runtime.errors import ImageError
-from edge_runtime.text_files import decode_text
+from edge_runtime.system.text_files import decode_text
 
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 PIPE_LIMIT_BYTES = 1 << 30

@@ -11,7 +11,7 @@ from edge_runtime.errors import MessageError
 from edge_runtime.file_names import find_named
 from edge_runtime.messages import VideoPart
 from edge_runtime.piped import STDIN, Piped, read_pipe, waits_unread
-from edge_runtime.text_files import decode_text, parse_json
+from edge_runtime.system.text_files import decode_text, parse_json
 from edge_runtime.words import looks_like_file
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
 
-from edge_runtime import sandbox
+from edge_runtime.system import sandbox
 
 MAX_RENDERED_CHARACTERS = 16 << 20
 MOST_S = 5.0

@@ -20,7 +20,7 @@ from typing import Any
 
 from edge_runtime import template_process
 from edge_runtime.errors import MessageError, ModelFileError
-from edge_runtime.forks import only_here
+from edge_runtime.system.forks import only_here
 from edge_runtime.template_process import MOST_BYTES, MOST_S, TemplateFault
 
 OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime").joinpath("chat_template.jinja").read_text("utf-8")

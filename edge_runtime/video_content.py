@@ -13,9 +13,9 @@ import weakref
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edge_runtime.base64_data import data_uri_size, decode_data_uri, is_data_uri
 from edge_runtime.errors import VideoError
-from edge_runtime.forks import only_here
+from edge_runtime.system.base64_data import data_uri_size, decode_data_uri, is_data_uri
+from edge_runtime.system.forks import only_here
 from edge_runtime.video import VideoLimits
 
 VideoSource = str | Path | bytes | BinaryIO | list[Any] | tuple[Any, ...]

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import PIL
 from PIL import Image, ImageSequence, features
 
-from edge_runtime.base64_data import is_data_uri
 from edge_runtime.errors import VideoError
 from edge_runtime.image import PIXEL_LIMIT, ImageSource, encoded, explained, load_image, to_rgb
 from edge_runtime.pages import Page
 from edge_runtime.slicing import Size
+from edge_runtime.system.base64_data import is_data_uri
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import Content, VideoSource, check_pixels, check_seconds
 

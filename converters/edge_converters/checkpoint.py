@@ -15,7 +15,7 @@ from edge_converters import awq, nf4
 from edge_converters.lora import Lora, read_lora
 from edge_converters.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, read_index
 from edge_runtime.errors import CheckpointError
-from edge_runtime.text_files import parse_json, read_text
+from edge_runtime.system.text_files import parse_json, read_text
 
 QUANTIZED = {"bitsandbytes": "4 bits", "awq": "4 bits in the GEMM layout"}
 MAX_TEXT_BYTES = 256 << 20

@@ -23,7 +23,7 @@ import numpy as np
 
 from edge_converters.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, float_array, read_index
 from edge_runtime.errors import CheckpointError
-from edge_runtime.text_files import read_json
+from edge_runtime.system.text_files import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 16 << 20

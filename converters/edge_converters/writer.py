@@ -23,7 +23,14 @@ from edge_converters.checkpoint import Checkpoint
 from edge_converters.quantize import encode_rows
 from edge_converters.safetensors import StoredTensor
 from edge_runtime.errors import CheckpointError
-from edge_runtime.unfinished import FULL, alone_in, make_folder, remove_abandoned, unfinished, why_not_written
+from edge_runtime.system.atomic_files import (
+    FULL,
+    alone_in,
+    make_folder,
+    remove_abandoned,
+    unfinished,
+    why_not_written,
+)
 from edge_runtime.weights import KEY_ROW_LENGTH
 
 CHUNK_VALUES = 8 << 20  # values per chunk: 32 MiB as float32

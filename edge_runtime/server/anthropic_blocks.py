@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from edge_runtime.base64_data import as_data_uri, is_data_uri
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.openai_tools import called, given
 from edge_runtime.server.parts import Part, checked_address
+from edge_runtime.system.base64_data import as_data_uri, is_data_uri
 
 Block = Mapping[str, Any]
 

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from edge_runtime.download import storing
 from edge_runtime.errors import StoreError, StoreFull
-from edge_runtime.plain_files import is_plain
 from edge_runtime.pulling import SPARE_BYTES
 from edge_runtime.server.errors import RequestError, TooLarge
 from edge_runtime.sources import is_sha256, visible
-from edge_runtime.unfinished import make_folder, remove_abandoned, unfinished
+from edge_runtime.system.atomic_files import make_folder, remove_abandoned, unfinished
+from edge_runtime.system.plain_files import is_plain
 
 PREFIX = "sha256:"
 AGAIN = "send the upload again"

@@ -19,10 +19,10 @@ from typing import Any
 import httpcore2
 import httpx2
 
-from edge_runtime.addresses import PORTS, Address, Allowed, is_public
 from edge_runtime.errors import ImageError
 from edge_runtime.server.errors import NotAllowed
 from edge_runtime.server.settings import Settings
+from edge_runtime.system.addresses import PORTS, Address, Allowed, is_public
 
 MOST_REDIRECTS = 3
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})

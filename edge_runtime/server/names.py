@@ -21,11 +21,11 @@ from typing import Any
 
 from edge_runtime.download import storing
 from edge_runtime.errors import ModelFileError
-from edge_runtime.plain_files import open_plain
 from edge_runtime.server.blobs import checked_digest
 from edge_runtime.server.errors import RequestError
 from edge_runtime.sources import ollama_parts
-from edge_runtime.unfinished import write_whole
+from edge_runtime.system.atomic_files import write_whole
+from edge_runtime.system.plain_files import open_plain
 
 FORMAT = 1
 MAX_RECORD_BYTES = 4 << 20

@@ -18,7 +18,6 @@ from typing import Any
 import httpx2
 
 from edge_runtime.adapters import check_adapter
-from edge_runtime.addresses import Allowed
 from edge_runtime.errors import ModelFileError
 from edge_runtime.pulling import Plan, check_model_file, check_roles
 from edge_runtime.pulling import pull as fetch
@@ -32,6 +31,7 @@ from edge_runtime.server.ollama_options import submit_options
 from edge_runtime.server.shares import asking
 from edge_runtime.server.state import ServerState
 from edge_runtime.sources import ALIASES, parse_source, visible
+from edge_runtime.system.addresses import Allowed
 from edge_runtime.weights import GGUFFile
 
 Step = dict[str, Any]

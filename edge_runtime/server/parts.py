@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edge_runtime.base64_data import as_data_uri, is_data_uri, looks_like_base64
 from edge_runtime.server.errors import RequestError
+from edge_runtime.system.base64_data import as_data_uri, is_data_uri, looks_like_base64
 
 HTTP = ("http://", "https://")
 TEXTS = ("text", "input_text", "output_text")

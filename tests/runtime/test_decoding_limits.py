@@ -281,7 +281,7 @@ def test_workers_see_no_environment_of_ours(monkeypatch):
 
 GIVEN_UP = """
 import os, socket, subprocess, sys, threading
-from edge_runtime import sandbox
+from edge_runtime.system import sandbox
 held = sandbox.give_up_files(), sandbox.give_up_system_calls()
 tried = {
     "files": [lambda: open(sys.argv[1]), lambda: open(sys.argv[1] + ".new", "w"), lambda: os.unlink(sys.argv[1])],

@@ -15,7 +15,7 @@ import pytest
 
 from edge_runtime import MessageError
 from edge_runtime.disk_cache import DiskCache
-from edge_runtime.unfinished import unfinished
+from edge_runtime.system.atomic_files import unfinished
 
 A, B, C = (digit * 32 for digit in "abc")
 

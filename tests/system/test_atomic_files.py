@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import unfinished as module
-from edge_runtime.unfinished import (
+from edge_runtime.system import atomic_files as module
+from edge_runtime.system.atomic_files import (
     ABANDONED_S,
     alone_in,
     make_folder,
@@ -49,7 +49,7 @@ def test_a_file_is_whole_or_as_before(tmp_path):
 WRITING = """
 import sys
 from pathlib import Path
-from edge_runtime.unfinished import write_whole
+from edge_runtime.system.atomic_files import write_whole
 number = 0
 while True:
     number = (number + 1) % 10

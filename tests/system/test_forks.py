@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from edge_runtime import EdgeRuntimeError, Model
-from edge_runtime.forks import only_here
+from edge_runtime.system.forks import only_here
 from edge_runtime.templates import Renderer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from edge_runtime import Model, ModelFileError
-from edge_runtime.bus_errors import MOST_RANGES, _watch, watch_memory
+from edge_runtime.system.bus_errors import MOST_RANGES, _watch, watch_memory
 from edge_runtime.weights import GGUFFile
 
 has_bus_errors = pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="mapped files cannot be cut here")

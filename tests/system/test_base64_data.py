@@ -14,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_runtime.base64_data import (
+from edge_runtime.errors import ImageError, MessageError
+from edge_runtime.image import load_image
+from edge_runtime.system.base64_data import (
     as_data_uri,
     data_uri_head,
     data_uri_size,
@@ -23,8 +25,6 @@ from edge_runtime.base64_data import (
     is_data_uri,
     looks_like_base64,
 )
-from edge_runtime.errors import ImageError, MessageError
-from edge_runtime.image import load_image
 from support.document_maker import pictures, words_pdf
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (9, 7, 3), np.uint8)
