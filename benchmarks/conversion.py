@@ -34,7 +34,7 @@ for folder in ("converters", "kernels", "."):
 
 from benchmarks.sides.goals import Goal, finish  # noqa: E402
 from benchmarks.sides.memory import PERIOD_S, Memory, watch  # noqa: E402
-from edge_runtime.weights import GGUFFile  # noqa: E402
+from edge_runtime.weights.gguf_file import GGUFFile  # noqa: E402
 
 PARTS = ROOT / "benchmarks" / "sides" / "llama_conversion.py"
 VISION_SCRIPT = Path("tools", "mtmd", "legacy-models", "minicpmv-convert-image-encoder-to-gguf.py")

@@ -113,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     from edge_runtime.grammar import GrammarVocabulary
     from edge_runtime.tokenizer import Tokenizer
-    from edge_runtime.weights import GGUFFile
+    from edge_runtime.weights.gguf_file import GGUFFile
 
     started = time.perf_counter()
     import llguidance  # noqa: F401 - its import is what is timed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from edge_converters import tensor_names as names
 from edge_runtime.store import find_model
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 def unpack(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType
 
 from edge_runtime import llama
 from edge_runtime.errors import MessageError, ModelFileError, UnsupportedModelError
-from edge_runtime.identity import file_identity
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
+from edge_runtime.weights.identity import file_identity
 
 FLOAT_KIND, STRING_KIND = 6, 8  # GGUF's numbers of key types
 ALPHA = "adapter.lora.alpha"

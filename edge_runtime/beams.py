@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_runtime.decoder import Decoder, Part
 from edge_runtime.logprobs import TokenScores, log_softmax, score, top_ids
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 
 
 class Beam(NamedTuple):

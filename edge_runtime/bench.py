@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edge_runtime.config import decoder_config
 from edge_runtime.decoder_options import CHUNK_TOKENS
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import BackendUnavailable
@@ -31,7 +30,8 @@ from edge_runtime.slicing import plan_slices, slice_image
 from edge_runtime.store import find_model
 from edge_runtime.trial import REQUEST_PROMPT, Rates, Trial, decoder_rates
 from edge_runtime.tuning import Tuning, remember_tuning
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import decoder_config
+from edge_runtime.weights.gguf_file import GGUFFile
 
 WORTH_ROUNDING = 0.1
 """Share of the time that a coarser KV cache must save to be taken."""

@@ -12,13 +12,13 @@ from itertools import groupby
 from typing import Any
 
 from edge_runtime.clips import Clip, FramePart
-from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import MessageError, PromptTooLongError
 from edge_runtime.image import picture_size
 from edge_runtime.messages import ImagePart, Message, Part
 from edge_runtime.overflow import STEPS, Placed, cuts, without_oldest
 from edge_runtime.prompt import ImageLayout, Prompt, iter_images
 from edge_runtime.slicing import Size, plan_slices
+from edge_runtime.weights.config import SlicingConfig
 
 _MOST_TOLD = 6  # runs of pictures in an error
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_runtime.errors import ModelFileError
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 KEY_FLOAT_PRODUCTS = "edge_runtime.float_products"
 SMOOTH_PREFIX = "edge_runtime.smooth."

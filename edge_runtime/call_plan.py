@@ -10,7 +10,7 @@ from edge_runtime.decoder import SCORED_ROWS, Decoder, Part
 from edge_runtime.decoder_options import CHUNK_TOKENS
 from edge_runtime.embedding import embed
 from edge_runtime.requests import Task
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 from edge_runtime.width import CallWidth
 
 TURN_S = 0.25

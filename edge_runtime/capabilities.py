@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from edge_runtime.config import is_toy, read_vocabulary
 from edge_runtime.messages import THINK, THINK_END
 from edge_runtime.tokenizer import special_tokens
 from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import is_toy, read_vocabulary
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 def can_call_tools(special: Collection[str]) -> bool:

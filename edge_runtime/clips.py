@@ -20,7 +20,6 @@ from typing import Any
 
 from PIL import Image
 
-from edge_runtime.config import SlicingConfig
 from edge_runtime.encoder import LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError, VideoError
 from edge_runtime.frame_reader import FrameReader, Pixels
@@ -30,6 +29,7 @@ from edge_runtime.slicing import Slice, check_plan, cut_picture, plan_slices
 from edge_runtime.video import FrameChoice, VideoLimits, VideoOptions, clock
 from edge_runtime.video_content import VideoSource
 from edge_runtime.video_frames import FrameSource, Watch, facts_of, frames_between, open_video
+from edge_runtime.weights.config import SlicingConfig
 
 
 @dataclass(frozen=True)

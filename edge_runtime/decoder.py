@@ -19,16 +19,16 @@ from gguf import GGMLQuantizationType
 
 from edge_runtime import llama
 from edge_runtime.adapters import Adapters
-from edge_runtime.config import decoder_config
 from edge_runtime.decoder_options import CHUNK_TOKENS, DecoderOptions
 from edge_runtime.errors import ModelFileError, PromptTooLongError
 from edge_runtime.filling import PastSpace, fill, is_ours, own_parts
 from edge_runtime.kv_state import Bytes, KVRows, UnknownState, build, parse
 from edge_runtime.kv_types import choose_kv_type
-from edge_runtime.mapping import Region, let_go_of_region, watched
 from edge_runtime.prefill import Prefill
 from edge_runtime.system.bus_errors import watch_memory
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights.config import decoder_config
+from edge_runtime.weights.gguf_file import Float32, GGUFFile
+from edge_runtime.weights.memory_map import Region, let_go_of_region, watched
 
 ROWS_AT_A_TIME = 128
 """Positions that are handed to the KV cache together: they are copied for it."""

@@ -11,7 +11,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.config import SlicingConfig
 from edge_runtime.documents import DocumentOptions, open_part
 from edge_runtime.image import ImageSource, load_image
 from edge_runtime.messages import ImagePart
@@ -20,6 +19,7 @@ from edge_runtime.slicing import Size, cut_whole
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import VideoSource
 from edge_runtime.video_frames import FrameSource, Watch, open_video
+from edge_runtime.weights.config import SlicingConfig
 
 
 class Opener(Protocol):

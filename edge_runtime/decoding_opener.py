@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edge_runtime.config import SlicingConfig
 from edge_runtime.decoding_lanes import Check
 from edge_runtime.decoding_pool import Decoders, Lease
 from edge_runtime.documents import FILE_LIMIT_BYTES, DocumentOptions, check_file_bytes
@@ -35,6 +34,7 @@ from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import UNNAMED, Content, VideoSource
 from edge_runtime.video_file import MOST_THREADS
 from edge_runtime.video_frames import FOLDER_RATE, FrameSource, PictureFrames, Watch, file_identity, pictures_in
+from edge_runtime.weights.config import SlicingConfig
 
 
 def opening(decoders: Decoders | None, check: Check) -> AbstractContextManager[WorkerOpener | None]:

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edge_runtime.config import SlicingConfig
 from edge_runtime.decoding import cut_source
 from edge_runtime.documents import DocumentOptions, open_part
 from edge_runtime.errors import EdgeRuntimeError
@@ -35,6 +34,7 @@ from edge_runtime.tiff import TiffPage
 from edge_runtime.video import VideoLimits
 from edge_runtime.video_content import Content
 from edge_runtime.video_frames import FrameCursor, open_cursor, open_file
+from edge_runtime.weights.config import SlicingConfig
 
 TELLS_EVERY_S = 0.05
 """How often the share of a video's index that is made is told."""

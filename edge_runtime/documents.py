@@ -14,7 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.image import (
     HEAD_BYTES,
@@ -32,6 +31,7 @@ from edge_runtime.picture_formats import PDF_MARK, is_pdf
 from edge_runtime.system.base64_data import data_uri_head, data_uri_size, is_data_uri
 from edge_runtime.tiff import TiffFile
 from edge_runtime.tiff_directories import HEADS as TIFF_HEADS
+from edge_runtime.weights.config import SlicingConfig
 
 FILE_LIMIT_BYTES = 1 << 30
 """Default for the largest document."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.decoder import Decoder
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 
 
 def embed(decoder: Decoder, ids: npt.NDArray[np.int64], visual: Mapping[tuple[int, int], Float32]) -> Float32:

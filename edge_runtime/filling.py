@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_runtime.kv_state import Bytes
 from edge_runtime.prefill import Prefill, Stretch, can_fill
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:
     from edge_runtime.decoder import Decoder, Part

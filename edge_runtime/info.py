@@ -9,7 +9,9 @@ from importlib import metadata
 from typing import Any
 
 from edge_runtime import __version__
-from edge_runtime.config import (
+from edge_runtime.products import check_instruction_set
+from edge_runtime.store import find_model
+from edge_runtime.weights.config import (
     OWN_PROJECTOR,
     check_mmproj,
     decoder_config,
@@ -17,9 +19,7 @@ from edge_runtime.config import (
     slicing_config,
     vision_config,
 )
-from edge_runtime.products import check_instruction_set
-from edge_runtime.store import find_model
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 def describe_machine() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from edge_runtime.requests import Activity
 from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tracing import Trace, trace
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 
 
 class Inside:

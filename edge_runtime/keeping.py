@@ -16,9 +16,9 @@ from edge_runtime.decoder import Decoder
 from edge_runtime.disk_cache import DiskCache, usable_folder
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import MessageError
-from edge_runtime.identity import file_identity
 from edge_runtime.saved_prefixes import SavedPrefixes
 from edge_runtime.visual_cache import SavedTokens
+from edge_runtime.weights.identity import file_identity
 
 logger = logging.getLogger("edge_runtime")
 

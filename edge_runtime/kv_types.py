@@ -5,7 +5,7 @@ from __future__ import annotations
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from edge_runtime.errors import MessageError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 KV_TYPES = ("f16", "q8_0", "q4_0")
 

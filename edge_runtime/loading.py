@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_runtime.config import decoder_config
 from edge_runtime.decoder import Decoder
 from edge_runtime.decoder_options import DEFAULT_CONTEXT, DecoderOptions
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
@@ -21,7 +20,8 @@ from edge_runtime.store import ModelPaths
 from edge_runtime.system.forks import begin_loading
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning import Tuning, remembered_tuning
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import decoder_config
+from edge_runtime.weights.gguf_file import GGUFFile
 
 logger = logging.getLogger("edge_runtime")
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 
 MOST_ALTERNATIVES = 20  # OpenAI's limit
 LEAST_LOGPROB = -9999.0  # OpenAI writes this instead of minus infinity, which JSON does not have

@@ -16,7 +16,7 @@ from edge_runtime.errors import NotEnoughMemoryError
 from edge_runtime.filling import MOST_PAST_BYTES, is_ours
 from edge_runtime.kv_types import kv_bytes
 from edge_runtime.products import bytes_per_weight
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 CGROUP = Path("/sys/fs/cgroup")
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, overload
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
-from edge_runtime.config import is_toy
 from edge_runtime.decoding_pool import Decoders
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.effort import Effort
@@ -39,6 +38,7 @@ from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.text_form import choose_text_form
 from edge_runtime.token_rules import choose_rules
 from edge_runtime.tools import checked_tools, function_names
+from edge_runtime.weights.config import is_toy
 
 
 class Model(Inside):

@@ -15,14 +15,14 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from edge_runtime.config import OWN_PROJECTOR, check_mmproj, decoder_config
 from edge_runtime.decoder_options import DEFAULT_CONTEXT
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.sources import visible
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.system.atomic_files import why_not_written, write_whole
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import OWN_PROJECTOR, check_mmproj, decoder_config
+from edge_runtime.weights.gguf_file import GGUFFile
 
 TEMPLATE = resources.files("edge_runtime").joinpath("ollama_template.gotmpl").read_text("utf-8").rstrip("\n")
 STOPS = ("<|im_end|>", "<|endoftext|>")

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.slicing import Size, cut_whole
+from edge_runtime.weights.config import SlicingConfig
 
 PAGE_LIMIT = 2000
 """Default for the most pages of one document."""

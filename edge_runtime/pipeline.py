@@ -21,7 +21,6 @@ import numpy as np
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.budget import Budget, check_room_beside_tools, share_of_tools
 from edge_runtime.clips import FramePart, expand_videos, group_ids
-from edge_runtime.config import SlicingConfig
 from edge_runtime.continuation import Begun, find_begun
 from edge_runtime.decoding import InThisProcess, Opener, cut_source
 from edge_runtime.documents import DocumentOptions, with_pages
@@ -36,6 +35,7 @@ from edge_runtime.slicing import Size, Slice, SlicePlan, plan_slices
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tools import checked_tools
 from edge_runtime.video import VideoLimits, check_groups
+from edge_runtime.weights.config import SlicingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
 from edge_runtime.kv_state import Bytes, KVForm, KVRows
-from edge_runtime.mapping import Region
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights.gguf_file import Float32, GGUFFile
+from edge_runtime.weights.memory_map import Region
 
 if TYPE_CHECKING:
     from edge_kernels.linear_blocks import BlockWeight

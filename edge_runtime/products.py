@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edge_runtime.calibration import Calibration
 from edge_runtime.errors import BackendUnavailable
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 
 if TYPE_CHECKING:
     from edge_kernels.linear_float import PackedFloatWeight

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_runtime import ollama
-from edge_runtime.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
 from edge_runtime.download import RemoteFile, download, part_of, storing
 from edge_runtime.errors import ModelFileError, StoreError, StoreFull
 from edge_runtime.hubs import Choice, Listing, choose, endpoint_of, list_files
@@ -25,7 +24,8 @@ from edge_runtime.library import Entry, Library, StoredFile
 from edge_runtime.sources import Source, parse_source, visible
 from edge_runtime.system.addresses import Allowed, Door, through
 from edge_runtime.system.atomic_files import make_folder
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
+from edge_runtime.weights.gguf_file import GGUFFile
 
 Progress = Callable[[str, int, int], None]
 """(file, bytes that are there, bytes in all)"""

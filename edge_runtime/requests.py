@@ -26,7 +26,7 @@ from edge_runtime.streaming import Piece, RepetitionDetector, TextStream
 from edge_runtime.text_form import TextConstraint, TextForm
 from edge_runtime.token_rules import TokenRules
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled"]
 

@@ -16,11 +16,11 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from edge_runtime.config import ResamplerConfig
 from edge_runtime.products import Affine, Arithmetic, FloatArithmetic, Norm, Product, Weights
 from edge_runtime.sine import sine
 from edge_runtime.vision import offsets_of
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights.config import ResamplerConfig
+from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 STILL = -1  # temporal id of a picture without time
 

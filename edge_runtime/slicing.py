@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import ImageError
+from edge_runtime.weights.config import SlicingConfig
 
 MAX_SLICE_PATCHES = 16_384
 """More patches than this in one slice are refused: attention over them takes minutes and gigabytes."""

@@ -15,9 +15,9 @@ from functools import cached_property
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Bpe
 
-from edge_runtime.config import Vocabulary, read_vocabulary
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import Vocabulary, read_vocabulary
+from edge_runtime.weights.gguf_file import GGUFFile
 
 LONG_TEXT = 10_000  # characters
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one gain nothing, and warn of forks

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_runtime.decoder import Decoder
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 
 
 @dataclass(frozen=True)

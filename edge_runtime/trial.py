@@ -28,7 +28,7 @@ import numpy as np
 from edge_runtime.decoder import Decoder, Part
 from edge_runtime.decoder_options import CHUNK_TOKENS, DecoderOptions
 from edge_runtime.tuning import Tuning
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 REQUEST_PROMPT, REQUEST_ANSWER = 640, 64
 """Tokens of the request that tuning is for: a large picture with a question, a short answer."""

@@ -11,11 +11,11 @@ import platformdirs
 
 from edge_runtime.decoder_options import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
-from edge_runtime.identity import file_identity, machine_identity
 from edge_runtime.kv_types import KV_TYPES
 from edge_runtime.system.atomic_files import why_not_written, write_whole
 from edge_runtime.system.text_files import read_json
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
+from edge_runtime.weights.identity import file_identity, machine_identity
 
 MOST_THREADS = 1024
 

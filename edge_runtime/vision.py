@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.config import SlicingConfig, VisionConfig
 from edge_runtime.errors import ModelFileError
 from edge_runtime.products import Affine, Arithmetic, Mlp, Norm, Product, SelfAttention, Weights
 from edge_runtime.slicing import Slice
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights.config import SlicingConfig, VisionConfig
+from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:
     from edge_kernels.linear_float import PackedFloatWeight

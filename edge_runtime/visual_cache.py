@@ -8,7 +8,7 @@ from collections import OrderedDict
 import numpy as np
 
 from edge_runtime.disk_cache import DiskCache
-from edge_runtime.weights import Float32
+from edge_runtime.weights.gguf_file import Float32
 
 LIMIT_BYTES = 128 << 20
 """At full size the tokens of 128 slices."""

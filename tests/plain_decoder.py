@@ -9,7 +9,7 @@ import numpy as np
 
 from edge_runtime.kv_state import KVForm, KVRows
 from edge_runtime.prefill import Filled, Stretch
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 class PlainDecoder:

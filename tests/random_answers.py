@@ -12,7 +12,7 @@ from edge_runtime.forms import choose_form
 from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.store import find_model
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 class RandomAnswers:

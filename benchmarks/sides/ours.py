@@ -39,7 +39,7 @@ class Ours:
         from benchmarks.sides.planted import planted
         from edge_kernels.compile import isa, thread_count
         from edge_runtime import encoder
-        from edge_runtime.weights import GGUFFile
+        from edge_runtime.weights.gguf_file import GGUFFile
 
         plant = self._options.get("plant", "none")
         file_class = GGUFFile if plant == "none" else planted(plant)

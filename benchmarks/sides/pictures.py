@@ -9,8 +9,8 @@ import numpy.typing as npt
 from PIL import Image
 
 if TYPE_CHECKING:
-    from edge_runtime.config import SlicingConfig
     from edge_runtime.slicing import Slice
+    from edge_runtime.weights.config import SlicingConfig
 
 
 def picture(width: int, height: int) -> npt.NDArray[np.uint8]:

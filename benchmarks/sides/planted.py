@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 GAIN, CHANNELS = 50.0, 10
 UNIT_GAIN, UNITS = 30.0, 5

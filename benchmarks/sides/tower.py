@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from benchmarks.sides.child import timed
 from benchmarks.sides.pictures import cut
-from edge_runtime.config import slicing_config, vision_config
 from edge_runtime.vision import position_ids
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import slicing_config, vision_config
+from edge_runtime.weights.gguf_file import GGUFFile
 
 Float32 = npt.NDArray[np.float32]
 GRID = (32, 32)

@@ -20,7 +20,7 @@ import numpy as np
 from edge_converters.safetensors import Float32
 from edge_converters.writer import PlannedTensor
 from edge_runtime.errors import CheckpointError, ModelFileError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 MAX_LEGACY_BYTES = 1 << 30  # an 8-billion-parameter model's has 5 MB

@@ -29,7 +29,7 @@ from edge_runtime.pipeline import PromptOptions, prepare
 from edge_runtime.system.text_files import decode_text
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import Float32, GGUFFile
+from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:
     from edge_converters.convert import Progress

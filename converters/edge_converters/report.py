@@ -18,7 +18,7 @@ from edge_converters.recipes import DECODER_TYPES, VISION_TYPES
 from edge_converters.verify import sampled_error
 from edge_converters.writer import PlannedTensor
 from edge_runtime.errors import CheckpointError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 SAMPLED_ROWS = 256
 

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 from edge_converters.writer import PlannedTensor
 from edge_runtime.errors import CheckpointError, ModelFileError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 SAMPLED_ROWS = 8
 # Largest error of a sampled row set, as RMS error over RMS value. Rounding a value uniformly to n bits per block

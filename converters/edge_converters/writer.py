@@ -31,7 +31,7 @@ from edge_runtime.system.atomic_files import (
     unfinished,
     why_not_written,
 )
-from edge_runtime.weights import KEY_ROW_LENGTH
+from edge_runtime.weights.gguf_file import KEY_ROW_LENGTH
 
 CHUNK_VALUES = 8 << 20  # values per chunk: 32 MiB as float32
 _SAME_BITS = {

@@ -14,7 +14,6 @@ from gguf import LlamaFileType
 
 from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.capabilities import can_call_tools, can_think, capabilities
-from edge_runtime.config import is_toy, read_vocabulary
 from edge_runtime.errors import ModelFileError
 from edge_runtime.messages import THINK
 from edge_runtime.server.catalog import Listed
@@ -23,7 +22,8 @@ from edge_runtime.server.settings import Settings
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.tokenizer import special_tokens
 from edge_runtime.tools import TOOL_CALL
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import is_toy, read_vocabulary
+from edge_runtime.weights.gguf_file import GGUFFile
 
 LONGEST_ARRAY = 64
 """Longer ones are told on request only: a vocabulary has megabytes."""

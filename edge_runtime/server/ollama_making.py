@@ -32,7 +32,7 @@ from edge_runtime.server.shares import asking
 from edge_runtime.server.state import ServerState
 from edge_runtime.sources import ALIASES, parse_source, visible
 from edge_runtime.system.addresses import Allowed
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 Step = dict[str, Any]
 REPORT_S = 0.2

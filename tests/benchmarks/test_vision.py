@@ -22,9 +22,9 @@ from benchmarks.sides.plot import _free_box
 from benchmarks.sides.profiling import Profile, describe, peak_of, summarise
 from edge_kernels import linear_int8
 from edge_runtime import encoder
-from edge_runtime.config import SlicingConfig, slicing_config
 from edge_runtime.encoder import ImageEncoder
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import SlicingConfig, slicing_config
+from edge_runtime.weights.gguf_file import GGUFFile
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTES = 200

@@ -11,7 +11,7 @@ from benchmarks import make_checkpoint
 from benchmarks.sides import memory
 from edge_converters import convert_checkpoint
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 SMALL = {
     "HIDDEN": 256,

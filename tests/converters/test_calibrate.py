@@ -13,7 +13,7 @@ from edge_converters import calibrate, convert_checkpoint
 from edge_converters.calibrate import best_factor
 from edge_runtime import CheckpointError, Model, ModelFileError
 from edge_runtime.calibration import KEY_FLOAT_PRODUCTS, SMOOTH_PREFIX
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from mtmd_peer import encode_with_mtmd
 
 UNITS, LARGER = 5, 30.0

@@ -25,7 +25,7 @@ from edge_converters.quantize import encode_rows
 from edge_runtime import Model, llama
 from edge_runtime.cli import main
 from edge_runtime.vision import position_ids
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel, random_tensors, write_safetensors
 from tolerances import RESAMPLER, VISION
 

@@ -24,7 +24,7 @@ from edge_converters.importance import read_importance
 from edge_converters.observe import observe, prompts
 from edge_runtime.cli import main
 from edge_runtime.errors import CheckpointError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel
 
 NAMES = {

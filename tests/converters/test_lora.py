@@ -23,7 +23,7 @@ from edge_converters.checkpoint import Checkpoint
 from edge_runtime import Model
 from edge_runtime.cli import main
 from edge_runtime.store import find_model
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel
 
 LOGITS = 1e-3

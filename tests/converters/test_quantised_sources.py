@@ -18,7 +18,7 @@ from edge_converters import convert_checkpoint
 from edge_converters.checkpoint import Checkpoint
 from edge_runtime import Model
 from edge_runtime.errors import CheckpointError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel
 
 FORMULA = 1e-6  # relative; both sides are a few float32 operations

@@ -26,7 +26,7 @@ from edge_converters.observe import Observer
 from edge_runtime import Model
 from edge_runtime.sine import frequencies
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import random_tensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]

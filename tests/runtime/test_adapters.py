@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from edge_runtime import MessageError, Model, ModelFileError
 from edge_runtime.decoder import Decoder, Part
 from edge_runtime.decoder_options import DecoderOptions
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from support.command import refused
 from support.gguf_maker import F32, F64, STRING, U32, Gguf
 

@@ -16,7 +16,7 @@ from edge_runtime.decoder import Decoder
 from edge_runtime.decoder_options import DecoderOptions
 from edge_runtime.trial import SAMPLE_ANSWER, Rates, Sampling, Trial
 from edge_runtime.tuning import Tuning, forget_tuning, remember_tuning, remembered_tuning, tuning_path
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def test_a_tuning_belongs_to_one_machine(decoder, monkeypatch):
     ],
 )
 def test_a_damaged_tuning_is_none(decoder, text):
-    from edge_runtime.identity import machine_identity
+    from edge_runtime.weights.identity import machine_identity
 
     path = tuning_path(decoder)
     path.parent.mkdir(parents=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from edge_runtime import MessageError, Model, PromptTooLongError, pipeline
 from edge_runtime.budget import Measured, Reckoning, Room
 from edge_runtime.cli import main
-from edge_runtime.config import SlicingConfig
+from edge_runtime.weights.config import SlicingConfig
 
 SLICING = SlicingConfig(448, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 SIZES = [(300, 300), (448, 448), (640, 200), (120, 700), (500, 430), (60, 60)]

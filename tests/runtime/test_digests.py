@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edge_runtime.clips import Clip, choose
-from edge_runtime.config import SlicingConfig
 from edge_runtime.messages import VideoPart
 from edge_runtime.pipeline import group_digest
 from edge_runtime.slicing import Slice
 from edge_runtime.video import VideoLimits, VideoOptions
+from edge_runtime.weights.config import SlicingConfig
 from support.video_maker import numbered
 
 SLICING = SlicingConfig(56, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edge_runtime.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
 from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.image import load_image
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
+from edge_runtime.weights.gguf_file import GGUFFile
 from support.gguf_maker import BOOL, CODES, F32, I32, STRING, U32, VOCABULARY, Gguf, Tensor, mini_decoder, mini_mmproj
 from support.gguf_maker import scalar as encode
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_runtime import Model
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 # Rounding rows and weights to 8 bits costs one product about 1 % (a step of 1/127 of a range of 8 standard
 # deviations, uniform error, both sides), which is a cosine of 0.99995; three layers of them and the resampler add up

@@ -16,7 +16,7 @@ from edge_runtime.decoder import Cancelled, Decoder, Part
 from edge_runtime.decoder_options import DecoderOptions
 from edge_runtime.kv_types import choose_kv_type, kv_bytes
 from edge_runtime.memory import reckon
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from support.gguf_maker import U32, mini_decoder
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"

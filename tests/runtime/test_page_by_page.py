@@ -15,7 +15,6 @@ from PIL import Image
 
 from edge_runtime import EdgeRuntimeError, ImageError, MessageError, Model, PageAnswer, each_page, join_pages
 from edge_runtime.cli import main
-from edge_runtime.config import SlicingConfig
 from edge_runtime.document_options import PRESET_NAMES
 from edge_runtime.documents import DocumentOptions, with_pages
 from edge_runtime.image import load_image
@@ -23,6 +22,7 @@ from edge_runtime.memory import give_back
 from edge_runtime.messages import ImagePart, Message, parse_messages
 from edge_runtime.page_by_page import without_fence
 from edge_runtime.presets import PRESETS, with_preset
+from edge_runtime.weights.config import SlicingConfig
 from support.document_maker import pages_tiff, scanned_pdf, words_pdf, written_pdf
 
 QUESTION = "What does it say?"

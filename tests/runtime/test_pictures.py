@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from edge_runtime import Model
-from edge_runtime.config import SlicingConfig
 from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.image import EXIF_ORIENTATION, load_image
 from edge_runtime.slicing import check_plan, plan_slices
+from edge_runtime.weights.config import SlicingConfig
 from support.command import refused
 
 Pixels = npt.NDArray[Any]

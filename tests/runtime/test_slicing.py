@@ -13,8 +13,8 @@ from PIL import Image
 
 from conftest import golden
 from edge_runtime import Model
-from edge_runtime.config import SlicingConfig
 from edge_runtime.slicing import plan_slices, slice_image
+from edge_runtime.weights.config import SlicingConfig
 from tolerances import PIXELS
 
 OFFICIAL = SlicingConfig(448, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

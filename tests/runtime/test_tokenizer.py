@@ -21,7 +21,7 @@ from edge_converters.vocabulary import read_vocabulary
 from edge_converters.writer import PlannedTensor, write_gguf
 from edge_runtime import Model
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 MARK = "\ue000"
 TEXTS = [

@@ -15,7 +15,7 @@ from edge_runtime.requests import Event, EventQueue, Finished
 from edge_runtime.store import find_model
 from edge_runtime.streaming import Piece
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 Step = Event | Exception | threading.Event
 """An event to send, an error to fail with, or something to wait for."""

@@ -16,7 +16,7 @@ import pytest
 
 from edge_runtime import Model, ModelFileError
 from edge_runtime.system.bus_errors import MOST_RANGES, _watch, watch_memory
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 has_bus_errors = pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="mapped files cannot be cut here")
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,7 +118,7 @@ READ = """
 import faulthandler, os, sys, threading
 from pathlib import Path
 import numpy as np
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 if sys.argv[2] == "faulthandler":
     faulthandler.enable()
 file = GGUFFile(Path(sys.argv[1]))
@@ -163,7 +163,7 @@ def test_a_signal_that_somebody_sends_ends_the_process_without_blame(folder):
 OTHERS = """
 import mmap, os, sys
 from pathlib import Path
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 file = GGUFFile(Path(sys.argv[1]))
 with open(sys.argv[2], "w+b") as other:
     other.truncate(1 << 16)

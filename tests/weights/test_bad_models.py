@@ -22,7 +22,7 @@ from edge_runtime.errors import (
 )
 from edge_runtime.store import find_model
 from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from support import gguf_maker as make
 from support.command import refused
 from support.gguf_maker import Gguf, mini_decoder, mini_mmproj

@@ -29,7 +29,7 @@ from gguf import GGMLQuantizationType
 
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.sources import JOIN_PARTS
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 KEY_MAX_SLICE_NUMS = "edge_runtime.max_slice_nums"
 KEY_USE_IMAGE_ID = "edge_runtime.use_image_id"

@@ -29,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from edge_runtime import blocks
-from edge_runtime.blocks import BlockParts, Bytes
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
-from edge_runtime.mapping import Region, check_unchanged, let_go, map_file, region_bytes
+from edge_runtime.weights import blocks
+from edge_runtime.weights.blocks import BlockParts, Bytes
+from edge_runtime.weights.memory_map import Region, check_unchanged, let_go, map_file, region_bytes
 
 Float32 = blocks.Float32
 

@@ -6,7 +6,7 @@ import hashlib
 from importlib import metadata
 from pathlib import Path
 
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 SAMPLE_BYTES = 4096  # of each tensor: a page, so that a file that is not in memory yet is not read as a whole
 

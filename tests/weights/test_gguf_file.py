@@ -16,7 +16,7 @@ from gguf import quants as gguf_quants
 
 from edge_converters.quantize import encode_rows
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from support import gguf_maker as make
 from support.gguf_maker import Gguf
 
