@@ -22,7 +22,7 @@ from demo.draw import EASY_FONTS, TEST_FONTS, TRAIN_FONTS, available, draw_text,
 from demo.sample import CHARACTERS, Mark, Sample, Size, pick
 from demo.things import count_sample, pictures_sample, shape_sample, video_sample
 from demo.words import TEST_WORDS, TRAIN_WORDS, is_test_word
-from edge_runtime.slicing import SlicePlan, plan_slices
+from edge_runtime.inputs.slicing import SlicePlan, plan_slices
 from edge_runtime.weights.config import SlicingConfig
 
 SIDE = 112  # pixels: scale_resolution of the demo model

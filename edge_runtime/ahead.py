@@ -18,7 +18,7 @@ from edge_runtime.answers import Answer
 from edge_runtime.decoder import common_beginning
 from edge_runtime.engine import Engine, Running
 from edge_runtime.errors import EdgeRuntimeError
-from edge_runtime.messages import Message, parse_messages
+from edge_runtime.inputs.messages import Message, parse_messages
 from edge_runtime.pipeline import Prepared
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Request

@@ -29,8 +29,8 @@ from edge_runtime.document_options import (
     note_fitted,
     take_documents,
 )
-from edge_runtime.image import PIXEL_LIMIT
-from edge_runtime.messages import VideoPart
+from edge_runtime.inputs.image import PIXEL_LIMIT
+from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.piped import STDIN, Piped
 from edge_runtime.run_checks import check_kept, check_stdin, check_system, note_before, read_schema
 from edge_runtime.serve_command import serve

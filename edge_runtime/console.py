@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from edge_runtime.documents import last_picture
 from edge_runtime.grounding import check_drawing, draw_regions, save_drawing
-from edge_runtime.image import load_image
-from edge_runtime.messages import parse_messages
+from edge_runtime.inputs.documents import last_picture
+from edge_runtime.inputs.image import load_image
+from edge_runtime.inputs.messages import parse_messages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from edge_runtime.answers import Answer
-    from edge_runtime.messages import VideoPart
+    from edge_runtime.inputs.messages import VideoPart
     from edge_runtime.model import Model
     from edge_runtime.requests import Progress
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edge_runtime.errors import MessageError
-from edge_runtime.messages import THINK, THINK_END, Message
+from edge_runtime.inputs.messages import THINK, THINK_END, Message
 
 ASSISTANT = "assistant"
 _BLOCK_AT_END = re.compile(rf"{re.escape(THINK)}\s*(?:{re.escape(THINK_END)}\s*)?\Z")

@@ -13,8 +13,8 @@ import click
 
 from edge_runtime.command import INTERRUPTED
 from edge_runtime.errors import ImageError
-from edge_runtime.messages import VideoPart
-from edge_runtime.pages import PAGE_LIMIT
+from edge_runtime.inputs.messages import VideoPart
+from edge_runtime.inputs.pages import PAGE_LIMIT
 from edge_runtime.piped import Piped
 
 if TYPE_CHECKING:

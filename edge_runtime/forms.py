@@ -12,7 +12,7 @@ from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm
 from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import Grammar, GrammarVocabulary
-from edge_runtime.messages import THINK_END
+from edge_runtime.inputs.messages import THINK_END
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END, call_schema, chosen_functions, function_names
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from edge_runtime.decoder import Decoder
 from edge_runtime.errors import ModelFileError
-from edge_runtime.messages import THINK_END
+from edge_runtime.inputs.messages import THINK_END
 from edge_runtime.requests import FinishReason, Task
 from edge_runtime.sampling import Sampler, is_finite
 from edge_runtime.tokenizer import Tokenizer

@@ -10,16 +10,16 @@ import numpy as np
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.capabilities import capabilities
 from edge_runtime.decoder import Decoder
-from edge_runtime.decoding_opener import opening
-from edge_runtime.decoding_pool import Decoders
 from edge_runtime.embedding import embed
 from edge_runtime.encoder import Group, ImageEncoder
 from edge_runtime.engine import Engine
-from edge_runtime.image import ImageSource, load_image
+from edge_runtime.inputs.image import ImageSource, load_image
+from edge_runtime.inputs.slicing import Slice, check_plan, plan_slices, slice_image
+from edge_runtime.inputs.workers.opener import opening
+from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Activity
-from edge_runtime.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tracing import Trace, trace
 from edge_runtime.weights.gguf_file import Float32

@@ -12,13 +12,13 @@ from typing import Any, Literal, overload
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
-from edge_runtime.decoding_pool import Decoders
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.effort import Effort
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
 from edge_runtime.forms import choose_form
 from edge_runtime.grammar import GrammarVocabulary
+from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.inside import Inside
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.logprobs import TokenLogprobs, describe, describe_prompt
@@ -134,7 +134,7 @@ class Model(Inside):
 
         Parameters
         ----------
-        messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
+        messages : a question, or a list of messages; see `edge_runtime.inputs.messages` for the accepted forms.
         stream : return an `AnswerStream` at once instead of the whole `Answer`; not with beams, whose answer is
             known at the end only.
         options : as of `submit`.
@@ -229,7 +229,7 @@ class Model(Inside):
 
         Parameters
         ----------
-        messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
+        messages : a question, or a list of messages; see `edge_runtime.inputs.messages` for the accepted forms.
         n : number of answers, see `chat_n`.
         thinking : let the model reason before it answers.
         max_tokens : most tokens to generate, reasoning included.

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from edge_runtime.clips import Clip
 from edge_runtime.encoder import Group
-from edge_runtime.messages import ImagePart, Message
+from edge_runtime.inputs.clips import Clip
+from edge_runtime.inputs.messages import ImagePart, Message
 from edge_runtime.prompt import ImageLayout, Prompt
 
 STEPS = 4

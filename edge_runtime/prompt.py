@@ -18,7 +18,7 @@ from typing import Any
 
 from edge_runtime.continuation import Begun, ask_to_go_on
 from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
-from edge_runtime.messages import ImagePart, Message
+from edge_runtime.inputs.messages import ImagePart, Message
 from edge_runtime.templates import render
 from edge_runtime.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ import click
 
 from edge_runtime.errors import MessageError
 from edge_runtime.file_names import find_named
-from edge_runtime.messages import VideoPart
+from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.piped import STDIN, Piped, read_pipe, waits_unread
 from edge_runtime.system.text_files import decode_text, parse_json
 from edge_runtime.words import looks_like_file

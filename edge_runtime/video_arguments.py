@@ -12,9 +12,9 @@ from typing import Any
 import click
 from PIL import Image
 
-from edge_runtime.messages import VIDEO_SUFFIXES, VideoPart
+from edge_runtime.inputs.messages import VIDEO_SUFFIXES, VideoPart
+from edge_runtime.inputs.video.frame_choice import PACKING_LIMIT, VideoLimits, VideoOptions, clock
 from edge_runtime.piped import Piped
-from edge_runtime.video import PACKING_LIMIT, VideoLimits, VideoOptions, clock
 
 ANIMATIONS = (".apng", ".avif", ".gif", ".png", ".webp")
 
@@ -128,7 +128,7 @@ def look_at(part: VideoPart) -> str:
     VideoError, BackendUnavailable
         When it cannot be used.
     """
-    from edge_runtime.clips import choose
+    from edge_runtime.inputs.clips import choose
 
     chosen = choose(part, VideoLimits())
     ids, seconds = chosen.choice.temporal_ids, chosen.source.times[-1] + 1 / chosen.source.rate
@@ -138,8 +138,8 @@ def look_at(part: VideoPart) -> str:
 
 def draw(part: VideoPart, target: Path, watch: Callable[[float], None]) -> None:
     """Write the storyboard of a video."""
-    from edge_runtime.clips import choose
     from edge_runtime.grounding import save_drawing
-    from edge_runtime.storyboard import draw_storyboard
+    from edge_runtime.inputs.clips import choose
+    from edge_runtime.inputs.storyboard import draw_storyboard
 
     save_drawing(draw_storyboard(choose(part, VideoLimits()), watch), target)

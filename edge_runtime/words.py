@@ -29,7 +29,7 @@ import click
 
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.file_names import find_named, is_there, names_in, similar_name
-from edge_runtime.messages import VIDEO_SUFFIXES
+from edge_runtime.inputs.messages import VIDEO_SUFFIXES
 from edge_runtime.piped import STDIN, Piped, read_pipe, told_apart
 from edge_runtime.sources import visible
 
@@ -194,7 +194,7 @@ def _found(word: str, *, any_case: bool) -> Path | Piped | str | None:
     if word in STDIN:
         return read_pipe(word)
     if re.match(r"data:[\w.+-]+/[\w.+-]+[;,]", word, re.IGNORECASE):
-        from edge_runtime.image import decode_data_uri
+        from edge_runtime.inputs.image import decode_data_uri
 
         return told_apart(decode_data_uri(word), "the data: URI")
     for spelling in _spellings(word):

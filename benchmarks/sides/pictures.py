@@ -9,7 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 if TYPE_CHECKING:
-    from edge_runtime.slicing import Slice
+    from edge_runtime.inputs.slicing import Slice
     from edge_runtime.weights.config import SlicingConfig
 
 
@@ -26,7 +26,7 @@ def picture(width: int, height: int) -> npt.NDArray[np.uint8]:
 
 def cut(config: SlicingConfig, width: int, height: int, expected: int | None = None) -> list[Slice]:
     """Slices of `picture`; their number is held against what the scenario says."""
-    from edge_runtime.slicing import plan_slices, slice_image
+    from edge_runtime.inputs.slicing import plan_slices, slice_image
 
     plan = plan_slices(width, height, config)
     if expected is not None and plan.n_slices != expected:

@@ -36,8 +36,8 @@ class VideoMtmd(Mtmd):
         return facts | {"n_ctx": params.n_ctx}
 
     def _frames(self) -> list[Any]:
-        from edge_runtime.video import VideoLimits
-        from edge_runtime.video_frames import open_video
+        from edge_runtime.inputs.video.frame_choice import VideoLimits
+        from edge_runtime.inputs.video.picture_frames import open_video
 
         source = open_video(self._options["video"], VideoLimits())
         cursor = source.open()

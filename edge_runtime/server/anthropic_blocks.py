@@ -1,4 +1,4 @@
-"""Content blocks of Anthropic's messages API → messages for `edge_runtime.messages`.
+"""Content blocks of Anthropic's messages API → messages for `edge_runtime.inputs.messages`.
 
 Every kind of block that Anthropic's clients know is decided here: read (`READ`, `TURN`), passed over (`PASSED_OVER`),
 or refused by name (`REFUSED`). A client's string never becomes a path. Source: anthropic-sdk-python's types.

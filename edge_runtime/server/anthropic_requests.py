@@ -1,6 +1,6 @@
 """Requests of Anthropic's messages API → a conversation and options of `Model.submit`.
 
-Enters: the body, checked by pydantic. Leaves: messages for `edge_runtime.messages` and keyword arguments for
+Enters: the body, checked by pydantic. Leaves: messages for `edge_runtime.inputs.messages` and keyword arguments for
 `Model.submit`. Every field that Anthropic's clients know is kept, passed over (`PASSED_OVER`) or refused by name
 (`REFUSED`); one that nobody knows is refused, as Anthropic does. Source: anthropic-sdk-python's types.
 """
@@ -174,7 +174,7 @@ class CountRequest(Named):
         return self.output_config.effort if self.output_config is not None else None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Messages as `edge_runtime.messages` takes them.
+        """Messages as `edge_runtime.inputs.messages` takes them.
 
         Raises
         ------

@@ -15,7 +15,7 @@ from gguf import LlamaFileType
 from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.capabilities import can_call_tools, can_think, capabilities
 from edge_runtime.errors import ModelFileError
-from edge_runtime.messages import THINK
+from edge_runtime.inputs.messages import THINK
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.settings import Settings

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
-from edge_runtime.decoding_pool import ClientsDecoders, DecoderPool
 from edge_runtime.errors import MessageError
+from edge_runtime.inputs.video.frame_choice import VideoLimits
+from edge_runtime.inputs.workers.pool import ClientsDecoders, DecoderPool
 from edge_runtime.prompt import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
@@ -33,7 +34,6 @@ from edge_runtime.server.ollama_context import messages_of
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.shares import Places, asking
 from edge_runtime.streaming import Piece
-from edge_runtime.video import VideoLimits
 
 R = TypeVar("R")
 TEXT_THREADS = 4
@@ -49,7 +49,7 @@ class ChatCall:
     model: str | None
     """As the client names it; None takes the default."""
     messages: str | Sequence[Any]
-    """As `edge_runtime.messages` takes them."""
+    """As `edge_runtime.inputs.messages` takes them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `Model.submit`, `n` left out."""
     n: int = 1

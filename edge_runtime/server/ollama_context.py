@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edge_runtime.messages import ROLES
+from edge_runtime.inputs.messages import ROLES
 from edge_runtime.server.errors import RequestError
 from edge_runtime.tokenizer import Tokenizer
 

@@ -1,6 +1,6 @@
 """Requests of OpenAI's chat completions and completions → a conversation and options of `Model.submit`.
 
-Enters: the body, checked by pydantic. Leaves: messages for `edge_runtime.messages` and keyword arguments for
+Enters: the body, checked by pydantic. Leaves: messages for `edge_runtime.inputs.messages` and keyword arguments for
 `Model.submit`. Knows neither models nor connections. What becomes of fields that are not named here is in
 `openai_fields`.
 
@@ -146,7 +146,7 @@ class ChatCompletionRequest(CompletionFields, ConversationFields):
         return given(continue_final_message=self.continue_final_message)
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Messages as `edge_runtime.messages` takes them.
+        """Messages as `edge_runtime.inputs.messages` takes them.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Content of messages as clients of OpenAI's APIs write it → parts as `edge_runtime.messages` takes them.
+"""Content of messages as clients of OpenAI's APIs write it → parts as `edge_runtime.inputs.messages` takes them.
 
 Enters: what stands under `content` in a message of chat completions or responses. Leaves: a string, or a list of
 parts of four kinds: text, image_url, video_url, file. A client's string never becomes a path: what is no data: URI

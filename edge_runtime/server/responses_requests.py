@@ -1,7 +1,7 @@
 """Requests of OpenAI's responses API → a conversation and options of `Model.submit`.
 
 Enters: the body, checked by pydantic, and the items of responses that it goes on from (`responses_store`). Leaves:
-messages for `edge_runtime.messages` and keyword arguments for `Model.submit`. What needs stored conversations or
+messages for `edge_runtime.inputs.messages` and keyword arguments for `Model.submit`. What needs stored conversations or
 prompts is refused: an answer without them would be an answer to another question. Source: openai-python's types.
 """
 
@@ -91,7 +91,7 @@ class ResponsesRequest(ConversationFields):
         return self.input
 
     def conversation_messages(self, before: Sequence[Item] = (), own: Sequence[Item] | None = None) -> Messages:
-        """Messages as `edge_runtime.messages` takes them.
+        """Messages as `edge_runtime.inputs.messages` takes them.
 
         Parameters
         ----------

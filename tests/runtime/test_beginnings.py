@@ -10,7 +10,7 @@ import pytest
 
 from edge_runtime import Model, PromptTooLongError
 from edge_runtime.beginnings import LEAST, Beginnings, HeldBeginnings
-from edge_runtime.messages import parse_messages
+from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.saved_prefixes import BLOCK, Recorded, Saved
 from edge_runtime.store import find_model
 from many_tools import many_tools

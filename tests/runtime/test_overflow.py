@@ -10,7 +10,7 @@ from PIL import Image
 
 from edge_runtime import Model, PromptTooLongError
 from edge_runtime.encoder import Group
-from edge_runtime.messages import Message, parse_messages
+from edge_runtime.inputs.messages import Message, parse_messages
 from edge_runtime.overflow import Placed, fit, turns, without_oldest
 from edge_runtime.prompt import ImageLayout, Prompt
 

@@ -16,12 +16,12 @@ from PIL import Image
 from edge_runtime import EdgeRuntimeError, ImageError, MessageError, Model, PageAnswer, each_page, join_pages
 from edge_runtime.cli import main
 from edge_runtime.document_options import PRESET_NAMES
-from edge_runtime.documents import DocumentOptions, with_pages
-from edge_runtime.image import load_image
+from edge_runtime.inputs.documents import DocumentOptions, with_pages
+from edge_runtime.inputs.image import load_image
+from edge_runtime.inputs.messages import ImagePart, Message, parse_messages
+from edge_runtime.inputs.presets import PRESETS, with_preset
 from edge_runtime.memory import give_back
-from edge_runtime.messages import ImagePart, Message, parse_messages
 from edge_runtime.page_by_page import without_fence
-from edge_runtime.presets import PRESETS, with_preset
 from edge_runtime.weights.config import SlicingConfig
 from support.document_maker import pages_tiff, scanned_pdf, words_pdf, written_pdf
 
@@ -189,7 +189,7 @@ def test_a_page_that_cannot_be_read_is_told_and_the_rest_is_printed(tmp_path: Pa
 
 
 def test_stopping_between_pages_keeps_what_is_there(scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_runtime.pdf import PdfFile
+    from edge_runtime.inputs.pdf import PdfFile
 
     draw, drawn = PdfFile.draw, []
 

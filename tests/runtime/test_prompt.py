@@ -14,7 +14,7 @@ from PIL import Image
 
 from conftest import golden
 from edge_runtime import MessageError, Model, ModelFileError, templates
-from edge_runtime.messages import parse_messages
+from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.prompt import ImageLayout, build_prompt, placeholder_text
 from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 

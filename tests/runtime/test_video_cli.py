@@ -14,10 +14,10 @@ from edge_runtime import Model, console
 from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.chat import Chat
 from edge_runtime.cli import main
-from edge_runtime.clips import choose
-from edge_runtime.messages import VideoPart
-from edge_runtime.storyboard import draw_storyboard
-from edge_runtime.video import VideoLimits, VideoOptions
+from edge_runtime.inputs.clips import choose
+from edge_runtime.inputs.messages import VideoPart
+from edge_runtime.inputs.storyboard import draw_storyboard
+from edge_runtime.inputs.video.frame_choice import VideoLimits, VideoOptions
 from support.command import refused
 from support.video_maker import make_animation, make_sound, make_video, number_of, numbered, write_frames
 

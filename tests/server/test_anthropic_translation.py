@@ -9,7 +9,7 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from edge_runtime.messages import ImagePart, parse_messages
+from edge_runtime.inputs.messages import ImagePart, parse_messages
 from edge_runtime.server.anthropic_replies import MessageEvents, whole_message
 from edge_runtime.server.anthropic_requests import MessagesRequest
 from edge_runtime.server.errors import RequestError

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.decoding_pool import Lease
+from edge_runtime.inputs.workers.pool import Lease
 from edge_runtime.server import replies
 from edge_runtime.server.connections import GuardedConnection
 from edge_runtime.server.inference import MOST_DECODERS, TEXT_THREADS

@@ -12,8 +12,8 @@ import httpx
 import ollama
 import pytest
 
-from edge_runtime.decoding_pool import ClientsDecoders
 from edge_runtime.errors import EngineBusy, ImageError, MessageError, PromptTooLongError
+from edge_runtime.inputs.workers.pool import ClientsDecoders
 from edge_runtime.requests import Progress
 from edge_runtime.server import models
 from edge_runtime.server.settings import Settings

@@ -11,9 +11,9 @@ from PIL import Image
 from reportlab.lib.utils import ImageReader
 from reportlab.pdfgen.canvas import Canvas
 
-from edge_runtime.documents import DocumentOptions, with_pages
-from edge_runtime.image import load_image
-from edge_runtime.messages import parse_messages
+from edge_runtime.inputs.documents import DocumentOptions, with_pages
+from edge_runtime.inputs.image import load_image
+from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.prompt import iter_images
 from edge_runtime.weights.config import SlicingConfig
 

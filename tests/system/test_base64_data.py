@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edge_runtime.errors import ImageError, MessageError
-from edge_runtime.image import load_image
+from edge_runtime.inputs.image import load_image
 from edge_runtime.system.base64_data import (
     as_data_uri,
     data_uri_head,
