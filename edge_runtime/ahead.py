@@ -20,7 +20,7 @@ from edge_runtime.engine import Engine, Running
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.inputs.messages import Message, parse_messages
 from edge_runtime.pipeline import Prepared
-from edge_runtime.prompt import Prompt
+from edge_runtime.prompt.build import Prompt
 from edge_runtime.requests import Request
 
 NEXT_QUESTIONS = ("What", "And how")

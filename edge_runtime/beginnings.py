@@ -24,7 +24,7 @@ from typing import Any
 from edge_runtime.decoder import Decoder, common_beginning
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.inputs.messages import Message, parse_messages
-from edge_runtime.prompt import Prompt
+from edge_runtime.prompt.build import Prompt
 
 LEAST = 64
 """Positions; fewer are computed as fast as they are looked for."""

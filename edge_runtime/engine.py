@@ -20,12 +20,12 @@ from edge_runtime.decoder import Decoder
 from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
 from edge_runtime.keeping import Keeping
-from edge_runtime.prompt import Prompt
+from edge_runtime.prompt.build import Prompt
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import Activity, Event, EventQueue, Expected, Request, Task
 from edge_runtime.sampling import SamplingOptions
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.system.forks import Home, only_here
-from edge_runtime.tokenizer import Tokenizer
 
 MOST_REQUESTS = 64
 """Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""

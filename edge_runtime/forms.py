@@ -13,7 +13,7 @@ from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
 from edge_runtime.grammar import Grammar, GrammarVocabulary
 from edge_runtime.inputs.messages import THINK_END
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END, call_schema, chosen_functions, function_names
 
 logger = logging.getLogger("edge_runtime")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from edge_runtime.decoder import Decoder
 from edge_runtime.errors import ModelFileError
 from edge_runtime.inputs.messages import THINK_END
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import FinishReason, Task
 from edge_runtime.sampling import Sampler, is_finite
-from edge_runtime.tokenizer import Tokenizer
 
 
 def go_on(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:

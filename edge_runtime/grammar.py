@@ -20,8 +20,8 @@ from edge_runtime.ending import LONGEST_END, shortest_end
 from edge_runtime.errors import MessageError
 from edge_runtime.json_position import NUMBER_BYTES, QUOTE, JsonPosition
 from edge_runtime.places import Place
+from edge_runtime.prompt.tokenizer import CONTROL, UNUSED, USER_DEFINED, Tokenizer
 from edge_runtime.schema import DEFAULT_MAX_LENGTH, bound_schema
-from edge_runtime.tokenizer import CONTROL, UNUSED, USER_DEFINED, Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

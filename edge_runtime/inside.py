@@ -18,9 +18,9 @@ from edge_runtime.inputs.slicing import Slice, check_plan, plan_slices, slice_im
 from edge_runtime.inputs.workers.opener import opening
 from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
-from edge_runtime.prompt import Prompt
+from edge_runtime.prompt.build import Prompt
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import Activity
-from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tracing import Trace, trace
 from edge_runtime.weights.gguf_file import Float32
 

@@ -16,9 +16,9 @@ from edge_runtime.keeping import Keeping
 from edge_runtime.kv_types import choose_kv_type
 from edge_runtime.memory import choose_context, reckon
 from edge_runtime.products import check_instruction_set
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store import ModelPaths
 from edge_runtime.system.forks import begin_loading
-from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.tuning import Tuning, remembered_tuning
 from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.gguf_file import Float32
 
 MOST_ALTERNATIVES = 20  # OpenAI's limit

@@ -31,10 +31,10 @@ from edge_runtime.options import (
     check_streaming,
     count_beams,
 )
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.store import ModelPaths, find_model
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.text_form import choose_text_form
 from edge_runtime.token_rules import choose_rules
 from edge_runtime.tools import checked_tools, function_names

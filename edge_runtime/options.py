@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edge_runtime.continuation import Begun
 from edge_runtime.engine import MOST_REQUESTS
 from edge_runtime.errors import MessageError
 from edge_runtime.logprobs import MOST_ALTERNATIVES
+from edge_runtime.prompt.continuation import Begun
 from edge_runtime.sampling import OFFICIAL_BEAMS
 from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END
 

@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.beginnings import Beginnings
-from edge_runtime.budget import Budget, check_room_beside_tools, share_of_tools
-from edge_runtime.continuation import Begun, find_begun
 from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError
 from edge_runtime.inputs.clips import FramePart, expand_videos, group_ids
@@ -31,9 +29,11 @@ from edge_runtime.inputs.opener import InThisProcess, Opener, cut_source
 from edge_runtime.inputs.presets import with_preset
 from edge_runtime.inputs.slicing import Size, Slice, SlicePlan, plan_slices
 from edge_runtime.inputs.video.frame_choice import VideoLimits, check_groups
-from edge_runtime.overflow import Placed, fit
-from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.build import ImageLayout, Prompt, build_prompt, iter_images
+from edge_runtime.prompt.context_budget import Budget, check_room_beside_tools, share_of_tools
+from edge_runtime.prompt.context_shift import Placed, fit
+from edge_runtime.prompt.continuation import Begun, find_begun
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.tools import checked_tools
 from edge_runtime.weights.config import SlicingConfig
 

@@ -33,9 +33,9 @@ from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
 from edge_runtime.kv_state import UnknownState
 from edge_runtime.memory import give_back
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import Activity, Expected, FinishReason, Task, is_worth_leaving
 from edge_runtime.saved_prefixes import PromptSaver, Recorded, Saved
-from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.visual_cache import VisualTokenCache
 
 WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing

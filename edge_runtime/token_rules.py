@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_runtime.errors import MessageError
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.tokenizer import Tokenizer
 
 MOST_IDS = 4096
 """Of one list."""

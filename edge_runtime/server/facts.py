@@ -16,11 +16,11 @@ from edge_runtime.answers import TOY_NOTICE
 from edge_runtime.capabilities import can_call_tools, can_think, capabilities
 from edge_runtime.errors import ModelFileError
 from edge_runtime.inputs.messages import THINK
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.prompt.tokenizer import special_tokens
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.settings import Settings
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.tokenizer import special_tokens
 from edge_runtime.tools import TOOL_CALL
 from edge_runtime.weights.config import is_toy, read_vocabulary
 from edge_runtime.weights.gguf_file import GGUFFile

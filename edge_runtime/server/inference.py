@@ -21,7 +21,7 @@ from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.errors import MessageError
 from edge_runtime.inputs.video.frame_choice import VideoLimits
 from edge_runtime.inputs.workers.pool import ClientsDecoders, DecoderPool
-from edge_runtime.prompt import Prompt
+from edge_runtime.prompt.build import Prompt
 from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed

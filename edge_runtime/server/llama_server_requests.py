@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.sampling import SamplingOptions, choose_options
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import ChatCall
@@ -19,7 +20,6 @@ from edge_runtime.server.openai_requests import MOST_PROMPTS
 from edge_runtime.server.openai_sampling import SamplingFields, length
 from edge_runtime.server.openai_tools import given
 from edge_runtime.server.parts import Part
-from edge_runtime.tokenizer import Tokenizer
 
 UNLIMITED = 1 << 30
 _OF_CHATS = Refused("which belongs to /v1/chat/completions; expected 'prompt'")

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edge_runtime.inputs.messages import ROLES
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.server.errors import RequestError
-from edge_runtime.tokenizer import Tokenizer
 
 MOST_IDS = 1 << 18
 """More than any context holds; a longer list is none of ours."""

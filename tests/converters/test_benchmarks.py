@@ -10,7 +10,7 @@ import pytest
 from benchmarks import make_checkpoint
 from benchmarks.sides import memory
 from edge_converters import convert_checkpoint
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.gguf_file import GGUFFile
 
 SMALL = {

@@ -24,8 +24,8 @@ from edge_converters.checkpoint import Checkpoint
 from edge_converters.importance import read_importance
 from edge_converters.observe import Observer
 from edge_runtime import Model
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.sine import frequencies
-from edge_runtime.tokenizer import Tokenizer
 from edge_runtime.weights.gguf_file import GGUFFile
 from naive import random_tensors, write_safetensors
 
@@ -55,7 +55,7 @@ DECODER_EXCEPTIONS = {
     "tokenizer.ggml.add_eos_token": "false by default; the script writes it if the tokenizer's files do",
     "tokenizer.ggml.token_type": "special is what the tokenizer says is; the script guesses by the look",
     "tokenizer.chat_template": "the official one where the checkpoint brings none; without it nobody can chat",
-    "edge_runtime.tokenizer.normalizer": "ours",
+    "edge_runtime.prompt.tokenizer.normalizer": "ours",
     "edge_runtime.toy": "ours",
 }
 VISION_EXCEPTIONS = {

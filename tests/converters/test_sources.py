@@ -12,8 +12,8 @@ from gguf import TokenType
 from checkpoint_copies import CheckpointCopy, Stored, stored
 from edge_converters import convert_checkpoint
 from edge_runtime import Model
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.gguf_file import GGUFFile
 
 EMBEDDING, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
@@ -109,7 +109,7 @@ def test_a_tokenizer_without_nfc_is_marked_so(copy: CheckpointCopy, tmp_path: Pa
     del copy.files["vocab.json"]
     copy.files["tokenizer.json"]["normalizer"] = None
     file = decoder_of(copy, tmp_path)
-    assert file.metadata["edge_runtime.tokenizer.normalizer"] == "none"
+    assert file.metadata["edge_runtime.prompt.tokenizer.normalizer"] == "none"
     assert Tokenizer(file).encode("e\u0301") != Tokenizer(file).encode("\u00e9")
 
 

@@ -271,7 +271,7 @@ from edge_runtime.inputs.documents import DocumentOptions, with_pages
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import parse_messages
-from edge_runtime.prompt import iter_images
+from edge_runtime.prompt.build import iter_images
 from support.document_maker import SLICING
 for path in sys.argv[1:]:
     try:

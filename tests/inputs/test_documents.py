@@ -21,7 +21,7 @@ from edge_runtime.inputs.image import PIXEL_LIMIT, load_image, picture_size
 from edge_runtime.inputs.messages import DocumentPart, ImagePart, parse_messages
 from edge_runtime.inputs.pages import choose_pages
 from edge_runtime.inputs.pdf import PdfFile, PdfPage, Resolution
-from edge_runtime.prompt import iter_images
+from edge_runtime.prompt.build import iter_images
 from support.command import refused
 from support.document_maker import (
     BLUE,

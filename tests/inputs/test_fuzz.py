@@ -21,7 +21,7 @@ from PIL import Image
 
 from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.inputs.image import load_image
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.gguf_maker import BOOL, CODES, F32, I32, STRING, U32, VOCABULARY, Gguf, Tensor, mini_decoder, mini_mmproj
@@ -233,7 +233,7 @@ from edge_runtime.decoder import Decoder
 from edge_runtime.decoder_options import DecoderOptions
 from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.inputs.image import load_image
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.tokenizer import Tokenizer
 
 for path in sorted(Path(sys.argv[1]).glob("*.gguf")):
     print(path.stem, end=" ", flush=True)

@@ -16,7 +16,7 @@ from edge_runtime import ImageError, MessageError
 from edge_runtime.inputs.documents import DocumentOptions, page_numbers, with_pages
 from edge_runtime.inputs.image import EXIF_ORIENTATION, load_image, picture_size
 from edge_runtime.inputs.messages import ImagePart, parse_messages
-from edge_runtime.prompt import iter_images
+from edge_runtime.prompt.build import iter_images
 from support.document_maker import COLOURS, GREEN, SLICING, blocks, colours, pages_tiff, pictures
 from support.tiff_maker import directory, tiff
 

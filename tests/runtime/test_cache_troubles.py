@@ -15,7 +15,7 @@ from edge_runtime import EdgeRuntimeError, MessageError, Model
 from edge_runtime.disk_cache import DiskCache, usable_folder
 from edge_runtime.keeping import usual_folder
 from edge_runtime.loading import LoadOptions
-from edge_runtime.prompt import Prompt
+from edge_runtime.prompt.build import Prompt
 from edge_runtime.requests import Request, Task
 from edge_runtime.sampling import SamplingOptions
 from edge_runtime.saved_prefixes import SavedPrefixes

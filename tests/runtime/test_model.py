@@ -14,7 +14,7 @@ from PIL import Image
 
 from edge_runtime import EdgeRuntimeError, MessageError, Model, ModelFileError, PromptTooLongError
 from edge_runtime.requests import Progress
-from runtime.test_prompt import CHATS, case_of
+from prompt.test_build import CHATS, case_of
 from tolerances import LOGITS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"

@@ -13,7 +13,7 @@ import ollama
 import pytest
 from pydantic import BaseModel
 
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from server.conftest import SIGN
 from support.gguf_maker import mini_decoder, mini_mmproj
 from support.hub_server import Fault, Hub

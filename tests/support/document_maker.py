@@ -14,7 +14,7 @@ from reportlab.pdfgen.canvas import Canvas
 from edge_runtime.inputs.documents import DocumentOptions, with_pages
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import parse_messages
-from edge_runtime.prompt import iter_images
+from edge_runtime.prompt.build import iter_images
 from edge_runtime.weights.config import SlicingConfig
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from edge_runtime import EdgeRuntimeError, Model
+from edge_runtime.prompt.templates import Renderer
 from edge_runtime.system.forks import only_here
-from edge_runtime.templates import Renderer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 PICTURE = Path(__file__).parents[2] / "examples" / "sign.png"
@@ -102,7 +102,7 @@ def test_a_fork_that_leaves_by_the_usual_way_ends_nothing_of_its_parent(exact_fo
 
 
 def test_templates_are_rendered_in_forks_too(exact_folder):
-    from edge_runtime.templates import _renderer, render
+    from edge_runtime.prompt.templates import _renderer, render
 
     assert render(TEMPLATE, {"messages": 1}) == "1"
     with _renderer()._lock:  # as if another thread were rendering at that moment

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edge_runtime import MessageError, Model, PromptTooLongError, each_page
-from edge_runtime.budget import Measured, Reckoning, Room
 from edge_runtime.cli import main
 from edge_runtime.inputs.video.reader import FrameReader
 from edge_runtime.pipeline import PromptOptions
+from edge_runtime.prompt.context_budget import Measured, Reckoning, Room
 from edge_runtime.weights.config import SlicingConfig
 from support.document_maker import words_pdf
 from support.video_maker import make_animation, numbered, write_frames

@@ -20,7 +20,7 @@ from edge_runtime.inputs.video.frame_choice import VideoLimits
 from edge_runtime.inputs.workers.opener import WorkerOpener
 from edge_runtime.inputs.workers.pool import DecoderPool
 from edge_runtime.pipeline import group_digest
-from edge_runtime.prompt import iter_images
+from edge_runtime.prompt.build import iter_images
 from support.document_maker import COLOURS, SLICING, blocks, coloured_pdf, pages_tiff, words_pdf
 from support.video_maker import make_video, numbered
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edge_runtime import MessageError, Model, PromptTooLongError, pipeline
-from edge_runtime.budget import Measured, Reckoning, Room
 from edge_runtime.cli import main
+from edge_runtime.prompt.context_budget import Measured, Reckoning, Room
 from edge_runtime.weights.config import SlicingConfig
 
 SLICING = SlicingConfig(448, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

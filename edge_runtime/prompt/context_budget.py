@@ -16,8 +16,8 @@ from edge_runtime.inputs.clips import Clip, FramePart
 from edge_runtime.inputs.image import picture_size
 from edge_runtime.inputs.messages import ImagePart, Message, Part
 from edge_runtime.inputs.slicing import Size, plan_slices
-from edge_runtime.overflow import STEPS, Placed, cuts, without_oldest
-from edge_runtime.prompt import ImageLayout, Prompt, iter_images
+from edge_runtime.prompt.build import ImageLayout, Prompt, iter_images
+from edge_runtime.prompt.context_shift import STEPS, Placed, cuts, without_oldest
 from edge_runtime.weights.config import SlicingConfig
 
 _MOST_TOLD = 6  # runs of pictures in an error

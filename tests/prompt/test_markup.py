@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edge_runtime import MessageError, Model, PromptTooLongError
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.tokenizer import Tokenizer
 
 SPECIAL = [
     "<image>",

@@ -20,7 +20,7 @@ from edge_converters.checkpoint import Checkpoint
 from edge_converters.vocabulary import read_vocabulary
 from edge_converters.writer import PlannedTensor, write_gguf
 from edge_runtime import Model
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.gguf_file import GGUFFile
 
 MARK = "\ue000"

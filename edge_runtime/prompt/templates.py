@@ -18,10 +18,10 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from edge_runtime import template_process
 from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.prompt import template_process
+from edge_runtime.prompt.template_process import MOST_BYTES, MOST_S, TemplateFault
 from edge_runtime.system.forks import only_here
-from edge_runtime.template_process import MOST_BYTES, MOST_S, TemplateFault
 
 OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime").joinpath("chat_template.jinja").read_text("utf-8")
 """The chat template of MiniCPM-V 4.5, for files that carry none."""

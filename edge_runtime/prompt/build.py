@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from edge_runtime.continuation import Begun, ask_to_go_on
 from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
 from edge_runtime.inputs.messages import ImagePart, Message
-from edge_runtime.templates import render
-from edge_runtime.tokenizer import Tokenizer
+from edge_runtime.prompt.continuation import Begun, ask_to_go_on
+from edge_runtime.prompt.templates import render
+from edge_runtime.prompt.tokenizer import Tokenizer
 
 PLACEHOLDER = "(<image>./</image>)"
 """What stands in a rendered prompt for each picture, as in the official processor."""

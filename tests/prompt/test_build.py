@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from conftest import golden
-from edge_runtime import MessageError, Model, ModelFileError, templates
+from edge_runtime import MessageError, Model, ModelFileError
 from edge_runtime.inputs.messages import parse_messages
-from edge_runtime.prompt import ImageLayout, build_prompt, placeholder_text
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.prompt import templates
+from edge_runtime.prompt.build import ImageLayout, build_prompt, placeholder_text
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 
 CHATS = ["text_fast", "text_think", "one_fast", "wide_think", "history", "no_id_2_slices", "video_fast"]
 SPECIAL = [
