@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from edge_runtime.encoder import Group, LazyGroup, LoadedGroup, n_patches
 from edge_runtime.requests import Task
+from edge_runtime.vision.encoder import Group, LazyGroup, LoadedGroup, n_patches
 
 GROUPS_AHEAD = 2
 """Of a video: decoded while another one is encoded."""

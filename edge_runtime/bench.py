@@ -22,7 +22,6 @@ import numpy as np
 from PIL import Image
 
 from edge_runtime.decoder_options import CHUNK_TOKENS
-from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.inputs.slicing import plan_slices, slice_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
@@ -30,6 +29,7 @@ from edge_runtime.memory import available_bytes
 from edge_runtime.store import find_model
 from edge_runtime.trial import REQUEST_PROMPT, Rates, Trial, decoder_rates
 from edge_runtime.tuning import Tuning, remember_tuning
+from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile
 

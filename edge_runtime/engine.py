@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from edge_runtime.decoder import Decoder
-from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
 from edge_runtime.keeping import Keeping
 from edge_runtime.prompt.build import Prompt
@@ -26,6 +25,7 @@ from edge_runtime.requests import Activity, Event, EventQueue, Expected, Request
 from edge_runtime.sampling import SamplingOptions
 from edge_runtime.scheduler import Scheduler
 from edge_runtime.system.forks import Home, only_here
+from edge_runtime.vision.encoder import ImageEncoder
 
 MOST_REQUESTS = 64
 """Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""

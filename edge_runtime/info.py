@@ -9,8 +9,8 @@ from importlib import metadata
 from typing import Any
 
 from edge_runtime import __version__
-from edge_runtime.products import check_instruction_set
 from edge_runtime.store import find_model
+from edge_runtime.vision.arithmetic import check_instruction_set
 from edge_runtime.weights.config import (
     OWN_PROJECTOR,
     check_mmproj,

@@ -10,16 +10,16 @@ from pathlib import Path
 from edge_runtime.decoder import Decoder
 from edge_runtime.decoder_options import DEFAULT_CONTEXT, DecoderOptions
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
-from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.keeping import Keeping
 from edge_runtime.kv_types import choose_kv_type
 from edge_runtime.memory import choose_context, reckon
-from edge_runtime.products import check_instruction_set
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store import ModelPaths
 from edge_runtime.system.forks import begin_loading
 from edge_runtime.tuning import Tuning, remembered_tuning
+from edge_runtime.vision.arithmetic import check_instruction_set
+from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile
 

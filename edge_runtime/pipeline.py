@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.beginnings import Beginnings
-from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError
 from edge_runtime.inputs.clips import FramePart, expand_videos, group_ids
 from edge_runtime.inputs.documents import DocumentOptions, with_pages
@@ -35,6 +34,7 @@ from edge_runtime.prompt.context_shift import Placed, fit
 from edge_runtime.prompt.continuation import Begun, find_begun
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.tools import checked_tools
+from edge_runtime.vision.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.weights.config import SlicingConfig
 
 

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from edge_runtime.beams import Beam, BeamRun, BeamSearch
 from edge_runtime.constraint import AnswerForm, Constraint
 from edge_runtime.decoder import Decoder, Part
-from edge_runtime.encoder import Group
 from edge_runtime.errors import MessageError
 from edge_runtime.logprobs import TokenScores, score
 from edge_runtime.prompt.build import Prompt
@@ -26,6 +25,7 @@ from edge_runtime.saved_prefixes import Saved
 from edge_runtime.streaming import Piece, RepetitionDetector, TextStream
 from edge_runtime.text_form import TextConstraint, TextForm
 from edge_runtime.token_rules import TokenRules
+from edge_runtime.vision.encoder import Group
 from edge_runtime.weights.gguf_file import Float32
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled"]

@@ -27,7 +27,6 @@ from edge_runtime.decoder import (
     Decoder,
     common_beginning,
 )
-from edge_runtime.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
@@ -36,6 +35,7 @@ from edge_runtime.memory import give_back
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import Activity, Expected, FinishReason, Task, is_worth_leaving
 from edge_runtime.saved_prefixes import PromptSaver, Recorded, Saved
+from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 from edge_runtime.visual_cache import VisualTokenCache
 
 WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing

@@ -38,7 +38,7 @@ class Ours:
         """Open the file, then read and pack all weights."""
         from benchmarks.sides.planted import planted
         from edge_kernels.compile import isa, thread_count
-        from edge_runtime import encoder
+        from edge_runtime.vision import encoder
         from edge_runtime.weights.gguf_file import GGUFFile
 
         plant = self._options.get("plant", "none")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from benchmarks.sides.child import timed
 from benchmarks.sides.pictures import cut
-from edge_runtime.vision import position_ids
+from edge_runtime.vision.tower import position_ids
 from edge_runtime.weights.config import slicing_config, vision_config
 from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -19,18 +19,18 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from edge_converters.writer import PlannedTensor
-from edge_runtime.calibration import SMOOTH_PREFIX, Calibration
 from edge_runtime.errors import CheckpointError, ImageError
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.slicing import Slice, plan_slices, slice_image
-from edge_runtime.products import Affine, FloatArithmetic, Int8Arithmetic, Product, Weights
-from edge_runtime.resampler import GroupItem, Resampler
-from edge_runtime.vision import VisionTower
+from edge_runtime.vision.arithmetic import Affine, FloatArithmetic, Int8Arithmetic, Product, Weights
+from edge_runtime.vision.calibration import SMOOTH_PREFIX, Calibration
+from edge_runtime.vision.resampler import GroupItem, Resampler
+from edge_runtime.vision.tower import VisionTower
 from edge_runtime.weights.config import resampler_config, slicing_config, vision_config
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:
-    from edge_runtime.products import Rows
+    from edge_runtime.vision.arithmetic import Rows
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 MOST_SLICES = 32  # a slice takes seconds in float32, and column magnitudes settle within a few

@@ -12,8 +12,8 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 from edge_converters.checkpoint import MOST, MOST_VALUE, Checkpoint
 from edge_converters.plan import n_vision_layers
 from edge_converters.recipes import VisionType
-from edge_runtime.calibration import KEY_FLOAT_PRODUCTS, Calibration
 from edge_runtime.errors import CheckpointError
+from edge_runtime.vision.calibration import KEY_FLOAT_PRODUCTS, Calibration
 from edge_runtime.weights import config as keys
 
 MINICPMV_VERSION = 6  # llama.cpp's number for the resampler of 4.0 and 4.5

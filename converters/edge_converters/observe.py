@@ -23,12 +23,12 @@ import psutil
 from edge_converters.calibrate import SUFFIXES as PICTURE_SUFFIXES
 from edge_converters.importance import Importance
 from edge_runtime import llama
-from edge_runtime.encoder import ImageEncoder
 from edge_runtime.errors import BackendUnavailable, CheckpointError, ImageError
 from edge_runtime.pipeline import PromptOptions, prepare
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.system.text_files import decode_text
+from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from edge_converters import tensor_names as names
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.writer import PlannedTensor, copied
 from edge_runtime.errors import CheckpointError
-from edge_runtime.resampler import pos2d_table
+from edge_runtime.vision.resampler import pos2d_table
 
 POSITIONS_SIDE = 70  # side of the position table that llama.cpp expects in the file, whatever the model
 

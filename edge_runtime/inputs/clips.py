@@ -20,7 +20,6 @@ from typing import Any
 
 from PIL import Image
 
-from edge_runtime.encoder import LazyGroup, LoadedGroup
 from edge_runtime.errors import MessageError, VideoError
 from edge_runtime.inputs.messages import ImagePart, Message, VideoPart
 from edge_runtime.inputs.slicing import Slice, check_plan, cut_picture, plan_slices
@@ -28,7 +27,8 @@ from edge_runtime.inputs.video.frame_choice import FrameChoice, VideoLimits, Vid
 from edge_runtime.inputs.video.picture_frames import FrameSource, Watch, facts_of, frames_between, open_video
 from edge_runtime.inputs.video.reader import FrameReader, Pixels
 from edge_runtime.inputs.video.source import VideoSource
-from edge_runtime.resampler import STILL
+from edge_runtime.vision.encoder import LazyGroup, LoadedGroup
+from edge_runtime.vision.resampler import STILL
 from edge_runtime.weights.config import SlicingConfig
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from edge_runtime.encoder import Group
 from edge_runtime.inputs.clips import Clip
 from edge_runtime.inputs.messages import ImagePart, Message
 from edge_runtime.prompt.build import ImageLayout, Prompt
+from edge_runtime.vision.encoder import Group
 
 STEPS = 4
 """Parts of the context; one of them is also kept free for the answer, unless the answer is to be shorter."""

@@ -8,7 +8,7 @@ Keys of ours, in the mmproj file, which other programs ignore (defaults apply to
     edge_runtime.use_image_id     bool     whether `<image_id>I</image_id>` precedes each picture (true)
 
     edge_runtime.row_length.TENSOR   uint32   see `weights`; a file that has it may name its projector
-    `edge_runtime.resampler` instead of `resampler`, so that other programs refuse it
+    `edge_runtime.vision.resampler` instead of `resampler`, so that other programs refuse it
 
 and in the decoder file:
 
@@ -41,7 +41,7 @@ NORM = (0.5, 0.5, 0.5)
 RESAMPLER_HEAD_DIM = 128  # resampler heads = hidden / 128, in the official code too
 RESAMPLER_EPSILON = 1e-6
 PROJECTOR = "resampler"  # llama.cpp's name
-OWN_PROJECTOR = "edge_runtime.resampler"  # the same, in a file that llama.cpp could not compute with
+OWN_PROJECTOR = "edge_runtime.vision.resampler"  # the same, in a file that llama.cpp could not compute with
 MINICPMV_VERSION = 6  # llama.cpp's number of this resampler
 LIMIT = 1 << 24  # above any real size; keeps products of two sizes harmless
 

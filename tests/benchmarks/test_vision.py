@@ -21,8 +21,8 @@ from benchmarks.sides.planted import PLANTS, cosines, planted
 from benchmarks.sides.plot import _free_box
 from benchmarks.sides.profiling import Profile, describe, peak_of, summarise
 from edge_kernels import linear_int8
-from edge_runtime import encoder
-from edge_runtime.encoder import ImageEncoder
+from edge_runtime.vision import encoder
+from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import SlicingConfig, slicing_config
 from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -25,7 +25,7 @@ from edge_converters.importance import read_importance
 from edge_converters.observe import Observer
 from edge_runtime import Model
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.sine import frequencies
+from edge_runtime.vision.sine_positions import frequencies
 from edge_runtime.weights.gguf_file import GGUFFile
 from naive import random_tensors, write_safetensors
 
@@ -150,7 +150,7 @@ def compare_tensors(one: GGUFFile, other: GGUFFile) -> None:
 def compare_positions(ours: np.ndarray, theirs: np.ndarray) -> None:
     """Sine tables of [positions, width]; where NumPy's power gives another frequency here, that one bit may show.
 
-    Ours are made with the frequencies that NumPy has on AVX-512 machines (`edge_runtime.sine`). A last bit of a
+    Ours are made with the frequencies that NumPy has on AVX-512 machines (`edge_runtime.vision.sine_positions`). A last bit of a
     frequency grows with the position, and the phase is then rounded to another float32: by these two steps, and not
     more, may a column of such a frequency differ.
     """

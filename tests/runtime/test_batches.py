@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.batches import GROUPS_AHEAD, next_batch
-from edge_runtime.encoder import LazyGroup, LoadedGroup
+from edge_runtime.vision.encoder import LazyGroup, LoadedGroup
 
 
 class Frame(LazyGroup):

@@ -20,10 +20,10 @@ from edge_kernels.linear_blocks import IS_POSSIBLE
 from edge_runtime import Model, console, filling
 from edge_runtime.decoder import CacheFull, Cancelled, Decoder, Part
 from edge_runtime.decoder_options import DecoderOptions
-from edge_runtime.encoder import ImageEncoder
 from edge_runtime.filling import LEAST_ROWS, PastSpace
 from edge_runtime.memory import reckon
 from edge_runtime.prefill import Stretch, can_fill
+from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile
 from edge_runtime.weights.memory_map import Region, foreign_regions, let_go_of_region, map_file, region_bytes, watched
 from plain_decoder import PlainDecoder

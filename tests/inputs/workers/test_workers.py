@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_runtime.encoder import LazyGroup
 from edge_runtime.errors import EdgeRuntimeError, ImageError, VideoError
 from edge_runtime.inputs.clips import expand_videos
 from edge_runtime.inputs.documents import DocumentOptions, with_pages
@@ -21,6 +20,7 @@ from edge_runtime.inputs.workers.opener import WorkerOpener
 from edge_runtime.inputs.workers.pool import DecoderPool
 from edge_runtime.pipeline import group_digest
 from edge_runtime.prompt.build import iter_images
+from edge_runtime.vision.encoder import LazyGroup
 from support.document_maker import COLOURS, SLICING, blocks, coloured_pdf, pages_tiff, words_pdf
 from support.video_maker import make_video, numbered
 

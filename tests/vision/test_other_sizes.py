@@ -16,7 +16,7 @@ from PIL import Image
 
 from edge_converters import convert_checkpoint
 from edge_runtime import Model
-from edge_runtime.vision import position_ids
+from edge_runtime.vision.tower import position_ids
 from naive import NaiveModel, random_tensors, write_safetensors
 from tolerances import LOGITS, RESAMPLER, VISION
 

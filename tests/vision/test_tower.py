@@ -11,9 +11,9 @@ import pytest
 from conftest import golden
 from edge_kernels import reference
 from edge_runtime import Model
-from edge_runtime.resampler import pos2d_table, time_embedding
-from edge_runtime.sine import frequencies
-from edge_runtime.vision import offsets_of, position_buckets, position_ids
+from edge_runtime.vision.resampler import pos2d_table, time_embedding
+from edge_runtime.vision.sine_positions import frequencies
+from edge_runtime.vision.tower import offsets_of, position_buckets, position_ids
 from tolerances import RESAMPLER, SINE, SINE_FAR, VISION
 
 NAMES = ["tiny", "square", "wide", "large", "strip", "edge"]
@@ -144,6 +144,6 @@ def test_order_inside_a_group_does_not_matter(exact_model: Model, images: dict[s
 
 def test_batches_change_nothing(exact_model: Model, images: dict[str, Path], monkeypatch):
     together = exact_model.encode_image(images["strip"])
-    monkeypatch.setattr("edge_runtime.encoder.BATCH_PATCHES", 1)
+    monkeypatch.setattr("edge_runtime.vision.encoder.BATCH_PATCHES", 1)
     for a, b in zip(together, exact_model.encode_image(images["strip"]), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=VISION / 10)

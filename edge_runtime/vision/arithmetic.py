@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.calibration import Calibration
 from edge_runtime.errors import BackendUnavailable
+from edge_runtime.vision.calibration import Calibration
 from edge_runtime.weights.gguf_file import Float32
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from edge_runtime.calibration import read_calibration
 from edge_runtime.inputs.slicing import Slice
-from edge_runtime.products import Arithmetic, FloatArithmetic, Int8Arithmetic
-from edge_runtime.resampler import GroupItem, Resampler
-from edge_runtime.vision import VisionTower
+from edge_runtime.vision.arithmetic import Arithmetic, FloatArithmetic, Int8Arithmetic
+from edge_runtime.vision.calibration import read_calibration
+from edge_runtime.vision.resampler import GroupItem, Resampler
+from edge_runtime.vision.tower import VisionTower
 from edge_runtime.weights.config import check_mmproj, resampler_config, slicing_config, vision_config
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 

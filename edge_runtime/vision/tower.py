@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edge_runtime.errors import ModelFileError
 from edge_runtime.inputs.slicing import Slice
-from edge_runtime.products import Affine, Arithmetic, Mlp, Norm, Product, SelfAttention, Weights
+from edge_runtime.vision.arithmetic import Affine, Arithmetic, Mlp, Norm, Product, SelfAttention, Weights
 from edge_runtime.weights.config import SlicingConfig, VisionConfig
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 

@@ -16,9 +16,9 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from edge_runtime.products import Affine, Arithmetic, FloatArithmetic, Norm, Product, Weights
-from edge_runtime.sine import sine
-from edge_runtime.vision import offsets_of
+from edge_runtime.vision.arithmetic import Affine, Arithmetic, FloatArithmetic, Norm, Product, Weights
+from edge_runtime.vision.sine_positions import sine
+from edge_runtime.vision.tower import offsets_of
 from edge_runtime.weights.config import ResamplerConfig
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
