@@ -79,7 +79,7 @@ def peer(path: Path, schema: dict[str, Any], ids: list[int], n_rows: int) -> lis
     import numpy as np
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-    from edge_runtime import llama
+    from edge_runtime.decoder import llama_cpp as llama
     from edge_runtime.sampling import CANDIDATE
 
     lib = llama.library()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from edge_runtime.answers import Answer
-from edge_runtime.decoder import common_beginning
+from edge_runtime.decoder.decoder import common_beginning
 from edge_runtime.engine import Engine, Running
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.inputs.messages import Message, parse_messages

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edge_runtime.decoder_options import CHUNK_TOKENS
+from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.inputs.slicing import plan_slices, slice_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_runtime.decoder import SCORED_ROWS, Decoder, Part
-from edge_runtime.decoder_options import CHUNK_TOKENS
-from edge_runtime.embedding import embed
+from edge_runtime.decoder.decoder import SCORED_ROWS, Decoder, Part
+from edge_runtime.decoder.embedding import embed
+from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.requests import Task
 from edge_runtime.weights.gguf_file import Float32
 from edge_runtime.width import CallWidth

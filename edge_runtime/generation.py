@@ -6,7 +6,7 @@ reader, keys for the next call, and the reason when it has ended. Knows nothing 
 
 from __future__ import annotations
 
-from edge_runtime.decoder import Decoder
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.errors import ModelFileError
 from edge_runtime.inputs.messages import THINK_END
 from edge_runtime.prompt.tokenizer import Tokenizer

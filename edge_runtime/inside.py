@@ -9,8 +9,9 @@ import numpy as np
 
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.capabilities import capabilities
-from edge_runtime.decoder import Decoder
-from edge_runtime.embedding import embed
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder.embedding import embed
+from edge_runtime.decoder.trace import Trace, trace
 from edge_runtime.engine import Engine
 from edge_runtime.inputs.image import ImageSource, load_image
 from edge_runtime.inputs.slicing import Slice, check_plan, plan_slices, slice_image
@@ -20,7 +21,6 @@ from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import Activity
-from edge_runtime.tracing import Trace, trace
 from edge_runtime.vision.encoder import Group, ImageEncoder
 from edge_runtime.weights.gguf_file import Float32
 

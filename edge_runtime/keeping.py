@@ -12,7 +12,7 @@ from pathlib import Path
 import platformdirs
 
 from edge_runtime import __version__
-from edge_runtime.decoder import Decoder
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.disk_cache import DiskCache, usable_folder
 from edge_runtime.errors import MessageError
 from edge_runtime.saved_prefixes import SavedPrefixes

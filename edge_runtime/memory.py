@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from edge_runtime.decoder_options import CHUNK_TOKENS, DEFAULT_CONTEXT
+from edge_runtime.decoder.kv_types import kv_bytes
+from edge_runtime.decoder.options import CHUNK_TOKENS, DEFAULT_CONTEXT
+from edge_runtime.decoder.prefill_routing import MOST_PAST_BYTES, is_ours
 from edge_runtime.errors import NotEnoughMemoryError
-from edge_runtime.filling import MOST_PAST_BYTES, is_ours
-from edge_runtime.kv_types import kv_bytes
 from edge_runtime.vision.arithmetic import bytes_per_weight
 from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile

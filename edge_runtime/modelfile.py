@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from edge_runtime.decoder_options import DEFAULT_CONTEXT
+from edge_runtime.decoder.options import DEFAULT_CONTEXT
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.sources import visible

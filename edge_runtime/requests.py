@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from edge_runtime.beams import Beam, BeamRun, BeamSearch
 from edge_runtime.constraint import AnswerForm, Constraint
-from edge_runtime.decoder import Decoder, Part
+from edge_runtime.decoder.decoder import Decoder, Part
 from edge_runtime.errors import MessageError
 from edge_runtime.logprobs import TokenScores, score
 from edge_runtime.prompt.build import Prompt

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_runtime import llama
+from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.errors import MessageError
 
 if TYPE_CHECKING:
-    from edge_runtime.decoder import Decoder
+    from edge_runtime.decoder.decoder import Decoder
 
 MAX_NEW_TOKENS = 2048  # official default
 OFFICIAL_BEAMS = 3

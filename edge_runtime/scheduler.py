@@ -20,17 +20,17 @@ from typing import Any
 from edge_runtime.batches import await_frames, next_batch, release
 from edge_runtime.beginnings import HeldBeginnings
 from edge_runtime.call_plan import CallPlanner
-from edge_runtime.decoder import (
+from edge_runtime.decoder.decoder import (
     ROWS_AT_A_TIME,
     CacheFull,
     Cancelled,
     Decoder,
     common_beginning,
 )
+from edge_runtime.decoder.kv_rows import UnknownState
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
 from edge_runtime.keeping import Keeping
-from edge_runtime.kv_state import UnknownState
 from edge_runtime.memory import give_back
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import Activity, Expected, FinishReason, Task, is_worth_leaving

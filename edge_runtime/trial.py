@@ -25,8 +25,8 @@ from types import TracebackType
 
 import numpy as np
 
-from edge_runtime.decoder import Decoder, Part
-from edge_runtime.decoder_options import CHUNK_TOKENS, DecoderOptions
+from edge_runtime.decoder.decoder import Decoder, Part
+from edge_runtime.decoder.options import CHUNK_TOKENS, DecoderOptions
 from edge_runtime.tuning import Tuning
 from edge_runtime.weights.gguf_file import GGUFFile
 

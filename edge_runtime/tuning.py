@@ -9,9 +9,9 @@ from typing import Any
 
 import platformdirs
 
-from edge_runtime.decoder_options import CHUNK_TOKENS
+from edge_runtime.decoder.kv_types import KV_TYPES
+from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
-from edge_runtime.kv_types import KV_TYPES
 from edge_runtime.system.atomic_files import why_not_written, write_whole
 from edge_runtime.system.text_files import read_json
 from edge_runtime.weights.gguf_file import GGUFFile

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.kv_state import KVForm, KVRows
-from edge_runtime.prefill import Filled, Stretch
+from edge_runtime.decoder.amx_prefill import Filled, Stretch
+from edge_runtime.decoder.kv_rows import KVForm, KVRows
 from edge_runtime.weights.gguf_file import GGUFFile
 
 
 class PlainDecoder:
-    """As `edge_runtime.prefill.Prefill`, slowly."""
+    """As `edge_runtime.decoder.amx_prefill.Prefill`, slowly."""
 
     def __init__(self, file: GGUFFile, region: object = None) -> None:
         self._file = file

@@ -29,7 +29,7 @@ class Mtmd:
         """Load as llama.cpp's own tools do: flash attention where it can be had, one warm-up of its own."""
         import llama_cpp.mtmd_cpp as mtmd
 
-        from edge_runtime import llama
+        from edge_runtime.decoder import llama_cpp as llama
 
         self.mtmd, self.lib = mtmd, llama.library()
         self._callback = self.lib.llama_log_callback(lambda level, text, data: self._log.append(text.decode()))

@@ -22,7 +22,7 @@ import psutil
 
 from edge_converters.calibrate import SUFFIXES as PICTURE_SUFFIXES
 from edge_converters.importance import Importance
-from edge_runtime import llama
+from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.errors import BackendUnavailable, CheckpointError, ImageError
 from edge_runtime.pipeline import PromptOptions, prepare
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE

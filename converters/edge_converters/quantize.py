@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from edge_runtime import llama
+from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:

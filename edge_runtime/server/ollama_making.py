@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx2
 
-from edge_runtime.adapters import check_adapter
+from edge_runtime.decoder.adapters import check_adapter
 from edge_runtime.errors import ModelFileError
 from edge_runtime.pulling import Plan, check_model_file, check_roles
 from edge_runtime.pulling import pull as fetch

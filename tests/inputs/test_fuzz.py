@@ -229,8 +229,8 @@ CHILD = """
 import sys
 import numpy as np
 from pathlib import Path
-from edge_runtime.decoder import Decoder
-from edge_runtime.decoder_options import DecoderOptions
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.errors import EdgeRuntimeError, ImageError
 from edge_runtime.inputs.image import load_image
 from edge_runtime.prompt.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import pytest
 
 from edge_runtime import Model, call_plan
 from edge_runtime.ahead import next_beginning
-from edge_runtime.decoder import Cancelled, Part
+from edge_runtime.decoder.decoder import Cancelled, Part
 from edge_runtime.requests import is_worth_leaving
 
 QUESTIONS = ("What is shown here?", "And what is behind it?")

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from edge_runtime import MessageError, Model
 from edge_runtime.beams import BeamSearch
 from edge_runtime.cli import main
-from edge_runtime.embedding import embed
+from edge_runtime.decoder.embedding import embed
 from naive_beams import beam_search
 from support.command import refused
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from decoder.test_adapters import make_adapter
 from edge_runtime import Model, PromptTooLongError
 from edge_runtime.beginnings import LEAST, Beginnings, HeldBeginnings
 from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.saved_prefixes import BLOCK, Recorded, Saved
 from edge_runtime.store import find_model
 from many_tools import many_tools
-from runtime.test_adapters import make_adapter
 
 SYSTEM = "You help with notes and calendars. Answer in short sentences, and say so when you do not know. " * 3
 N_CTX = 24_576

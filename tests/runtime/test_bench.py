@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from edge_runtime import BackendUnavailable, Model, loading, trial
 from edge_runtime.bench import NOISE, TURNS, WORTH_ROUNDING, gains_enough, tune
 from edge_runtime.cli import main
-from edge_runtime.decoder import Decoder
-from edge_runtime.decoder_options import DecoderOptions
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.trial import SAMPLE_ANSWER, Rates, Sampling, Trial
 from edge_runtime.tuning import Tuning, forget_tuning, remember_tuning, remembered_tuning, tuning_path
 from edge_runtime.weights.gguf_file import GGUFFile

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_runtime import Model, kv_state
+from edge_runtime import Model
+from edge_runtime.decoder import kv_rows as kv_state
 from edge_runtime.saved_prefixes import BLOCK
 
 QUESTION, ANOTHER = "What is it?", "Which colour has it?"
@@ -141,7 +142,7 @@ def test_damaged_entries_are_computed_again_and_never_reach_llama_cpp(exact_fold
         path.write_bytes(raw)
     with monkeypatch.context() as patch:
         patch.setattr(kv_state, "build", lambda *args: pytest.fail("built from damaged bytes"))
-        patch.setattr("edge_runtime.decoder.build", lambda *args: pytest.fail("built from damaged bytes"))
+        patch.setattr("edge_runtime.decoder.decoder.build", lambda *args: pytest.fail("built from damaged bytes"))
         with load(exact_folder, folder) as model:
             again = ask(model, images["wide"], QUESTION)
     assert (str(again), again.cached_tokens) == (str(first), 0)

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from edge_runtime import MessageError, Model, memory
-from edge_runtime.decoder import Cancelled, Decoder, Part
-from edge_runtime.decoder_options import DecoderOptions
-from edge_runtime.kv_types import choose_kv_type, kv_bytes
+from edge_runtime.decoder.decoder import Cancelled, Decoder, Part
+from edge_runtime.decoder.kv_types import choose_kv_type, kv_bytes
+from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.memory import reckon
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.gguf_maker import U32, mini_decoder

@@ -32,7 +32,7 @@ def test_chunks_change_nothing(exact_model: Model, images, monkeypatch):
     """A prompt may be cut anywhere, also inside a picture: only the size of the chunks decides."""
     messages = [{"role": "user", "content": [images["tiny"], "What is it?"]}]
     whole = exact_model.trace(messages, 4)
-    monkeypatch.setattr("edge_runtime.decoder.CHUNK_TOKENS", 37)
+    monkeypatch.setattr("edge_runtime.decoder.decoder.CHUNK_TOKENS", 37)
     cut = exact_model.trace(messages, 4)
     np.testing.assert_allclose(cut.logits, whole.logits, rtol=0, atol=LOGITS)
     assert cut.greedy == whole.greedy

@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_runtime import MessageError, Model, llama
+from edge_runtime import MessageError, Model
+from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.sampling import Sampler, SamplingOptions, choose_options
 
 N_VOCAB = 300

@@ -10,8 +10,8 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from edge_runtime import MessageError, Model, ModelFileError
-from edge_runtime.decoder import Decoder, Part
-from edge_runtime.decoder_options import DecoderOptions
+from edge_runtime.decoder.decoder import Decoder, Part
+from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.command import refused
 from support.gguf_maker import F32, F64, STRING, U32, Gguf
@@ -229,7 +229,7 @@ def test_a_broken_adapter_is_refused_before_llama_cpp_sees_it(
     exact_folder, decoder_path, tmp_path, change, reason, monkeypatch
 ):
     path = broken(tmp_path / "lora.gguf", decoder_path, change)
-    library = __import__("edge_runtime.llama", fromlist=["library"]).library()
+    library = __import__("edge_runtime.decoder.llama_cpp", fromlist=["library"]).library()
     monkeypatch.setattr(library, "llama_adapter_lora_init", lambda *args: pytest.fail("llama.cpp saw it"))
     with pytest.raises(ModelFileError, match=reason):
         Model.load(exact_folder, exact=True, adapters={"x": path})

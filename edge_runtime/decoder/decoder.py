@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from edge_runtime import llama
-from edge_runtime.adapters import Adapters
-from edge_runtime.decoder_options import CHUNK_TOKENS, DecoderOptions
+from edge_runtime.decoder import llama_cpp as llama
+from edge_runtime.decoder.adapters import Adapters
+from edge_runtime.decoder.amx_prefill import Prefill
+from edge_runtime.decoder.kv_rows import Bytes, KVRows, UnknownState, build, parse
+from edge_runtime.decoder.kv_types import choose_kv_type
+from edge_runtime.decoder.options import CHUNK_TOKENS, DecoderOptions
+from edge_runtime.decoder.prefill_routing import PastSpace, fill, is_ours, own_parts
 from edge_runtime.errors import ModelFileError, PromptTooLongError
-from edge_runtime.filling import PastSpace, fill, is_ours, own_parts
-from edge_runtime.kv_state import Bytes, KVRows, UnknownState, build, parse
-from edge_runtime.kv_types import choose_kv_type
-from edge_runtime.prefill import Prefill
 from edge_runtime.system.bus_errors import watch_memory
 from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import Float32, GGUFFile

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_runtime.decoder import Decoder
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.weights.gguf_file import Float32
 
 

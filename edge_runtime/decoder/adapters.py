@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from edge_runtime import llama
+from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.errors import MessageError, ModelFileError, UnsupportedModelError
 from edge_runtime.weights.gguf_file import GGUFFile
 from edge_runtime.weights.identity import file_identity

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_runtime.kv_state import Bytes
-from edge_runtime.prefill import Prefill, Stretch, can_fill
+from edge_runtime.decoder.amx_prefill import Prefill, Stretch, can_fill
+from edge_runtime.decoder.kv_rows import Bytes
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:
-    from edge_runtime.decoder import Decoder, Part
+    from edge_runtime.decoder.decoder import Decoder, Part
 
 LEAST_BYTES = 1 << 28
 """Of a decoder file; with smaller ones there is nothing to be gained."""

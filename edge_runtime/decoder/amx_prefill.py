@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from edge_runtime.kv_state import Bytes, KVForm, KVRows
+from edge_runtime.decoder.kv_rows import Bytes, KVForm, KVRows
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 from edge_runtime.weights.memory_map import Region
 

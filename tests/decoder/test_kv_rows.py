@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.decoder import CacheFull, Decoder, Part
-from edge_runtime.decoder_options import DecoderOptions
-from edge_runtime.kv_state import KVRows, UnknownState, build, parse
+from edge_runtime.decoder.decoder import CacheFull, Decoder, Part
+from edge_runtime.decoder.kv_rows import KVRows, UnknownState, build, parse
+from edge_runtime.decoder.options import DecoderOptions
 
 
 @pytest.fixture(params=[True, False], ids=["exact", "default"])

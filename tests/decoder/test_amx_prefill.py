@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import edge_runtime.decoder as decoding
+import edge_runtime.decoder.decoder as decoding
 from edge_kernels.linear_blocks import IS_POSSIBLE
-from edge_runtime import Model, console, filling
-from edge_runtime.decoder import CacheFull, Cancelled, Decoder, Part
-from edge_runtime.decoder_options import DecoderOptions
-from edge_runtime.filling import LEAST_ROWS, PastSpace
+from edge_runtime import Model, console
+from edge_runtime.decoder import prefill_routing as filling
+from edge_runtime.decoder.amx_prefill import Stretch, can_fill
+from edge_runtime.decoder.decoder import CacheFull, Cancelled, Decoder, Part
+from edge_runtime.decoder.options import DecoderOptions
+from edge_runtime.decoder.prefill_routing import LEAST_ROWS, PastSpace
 from edge_runtime.memory import reckon
-from edge_runtime.prefill import Stretch, can_fill
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile
 from edge_runtime.weights.memory_map import Region, foreign_regions, let_go_of_region, map_file, region_bytes, watched
@@ -242,7 +243,7 @@ def test_a_long_past_goes_to_llama_cpp(decoder: Decoder, monkeypatch: pytest.Mon
     decoder.step([Part(0, tokens(50))])
     position_bytes = decoder._prefill.form.position_bytes  # type: ignore[union-attr]
     for held, expected in ((50, True), (70, False)):
-        monkeypatch.setattr("edge_runtime.filling.MOST_PAST_BYTES", 60 * position_bytes)
+        monkeypatch.setattr("edge_runtime.decoder.prefill_routing.MOST_PAST_BYTES", 60 * position_bytes)
         assert decoder.held(0) == held
         (row,) = decoder.step([Part(0, tokens(20))])
         assert decoder.is_own(row) == expected

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.decoder import Decoder
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.weights.gguf_file import Float32
 
 
