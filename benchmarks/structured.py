@@ -51,9 +51,9 @@ def ours(vocabulary: Any, schema: dict[str, Any], n_tokens: int, n_rows: int) ->
     """Tokens of an answer, seconds for each, and seconds to compile the schema."""
     import numpy as np
 
-    from edge_runtime.constraint import AnswerForm
-    from edge_runtime.grammar import Grammar
     from edge_runtime.sampling import Sampler, SamplingOptions
+    from edge_runtime.structured_output.constraint import AnswerForm
+    from edge_runtime.structured_output.grammar import Grammar
 
     started = time.perf_counter()
     constraint = AnswerForm(Grammar(schema, vocabulary), n_tokens).start()
@@ -111,8 +111,8 @@ def main() -> None:
     parser.add_argument("decoder", type=Path)
     parser.add_argument("--tokens", type=int, default=200)
     arguments = parser.parse_args()
-    from edge_runtime.grammar import GrammarVocabulary
     from edge_runtime.prompt.tokenizer import Tokenizer
+    from edge_runtime.structured_output.grammar import GrammarVocabulary
     from edge_runtime.weights.gguf_file import GGUFFile
 
     started = time.perf_counter()

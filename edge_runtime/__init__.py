@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from edge_runtime.model import Model
     from edge_runtime.page_by_page import PageAnswer, each_page, join_pages
     from edge_runtime.streaming import Piece
-    from edge_runtime.tools import ToolCall
+    from edge_runtime.structured_output.tools import ToolCall
 
 __version__ = "0.1.0"
 

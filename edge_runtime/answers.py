@@ -15,7 +15,7 @@ from edge_runtime.logprobs import TokenLogprobs
 from edge_runtime.pipeline import Prepared
 from edge_runtime.requests import Event, Finished, FinishReason, Progress
 from edge_runtime.streaming import Piece
-from edge_runtime.tools import MalformedCall, ToolCall
+from edge_runtime.structured_output.tools import MalformedCall, ToolCall
 
 TOY_NOTICE = (
     "This model is a toy to try the program out with: beyond short words in capital letters, simple shapes and their "

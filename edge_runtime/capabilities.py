@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from edge_runtime.inputs.messages import THINK, THINK_END
 from edge_runtime.prompt.tokenizer import special_tokens
-from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END
+from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END
 from edge_runtime.weights.config import is_toy, read_vocabulary
 from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -13,11 +13,8 @@ from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.beginnings import Beginnings
 from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
-from edge_runtime.effort import Effort
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
-from edge_runtime.forms import choose_form
-from edge_runtime.grammar import GrammarVocabulary
 from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.inside import Inside
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
@@ -35,9 +32,12 @@ from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.store import ModelPaths, find_model
-from edge_runtime.text_form import choose_text_form
+from edge_runtime.structured_output.answer_form import choose_form
+from edge_runtime.structured_output.effort import Effort
+from edge_runtime.structured_output.grammar import GrammarVocabulary
+from edge_runtime.structured_output.text_form import choose_text_form
+from edge_runtime.structured_output.tools import checked_tools, function_names
 from edge_runtime.token_rules import choose_rules
-from edge_runtime.tools import checked_tools, function_names
 from edge_runtime.weights.config import is_toy
 
 

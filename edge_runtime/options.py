@@ -10,7 +10,7 @@ from edge_runtime.errors import MessageError
 from edge_runtime.logprobs import MOST_ALTERNATIVES
 from edge_runtime.prompt.continuation import Begun
 from edge_runtime.sampling import OFFICIAL_BEAMS
-from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END
+from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END
 
 
 def count_beams(beams: int | None, sampling: bool) -> int:

@@ -33,7 +33,7 @@ from edge_runtime.prompt.context_budget import Budget, check_room_beside_tools, 
 from edge_runtime.prompt.context_shift import Placed, fit
 from edge_runtime.prompt.continuation import Begun, find_begun
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.tools import checked_tools
+from edge_runtime.structured_output.tools import checked_tools
 from edge_runtime.vision.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.weights.config import SlicingConfig
 

@@ -15,7 +15,7 @@ from typing import Literal
 from edge_runtime.inputs.messages import THINK, THINK_END
 from edge_runtime.logprobs import TokenLogprobs, TokenScores, describe
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END, MalformedCall, ToolCall, parse_call
+from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END, MalformedCall, ToolCall, parse_call
 
 Kind = Literal["reasoning", "answer", "tool_call"]
 

@@ -21,7 +21,7 @@ from edge_runtime.prompt.tokenizer import special_tokens
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.settings import Settings
-from edge_runtime.tools import TOOL_CALL
+from edge_runtime.structured_output.tools import TOOL_CALL
 from edge_runtime.weights.config import is_toy, read_vocabulary
 from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -34,7 +34,7 @@ from edge_runtime.server.ollama_options import (
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import ServerState, State
 from edge_runtime.streaming import Piece
-from edge_runtime.tools import ToolCall
+from edge_runtime.structured_output.tools import ToolCall
 
 router = APIRouter(prefix="/api", tags=["Ollama"], route_class=JSONRoute)
 router.include_router(ollama_models.router)

@@ -12,10 +12,10 @@ from PIL import Image
 from edge_runtime import MessageError, Model
 from edge_runtime.ahead import next_beginning
 from edge_runtime.inputs.messages import parse_messages
-from edge_runtime.json_position import without_blanks
 from edge_runtime.prompt.build import build_prompt
 from edge_runtime.prompt.continuation import Begun, find_begun
 from edge_runtime.streaming import TextStream
+from edge_runtime.structured_output.json_position import without_blanks
 
 ASKED = {"role": "user", "content": "Hello there"}
 HEAD = "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"

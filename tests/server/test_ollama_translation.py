@@ -18,7 +18,7 @@ from edge_runtime.requests import Progress
 from edge_runtime.server import models
 from edge_runtime.server.settings import Settings
 from edge_runtime.streaming import Piece
-from edge_runtime.tools import ToolCall
+from edge_runtime.structured_output.tools import ToolCall
 from server.conftest import SIGN
 from server.scripted import TIMES, ScriptedModel, finished, say
 

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime import MessageError
-from edge_runtime.formats import KNOWN
-from edge_runtime.forms import _warn
-from edge_runtime.schema import bound_schema
-from edge_runtime.schema_words import KEYWORDS, REWRITTEN, meant_word
+from edge_runtime.structured_output.answer_form import _warn
+from edge_runtime.structured_output.formats import KNOWN
+from edge_runtime.structured_output.keywords import KEYWORDS, REWRITTEN, meant_word
+from edge_runtime.structured_output.schema import bound_schema
 from pydantic_models import MODELS
 from random_answers import RandomAnswers
 

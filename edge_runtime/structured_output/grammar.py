@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.compiling import OVERLAPPING, compiled, grammar_text, load_llguidance, reason
-from edge_runtime.effort import Effort, TooMuchWorkError
-from edge_runtime.ending import LONGEST_END, shortest_end
 from edge_runtime.errors import MessageError
-from edge_runtime.json_position import NUMBER_BYTES, QUOTE, JsonPosition
-from edge_runtime.places import Place
 from edge_runtime.prompt.tokenizer import CONTROL, UNUSED, USER_DEFINED, Tokenizer
-from edge_runtime.schema import DEFAULT_MAX_LENGTH, bound_schema
+from edge_runtime.structured_output.compiling import OVERLAPPING, compiled, grammar_text, load_llguidance, reason
+from edge_runtime.structured_output.effort import Effort, TooMuchWorkError
+from edge_runtime.structured_output.json_position import NUMBER_BYTES, QUOTE, JsonPosition
+from edge_runtime.structured_output.places import Place
+from edge_runtime.structured_output.schema import DEFAULT_MAX_LENGTH, bound_schema
+from edge_runtime.structured_output.shortest_completion import LONGEST_END, shortest_end
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime.compiling import too_complex
-from edge_runtime.effort import AnswerEffort, TooMuchWorkError
-from edge_runtime.ending import has_new_item, has_new_key, is_end, shortest_end
 from edge_runtime.errors import MessageError
-from edge_runtime.grammar import Grammar, allowed_ids
-from edge_runtime.json_position import without_blanks
+from edge_runtime.structured_output.compiling import too_complex
+from edge_runtime.structured_output.effort import AnswerEffort, TooMuchWorkError
+from edge_runtime.structured_output.grammar import Grammar, allowed_ids
+from edge_runtime.structured_output.json_position import without_blanks
+from edge_runtime.structured_output.shortest_completion import has_new_item, has_new_key, is_end, shortest_end
 
 DEFAULT_BUDGET = 1024
 """Tokens of an answer whose schema leaves open how long it gets; more where it requires more."""

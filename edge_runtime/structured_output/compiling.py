@@ -6,8 +6,8 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from edge_runtime.effort import Effort
 from edge_runtime.errors import BackendUnavailable, MessageError
+from edge_runtime.structured_output.effort import Effort
 
 OPTIONS: dict[str, Any] = {
     # One blank at most: an answer of blanks would be valid without end.

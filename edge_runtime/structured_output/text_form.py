@@ -15,12 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.compiling import compiled
-from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm, Choose
-from edge_runtime.effort import AnswerEffort, Effort
 from edge_runtime.errors import MessageError
-from edge_runtime.grammar import GrammarVocabulary, allowed_ids
-from edge_runtime.schema_size import MOST_TOGETHER, check_size
+from edge_runtime.structured_output.compiling import compiled
+from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, AnswerForm, Choose
+from edge_runtime.structured_output.effort import AnswerEffort, Effort
+from edge_runtime.structured_output.grammar import GrammarVocabulary, allowed_ids
+from edge_runtime.structured_output.schema_size import MOST_TOGETHER, check_size
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

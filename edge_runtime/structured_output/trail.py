@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_runtime.compiling import too_complex
-from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
-from edge_runtime.json_position import JsonPosition
+from edge_runtime.structured_output.compiling import too_complex
+from edge_runtime.structured_output.effort import Effort
+from edge_runtime.structured_output.json_position import JsonPosition
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from edge_runtime.grammar import GrammarVocabulary
+    from edge_runtime.structured_output.grammar import GrammarVocabulary
 
 BYTES_A_STEP = 32
 """Of one look into the grammar, which count as one step of an effort."""

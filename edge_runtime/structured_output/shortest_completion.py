@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from edge_runtime.effort import Effort
-from edge_runtime.json_position import QUOTE, JsonPosition
-from edge_runtime.trail import Trail
+from edge_runtime.structured_output.effort import Effort
+from edge_runtime.structured_output.json_position import QUOTE, JsonPosition
+from edge_runtime.structured_output.trail import Trail
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from edge_runtime.grammar import GrammarVocabulary
+    from edge_runtime.structured_output.grammar import GrammarVocabulary
 
 LONGEST_END = 4096  # tokens of the shortest way to an end; beyond it there is taken to be none
 FEW = 3  # bytes that are looked at one by one, before all are

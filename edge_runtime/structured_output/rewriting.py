@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
-from edge_runtime.effort import Effort
-from edge_runtime.places import canonical
-from edge_runtime.schema_words import COMBINATORS, TYPES
+from edge_runtime.structured_output.effort import Effort
+from edge_runtime.structured_output.keywords import COMBINATORS, TYPES
+from edge_runtime.structured_output.places import canonical
 
 Schema = dict[str, Any]
 Resolve = Callable[[Any], Any]

@@ -8,13 +8,19 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from edge_runtime.constraint import DEFAULT_BUDGET, AnswerForm
-from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
-from edge_runtime.grammar import Grammar, GrammarVocabulary
 from edge_runtime.inputs.messages import THINK_END
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END, call_schema, chosen_functions, function_names
+from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, AnswerForm
+from edge_runtime.structured_output.effort import Effort
+from edge_runtime.structured_output.grammar import Grammar, GrammarVocabulary
+from edge_runtime.structured_output.tools import (
+    TOOL_CALL,
+    TOOL_CALL_END,
+    call_schema,
+    chosen_functions,
+    function_names,
+)
 
 logger = logging.getLogger("edge_runtime")
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from edge_runtime.places import Place, canonical
+from edge_runtime.structured_output.places import Place, canonical
 
 QUOTE, BACKSLASH, COMMA, COLON = b'"\\,:'
 OPEN_OBJECT, CLOSE_OBJECT, OPEN_ARRAY, CLOSE_ARRAY = b"{}[]"

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edge_runtime.dialects import Dialect
-from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
-from edge_runtime.schema_size import check_size
-from edge_runtime.schema_words import COMBINATORS, KEYWORDS, TYPES
+from edge_runtime.structured_output.dialects import Dialect
+from edge_runtime.structured_output.effort import Effort
+from edge_runtime.structured_output.keywords import COMBINATORS, KEYWORDS, TYPES
+from edge_runtime.structured_output.schema_size import check_size
 
 DEFAULT_MAX_LENGTH = 1024  # characters of a string without maxLength
 PATTERN_MAX_LENGTH = 128  # the same, where a pattern or format may not let a string end at once

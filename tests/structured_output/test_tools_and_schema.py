@@ -10,9 +10,9 @@ import jsonschema
 import pytest
 
 from edge_runtime import MessageError, Model
-from edge_runtime.tools import TOOL_CALL, TOOL_CALL_END
+from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END
 from random_answers import RandomAnswers
-from runtime.test_tools import TOOLS, WEATHER
+from structured_output.test_tools import TOOLS, WEATHER
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

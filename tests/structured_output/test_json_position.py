@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.json_position import MOST_DIGITS, JsonPosition
+from edge_runtime.structured_output.json_position import MOST_DIGITS, JsonPosition
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -9,11 +9,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from edge_runtime import MessageError, Model, effort
-from edge_runtime.effort import MOST_SECONDS, AnswerEffort, Effort, TooMuchWorkError
-from edge_runtime.forms import choose_form
-from edge_runtime.grammar import Grammar
-from edge_runtime.text_form import choose_text_form
+from edge_runtime import MessageError, Model
+from edge_runtime.structured_output import effort
+from edge_runtime.structured_output.answer_form import choose_form
+from edge_runtime.structured_output.effort import MOST_SECONDS, AnswerEffort, Effort, TooMuchWorkError
+from edge_runtime.structured_output.grammar import Grammar
+from edge_runtime.structured_output.text_form import choose_text_form
 from random_answers import RandomAnswers
 
 

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
-from edge_runtime.compiling import fault
-from edge_runtime.effort import Effort
 from edge_runtime.errors import MessageError
-from edge_runtime.formats import BY_GRAMMAR, PATTERNS, RANGES, WHERE_IT_FITS
-from edge_runtime.rewriting import (
+from edge_runtime.structured_output.compiling import fault
+from edge_runtime.structured_output.effort import Effort
+from edge_runtime.structured_output.formats import BY_GRAMMAR, PATTERNS, RANGES, WHERE_IT_FITS
+from edge_runtime.structured_output.keywords import BINDING, KEYWORDS, QUIET, REWRITTEN, TYPES, meant_word
+from edge_runtime.structured_output.rewriting import (
     are_apart,
     conditional,
     counted,
@@ -29,8 +30,7 @@ from edge_runtime.rewriting import (
     with_contained,
     with_dependents,
 )
-from edge_runtime.schema_size import LONGEST_PATTERN, check_text
-from edge_runtime.schema_words import BINDING, KEYWORDS, QUIET, REWRITTEN, TYPES, meant_word
+from edge_runtime.structured_output.schema_size import LONGEST_PATTERN, check_text
 
 MAX_DEPTH = 64  # of the schema itself, so that no walk over it exhausts the stack
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime import MessageError
-from edge_runtime.json_position import JsonPosition
-from edge_runtime.places import Place, canonical
+from edge_runtime.structured_output.json_position import JsonPosition
+from edge_runtime.structured_output.places import Place, canonical
 from random_answers import RandomAnswers
 
 

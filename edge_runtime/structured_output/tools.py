@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from edge_runtime.effort import Effort, TooMuchWorkError
 from edge_runtime.errors import MessageError
-from edge_runtime.schema import bound_schema
+from edge_runtime.structured_output.effort import Effort, TooMuchWorkError
+from edge_runtime.structured_output.schema import bound_schema
 
 TOOL_CALL, TOOL_CALL_END = "<tool_call>", "</tool_call>"
 MODES = ("auto", "required", "none")
