@@ -42,8 +42,8 @@ from edge_runtime import (
     scheduler,
 )
 from edge_runtime.answers import AnswerStream
+from edge_runtime.cache.visual_tokens import VisualTokenCache
 from edge_runtime.inputs.messages import Message
-from edge_runtime.visual_cache import VisualTokenCache
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"
 IN_FLIGHT = 12

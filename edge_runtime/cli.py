@@ -18,8 +18,8 @@ from typing import Any
 import click
 
 from edge_runtime import __version__
+from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.command import INTERRUPTED, Command, set_up_streams
-from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.document_options import (
     SliceLimits,
     answer_fields,

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from edge_runtime.cache.caches import Keeping
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
-from edge_runtime.keeping import Keeping
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import Activity, Event, EventQueue, Expected, Request, Task

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.beginnings import Beginnings
+from edge_runtime.cache.shared_prefixes import Beginnings
 from edge_runtime.capabilities import capabilities
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.embedding import embed

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge_runtime.cache.caches import Keeping
+from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type
 from edge_runtime.decoder.options import DEFAULT_CONTEXT, DecoderOptions
-from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
 from edge_runtime.errors import MessageError, ModelFileError
-from edge_runtime.keeping import Keeping
 from edge_runtime.memory import choose_context, reckon
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store import ModelPaths

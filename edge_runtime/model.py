@@ -11,8 +11,8 @@ from typing import Any, Literal, overload
 
 from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
-from edge_runtime.beginnings import Beginnings
-from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
+from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
+from edge_runtime.cache.shared_prefixes import Beginnings
 from edge_runtime.engine import Engine
 from edge_runtime.errors import MessageError
 from edge_runtime.inputs.workers.pool import Decoders

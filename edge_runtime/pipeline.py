@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.beginnings import Beginnings
+from edge_runtime.cache.shared_prefixes import Beginnings
 from edge_runtime.errors import MessageError
 from edge_runtime.inputs.clips import FramePart, expand_videos, group_ids
 from edge_runtime.inputs.documents import DocumentOptions, with_pages

@@ -18,7 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from edge_runtime.batches import await_frames, next_batch, release
-from edge_runtime.beginnings import HeldBeginnings
+from edge_runtime.cache.caches import Keeping
+from edge_runtime.cache.prefixes import PromptSaver, Recorded, Saved
+from edge_runtime.cache.shared_prefixes import HeldBeginnings
+from edge_runtime.cache.visual_tokens import VisualTokenCache
 from edge_runtime.call_plan import CallPlanner
 from edge_runtime.decoder.decoder import (
     ROWS_AT_A_TIME,
@@ -30,13 +33,10 @@ from edge_runtime.decoder.decoder import (
 from edge_runtime.decoder.kv_rows import UnknownState
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation import go_on, hand_over
-from edge_runtime.keeping import Keeping
 from edge_runtime.memory import give_back
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.requests import Activity, Expected, FinishReason, Task, is_worth_leaving
-from edge_runtime.saved_prefixes import PromptSaver, Recorded, Saved
 from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
-from edge_runtime.visual_cache import VisualTokenCache
 
 WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing
 

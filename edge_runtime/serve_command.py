@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES, usable_folder
 from edge_runtime.command import INTERRUPTED, Command
-from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES, usable_folder
 from edge_runtime.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
     EdgeRuntimeError
         When a value is not right.
     """
-    from edge_runtime.keeping import usual_folder
+    from edge_runtime.cache.caches import usual_folder
     from edge_runtime.server.ollama_options import keep_alive_seconds
     from edge_runtime.server.settings import MEGABYTE, Settings
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from edge_runtime import Model
+from edge_runtime.cache.visual_tokens import VisualTokenCache
 from edge_runtime.pipeline import group_digest
-from edge_runtime.visual_cache import VisualTokenCache
 
 
 @pytest.fixture

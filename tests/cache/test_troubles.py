@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import EdgeRuntimeError, MessageError, Model
-from edge_runtime.disk_cache import DiskCache, usable_folder
-from edge_runtime.keeping import usual_folder
+from edge_runtime.cache.caches import usual_folder
+from edge_runtime.cache.disk import DiskCache, usable_folder
+from edge_runtime.cache.prefixes import SavedPrefixes
 from edge_runtime.loading import LoadOptions
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.requests import Request, Task
 from edge_runtime.sampling import SamplingOptions
-from edge_runtime.saved_prefixes import SavedPrefixes
 from edge_runtime.store import find_model
 
 A, B = "a" * 32, "b" * 32
@@ -108,7 +108,7 @@ def test_too_little_memory_for_what_was_kept_computes_it_again(exact_folder, tmp
         raise MemoryError
 
     with load(exact_folder, tmp_path) as model:
-        monkeypatch.setattr("edge_runtime.saved_prefixes.Saved.rows", fail)
+        monkeypatch.setattr("edge_runtime.cache.prefixes.Saved.rows", fail)
         answer = endless(model, "long", 5).result()
         assert (str(answer), answer.cached_tokens) == (expected, 0)
 
@@ -136,7 +136,7 @@ def test_requests_do_not_wait_for_the_disk(exact_folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DiskCache, "_write_file", slow)
     with load(exact_folder, tmp_path) as model:
-        monkeypatch.setattr("edge_runtime.disk_cache.QUEUE_BYTES", 2 * 400_000)
+        monkeypatch.setattr("edge_runtime.cache.disk.QUEUE_BYTES", 2 * 400_000)
         first = endless(model, "one", 3).result()
         second = endless(model, "one", 3).result()  # nobody has opened the gate
         assert second.cached_tokens == first.prompt_tokens - 1

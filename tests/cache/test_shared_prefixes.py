@@ -10,9 +10,9 @@ import pytest
 
 from decoder.test_adapters import make_adapter
 from edge_runtime import Model, PromptTooLongError
-from edge_runtime.beginnings import LEAST, Beginnings, HeldBeginnings
+from edge_runtime.cache.prefixes import BLOCK, Recorded, Saved
+from edge_runtime.cache.shared_prefixes import LEAST, Beginnings, HeldBeginnings
 from edge_runtime.inputs.messages import parse_messages
-from edge_runtime.saved_prefixes import BLOCK, Recorded, Saved
 from edge_runtime.store import find_model
 from many_tools import many_tools
 

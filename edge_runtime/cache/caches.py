@@ -12,12 +12,12 @@ from pathlib import Path
 import platformdirs
 
 from edge_runtime import __version__
+from edge_runtime.cache.disk import DiskCache, usable_folder
+from edge_runtime.cache.prefixes import SavedPrefixes
+from edge_runtime.cache.visual_tokens import SavedTokens
 from edge_runtime.decoder.decoder import Decoder
-from edge_runtime.disk_cache import DiskCache, usable_folder
 from edge_runtime.errors import MessageError
-from edge_runtime.saved_prefixes import SavedPrefixes
 from edge_runtime.vision.encoder import ImageEncoder
-from edge_runtime.visual_cache import SavedTokens
 from edge_runtime.weights.identity import file_identity
 
 logger = logging.getLogger("edge_runtime")

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from edge_runtime import Model
+from edge_runtime.cache.prefixes import BLOCK
 from edge_runtime.decoder import kv_rows as kv_state
-from edge_runtime.saved_prefixes import BLOCK
 
 QUESTION, ANOTHER = "What is it?", "Which colour has it?"
 

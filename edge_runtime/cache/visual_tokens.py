@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from edge_runtime.disk_cache import DiskCache
+from edge_runtime.cache.disk import DiskCache
 from edge_runtime.weights.gguf_file import Float32
 
 LIMIT_BYTES = 128 << 20

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from edge_runtime import MessageError
-from edge_runtime.disk_cache import DiskCache
+from edge_runtime.cache.disk import DiskCache
 from edge_runtime.system.atomic_files import unfinished
 
 A, B, C = (digit * 32 for digit in "abc")
@@ -205,7 +205,7 @@ def test_what_is_kept_is_nobody_elses_business(cache):
 
 WRITER = """
 import random, sys
-from edge_runtime.disk_cache import DiskCache
+from edge_runtime.cache.disk import DiskCache
 rng, cache = random.Random(int(sys.argv[2])), DiskCache(sys.argv[1], 300_000)
 for _ in range(300):
     number = rng.randrange(40)
