@@ -35,14 +35,10 @@ import psutil
 from PIL import Image
 
 from edge_converters import convert_checkpoint
-from edge_runtime import (
-    EdgeRuntimeError,
-    Model,
-    ModelFileError,
-    scheduler,
-)
+from edge_runtime import EdgeRuntimeError, Model, ModelFileError
 from edge_runtime.answers import AnswerStream
 from edge_runtime.cache.visual_tokens import VisualTokenCache
+from edge_runtime.engine import scheduler
 from edge_runtime.inputs.messages import Message
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"

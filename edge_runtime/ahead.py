@@ -16,12 +16,12 @@ from dataclasses import replace
 
 from edge_runtime.answers import Answer
 from edge_runtime.decoder.decoder import common_beginning
-from edge_runtime.engine import Engine, Running
+from edge_runtime.engine.engine import Engine, Running
+from edge_runtime.engine.request import Request
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.inputs.messages import Message, parse_messages
 from edge_runtime.pipeline import Prepared
 from edge_runtime.prompt.build import Prompt
-from edge_runtime.requests import Request
 
 NEXT_QUESTIONS = ("What", "And how")
 """They begin differently: behind what they share stands the question."""

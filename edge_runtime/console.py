@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge_runtime.answers import Answer
+    from edge_runtime.engine.request import Progress
     from edge_runtime.inputs.messages import VideoPart
     from edge_runtime.model import Model
-    from edge_runtime.requests import Progress
 
 _KEPT_CONTROLS = "\n\t"
 

@@ -12,7 +12,8 @@ from edge_runtime.capabilities import capabilities
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.embedding import embed
 from edge_runtime.decoder.trace import Trace, trace
-from edge_runtime.engine import Engine
+from edge_runtime.engine.engine import Engine
+from edge_runtime.engine.request import Activity
 from edge_runtime.inputs.image import ImageSource, load_image
 from edge_runtime.inputs.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.inputs.workers.opener import opening
@@ -20,7 +21,6 @@ from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.requests import Activity
 from edge_runtime.vision.encoder import Group, ImageEncoder
 from edge_runtime.weights.gguf_file import Float32
 

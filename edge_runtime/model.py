@@ -13,7 +13,8 @@ from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cache.shared_prefixes import Beginnings
-from edge_runtime.engine import Engine
+from edge_runtime.engine.engine import Engine
+from edge_runtime.engine.request import Finished, Request
 from edge_runtime.errors import MessageError
 from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.inside import Inside
@@ -29,7 +30,6 @@ from edge_runtime.options import (
     count_beams,
 )
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.requests import Finished, Request
 from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.structured_output.answer_form import choose_form

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edge_runtime.engine import MOST_REQUESTS
+from edge_runtime.engine.engine import MOST_REQUESTS
 from edge_runtime.errors import MessageError
 from edge_runtime.logprobs import MOST_ALTERNATIVES
 from edge_runtime.prompt.continuation import Begun

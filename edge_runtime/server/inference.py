@@ -18,11 +18,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
+from edge_runtime.engine.request import Progress
 from edge_runtime.errors import MessageError
 from edge_runtime.inputs.video.frame_choice import VideoLimits
 from edge_runtime.inputs.workers.pool import ClientsDecoders, DecoderPool
 from edge_runtime.prompt.build import Prompt
-from edge_runtime.requests import Progress
 from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, TooLarge

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime.answers import Answer
+from edge_runtime.engine.request import Progress
 from edge_runtime.logprobs import TokenLogprob, TokenLogprobs
-from edge_runtime.requests import Progress
 from edge_runtime.server.openai_replies import timings
 from edge_runtime.streaming import Piece
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from edge_runtime import Model, call_plan
+from edge_runtime import Model
 from edge_runtime.ahead import next_beginning
 from edge_runtime.decoder.decoder import Cancelled, Part
-from edge_runtime.requests import is_worth_leaving
+from edge_runtime.engine import call_plan
+from edge_runtime.engine.request import is_worth_leaving
 
 QUESTIONS = ("What is shown here?", "And what is behind it?")
 GREEDY: dict[str, Any] = {"greedy": True, "max_tokens": 12, "repetition_check": False}
@@ -174,7 +175,7 @@ def sized(*parts: tuple[int, bool]):
 )
 def test_a_call_is_left_when_that_is_sooner_for_the_others(monkeypatch, parts, passed, expected):
     n_rows = sum(n for n, _ in parts)
-    monkeypatch.setattr("edge_runtime.requests.time.perf_counter", lambda: 10 + passed * n_rows * 0.01)
+    monkeypatch.setattr("edge_runtime.engine.request.time.perf_counter", lambda: 10 + passed * n_rows * 0.01)
     assert is_worth_leaving(*sized(*parts), started=10, row_s=0.01) is expected
 
 
@@ -196,7 +197,7 @@ def test_the_others_of_a_call_that_was_left_are_computed_again(model, monkeypatc
         return step(parts, cancelled, adapter)
 
     monkeypatch.setattr(model._decoder, "step", cancel_inside)
-    monkeypatch.setattr("edge_runtime.call_plan.TURN_S", 1e9)
+    monkeypatch.setattr("edge_runtime.engine.call_plan.TURN_S", 1e9)
     model._engine._scheduler._planner.row_s = 1.0  # so that little of the call seems to have passed
     gate = _hold(model)
     streams += [model.chat(question, stream=True, **GREEDY) for question in questions]

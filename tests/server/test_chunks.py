@@ -11,7 +11,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from edge_runtime.requests import Progress
+from edge_runtime.engine.request import Progress
 from edge_runtime.server.chunks import Telling
 from edge_runtime.server.inference import Answering
 from edge_runtime.streaming import Piece

@@ -12,9 +12,9 @@ import httpx
 import ollama
 import pytest
 
+from edge_runtime.engine.request import Progress
 from edge_runtime.errors import EngineBusy, ImageError, MessageError, PromptTooLongError
 from edge_runtime.inputs.workers.pool import ClientsDecoders
-from edge_runtime.requests import Progress
 from edge_runtime.server import models
 from edge_runtime.server.settings import Settings
 from edge_runtime.streaming import Piece

@@ -207,7 +207,7 @@ def test_low_memory_drops_them_after_a_cancelled_request_too(exact_folder: Path,
 
 def test_a_cancelled_reader_may_not_be_kept_waiting_by_a_full_house(model, monkeypatch):
     """A request that was cancelled counts no more, even while the engine has not left it yet."""
-    monkeypatch.setattr("edge_runtime.engine.MOST_REQUESTS", 2)
+    monkeypatch.setattr("edge_runtime.engine.engine.MOST_REQUESTS", 2)
     for _ in range(6):
         kept = [stream(model, "Tell me a story.") for _ in range(2)]
         for one in kept:
@@ -220,7 +220,7 @@ def test_a_cancelled_reader_may_not_be_kept_waiting_by_a_full_house(model, monke
 def test_freed_memory_goes_back_when_the_engine_rests(model, images, monkeypatch):
     given_back = threading.Event()
     real = memory.give_back
-    monkeypatch.setattr("edge_runtime.scheduler.give_back", lambda: real() or given_back.set())
+    monkeypatch.setattr("edge_runtime.engine.scheduler.give_back", lambda: real() or given_back.set())
     stream(model, "Hello").result()
     assert not given_back.wait(0.6)  # there was no picture
     stream(model, images["tiny"], "Hello").result()

@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 
 from edge_runtime.cache.caches import Keeping
 from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.engine.request import Activity, Event, EventQueue, Expected, Request, Task
+from edge_runtime.engine.scheduler import Scheduler
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.requests import Activity, Event, EventQueue, Expected, Request, Task
 from edge_runtime.sampling import SamplingOptions
-from edge_runtime.scheduler import Scheduler
 from edge_runtime.system.forks import Home, only_here
 from edge_runtime.vision.encoder import ImageEncoder
 

@@ -120,7 +120,7 @@ def test_times_are_part_of_a_group(model, images):
 
 
 def test_a_cancelled_request_leaves_nothing_wrong_behind(model, exact_folder, images, monkeypatch):
-    monkeypatch.setattr("edge_runtime.call_plan.CHUNK_TOKENS", 16)
+    monkeypatch.setattr("edge_runtime.engine.call_plan.CHUNK_TOKENS", 16)
     stream = model.chat([{"role": "user", "content": [images["wide"], "Tell me more."]}], stream=True, greedy=True)
     stream.on_progress = lambda progress: stream.cancel() if progress.stage == "prefill" else None
     assert stream.result().finish_reason == "cancelled"

@@ -7,10 +7,10 @@ reader, keys for the next call, and the reason when it has ended. Knows nothing 
 from __future__ import annotations
 
 from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.engine.request import FinishReason, Task
 from edge_runtime.errors import ModelFileError
 from edge_runtime.inputs.messages import THINK_END
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.requests import FinishReason, Task
 from edge_runtime.sampling import Sampler, is_finite
 
 

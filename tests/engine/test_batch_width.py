@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from edge_runtime import Model
-from edge_runtime.width import ASK_AGAIN, BELOW_UNPACKING, CallWidth
+from edge_runtime.engine.batch_width import ASK_AGAIN, BELOW_UNPACKING, CallWidth
 
 
 def run(width: CallWidth, seconds: dict[int, float], calls: int, n_running: int = 8) -> list[int]:
@@ -60,7 +60,7 @@ def test_answers_are_the_same_whatever_the_width(exact_folder, monkeypatch):
             return step(parts, *more)
 
         monkeypatch.setattr(model._decoder, "step", seen)
-        monkeypatch.setattr("edge_runtime.width.CallWidth.choose", lambda self, n: min(n, 7))
+        monkeypatch.setattr("edge_runtime.engine.batch_width.CallWidth.choose", lambda self, n: min(n, 7))
         streams = [model.chat(question, stream=True, **options) for question in questions]
         assert [str(stream.result()) for stream in streams] == alone
     assert widths.count(7) > 8, "these answers were never eight at once"
@@ -74,7 +74,7 @@ def test_requests_that_come_together_share_their_first_call(exact_folder, monkey
         monkeypatch.setattr(
             model._decoder, "step", lambda parts, *more: calls.append(len(parts)) or step(parts, *more)
         )
-        monkeypatch.setattr("edge_runtime.engine.MOST_PATIENCE_S", 0.5)
+        monkeypatch.setattr("edge_runtime.engine.engine.MOST_PATIENCE_S", 0.5)
         model.chat("Hello", max_tokens=1)  # what is built at the first request takes its time
         calls.clear()
         scheduler._planner.row_s = 10.0
@@ -83,6 +83,6 @@ def test_requests_that_come_together_share_their_first_call(exact_folder, monkey
         assert calls[0] == 4
         scheduler._planner.row_s, slept = 0.0, []
         clock = SimpleNamespace(perf_counter=time.perf_counter, sleep=slept.append)
-        monkeypatch.setattr("edge_runtime.engine.time", clock)
+        monkeypatch.setattr("edge_runtime.engine.engine.time", clock)
         model.chat("Hello you", max_tokens=1)
         assert not slept, "a prompt that takes no time waited for others"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import Answer, EngineBusy, MessageError, Model, ModelFileError
-from edge_runtime.generation import go_on
+from edge_runtime.engine.next_token import go_on
 from edge_runtime.sampling import MAX_SEED
 
 EXACT = 1e-4  # log probabilities in float32; measured 6e-6
@@ -172,7 +172,7 @@ def test_when_one_of_several_answers_fails_the_others_are_cancelled(model, monke
             raise ModelFileError("broken")
         return go_on(task, *more)
 
-    monkeypatch.setattr("edge_runtime.scheduler.go_on", fail_once)
+    monkeypatch.setattr("edge_runtime.engine.scheduler.go_on", fail_once)
     with pytest.raises(ModelFileError, match="broken") as kept:
         model.chat_n("Tell me a story.", 3, max_tokens=2000, temperature=1.0, repetition_check=False)
     _wait_until_idle(model)
@@ -180,7 +180,7 @@ def test_when_one_of_several_answers_fails_the_others_are_cancelled(model, monke
 
 
 def test_several_answers_are_begun_all_or_none(model, monkeypatch):
-    monkeypatch.setattr("edge_runtime.engine.MOST_REQUESTS", 3)
+    monkeypatch.setattr("edge_runtime.engine.engine.MOST_REQUESTS", 3)
     with pytest.raises(EngineBusy):
         model.chat_n("Tell me a story.", 5, max_tokens=2000)
     _wait_until_idle(model)

@@ -9,9 +9,9 @@ import numpy as np
 from edge_runtime.decoder.decoder import SCORED_ROWS, Decoder, Part
 from edge_runtime.decoder.embedding import embed
 from edge_runtime.decoder.options import CHUNK_TOKENS
-from edge_runtime.requests import Task
+from edge_runtime.engine.batch_width import CallWidth
+from edge_runtime.engine.request import Task
 from edge_runtime.weights.gguf_file import Float32
-from edge_runtime.width import CallWidth
 
 TURN_S = 0.25
 """How long a prompt may hold up running answers at a time."""

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from edge_runtime import EngineBusy, Model, ModelFileError, PromptTooLongError
-from edge_runtime.scheduler import Scheduler
+from edge_runtime.engine.scheduler import Scheduler
 
 ENDS = ("stop", "length", "repetition")
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
@@ -46,7 +46,7 @@ def test_answers_are_those_of_requests_one_after_the_other(model, images):
 
 
 def test_answers_flow_while_a_long_prompt_is_worked_on(model, images, monkeypatch):
-    monkeypatch.setattr("edge_runtime.call_plan.TURN_S", 0.0)  # the smallest chunks
+    monkeypatch.setattr("edge_runtime.engine.call_plan.TURN_S", 0.0)  # the smallest chunks
     first = stream(model, "Tell me a story.", max_tokens=200)
     next(first)
     second = stream(model, images["large"], "What is it?")
@@ -94,7 +94,7 @@ def test_a_context_smaller_than_the_number_of_sequences_is_no_trouble(exact_fold
 
 
 def test_too_many_requests_are_refused(model, monkeypatch):
-    monkeypatch.setattr("edge_runtime.engine.MOST_REQUESTS", 3)
+    monkeypatch.setattr("edge_runtime.engine.engine.MOST_REQUESTS", 3)
     kept = [stream(model, "Tell me a story.", max_tokens=2000) for _ in range(3)]
     with pytest.raises(EngineBusy, match="3 requests are waiting or running"):
         stream(model, "Hello")
