@@ -51,7 +51,7 @@ def ours(vocabulary: Any, schema: dict[str, Any], n_tokens: int, n_rows: int) ->
     """Tokens of an answer, seconds for each, and seconds to compile the schema."""
     import numpy as np
 
-    from edge_runtime.sampling import Sampler, SamplingOptions
+    from edge_runtime.generation.sampling import Sampler, SamplingOptions
     from edge_runtime.structured_output.constraint import AnswerForm
     from edge_runtime.structured_output.grammar import Grammar
 
@@ -80,7 +80,7 @@ def peer(path: Path, schema: dict[str, Any], ids: list[int], n_rows: int) -> lis
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
     from edge_runtime.decoder import llama_cpp as llama
-    from edge_runtime.sampling import CANDIDATE
+    from edge_runtime.generation.sampling import CANDIDATE
 
     lib = llama.library()
     params = lib.llama_model_default_params()

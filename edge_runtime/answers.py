@@ -11,10 +11,10 @@ from typing import Any
 from edge_runtime.engine.engine import Running
 from edge_runtime.engine.request import Event, Finished, FinishReason, Progress
 from edge_runtime.errors import MessageError, RequestCancelled
-from edge_runtime.grounding import Region, find_regions
-from edge_runtime.logprobs import TokenLogprobs
+from edge_runtime.generation.grounding import Region, find_regions
+from edge_runtime.generation.logprobs import TokenLogprobs
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.pipeline import Prepared
-from edge_runtime.streaming import Piece
 from edge_runtime.structured_output.tools import MalformedCall, ToolCall
 
 TOY_NOTICE = (

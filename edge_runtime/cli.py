@@ -189,7 +189,7 @@ def run(
     pdftotext report.pdf - | edge-runtime run - "Summarise this."
     """
     from edge_runtime import console
-    from edge_runtime.grounding import check_drawing
+    from edge_runtime.generation.grounding import check_drawing
     from edge_runtime.model import Model
 
     video = take_video(options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
-from edge_runtime.grounding import check_drawing, draw_regions, save_drawing
+from edge_runtime.generation.grounding import check_drawing, draw_regions, save_drawing
 from edge_runtime.inputs.documents import last_picture
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import parse_messages

@@ -16,10 +16,12 @@ from edge_runtime.cache.shared_prefixes import Beginnings
 from edge_runtime.engine.engine import Engine
 from edge_runtime.engine.request import Finished, Request
 from edge_runtime.errors import MessageError
+from edge_runtime.generation.logprobs import TokenLogprobs, describe, describe_prompt
+from edge_runtime.generation.sampling import MAX_NEW_TOKENS, choose_options
+from edge_runtime.generation.token_rules import choose_rules
 from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.inside import Inside
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
-from edge_runtime.logprobs import TokenLogprobs, describe, describe_prompt
 from edge_runtime.options import (
     check_begun,
     check_counts,
@@ -30,14 +32,12 @@ from edge_runtime.options import (
     count_beams,
 )
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.structured_output.answer_form import choose_form
 from edge_runtime.structured_output.effort import Effort
 from edge_runtime.structured_output.grammar import GrammarVocabulary
 from edge_runtime.structured_output.text_form import choose_text_form
 from edge_runtime.structured_output.tools import checked_tools, function_names
-from edge_runtime.token_rules import choose_rules
 from edge_runtime.weights.config import is_toy
 
 
@@ -238,9 +238,9 @@ class Model(Inside):
             greedy and temperature=0 take the most probable token, without penalties.
         sampling : False searches as the official code does: 3 beams, repetition penalty 1.2.
         beams : number of beams of a search for the most probable answer; its pieces come all at the end, and it is
-            not looked at for circles. See `edge_runtime.beams`.
+            not looked at for circles. See `edge_runtime.generation.beam_search`.
         logit_bias : token id → what is added to its logit, from -100 to 100.
-        logprobs : tell the log probability of every token; see `edge_runtime.logprobs`.
+        logprobs : tell the log probability of every token; see `edge_runtime.generation.logprobs`.
         top_logprobs : and of so many of the most probable ones at its place, at most 20.
         prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
         prompt_only : end where the prompt is computed, with an empty answer.

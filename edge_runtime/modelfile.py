@@ -17,7 +17,7 @@ from pathlib import Path
 
 from edge_runtime.decoder.options import DEFAULT_CONTEXT
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
-from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
+from edge_runtime.generation.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.sources import visible
 from edge_runtime.store import ModelPaths, find_model
 from edge_runtime.system.atomic_files import why_not_written, write_whole

@@ -7,9 +7,9 @@ from typing import Any
 
 from edge_runtime.engine.engine import MOST_REQUESTS
 from edge_runtime.errors import MessageError
-from edge_runtime.logprobs import MOST_ALTERNATIVES
+from edge_runtime.generation.logprobs import MOST_ALTERNATIVES
+from edge_runtime.generation.sampling import OFFICIAL_BEAMS
 from edge_runtime.prompt.continuation import Begun
-from edge_runtime.sampling import OFFICIAL_BEAMS
 from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END
 
 

@@ -138,7 +138,7 @@ def look_at(part: VideoPart) -> str:
 
 def draw(part: VideoPart, target: Path, watch: Callable[[float], None]) -> None:
     """Write the storyboard of a video."""
-    from edge_runtime.grounding import save_drawing
+    from edge_runtime.generation.grounding import save_drawing
     from edge_runtime.inputs.clips import choose
     from edge_runtime.inputs.storyboard import draw_storyboard
 

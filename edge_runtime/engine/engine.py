@@ -21,9 +21,9 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.engine.request import Activity, Event, EventQueue, Expected, Request, Task
 from edge_runtime.engine.scheduler import Scheduler
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
+from edge_runtime.generation.sampling import SamplingOptions
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.sampling import SamplingOptions
 from edge_runtime.system.forks import Home, only_here
 from edge_runtime.vision.encoder import ImageEncoder
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.engine.request import FinishReason, Task
 from edge_runtime.errors import ModelFileError
+from edge_runtime.generation.sampling import Sampler, is_finite
 from edge_runtime.inputs.messages import THINK_END
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.sampling import Sampler, is_finite
 
 
 def go_on(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:

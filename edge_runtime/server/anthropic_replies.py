@@ -13,8 +13,8 @@ from typing import Any, Literal
 from typing_extensions import TypedDict  # pydantic cannot describe typing's own before Python 3.12
 
 from edge_runtime.answers import Answer
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.openai_replies import arguments_text, new_id
-from edge_runtime.streaming import Piece
 from edge_runtime.structured_output import tools as runtime_tools
 
 Event = dict[str, Any]

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 from edge_runtime.answers import Answer
 from edge_runtime.engine.request import Progress
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server import sse
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat, Inference
 from edge_runtime.server.openai_replies import running_timings
 from edge_runtime.server.openai_shapes import PromptProgress
-from edge_runtime.streaming import Piece
 
 Chunk = Mapping[str, Any]
 

@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.engine.request import Progress
 from edge_runtime.errors import MessageError
+from edge_runtime.generation.sampling import MAX_NEW_TOKENS
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.inputs.video.frame_choice import VideoLimits
 from edge_runtime.inputs.workers.pool import ClientsDecoders, DecoderPool
 from edge_runtime.prompt.build import Prompt
-from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, TooLarge
 from edge_runtime.server.facts import refuse_what_it_cannot
@@ -33,7 +34,6 @@ from edge_runtime.server.models import ModelRegistry, Use
 from edge_runtime.server.ollama_context import messages_of
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.shares import Places, asking
-from edge_runtime.streaming import Piece
 
 R = TypeVar("R")
 TEXT_THREADS = 4

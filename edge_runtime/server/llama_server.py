@@ -13,8 +13,8 @@ from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 
+from edge_runtime.generation.sampling import MAX_NEW_TOKENS
 from edge_runtime.model import Model
-from edge_runtime.sampling import MAX_NEW_TOKENS
 from edge_runtime.server import sse
 from edge_runtime.server.chunks import Telling, lines, one_call, whole_answers
 from edge_runtime.server.errors import NotOffered

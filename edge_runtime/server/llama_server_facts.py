@@ -10,8 +10,8 @@ from typing import Any
 
 from edge_runtime import __version__
 from edge_runtime.errors import ModelFileError
+from edge_runtime.generation.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.model import Model
-from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.facts import details, facts_of
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from edge_runtime.answers import Answer
 from edge_runtime.engine.request import Progress
-from edge_runtime.logprobs import TokenLogprob, TokenLogprobs
+from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.openai_replies import timings
-from edge_runtime.streaming import Piece
 
 Reply = dict[str, Any]
 NO_SLOT = -1

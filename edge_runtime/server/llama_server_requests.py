@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
+from edge_runtime.generation.sampling import SamplingOptions, choose_options
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.sampling import SamplingOptions, choose_options
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import ChatCall
 from edge_runtime.server.llama_server_facts import MEDIA_MARKER

@@ -19,7 +19,8 @@ from starlette.responses import JSONResponse, Response
 
 from edge_runtime import __version__
 from edge_runtime.answers import Answer
-from edge_runtime.logprobs import TokenLogprob, TokenLogprobs
+from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server import ollama_models, replies
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
@@ -33,7 +34,6 @@ from edge_runtime.server.ollama_options import (
 )
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import ServerState, State
-from edge_runtime.streaming import Piece
 from edge_runtime.structured_output.tools import ToolCall
 
 router = APIRouter(prefix="/api", tags=["Ollama"], route_class=JSONRoute)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from edge_runtime.sampling import MAX_SEED
+from edge_runtime.generation.sampling import MAX_SEED
 from edge_runtime.server.errors import RequestError
 from edge_runtime.sources import visible
 

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edge_runtime.answers import Answer
-from edge_runtime.logprobs import TokenLogprobs
+from edge_runtime.generation.logprobs import TokenLogprobs
 from edge_runtime.server import openai_shapes as shapes
 from edge_runtime.server import responses, sse
 from edge_runtime.server.catalog import Listed

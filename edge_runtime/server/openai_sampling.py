@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from edge_runtime.sampling import LARGEST_BIAS, MAX_SEED
+from edge_runtime.generation.sampling import LARGEST_BIAS, MAX_SEED
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.ollama_options import THINKING_LEVELS
 from edge_runtime.server.openai_constraints import FORMS, ConstraintFields, Options, one_form

@@ -15,10 +15,10 @@ from typing import Any, Literal, NotRequired
 from typing_extensions import TypedDict  # pydantic cannot describe typing's own before Python 3.12
 
 from edge_runtime.answers import Answer
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.openai_replies import arguments_text, new_id, timings, token_logprobs
 from edge_runtime.server.openai_shapes import Timings
 from edge_runtime.server.responses_requests import ResponsesRequest
-from edge_runtime.streaming import Piece
 from edge_runtime.structured_output import tools as runtime_tools
 
 Event = dict[str, Any]

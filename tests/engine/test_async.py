@@ -53,7 +53,9 @@ def test_pieces_make_the_answer_and_the_loop_stays_free(model):
 
 
 def test_a_cancelled_task_ends_the_work_behind_it(model, monkeypatch):
-    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: 40)  # it never stops
+    monkeypatch.setattr(
+        "edge_runtime.generation.sampling.Sampler.sample", lambda self, context, row: 40
+    )  # it never stops
 
     async def ask() -> None:
         task = asyncio.create_task(_read(model))

@@ -186,7 +186,9 @@ def test_stop_strings_end_reasoning_only_when_asked(model):
 
 
 def test_an_answer_that_goes_in_circles_ends(model, monkeypatch):
-    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: 40 + self.seed % 2)
+    monkeypatch.setattr(
+        "edge_runtime.generation.sampling.Sampler.sample", lambda self, context, row: 40 + self.seed % 2
+    )
     ended = model.chat("Why?", greedy=True, max_tokens=600)
     assert ended.finish_reason == "repetition"
     assert ended.completion_tokens < 300

@@ -17,7 +17,7 @@ import pytest
 
 from edge_runtime import Answer, EngineBusy, MessageError, Model, ModelFileError
 from edge_runtime.engine.next_token import go_on
-from edge_runtime.sampling import MAX_SEED
+from edge_runtime.generation.sampling import MAX_SEED
 
 EXACT = 1e-4  # log probabilities in float32; measured 6e-6
 QUANTISED = 0.3  # q4_k weights, float16 cache; measured 0.07

@@ -188,7 +188,7 @@ def test_ctrl_c_ends_the_answer_not_the_chat(interruptible):
 # A chat with the demo model whose sampler takes a tenth of a second per token and never stops by itself.
 SLOW_CHAT = """
 import time
-from edge_runtime import sampling
+from edge_runtime.generation import sampling
 from edge_runtime.cli import main
 real, said = sampling.Sampler.sample, []
 def slow(self, context, row):

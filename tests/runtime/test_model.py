@@ -91,7 +91,7 @@ def test_thinking_is_split_by_ids(exact_model: Model, monkeypatch):
     tokenizer = exact_model.tokenizer
     end, stop = tokenizer.special_ids["</think>"], tokenizer.special_ids["<|im_end|>"]
     script = iter([*tokenizer.encode("it says </think>, hm\n"), end, *tokenizer.encode("\n\nblue"), stop])
-    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: next(script))
+    monkeypatch.setattr("edge_runtime.generation.sampling.Sampler.sample", lambda self, context, row: next(script))
     answer = exact_model.chat("Why?", thinking=True)
     assert (answer.reasoning, answer.answer, answer.finish_reason) == ("it says </think>, hm", "blue", "stop")
 

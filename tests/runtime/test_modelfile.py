@@ -21,9 +21,9 @@ from click.testing import CliRunner
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge_runtime.cli import main
+from edge_runtime.generation.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.modelfile import TEMPLATE
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.sampling import MAX_NEW_TOKENS, SamplingOptions
 from support.command import refused
 from support.gguf_maker import STRING, mini_decoder, mini_mmproj
 

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from edge_runtime.engine.request import Progress
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.chunks import Telling
 from edge_runtime.server.inference import Answering
-from edge_runtime.streaming import Piece
 
 PATHS = ("/completion", "/v1/completions", "/chat/completions", "/v1/chat/completions", "/responses", "/v1/responses")
 

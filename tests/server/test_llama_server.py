@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server import llama_server
 from edge_runtime.server.errors import LLAMA_SERVER, api_of
 from edge_runtime.server.llama_server_facts import MEDIA_MARKER
 from edge_runtime.server.llama_server_replies import LlamaCompletions
 from edge_runtime.server.llama_server_requests import LlamaCompletionRequest
-from edge_runtime.streaming import Piece
 from server.asked import ANSWER
 from server.asked import PROMPT as HELLO
 from server.asked import SIGN_BASE64 as PICTURE

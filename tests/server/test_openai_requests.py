@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from edge_runtime.generation.sampling import MAX_SEED
 from edge_runtime.inputs.messages import parse_messages
-from edge_runtime.sampling import MAX_SEED
 from edge_runtime.server.anthropic_requests import MessagesRequest
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.ollama_options import THINKING_LEVELS

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from edge_runtime import MessageError, Model
-from edge_runtime.sampling import Sampler
+from edge_runtime.generation.sampling import Sampler
 from edge_runtime.structured_output.grammar import Grammar, GrammarVocabulary, allowed_ids
 from edge_runtime.structured_output.keywords import KEYWORDS
 from edge_runtime.structured_output.schema import bound_schema

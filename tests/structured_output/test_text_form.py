@@ -7,8 +7,8 @@ import re
 import pytest
 
 from edge_runtime.errors import MessageError
+from edge_runtime.generation.token_rules import TokenRules, choose_rules
 from edge_runtime.structured_output.text_form import _literal, _without_anchors
-from edge_runtime.token_rules import TokenRules, choose_rules
 
 WARM = {"temperature": 5.0, "top_p": 1.0, "max_tokens": 60}
 

@@ -12,7 +12,7 @@ import pytest
 
 from edge_runtime import MessageError, Model
 from edge_runtime.answers import TOY_NOTICE
-from edge_runtime.streaming import Piece, TextStream
+from edge_runtime.generation.text_stream import Piece, TextStream
 from edge_runtime.structured_output.tools import ToolCall, parse_call
 
 WEATHER: dict[str, Any] = {

@@ -8,7 +8,7 @@ from PIL import Image
 
 from edge_runtime import ImageError, MessageError, Model
 from edge_runtime.answers import Answer
-from edge_runtime.grounding import Region, draw_regions, find_regions, save_drawing
+from edge_runtime.generation.grounding import Region, draw_regions, find_regions, save_drawing
 
 TEXT = (
     "The <ref>red cup</ref><box>100 200 400 600</box> stands at <ref> corner </ref>"

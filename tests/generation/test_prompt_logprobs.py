@@ -9,7 +9,7 @@ import pytest
 
 from edge_runtime import Model
 from edge_runtime.errors import MessageError
-from edge_runtime.logprobs import log_softmax
+from edge_runtime.generation.logprobs import log_softmax
 
 TEXT = "I am a tiny demo model. Send me a picture of a red square, please, and tell me what it says. " * 2
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edge_runtime.generation.logprobs import TokenLogprobs, TokenScores, describe
 from edge_runtime.inputs.messages import THINK, THINK_END
-from edge_runtime.logprobs import TokenLogprobs, TokenScores, describe
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END, MalformedCall, ToolCall, parse_call
 

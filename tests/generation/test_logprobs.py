@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from edge_runtime import MessageError, Model
 from edge_runtime.cli import main
-from edge_runtime.logprobs import LEAST_LOGPROB, TokenScores, log_softmax, score, top_ids
-from edge_runtime.streaming import TextStream
-from runtime.test_streaming import THINK_END, Bytes
+from edge_runtime.generation.logprobs import LEAST_LOGPROB, TokenScores, log_softmax, score, top_ids
+from edge_runtime.generation.text_stream import TextStream
+from generation.test_text_stream import THINK_END, Bytes
 
 FLOAT32 = st.floats(-50, 50, width=32)
 

@@ -10,7 +10,7 @@ import pytest
 
 from edge_runtime import MessageError, Model
 from edge_runtime.decoder import llama_cpp as llama
-from edge_runtime.sampling import Sampler, SamplingOptions, choose_options
+from edge_runtime.generation.sampling import Sampler, SamplingOptions, choose_options
 
 N_VOCAB = 300
 DRAWS = 20_000

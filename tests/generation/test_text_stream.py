@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.streaming import RepetitionDetector, TextStream
+from edge_runtime.generation.text_stream import RepetitionDetector, TextStream
 
 THINK, THINK_END, SPECIAL = 1000, 1001, 1002
 
