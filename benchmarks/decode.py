@@ -25,7 +25,7 @@ for folder in ("converters", "kernels", "."):
 
 from benchmarks.sides.child import Child, environment  # noqa: E402
 from benchmarks.sides.goals import Goal, finish  # noqa: E402
-from edge_runtime.store import find_model  # noqa: E402
+from edge_runtime.store.find import find_model  # noqa: E402
 
 MOST_LOAD_S, MOST_SHARE = 2.0, 3.0
 MODULE = "benchmarks.sides.whole"

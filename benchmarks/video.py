@@ -54,7 +54,7 @@ def make_video(path: Path, n_frames: int) -> None:
 
 def measure(options: argparse.Namespace, threads: int, folder: Path) -> dict[str, Any]:
     """Both sides, in turns."""
-    from edge_runtime.store import find_model
+    from edge_runtime.store.find import find_model
 
     files = find_model(options.model, None)
     video = folder / "video.mp4"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edge_converters import tensor_names as names
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 from edge_runtime.weights.gguf_file import GGUFFile
 
 

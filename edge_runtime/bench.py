@@ -26,7 +26,7 @@ from edge_runtime.errors import BackendUnavailable
 from edge_runtime.inputs.slicing import plan_slices, slice_image
 from edge_runtime.loading import LoadOptions, load_parts, set_threads
 from edge_runtime.memory import available_bytes
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 from edge_runtime.trial import REQUEST_PROMPT, Rates, Trial, decoder_rates
 from edge_runtime.tuning import Tuning, remember_tuning
 from edge_runtime.vision.encoder import ImageEncoder

@@ -300,7 +300,7 @@ def convert(source: str, output: Path | None, report: bool, **options: Any) -> N
     """
     from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint
     from edge_runtime import console
-    from edge_runtime.pulling import fetch_checkpoint
+    from edge_runtime.store.pull import fetch_checkpoint
 
     for name, known, option in (
         ("decoder_type", DECODER_TYPES, "--type"),

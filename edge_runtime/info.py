@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from edge_runtime import __version__
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 from edge_runtime.vision.arithmetic import check_instruction_set
 from edge_runtime.weights.config import (
     OWN_PROJECTOR,

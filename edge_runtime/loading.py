@@ -15,7 +15,7 @@ from edge_runtime.decoder.options import DEFAULT_CONTEXT, DecoderOptions
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.memory import choose_context, reckon
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.store import ModelPaths
+from edge_runtime.store.find import ModelPaths
 from edge_runtime.system.forks import begin_loading
 from edge_runtime.tuning import Tuning, remembered_tuning
 from edge_runtime.vision.arithmetic import check_instruction_set

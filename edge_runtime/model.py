@@ -32,7 +32,7 @@ from edge_runtime.options import (
     count_beams,
 )
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.store import ModelPaths, find_model
+from edge_runtime.store.find import ModelPaths, find_model
 from edge_runtime.structured_output.answer_form import choose_form
 from edge_runtime.structured_output.effort import Effort
 from edge_runtime.structured_output.grammar import GrammarVocabulary

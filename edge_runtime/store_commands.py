@@ -12,8 +12,8 @@ import click
 from edge_runtime.command import Command
 
 if TYPE_CHECKING:
-    from edge_runtime.library import Entry
-    from edge_runtime.pulling import Plan
+    from edge_runtime.store.library import Entry
+    from edge_runtime.store.pull import Plan
 
 
 def announce(plan: Plan) -> None:
@@ -49,7 +49,7 @@ def pull(name: str, mmproj: str | None) -> None:
     https://HOST/FILE.gguf   any server; #sha256=HEX at the end is checked
     """
     from edge_runtime import console
-    from edge_runtime.pulling import pull as fetch
+    from edge_runtime.store.pull import pull as fetch
 
     with console.ConvertProgress() as progress:
         entry = fetch(
@@ -69,7 +69,7 @@ def pull(name: str, mmproj: str | None) -> None:
 def list_models(as_json: bool) -> None:
     """List the models that were pulled."""
     from edge_runtime import console
-    from edge_runtime.library import Library
+    from edge_runtime.store.library import Library
 
     entries = Library().entries()
     if as_json:
@@ -87,13 +87,13 @@ def list_models(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(name: str, as_json: bool) -> None:
     """Show where a model came from and where its files are."""
-    from edge_runtime.library import Library
+    from edge_runtime.store.library import Library
 
     library = Library()
     entry = _entry(name)
     facts = _facts(entry)
     if entry.kind == "ollama":
-        from edge_runtime.store import find_model
+        from edge_runtime.store.find import find_model
 
         paths = find_model(entry.name)
         facts["files"] = [{"path": str(path)} for path in (paths.decoder, paths.mmproj)]
@@ -113,7 +113,7 @@ def show(name: str, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME ...")
 def remove(names: tuple[str, ...]) -> None:
     """Remove pulled models. Files of Ollama stay where they are."""
-    from edge_runtime.library import Library
+    from edge_runtime.store.library import Library
 
     for entry in [_entry(name) for name in names]:  # a wrong name is told before anything is removed
         freed = Library().remove(entry)
@@ -133,7 +133,7 @@ def export() -> None:
 def export_ollama(model: str, mmproj: Path | None, output: Path | None, force: bool) -> None:
     """Write a Modelfile for Ollama: the files, the official chat template and sampling."""
     from edge_runtime import console
-    from edge_runtime.modelfile import export_modelfile
+    from edge_runtime.store.export_ollama import export_modelfile
 
     path = export_modelfile(model, output or Path(), mmproj=mmproj, force=force)
     click.echo(path)
@@ -142,8 +142,8 @@ def export_ollama(model: str, mmproj: Path | None, output: Path | None, force: b
 
 def _entry(name: str) -> Entry:
     from edge_runtime.errors import ModelFileError
-    from edge_runtime.library import Library
-    from edge_runtime.sources import parse_source, visible
+    from edge_runtime.store.library import Library
+    from edge_runtime.store.names import parse_source, visible
 
     source = parse_source(name)
     entry = Library().find(source) if source is not None else None

@@ -31,7 +31,7 @@ from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.file_names import find_named, is_there, names_in, similar_name
 from edge_runtime.inputs.messages import VIDEO_SUFFIXES
 from edge_runtime.piped import STDIN, Piped, read_pipe, told_apart
-from edge_runtime.sources import visible
+from edge_runtime.store.names import visible
 
 FILE_SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 from edge_runtime.structured_output.answer_form import choose_form
 from edge_runtime.structured_output.constraint import AnswerForm
 from edge_runtime.structured_output.grammar import GrammarVocabulary

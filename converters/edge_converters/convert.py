@@ -26,7 +26,7 @@ from edge_converters.verify import verify_gguf
 from edge_converters.vocabulary import Vocabulary, read_vocabulary
 from edge_converters.writer import PlannedTensor, beside, replacing, storing, write_gguf
 from edge_runtime.errors import CheckpointError
-from edge_runtime.store import ADAPTER_PREFIX
+from edge_runtime.store.find import ADAPTER_PREFIX
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, units done, units in all)"""

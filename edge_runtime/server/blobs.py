@@ -18,11 +18,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Set
 from pathlib import Path
 
-from edge_runtime.download import storing
 from edge_runtime.errors import StoreError, StoreFull
-from edge_runtime.pulling import SPARE_BYTES
 from edge_runtime.server.errors import RequestError, TooLarge
-from edge_runtime.sources import is_sha256, visible
+from edge_runtime.store.download import storing
+from edge_runtime.store.names import is_sha256, visible
+from edge_runtime.store.pull import SPARE_BYTES
 from edge_runtime.system.atomic_files import make_folder, remove_abandoned, unfinished
 from edge_runtime.system.plain_files import is_plain
 

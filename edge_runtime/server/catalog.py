@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from edge_runtime.errors import DownloadError, ModelFileError, StoreFull
-from edge_runtime.library import Entry, Library
 from edge_runtime.server.blobs import Blobs
 from edge_runtime.server.errors import ModelNotFound, NotAllowed, RequestError
 from edge_runtime.server.names import Names, Record, checked_name
 from edge_runtime.server.ollama_options import submit_options
 from edge_runtime.server.settings import Settings
-from edge_runtime.sources import ALIASES, parse_source, visible
-from edge_runtime.store import DEMO, ModelPaths, find_model
+from edge_runtime.store.find import DEMO, ModelPaths, find_model
+from edge_runtime.store.library import Entry, Library
+from edge_runtime.store.names import ALIASES, parse_source, visible
 from edge_runtime.system.plain_files import is_plain
 
 LATEST = ":latest"

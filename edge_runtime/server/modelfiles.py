@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime.server.errors import RequestError
-from edge_runtime.sources import visible
+from edge_runtime.store.names import visible
 
 KEYWORDS = (
     "FROM",

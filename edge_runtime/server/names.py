@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.download import storing
 from edge_runtime.errors import ModelFileError
 from edge_runtime.server.blobs import checked_digest
 from edge_runtime.server.errors import RequestError
-from edge_runtime.sources import ollama_parts
+from edge_runtime.store.download import storing
+from edge_runtime.store.names import ollama_parts
 from edge_runtime.system.atomic_files import write_whole
 from edge_runtime.system.plain_files import open_plain
 

@@ -19,8 +19,6 @@ import httpx2
 
 from edge_runtime.decoder.adapters import check_adapter
 from edge_runtime.errors import ModelFileError
-from edge_runtime.pulling import Plan, check_model_file, check_roles
-from edge_runtime.pulling import pull as fetch
 from edge_runtime.server.blobs import PREFIX, checked_digest
 from edge_runtime.server.errors import ModelNotFound, NotAllowed, RequestError
 from edge_runtime.server.facts import facts_of
@@ -30,7 +28,9 @@ from edge_runtime.server.ollama_bodies import CreateBody
 from edge_runtime.server.ollama_options import submit_options
 from edge_runtime.server.shares import asking
 from edge_runtime.server.state import ServerState
-from edge_runtime.sources import ALIASES, parse_source, visible
+from edge_runtime.store.names import ALIASES, parse_source, visible
+from edge_runtime.store.pull import Plan, check_model_file, check_roles
+from edge_runtime.store.pull import pull as fetch
 from edge_runtime.system.addresses import Allowed
 from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from edge_runtime.generation.sampling import MAX_SEED
 from edge_runtime.server.errors import RequestError
-from edge_runtime.sources import visible
+from edge_runtime.store.names import visible
 
 logger = logging.getLogger("edge_runtime.server")
 

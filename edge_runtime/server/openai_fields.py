@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.ollama_options import OWNERS
-from edge_runtime.sources import visible
+from edge_runtime.store.names import visible
 
 logger = logging.getLogger("edge_runtime.server")
 MOST_NAMED = 20

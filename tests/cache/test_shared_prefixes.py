@@ -13,7 +13,7 @@ from edge_runtime import Model, PromptTooLongError
 from edge_runtime.cache.prefixes import BLOCK, Recorded, Saved
 from edge_runtime.cache.shared_prefixes import LEAST, Beginnings, HeldBeginnings
 from edge_runtime.inputs.messages import parse_messages
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 from many_tools import many_tools
 
 SYSTEM = "You help with notes and calendars. Answer in short sentences, and say so when you do not know. " * 3

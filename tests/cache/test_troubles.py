@@ -19,7 +19,7 @@ from edge_runtime.engine.request import Request, Task
 from edge_runtime.generation.sampling import SamplingOptions
 from edge_runtime.loading import LoadOptions
 from edge_runtime.prompt.build import Prompt
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 
 A, B = "a" * 32, "b" * 32
 TEXT = "a question that is longer than a block of thirty-two positions, " * 3

@@ -14,7 +14,7 @@ from edge_runtime.answers import Answer, AnswerStream
 from edge_runtime.engine.request import Event, EventQueue, Finished
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 from edge_runtime.weights.gguf_file import GGUFFile
 
 Step = Event | Exception | threading.Event

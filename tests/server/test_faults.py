@@ -17,11 +17,11 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.library import Library
-from edge_runtime.pulling import pull
 from edge_runtime.server.blobs import Blobs
 from edge_runtime.server.names import Names
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
+from edge_runtime.store.library import Library
+from edge_runtime.store.pull import pull
 from server.attacking import wait_until
 from server.test_ollama_client import DEMO_FILES, hub
 from server.test_serve_command import process

@@ -165,7 +165,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub with the demo model as `org/demo`, and a store of the test's own."""
     from huggingface_hub import close_session, constants
 
-    from edge_runtime import download
+    from edge_runtime.store import download
 
     monkeypatch.setenv("EDGE_RUNTIME_MODELS", str(tmp_path / "models"))
     files = {f"org/demo/{path.name}": path.read_bytes() for path in DEMO_FILES}

@@ -21,7 +21,7 @@ from edge_runtime.errors import (
     UnsupportedModelError,
 )
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 from edge_runtime.weights.gguf_file import GGUFFile
 from support import gguf_maker as make
 from support.command import refused

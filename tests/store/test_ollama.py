@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime import Model, ollama
+from edge_runtime import Model
 from edge_runtime.cli import main
 from edge_runtime.errors import ModelFileError
-from edge_runtime.store import find_model
+from edge_runtime.store import ollama
+from edge_runtime.store.find import find_model
 from support.command import refused
 from support.gguf_maker import mini_decoder, mini_mmproj
 

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from edge_runtime.errors import DownloadError, StoreError
-from edge_runtime.sources import LOOPBACK, visible
+from edge_runtime.store.names import LOOPBACK, visible
 from edge_runtime.system.atomic_files import FILE_MODE, FULL, make_folder, open_for_owner, why_not_written
 
 ATTEMPTS = 5

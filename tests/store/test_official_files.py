@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from edge_runtime.errors import ModelFileError
-from edge_runtime.library import Library
-from edge_runtime.pulling import pull
-from edge_runtime.sources import ALIASES, OFFICIAL, parse_source, split_stem
-from edge_runtime.store import find_model
-from runtime.conftest import MMPROJ
+from edge_runtime.store.find import find_model
+from edge_runtime.store.library import Library
+from edge_runtime.store.names import ALIASES, OFFICIAL, parse_source, split_stem
+from edge_runtime.store.pull import pull
+from store.conftest import MMPROJ
 from support.command import refused
 from support.gguf_maker import U16, mini_decoder, mini_mmproj
 

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import DownloadError, ModelFileError
-from edge_runtime.pulling import pull
-from runtime.conftest import DECODER, MMPROJ
-from runtime.test_pulling import PAIR, complete, files
+from edge_runtime.store.pull import pull
+from store.conftest import DECODER, MMPROJ
+from store.test_pull import PAIR, complete, files
 from support import gguf_maker as make
 from support.command import refused
 from support.gguf_maker import mini_decoder, mini_mmproj

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import download
+from edge_runtime.store import download
 from support.gguf_maker import mini_decoder, mini_mmproj
 from support.hub_server import Hub, serve
 

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_runtime import Model, pulling
+from edge_runtime import Model
 from edge_runtime.cli import main
 from edge_runtime.errors import DownloadError, EdgeRuntimeError, ModelFileError, UnsupportedModelError
-from edge_runtime.library import Library
-from edge_runtime.pulling import pull
-from edge_runtime.sources import ALIASES
-from edge_runtime.store import find_model
-from runtime.conftest import DECODER, KEY, MMPROJ
+from edge_runtime.store import pull as pulling
+from edge_runtime.store.find import find_model
+from edge_runtime.store.library import Library
+from edge_runtime.store.names import ALIASES
+from edge_runtime.store.pull import pull
+from store.conftest import DECODER, KEY, MMPROJ
 from support.command import refused
 from support.gguf_maker import mini_decoder, mini_mmproj
 from support.hub_server import REVISION, Fault

@@ -18,10 +18,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_runtime import download as module
-from edge_runtime.download import RemoteFile, download, part_of
 from edge_runtime.errors import DownloadError
-from runtime.conftest import KEY
+from edge_runtime.store import download as module
+from edge_runtime.store.download import RemoteFile, download, part_of
+from store.conftest import KEY
 from support.hub_server import Fault, Hub, git_id
 
 DATA = np.random.default_rng(5).bytes(300_000)
@@ -148,7 +148,7 @@ def test_what_has_arrived_is_not_fetched_again(hub, file, target):
 def test_a_killed_process_leaves_what_the_next_one_needs(hub, file, target):
     hub.faults.append(Fault(stall_after=150_000))
     code = (
-        "from pathlib import Path; from edge_runtime.download import RemoteFile, download\n"
+        "from pathlib import Path; from edge_runtime.store.download import RemoteFile, download\n"
         f"download(RemoteFile('weights.bin', {file.url!r}, {file.size}, {file.digest!r}), Path({str(target)!r}))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "HF_ENDPOINT": hub.url})

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_runtime.download import digest_of
 from edge_runtime.errors import ModelFileError
-from edge_runtime.sources import is_sha256, ollama_parts, visible
+from edge_runtime.store.download import digest_of
+from edge_runtime.store.names import is_sha256, ollama_parts, visible
 
 MAX_MANIFEST_BYTES = 1 << 20
 SERVICE = Path("/usr/share/ollama/.ollama/models")

@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_runtime.download import storing
 from edge_runtime.errors import DownloadError, ModelFileError
-from edge_runtime.sources import ALIASES, Source, checked_path, is_meant, parse_source, visible
+from edge_runtime.store.download import storing
+from edge_runtime.store.names import ALIASES, Source, checked_path, is_meant, parse_source, visible
 from edge_runtime.system.atomic_files import make_folder, write_whole
 from edge_runtime.system.plain_files import open_plain
 

@@ -13,12 +13,12 @@ import httpx2
 import pytest
 
 from edge_runtime.errors import AddressRefused, StoreFull
-from edge_runtime.library import Library
-from edge_runtime.pulling import pull
+from edge_runtime.store.library import Library
+from edge_runtime.store.pull import pull
 from edge_runtime.system import addresses
 from edge_runtime.system.addresses import Allowed, Door, checked, through
 from edge_runtime.system.plain_files import is_plain, open_plain
-from runtime.conftest import DECODER
+from store.conftest import DECODER
 from support.hub_server import Fault
 
 PAIR = "hf:org/pair"

@@ -2,7 +2,7 @@
 
 Go is not needed to run these tests: `ollama_renderings.json` holds what `ollama_render.go` wrote about the template
 of the package, together with the template's checksum. Where Go is installed, more conversations are rendered anew.
-After a change of the template, `python tests/runtime/test_modelfile.py` records again (needs Go).
+After a change of the template, `python tests/store/test_export_ollama.py` records again (needs Go).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edge_runtime.cli import main
 from edge_runtime.generation.sampling import MAX_NEW_TOKENS, SamplingOptions
-from edge_runtime.modelfile import TEMPLATE
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.store.export_ollama import TEMPLATE
 from support.command import refused
 from support.gguf_maker import STRING, mini_decoder, mini_mmproj
 

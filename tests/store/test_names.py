@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_runtime.errors import ModelFileError
-from edge_runtime.hubs import fits
-from edge_runtime.library import Entry, Library, StoredFile, parse_record
-from edge_runtime.sources import ALIASES, checked_path, file_of_address, ollama_parts, parse_source
+from edge_runtime.store.hubs import fits
+from edge_runtime.store.library import Entry, Library, StoredFile, parse_record
+from edge_runtime.store.names import ALIASES, checked_path, file_of_address, ollama_parts, parse_source
 
 ROOT = Path("/store")
 TEXT = st.text(max_size=60) | st.text(alphabet="./\\:~%@#?-_ab \0\n\x1b\u202e", max_size=30)

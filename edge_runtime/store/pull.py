@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_runtime import ollama
-from edge_runtime.download import RemoteFile, download, part_of, storing
 from edge_runtime.errors import ModelFileError, StoreError, StoreFull
-from edge_runtime.hubs import Choice, Listing, choose, endpoint_of, list_files
-from edge_runtime.library import Entry, Library, StoredFile
-from edge_runtime.sources import Source, parse_source, visible
+from edge_runtime.store import ollama
+from edge_runtime.store.download import RemoteFile, download, part_of, storing
+from edge_runtime.store.hubs import Choice, Listing, choose, endpoint_of, list_files
+from edge_runtime.store.library import Entry, Library, StoredFile
+from edge_runtime.store.names import Source, parse_source, visible
 from edge_runtime.system.addresses import Allowed, Door, through
 from edge_runtime.system.atomic_files import make_folder
 from edge_runtime.weights.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config

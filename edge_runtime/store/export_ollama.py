@@ -18,8 +18,8 @@ from pathlib import Path
 from edge_runtime.decoder.options import DEFAULT_CONTEXT
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.generation.sampling import MAX_NEW_TOKENS, SamplingOptions
-from edge_runtime.sources import visible
-from edge_runtime.store import ModelPaths, find_model
+from edge_runtime.store.find import ModelPaths, find_model
+from edge_runtime.store.names import visible
 from edge_runtime.system.atomic_files import why_not_written, write_whole
 from edge_runtime.weights.config import OWN_PROJECTOR, check_mmproj, decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
-from edge_runtime.download import MAX_BYTES, RemoteFile, ask, probe, refuse_offline
 from edge_runtime.errors import BackendUnavailable, DownloadError
-from edge_runtime.sources import (
+from edge_runtime.store.download import MAX_BYTES, RemoteFile, ask, probe, refuse_offline
+from edge_runtime.store.names import (
     JOIN_PARTS,
     Source,
     checked_path,
@@ -243,7 +243,7 @@ def _modelscope(repository: str) -> Listing:
 
 
 def _addresses(source: Source, mmproj: str | None) -> Listing:
-    from edge_runtime.sources import parse_source
+    from edge_runtime.store.names import parse_source
 
     sources = [source]
     if mmproj is not None:
