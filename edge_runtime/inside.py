@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from edge_runtime.cache.shared_prefixes import Beginnings
-from edge_runtime.capabilities import capabilities
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.embedding import embed
 from edge_runtime.decoder.trace import Trace, trace
@@ -18,6 +17,7 @@ from edge_runtime.inputs.image import ImageSource, load_image
 from edge_runtime.inputs.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.inputs.workers.opener import opening
 from edge_runtime.inputs.workers.pool import Decoders
+from edge_runtime.loading.capabilities import capabilities
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from edge_runtime.generation.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.generation.token_rules import choose_rules
 from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.inside import Inside
-from edge_runtime.loading import LoadOptions, load_parts, set_threads
+from edge_runtime.loading.load import LoadOptions, load_parts, set_threads
 from edge_runtime.options import (
     check_begun,
     check_counts,

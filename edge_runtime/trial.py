@@ -27,7 +27,7 @@ import numpy as np
 
 from edge_runtime.decoder.decoder import Decoder, Part
 from edge_runtime.decoder.options import CHUNK_TOKENS, DecoderOptions
-from edge_runtime.tuning import Tuning
+from edge_runtime.loading.tuning import Tuning
 from edge_runtime.weights.gguf_file import GGUFFile
 
 REQUEST_PROMPT, REQUEST_ANSWER = 640, 64

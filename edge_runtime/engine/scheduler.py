@@ -34,7 +34,7 @@ from edge_runtime.engine.next_token import go_on, hand_over
 from edge_runtime.engine.request import Activity, Expected, FinishReason, Task, is_worth_leaving
 from edge_runtime.engine.slice_batches import await_frames, next_batch, release
 from edge_runtime.errors import ModelFileError
-from edge_runtime.memory import give_back
+from edge_runtime.loading.memory_needs import give_back
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
 

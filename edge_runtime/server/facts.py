@@ -13,9 +13,9 @@ import numpy as np
 from gguf import LlamaFileType
 
 from edge_runtime.answers import TOY_NOTICE
-from edge_runtime.capabilities import can_call_tools, can_think, capabilities
 from edge_runtime.errors import ModelFileError
 from edge_runtime.inputs.messages import THINK
+from edge_runtime.loading.capabilities import can_call_tools, can_think, capabilities
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.prompt.tokenizer import special_tokens
 from edge_runtime.server.catalog import Listed

@@ -23,7 +23,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
-from edge_runtime.memory import available_bytes
+from edge_runtime.loading.memory_needs import available_bytes
 from edge_runtime.server.errors import ServerError, TimedOut, TooLarge
 from edge_runtime.server.gate import Gate, Key, refuse
 from edge_runtime.server.origins import ANY, allowed_origins

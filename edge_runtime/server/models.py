@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_runtime.errors import EdgeRuntimeError, NotEnoughMemoryError
-from edge_runtime.loading import LoadOptions, needed_bytes
-from edge_runtime.memory import available_bytes
+from edge_runtime.loading.load import LoadOptions, needed_bytes
+from edge_runtime.loading.memory_needs import available_bytes
 from edge_runtime.model import Model
 from edge_runtime.server.catalog import Catalog, Listed
 from edge_runtime.server.errors import ShuttingDown

@@ -17,7 +17,7 @@ from edge_runtime.cache.disk import DiskCache, usable_folder
 from edge_runtime.cache.prefixes import SavedPrefixes
 from edge_runtime.engine.request import Request, Task
 from edge_runtime.generation.sampling import SamplingOptions
-from edge_runtime.loading import LoadOptions
+from edge_runtime.loading.load import LoadOptions
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.store.find import find_model
 

@@ -23,7 +23,7 @@ from edge_runtime.decoder.amx_prefill import Stretch, can_fill
 from edge_runtime.decoder.decoder import CacheFull, Cancelled, Decoder, Part
 from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.decoder.prefill_routing import LEAST_ROWS, PastSpace
-from edge_runtime.memory import reckon
+from edge_runtime.loading.memory_needs import reckon
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile
 from edge_runtime.weights.memory_map import Region, foreign_regions, let_go_of_region, map_file, region_bytes, watched
@@ -386,7 +386,7 @@ def test_what_is_copied_is_reckoned_with(own: str, monkeypatch: pytest.MonkeyPat
     with_own = reckon(file, encoder, 1024, exact=False).compute
     assert with_own - reckon(file, encoder, 1024, exact=False, repack=True).compute == copied
     assert with_own - reckon(file, encoder, 1024, exact=True).compute == copied
-    monkeypatch.setattr("edge_runtime.memory.MOST_PAST_BYTES", 1000)
+    monkeypatch.setattr("edge_runtime.loading.memory_needs.MOST_PAST_BYTES", 1000)
     assert with_own - reckon(file, encoder, 1024, exact=False).compute == copied - 1000
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_runtime import BackendUnavailable, Model, loading, trial
+from edge_runtime import BackendUnavailable, Model, trial
 from edge_runtime.bench import NOISE, TURNS, WORTH_ROUNDING, gains_enough, tune
 from edge_runtime.cli import main
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.options import DecoderOptions
+from edge_runtime.loading import load as loading
+from edge_runtime.loading.tuning import Tuning, forget_tuning, remember_tuning, remembered_tuning, tuning_path
 from edge_runtime.trial import SAMPLE_ANSWER, Rates, Sampling, Trial
-from edge_runtime.tuning import Tuning, forget_tuning, remember_tuning, remembered_tuning, tuning_path
 from edge_runtime.weights.gguf_file import GGUFFile
 
 
@@ -103,7 +104,7 @@ def test_a_tuning_belongs_to_one_file(decoder, tmp_path):
 def test_a_tuning_belongs_to_one_machine(decoder, monkeypatch):
     remember_tuning(decoder, Tuning(1))
     with monkeypatch.context() as patch:
-        patch.setattr("edge_runtime.tuning.machine_identity", lambda: "another")
+        patch.setattr("edge_runtime.loading.tuning.machine_identity", lambda: "another")
         assert remembered_tuning(decoder) is None
         remember_tuning(decoder, Tuning(3))
         assert remembered_tuning(decoder) == Tuning(3)

@@ -13,11 +13,11 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type
 from edge_runtime.decoder.options import DEFAULT_CONTEXT, DecoderOptions
 from edge_runtime.errors import MessageError, ModelFileError
-from edge_runtime.memory import choose_context, reckon
+from edge_runtime.loading.memory_needs import choose_context, reckon
+from edge_runtime.loading.tuning import Tuning, remembered_tuning
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store.find import ModelPaths
 from edge_runtime.system.forks import begin_loading
-from edge_runtime.tuning import Tuning, remembered_tuning
 from edge_runtime.vision.arithmetic import check_instruction_set
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import decoder_config

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from edge_runtime import Model, NotEnoughMemoryError
-from edge_runtime.memory import Needs, available_bytes, choose_context, reckon
+from edge_runtime.loading.memory_needs import Needs, available_bytes, choose_context, reckon
 
 GB = 10**9
 
@@ -20,7 +20,9 @@ def needs(n_ctx: int) -> Needs:
 @pytest.fixture
 def free(monkeypatch):
     """Set the free memory."""
-    return lambda n_bytes: monkeypatch.setattr("edge_runtime.memory.available_bytes", lambda: int(n_bytes))
+    return lambda n_bytes: monkeypatch.setattr(
+        "edge_runtime.loading.memory_needs.available_bytes", lambda: int(n_bytes)
+    )
 
 
 def test_the_default_context_shrinks_with_the_memory(free):
