@@ -23,7 +23,7 @@ from edge_converters.convert import Converted
 from edge_converters.plan import plan_vision
 from edge_converters.quantize import encode_rows
 from edge_runtime import Model
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.vision.tower import position_ids
 from edge_runtime.weights.gguf_file import GGUFFile

@@ -22,7 +22,7 @@ from edge_converters import convert_checkpoint
 from edge_converters.convert import Converted
 from edge_converters.importance import read_importance
 from edge_converters.observe import observe, prompts
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.errors import CheckpointError
 from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel

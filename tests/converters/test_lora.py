@@ -21,7 +21,7 @@ from conftest import golden
 from edge_converters import convert_checkpoint
 from edge_converters.checkpoint import Checkpoint
 from edge_runtime import Model
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.store.find import find_model
 from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel

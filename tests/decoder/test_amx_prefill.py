@@ -17,7 +17,8 @@ import pytest
 
 import edge_runtime.decoder.decoder as decoding
 from edge_kernels.linear_blocks import IS_POSSIBLE
-from edge_runtime import Model, console
+from edge_runtime import Model
+from edge_runtime.cli import terminal as console
 from edge_runtime.decoder import prefill_routing as filling
 from edge_runtime.decoder.amx_prefill import Stretch, can_fill
 from edge_runtime.decoder.decoder import CacheFull, Cancelled, Decoder, Part

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge_runtime import MessageError, Model
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.decoder.embedding import embed
 from edge_runtime.generation.beam_search import BeamSearch
 from naive_beams import beam_search

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime import MessageError, Model
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.generation.logprobs import LEAST_LOGPROB, TokenScores, log_softmax, score, top_ids
 from edge_runtime.generation.text_stream import TextStream
 from generation.test_text_stream import THINK_END, Bytes

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"edge_runtime": ROOT, "edge_kernels": ROOT / "kernels", "edge_converters": ROOT / "converters"}
@@ -22,7 +22,7 @@ ALLOWED = {
     "edge_runtime": {"edge_runtime", "edge_kernels"},
     "edge_converters": {"edge_converters", "edge_runtime"},
 }
-DOOR = ("edge_runtime/cli.py", "edge_converters")
+DOOR = ("edge_runtime/cli/program.py", "edge_converters")
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edge_runtime import MessageError, Model, PromptTooLongError, pipeline
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.prompt.context_budget import Measured, Reckoning, Room
 from edge_runtime.weights.config import SlicingConfig
 

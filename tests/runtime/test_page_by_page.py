@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edge_runtime import EdgeRuntimeError, ImageError, MessageError, Model, PageAnswer, each_page, join_pages
-from edge_runtime.cli import main
-from edge_runtime.document_options import PRESET_NAMES
+from edge_runtime.cli.document_options import PRESET_NAMES
+from edge_runtime.cli.program import main
 from edge_runtime.inputs.documents import DocumentOptions, with_pages
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import ImagePart, Message, parse_messages
@@ -236,7 +236,7 @@ def test_a_password_from_the_environment(tmp_path: Path, monkeypatch: pytest.Mon
 def test_places_are_drawn_onto_the_page_that_was_looked_at(
     scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
 
     whole, out = console.answer, tmp_path / "found.png"
     named = "<box>250 250 750 750</box>"

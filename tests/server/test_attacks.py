@@ -22,7 +22,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.server.settings import Settings
 from server.attacking import (
     QUESTION,

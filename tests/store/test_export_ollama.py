@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.generation.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.store.export_ollama import TEMPLATE

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_runtime import Model
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.errors import ModelFileError
 from edge_runtime.store import ollama
 from edge_runtime.store.find import find_model

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge_runtime import Model
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.errors import DownloadError, EdgeRuntimeError, ModelFileError, UnsupportedModelError
 from edge_runtime.store import pull as pulling
 from edge_runtime.store.find import find_model

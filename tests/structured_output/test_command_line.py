@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from support.command import refused
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "sign.png")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from click.testing import CliRunner
 
 from edge_runtime.answers import TOY_NOTICE
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 
 
 def refused(arguments: Sequence[str], reason: str, *, after_notes: bool = False) -> str:

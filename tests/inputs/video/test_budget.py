@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edge_runtime import MessageError, Model, PromptTooLongError, each_page
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.inputs.video.reader import FrameReader
 from edge_runtime.pipeline import PromptOptions
 from edge_runtime.prompt.context_budget import Measured, Reckoning, Room

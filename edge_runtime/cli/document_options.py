@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.command import INTERRUPTED
+from edge_runtime.cli.command import INTERRUPTED
+from edge_runtime.cli.piped import Piped
 from edge_runtime.errors import ImageError
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.pages import PAGE_LIMIT
-from edge_runtime.piped import Piped
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer
@@ -145,7 +145,7 @@ def _limited(file: Path | Piped | VideoPart, most: int) -> Any:
 def note_fitted(fitted_slices: int | None) -> None:
     """Say that pictures were cut into fewer cells than asked for."""
     if fitted_slices is not None:
-        from edge_runtime import console
+        from edge_runtime.cli import terminal as console
 
         cells = "1 cell, so not at all" if fitted_slices == 1 else f"{fitted_slices} cells"
         console.note(f"To make the pictures fit, each was cut into at most {cells}.")
@@ -158,7 +158,7 @@ def answer_pages(
 
     Ends the program with 1 when a page could not be read, with 130 when it was stopped.
     """
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
     from edge_runtime.page_by_page import PageAnswer, asked_options, join_pages, pages_asked, without_fence
 
     files = [part["image"] if isinstance(part, dict) else part for part in content if not isinstance(part, str)]

@@ -14,9 +14,9 @@ from PIL import Image
 
 from edge_runtime import Model
 from edge_runtime.answers import TOY_NOTICE
-from edge_runtime.chat import HELP, Chat
-from edge_runtime.cli import main
-from edge_runtime.piped import Piped
+from edge_runtime.cli.chat import HELP, Chat
+from edge_runtime.cli.piped import Piped
+from edge_runtime.cli.program import main
 from support.gguf_maker import BOOL, mini_decoder, mini_mmproj
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"
@@ -50,7 +50,7 @@ def asked(demo: Model, monkeypatch: pytest.MonkeyPatch):
         begun = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
         return replace(cut, prefix=begun)
 
-    monkeypatch.setattr("edge_runtime.console.answer", answer)
+    monkeypatch.setattr("edge_runtime.cli.terminal.answer", answer)
     return seen
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.command import Command
+from edge_runtime.cli.command import Command
 
 if TYPE_CHECKING:
     from edge_runtime.store.library import Entry
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def announce(plan: Plan) -> None:
     """Say what is about to be fetched, before it is."""
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
 
     entry = plan.entry
     width = max(len(file.path) for file in entry.files)
@@ -48,7 +48,7 @@ def pull(name: str, mmproj: str | None) -> None:
     ollama:NAME[:TAG]        from the Ollama store of this machine, used in place
     https://HOST/FILE.gguf   any server; #sha256=HEX at the end is checked
     """
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
     from edge_runtime.store.pull import pull as fetch
 
     with console.ConvertProgress() as progress:
@@ -68,7 +68,7 @@ def pull(name: str, mmproj: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_models(as_json: bool) -> None:
     """List the models that were pulled."""
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
     from edge_runtime.store.library import Library
 
     entries = Library().entries()
@@ -132,7 +132,7 @@ def export() -> None:
 @click.option("--force", is_flag=True, help="Replace an existing Modelfile.")
 def export_ollama(model: str, mmproj: Path | None, output: Path | None, force: bool) -> None:
     """Write a Modelfile for Ollama: the files, the official chat template and sampling."""
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
     from edge_runtime.store.export_ollama import export_modelfile
 
     path = export_modelfile(model, output or Path(), mmproj=mmproj, force=force)

@@ -4,7 +4,7 @@ Settings are tried that may not work on this machine: repacked weights bring cod
 been seen to end the process (AMX in a virtual machine). Then it is this process that ends. Two of them can stand side
 by side and be asked in turns, so that what slows the machine down for a while slows both.
 
-    python -m edge_runtime.trial DECODER SETTINGS     SETTINGS: fields of `Tuning` as JSON
+    python -m edge_runtime.cli.tuning_trial DECODER SETTINGS     SETTINGS: fields of `Tuning` as JSON
 
 Every line of its input is a number of prompt tokens, at most `CHUNK_TOKENS`; for each it prints `Rates` as JSON.
 """
@@ -127,7 +127,7 @@ class Trial:
 
     def __init__(self, decoder: Path, tuning: Tuning) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "edge_runtime.trial", str(decoder), json.dumps(asdict(tuning))],
+            [sys.executable, "-m", "edge_runtime.cli.tuning_trial", str(decoder), json.dumps(asdict(tuning))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

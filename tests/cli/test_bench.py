@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_runtime import BackendUnavailable, Model, trial
-from edge_runtime.bench import NOISE, TURNS, WORTH_ROUNDING, gains_enough, tune
-from edge_runtime.cli import main
+from edge_runtime import BackendUnavailable, Model
+from edge_runtime.cli import tuning_trial as trial
+from edge_runtime.cli.bench import NOISE, TURNS, WORTH_ROUNDING, gains_enough, tune
+from edge_runtime.cli.program import main
+from edge_runtime.cli.tuning_trial import SAMPLE_ANSWER, Rates, Sampling, Trial
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.loading import load as loading
 from edge_runtime.loading.tuning import Tuning, forget_tuning, remember_tuning, remembered_tuning, tuning_path
-from edge_runtime.trial import SAMPLE_ANSWER, Rates, Sampling, Trial
 from edge_runtime.weights.gguf_file import GGUFFile
 
 
@@ -181,7 +182,7 @@ class MadeUp:
 )
 def test_the_best_is_what_gains_enough(decoder, monkeypatch, gains, expected):
     machine = MadeUp(gains)
-    monkeypatch.setattr("edge_runtime.bench.Trial", machine)
+    monkeypatch.setattr("edge_runtime.cli.bench.Trial", machine)
     best, trials = tune(decoder, 4, 8, budget_s=60)
     assert best == expected
     assert [trial["kept"] for trial in trials].count(True) == 1 + len(
@@ -194,7 +195,7 @@ def test_the_best_is_what_gains_enough(decoder, monkeypatch, gains, expected):
 @pytest.mark.parametrize("start", range(1, 40))
 def test_a_slow_moment_of_the_machine_makes_no_decision(decoder, monkeypatch, start):
     """Four samples in a row take twice as long, whenever that is: nothing that gains nothing is kept."""
-    monkeypatch.setattr("edge_runtime.bench.Trial", MadeUp({}, range(start, start + 4)))
+    monkeypatch.setattr("edge_runtime.cli.bench.Trial", MadeUp({}, range(start, start + 4)))
     best, _ = tune(decoder, 4, 8, budget_s=60)
     assert best == Tuning(4, kv_type="f16")
 
@@ -209,7 +210,7 @@ def test_a_gain_must_be_more_than_the_samples_spread():
 
 def test_sides_are_measured_in_turns_and_processes_end(decoder, monkeypatch):
     machine = MadeUp({"n_threads=8": 0.2})
-    monkeypatch.setattr("edge_runtime.bench.Trial", machine)
+    monkeypatch.setattr("edge_runtime.cli.bench.Trial", machine)
     _, trials = tune(decoder, 4, 8, budget_s=60)
     assert len(trials[1]["samples_s"]) == len(trials[1]["best_samples_s"]) == TURNS
     assert len(trials[2]["samples_s"]) == 2  # half the threads gain nothing: two turns tell
@@ -227,7 +228,7 @@ def test_settings_that_end_the_process_are_left_out(decoder, monkeypatch):
                 patch.setattr(trial.sys, "executable", shutil.which("false") or "false")
                 return Trial(path, tuning)
 
-    monkeypatch.setattr("edge_runtime.bench.Trial", Crashing({}))
+    monkeypatch.setattr("edge_runtime.cli.bench.Trial", Crashing({}))
     best, trials = tune(decoder, 2, 2, budget_s=60)
     assert not best.repack
     assert [trial["request_s"] is None for trial in trials] == [trial["repack"] for trial in trials]
@@ -262,6 +263,6 @@ def test_samples_end_at_the_same_place(demo):
 
 
 def test_a_model_that_cannot_be_measured_is_told(decoder, monkeypatch):
-    monkeypatch.setattr("edge_runtime.bench.Trial.sample", lambda self, n_prompt: None)
+    monkeypatch.setattr("edge_runtime.cli.bench.Trial.sample", lambda self, n_prompt: None)
     with pytest.raises(BackendUnavailable, match="cannot be measured"):
         tune(decoder, 2, 2, budget_s=60)

@@ -27,10 +27,10 @@ from urllib.request import url2pathname
 
 import click
 
+from edge_runtime.cli.file_names import find_named, is_there, names_in, similar_name
+from edge_runtime.cli.piped import STDIN, Piped, read_pipe, told_apart
 from edge_runtime.errors import ImageError, MessageError
-from edge_runtime.file_names import find_named, is_there, names_in, similar_name
 from edge_runtime.inputs.messages import VIDEO_SUFFIXES
-from edge_runtime.piped import STDIN, Piped, read_pipe, told_apart
 from edge_runtime.store.names import visible
 
 FILE_SUFFIXES = (

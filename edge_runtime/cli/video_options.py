@@ -12,9 +12,9 @@ from typing import Any
 import click
 from PIL import Image
 
+from edge_runtime.cli.piped import Piped
 from edge_runtime.inputs.messages import VIDEO_SUFFIXES, VideoPart
 from edge_runtime.inputs.video.frame_choice import PACKING_LIMIT, VideoLimits, VideoOptions, clock
-from edge_runtime.piped import Piped
 
 ANIMATIONS = (".apng", ".avif", ".gif", ".png", ".webp")
 

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES, usable_folder
-from edge_runtime.command import INTERRUPTED, Command
+from edge_runtime.cli.command import INTERRUPTED, Command
 from edge_runtime.errors import BackendUnavailable
 
 if TYPE_CHECKING:

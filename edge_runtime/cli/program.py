@@ -19,8 +19,8 @@ import click
 
 from edge_runtime import __version__
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
-from edge_runtime.command import INTERRUPTED, Command, set_up_streams
-from edge_runtime.document_options import (
+from edge_runtime.cli.command import INTERRUPTED, Command, set_up_streams
+from edge_runtime.cli.document_options import (
     SliceLimits,
     answer_fields,
     answer_pages,
@@ -29,14 +29,14 @@ from edge_runtime.document_options import (
     note_fitted,
     take_documents,
 )
+from edge_runtime.cli.piped import STDIN, Piped
+from edge_runtime.cli.run_checks import check_kept, check_stdin, check_system, note_before, read_schema
+from edge_runtime.cli.serve import serve
+from edge_runtime.cli.store import COMMANDS, announce
+from edge_runtime.cli.video_options import take_video, video_options, with_videos
+from edge_runtime.cli.words import parse_arguments
 from edge_runtime.inputs.image import PIXEL_LIMIT
 from edge_runtime.inputs.messages import VideoPart
-from edge_runtime.piped import STDIN, Piped
-from edge_runtime.run_checks import check_kept, check_stdin, check_system, note_before, read_schema
-from edge_runtime.serve_command import serve
-from edge_runtime.store_commands import COMMANDS, announce
-from edge_runtime.video_arguments import take_video, video_options, with_videos
-from edge_runtime.words import parse_arguments
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -188,7 +188,7 @@ def run(
     edge-runtime run clip.mp4 "What happens?" --end 1:30 --storyboard seen.png
     pdftotext report.pdf - | edge-runtime run - "Summarise this."
     """
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
     from edge_runtime.generation.grounding import check_drawing
     from edge_runtime.model import Model
 
@@ -228,7 +228,7 @@ def run(
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     with Model.load(name, **setup) as model:
         if chatting:
-            from edge_runtime.chat import Chat
+            from edge_runtime.cli.chat import Chat
 
             Chat(model, messages, request, video).loop([part for part in content if not isinstance(part, str)])
             return
@@ -299,7 +299,7 @@ def convert(source: str, output: Path | None, report: bool, **options: Any) -> N
     Vision types:  f32 f16 bf16 q8_0 q4_0, and int4, which llama.cpp cannot read
     """
     from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
     from edge_runtime.store.pull import fetch_checkpoint
 
     for name, known, option in (
@@ -331,7 +331,7 @@ def bench(tuning: bool, budget: float, **options: Any) -> None:
     With --tune, measures threads, micro-batch, KV type and repacked weights first; what was best is used whenever
     this model is loaded on this machine. The last line is one JSON object.
     """
-    from edge_runtime.bench import measure, tune_model
+    from edge_runtime.cli.bench import measure, tune_model
 
     name, setup, _ = take_setup(options)
     facts = tune_model(name, setup["mmproj"], budget, click.echo) if tuning else {}
@@ -350,7 +350,7 @@ def bench(tuning: bool, budget: float, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(model: str | None, source: Path | None, as_json: bool) -> None:
     """Say what this machine offers and what was chosen; with MODEL (or a .gguf file), what is in it."""
-    from edge_runtime.info import describe_machine, describe_model
+    from edge_runtime.cli.info import describe_machine, describe_model
 
     if source is not None:
         _compare(model, source, as_json)
@@ -366,7 +366,7 @@ def info(model: str | None, source: Path | None, as_json: bool) -> None:
 
 def _compare(file: str | None, source: Path, as_json: bool) -> None:
     from edge_converters.report import report_against
-    from edge_runtime import console
+    from edge_runtime.cli import terminal as console
 
     if file is None or not file.endswith(".gguf"):
         raise click.UsageError("--source needs a .gguf file to measure: name it as the argument.")

@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge_runtime import Model
-from edge_runtime.chat import Chat
-from edge_runtime.cli import main, parse_arguments
-from edge_runtime.console import Printer, printable
+from edge_runtime.cli.chat import Chat
+from edge_runtime.cli.program import main, parse_arguments
+from edge_runtime.cli.terminal import Printer, printable
 from edge_runtime.errors import ImageError
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "sign.png")
@@ -129,7 +129,7 @@ def test_a_chat_remembers_and_switches_reasoning(demo: Model, monkeypatch, capsy
         asked.append((len(messages), options["thinking"]))
         return demo.chat("Hello", greedy=True)
 
-    monkeypatch.setattr("edge_runtime.console.answer", answer)
+    monkeypatch.setattr("edge_runtime.cli.terminal.answer", answer)
     lines = iter(["one", "/think", "two", "/clear", "three"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
     Chat(demo, [{"role": "system", "content": "s"}], {"thinking": False, "pixel_limit": 1}).loop([])
@@ -189,7 +189,7 @@ def test_ctrl_c_ends_the_answer_not_the_chat(interruptible):
 SLOW_CHAT = """
 import time
 from edge_runtime.generation import sampling
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 real, said = sampling.Sampler.sample, []
 def slow(self, context, row):
     time.sleep(0.1)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from edge_runtime.cli.tuning_trial import REQUEST_PROMPT, Rates, Trial, decoder_rates
 from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.inputs.slicing import plan_slices, slice_image
@@ -28,7 +29,6 @@ from edge_runtime.loading.load import LoadOptions, load_parts, set_threads
 from edge_runtime.loading.memory_needs import available_bytes
 from edge_runtime.loading.tuning import Tuning, remember_tuning
 from edge_runtime.store.find import find_model
-from edge_runtime.trial import REQUEST_PROMPT, Rates, Trial, decoder_rates
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile
@@ -166,7 +166,7 @@ def tune(
         if rates is None:
             raise BackendUnavailable(
                 f"{file.path.name} cannot be measured: the trial with the usual settings ended without a result; "
-                f"see what 'echo 128 | python -m edge_runtime.trial {file.path} {{}}' says."
+                f"see what 'echo 128 | python -m edge_runtime.cli.tuning_trial {file.path} {{}}' says."
             )
         contests = [Contest(usual, rates, [rates.request_s], is_kept=True)]
         tell(_described(usual), contests[0])

@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edge_runtime import Model, console
+from edge_runtime import Model
 from edge_runtime.answers import TOY_NOTICE
-from edge_runtime.chat import Chat
-from edge_runtime.cli import main
+from edge_runtime.cli import terminal as console
+from edge_runtime.cli.chat import Chat
+from edge_runtime.cli.program import main
 from edge_runtime.inputs.clips import choose
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.storyboard import draw_storyboard
@@ -131,7 +132,7 @@ def test_a_video_goes_into_a_chat(demo: Model, folder, monkeypatch, capsys):
         asked.append(messages[-1]["content"])
         return demo.chat("Hello", greedy=True)
 
-    monkeypatch.setattr("edge_runtime.console.answer", answer)
+    monkeypatch.setattr("edge_runtime.cli.terminal.answer", answer)
     lines = iter(
         [f"/image {folder / 'clip.mp4'}", "What?", f"/image {folder / 'sound.mp4'}", f"/image {folder}/no.mp4"]
     )
@@ -158,7 +159,7 @@ def test_ctrl_c_while_a_video_is_read_leaves_the_chat_open(demo: Model, folder, 
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edge_runtime.console.answer", interrupted)
+    monkeypatch.setattr("edge_runtime.cli.terminal.answer", interrupted)
     lines = iter(["What?", "And?"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
     Chat(demo, [], {"thinking": False, "pixel_limit": 10_000}).loop([])

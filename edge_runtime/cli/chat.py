@@ -12,18 +12,18 @@ from typing import Any
 
 import click
 
-from edge_runtime import console
 from edge_runtime.answers import TOY_NOTICE, Answer
+from edge_runtime.cli import terminal as console
+from edge_runtime.cli.file_names import find_named, is_there
+from edge_runtime.cli.piped import STDIN, Piped
+from edge_runtime.cli.video_options import is_video, look_at
+from edge_runtime.cli.words import looks_like_file, named_file, overlooked
 from edge_runtime.errors import EdgeRuntimeError, ImageError
-from edge_runtime.file_names import find_named, is_there
 from edge_runtime.inputs.documents import describe
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.video.frame_choice import VideoOptions
 from edge_runtime.model import Model
-from edge_runtime.piped import STDIN, Piped
-from edge_runtime.video_arguments import is_video, look_at
-from edge_runtime.words import looks_like_file, named_file, overlooked
 
 HELP = """\
 /image FILE   add a picture, a document or a video to the next question; so does FILE alone

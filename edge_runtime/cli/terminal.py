@@ -100,7 +100,7 @@ def draw_places(answer: Answer, picture: Path | bytes, target: Path, options: di
 
 def draw_storyboard(videos: Sequence[VideoPart], target: Path) -> None:
     """Draw which frames of a video go into which group."""
-    from edge_runtime.video_arguments import draw
+    from edge_runtime.cli.video_options import draw
 
     if len(videos) != 1:
         raise click.UsageError(f"--storyboard needs one video; {len(videos)} are named.")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_runtime.cli.file_names import find_named
+from edge_runtime.cli.piped import STDIN, Piped, read_pipe, waits_unread
+from edge_runtime.cli.words import looks_like_file
 from edge_runtime.errors import MessageError
-from edge_runtime.file_names import find_named
 from edge_runtime.inputs.messages import VideoPart
-from edge_runtime.piped import STDIN, Piped, read_pipe, waits_unread
 from edge_runtime.system.text_files import decode_text, parse_json
-from edge_runtime.words import looks_like_file
 
 if TYPE_CHECKING:
     from edge_runtime.model import Model
@@ -43,8 +43,8 @@ def check_kept(option: str, target: Path | None, content: list[Any]) -> None:
 
 def note_before(model: Model, content: list[Any], *, chatting: bool) -> None:
     """Say what is to be known before an answer: that the model is a toy, that something was left unread."""
-    from edge_runtime import console
     from edge_runtime.answers import TOY_NOTICE
+    from edge_runtime.cli import terminal as console
 
     if model.is_toy and not chatting:
         console.note(TOY_NOTICE)

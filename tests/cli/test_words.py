@@ -16,12 +16,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edge_runtime.cli import main
+from edge_runtime.cli.file_names import find_named, folded
+from edge_runtime.cli.piped import Piped, told_apart
+from edge_runtime.cli.program import main
+from edge_runtime.cli.video_options import is_video
+from edge_runtime.cli.words import looks_like_file, parse_arguments
 from edge_runtime.errors import ImageError, MessageError
-from edge_runtime.file_names import find_named, folded
-from edge_runtime.piped import Piped, told_apart
-from edge_runtime.video_arguments import is_video
-from edge_runtime.words import looks_like_file, parse_arguments
 from support.command import refused
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"
@@ -237,7 +237,7 @@ def test_a_picture_comes_through_stdin(word):
 def test_text_comes_through_stdin(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "edge_runtime.console.answer", lambda model, messages, *a, **k: seen.append(messages) or 1 / 0
+        "edge_runtime.cli.terminal.answer", lambda model, messages, *a, **k: seen.append(messages) or 1 / 0
     )
     for raw in ("Hé".encode(), "\ufeffHé\r\n".encode(), "Hé".encode("utf-16"), "Hé\n".encode("utf-32")):
         CliRunner().invoke(main, ["run", "-", "Why?"], input=raw)
@@ -321,7 +321,7 @@ def test_devices_and_sockets_are_refused(folder):
 
 
 def test_a_pipe_that_never_ends_is_not_swallowed_whole(monkeypatch):
-    monkeypatch.setattr("edge_runtime.piped.PIPE_LIMIT_BYTES", 10)
+    monkeypatch.setattr("edge_runtime.cli.piped.PIPE_LIMIT_BYTES", 10)
     refused_result = CliRunner().invoke(main, ["run", "-", QUESTION], input=b"x" * 11)
     assert refused_result.exit_code == 1
     assert "stdin has more than 10 bytes" in refused_result.stderr
