@@ -29,10 +29,10 @@ from edge_runtime.errors import (
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
+    from edge_runtime.each_page import PageAnswer, each_page, join_pages
     from edge_runtime.generation.grounding import Region
     from edge_runtime.generation.text_stream import Piece
     from edge_runtime.model import Model
-    from edge_runtime.page_by_page import PageAnswer, each_page, join_pages
     from edge_runtime.structured_output.tools import ToolCall
 
 __version__ = "0.1.0"

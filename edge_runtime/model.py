@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cache.shared_prefixes import Beginnings
@@ -20,8 +19,9 @@ from edge_runtime.generation.logprobs import TokenLogprobs, describe, describe_p
 from edge_runtime.generation.sampling import MAX_NEW_TOKENS, choose_options
 from edge_runtime.generation.token_rules import choose_rules
 from edge_runtime.inputs.workers.pool import Decoders
-from edge_runtime.inside import Inside
+from edge_runtime.internals import Inside
 from edge_runtime.loading.load import LoadOptions, load_parts, set_threads
+from edge_runtime.next_turn import ReadingAhead
 from edge_runtime.options import (
     check_begun,
     check_counts,

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from edge_runtime import MessageError, Model
-from edge_runtime.ahead import next_beginning
 from edge_runtime.generation.text_stream import TextStream
 from edge_runtime.inputs.messages import parse_messages
+from edge_runtime.next_turn import next_beginning
 from edge_runtime.prompt.build import build_prompt
 from edge_runtime.prompt.continuation import Begun, find_begun
 from edge_runtime.structured_output.json_position import without_blanks

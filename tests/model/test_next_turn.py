@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from edge_runtime import Model
-from edge_runtime.ahead import next_beginning
 from edge_runtime.decoder.decoder import Cancelled, Part
 from edge_runtime.engine import call_plan
 from edge_runtime.engine.request import is_worth_leaving
+from edge_runtime.next_turn import next_beginning
 
 QUESTIONS = ("What is shown here?", "And what is behind it?")
 GREEDY: dict[str, Any] = {"greedy": True, "max_tokens": 12, "repetition_check": False}
