@@ -26,6 +26,7 @@ from edge_runtime.errors import (
     UnsupportedModelError,
     VideoError,
 )
+from edge_runtime.version import __version__
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from edge_runtime.generation.text_stream import Piece
     from edge_runtime.model import Model
     from edge_runtime.structured_output.tools import ToolCall
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Answer",
@@ -69,12 +68,12 @@ _LAZY = {
     "Answer": "answers",
     "AnswerStream": "answers",
     "AsyncAnswer": "answers",
-    "PageAnswer": "page_by_page",
-    "Piece": "streaming",
-    "Region": "grounding",
-    "ToolCall": "tools",
-    "each_page": "page_by_page",
-    "join_pages": "page_by_page",
+    "PageAnswer": "each_page",
+    "Piece": "generation.text_stream",
+    "Region": "generation.grounding",
+    "ToolCall": "structured_output.tools",
+    "each_page": "each_page",
+    "join_pages": "each_page",
 }
 
 

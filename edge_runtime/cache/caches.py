@@ -11,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-from edge_runtime import __version__
+from edge_runtime.version import __version__
 from edge_runtime.cache.disk import DiskCache, usable_folder
 from edge_runtime.cache.prefixes import SavedPrefixes
 from edge_runtime.cache.visual_tokens import SavedTokens

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from edge_runtime import __version__
+from edge_runtime.version import __version__
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cli.command import INTERRUPTED, Command, set_up_streams
 from edge_runtime.cli.document_options import (

@@ -23,7 +23,7 @@ from edge_runtime.prompt import template_process
 from edge_runtime.prompt.template_process import MOST_BYTES, MOST_S, TemplateFault
 from edge_runtime.system.forks import only_here
 
-OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime").joinpath("chat_template.jinja").read_text("utf-8")
+OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime.prompt").joinpath("chat_template.jinja").read_text("utf-8")
 """The chat template of MiniCPM-V 4.5, for files that carry none."""
 START_S = 60.0
 """For the process to begin, on a machine that is busy."""

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from edge_runtime import __version__
+from edge_runtime.version import __version__
 from edge_runtime.server import (
     anthropic,
     envelope,

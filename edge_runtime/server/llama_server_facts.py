@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edge_runtime import __version__
+from edge_runtime.version import __version__
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.model import Model

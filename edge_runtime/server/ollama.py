@@ -17,7 +17,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from edge_runtime import __version__
+from edge_runtime.version import __version__
 from edge_runtime.answers import Answer
 from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs
 from edge_runtime.generation.text_stream import Piece

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from edge_runtime import __version__
+from edge_runtime.version import __version__
 from edge_runtime.answers import Answer
 from edge_runtime.engine.request import FinishReason as EngineReason
 from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs

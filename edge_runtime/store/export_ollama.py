@@ -24,7 +24,7 @@ from edge_runtime.system.atomic_files import why_not_written, write_whole
 from edge_runtime.weights.config import OWN_PROJECTOR, check_mmproj, decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile
 
-TEMPLATE = resources.files("edge_runtime").joinpath("ollama_template.gotmpl").read_text("utf-8").rstrip("\n")
+TEMPLATE = resources.files("edge_runtime.store").joinpath("ollama_template.gotmpl").read_text("utf-8").rstrip("\n")
 STOPS = ("<|im_end|>", "<|endoftext|>")
 
 

@@ -180,7 +180,7 @@ def _hugging_face(repository: str) -> Listing:
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented there
 
-    from edge_runtime import __version__
+    from edge_runtime.version import __version__
 
     what, endpoint = f"hf:{repository}", constants.ENDPOINT
     name, version = "edge-runtime", __version__

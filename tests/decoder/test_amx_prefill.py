@@ -30,7 +30,7 @@ from edge_runtime.weights.gguf_file import GGUFFile
 from edge_runtime.weights.memory_map import Region, foreign_regions, let_go_of_region, map_file, region_bytes, watched
 from plain_decoder import PlainDecoder
 
-DEMO = Path(decoding.__file__).parent / "demo" / "ggml-model-Q4_K_M.gguf"
+DEMO = Path(__file__).parents[2] / "edge_runtime" / "demo" / "ggml-model-Q4_K_M.gguf"
 SIGN = Path(__file__).parents[2] / "examples" / "sign.png"
 
 needs_amx = pytest.mark.skipif(

@@ -325,5 +325,5 @@ def test_nothing_of_this_is_imported_before_it_is_needed():
         [sys.executable, "-c", code],
         check=True,
         env=os.environ | {"PYTHONPATH": ".:kernels"},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )

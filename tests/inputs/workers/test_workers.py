@@ -172,7 +172,7 @@ def test_a_damaged_frame_is_told_of(pool):
 
 def test_an_answer_is_the_same(demo, pool):
     """From messages to the answer, by the option of `Model.chat`."""
-    page = Image.open(Path(__file__).parents[2] / "examples" / "sign.png")
+    page = Image.open(Path(__file__).parents[3] / "examples" / "sign.png")
     messages = [{"role": "user", "content": [{"type": "image", "image": saved(page, "PNG")}, "What does it say?"]}]
     here = demo.chat(messages, greedy=True, max_tokens=8)
     there = demo.chat(messages, greedy=True, max_tokens=8, decoders=pool)
