@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     arguments = parser.parse_args()
     from edge_runtime.prompt.tokenizer import Tokenizer
-    from edge_runtime.structured_output.grammar import GrammarVocabulary
+    from edge_runtime.structured_output.vocabulary import GrammarVocabulary
     from edge_runtime.weights.gguf_file import GGUFFile
 
     started = time.perf_counter()

@@ -18,6 +18,9 @@ Each message is one sentence or two with three parts: what was found, what was e
 
 from __future__ import annotations
 
+JOIN_PARTS = "join the parts with llama.cpp's 'llama-gguf-split --merge FIRST_PART WHOLE'"
+"""What to do with a model in several files."""
+
 
 class EdgeRuntimeError(Exception):
     """Base of all errors of this package; its text is meant for the user."""

@@ -14,6 +14,7 @@ from edge_runtime.decoder.trace import Trace, trace
 from edge_runtime.engine.engine import Engine
 from edge_runtime.engine.request import Activity
 from edge_runtime.inputs.image import ImageSource, load_image
+from edge_runtime.inputs.slice_groups import Group
 from edge_runtime.inputs.slicing import Slice, check_plan, plan_slices, slice_image
 from edge_runtime.inputs.workers.opener import opening
 from edge_runtime.inputs.workers.pool import Decoders
@@ -21,7 +22,7 @@ from edge_runtime.loading.capabilities import capabilities
 from edge_runtime.pipeline import Prepared, PromptOptions, pack_frames, prepare
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.vision.encoder import Group, ImageEncoder
+from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import Float32
 
 

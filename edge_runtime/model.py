@@ -35,9 +35,9 @@ from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.store.find import ModelPaths, find_model
 from edge_runtime.structured_output.answer_form import choose_form
 from edge_runtime.structured_output.effort import Effort
-from edge_runtime.structured_output.grammar import GrammarVocabulary
 from edge_runtime.structured_output.text_form import choose_text_form
 from edge_runtime.structured_output.tools import checked_tools, function_names
+from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 from edge_runtime.weights.config import is_toy
 
 

@@ -26,6 +26,7 @@ from edge_runtime.inputs.image import PIXEL_LIMIT
 from edge_runtime.inputs.messages import ImagePart, Message, checked_max_slices, parse_messages
 from edge_runtime.inputs.opener import InThisProcess, Opener, cut_source
 from edge_runtime.inputs.presets import with_preset
+from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup
 from edge_runtime.inputs.slicing import Size, Slice, SlicePlan, plan_slices
 from edge_runtime.inputs.video.frame_choice import VideoLimits, check_groups
 from edge_runtime.prompt.build import ImageLayout, Prompt, build_prompt, iter_images
@@ -34,7 +35,6 @@ from edge_runtime.prompt.context_shift import Placed, fit
 from edge_runtime.prompt.continuation import Begun, find_begun
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.structured_output.tools import checked_tools
-from edge_runtime.vision.encoder import Group, LazyGroup, LoadedGroup
 from edge_runtime.weights.config import SlicingConfig
 
 

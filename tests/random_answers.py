@@ -11,7 +11,7 @@ from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store.find import find_model
 from edge_runtime.structured_output.answer_form import choose_form
 from edge_runtime.structured_output.constraint import AnswerForm
-from edge_runtime.structured_output.grammar import GrammarVocabulary
+from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 from edge_runtime.weights.gguf_file import GGUFFile
 
 

@@ -90,7 +90,7 @@ class Ours:
 
     def rest(self) -> None:
         """What the engine does when nobody has asked for anything for a moment; requests and slices are gone."""
-        from edge_runtime.loading.memory_needs import give_back
+        from edge_runtime.system.memory import give_back
 
         self._features = []
         self._groups.clear()

@@ -37,7 +37,7 @@ class VideoMtmd(Mtmd):
 
     def _frames(self) -> list[Any]:
         from edge_runtime.inputs.video.frame_choice import VideoLimits
-        from edge_runtime.inputs.video.picture_frames import open_video
+        from edge_runtime.inputs.video.open import open_video
 
         source = open_video(self._options["video"], VideoLimits())
         cursor = source.open()

@@ -16,9 +16,9 @@ from gguf import GGUFWriter
 from edge_converters import recipes
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.lora import DECODER, Lora
+from edge_converters.planned_tensor import PlannedTensor
 from edge_converters.safetensors import Float32, StoredTensor
 from edge_converters.tensor_names import decoder_names
-from edge_converters.writer import PlannedTensor
 from edge_runtime.errors import CheckpointError
 
 KEY_TYPE, KEY_ALPHA = "adapter.type", "adapter.lora.alpha"

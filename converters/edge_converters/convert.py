@@ -19,17 +19,15 @@ from edge_converters.metadata import calibrated_metadata, decoder_metadata, visi
 from edge_converters.observe import observe
 from edge_converters.overrides import choose_types
 from edge_converters.plan import Types, plan_decoder, plan_vision, refuse_unknown_tensors
+from edge_converters.planned_tensor import PlannedTensor
 from edge_converters.quantize import quantize_gguf
-from edge_converters.recipes import DECODER_TYPES, VISION_TYPES, DecoderType
+from edge_converters.recipes import DECODER_TYPES, VISION_TYPES, DecoderType, Progress
 from edge_converters.report import FileReport, report_file
 from edge_converters.verify import verify_gguf
 from edge_converters.vocabulary import Vocabulary, read_vocabulary
-from edge_converters.writer import PlannedTensor, beside, replacing, storing, write_gguf
+from edge_converters.writer import beside, replacing, storing, write_gguf
 from edge_runtime.errors import CheckpointError
 from edge_runtime.store.find import ADAPTER_PREFIX
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, units done, units in all)"""
 
 
 @dataclass(frozen=True)

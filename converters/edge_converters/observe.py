@@ -32,7 +32,7 @@ from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:
-    from edge_converters.convert import Progress
+    from edge_converters.recipes import Progress
 
 TEXT_SUFFIXES = (".txt", ".md")
 MOST_TOKENS = 8192  # of all prompts; mean squares settle within a few thousand

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType
 from edge_converters import recipes
 from edge_converters import tensor_names as names
 from edge_converters.checkpoint import Checkpoint
-from edge_converters.writer import PlannedTensor, copied
+from edge_converters.planned_tensor import PlannedTensor, copied
 from edge_runtime.errors import CheckpointError
 from edge_runtime.vision.resampler import pos2d_table
 

@@ -6,6 +6,7 @@ K-quant mixes are not decided here but by llama.cpp's own quantizer (`quantize.q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
@@ -115,3 +116,7 @@ def vision_tensor_type(name: str, shape: tuple[int, ...], vision: VisionType) ->
     # fc2 of SigLIP has rows of 4304 = 134.5 blocks of 32: float16 is what llama.cpp can read.
     fits = shape[-1] % GGML_QUANT_SIZES[matrix][0] == 0
     return matrix if fits or vision.ours_alone else Q.F16
+
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, units done, units in all)"""

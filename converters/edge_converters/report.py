@@ -14,9 +14,9 @@ from pathlib import Path
 
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.plan import plan_decoder, plan_vision
+from edge_converters.planned_tensor import PlannedTensor
 from edge_converters.recipes import DECODER_TYPES, VISION_TYPES
 from edge_converters.verify import sampled_error
-from edge_converters.writer import PlannedTensor
 from edge_runtime.errors import CheckpointError
 from edge_runtime.weights.gguf_file import GGUFFile
 

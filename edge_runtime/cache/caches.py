@@ -11,12 +11,12 @@ from pathlib import Path
 
 import platformdirs
 
-from edge_runtime.version import __version__
 from edge_runtime.cache.disk import DiskCache, usable_folder
 from edge_runtime.cache.prefixes import SavedPrefixes
 from edge_runtime.cache.visual_tokens import SavedTokens
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.errors import MessageError
+from edge_runtime.version import __version__
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.identity import file_identity
 

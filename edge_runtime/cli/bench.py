@@ -26,9 +26,9 @@ from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.inputs.slicing import plan_slices, slice_image
 from edge_runtime.loading.load import LoadOptions, load_parts, set_threads
-from edge_runtime.loading.memory_needs import available_bytes
 from edge_runtime.loading.tuning import Tuning, remember_tuning
 from edge_runtime.store.find import find_model
+from edge_runtime.system.memory import available_bytes
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile

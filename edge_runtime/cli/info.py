@@ -8,8 +8,8 @@ from collections import Counter
 from importlib import metadata
 from typing import Any
 
-from edge_runtime.version import __version__
 from edge_runtime.store.find import find_model
+from edge_runtime.version import __version__
 from edge_runtime.vision.arithmetic import check_instruction_set
 from edge_runtime.weights.config import (
     OWN_PROJECTOR,

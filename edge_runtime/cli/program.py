@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 
-from edge_runtime.version import __version__
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cli.command import INTERRUPTED, Command, set_up_streams
 from edge_runtime.cli.document_options import (
@@ -37,6 +36,7 @@ from edge_runtime.cli.video_options import take_video, video_options, with_video
 from edge_runtime.cli.words import parse_arguments
 from edge_runtime.inputs.image import PIXEL_LIMIT
 from edge_runtime.inputs.messages import VideoPart
+from edge_runtime.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

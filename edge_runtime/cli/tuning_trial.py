@@ -25,8 +25,9 @@ from types import TracebackType
 
 import numpy as np
 
-from edge_runtime.decoder.decoder import Decoder, Part
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.options import CHUNK_TOKENS, DecoderOptions
+from edge_runtime.decoder.sequence_chunk import Part
 from edge_runtime.loading.tuning import Tuning
 from edge_runtime.weights.gguf_file import GGUFFile
 

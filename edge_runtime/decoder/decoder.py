@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from edge_runtime.decoder.kv_rows import Bytes, KVRows, UnknownState, build, par
 from edge_runtime.decoder.kv_types import choose_kv_type
 from edge_runtime.decoder.options import CHUNK_TOKENS, DecoderOptions
 from edge_runtime.decoder.prefill_routing import PastSpace, fill, is_ours, own_parts
+from edge_runtime.decoder.sequence_chunk import CacheFull, Cancelled, Part
 from edge_runtime.errors import ModelFileError, PromptTooLongError
 from edge_runtime.system.bus_errors import watch_memory
 from edge_runtime.weights.config import decoder_config
@@ -36,27 +37,6 @@ SCORED_ROWS = 32  # positions of a prompt whose logits are computed in one call,
 N_HELD = 2
 """Sequences that hold what chats share (`beginnings`)."""
 FULL, ABORTED = 1, 2  # llama_decode: no room in the KV cache; the abort callback answered true
-
-
-class Cancelled(Exception):  # noqa: N818 - a request's end, not an error
-    """The request was cancelled; raised on the inference thread only."""
-
-
-class CacheFull(Exception):  # noqa: N818 - answered by making room
-    """The KV cache has no room for what was to be computed; nothing has changed."""
-
-
-class Part(NamedTuple):
-    """What one call appends to one sequence."""
-
-    sequence: int
-    keys: Sequence[Hashable]
-    """What stands at the new positions; token ids where there are no embeddings."""
-    embeddings: Float32 | None = None
-    """ndarray [shape=(n, hidden), float32]"""
-    wants_logits: bool = True
-    """Of the last position."""
-    wants_all_logits: bool = False  # of every position, by llama.cpp then; at most `SCORED_ROWS` together
 
 
 def common_beginning(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Sequence
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from edge_runtime.decoder.amx_prefill import Prefill, Stretch, can_fill
-from edge_runtime.decoder.kv_rows import Bytes
+from edge_runtime.decoder.kv_rows import Bytes, KVRows
+from edge_runtime.decoder.sequence_chunk import Part
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
-
-if TYPE_CHECKING:
-    from edge_runtime.decoder.decoder import Decoder, Part
 
 LEAST_BYTES = 1 << 28
 """Of a decoder file; with smaller ones there is nothing to be gained."""
@@ -22,6 +21,24 @@ MOST_PAST_BYTES = 1 << 30
 """What the KV cache may hold of a sequence that is gone on with: it is copied out for it."""
 KEPT_BYTES = 1 << 27
 """Of the memory that is copied to, what stays for the next time: 900 positions at full size."""
+
+
+class Context(Protocol):
+    """What is asked of the decoder: what its sequences hold, and rows in and out of them."""
+
+    n_sequences: int
+
+    def held(self, sequence: int) -> int:
+        """Positions of a sequence."""
+
+    def embed(self, ids: npt.NDArray[np.int64]) -> Float32:
+        """Rows of the embedding table."""
+
+    def read_rows(self, sequence: int, first: int, end: int, memory: Callable[[int], Bytes]) -> KVRows:
+        """Keys and values of positions, copied into what `memory` gives."""
+
+    def append_rows(self, sequence: int, keys: Sequence[Hashable], rows: KVRows) -> None:
+        """Lengthen a sequence."""
 
 
 class PastSpace:
@@ -61,7 +78,7 @@ def is_ours(file: GGUFFile, kv_type: str, *, exact: bool, wanted: bool | None = 
     return wanted and not exact and kv_type == "f16" and can_fill(file)
 
 
-def own_parts(decoder: Decoder, prefill: Prefill | None, parts: Sequence[Part]) -> list[int]:
+def own_parts(decoder: Context, prefill: Prefill | None, parts: Sequence[Part]) -> list[int]:
     """Places of those parts that are computed by our kernels: prompts, if there is enough of them."""
     if prefill is None:
         return []
@@ -79,7 +96,7 @@ def own_parts(decoder: Decoder, prefill: Prefill | None, parts: Sequence[Part]) 
 
 
 def fill(
-    decoder: Decoder, prefill: Prefill, space: PastSpace, parts: Sequence[Part], cancelled: Callable[[], bool]
+    decoder: Context, prefill: Prefill, space: PastSpace, parts: Sequence[Part], cancelled: Callable[[], bool]
 ) -> list[Float32 | None] | None:
     """Compute parts and append them to their sequences.
 

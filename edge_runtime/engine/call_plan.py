@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_runtime.decoder.decoder import SCORED_ROWS, Decoder, Part
+from edge_runtime.decoder.decoder import SCORED_ROWS, Decoder
 from edge_runtime.decoder.embedding import embed
 from edge_runtime.decoder.options import CHUNK_TOKENS
+from edge_runtime.decoder.sequence_chunk import Part
 from edge_runtime.engine.batch_width import CallWidth
 from edge_runtime.engine.request import Task
 from edge_runtime.weights.gguf_file import Float32

@@ -13,19 +13,20 @@ from itertools import zip_longest
 from typing import Any, Literal
 
 from edge_runtime.cache.prefixes import Saved
-from edge_runtime.decoder.decoder import Decoder, Part
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder.sequence_chunk import Part
 from edge_runtime.errors import MessageError
 from edge_runtime.generation.beam_search import Beam, BeamRun, BeamSearch
 from edge_runtime.generation.logprobs import TokenScores, score
 from edge_runtime.generation.sampling import Sampler, SamplingOptions
 from edge_runtime.generation.text_stream import Piece, RepetitionDetector, TextStream
 from edge_runtime.generation.token_rules import TokenRules
+from edge_runtime.inputs.slice_groups import Group
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.continuation import Begun
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.structured_output.constraint import AnswerForm, Constraint
 from edge_runtime.structured_output.text_form import TextConstraint, TextForm
-from edge_runtime.vision.encoder import Group
 from edge_runtime.weights.gguf_file import Float32
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled"]

@@ -21,22 +21,18 @@ from edge_runtime.cache.caches import Keeping
 from edge_runtime.cache.prefixes import PromptSaver, Recorded, Saved
 from edge_runtime.cache.shared_prefixes import HeldBeginnings
 from edge_runtime.cache.visual_tokens import VisualTokenCache
-from edge_runtime.decoder.decoder import (
-    ROWS_AT_A_TIME,
-    CacheFull,
-    Cancelled,
-    Decoder,
-    common_beginning,
-)
+from edge_runtime.decoder.decoder import ROWS_AT_A_TIME, Decoder, common_beginning
 from edge_runtime.decoder.kv_rows import UnknownState
+from edge_runtime.decoder.sequence_chunk import CacheFull, Cancelled
 from edge_runtime.engine.call_plan import CallPlanner
 from edge_runtime.engine.next_token import go_on, hand_over
 from edge_runtime.engine.request import Activity, Expected, FinishReason, Task, is_worth_leaving
 from edge_runtime.engine.slice_batches import await_frames, next_batch, release
 from edge_runtime.errors import ModelFileError
-from edge_runtime.loading.memory_needs import give_back
+from edge_runtime.inputs.slice_groups import LoadedGroup
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder, LoadedGroup
+from edge_runtime.system.memory import give_back
+from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder
 
 WORTH_WAITING = 32  # tokens of a shared beginning that another request is just computing
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from edge_runtime.engine.request import Task
-from edge_runtime.vision.encoder import Group, LazyGroup, LoadedGroup, n_patches
+from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup, n_patches
 
 GROUPS_AHEAD = 2
 """Of a video: decoded while another one is encoded."""

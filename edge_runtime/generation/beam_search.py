@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge_runtime.decoder.decoder import Decoder, Part
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder.sequence_chunk import Part
 from edge_runtime.generation.logprobs import TokenScores, log_softmax, score, top_ids
 from edge_runtime.weights.gguf_file import Float32
 

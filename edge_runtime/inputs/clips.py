@@ -22,13 +22,13 @@ from PIL import Image
 
 from edge_runtime.errors import MessageError, VideoError
 from edge_runtime.inputs.messages import ImagePart, Message, VideoPart
+from edge_runtime.inputs.slice_groups import STILL, LazyGroup, LoadedGroup
 from edge_runtime.inputs.slicing import Slice, check_plan, cut_picture, plan_slices
 from edge_runtime.inputs.video.frame_choice import FrameChoice, VideoLimits, VideoOptions, clock
-from edge_runtime.inputs.video.picture_frames import FrameSource, Watch, facts_of, frames_between, open_video
+from edge_runtime.inputs.video.frame_source import FrameSource, Watch, facts_of, frames_between
+from edge_runtime.inputs.video.open import open_video
 from edge_runtime.inputs.video.reader import FrameReader, Pixels
 from edge_runtime.inputs.video.source import VideoSource
-from edge_runtime.vision.encoder import LazyGroup, LoadedGroup
-from edge_runtime.vision.resampler import STILL
 from edge_runtime.weights.config import SlicingConfig
 
 

@@ -17,7 +17,8 @@ from edge_runtime.inputs.messages import ImagePart
 from edge_runtime.inputs.pages import Page
 from edge_runtime.inputs.slicing import Size, cut_whole
 from edge_runtime.inputs.video.frame_choice import VideoLimits
-from edge_runtime.inputs.video.picture_frames import FrameSource, Watch, open_video
+from edge_runtime.inputs.video.frame_source import FrameSource, Watch
+from edge_runtime.inputs.video.open import open_video
 from edge_runtime.inputs.video.source import VideoSource
 from edge_runtime.weights.config import SlicingConfig
 

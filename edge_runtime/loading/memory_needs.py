@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-
-import psutil
 
 from edge_runtime.decoder.kv_types import kv_bytes
 from edge_runtime.decoder.options import CHUNK_TOKENS, DEFAULT_CONTEXT
 from edge_runtime.decoder.prefill_routing import MOST_PAST_BYTES, is_ours
 from edge_runtime.errors import NotEnoughMemoryError
+from edge_runtime.system.memory import available_bytes
 from edge_runtime.vision.arithmetic import bytes_per_weight
 from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -40,38 +34,6 @@ class Needs:
         """Everything that is in memory at the same time."""
         largest = max(self.weights, self.vision) if self.in_turns else self.weights + self.vision
         return self.kv_cache + self.compute + largest
-
-
-def available_bytes(root: Path = CGROUP) -> int:
-    """Memory that can be had without swapping: the machine's, or what the control group has left if that is less."""
-    free = int(psutil.virtual_memory().available)
-    for folder, limit, used in ((root, "max", "current"), (root / "memory", "limit_in_bytes", "usage_in_bytes")):
-        try:
-            facts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cached = int(facts.get("active_file", 0)) + int(facts.get("inactive_file", 0))  # given back when needed
-            in_use = int((folder / f"memory.{used}").read_text()) - cached
-            free = min(free, int((folder / f"memory.{limit}").read_text()) - in_use)
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return max(0, free)
-
-
-@cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library than glibc, which gives memory back by itself
-        return None
-
-
-def give_back() -> None:
-    """Give memory that was freed back to the system, where the C library would keep it for itself.
-
-    Batches of slices of changing sizes leave glibc with free pieces as large as all that is in use.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
 
 
 def reckon(

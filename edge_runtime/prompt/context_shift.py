@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 from edge_runtime.inputs.clips import Clip
 from edge_runtime.inputs.messages import ImagePart, Message
+from edge_runtime.inputs.slice_groups import Group
 from edge_runtime.prompt.build import ImageLayout, Prompt
-from edge_runtime.vision.encoder import Group
 
 STEPS = 4
 """Parts of the context; one of them is also kept free for the answer, unless the answer is to be shorter."""

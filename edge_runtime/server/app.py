@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from edge_runtime.version import __version__
 from edge_runtime.server import (
     anthropic,
     envelope,
@@ -28,6 +27,7 @@ from edge_runtime.server.metrics import Metrics
 from edge_runtime.server.models import ModelRegistry
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import ServerState
+from edge_runtime.version import __version__
 
 TIDY_S = 3600.0
 """Between two looks for uploads that nobody needs."""

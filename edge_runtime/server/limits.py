@@ -23,7 +23,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
-from edge_runtime.loading.memory_needs import available_bytes
 from edge_runtime.server.errors import ServerError, TimedOut, TooLarge
 from edge_runtime.server.gate import Gate, Key, refuse
 from edge_runtime.server.origins import ANY, allowed_origins
@@ -31,6 +30,7 @@ from edge_runtime.server.pace import Pace
 from edge_runtime.server.routing import HeadOfGet
 from edge_runtime.server.settings import MEGABYTE, Settings
 from edge_runtime.server.shares import Clients
+from edge_runtime.system.memory import available_bytes
 
 BODIES_TOGETHER = 4
 """Times the limit of one: most bytes of bodies that all requests together may hold in memory."""

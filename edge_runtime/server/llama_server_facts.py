@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edge_runtime.version import __version__
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation.sampling import MAX_NEW_TOKENS, SamplingOptions
 from edge_runtime.model import Model
 from edge_runtime.server.catalog import Listed
 from edge_runtime.server.facts import details, facts_of
+from edge_runtime.version import __version__
 
 MEDIA_MARKER = "<__media__>"
 """Stands in the text of a prompt for each of its `multimodal_data`."""

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from edge_runtime.errors import EdgeRuntimeError, NotEnoughMemoryError
 from edge_runtime.loading.load import LoadOptions, needed_bytes
-from edge_runtime.loading.memory_needs import available_bytes
 from edge_runtime.model import Model
 from edge_runtime.server.catalog import Catalog, Listed
 from edge_runtime.server.errors import ShuttingDown
 from edge_runtime.server.settings import Settings
+from edge_runtime.system.memory import available_bytes
 
 logger = logging.getLogger("edge_runtime.server")
 

@@ -17,7 +17,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from edge_runtime.version import __version__
 from edge_runtime.answers import Answer
 from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs
 from edge_runtime.generation.text_stream import Piece
@@ -35,6 +34,7 @@ from edge_runtime.server.ollama_options import (
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.state import ServerState, State
 from edge_runtime.structured_output.tools import ToolCall
+from edge_runtime.version import __version__
 
 router = APIRouter(prefix="/api", tags=["Ollama"], route_class=JSONRoute)
 router.include_router(ollama_models.router)

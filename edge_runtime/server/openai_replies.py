@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from edge_runtime.version import __version__
 from edge_runtime.answers import Answer
 from edge_runtime.engine.request import FinishReason as EngineReason
 from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server import openai_shapes as shapes
 from edge_runtime.structured_output import tools as runtime_tools
+from edge_runtime.version import __version__
 
 FINGERPRINT = f"fp_edge_runtime_{__version__}"
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from edge_runtime.errors import ModelFileError
+from edge_runtime.errors import JOIN_PARTS, ModelFileError
 from edge_runtime.store import ollama
 from edge_runtime.store.library import Library
-from edge_runtime.store.names import ALIASES, JOIN_PARTS, Source, fits, parse_source, split_stem, type_of
+from edge_runtime.store.names import ALIASES, Source, fits, parse_source, split_stem, type_of
 
 DEMO = "demo"
 ADAPTER_PREFIX = "adapter-"

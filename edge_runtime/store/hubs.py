@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote, urlencode
 
-from edge_runtime.errors import BackendUnavailable, DownloadError
+from edge_runtime.errors import JOIN_PARTS, BackendUnavailable, DownloadError
 from edge_runtime.store.download import MAX_BYTES, RemoteFile, ask, probe, refuse_offline
 from edge_runtime.store.names import (
-    JOIN_PARTS,
     Source,
     checked_path,
     file_of_address,

@@ -21,7 +21,6 @@ from edge_runtime.errors import ModelFileError
 
 OFFICIAL = "openbmb/MiniCPM-V-4_5-gguf"
 ALIASES = {"minicpm-v-4.5": f"hf:{OFFICIAL}:ggml-model-Q4_K_M.gguf"}
-JOIN_PARTS = "join the parts with llama.cpp's 'llama-gguf-split --merge FIRST_PART WHOLE'"
 
 HUBS = {"hf": "the Hugging Face hub", "ms": "ModelScope"}
 MAX_NAME, MAX_PATH = 1024, 512  # characters

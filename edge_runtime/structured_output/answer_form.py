@@ -13,7 +13,7 @@ from edge_runtime.inputs.messages import THINK_END
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, AnswerForm
 from edge_runtime.structured_output.effort import Effort
-from edge_runtime.structured_output.grammar import Grammar, GrammarVocabulary
+from edge_runtime.structured_output.grammar import Grammar
 from edge_runtime.structured_output.tools import (
     TOOL_CALL,
     TOOL_CALL_END,
@@ -21,6 +21,7 @@ from edge_runtime.structured_output.tools import (
     chosen_functions,
     function_names,
 )
+from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 logger = logging.getLogger("edge_runtime")
 

@@ -17,7 +17,7 @@ from edge_runtime.structured_output.trail import Trail
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from edge_runtime.structured_output.grammar import GrammarVocabulary
+    from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 LONGEST_END = 4096  # tokens of the shortest way to an end; beyond it there is taken to be none
 FEW = 3  # bytes that are looked at one by one, before all are

@@ -19,8 +19,9 @@ from edge_runtime.errors import MessageError
 from edge_runtime.structured_output.compiling import compiled
 from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, AnswerForm, Choose
 from edge_runtime.structured_output.effort import AnswerEffort, Effort
-from edge_runtime.structured_output.grammar import GrammarVocabulary, allowed_ids
+from edge_runtime.structured_output.grammar import allowed_ids
 from edge_runtime.structured_output.schema_size import MOST_TOGETHER, check_size
+from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -20,7 +20,7 @@ from edge_runtime.structured_output.json_position import JsonPosition
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from edge_runtime.structured_output.grammar import GrammarVocabulary
+    from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 BYTES_A_STEP = 32
 """Of one look into the grammar, which count as one step of an effort."""

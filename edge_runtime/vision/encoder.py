@@ -5,11 +5,11 @@ The numba kernels underneath run parallel code, which one Python thread at a tim
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from edge_runtime.inputs.slice_groups import Group, LazyGroup, n_patches
 from edge_runtime.inputs.slicing import Slice
 from edge_runtime.vision.arithmetic import Arithmetic, FloatArithmetic, Int8Arithmetic
 from edge_runtime.vision.calibration import read_calibration
@@ -23,51 +23,6 @@ BATCH_PATCHES = 1100
 
 Enough for efficient products, and few enough that what a layer writes stays in the caches: two slices at once take a
 tenth longer than one after the other."""
-
-LoadedGroup = list[tuple[Slice, int]]
-"""Slices with their temporal ids (-1: a still picture) that share one set of queries."""
-
-
-class LazyGroup(ABC):
-    """A group whose slices are made when they are needed."""
-
-    @property
-    @abstractmethod
-    def n_patches(self) -> int:
-        """Patches of all its slices."""
-
-    @property
-    @abstractmethod
-    def digest(self) -> bytes:
-        """Fingerprint of all that decides its visual tokens."""
-
-    @property
-    @abstractmethod
-    def reading(self) -> tuple[int, int]:
-        """Pictures that were read, and those that are to be: of all that is read together with this one."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Slices."""
-
-    @abstractmethod
-    def ask(self) -> bool:
-        """Have it made; True when `load` will not wait."""
-
-    @abstractmethod
-    def wait(self, timeout_s: float) -> None:
-        """Wait until it is made, or the time is up."""
-
-    @abstractmethod
-    def load(self) -> LoadedGroup:
-        """The group; raises why it cannot be made."""
-
-    @abstractmethod
-    def release(self) -> None:
-        """It is needed no more: stop making it."""
-
-
-Group = LoadedGroup | LazyGroup
 
 
 class ImageEncoder:
@@ -160,13 +115,6 @@ def _runs(slices: Sequence[Slice]) -> Iterator[list[Slice]]:
         run.append(item)
         patches += item.n_patches
     yield run
-
-
-def n_patches(group: Group) -> int:
-    """Patches of all slices of a group."""
-    if isinstance(group, LazyGroup):
-        return group.n_patches
-    return sum(item.n_patches for item, _ in group)
 
 
 def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:

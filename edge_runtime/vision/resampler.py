@@ -16,13 +16,12 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from edge_runtime.inputs.slice_groups import STILL
 from edge_runtime.vision.arithmetic import Affine, Arithmetic, FloatArithmetic, Norm, Product, Weights
 from edge_runtime.vision.sine_positions import sine
 from edge_runtime.vision.tower import offsets_of
 from edge_runtime.weights.config import ResamplerConfig
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
-
-STILL = -1  # temporal id of a picture without time
 
 
 @lru_cache(maxsize=32)

@@ -27,8 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from edge_runtime.errors import ModelFileError, UnsupportedModelError
-from edge_runtime.store.names import JOIN_PARTS
+from edge_runtime.errors import JOIN_PARTS, ModelFileError, UnsupportedModelError
 from edge_runtime.weights.gguf_file import GGUFFile
 
 KEY_MAX_SLICE_NUMS = "edge_runtime.max_slice_nums"

@@ -20,8 +20,8 @@ from checkpoint_copies import CheckpointCopy, stored
 from edge_converters import VISION_TYPES, convert_checkpoint
 from edge_converters.checkpoint import Checkpoint
 from edge_converters.convert import Converted
+from edge_converters.encode_rows import encode_rows
 from edge_converters.plan import plan_vision
-from edge_converters.quantize import encode_rows
 from edge_runtime import Model
 from edge_runtime.cli.program import main
 from edge_runtime.decoder import llama_cpp as llama

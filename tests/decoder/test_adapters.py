@@ -10,8 +10,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 
 from edge_runtime import MessageError, Model, ModelFileError
-from edge_runtime.decoder.decoder import Decoder, Part
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.options import DecoderOptions
+from edge_runtime.decoder.sequence_chunk import Part
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.command import refused
 from support.gguf_maker import F32, F64, STRING, U32, Gguf

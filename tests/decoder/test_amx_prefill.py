@@ -21,9 +21,10 @@ from edge_runtime import Model
 from edge_runtime.cli import terminal as console
 from edge_runtime.decoder import prefill_routing as filling
 from edge_runtime.decoder.amx_prefill import Stretch, can_fill
-from edge_runtime.decoder.decoder import CacheFull, Cancelled, Decoder, Part
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.decoder.prefill_routing import LEAST_ROWS, PastSpace
+from edge_runtime.decoder.sequence_chunk import CacheFull, Cancelled, Part
 from edge_runtime.loading.memory_needs import reckon
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile

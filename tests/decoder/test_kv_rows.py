@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_runtime.decoder.decoder import CacheFull, Decoder, Part
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_rows import KVRows, UnknownState, build, parse
 from edge_runtime.decoder.options import DecoderOptions
+from edge_runtime.decoder.sequence_chunk import CacheFull, Part
 
 
 @pytest.fixture(params=[True, False], ids=["exact", "default"])

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from edge_runtime import MessageError, Model
-from edge_runtime.decoder.decoder import Cancelled, Decoder, Part
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type, kv_bytes
 from edge_runtime.decoder.options import DecoderOptions
+from edge_runtime.decoder.sequence_chunk import Cancelled, Part
 from edge_runtime.loading import memory_needs as memory
 from edge_runtime.loading.memory_needs import reckon
 from edge_runtime.weights.gguf_file import GGUFFile

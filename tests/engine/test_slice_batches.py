@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from edge_runtime.engine.slice_batches import GROUPS_AHEAD, next_batch
-from edge_runtime.vision.encoder import LazyGroup, LoadedGroup
+from edge_runtime.inputs.slice_groups import LazyGroup, LoadedGroup
 
 
 class Frame(LazyGroup):

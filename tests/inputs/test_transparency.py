@@ -15,7 +15,7 @@ from PIL import Image
 from edge_runtime.inputs.image import load_image, picture_size
 from edge_runtime.inputs.transparency import on_white
 from edge_runtime.inputs.video.frame_choice import VideoLimits
-from edge_runtime.inputs.video.picture_frames import open_video
+from edge_runtime.inputs.video.open import open_video
 from support.document_maker import pictures
 
 Pixels = npt.NDArray[Any]

@@ -8,7 +8,8 @@ import psutil
 import pytest
 
 from edge_runtime import Model, NotEnoughMemoryError
-from edge_runtime.loading.memory_needs import Needs, available_bytes, choose_context, reckon
+from edge_runtime.loading.memory_needs import Needs, choose_context, reckon
+from edge_runtime.system.memory import available_bytes
 
 GB = 10**9
 
@@ -20,9 +21,7 @@ def needs(n_ctx: int) -> Needs:
 @pytest.fixture
 def free(monkeypatch):
     """Set the free memory."""
-    return lambda n_bytes: monkeypatch.setattr(
-        "edge_runtime.loading.memory_needs.available_bytes", lambda: int(n_bytes)
-    )
+    return lambda n_bytes: monkeypatch.setattr("edge_runtime.system.memory.available_bytes", lambda: int(n_bytes))
 
 
 def test_the_default_context_shrinks_with_the_memory(free):

@@ -21,7 +21,7 @@ from edge_runtime.inputs.documents import DocumentOptions, with_pages
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import ImagePart, Message, parse_messages
 from edge_runtime.inputs.presets import PRESETS, with_preset
-from edge_runtime.loading.memory_needs import give_back
+from edge_runtime.system.memory import give_back
 from edge_runtime.weights.config import SlicingConfig
 from support.document_maker import pages_tiff, scanned_pdf, words_pdf, written_pdf
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edge_runtime import Model
-from edge_runtime.decoder.decoder import Cancelled, Part
+from edge_runtime.decoder.sequence_chunk import Cancelled, Part
 from edge_runtime.engine import call_plan
 from edge_runtime.engine.request import is_worth_leaving
 from edge_runtime.next_turn import next_beginning

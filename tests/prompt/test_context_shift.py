@@ -10,9 +10,9 @@ from PIL import Image
 
 from edge_runtime import Model, PromptTooLongError
 from edge_runtime.inputs.messages import Message, parse_messages
+from edge_runtime.inputs.slice_groups import Group
 from edge_runtime.prompt.build import ImageLayout, Prompt
 from edge_runtime.prompt.context_shift import Placed, fit, turns, without_oldest
-from edge_runtime.vision.encoder import Group
 
 N_CTX = 320
 

@@ -13,10 +13,11 @@ import pytest
 
 from edge_runtime import MessageError, Model
 from edge_runtime.generation.sampling import Sampler
-from edge_runtime.structured_output.grammar import Grammar, GrammarVocabulary, allowed_ids
+from edge_runtime.structured_output.grammar import Grammar, allowed_ids
 from edge_runtime.structured_output.keywords import KEYWORDS
 from edge_runtime.structured_output.schema import bound_schema
 from edge_runtime.structured_output.shortest_completion import shortest_end
+from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 from schema_maker import SchemaMaker, depth, keywords
 
 N_SCHEMAS = 200

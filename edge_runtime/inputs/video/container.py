@@ -27,7 +27,7 @@ from PIL import Image
 from edge_runtime.errors import BackendUnavailable, VideoError
 from edge_runtime.inputs.video.frame_choice import VideoLimits
 from edge_runtime.inputs.video.frame_pictures import Look, look_of, picture_of, shown_size
-from edge_runtime.inputs.video.picture_frames import Watch, file_identity
+from edge_runtime.inputs.video.frame_source import Watch, file_identity
 from edge_runtime.inputs.video.source import Content, check_pixels, check_seconds
 
 if TYPE_CHECKING:

@@ -9,145 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import PIL
-from PIL import Image, ImageSequence, features
+from PIL import Image, ImageSequence
 
 from edge_runtime.errors import VideoError
 from edge_runtime.inputs.image import PIXEL_LIMIT, ImageSource, encoded, explained, load_image, to_rgb
 from edge_runtime.inputs.pages import Page
-from edge_runtime.inputs.slicing import Size
 from edge_runtime.inputs.video.frame_choice import VideoLimits
-from edge_runtime.inputs.video.source import Content, VideoSource, check_pixels, check_seconds
-from edge_runtime.system.base64_data import is_data_uri
-
-Watch = Callable[[float], None]
-"""Called often with the share that is done, from 0 to 1; what it raises ends the work."""
+from edge_runtime.inputs.video.frame_source import Watch, file_identity
+from edge_runtime.inputs.video.source import Content, check_pixels, check_seconds
 
 FOLDER_RATE = 1.0  # pictures per second, unless it is told
 UNTIMED_FRAME_S = 0.1  # of animations whose frames have no duration, as browsers show them
 AS_STORED: Mapping[str, Any] = {"tone_mapped": None, "pixel_aspect": None}
 MOST_ANIMATION_FRAMES = 20_000  # each costs a composed picture to get past, however small the file
-
-
-class FrameCursor(Protocol):
-    """Decodes frames of one source; for one thread at a time."""
-
-    def read(self, index: int, watch: Watch) -> Image.Image:
-        """The frame at a position: mode RGB, upright. Cheapest when positions ascend.
-
-        Raises
-        ------
-        VideoError
-            When it cannot be decoded.
-        """
-
-    def close(self) -> None:
-        """Close the file."""
-
-
-class FrameSource(Protocol):
-    """A video that was looked at."""
-
-    name: str
-    size: Size
-    """Of its frames, upright."""
-    rate: float
-    """Frames per second, on average."""
-    times: Sequence[float]
-    """Seconds from the first frame to each, ascending."""
-    sampled: bool
-    """Whether somebody chose these frames already, so that all of them are to be taken."""
-    missing_s: float
-    """Seconds at the end that were promised and are not there."""
-    facts: Mapping[str, Any]
-    """What was done to its frames to show them: `tone_mapped` and `pixel_aspect`."""
-
-    def identity(self, index: int) -> bytes:
-        """Fingerprint of all that decides how a frame looks."""
-
-    def open(self) -> FrameCursor:
-        """Begin to decode."""
-
-
-class FileFrames(FrameSource, Protocol):
-    """A video that is one file, which another process may go on to decode."""
-
-    digest: bytes
-    """Fingerprint of all that decides how its frames look; with the position of one, its identity."""
-
-    def state(self) -> dict[str, Any]:
-        """What a cursor needs besides the file, of JSON's kinds; empty for an animation."""
-
-
-def file_identity(digest: bytes, index: int) -> bytes:
-    """Fingerprint of one frame of a file."""
-    return digest + index.to_bytes(8, "little")
-
-
-def open_video(
-    source: VideoSource,
-    limits: VideoLimits,
-    watch: Watch = lambda share: None,
-    *,
-    rate: float | None = None,
-) -> FrameSource:
-    """Look at a video: count its frames, decode the first.
-
-    Parameters
-    ----------
-    rate : frames per second of pictures without times.
-
-    Raises
-    ------
-    VideoError
-        When there is none, it cannot be decoded, or it is larger than was allowed.
-    BackendUnavailable
-        When it needs PyAV and that is not installed.
-    """
-    if isinstance(source, list | tuple):
-        return PictureFrames("The video", source, rate or FOLDER_RATE, limits)
-    if isinstance(source, str | Path) and not is_data_uri(str(source)) and Path(source).is_dir():
-        return PictureFrames(str(source), pictures_in(Path(source)), rate or FOLDER_RATE, limits)
-    content = Content(source, limits)
-    return open_file(content, limits, watch)
-
-
-def open_file(content: Content, limits: VideoLimits, watch: Watch) -> FileFrames:
-    """Look at a video that is one file; errors as of `open_video`."""
-    with content.open() as file:
-        head = file.read(16)
-    if _is_animation(head):
-        return AnimationFrames(content, limits, watch)
-    from edge_runtime.inputs.video.container import VideoFile
-
-    return VideoFile(content, limits, watch)
-
-
-def open_cursor(content: Content, limits: VideoLimits, state: Mapping[str, Any]) -> FrameCursor:
-    """Begin to decode a file that was looked at in another process.
-
-    Parameters
-    ----------
-    state : what `FileFrames.state` gave there.
-    """
-    if not state:
-        return AnimationCursor(content, limits)
-    from edge_runtime.inputs.video.container import cursor_from
-
-    return cursor_from(content, limits, state)
-
-
-def _is_animation(head: bytes) -> bool:
-    """Whether Pillow reads the frames of a file: GIF, APNG, WebP, and AVIF where it was built with it."""
-    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
-        return bool(features.check("avif"))
-    return head.startswith((b"GIF8", b"\x89PNG")) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -343,19 +223,3 @@ class AnimationCursor:
         if self._picture is not None:
             self._picture.close()
         self._file.close()
-
-
-def frames_between(times: Sequence[float], start: float | None, end: float | None) -> range:
-    """Positions of the frames from `start` on and before `end`, in seconds."""
-    first = bisect_left(times, start) if start else 0
-    return range(first, len(times) if end is None else bisect_left(times, end))
-
-
-def facts_of(source: FrameSource) -> dict[str, Any]:
-    """What is told of a source."""
-    return {
-        "size": [*source.size],
-        "fps": round(source.rate, 6),
-        "frames_in_video": len(source.times),
-        **source.facts,
-    }

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from edge_runtime.errors import EdgeRuntimeError, VideoError
-from edge_runtime.inputs.video.picture_frames import FrameCursor, FrameSource
+from edge_runtime.inputs.video.frame_source import FrameCursor, FrameSource
 from edge_runtime.system.forks import only_here
 
 Pixels = npt.NDArray[np.uint8]

@@ -29,14 +29,8 @@ from edge_runtime.inputs.pages import Page
 from edge_runtime.inputs.slicing import Size, check_plan, plan_slices
 from edge_runtime.inputs.video.container import MOST_THREADS
 from edge_runtime.inputs.video.frame_choice import VideoLimits
-from edge_runtime.inputs.video.picture_frames import (
-    FOLDER_RATE,
-    FrameSource,
-    PictureFrames,
-    Watch,
-    file_identity,
-    pictures_in,
-)
+from edge_runtime.inputs.video.frame_source import FrameSource, Watch, file_identity
+from edge_runtime.inputs.video.picture_frames import FOLDER_RATE, PictureFrames, pictures_in
 from edge_runtime.inputs.video.source import UNNAMED, Content, VideoSource
 from edge_runtime.inputs.workers.lanes import Check
 from edge_runtime.inputs.workers.pool import Decoders, Lease

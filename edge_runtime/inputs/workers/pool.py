@@ -26,7 +26,7 @@ from edge_runtime import errors
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy, ImageError
 from edge_runtime.inputs.workers.lanes import Check, Lane
 from edge_runtime.inputs.workers.worker import Worker, WorkerEnded
-from edge_runtime.loading.memory_needs import available_bytes
+from edge_runtime.system.memory import available_bytes
 
 TIMEOUT_S = 30.0
 """Default for one page, picture or frame: of processor time where the system tells it, since machines are busy."""

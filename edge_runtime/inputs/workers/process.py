@@ -30,7 +30,8 @@ from edge_runtime.inputs.opener import cut_source
 from edge_runtime.inputs.pdf import PdfPage
 from edge_runtime.inputs.tiff import TiffPage
 from edge_runtime.inputs.video.frame_choice import VideoLimits
-from edge_runtime.inputs.video.picture_frames import FrameCursor, open_cursor, open_file
+from edge_runtime.inputs.video.frame_source import FrameCursor
+from edge_runtime.inputs.video.open import open_cursor, open_file
 from edge_runtime.inputs.video.source import Content
 from edge_runtime.system import sandbox
 from edge_runtime.system.shared_memory import Mapped

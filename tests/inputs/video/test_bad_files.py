@@ -14,7 +14,7 @@ import pytest
 from edge_runtime import BackendUnavailable, ImageError, VideoError
 from edge_runtime.inputs.video import source as video_content
 from edge_runtime.inputs.video.frame_choice import VideoLimits
-from edge_runtime.inputs.video.picture_frames import open_video
+from edge_runtime.inputs.video.open import open_video
 from inputs.video.test_files import chosen, quarters, recipe, refused, shown
 from support.video_maker import (
     SIZE,

@@ -20,7 +20,7 @@ from edge_runtime import ImageError, VideoError
 from edge_runtime.inputs.clips import choose
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.video.frame_choice import VideoLimits, VideoOptions
-from edge_runtime.inputs.video.picture_frames import open_video
+from edge_runtime.inputs.video.open import open_video
 from support.video_maker import (
     make_animation,
     make_video,

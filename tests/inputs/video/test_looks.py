@@ -14,7 +14,8 @@ from edge_runtime import VideoError
 from edge_runtime.inputs.clips import choose
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.video.frame_choice import VideoLimits, VideoOptions
-from edge_runtime.inputs.video.picture_frames import facts_of, open_video
+from edge_runtime.inputs.video.frame_source import facts_of
+from edge_runtime.inputs.video.open import open_video
 from edge_runtime.inputs.video.tone_mapping import HLG, PQ, to_sdr
 from support.video_maker import SIZE, make_video, number_of, numbered
 

@@ -15,12 +15,12 @@ from edge_runtime.inputs.clips import expand_videos
 from edge_runtime.inputs.documents import DocumentOptions, with_pages
 from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.inputs.opener import InThisProcess, cut_source
+from edge_runtime.inputs.slice_groups import LazyGroup
 from edge_runtime.inputs.video.frame_choice import VideoLimits
 from edge_runtime.inputs.workers.opener import WorkerOpener
 from edge_runtime.inputs.workers.pool import DecoderPool
 from edge_runtime.pipeline import group_digest
 from edge_runtime.prompt.build import iter_images
-from edge_runtime.vision.encoder import LazyGroup
 from support.document_maker import COLOURS, SLICING, blocks, coloured_pdf, pages_tiff, words_pdf
 from support.video_maker import make_video, numbered
 
