@@ -124,7 +124,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
         When a value is not right.
     """
     from edge_runtime.cache.caches import usual_folder
-    from edge_runtime.server.ollama_options import keep_alive_seconds
+    from edge_runtime.server.ollama.options import keep_alive_seconds
     from edge_runtime.server.settings import MEGABYTE, Settings
 
     if options.pop("keeps_nothing"):
@@ -158,7 +158,7 @@ def run(settings: Settings) -> int | None:
     import asyncio
 
     from edge_runtime.server.app import create_app
-    from edge_runtime.server.limits import warnings_for
+    from edge_runtime.server.middleware.stack import warnings_for
     from edge_runtime.server.running import serve as serve_app
     from edge_runtime.server.state import server_of
 

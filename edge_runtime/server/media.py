@@ -16,7 +16,7 @@ from typing import Any
 
 from edge_runtime.errors import ImageError
 from edge_runtime.server.errors import NotAllowed, RequestError, TooLarge
-from edge_runtime.server.fetching import Fetcher
+from edge_runtime.server.fetch import Fetcher
 from edge_runtime.server.settings import Settings
 from edge_runtime.system.base64_data import as_data_uri, data_uri_size, is_data_uri, looks_like_base64
 

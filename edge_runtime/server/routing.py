@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edge_runtime.server.json_bodies import JSONRequest
+from edge_runtime.server.middleware.json_bodies import JSONRequest
 from edge_runtime.server.state import state_of
 
 

@@ -13,8 +13,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from edge_runtime.errors import BackendUnavailable
-from edge_runtime.server.connections import KEEP_ALIVE_S, guarded
 from edge_runtime.server.hard_end import HardEnd
+from edge_runtime.server.middleware.connections import KEEP_ALIVE_S, guarded
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import server_of
 

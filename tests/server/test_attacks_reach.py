@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.server import fetching
+from edge_runtime.server import fetch as fetching
 from server.attacking import Serve, chat, connected, head, is_idle, post, rest_of, wait_until
 from server.conftest import SIGN, Served
 

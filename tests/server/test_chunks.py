@@ -13,8 +13,8 @@ import pytest
 
 from edge_runtime.engine.request import Progress
 from edge_runtime.generation.text_stream import Piece
-from edge_runtime.server.chunks import Telling
 from edge_runtime.server.inference import Answering
+from edge_runtime.server.openai.chunks import Telling
 
 PATHS = ("/completion", "/v1/completions", "/chat/completions", "/v1/chat/completions", "/responses", "/v1/responses")
 

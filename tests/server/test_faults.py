@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.server.blobs import Blobs
-from edge_runtime.server.names import Names
+from edge_runtime.server.registry.blobs import Blobs
+from edge_runtime.server.registry.names import Names
 from edge_runtime.store.find import find_model
 from edge_runtime.store.library import Library
 from edge_runtime.store.pull import pull

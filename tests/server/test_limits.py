@@ -14,9 +14,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from edge_runtime.server import gate, limits
-from edge_runtime.server.gate import host_name, is_own_name
-from edge_runtime.server.limits import warnings_for
+from edge_runtime.server.middleware import bodies as limits
+from edge_runtime.server.middleware import gate
+from edge_runtime.server.middleware.gate import host_name, is_own_name
+from edge_runtime.server.middleware.stack import warnings_for
 from edge_runtime.server.settings import Settings
 from server.attacking import connected, head, rest_of
 from server.conftest import Served

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from decoder.test_adapters import make_adapter
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.modelfiles import modelfile_of, parse_modelfile
-from edge_runtime.server.names import Names, Record
+from edge_runtime.server.ollama.modelfile import modelfile_of, parse_modelfile
+from edge_runtime.server.registry.names import Names, Record
 from edge_runtime.store.export_ollama import TEMPLATE, modelfile_text
 from edge_runtime.store.find import find_model
 from server.conftest import Served

@@ -16,7 +16,7 @@ from edge_runtime.engine.request import Progress
 from edge_runtime.errors import EngineBusy, ImageError, MessageError, PromptTooLongError
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.inputs.workers.pool import ClientsDecoders
-from edge_runtime.server import models
+from edge_runtime.server.registry import loaded as models
 from edge_runtime.server.settings import Settings
 from edge_runtime.structured_output.tools import ToolCall
 from server.conftest import SIGN

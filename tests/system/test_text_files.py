@@ -12,7 +12,7 @@ from edge_converters.checkpoint import Checkpoint
 from edge_converters.lora import read_lora
 from edge_runtime.cli.run_checks import read_schema
 from edge_runtime.errors import CheckpointError, MessageError
-from edge_runtime.server.modelfiles import parse_modelfile
+from edge_runtime.server.ollama.modelfile import parse_modelfile
 from edge_runtime.system.text_files import decode_text, parse_json, read_text
 
 SCHEMA = {"type": "object", "properties": {"ä": {"type": "string"}}}
