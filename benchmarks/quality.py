@@ -34,7 +34,7 @@ from demo.data import CORE  # noqa: E402
 from demo.evaluate import ask, draw  # noqa: E402
 from demo.sample import Sample  # noqa: E402
 from edge_converters import convert_checkpoint  # noqa: E402
-from edge_converters.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E402
+from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E402
 from edge_runtime import Model, __version__  # noqa: E402
 
 FLOAT, SHIPPED = ("f32", "f32"), ("q4_k_m", "q8_0")

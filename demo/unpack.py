@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_converters import tensor_names as names
+from edge_converters.plan import tensor_names as names
 from edge_runtime.store.find import find_model
 from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -68,8 +68,8 @@ class Ours:
 
     def _calibrate(self, file_class: type) -> Any:
         """What the converter finds out about the file, from other pictures than those that are encoded."""
-        require("edge_converters.calibrate")
-        from edge_converters import calibrate
+        require("edge_converters.calibration.smoothing")
+        from edge_converters.calibration import smoothing as calibrate
 
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(calibrate, "GGUFFile", file_class):
             for side in (434, 420):  # one slice each

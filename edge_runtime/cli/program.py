@@ -365,7 +365,7 @@ def info(model: str | None, source: Path | None, as_json: bool) -> None:
 
 
 def _compare(file: str | None, source: Path, as_json: bool) -> None:
-    from edge_converters.report import report_against
+    from edge_converters.output.report import report_against
     from edge_runtime.cli import terminal as console
 
     if file is None or not file.endswith(".gguf"):

@@ -18,10 +18,10 @@ from PIL import Image
 import mtmd_peer
 from checkpoint_copies import CheckpointCopy, stored
 from edge_converters import VISION_TYPES, convert_checkpoint
-from edge_converters.checkpoint import Checkpoint
 from edge_converters.convert import Converted
-from edge_converters.encode_rows import encode_rows
-from edge_converters.plan import plan_vision
+from edge_converters.plan.encode_rows import encode_rows
+from edge_converters.plan.tensors import plan_vision
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime import Model
 from edge_runtime.cli.program import main
 from edge_runtime.decoder import llama_cpp as llama

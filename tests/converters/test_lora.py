@@ -19,7 +19,7 @@ import quantised_copies as q
 from checkpoint_copies import CheckpointCopy, read_shard, shard_bytes, stored
 from conftest import golden
 from edge_converters import convert_checkpoint
-from edge_converters.checkpoint import Checkpoint
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime import Model
 from edge_runtime.cli.program import main
 from edge_runtime.store.find import find_model

@@ -20,8 +20,9 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoint_copies import CheckpointCopy
-from edge_converters import convert_checkpoint, writer
+from edge_converters import convert_checkpoint
 from edge_converters.convert import Converted
+from edge_converters.output import gguf_writer as writer
 from edge_runtime.cli.program import main
 from edge_runtime.errors import CheckpointError
 

@@ -15,7 +15,7 @@ import quantised_copies as q
 from checkpoint_copies import CheckpointCopy, Stored
 from conftest import golden
 from edge_converters import convert_checkpoint
-from edge_converters.checkpoint import Checkpoint
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime import Model
 from edge_runtime.errors import CheckpointError
 from edge_runtime.weights.gguf_file import GGUFFile

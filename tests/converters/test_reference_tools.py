@@ -20,9 +20,9 @@ import pytest
 
 from checkpoint_copies import CheckpointCopy, read_shard
 from edge_converters import convert_checkpoint
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.importance import read_importance
-from edge_converters.observe import Observer
+from edge_converters.calibration.importance import read_importance
+from edge_converters.calibration.importance_from_pictures import Observer
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime import Model
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.vision.sine_positions import frequencies

@@ -15,7 +15,7 @@ import pytest
 
 from checkpoint_copies import CheckpointCopy
 from edge_converters import convert_checkpoint
-from edge_converters.safetensors import StoredTensor, read_index
+from edge_converters.sources.safetensors import StoredTensor, read_index
 from edge_runtime.errors import CheckpointError, ModelFileError
 from edge_runtime.store.find import find_model
 

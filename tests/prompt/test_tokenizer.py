@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Official
 
 from conftest import FIXTURES, SHARED
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.planned_tensor import PlannedTensor
-from edge_converters.vocabulary import read_vocabulary
-from edge_converters.writer import write_gguf
+from edge_converters.output.gguf_writer import write_gguf
+from edge_converters.output.vocabulary import read_vocabulary
+from edge_converters.plan.planned_tensor import PlannedTensor
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime import Model
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.gguf_file import GGUFFile

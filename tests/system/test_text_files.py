@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.lora import read_lora
+from edge_converters.sources.checkpoint import Checkpoint
+from edge_converters.sources.lora import read_lora
 from edge_runtime.cli.run_checks import read_schema
 from edge_runtime.errors import CheckpointError, MessageError
 from edge_runtime.server.ollama.modelfile import parse_modelfile

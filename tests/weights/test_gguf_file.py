@@ -14,7 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGUFWriter
 from gguf import GGMLQuantizationType as Type
 from gguf import quants as gguf_quants
 
-from edge_converters.encode_rows import encode_rows
+from edge_converters.plan.encode_rows import encode_rows
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.weights.gguf_file import GGUFFile
 from support import gguf_maker as make

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from edge_converters.planned_tensor import PlannedTensor
+from edge_converters.plan.planned_tensor import PlannedTensor
 from edge_runtime.errors import CheckpointError
 
 FLOAT_KERNELS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)

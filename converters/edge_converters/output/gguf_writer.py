@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFWriter
 
-from edge_converters.planned_tensor import PlannedTensor
+from edge_converters.plan.planned_tensor import PlannedTensor
 from edge_runtime.errors import CheckpointError
 from edge_runtime.system.atomic_files import (
     FULL,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from edge_converters.tensor_names import RESAMPLER_POSITIONS
+from edge_converters.plan.tensor_names import RESAMPLER_POSITIONS
 
 Q = GGMLQuantizationType
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from gguf import GGMLQuantizationType, LlamaFileType
 
-from edge_converters.encode_rows import FULL_BYTES
+from edge_converters.plan.encode_rows import FULL_BYTES
 from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from edge_converters.importance import Importance
+    from edge_converters.calibration.importance import Importance
 
 # Upper bound for the slabs in which llama.cpp's quantizer works; its default of 1 GiB would dominate our memory.
 QUANTIZER_BUFFER_BYTES = 256 << 20

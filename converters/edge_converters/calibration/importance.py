@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_converters.planned_tensor import PlannedTensor
-from edge_converters.safetensors import Float32
+from edge_converters.plan.planned_tensor import PlannedTensor
+from edge_converters.sources.safetensors import Float32
 from edge_runtime.errors import CheckpointError, ModelFileError
 from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.plan import plan_decoder, plan_vision
-from edge_converters.planned_tensor import PlannedTensor
-from edge_converters.recipes import DECODER_TYPES, VISION_TYPES
-from edge_converters.verify import sampled_error
+from edge_converters.output.verify import sampled_error
+from edge_converters.plan.planned_tensor import PlannedTensor
+from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES
+from edge_converters.plan.tensors import plan_decoder, plan_vision
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime.errors import CheckpointError
 from edge_runtime.weights.gguf_file import GGUFFile
 

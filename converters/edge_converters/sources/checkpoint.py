@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edge_converters import awq, nf4
-from edge_converters.lora import Lora, read_lora
-from edge_converters.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, read_index
+from edge_converters.sources import awq, nf4
+from edge_converters.sources.lora import Lora, read_lora
+from edge_converters.sources.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, read_index
 from edge_runtime.errors import CheckpointError
 from edge_runtime.system.text_files import parse_json, read_text
 

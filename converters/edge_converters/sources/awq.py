@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from edge_converters.safetensors import Float32, SourceTensor, StoredTensor
+from edge_converters.sources.safetensors import Float32, SourceTensor, StoredTensor
 from edge_runtime.errors import CheckpointError
 
 PARTS = ("qweight", "qzeros", "scales")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from edge_converters.planned_tensor import PlannedTensor
+from edge_converters.plan.planned_tensor import PlannedTensor
 from edge_runtime.errors import CheckpointError, ModelFileError
 from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_converters.safetensors import Float32, SourceTensor, StoredTensor
+from edge_converters.sources.safetensors import Float32, SourceTensor, StoredTensor
 from edge_runtime.errors import CheckpointError
 
 STATE = ".quant_state.bitsandbytes__"

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.encode_rows import encode_rows
-from edge_converters.safetensors import StoredTensor
+from edge_converters.plan.encode_rows import encode_rows
+from edge_converters.sources.checkpoint import Checkpoint
+from edge_converters.sources.safetensors import StoredTensor
 from edge_runtime.errors import CheckpointError
 
 CHUNK_VALUES = 8 << 20  # values per chunk: 32 MiB as float32

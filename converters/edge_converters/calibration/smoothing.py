@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from edge_converters.planned_tensor import PlannedTensor
+from edge_converters.plan.planned_tensor import PlannedTensor
 from edge_runtime.errors import CheckpointError, ImageError
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.slicing import Slice, plan_slices, slice_image

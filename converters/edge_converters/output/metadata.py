@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
-from edge_converters.checkpoint import MOST, MOST_VALUE, Checkpoint
-from edge_converters.plan import n_vision_layers
-from edge_converters.recipes import VisionType
+from edge_converters.plan.recipes import VisionType
+from edge_converters.plan.tensors import n_vision_layers
+from edge_converters.sources.checkpoint import MOST, MOST_VALUE, Checkpoint
 from edge_runtime.errors import CheckpointError
 from edge_runtime.vision.calibration import KEY_FLOAT_PRODUCTS, Calibration
 from edge_runtime.weights import config as keys

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_converters.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, float_array, read_index
+from edge_converters.sources.safetensors import FLOATS, Float32, SourceTensor, StoredTensor, float_array, read_index
 from edge_runtime.errors import CheckpointError
 from edge_runtime.system.text_files import read_json
 

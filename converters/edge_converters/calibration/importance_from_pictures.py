@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from edge_converters.calibrate import SUFFIXES as PICTURE_SUFFIXES
-from edge_converters.importance import Importance
+from edge_converters.calibration.importance import Importance
+from edge_converters.calibration.smoothing import SUFFIXES as PICTURE_SUFFIXES
 from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.errors import BackendUnavailable, CheckpointError, ImageError
 from edge_runtime.pipeline import PromptOptions, prepare
@@ -32,7 +32,7 @@ from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:
-    from edge_converters.recipes import Progress
+    from edge_converters.plan.recipes import Progress
 
 TEXT_SUFFIXES = (".txt", ".md")
 MOST_TOKENS = 8192  # of all prompts; mean squares settle within a few thousand

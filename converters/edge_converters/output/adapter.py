@@ -13,12 +13,12 @@ import math
 import numpy as np
 from gguf import GGUFWriter
 
-from edge_converters import recipes
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.lora import DECODER, Lora
-from edge_converters.planned_tensor import PlannedTensor
-from edge_converters.safetensors import Float32, StoredTensor
-from edge_converters.tensor_names import decoder_names
+from edge_converters.plan import recipes
+from edge_converters.plan.planned_tensor import PlannedTensor
+from edge_converters.plan.tensor_names import decoder_names
+from edge_converters.sources.checkpoint import Checkpoint
+from edge_converters.sources.lora import DECODER, Lora
+from edge_converters.sources.safetensors import Float32, StoredTensor
 from edge_runtime.errors import CheckpointError
 
 KEY_TYPE, KEY_ALPHA = "adapter.type", "adapter.lora.alpha"

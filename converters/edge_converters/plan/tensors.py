@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
 
-from edge_converters import recipes
-from edge_converters import tensor_names as names
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.planned_tensor import PlannedTensor, copied
+from edge_converters.plan import recipes
+from edge_converters.plan import tensor_names as names
+from edge_converters.plan.planned_tensor import PlannedTensor, copied
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime.errors import CheckpointError
 from edge_runtime.vision.resampler import pos2d_table
 

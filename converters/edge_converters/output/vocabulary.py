@@ -12,7 +12,7 @@ from typing import Any
 
 from gguf import GGUFWriter, TokenType
 
-from edge_converters.checkpoint import Checkpoint
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime.errors import CheckpointError
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.prompt.tokenizer import NORMALIZER_KEY, QWEN2_PATTERN
