@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides.goals import Goal, finish  # noqa: E402
-from benchmarks.sides.memory import PERIOD_S, Memory, watch  # noqa: E402
+from benchmarks.harness.goals import Goal, finish  # noqa: E402
+from benchmarks.harness.memory import PERIOD_S, Memory, watch  # noqa: E402
 from edge_runtime.weights.gguf_file import GGUFFile  # noqa: E402
 
 PARTS = ROOT / "benchmarks" / "sides" / "llama_conversion.py"

@@ -28,8 +28,8 @@ for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
 from benchmarks.decode import read_through  # noqa: E402
-from benchmarks.sides.child import Peak, environment  # noqa: E402
-from benchmarks.sides.goals import Goal, finish  # noqa: E402
+from benchmarks.harness.child import Peak, environment  # noqa: E402
+from benchmarks.harness.goals import Goal, finish  # noqa: E402
 from edge_runtime.store.find import ModelPaths, find_model  # noqa: E402
 
 TIMES_FASTER, MOST_RSS_GB = 3.5, 6.5

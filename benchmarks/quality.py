@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (".", "kernels", "converters"):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides.plot import plot_quality  # noqa: E402
+from benchmarks.harness.plot import plot_quality  # noqa: E402
 from demo.data import CORE  # noqa: E402
 from demo.evaluate import ask, draw  # noqa: E402
 from demo.sample import Sample  # noqa: E402

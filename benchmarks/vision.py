@@ -30,10 +30,10 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides import scenarios  # noqa: E402
-from benchmarks.sides.bench import Bench, make_files  # noqa: E402
-from benchmarks.sides.measures import MEASURE, Result  # noqa: E402
-from benchmarks.sides.scenarios import Scenario  # noqa: E402
+from benchmarks.harness import scenarios  # noqa: E402
+from benchmarks.harness.bench import Bench, make_files  # noqa: E402
+from benchmarks.harness.measures import MEASURE, Result  # noqa: E402
+from benchmarks.harness.scenarios import Scenario  # noqa: E402
 
 PACKAGES = ("llama-cpp-python", "openvino", "nncf", "torch", "numba", "llvmlite", "numpy")
 

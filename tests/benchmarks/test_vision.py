@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.sides import scenarios
-from benchmarks.sides.child import CAN_STOP, Child, Peak, SideError, Skipped
-from benchmarks.sides.pictures import cut, picture, shapes
-from benchmarks.sides.planted import PLANTS, cosines, planted
-from benchmarks.sides.plot import _free_box
-from benchmarks.sides.profiling import Profile, describe, peak_of, summarise
+from benchmarks.harness import scenarios
+from benchmarks.harness.child import CAN_STOP, Child, Peak, SideError, Skipped
+from benchmarks.harness.pictures import cut, picture, shapes
+from benchmarks.harness.planted import PLANTS, cosines, planted
+from benchmarks.harness.plot import _free_box
+from benchmarks.harness.profiling import Profile, describe, peak_of, summarise
 from edge_kernels import linear_int8
 from edge_runtime.vision import encoder
 from edge_runtime.vision.encoder import ImageEncoder
@@ -77,7 +77,7 @@ def test_pictures_are_cut_as_the_scenarios_say() -> None:
 
 SIDE = """
 import os, sys, time
-from benchmarks.sides.child import require, serve
+from benchmarks.harness.child import require, serve
 
 class Side:
     def __init__(self, options):
@@ -110,7 +110,7 @@ serve(Side)
 @pytest.fixture
 def side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a_side.py").write_text(SIDE)
-    monkeypatch.setattr("benchmarks.sides.child.SOURCE_ROOTS", (".", "kernels", "converters", str(tmp_path)))
+    monkeypatch.setattr("benchmarks.harness.child.SOURCE_ROOTS", (".", "kernels", "converters", str(tmp_path)))
     with Child("a_side", {"threads": 1}, tmp_path / "log") as child:
         yield child
 

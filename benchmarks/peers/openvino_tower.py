@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sides.child import require, serve, timed
-from benchmarks.sides.tower import GRID, Affine, Float32, TowerFile, TowerSide
+from benchmarks.harness.child import require, serve, timed
+from benchmarks.peers.tower import GRID, Affine, Float32, TowerFile, TowerSide
 
 CALIBRATION = (434, 420, 406, 392)
 """Sides of the pictures that ranges are taken from: other pictures than those measured, each one slice."""

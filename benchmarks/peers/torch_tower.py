@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sides.child import require, serve, timed
-from benchmarks.sides.tower import Affine, Float32, TowerFile, TowerSide
+from benchmarks.harness.child import require, serve, timed
+from benchmarks.peers.tower import Affine, Float32, TowerFile, TowerSide
 
 
 class TorchTower(TowerSide):

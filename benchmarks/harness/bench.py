@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sides.child import Child, SideError, Skipped, environment
+from benchmarks.harness.child import Child, SideError, Skipped, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 MMPROJ = {"f16": "mmproj-model-f16.gguf", "q8_0": "mmproj-model-q8_0.gguf"}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.sides.child import timed
-from benchmarks.sides.pictures import cut
+from benchmarks.harness.child import timed
+from benchmarks.harness.pictures import cut
 from edge_runtime.vision.tower import position_ids
 from edge_runtime.weights.config import slicing_config, vision_config
 from edge_runtime.weights.gguf_file import GGUFFile

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sides.child import serve, timed
-from benchmarks.sides.mtmd import Mtmd
-from benchmarks.sides.video_ours import QUESTION
+from benchmarks.harness.child import serve, timed
+from benchmarks.peers.mtmd import Mtmd
+from benchmarks.peers.video_ours import QUESTION
 
 N_BATCH = 2048  # as llama-mtmd-cli has it
 

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sides.memory import PERIOD_S, Memory, measure
+from benchmarks.harness.memory import PERIOD_S, Memory, measure
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCE_ROOTS = (".", "kernels", "converters")

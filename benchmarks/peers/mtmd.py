@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sides.child import require, serve, timed
-from benchmarks.sides.pictures import picture, shapes
+from benchmarks.harness.child import require, serve, timed
+from benchmarks.harness.pictures import picture, shapes
 
 
 class Mtmd:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.sides.child import serve, timed
+from benchmarks.harness.child import serve, timed
 
 QUESTION = "Describe the video."
 
@@ -22,7 +22,7 @@ class VideoOurs:
         """Load, and encode one picture: kernels are compiled and weights packed then."""
         from PIL import Image
 
-        from benchmarks.sides.pictures import picture
+        from benchmarks.harness.pictures import picture
         from edge_runtime import Model
 
         options = self._options

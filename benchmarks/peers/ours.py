@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from benchmarks.sides.child import require, serve, timed
-from benchmarks.sides.pictures import cut, picture, shapes
+from benchmarks.harness.child import require, serve, timed
+from benchmarks.harness.pictures import cut, picture, shapes
 
 STARTED = time.perf_counter()
 
@@ -36,7 +36,7 @@ class Ours:
 
     def load(self) -> dict[str, Any]:
         """Open the file, then read and pack all weights."""
-        from benchmarks.sides.planted import planted
+        from benchmarks.harness.planted import planted
         from edge_kernels.compile import isa, thread_count
         from edge_runtime.vision import encoder
         from edge_runtime.weights.gguf_file import GGUFFile
@@ -115,8 +115,8 @@ class Ours:
 
     def profile(self, width: int, height: int, repeats: int) -> dict[str, Any]:
         """Where the time of a picture goes; the peaks are measured before and after each."""
-        from benchmarks.sides.peaks import float32_peak, int8_peak
-        from benchmarks.sides.profiling import Profile, summarise
+        from benchmarks.harness.peaks import float32_peak, int8_peak
+        from benchmarks.harness.profiling import Profile, summarise
 
         groups = self._groups[width, height]
         self.encoder.encode(groups)

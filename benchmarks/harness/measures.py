@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.sides.bench import MMPROJ, Bench
-from benchmarks.sides.child import PAUSE_S, Child, Memory
-from benchmarks.sides.planted import cosines
-from benchmarks.sides.profiling import peak_of
-from benchmarks.sides.scenarios import Scenario
+from benchmarks.harness.bench import MMPROJ, Bench
+from benchmarks.harness.child import PAUSE_S, Child, Memory
+from benchmarks.harness.planted import cosines
+from benchmarks.harness.profiling import peak_of
+from benchmarks.harness.scenarios import Scenario
 
 Result = dict[str, Any]
 

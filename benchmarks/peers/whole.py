@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.sides.child import serve
+from benchmarks.harness.child import serve
 
 WORDS = (
     "the",
