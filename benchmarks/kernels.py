@@ -43,11 +43,11 @@ def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float, Call
     """Name each case and give (ours, NumPy, operations in units of 1e9, our float32 where ours is int8)."""
     import numpy as np
 
-    from edge_kernels import reference
-    from edge_kernels.attention import attention
-    from edge_kernels.linear import linear, pack_weight
-    from edge_kernels.linear_int8 import linear_int8, pack_weight_int8
-    from edge_kernels.norm import layer_norm
+    from edge_kernels.attention.float32 import attention
+    from edge_kernels.linear.float32 import linear, pack_weight
+    from edge_kernels.linear.int8 import linear_int8, pack_weight_int8
+    from edge_kernels.reference import operations as reference
+    from edge_kernels.rows.norm import layer_norm
 
     random = np.random.default_rng(0)
 
@@ -116,7 +116,7 @@ def main() -> None:
     import numpy as np
 
     from edge_kernels import compile as compilation
-    from edge_kernels import simd
+    from edge_kernels.simd import float32 as simd
 
     compilation.set_threads(arguments.threads)
     samples: dict[str, dict[str, list[float]]] = {"ours": {}, "numpy": {}, "float32": {}}

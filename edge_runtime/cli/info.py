@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, Any]:
     from edge_runtime.decoder import llama_cpp as llama
 
     check_instruction_set()
-    from edge_kernels.linear_blocks import IS_POSSIBLE  # which looks at the instruction set
+    from edge_kernels.linear.gguf_blocks import IS_POSSIBLE  # which looks at the instruction set
 
     return {
         "edge-runtime": __version__,

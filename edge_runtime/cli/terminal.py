@@ -32,13 +32,11 @@ def note(text: str) -> None:
 
 def note_first_compile(*, pictures: bool, prompts: bool) -> None:
     """Say why the first picture, or prompt, on this machine takes longer; machine code is kept for the next start."""
-    from edge_kernels.compile import cache_directory
+    from edge_kernels.compile import is_compiled
 
-    folder = cache_directory()
-    compiled = [] if folder is None else [path.name.split(".")[0] for path in folder.rglob("*.nbc")]
-    if pictures and not set(compiled) - {"linear_blocks", "attention_causal", "decoder_rows"}:
+    if pictures and not is_compiled("rows.patch_embed"):
         note("First picture on this machine: compiling the vision kernels, 20 to 40 seconds.")
-    if prompts and "linear_blocks" not in compiled:
+    if prompts and not is_compiled("linear.gguf_blocks"):
         note("First prompt on this machine: compiling its kernels, 10 to 20 seconds.")
 
 

@@ -23,7 +23,7 @@ from edge_runtime.weights.gguf_file import Float32, GGUFFile
 from edge_runtime.weights.memory_map import Region
 
 if TYPE_CHECKING:
-    from edge_kernels.linear_blocks import BlockWeight
+    from edge_kernels.linear.gguf_blocks import BlockWeight
 
 _HALF = int(GGMLQuantizationType.F16)
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -68,8 +68,8 @@ def can_fill(file: GGUFFile) -> bool:
 
     Its matrices must have types that can be unpacked, and nothing may be in the file that is not computed here.
     """
-    from edge_kernels.linear_blocks import IS_POSSIBLE
-    from edge_kernels.simd_blocks import SIDE
+    from edge_kernels.linear.gguf_blocks import IS_POSSIBLE
+    from edge_kernels.simd.gguf_blocks import SIDE
 
     layers = range(file.get("qwen3.block_count", int))
     matrices = [f"blk.{n}.{name}.weight" for n in layers for name in _MATRICES]
@@ -89,7 +89,7 @@ def _head_name(file: GGUFFile) -> str:
 
 
 def _is_readable(file: GGUFFile, name: str) -> bool:
-    from edge_kernels.linear_blocks import BLOCK, BLOCK_BYTES
+    from edge_kernels.linear.gguf_blocks import BLOCK, BLOCK_BYTES
 
     info = file.tensors[name]
     return info.type.name in BLOCK_BYTES and info.shape[-1] % BLOCK == 0 and not info.padding
@@ -105,7 +105,7 @@ class Prefill:
     """
 
     def __init__(self, file: GGUFFile, region: Region | None = None) -> None:
-        from edge_kernels.linear_blocks import BlockWeight
+        from edge_kernels.linear.gguf_blocks import BlockWeight
 
         data, first = file.tensor_bytes(region)
 
@@ -141,8 +141,8 @@ class Prefill:
         -------
         filled : for each stretch, in order; None when `cancelled` answered true.
         """
-        from edge_kernels.decoder_rows import rms_norm
-        from edge_kernels.linear_blocks import linear_blocks, pack_gated, pack_rows
+        from edge_kernels.linear.gguf_blocks import linear_blocks, pack_gated, pack_rows
+        from edge_kernels.rows.decoder_rows import rms_norm
 
         ends = np.cumsum([len(stretch.embeddings) for stretch in stretches])
         bounds = [*zip([0, *ends[:-1]], ends, strict=True)]
@@ -188,9 +188,9 @@ class Prefill:
         space: _Space,
     ) -> None:
         """Add a layer's attention to x, and keep the keys and values of the new positions."""
-        from edge_kernels.attention_causal import attention_causal
-        from edge_kernels.decoder_rows import norm_and_rotate, rms_norm
-        from edge_kernels.linear_blocks import linear_blocks, pack_rows
+        from edge_kernels.attention.causal import attention_causal
+        from edge_kernels.linear.gguf_blocks import linear_blocks, pack_rows
+        from edge_kernels.rows.decoder_rows import norm_and_rotate, rms_norm
 
         rows = pack_rows(rms_norm(x, layer.attn_norm, self._eps))
         queries = linear_blocks(rows, layer.attn_q, out=space.queries)
@@ -206,8 +206,8 @@ class Prefill:
         linear_blocks(pack_rows(space.attended), layer.attn_output, residual=x, out=x)
 
     def _logits(self, x: Float32, rows: Sequence[int]) -> Float32:
-        from edge_kernels.decoder_rows import rms_norm
-        from edge_kernels.linear_blocks import linear_blocks, pack_rows
+        from edge_kernels.linear.gguf_blocks import linear_blocks, pack_rows
+        from edge_kernels.rows.decoder_rows import rms_norm
 
         if not rows:
             return np.empty((0, self._head.n), np.float32)

@@ -22,9 +22,9 @@ from edge_runtime.vision.calibration import Calibration
 from edge_runtime.weights.gguf_file import Float32
 
 if TYPE_CHECKING:
-    from edge_kernels.linear_float import PackedFloatWeight
-    from edge_kernels.linear_int8 import PackedInt8Weight
-    from edge_kernels.rows_int8 import QuantizedRows
+    from edge_kernels.linear.dispatch import PackedFloatWeight
+    from edge_kernels.linear.int8 import PackedInt8Weight
+    from edge_kernels.linear.int8_rows import QuantizedRows
 
     Rows = Float32 | QuantizedRows
     Int64 = npt.NDArray[np.int64]
@@ -50,7 +50,7 @@ def bytes_per_weight(*, exact: bool) -> int:
     """What a weight takes once it is packed, at most."""
     if not exact:
         return 1
-    from edge_kernels.linear_float import BYTES_PER_WEIGHT
+    from edge_kernels.linear.dispatch import BYTES_PER_WEIGHT
 
     return BYTES_PER_WEIGHT
 
@@ -127,7 +127,7 @@ class Arithmetic(Protocol):
         *,
         fine_scores: bool = False,
     ) -> Float32:
-        """Attend within each of several sequences; see `edge_kernels.attention`.
+        """Attend within each of several sequences; see `edge_kernels.attention.float32`.
 
         Parameters
         ----------
@@ -143,7 +143,7 @@ class FloatArithmetic:
 
     def product(self, weights: Weights, after: Affine | None = None) -> Product:
         """Pack a product; the norm before it is complete in itself, and nothing is rounded."""
-        from edge_kernels.linear_float import pack_float_weight
+        from edge_kernels.linear.dispatch import pack_float_weight
 
         return _FloatProduct(pack_float_weight(weights.weight), weights.bias)
 
@@ -170,7 +170,7 @@ class FloatArithmetic:
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
         """Make a layer norm."""
-        from edge_kernels.norm import layer_norm
+        from edge_kernels.rows.norm import layer_norm
 
         return lambda x: layer_norm(x, affine.gain, affine.bias, epsilon)
 
@@ -187,7 +187,7 @@ class FloatArithmetic:
         fine_scores: bool = False,
     ) -> Float32:
         """Attend in float32."""
-        from edge_kernels.attention import attention
+        from edge_kernels.attention.float32 import attention
 
         return attention(q, k, v, heads, scale, q_offsets, kv_offsets)
 
@@ -200,7 +200,7 @@ class Int8Arithmetic(FloatArithmetic):
 
     def product(self, weights: Weights, after: Affine | None = None) -> Product:
         """Quantise and pack a product, with the norm's gain and bias folded in: W(g·n + b) = (W g) n + W b."""
-        from edge_kernels.linear_int8 import pack_weight_int8
+        from edge_kernels.linear.int8 import pack_weight_int8
 
         weight, bias, name = weights.weight, weights.bias, weights.name
         if after is not None:
@@ -213,7 +213,7 @@ class Int8Arithmetic(FloatArithmetic):
 
     def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
         """Pack two products; what passes between them is quantised where it is made, and never there in float32."""
-        from edge_kernels.linear_int8 import linear_int8, linear_int8_quantized, pack_weight_int8
+        from edge_kernels.linear.int8 import linear_int8, linear_int8_quantized, pack_weight_int8
 
         if second.name in self._calibration.in_float:
             return super().mlp(first, second, after)
@@ -231,11 +231,11 @@ class Int8Arithmetic(FloatArithmetic):
 
     def self_attention(self, qkv: Weights, heads: int, scale: float, after: Affine) -> SelfAttention:
         """Pack the product; on AMX it is one with the attention, and what passes between them stays in the cache."""
-        from edge_kernels import attention_bf16
+        from edge_kernels.attention import bf16 as attention_bf16
 
         if not attention_bf16.IS_POSSIBLE:
             return super().self_attention(qkv, heads, scale, after)
-        from edge_kernels.self_attention import pack_heads, self_attention
+        from edge_kernels.attention.qkv_fused import pack_heads, self_attention
 
         packed = pack_heads(qkv.weight, _folded_bias(qkv, after), heads, scale, factor=after.gain)
 
@@ -247,7 +247,7 @@ class Int8Arithmetic(FloatArithmetic):
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
         """Make a layer norm without gain and bias, quantised in the same pass; once for all products that read it."""
-        from edge_kernels.rows_int8 import layer_norm_quantized
+        from edge_kernels.linear.int8_rows import layer_norm_quantized
 
         return lambda x: layer_norm_quantized(x, epsilon)
 
@@ -264,7 +264,8 @@ class Int8Arithmetic(FloatArithmetic):
         fine_scores: bool = False,
     ) -> Float32:
         """Attend in bfloat16 on AMX, in int16 with int32 sums, or in float32 where that is as fast."""
-        from edge_kernels import attention_bf16, attention_int16
+        from edge_kernels.attention import bf16 as attention_bf16
+        from edge_kernels.attention import int16 as attention_int16
 
         arguments = q, k, v, heads, scale, q_offsets, kv_offsets
         if attention_bf16.IS_POSSIBLE:
@@ -288,7 +289,7 @@ class _FloatProduct:
     def __call__(
         self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
     ) -> Float32:
-        from edge_kernels.linear_float import linear_float
+        from edge_kernels.linear.dispatch import linear_float
 
         assert isinstance(x, np.ndarray)
         return linear_float(x, self.weight, self.bias, gelu=gelu, residual=residual, out=out)
@@ -304,8 +305,8 @@ class _Int8Product:
     def __call__(
         self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
     ) -> Float32:
-        from edge_kernels.linear_int8 import linear_int8
-        from edge_kernels.rows_int8 import quantize_rows
+        from edge_kernels.linear.int8 import linear_int8
+        from edge_kernels.linear.int8_rows import quantize_rows
 
         if self.factor is not None:
             assert isinstance(x, np.ndarray)

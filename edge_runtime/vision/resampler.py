@@ -149,7 +149,7 @@ class Resampler:
 
     @cached_property
     def _weights(self) -> _Weights:
-        from edge_kernels.norm import layer_norm
+        from edge_kernels.rows.norm import layer_norm
 
         def weights(name: str, *, with_bias: bool = True) -> Weights:
             name = f"resampler.{name}"

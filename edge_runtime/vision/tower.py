@@ -23,7 +23,7 @@ from edge_runtime.weights.config import SlicingConfig, VisionConfig
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 if TYPE_CHECKING:
-    from edge_kernels.linear_float import PackedFloatWeight
+    from edge_kernels.linear.dispatch import PackedFloatWeight
 
 
 @lru_cache(maxsize=256)
@@ -140,7 +140,7 @@ class VisionTower:
     @cached_property
     def _embedding(self) -> tuple[PackedFloatWeight, Float32]:
         """Patch kernel as a product over flattened patches, and its bias."""
-        from edge_kernels.linear_float import pack_float_weight
+        from edge_kernels.linear.dispatch import pack_float_weight
 
         kernel = self._file.array("v.patch_embd.weight").reshape(self.config.width, -1)
         return pack_float_weight(kernel), self._file.array("v.patch_embd.bias")
@@ -171,8 +171,8 @@ class VisionTower:
         ModelFileError
             When the features are not finite: the weights are damaged.
         """
-        from edge_kernels.norm import layer_norm
-        from edge_kernels.patch_embed import patch_embed
+        from edge_kernels.rows.norm import layer_norm
+        from edge_kernels.rows.patch_embed import patch_embed
 
         config, (kernel, bias) = self.config, self._embedding
         offsets = offsets_of([s.n_patches for s in slices])

@@ -269,8 +269,9 @@ _kernels: list[Any] = []
 def _cache_key() -> str:
     """Digest everything that machine code depends on."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    package = Path(__file__).parent
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
     facts = (
         numba.__version__,
         llvmlite.__version__,
@@ -328,6 +329,18 @@ def cache_directory() -> Path | None:
         fallback,
     )
     return None
+
+
+def is_compiled(module: str) -> bool:
+    """Whether machine code of a module's kernels is kept from an earlier run.
+
+    Parameters
+    ----------
+    module : below this package, as `linear.gguf_blocks`.
+    """
+    room, stem = module.rsplit(".", 1)
+    folder = cache_directory()
+    return folder is not None and any(folder.glob(f"{room}_*/{stem}.*.nbc"))
 
 
 def kernel(function: F) -> F:

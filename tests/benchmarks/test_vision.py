@@ -20,7 +20,7 @@ from benchmarks.harness.pictures import cut, picture, shapes
 from benchmarks.harness.planted import PLANTS, cosines, planted
 from benchmarks.harness.plot import _free_box
 from benchmarks.harness.profiling import Profile, describe, peak_of, summarise
-from edge_kernels import linear_int8
+from edge_kernels.linear import int8 as linear_int8
 from edge_runtime.vision import encoder
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import SlicingConfig, slicing_config

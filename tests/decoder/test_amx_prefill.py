@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import edge_runtime.decoder.decoder as decoding
-from edge_kernels.linear_blocks import IS_POSSIBLE
+from edge_kernels.linear.gguf_blocks import IS_POSSIBLE
 from edge_runtime import Model
 from edge_runtime.cli import terminal as console
 from edge_runtime.decoder import prefill_routing as filling

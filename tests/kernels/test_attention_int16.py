@@ -14,11 +14,13 @@ from llvmlite import ir
 
 from assembly import ARM, X86, assemble, spills
 from edge_kernels import compile as compilation
-from edge_kernels import reference_attention, simd, simd_int16
-from edge_kernels.attention_int16 import GAINS, QUERY_BLOCK, attention_int16
+from edge_kernels.attention.int16 import GAINS, QUERY_BLOCK, attention_int16
 from edge_kernels.compile import set_threads
-from edge_kernels.reference_attention import KEYS_PER_BLOCK, LARGEST_POWER, LARGEST_VALUE, score_limit
-from edge_kernels.simd_int16 import PAIR_NR
+from edge_kernels.reference import attention as reference_attention
+from edge_kernels.reference.attention import KEYS_PER_BLOCK, LARGEST_POWER, LARGEST_VALUE, score_limit
+from edge_kernels.simd import float32 as simd
+from edge_kernels.simd import int16 as simd_int16
+from edge_kernels.simd.int16 import PAIR_NR
 from kernel_checks import U, offsets, random
 
 

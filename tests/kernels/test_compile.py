@@ -20,15 +20,15 @@ PACKAGE = Path(compilation.__file__).parent
 USE_EVERYTHING = textwrap.dedent(
     """
     import numpy as np
-    from edge_kernels.attention import attention
-    from edge_kernels.attention_int16 import attention_int16
+    from edge_kernels.attention.float32 import attention
+    from edge_kernels.attention.int16 import attention_int16
     from edge_kernels.compile import _kernels, cache_statistics
-    from edge_kernels.linear import linear, pack_weight
-    from edge_kernels.linear_int8 import linear_int8, linear_int8_quantized, pack_weight_int8
-    from edge_kernels.simd_amx import HAS_TILES
-    from edge_kernels.rows_int8 import layer_norm_quantized, quantize_rows
-    from edge_kernels.norm import layer_norm
-    from edge_kernels.patch_embed import patch_embed
+    from edge_kernels.linear.float32 import linear, pack_weight
+    from edge_kernels.linear.int8 import linear_int8, linear_int8_quantized, pack_weight_int8
+    from edge_kernels.simd.amx import HAS_TILES
+    from edge_kernels.linear.int8_rows import layer_norm_quantized, quantize_rows
+    from edge_kernels.rows.norm import layer_norm
+    from edge_kernels.rows.patch_embed import patch_embed
 
     assert cache_statistics() == (0, 0), "something was compiled at import"
     for m in (7, 1):
@@ -46,9 +46,9 @@ USE_EVERYTHING = textwrap.dedent(
         linear_int8(layer_norm_quantized(x[:, ::-1], 1e-6), weight, gain, gelu=True, residual=x)
         linear_int8(linear_int8_quantized(quantize_rows(x), weight, factor=gain), weight, residual=x)
         if HAS_TILES:
-            from edge_kernels.attention_bf16 import attention_bf16
-            from edge_kernels.linear_split import linear_split, pack_split
-            from edge_kernels.self_attention import pack_heads, self_attention
+            from edge_kernels.attention.bf16 import attention_bf16
+            from edge_kernels.linear.bf16_split import linear_split, pack_split
+            from edge_kernels.attention.qkv_fused import pack_heads, self_attention
 
             attention_bf16(x, x, x[:, ::-1], 2, 0.5, ends, ends, fine_scores=m > 1)
             heads = pack_heads(np.ones((120, 40), np.float32), np.ones(120, np.float32), 2, 0.5, factor=gain)
@@ -56,9 +56,9 @@ USE_EVERYTHING = textwrap.dedent(
             weight = pack_split(np.ones((40, 40), np.float32))
             linear_split(x, weight)
             linear_split(x[:, ::-1], pack_split(gain[:, None] * gain), gain, gelu=True, residual=x)
-            from edge_kernels.attention_causal import attention_causal
-            from edge_kernels.decoder_rows import norm_and_rotate, rms_norm
-            from edge_kernels.linear_blocks import BLOCK_BYTES, BlockWeight, linear_blocks, pack_gated, pack_rows
+            from edge_kernels.attention.causal import attention_causal
+            from edge_kernels.rows.decoder_rows import norm_and_rotate, rms_norm
+            from edge_kernels.linear.gguf_blocks import BLOCK_BYTES, BlockWeight, linear_blocks, pack_gated, pack_rows
 
             wide, norm = np.ones((m, 256), np.float32), np.ones(256, np.float32)
             norm.flags.writeable = False
@@ -73,7 +73,7 @@ USE_EVERYTHING = textwrap.dedent(
             attention_causal(wide, new, new, 64, past=None if m == 1 else (before, before))
     many, ends = np.ones((400, 40), np.float32), np.array([0, 400])  # several blocks of queries
     attention_int16(many, many, many[:, ::-1], 2, 0.5, ends, ends)
-    TILED = {"edge_kernels.linear_split"}  # `linear` imports it everywhere, and calls it where there are tiles
+    TILED = {"edge_kernels.linear.bf16_split"}  # `linear` imports it everywhere, and calls it where there are tiles
     usable = [kernel for kernel in _kernels if HAS_TILES or kernel.py_func.__module__ not in TILED]
     print(*cache_statistics(), len(usable))
     """

@@ -1,4 +1,4 @@
-"""The int8 family against `edge_kernels.reference`: integers exactly, the float32 part to a few roundings."""
+"""The int8 family against `edge_kernels.reference.operations`: integers exactly, the float32 part to a few roundings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from llvmlite import ir
 
 from assembly import ARM, X86, assemble, spills
 from edge_kernels import compile as compilation
-from edge_kernels import reference, simd, simd_int8
 from edge_kernels.compile import set_threads
-from edge_kernels.linear_int8 import (
+from edge_kernels.linear.int8 import (
     COLUMN_BLOCK,
     K_BLOCK,
     ROW_BLOCK,
@@ -26,8 +25,11 @@ from edge_kernels.linear_int8 import (
     linear_int8_quantized,
     pack_weight_int8,
 )
-from edge_kernels.rows_int8 import ROW_ZERO, QuantizedRows, layer_norm_quantized, quantize_rows
-from edge_kernels.simd_int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, n_cells
+from edge_kernels.linear.int8_rows import ROW_ZERO, QuantizedRows, layer_norm_quantized, quantize_rows
+from edge_kernels.reference import operations as reference
+from edge_kernels.simd import float32 as simd
+from edge_kernels.simd import int8 as simd_int8
+from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, n_cells
 from kernel_checks import U, random
 
 # GELU as in test_operations: 3 U · |x| on either side.
@@ -400,7 +402,7 @@ def test_an_instruction_set_that_is_not_there_is_refused():
         name for name in reversed(compilation.ISAS) if not compilation.ISAS[name] <= compilation.cpu_features()
     )
     for name, reason in ((absent, "this machine lacks"), ("mmx", "there is no such instruction set")):
-        result = run_with(name, "-c", "import edge_kernels.linear_int8")
+        result = run_with(name, "-c", "import edge_kernels.linear.int8")
         assert result.returncode != 0
         assert f"EDGE_RUNTIME_ISA is {name!r}, but {reason}" in result.stderr
         assert "portable" in result.stderr

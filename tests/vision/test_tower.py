@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import golden
-from edge_kernels import reference
+from edge_kernels.reference import operations as reference
 from edge_runtime import Model
 from edge_runtime.vision.resampler import pos2d_table, time_embedding
 from edge_runtime.vision.sine_positions import frequencies

@@ -33,8 +33,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edge_kernels.compile import helper, isa, leaf
-from edge_kernels.simd import _INT, _address, _constant, _floats, _index, _load, _loop, _store, _takes
-from edge_kernels.simd_amx import emit_tile_product
+from edge_kernels.simd.amx import emit_tile_product
+from edge_kernels.simd.float32 import _INT, _address, _constant, _floats, _index, _load, _loop, _store, _takes
 
 
 class DotTile(NamedTuple):

@@ -22,9 +22,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd import _INT, _address, _constant, _gelu, _index, _load, _loop, _store, _takes
-from edge_kernels.simd_amx import ROW_BYTES, ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
-from edge_kernels.simd_bf16 import (
+from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
+from edge_kernels.simd.bf16 import (
     _FLOATS,
     _INTS,
     _SHORT,
@@ -38,6 +37,7 @@ from edge_kernels.simd_bf16 import (
     _start,
     _transposed,
 )
+from edge_kernels.simd.float32 import _INT, _address, _constant, _gelu, _index, _load, _loop, _store, _takes
 
 PARTS = 3
 SPLIT_ROWS = 2 * ROWS

@@ -18,10 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view
-from edge_kernels.linear import result_rows, task_blocks
-from edge_kernels.simd import take_ticket
-from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
-from edge_kernels.simd_split import PARTS, SPLIT_ROWS, STEP, TILE, finish_tile, split_outputs, split_rows, split_tile
+from edge_kernels.linear.float32 import result_rows, task_blocks
+from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
+from edge_kernels.simd.bf16_split import (
+    PARTS,
+    SPLIT_ROWS,
+    STEP,
+    TILE,
+    finish_tile,
+    split_outputs,
+    split_rows,
+    split_tile,
+)
+from edge_kernels.simd.float32 import take_ticket
 
 Float32 = NDArray[np.float32]
 Int16 = NDArray[np.int16]

@@ -22,8 +22,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd import _FLOAT, _INT, _address, _constant, _index, _load, _loop, _multiply_add, _store, _takes
-from edge_kernels.simd_amx import (
+from edge_kernels.simd.amx import (
     ROW_BYTES,
     ROWS,
     TILE_BYTES,
@@ -33,7 +32,7 @@ from edge_kernels.simd_amx import (
     store_tile,
     zero_tile,
 )
-from edge_kernels.simd_bf16 import (
+from edge_kernels.simd.bf16 import (
     _FLOATS,
     _INTS,
     _SHORT,
@@ -45,6 +44,18 @@ from edge_kernels.simd_bf16 import (
     _splat,
     _start,
     _transposed,
+)
+from edge_kernels.simd.float32 import (
+    _FLOAT,
+    _INT,
+    _address,
+    _constant,
+    _index,
+    _load,
+    _loop,
+    _multiply_add,
+    _store,
+    _takes,
 )
 
 SIDE = 2 * ROWS

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import helper, kernel, parallel_region, rows_view
-from edge_kernels.reference_attention import KEYS_PER_BLOCK, LARGEST_VALUE, score_limit
-from edge_kernels.simd import take_ticket
-from edge_kernels.simd_int16 import (
+from edge_kernels.reference.attention import KEYS_PER_BLOCK, LARGEST_VALUE, score_limit
+from edge_kernels.simd.float32 import take_ticket
+from edge_kernels.simd.int16 import (
     BLOCK_MAXIMUM,
     LOWEST,
     MAXIMUM,

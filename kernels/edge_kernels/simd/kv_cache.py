@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from edge_kernels.simd import _INT, _address, _constant, _exp2, _index, _larger, _load, _loop, _store, _takes
-from edge_kernels.simd_amx import ROW_BYTES, ROWS
-from edge_kernels.simd_bf16 import _FLOATS, _INTS, _SHORT, _SHORTS, LANES, _rounded_bits, _start, _transposed
-from edge_kernels.simd_blocks import STEP, STEP_ELEMENTS
+from edge_kernels.simd.amx import ROW_BYTES, ROWS
+from edge_kernels.simd.bf16 import _FLOATS, _INTS, _SHORT, _SHORTS, LANES, _rounded_bits, _start, _transposed
+from edge_kernels.simd.float32 import _INT, _address, _constant, _exp2, _index, _larger, _load, _loop, _store, _takes
+from edge_kernels.simd.gguf_blocks import STEP, STEP_ELEMENTS
 
 _UPPER = ~0xFFFF
 _HALVES = ir.VectorType(ir.HalfType(), LANES)

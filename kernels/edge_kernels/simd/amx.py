@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edge_kernels.compile import isa
-from edge_kernels.simd import _INT, _address, _index, _loop
+from edge_kernels.simd.float32 import _INT, _address, _index, _loop
 
 HAS_TILES = isa() == "amx"
 

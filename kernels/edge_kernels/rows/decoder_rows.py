@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import kernel, parallel_region, vector_view
-from edge_kernels.simd import sum_squares_row, take_ticket
+from edge_kernels.simd.float32 import sum_squares_row, take_ticket
 
 Float32 = NDArray[np.float32]
 

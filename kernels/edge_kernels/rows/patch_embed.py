@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.linear_float import PackedFloatWeight, linear_float
+from edge_kernels.linear.dispatch import PackedFloatWeight, linear_float
 
 Float32 = NDArray[np.float32]
 

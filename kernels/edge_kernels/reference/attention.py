@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.reference import linear_int8
+from edge_kernels.reference.operations import linear_int8
 
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]

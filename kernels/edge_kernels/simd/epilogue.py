@@ -15,7 +15,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edge_kernels.simd import (
+from edge_kernels.simd.float32 import (
     _FLOAT,
     _INT,
     _VECTOR,
@@ -33,7 +33,7 @@ from edge_kernels.simd import (
     _store,
     _takes,
 )
-from edge_kernels.simd_int8 import DOT_NR, DOT_TILE
+from edge_kernels.simd.int8 import DOT_NR, DOT_TILE
 
 # 1.5 · 2^23: adding it rounds to an integer (halves to even), which is then in the low bits.
 _ROUND = 12582912.0

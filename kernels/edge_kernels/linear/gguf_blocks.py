@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view
-from edge_kernels.linear import result_rows
-from edge_kernels.simd import exp2, take_ticket
-from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles, keep_awake
-from edge_kernels.simd_blocks import (
+from edge_kernels.linear.float32 import result_rows
+from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles, keep_awake
+from edge_kernels.simd.float32 import exp2, take_ticket
+from edge_kernels.simd.gguf_blocks import (
     NUMBERS,
     SIDE,
     STEP,

@@ -24,8 +24,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from edge_kernels.compile import isa
-from edge_kernels.reference_attention import LARGEST_POWER
-from edge_kernels.simd import (
+from edge_kernels.reference.attention import LARGEST_POWER
+from edge_kernels.simd.epilogue import _ROUND
+from edge_kernels.simd.float32 import (
     _FLOAT,
     _INT,
     _ROUND_TO_EXPONENT,
@@ -45,8 +46,7 @@ from edge_kernels.simd import (
     _store,
     _takes,
 )
-from edge_kernels.simd_int8 import _SHORT, _call, _pairs, _repeat
-from edge_kernels.simd_rows import _ROUND
+from edge_kernels.simd.int8 import _SHORT, _call, _pairs, _repeat
 
 
 class PairTile(NamedTuple):

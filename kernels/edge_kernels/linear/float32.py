@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import aligned_empty, helper, kernel, leaf, parallel_region, rows_view
-from edge_kernels.simd import MR, NR, gelu, product_tile, take_ticket
+from edge_kernels.simd.float32 import MR, NR, gelu, product_tile, take_ticket
 
 Float32 = NDArray[np.float32]
 

@@ -21,7 +21,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd import (
+from edge_kernels.simd.amx import ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
+from edge_kernels.simd.float32 import (
     _FLOAT,
     _INT,
     _ROUND_TO_EXPONENT,
@@ -36,7 +37,6 @@ from edge_kernels.simd import (
     _store,
     _takes,
 )
-from edge_kernels.simd_amx import ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
 
 LANES = 16
 TILE_WORDS = TILE_BYTES // 4

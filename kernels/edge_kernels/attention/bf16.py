@@ -21,9 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import aligned, helper, kernel, leaf, parallel_region, rows_view
-from edge_kernels.simd import take_ticket
-from edge_kernels.simd_amx import HAS_TILES, begin_tiles, end_tiles
-from edge_kernels.simd_bf16 import (
+from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
+from edge_kernels.simd.bf16 import (
     LANES,
     TILE_WORDS,
     as_bf16,
@@ -36,6 +35,7 @@ from edge_kernels.simd_bf16 import (
     transpose_words,
     value_tiles,
 )
+from edge_kernels.simd.float32 import take_ticket
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

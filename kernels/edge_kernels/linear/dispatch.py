@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels import linear_split as split
-from edge_kernels.linear import PackedWeight, linear, pack_weight
-from edge_kernels.linear_split import SplitWeight, linear_split, pack_split
+from edge_kernels.linear import bf16_split as split
+from edge_kernels.linear.bf16_split import SplitWeight, linear_split, pack_split
+from edge_kernels.linear.float32 import PackedWeight, linear, pack_weight
 
 Float32 = NDArray[np.float32]
 PackedFloatWeight = PackedWeight | SplitWeight
