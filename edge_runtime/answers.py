@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edge_runtime.engine.engine import Running
-from edge_runtime.engine.request import Event, Finished, FinishReason, Progress
+from edge_runtime.engine.events import Event, Finished, FinishReason, Progress
 from edge_runtime.errors import MessageError, RequestCancelled
 from edge_runtime.generation.grounding import Region, find_regions
 from edge_runtime.generation.logprobs import TokenLogprobs

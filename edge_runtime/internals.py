@@ -12,7 +12,7 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.embedding import embed
 from edge_runtime.decoder.trace import Trace, trace
 from edge_runtime.engine.engine import Engine
-from edge_runtime.engine.request import Activity
+from edge_runtime.engine.events import Activity
 from edge_runtime.inputs.image import ImageSource, load_image
 from edge_runtime.inputs.slice_groups import Group
 from edge_runtime.inputs.slicing import Slice, check_plan, plan_slices, slice_image

@@ -13,7 +13,8 @@ from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, 
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cache.shared_prefixes import Beginnings
 from edge_runtime.engine.engine import Engine
-from edge_runtime.engine.request import Finished, Request
+from edge_runtime.engine.events import Finished
+from edge_runtime.engine.request import Request
 from edge_runtime.errors import MessageError
 from edge_runtime.generation.logprobs import TokenLogprobs, describe, describe_prompt
 from edge_runtime.generation.sampling import MAX_NEW_TOKENS, choose_options

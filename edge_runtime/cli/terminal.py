@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge_runtime.answers import Answer
-    from edge_runtime.engine.request import Progress
+    from edge_runtime.engine.events import Progress
     from edge_runtime.inputs.messages import VideoPart
     from edge_runtime.model import Model
 

@@ -11,7 +11,7 @@ from edge_runtime.decoder.embedding import embed
 from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.decoder.sequence_chunk import Part
 from edge_runtime.engine.batch_width import CallWidth
-from edge_runtime.engine.request import Task
+from edge_runtime.engine.task import Task
 from edge_runtime.weights.gguf_file import Float32
 
 TURN_S = 0.25

@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 
 from edge_runtime.cache.caches import Keeping
 from edge_runtime.decoder.decoder import Decoder
-from edge_runtime.engine.request import Activity, Event, EventQueue, Expected, Request, Task
+from edge_runtime.engine.events import Activity, Event, EventQueue
+from edge_runtime.engine.request import Request
 from edge_runtime.engine.scheduler import Scheduler
+from edge_runtime.engine.task import Expected, Task
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
 from edge_runtime.generation.sampling import SamplingOptions
 from edge_runtime.prompt.build import Prompt

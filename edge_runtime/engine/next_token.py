@@ -7,7 +7,8 @@ reader, keys for the next call, and the reason when it has ended. Knows nothing 
 from __future__ import annotations
 
 from edge_runtime.decoder.decoder import Decoder
-from edge_runtime.engine.request import FinishReason, Task
+from edge_runtime.engine.events import FinishReason
+from edge_runtime.engine.task import Task
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation.sampling import Sampler, is_finite
 from edge_runtime.inputs.messages import THINK_END

@@ -25,9 +25,10 @@ from edge_runtime.decoder.decoder import ROWS_AT_A_TIME, Decoder, common_beginni
 from edge_runtime.decoder.kv_rows import UnknownState
 from edge_runtime.decoder.sequence_chunk import CacheFull, Cancelled
 from edge_runtime.engine.call_plan import CallPlanner
+from edge_runtime.engine.events import Activity, FinishReason
 from edge_runtime.engine.next_token import go_on, hand_over
-from edge_runtime.engine.request import Activity, Expected, FinishReason, Task, is_worth_leaving
 from edge_runtime.engine.slice_batches import await_frames, next_batch, release
+from edge_runtime.engine.task import Expected, Task, is_worth_leaving
 from edge_runtime.errors import ModelFileError
 from edge_runtime.inputs.slice_groups import LoadedGroup
 from edge_runtime.prompt.tokenizer import Tokenizer

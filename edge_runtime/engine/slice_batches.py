@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-from edge_runtime.engine.request import Task
+from edge_runtime.engine.task import Task
 from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup, n_patches
 
 GROUPS_AHEAD = 2

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
-from edge_runtime.engine.request import Progress
+from edge_runtime.engine.events import Progress
 from edge_runtime.errors import MessageError
 from edge_runtime.generation.sampling import MAX_NEW_TOKENS
 from edge_runtime.generation.text_stream import Piece

@@ -15,7 +15,8 @@ from edge_runtime import EdgeRuntimeError, MessageError, Model
 from edge_runtime.cache.caches import usual_folder
 from edge_runtime.cache.disk import DiskCache, usable_folder
 from edge_runtime.cache.prefixes import SavedPrefixes
-from edge_runtime.engine.request import Request, Task
+from edge_runtime.engine.request import Request
+from edge_runtime.engine.task import Task
 from edge_runtime.generation.sampling import SamplingOptions
 from edge_runtime.loading.load import LoadOptions
 from edge_runtime.prompt.build import Prompt

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from edge_runtime import EdgeRuntimeError, MessageError, Model, ModelFileError, PromptTooLongError
-from edge_runtime.engine.request import Progress
+from edge_runtime.engine.events import Progress
 from prompt.test_build import CHATS, case_of
 from tolerances import LOGITS
 

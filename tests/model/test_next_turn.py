@@ -12,7 +12,7 @@ import pytest
 from edge_runtime import Model
 from edge_runtime.decoder.sequence_chunk import Cancelled, Part
 from edge_runtime.engine import call_plan
-from edge_runtime.engine.request import is_worth_leaving
+from edge_runtime.engine.task import is_worth_leaving
 from edge_runtime.next_turn import next_beginning
 
 QUESTIONS = ("What is shown here?", "And what is behind it?")
@@ -175,7 +175,7 @@ def sized(*parts: tuple[int, bool]):
 )
 def test_a_call_is_left_when_that_is_sooner_for_the_others(monkeypatch, parts, passed, expected):
     n_rows = sum(n for n, _ in parts)
-    monkeypatch.setattr("edge_runtime.engine.request.time.perf_counter", lambda: 10 + passed * n_rows * 0.01)
+    monkeypatch.setattr("edge_runtime.engine.task.time.perf_counter", lambda: 10 + passed * n_rows * 0.01)
     assert is_worth_leaving(*sized(*parts), started=10, row_s=0.01) is expected
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 from edge_runtime.answers import Answer, AnswerStream
-from edge_runtime.engine.request import Event, EventQueue, Finished
+from edge_runtime.engine.events import Event, EventQueue, Finished
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store.find import find_model

@@ -11,7 +11,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from edge_runtime.engine.request import Progress
+from edge_runtime.engine.events import Progress
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.inference import Answering
 from edge_runtime.server.openai.chunks import Telling

@@ -12,7 +12,7 @@ import httpx
 import ollama
 import pytest
 
-from edge_runtime.engine.request import Progress
+from edge_runtime.engine.events import Progress
 from edge_runtime.errors import EngineBusy, ImageError, MessageError, PromptTooLongError
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.inputs.workers.pool import ClientsDecoders

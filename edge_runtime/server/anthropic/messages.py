@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from edge_runtime.answers import Answer
-from edge_runtime.engine.request import Progress
+from edge_runtime.engine.events import Progress
 from edge_runtime.server import sse
 from edge_runtime.server.anthropic.replies import (
     AnthropicErrorReply,

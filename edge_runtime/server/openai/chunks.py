@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Protocol
 
 from edge_runtime.answers import Answer
-from edge_runtime.engine.request import Progress
+from edge_runtime.engine.events import Progress
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server import sse
 from edge_runtime.server.errors import RequestError

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime.answers import Answer
-from edge_runtime.engine.request import Progress
+from edge_runtime.engine.events import Progress
 from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.openai.replies import timings

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from edge_runtime.answers import Answer
-from edge_runtime.engine.request import FinishReason as EngineReason
+from edge_runtime.engine.events import FinishReason as EngineReason
 from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.openai import reply_types as shapes
