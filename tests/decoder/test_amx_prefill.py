@@ -18,7 +18,7 @@ import pytest
 import edge_runtime.decoder.decoder as decoding
 from edge_kernels.linear.gguf_blocks import IS_POSSIBLE
 from edge_runtime import Model
-from edge_runtime.cli import terminal as console
+from edge_runtime.cli.terminal import first_compile
 from edge_runtime.decoder import prefill_routing as filling
 from edge_runtime.decoder.amx_prefill import Stretch, can_fill
 from edge_runtime.decoder.decoder import Decoder
@@ -392,20 +392,17 @@ def test_what_is_copied_is_reckoned_with(own: str, monkeypatch: pytest.MonkeyPat
     assert with_own - reckon(file, encoder, 1024, exact=False).compute == copied - 1000
 
 
-def test_compiling_is_announced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+def test_compiling_is_announced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("edge_kernels.compile.cache_directory", lambda: tmp_path)
-
-    def told(**what: bool) -> str:
-        console.note_first_compile(**what)
-        return capsys.readouterr().err
-
-    assert told(pictures=False, prompts=False) == ""
-    assert "First picture" in told(pictures=True, prompts=False)
-    assert "First prompt" in told(pictures=False, prompts=True)
-    (tmp_path / "linear_blocks._linear-1.py311.1.nbc").touch()
-    assert "First picture" in told(pictures=True, prompts=True)
-    (tmp_path / "linear_int8._linear-1.py311.1.nbc").touch()
-    assert told(pictures=True, prompts=True) == ""
+    picture, prompt = first_compile(pictures=True, prompts=True)
+    assert "First picture" in picture
+    assert "First prompt" in prompt
+    assert first_compile(pictures=False, prompts=False) == []
+    for room, kernel in (("linear", "gguf_blocks._linear"), ("rows", "patch_embed._patch_embed")):
+        assert first_compile(pictures=True, prompts=True)
+        (tmp_path / f"{room}_a1b2").mkdir()  # as numba names a folder of sources
+        (tmp_path / f"{room}_a1b2" / f"{kernel}-1.py311.1.nbc").touch()
+    assert first_compile(pictures=True, prompts=True) == []
 
 
 def resident_pages(region: Region) -> int:
