@@ -59,9 +59,8 @@ def answer(
     except BaseException:
         progress.clear()
         raise
-    for text in first_compile(
-        pictures=pictures, prompts=model.fills_itself
-    ):  # files that are refused compile nothing
+    # Not before: files that are refused compile nothing.
+    for text in first_compile(pictures=pictures, prompts=model.fills_itself):
         progress.clear()
         note(text)
     stream.on_progress = progress.on_event
