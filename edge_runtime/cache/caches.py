@@ -69,7 +69,7 @@ class Keeping:
         MessageError
             When the folder cannot be written to.
         """
-        from edge_kernels.compile import isa
+        from edge_kernels.machine import isa
 
         disk = DiskCache(folder, limit_bytes)
         arithmetic = f"{__version__} exact={exact} {isa()} ".encode()

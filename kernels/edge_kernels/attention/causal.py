@@ -14,7 +14,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, vector_view
+from edge_kernels.arrays import aligned, aligned_empty, vector_view
+from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.float32 import result_rows
 from edge_kernels.linear.gguf_blocks import LOG2_E
 from edge_kernels.simd.amx import begin_tiles, end_tiles
@@ -31,6 +32,7 @@ from edge_kernels.simd.gguf_blocks import (
     pack_pairs,
 )
 from edge_kernels.simd.kv_cache import softmax_pairs, split_key, turn_values
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Halves = NDArray[np.uint16]

@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import isa
+from edge_kernels.machine import isa
 from edge_kernels.simd.float32 import _INT, _address, _index, _loop
 
 HAS_TILES = isa() == "amx"

@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import isa
+from edge_kernels.machine import isa
 
 
 class Tile(NamedTuple):

@@ -8,7 +8,7 @@ outputs as rows, and are turned round when they are written.
     rows      [step of 32 k][half of 32 rows][16 pairs][16 rows][2]   bfloat16
     sums      [32 outputs][32 rows]                                   float32
 
-What a block holds: ggml's `ggml-common.h` and `dequantize_row_*`; `edge_runtime.weights.blocks` has the same in NumPy.
+What a block holds: ggml's `ggml-common.h` and `dequantize_row_*`; `reference.decoder` has the same in NumPy.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"

@@ -23,7 +23,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edge_kernels.compile import isa
+from edge_kernels.machine import isa
 from edge_kernels.reference.attention import LARGEST_POWER
 from edge_kernels.simd.epilogue import _ROUND
 from edge_kernels.simd.float32 import (

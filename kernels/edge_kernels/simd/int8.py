@@ -32,7 +32,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import helper, isa, leaf
+from edge_kernels.compile import helper, leaf
+from edge_kernels.machine import isa
 from edge_kernels.simd.amx import emit_tile_product
 from edge_kernels.simd.float32 import _INT, _address, _constant, _floats, _index, _load, _loop, _store, _takes
 
