@@ -367,7 +367,7 @@ def assembly(name, triple, features):
     builder = ir.IRBuilder(function.append_basic_block())
     matrix, row_stride, cell_stride, panel, cells, out = function.args
     starts = [builder.gep(matrix, [builder.mul(row_stride, ir.Constant(index, i))]) for i in range(tile.rows)]
-    for s, sums in enumerate(simd_int16._pair_sums(builder, tile, starts, cell_stride, panel, cells)):
+    for s, sums in enumerate(simd_int16.emit_pair_sums(builder, tile, starts, cell_stride, panel, cells)):
         address = builder.gep(out, [ir.Constant(index, s * tile.width)])
         builder.store(sums, builder.bitcast(address, sums.type.as_pointer())).align = 4
     builder.ret_void()

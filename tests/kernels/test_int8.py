@@ -358,7 +358,7 @@ def assembly(name, triple, features):
     pointer, index = ir.IntType(8).as_pointer(), ir.IntType(64)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, pointer, index, pointer, index]), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    simd_int8._dot_tile(builder, tile, *function.args)
+    simd_int8.emit_dot_tile(builder, tile, *function.args)
     builder.ret_void()
     return assemble(module, triple, features)
 

@@ -36,7 +36,7 @@ from edge_kernels.simd.bf16 import (
     transpose_words,
     value_tiles,
 )
-from edge_kernels.simd.float32 import take_ticket
+from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]

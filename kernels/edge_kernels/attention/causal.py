@@ -20,7 +20,6 @@ from edge_kernels.linear.float32 import result_rows
 from edge_kernels.linear.gguf_blocks import LOG2_E
 from edge_kernels.simd.amx import begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import as_bf16
-from edge_kernels.simd.float32 import take_ticket
 from edge_kernels.simd.gguf_blocks import (
     SIDE,
     STEP,
@@ -31,6 +30,7 @@ from edge_kernels.simd.gguf_blocks import (
     finish_turned,
     pack_pairs,
 )
+from edge_kernels.simd.ir import take_ticket
 from edge_kernels.simd.kv_cache import softmax_pairs, split_key, turn_values
 from edge_kernels.threads import parallel_region
 

@@ -26,8 +26,8 @@ from edge_kernels.linear.int8_rows import QuantizedRows
 from edge_kernels.simd.amx import begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import LANES, TILE_WORDS, transpose_rounded, transpose_words
 from edge_kernels.simd.epilogue import scale_tile
-from edge_kernels.simd.float32 import take_ticket
 from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, dot_tile, n_cells
+from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]

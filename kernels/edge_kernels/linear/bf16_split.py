@@ -31,7 +31,7 @@ from edge_kernels.simd.bf16_split import (
     split_rows,
     split_tile,
 )
-from edge_kernels.simd.float32 import take_ticket
+from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]

@@ -24,7 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edge_kernels.machine import isa
-from edge_kernels.simd.float32 import _INT, _address, _index, _loop
+from edge_kernels.simd.ir import BYTE, INT, address_of, call, index, loop
 
 HAS_TILES = isa() == "amx"
 
@@ -32,8 +32,7 @@ ROWS = 16  # of a tile register
 ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
 
-_BYTE = ir.IntType(8)
-_POINTER = _BYTE.as_pointer()
+_POINTER = BYTE.as_pointer()
 
 # Intel's manual, "ldtilecfg": palette 1; bytes per row as 16-bit numbers from byte 16, rows from byte 48.
 _CONFIGURATION = bytearray(64)
@@ -44,12 +43,11 @@ for _register in range(8):
 
 
 def _call(builder: ir.IRBuilder, name: str, arguments: Sequence[ir.Value]) -> None:
-    function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}"), arguments)
+    call(builder, f"llvm.x86.{name}", ir.VoidType(), arguments)
 
 
 def _register_number(number: int) -> ir.Constant:
-    return ir.Constant(_BYTE, number)
+    return ir.Constant(BYTE, number)
 
 
 def zero_tile(builder: ir.IRBuilder, register: int) -> None:
@@ -60,13 +58,13 @@ def zero_tile(builder: ir.IRBuilder, register: int) -> None:
 def load_tile(builder: ir.IRBuilder, register: int, address: ir.Value, stride: int = ROW_BYTES) -> None:
     """Emit the load of a register; `stride` is the distance of its rows in bytes."""
     pointer = builder.bitcast(address, _POINTER)
-    _call(builder, "tileloadd64", [_register_number(register), pointer, _index(stride)])
+    _call(builder, "tileloadd64", [_register_number(register), pointer, index(stride)])
 
 
 def store_tile(builder: ir.IRBuilder, register: int, address: ir.Value, stride: int = ROW_BYTES) -> None:
     """Emit the store of a register."""
     pointer = builder.bitcast(address, _POINTER)
-    _call(builder, "tilestored64", [_register_number(register), pointer, _index(stride)])
+    _call(builder, "tilestored64", [_register_number(register), pointer, index(stride)])
 
 
 def multiply_tiles(builder: ir.IRBuilder, instruction: str, sums: int, a: int, b: int) -> None:
@@ -76,9 +74,8 @@ def multiply_tiles(builder: ir.IRBuilder, instruction: str, sums: int, a: int, b
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value, cache: int) -> None:
     """Emit a request for a line, into the first or second cache; an address that is not there is no error."""
-    function_type = ir.FunctionType(ir.VoidType(), [_POINTER, _INT, _INT, _INT])
-    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(address, _POINTER), _INT(0), _INT(4 - cache), _INT(1)])
+    arguments = [builder.bitcast(address, _POINTER), INT(0), INT(4 - cache), INT(1)]  # to read; how near; data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
 
 def emit_tile_product(
@@ -89,11 +86,11 @@ def emit_tile_product(
     Rows lie [step][row][64], weights [step][half of the outputs][cell][output][4], sums [row][32].
     """
     places = [
-        _address(builder, c, _index((half * ROWS * 2 * ROW_BYTES) + part * ROW_BYTES), element=_BYTE)
+        address_of(builder, c, index((half * ROWS * 2 * ROW_BYTES) + part * ROW_BYTES), element=BYTE)
         for half in range(2)
         for part in range(2)
     ]
-    with builder.if_else(builder.icmp_signed("!=", accumulate, _index(0))) as (then, otherwise):
+    with builder.if_else(builder.icmp_signed("!=", accumulate, index(0))) as (then, otherwise):
         with then:
             for register, place in enumerate(places):
                 load_tile(builder, register, place, 2 * ROW_BYTES)
@@ -102,21 +99,21 @@ def emit_tile_product(
                 zero_tile(builder, register)
 
     def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        start = builder.mul(i, _index(TILE_BYTES * 2 // ROWS))
-        rows, outputs = (_address(builder, panel, start, element=_BYTE) for panel in (a, b))
+        start = builder.mul(i, index(TILE_BYTES * 2 // ROWS))
+        rows, outputs = (address_of(builder, panel, start, element=BYTE) for panel in (a, b))
         load_tile(builder, 4, rows)
         load_tile(builder, 6, outputs)
-        load_tile(builder, 7, _address(builder, outputs, _index(TILE_BYTES), element=_BYTE))
-        load_tile(builder, 5, _address(builder, rows, _index(TILE_BYTES), element=_BYTE))
+        load_tile(builder, 7, address_of(builder, outputs, index(TILE_BYTES), element=BYTE))
+        load_tile(builder, 5, address_of(builder, rows, index(TILE_BYTES), element=BYTE))
         for register in range(4):
             multiply_tiles(builder, "tdpbssd", register, 4 + register // 2, 6 + register % 2)
             # The next step's rows, while this one is multiplied: outputs are in the first cache, rows in the second.
             for line in range(register * 8, register * 8 + 8):
-                ahead = _index(2 * TILE_BYTES + line * ROW_BYTES)
-                prefetch(builder, _address(builder, rows, ahead, element=_BYTE), cache=1)
+                ahead = index(2 * TILE_BYTES + line * ROW_BYTES)
+                prefetch(builder, address_of(builder, rows, ahead, element=BYTE), cache=1)
         return []
 
-    _loop(builder, _index(0), cells, ROWS, [], step)
+    loop(builder, index(0), cells, ROWS, [], step)
     for register, place in enumerate(places):
         store_tile(builder, register, place, 2 * ROW_BYTES)
 
@@ -131,7 +128,7 @@ def begin_tiles(typing_context):
     def generate(context, builder, signature, args):
         if HAS_TILES:
             configuration = cgutils.global_constant(
-                builder, "edge_kernels.tiles", ir.Constant(ir.ArrayType(_BYTE, 64), _CONFIGURATION)
+                builder, "edge_kernels.tiles", ir.Constant(ir.ArrayType(BYTE, 64), _CONFIGURATION)
             )
             _call(builder, "ldtilecfg", [builder.bitcast(configuration, _POINTER)])
         return context.get_dummy_value()
