@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
+from edge_kernels.simd.amx import TILE_BYTES, Sums, emit_square
 from edge_kernels.simd.float32 import ROUND_TO_EXPONENT
 from edge_kernels.simd.ir import (
     BIT,
@@ -194,6 +194,20 @@ def transpose_rounded(typing_context, x, offset, stride, out, out_offset):
     return signature_of(x, offset, stride, out, out_offset), generate
 
 
+def _panels(builder: ir.IRBuilder, start: ir.Value, panel: ir.Value) -> Sums:
+    """Place a square of sums in two panels of 16 columns, `panel` elements apart: tiles 0 and 2 in the first.
+
+    start → [32 rows][16]      start + panel → [32 rows][16]
+             0                                   1               rows 0 to 15
+             2                                   3               rows 16 to 31
+    """
+    places = {}
+    for register in range(4):
+        at = address_of(builder, start, index(register // 2 * TILE_WORDS))
+        places[register] = address_of(builder, at, panel) if register % 2 else at
+    return Sums(places)
+
+
 @intrinsic
 def score_tiles(typing_context, keys, keys_offset, queries, queries_offset, steps, scores, scores_offset, panel):
     """Multiply 32 keys with 32 queries.
@@ -206,25 +220,17 @@ def score_tiles(typing_context, keys, keys_offset, queries, queries_offset, step
         keys, queries, scores = elements_at(context, builder, signature, args, (0, 2, 5))
         steps, panel = args[4], args[7]
         half = builder.mul(steps, index(TILE_WORDS))
-        for register in range(4):
-            zero_tile(builder, register)
 
-        def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        def operands(i: ir.Value) -> dict[int, ir.Value]:
             at = builder.mul(i, index(TILE_WORDS))
-            load_tile(builder, 4, address_of(builder, keys, at, element=INT))
-            load_tile(builder, 6, address_of(builder, queries, at, element=INT))
-            load_tile(builder, 7, address_of(builder, queries, at, half, element=INT))
-            load_tile(builder, 5, address_of(builder, keys, at, half, element=INT))
-            for register in range(4):
-                multiply_tiles(builder, "tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
-            return []
+            return {
+                4: address_of(builder, keys, at, element=INT),
+                6: address_of(builder, queries, at, element=INT),
+                7: address_of(builder, queries, at, half, element=INT),
+                5: address_of(builder, keys, at, half, element=INT),
+            }
 
-        loop(builder, index(0), steps, 1, [], step)
-        for register in range(4):
-            at = address_of(builder, scores, index(register // 2 * TILE_WORDS))
-            if register % 2:
-                at = address_of(builder, at, panel)
-            store_tile(builder, register, at)
+        emit_square(builder, "tdpbf16ps", steps, operands, _panels(builder, scores, panel))
         return context.get_dummy_value()
 
     return signature_of(keys, keys_offset, queries, queries_offset, steps, scores, scores_offset, panel), generate
@@ -323,32 +329,18 @@ def value_tiles(
     def generate(context, builder, signature, args):
         values, powers, out = elements_at(context, builder, signature, args, (0, 3, 7))
         stride, panel, steps, out_panel = args[2], args[5], args[6], args[9]
-        places = []
-        for register in range(4):
-            at = address_of(builder, out, index(register // 2 * ROWS * LANES))
-            places.append(address_of(builder, at, out_panel) if register % 2 else at)
-        with builder.if_else(builder.icmp_signed("!=", args[10], index(0))) as (then, otherwise):
-            with then:
-                for register, place in enumerate(places):
-                    load_tile(builder, register, place)
-            with otherwise:
-                for register in range(4):
-                    zero_tile(builder, register)
 
-        def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        def operands(i: ir.Value) -> dict[int, ir.Value]:
             value = address_of(builder, values, builder.mul(i, stride), element=INT)
             power = address_of(builder, powers, builder.mul(i, index(TILE_WORDS)), element=INT)
-            load_tile(builder, 4, value)
-            load_tile(builder, 6, power)
-            load_tile(builder, 7, address_of(builder, power, panel, element=INT))
-            load_tile(builder, 5, address_of(builder, value, index(TILE_WORDS), element=INT))
-            for register in range(4):
-                multiply_tiles(builder, "tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
-            return []
+            return {
+                4: value,
+                6: power,
+                7: address_of(builder, power, panel, element=INT),
+                5: address_of(builder, value, index(TILE_WORDS), element=INT),
+            }
 
-        loop(builder, index(0), steps, 1, [], step)
-        for register, place in enumerate(places):
-            store_tile(builder, register, place)
+        emit_square(builder, "tdpbf16ps", steps, operands, _panels(builder, out, out_panel), add=args[10])
         return context.get_dummy_value()
 
     return signature_of(

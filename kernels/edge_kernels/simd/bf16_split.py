@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
+from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, Sums, load_tile, multiply_square, store_sums, zero_sums
 from edge_kernels.simd.bf16 import (
     FLOATS,
     INTS,
@@ -70,8 +70,7 @@ def _multiply_parts(
                 at = address_of(builder, start, index((2 * pair[side] + half) * TILE), element=SHORT)
                 load_tile(builder, 4 + 2 * side + half, at)
         before = pair
-        for register in range(4):
-            multiply_tiles(builder, "tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
+        multiply_square(builder, "tdpbf16ps")
 
 
 @intrinsic
@@ -142,8 +141,7 @@ def split_tile(
     def generate(context, builder, signature, args):
         rows, weight, block, sums = elements_at(context, builder, signature, args, (0, 2, 6, 8))
         parts, steps, add = args[4], args[5], args[10]
-        for register in range(4):
-            zero_tile(builder, register)
+        zero_sums(builder)
 
         def multiply(n_parts: int) -> None:
             def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
@@ -160,16 +158,16 @@ def split_tile(
             with otherwise:
                 multiply(PARTS - 1)
 
-        def store_sums(to: ir.Value) -> None:
-            for register in range(4):
-                at = register // 2 * ROWS * SPLIT_ROWS + register % 2 * ROWS
-                store_tile(builder, register, address_of(builder, to, index(at)), 4 * SPLIT_ROWS)
+        def square(start: ir.Value) -> Sums:
+            at = (register // 2 * ROWS * SPLIT_ROWS + register % 2 * ROWS for register in range(4))
+            places = {register: address_of(builder, start, index(offset)) for register, offset in enumerate(at)}
+            return Sums(places, 4 * SPLIT_ROWS)
 
         with builder.if_else(builder.icmp_signed("==", add, index(0))) as (then, otherwise):
             with then:
-                store_sums(sums)
+                store_sums(builder, square(sums))
             with otherwise:
-                store_sums(block)
+                store_sums(builder, square(block))
 
                 def more(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
                     for first in range(0, 4 * LANES, LANES):

@@ -21,16 +21,7 @@ from collections.abc import Sequence
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import (
-    ROW_BYTES,
-    ROWS,
-    TILE_BYTES,
-    load_tile,
-    multiply_tiles,
-    prefetch,
-    store_tile,
-    zero_tile,
-)
+from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, Sums, emit_square, prefetch
 from edge_kernels.simd.bf16 import (
     FLOATS,
     INTS,
@@ -52,7 +43,6 @@ from edge_kernels.simd.ir import (
     elements_at,
     index,
     load,
-    loop,
     multiply_add,
     signature_of,
     splat,
@@ -325,32 +315,21 @@ def _multiplier(row_tiles):
         def generate(context, builder, signature, args):
             weight, rows, sums = elements_at(context, builder, signature, args, (0, 2, 5))
             steps, add = args[4], args[7]
-            squares = [(left, right) for left in range(2) for right in range(row_tiles)]
             places = {
                 2 * left + right: address_of(builder, sums, index(left * ROWS * SIDE + right * ROWS))
-                for left, right in squares
+                for left in range(2)
+                for right in range(row_tiles)
             }
-            with builder.if_else(builder.icmp_signed("!=", add, index(0))) as (then, otherwise):
-                with then:
-                    for register, place in places.items():
-                        load_tile(builder, register, place, 4 * SIDE)
-                with otherwise:
-                    for register in places:
-                        zero_tile(builder, register)
 
-            def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            def operands(i: ir.Value) -> dict[int, ir.Value]:
                 start = builder.mul(i, index(STEP_ELEMENTS))
-                for first, panel, halves in ((4, weight, 2), (6, rows, row_tiles)):
-                    for half in range(halves):
-                        at = address_of(builder, panel, start, index(half * TILE), element=SHORT)
-                        load_tile(builder, first + half, at)
-                for left, right in squares:
-                    multiply_tiles(builder, "tdpbf16ps", 2 * left + right, 4 + left, 6 + right)
-                return []
+                return {
+                    first + half: address_of(builder, panel, start, index(half * TILE), element=SHORT)
+                    for first, panel, halves in ((4, weight, 2), (6, rows, row_tiles))
+                    for half in range(halves)
+                }
 
-            loop(builder, index(0), steps, 1, [], step)
-            for register, place in places.items():
-                store_tile(builder, register, place, 4 * SIDE)
+            emit_square(builder, "tdpbf16ps", steps, operands, Sums(places, 4 * SIDE), add=add)
             return context.get_dummy_value()
 
         return signature_of(weight, weight_offset, rows, rows_offset, steps, sums, sums_offset, add), generate
