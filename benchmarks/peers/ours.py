@@ -26,7 +26,7 @@ class Ours:
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        from edge_kernels.compile import set_threads
+        from edge_kernels.threads import set_threads
 
         self._options = options
         set_threads(options["threads"])
@@ -37,7 +37,8 @@ class Ours:
     def load(self) -> dict[str, Any]:
         """Open the file, then read and pack all weights."""
         from benchmarks.harness.planted import planted
-        from edge_kernels.compile import isa, thread_count
+        from edge_kernels.machine import isa
+        from edge_kernels.threads import thread_count
         from edge_runtime.vision import encoder
         from edge_runtime.weights.gguf_file import GGUFFile
 

@@ -212,7 +212,7 @@ def tune_model(name: str, mmproj: Path | None, budget_s: float, say: Callable[[s
     ----------
     say : called with each line of the table.
     """
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     file = GGUFFile(find_model(name, mmproj).decoder)
     decoder_config(file)

@@ -92,7 +92,7 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     EdgeRuntimeError
         In a fork of a process that has loaded a model.
     """
-    from edge_kernels.compile import cpu_count, isa
+    from edge_kernels.machine import cpu_count, isa
 
     begin_loading()
     check_instruction_set()
@@ -173,6 +173,6 @@ def needed_bytes(paths: ModelPaths, options: LoadOptions) -> int:
 
 def set_threads(n_threads: int) -> None:
     """Set numba's thread count, on the thread that will run the kernels: numba keeps it per thread."""
-    from edge_kernels.compile import set_threads
+    from edge_kernels.threads import set_threads
 
     set_threads(n_threads)

@@ -30,8 +30,9 @@ LEVELS = {
         cli
     """,
     "edge_kernels": """
+        machine arrays reference
+        threads
         compile
-        reference
         simd
         linear
         attention rows
