@@ -52,7 +52,7 @@ def answer(
     """
     progress = AnswerProgress(label)
     pictures = any(not isinstance(part, str) for message in parse_messages(messages) for part in message.parts)
-    note_first_compile(pictures=pictures, prompts=model.fills_itself)
+    note_first_compile(pictures=pictures, prompts=model.uses_amx_prefill)
     try:
         (stream,) = model.submit(messages, on_image=progress.on_image, on_look=progress.on_look, **options)
     except BaseException:
