@@ -60,7 +60,7 @@ def answer(
         progress.clear()
         raise
     # Not before: files that are refused compile nothing.
-    for text in first_compile(pictures=pictures, prompts=model.fills_itself):
+    for text in first_compile(pictures=pictures, prompts=model.uses_amx_prefill):
         progress.clear()
         note(text)
     stream.on_progress = progress.on_event

@@ -278,8 +278,8 @@ def our_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
     adapters = {} if lora is None else {"signs": lora}
     with Model.load(folder, exact=True, adapters=adapters) as model:
         embeddings = model._decoder.embed(np.arange(3, 60, 2))
-        model._engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
-        return model._engine.call(model._decoder.logits)
+        model.engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
+        return model.engine.call(model._decoder.logits)
 
 
 @pytest.fixture(scope="module")
