@@ -54,7 +54,7 @@ class Request:
     is_prefetch: bool = False
     """Compute the prompt and nothing else, as long as nobody asks for anything; see `next_turn`."""
     shared: int = 0
-    """Positions at the beginning that other chats have, too: system prompt and tools; see `beginnings`."""
+    """Positions at the beginning that other chats have, too: system prompt and tools; see `cache.shared_prefixes`."""
     reuse: bool = True
     """Whether the prompt goes on behind a beginning that another request has computed."""
 
