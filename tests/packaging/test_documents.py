@@ -278,7 +278,7 @@ def test_python_blocks_run(workplace, tmp_path, monkeypatch):
             input=json.dumps(given),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
     assert done.returncode == 0, done.stderr
     said = dict(zip(programs, re.split(r"^## .*\n", done.stdout, flags=re.MULTILINE)[1:], strict=True))
