@@ -30,9 +30,10 @@ LEVELS = {
         cli
     """,
     "edge_kernels": """
-        machine arrays reference
+        machine reference
         threads
         compile
+        arrays
         simd
         linear
         attention rows
