@@ -13,8 +13,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edge_runtime import EdgeRuntimeError, ImageError, MessageError, Model, PageAnswer, join_pages
-from edge_runtime import page_by_page as each_page
+from edge_runtime import EdgeRuntimeError, ImageError, MessageError, Model, PageAnswer, each_page, join_pages
 from edge_runtime.cli.document_options import PRESET_NAMES
 from edge_runtime.cli.program import main
 from edge_runtime.inputs.documents import DocumentOptions, with_pages

@@ -11,8 +11,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edge_runtime import MessageError, Model, PromptTooLongError
-from edge_runtime import page_by_page as each_page
+from edge_runtime import MessageError, Model, PromptTooLongError, each_page
 from edge_runtime.cli.program import main
 from edge_runtime.inputs.video.reader import FrameReader
 from edge_runtime.pipeline import PromptOptions
