@@ -12,7 +12,7 @@ Keys of ours, in the mmproj file, which other programs ignore (defaults apply to
 
 and in the decoder file:
 
-    edge_runtime.prompt.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
+    edge_runtime.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
     tokenised
     edge_runtime.toy                    bool     whether the model is a toy, whose answers say nothing outside of what
     it was trained for (false)

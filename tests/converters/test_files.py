@@ -39,7 +39,7 @@ DECODER_KEYS = {
     "tokenizer.ggml.padding_token_id": 577,
     "tokenizer.ggml.unknown_token_id": 496,
     "tokenizer.ggml.add_bos_token": False,
-    "edge_runtime.prompt.tokenizer.normalizer": "nfc",
+    "edge_runtime.tokenizer.normalizer": "nfc",
 }
 LONG_DECODER_KEYS = {
     "general.file_type",
