@@ -15,8 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from edge_runtime.server.middleware import bodies as limits
-from edge_runtime.server.middleware import stack, time_limit
-from edge_runtime.server.middleware import gate
+from edge_runtime.server.middleware import gate, stack, time_limit
 from edge_runtime.server.middleware.gate import host_name, is_own_name
 from edge_runtime.server.middleware.stack import warnings_for
 from edge_runtime.server.settings import Settings
