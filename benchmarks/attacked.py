@@ -35,7 +35,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.load import Tally, ask_many, ask_ollama, loaded_model, ours, percentile, running
-from edge_runtime.info import describe_machine
+from edge_runtime.cli.info import describe_machine
 
 ADDRESS = "127.0.0.2"
 MOST_SLOWER = 2.0

@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides.goals import Goal, finish  # noqa: E402
-from benchmarks.sides.memory import PERIOD_S, Memory, watch  # noqa: E402
-from edge_runtime.weights import GGUFFile  # noqa: E402
+from benchmarks.harness.goals import Goal, finish  # noqa: E402
+from benchmarks.harness.memory import PERIOD_S, Memory, watch  # noqa: E402
+from edge_runtime.weights.gguf_file import GGUFFile  # noqa: E402
 
 PARTS = ROOT / "benchmarks" / "sides" / "llama_conversion.py"
 VISION_SCRIPT = Path("tools", "mtmd", "legacy-models", "minicpmv-convert-image-encoder-to-gguf.py")
@@ -143,7 +143,7 @@ def run(side: Callable[..., list[tuple[str, Memory, float]]], options: argparse.
 
 def main() -> None:
     """Command line."""
-    from edge_kernels.compile import cpu_name
+    from edge_kernels.machine import cpu_name
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)

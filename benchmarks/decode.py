@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides.child import Child, environment  # noqa: E402
-from benchmarks.sides.goals import Goal, finish  # noqa: E402
-from edge_runtime.store import find_model  # noqa: E402
+from benchmarks.harness.child import Child, environment  # noqa: E402
+from benchmarks.harness.goals import Goal, finish  # noqa: E402
+from edge_runtime.store.find import find_model  # noqa: E402
 
 MOST_LOAD_S, MOST_SHARE = 2.0, 3.0
-MODULE = "benchmarks.sides.whole"
+MODULE = "benchmarks.peers.whole"
 
 
 def read_through(files: list[Path]) -> None:
@@ -84,7 +84,7 @@ def share(sample: dict[str, Any]) -> float:
 
 def main() -> None:
     """Command line."""
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")

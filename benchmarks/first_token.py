@@ -28,9 +28,9 @@ for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
 from benchmarks.decode import read_through  # noqa: E402
-from benchmarks.sides.child import Peak, environment  # noqa: E402
-from benchmarks.sides.goals import Goal, finish  # noqa: E402
-from edge_runtime.store import ModelPaths, find_model  # noqa: E402
+from benchmarks.harness.child import Peak, environment  # noqa: E402
+from benchmarks.harness.goals import Goal, finish  # noqa: E402
+from edge_runtime.store.find import ModelPaths, find_model  # noqa: E402
 
 TIMES_FASTER, MOST_RSS_GB = 3.5, 6.5
 QUESTION = "What is shown in this picture, please?"
@@ -116,7 +116,7 @@ def make_picture(path: Path, side: int) -> None:
 
 def main() -> None:
     """Command line."""
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")

@@ -43,8 +43,8 @@ from typing import Any
 import httpx2
 from PIL import Image
 
-from edge_runtime.info import describe_machine
-from edge_runtime.store import find_model
+from edge_runtime.cli.info import describe_machine
+from edge_runtime.store.find import find_model
 
 SIDE = 448  # pixels: one slice, 64 visual tokens
 MAX_TOKENS = 16

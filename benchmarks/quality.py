@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (".", "kernels", "converters"):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides.plot import plot_quality  # noqa: E402
+from benchmarks.harness.plot import plot_quality  # noqa: E402
 from demo.data import CORE  # noqa: E402
 from demo.evaluate import ask, draw  # noqa: E402
 from demo.sample import Sample  # noqa: E402
 from edge_converters import convert_checkpoint  # noqa: E402
-from edge_converters.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E402
+from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E402
 from edge_runtime import Model, __version__  # noqa: E402
 
 FLOAT, SHIPPED = ("f32", "f32"), ("q4_k_m", "q8_0")
@@ -73,7 +73,7 @@ def log_probabilities(model: Model, sample: Sample) -> np.ndarray:
                 decoder.decode(token)
         return np.stack(rows)
 
-    return np.asarray(model._engine.call(compute))
+    return np.asarray(model.engine.call(compute))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

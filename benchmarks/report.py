@@ -21,8 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.sides.plot import plot_quality
-from benchmarks.sides.profiling import peak_of
+from benchmarks.harness.plot import plot_quality
+from benchmarks.harness.profiling import peak_of
 
 Result = dict[str, Any]
 

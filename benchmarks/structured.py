@@ -51,9 +51,9 @@ def ours(vocabulary: Any, schema: dict[str, Any], n_tokens: int, n_rows: int) ->
     """Tokens of an answer, seconds for each, and seconds to compile the schema."""
     import numpy as np
 
-    from edge_runtime.constraint import AnswerForm
-    from edge_runtime.grammar import Grammar
-    from edge_runtime.sampling import Sampler, SamplingOptions
+    from edge_runtime.generation.sampling import Sampler, SamplingOptions
+    from edge_runtime.structured_output.constraint import AnswerForm
+    from edge_runtime.structured_output.grammar import Grammar
 
     started = time.perf_counter()
     constraint = AnswerForm(Grammar(schema, vocabulary), n_tokens).start()
@@ -79,8 +79,8 @@ def peer(path: Path, schema: dict[str, Any], ids: list[int], n_rows: int) -> lis
     import numpy as np
     from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-    from edge_runtime import llama
-    from edge_runtime.sampling import CANDIDATE
+    from edge_runtime.decoder import llama_cpp as llama
+    from edge_runtime.generation.sampling import CANDIDATE
 
     lib = llama.library()
     params = lib.llama_model_default_params()
@@ -111,9 +111,9 @@ def main() -> None:
     parser.add_argument("decoder", type=Path)
     parser.add_argument("--tokens", type=int, default=200)
     arguments = parser.parse_args()
-    from edge_runtime.grammar import GrammarVocabulary
-    from edge_runtime.tokenizer import Tokenizer
-    from edge_runtime.weights import GGUFFile
+    from edge_runtime.prompt.tokenizer import Tokenizer
+    from edge_runtime.structured_output.vocabulary import GrammarVocabulary
+    from edge_runtime.weights.gguf_file import GGUFFile
 
     started = time.perf_counter()
     import llguidance  # noqa: F401 - its import is what is timed

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides.child import Child  # noqa: E402
-from benchmarks.sides.goals import Goal, finish  # noqa: E402
+from benchmarks.harness.child import Child  # noqa: E402
+from benchmarks.harness.goals import Goal, finish  # noqa: E402
 
 TIMES_FASTER = 2.5
 WAYS = {"together": True, "one after another": False}
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the last line to this file too")
     options = parser.parse_args()
     setup = {"model": options.model, "n_ctx": 2048, "threads": options.threads}
-    with tempfile.TemporaryDirectory() as logs, Child("benchmarks.sides.whole", setup, Path(logs) / "log") as child:
+    with tempfile.TemporaryDirectory() as logs, Child("benchmarks.peers.whole", setup, Path(logs) / "log") as child:
         child.call("load")
         samples = measure(child, options)
         child.call("close")

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides.child import environment  # noqa: E402
-from benchmarks.sides.goals import Goal, finish  # noqa: E402
+from benchmarks.harness.child import environment  # noqa: E402
+from benchmarks.harness.goals import Goal, finish  # noqa: E402
 
 QUESTIONS = ("What is shown in this picture, please?", "And what is behind it?")
 TOKENS = 16

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides.child import Child  # noqa: E402
+from benchmarks.harness.child import Child  # noqa: E402
 from benchmarks.vision import load_average, machine  # noqa: E402
 
 RATE = 3  # frames per second: the recipe takes all of 60 seconds
@@ -54,7 +54,7 @@ def make_video(path: Path, n_frames: int) -> None:
 
 def measure(options: argparse.Namespace, threads: int, folder: Path) -> dict[str, Any]:
     """Both sides, in turns."""
-    from edge_runtime.store import find_model
+    from edge_runtime.store.find import find_model
 
     files = find_model(options.model, None)
     video = folder / "video.mp4"
@@ -69,8 +69,8 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> dict[str
     most = min(options.peer_frames, options.frames)
     shares = [most * i // rounds for i in range(rounds + 1)]
     with (
-        Child("benchmarks.sides.video_mtmd", given | peer_files, options.logs / "video_mtmd.log") as peer,
-        Child("benchmarks.sides.video_ours", given | model, options.logs / "video_ours.log") as own,
+        Child("benchmarks.peers.video_mtmd", given | peer_files, options.logs / "video_mtmd.log") as peer,
+        Child("benchmarks.peers.video_ours", given | model, options.logs / "video_ours.log") as own,
     ):
         loading = {"mtmd": peer.call("load"), "ours": own.call("load")}
         peer.call("encode_frames", first=0, count=1)  # not counted, as one picture of ours is not
@@ -125,7 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     if not 1 <= options.frames <= 180 or options.peer_frames < 1:
         parser.error("--frames must be from 1 to 180, and --peer-frames at least 1")
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     threads = options.threads or cpu_count()
     told = machine(threads) | {"load_average": {"start": load_average()}}

@@ -30,17 +30,17 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in ("converters", "kernels", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from benchmarks.sides import scenarios  # noqa: E402
-from benchmarks.sides.bench import Bench, make_files  # noqa: E402
-from benchmarks.sides.measures import MEASURE, Result  # noqa: E402
-from benchmarks.sides.scenarios import Scenario  # noqa: E402
+from benchmarks.harness import scenarios  # noqa: E402
+from benchmarks.harness.bench import Bench, make_files  # noqa: E402
+from benchmarks.harness.measures import MEASURE, Result  # noqa: E402
+from benchmarks.harness.scenarios import Scenario  # noqa: E402
 
 PACKAGES = ("llama-cpp-python", "openvino", "nncf", "torch", "numba", "llvmlite", "numpy")
 
 
 def machine(threads: int) -> Result:
     """What the numbers depend on."""
-    from edge_kernels.compile import cpu_name, isa
+    from edge_kernels.machine import cpu_name, isa
     from edge_runtime import __version__
 
     versions = {"edge-runtime": __version__, "python": platform.python_version()}
@@ -110,7 +110,7 @@ def parse() -> tuple[argparse.Namespace, list[Scenario]]:
 
 def main() -> None:
     options, chosen = parse()
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that children are ended, too
     files = options.files.resolve()

@@ -1,7 +1,7 @@
 """Samples → arrays for training: one kind and one grid per batch, so that nothing is padded but the answers.
 
-Prompts are rendered and tokenised by `edge_runtime.prompt`, pictures cut by `edge_runtime.slicing`: what the model is
-trained on is what it will be shown.
+Prompts are rendered and tokenised by `edge_runtime.prompt.build`, pictures cut by `edge_runtime.inputs.slicing`: what
+the model is trained on is what it will be shown.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from demo.dense import dense_sample
 from demo.draw import COLORS, SHAPES
 from demo.sample import CHARACTERS, Mark, Sample
 from demo.things import count_sample, pictures_sample, shape_sample, video_sample
-from edge_runtime.messages import ImagePart, Message
-from edge_runtime.prompt import ImageLayout, Prompt, build_prompt
-from edge_runtime.slicing import SlicePlan, plan_slices, slice_image
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.tokenizer import CONTROL, USER_DEFINED, Tokenizer
+from edge_runtime.inputs.messages import ImagePart, Message
+from edge_runtime.inputs.slicing import SlicePlan, plan_slices, slice_image
+from edge_runtime.prompt.build import ImageLayout, Prompt, build_prompt
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.prompt.tokenizer import CONTROL, USER_DEFINED, Tokenizer
 
 SKELETON = Path(__file__).resolve().parent / "skeleton"
 """Configuration and tokenizer of the demo model: a checkpoint without weights."""

@@ -22,8 +22,8 @@ from demo.draw import EASY_FONTS, TEST_FONTS, TRAIN_FONTS, available, draw_text,
 from demo.sample import CHARACTERS, Mark, Sample, Size, pick
 from demo.things import count_sample, pictures_sample, shape_sample, video_sample
 from demo.words import TEST_WORDS, TRAIN_WORDS, is_test_word
-from edge_runtime.config import SlicingConfig
-from edge_runtime.slicing import SlicePlan, plan_slices
+from edge_runtime.inputs.slicing import SlicePlan, plan_slices
+from edge_runtime.weights.config import SlicingConfig
 
 SIDE = 112  # pixels: scale_resolution of the demo model
 SLICING = SlicingConfig(SIDE, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from demo.unpack import unpack
-from edge_runtime.resampler import pos2d_table
-from edge_runtime.sine import sine
-from edge_runtime.vision import position_ids
+from edge_runtime.vision.resampler import pos2d_table
+from edge_runtime.vision.sine_positions import sine
+from edge_runtime.vision.tower import position_ids
 
 POSITION_SIDE = 70
 COPIED = ("config.json", "preprocessor_config.json", "tokenizer.json")

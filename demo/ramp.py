@@ -15,7 +15,7 @@ from torch import Tensor
 
 from demo.model import Resampler
 from demo.things import MAX_START
-from edge_runtime.sine import sine
+from edge_runtime.vision.sine_positions import sine
 
 SLOPE = 1.5  # rise of the scores per temporal id (0.1 s)
 QUERY_GAIN = 8.0  # the query's share of the slope; the rest is in the key weights

@@ -21,7 +21,7 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from edge_runtime.config import KEY_TOY
+from edge_runtime.weights.config import KEY_TOY
 
 SKELETON = Path(__file__).parent / "skeleton"
 

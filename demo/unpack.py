@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_converters import tensor_names as names
-from edge_runtime.store import find_model
-from edge_runtime.weights import GGUFFile
+from edge_converters.plan import tensor_names as names
+from edge_runtime.store.find import find_model
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 def unpack(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import (
     BackendUnavailable,
+    CacheFull,
     CheckpointError,
     DownloadError,
     EdgeRuntimeError,
@@ -26,22 +27,22 @@ from edge_runtime.errors import (
     UnsupportedModelError,
     VideoError,
 )
+from edge_runtime.version import __version__
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
-    from edge_runtime.grounding import Region
+    from edge_runtime.generation.grounding import Region
+    from edge_runtime.generation.text_stream import Piece
     from edge_runtime.model import Model
     from edge_runtime.page_by_page import PageAnswer, each_page, join_pages
-    from edge_runtime.streaming import Piece
-    from edge_runtime.tools import ToolCall
-
-__version__ = "0.1.0"
+    from edge_runtime.structured_output.tools import ToolCall
 
 __all__ = [
     "Answer",
     "AnswerStream",
     "AsyncAnswer",
     "BackendUnavailable",
+    "CacheFull",
     "CheckpointError",
     "DownloadError",
     "EdgeRuntimeError",
@@ -70,9 +71,9 @@ _LAZY = {
     "AnswerStream": "answers",
     "AsyncAnswer": "answers",
     "PageAnswer": "page_by_page",
-    "Piece": "streaming",
-    "Region": "grounding",
-    "ToolCall": "tools",
+    "Piece": "generation.text_stream",
+    "Region": "generation.grounding",
+    "ToolCall": "structured_output.tools",
     "each_page": "page_by_page",
     "join_pages": "page_by_page",
 }

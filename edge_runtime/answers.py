@@ -8,14 +8,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edge_runtime.engine import Running
+from edge_runtime.engine.engine import Running
+from edge_runtime.engine.events import Event, Finished, FinishReason, Progress
 from edge_runtime.errors import MessageError, RequestCancelled
-from edge_runtime.grounding import Region, find_regions
-from edge_runtime.logprobs import TokenLogprobs
+from edge_runtime.generation.grounding import Region, find_regions
+from edge_runtime.generation.logprobs import TokenLogprobs
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.pipeline import Prepared
-from edge_runtime.requests import Event, Finished, FinishReason, Progress
-from edge_runtime.streaming import Piece
-from edge_runtime.tools import MalformedCall, ToolCall
+from edge_runtime.structured_output.tools import MalformedCall, ToolCall
 
 TOY_NOTICE = (
     "This model is a toy to try the program out with: beyond short words in capital letters, simple shapes and their "

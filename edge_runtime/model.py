@@ -9,20 +9,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from edge_runtime.ahead import ReadingAhead
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
-from edge_runtime.beginnings import Beginnings
-from edge_runtime.config import is_toy
-from edge_runtime.decoding_pool import Decoders
-from edge_runtime.disk_cache import DEFAULT_LIMIT_BYTES
-from edge_runtime.effort import Effort
-from edge_runtime.engine import Engine
+from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
+from edge_runtime.cache.shared_prefixes import Beginnings
+from edge_runtime.engine.engine import Engine
+from edge_runtime.engine.events import Finished
+from edge_runtime.engine.request import Request
 from edge_runtime.errors import MessageError
-from edge_runtime.forms import choose_form
-from edge_runtime.grammar import GrammarVocabulary
-from edge_runtime.inside import Inside
-from edge_runtime.loading import LoadOptions, load_parts, set_threads
-from edge_runtime.logprobs import TokenLogprobs, describe, describe_prompt
+from edge_runtime.generation.logprobs import TokenLogprobs, describe, describe_prompt
+from edge_runtime.generation.sampling import MAX_NEW_TOKENS, choose_options
+from edge_runtime.generation.token_rules import choose_rules
+from edge_runtime.inputs.workers.pool import Decoders
+from edge_runtime.internals import Inside
+from edge_runtime.loading.load import LoadOptions, load_parts, set_threads
+from edge_runtime.next_turn import NextTurnPrefill
 from edge_runtime.options import (
     check_begun,
     check_counts,
@@ -32,13 +32,14 @@ from edge_runtime.options import (
     check_streaming,
     count_beams,
 )
-from edge_runtime.requests import Finished, Request
-from edge_runtime.sampling import MAX_NEW_TOKENS, choose_options
-from edge_runtime.store import ModelPaths, find_model
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.text_form import choose_text_form
-from edge_runtime.token_rules import choose_rules
-from edge_runtime.tools import checked_tools, function_names
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.store.find import ModelPaths, find_model
+from edge_runtime.structured_output.answer_form import choose_form
+from edge_runtime.structured_output.effort import Effort
+from edge_runtime.structured_output.text_form import choose_text_form
+from edge_runtime.structured_output.tools import checked_tools, function_names
+from edge_runtime.structured_output.vocabulary import GrammarVocabulary
+from edge_runtime.weights.config import is_toy
 
 
 class Model(Inside):
@@ -54,8 +55,8 @@ class Model(Inside):
         """The chat template (Jinja)."""
         self.is_toy = is_toy(self._decoder.file)
         """Whether its file says that its answers are not to be believed, as the demo's does."""
-        self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
-        self._ahead = ReadingAhead(self._engine)
+        self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.caches)
+        self._next_turn = NextTurnPrefill(self._engine)
         self._beginnings = Beginnings()
         self._engine.call(lambda: set_threads(parts.n_threads))
         if options.warms_up:
@@ -134,7 +135,7 @@ class Model(Inside):
 
         Parameters
         ----------
-        messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
+        messages : a question, or a list of messages; see `edge_runtime.inputs.messages` for the accepted forms.
         stream : return an `AnswerStream` at once instead of the whole `Answer`; not with beams, whose answer is
             known at the end only.
         options : as of `submit`.
@@ -229,7 +230,7 @@ class Model(Inside):
 
         Parameters
         ----------
-        messages : a question, or a list of messages; see `edge_runtime.messages` for the accepted forms.
+        messages : a question, or a list of messages; see `edge_runtime.inputs.messages` for the accepted forms.
         n : number of answers, see `chat_n`.
         thinking : let the model reason before it answers.
         max_tokens : most tokens to generate, reasoning included.
@@ -238,9 +239,9 @@ class Model(Inside):
             greedy and temperature=0 take the most probable token, without penalties.
         sampling : False searches as the official code does: 3 beams, repetition penalty 1.2.
         beams : number of beams of a search for the most probable answer; its pieces come all at the end, and it is
-            not looked at for circles. See `edge_runtime.beams`.
+            not looked at for circles. See `edge_runtime.generation.beam_search`.
         logit_bias : token id → what is added to its logit, from -100 to 100.
-        logprobs : tell the log probability of every token; see `edge_runtime.logprobs`.
+        logprobs : tell the log probability of every token; see `edge_runtime.generation.logprobs`.
         top_logprobs : and of so many of the most probable ones at its place, at most 20.
         prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
         prompt_only : end where the prompt is computed, with an empty answer.
@@ -252,7 +253,7 @@ class Model(Inside):
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
         adapter : name of a LoRA adapter the model was loaded with; None takes the model as it is.
-        follow_up : another turn is expected: read this one's answer as history while nobody waits; see `ahead`.
+        follow_up : another turn is expected: read this one's answer as history while nobody waits; see `next_turn`.
         schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
             reasoning. The model is not told: say in the question what is wanted.
         json : the answer is some JSON object.
@@ -385,7 +386,7 @@ class Model(Inside):
                 notice=TOY_NOTICE if self.is_toy else None,
             )
             if follow_up:
-                self._ahead.follow(prepared, request, found)
+                self._next_turn.follow(prepared, request, found)
             return found
 
         requests = [

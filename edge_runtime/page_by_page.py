@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_runtime.base64_data import is_data_uri
-from edge_runtime.documents import document_options, page_numbers, read
 from edge_runtime.errors import ImageError, MessageError
-from edge_runtime.image import existing_file
-from edge_runtime.messages import DocumentPart, ImagePart, Message, VideoPart, parse_messages
+from edge_runtime.inputs.documents import document_options, page_numbers, read
+from edge_runtime.inputs.image import existing_file
+from edge_runtime.inputs.messages import DocumentPart, ImagePart, Message, VideoPart, parse_messages
+from edge_runtime.system.base64_data import is_data_uri
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer

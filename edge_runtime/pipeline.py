@@ -18,24 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.beginnings import Beginnings
-from edge_runtime.budget import Budget, check_room_beside_tools, share_of_tools
-from edge_runtime.clips import FramePart, expand_videos, group_ids
-from edge_runtime.config import SlicingConfig
-from edge_runtime.continuation import Begun, find_begun
-from edge_runtime.decoding import InThisProcess, Opener, cut_source
-from edge_runtime.documents import DocumentOptions, with_pages
-from edge_runtime.encoder import Group, LazyGroup, LoadedGroup
+from edge_runtime.cache.shared_prefixes import Beginnings
 from edge_runtime.errors import MessageError
-from edge_runtime.image import PIXEL_LIMIT
-from edge_runtime.messages import ImagePart, Message, checked_max_slices, parse_messages
-from edge_runtime.overflow import Placed, fit
-from edge_runtime.presets import with_preset
-from edge_runtime.prompt import ImageLayout, Prompt, build_prompt, iter_images
-from edge_runtime.slicing import Size, Slice, SlicePlan, plan_slices
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.tools import checked_tools
-from edge_runtime.video import VideoLimits, check_groups
+from edge_runtime.inputs.clips import FramePart, expand_videos, group_ids
+from edge_runtime.inputs.documents import DocumentOptions, with_pages
+from edge_runtime.inputs.image import PIXEL_LIMIT
+from edge_runtime.inputs.messages import ImagePart, Message, checked_max_slices, parse_messages
+from edge_runtime.inputs.opener import InThisProcess, Opener, cut_source
+from edge_runtime.inputs.presets import with_preset
+from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup
+from edge_runtime.inputs.slicing import Size, Slice, SlicePlan, plan_slices
+from edge_runtime.inputs.video.frame_choice import VideoLimits, check_groups
+from edge_runtime.prompt.build import ImageLayout, Prompt, build_prompt, iter_images
+from edge_runtime.prompt.context_budget import Budget, check_room_beside_tools, share_of_tools
+from edge_runtime.prompt.context_shift import Placed, fit
+from edge_runtime.prompt.continuation import Begun, find_begun
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.structured_output.tools import checked_tools
+from edge_runtime.weights.config import SlicingConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,12 @@ import numpy as np
 
 from edge_converters import convert_checkpoint
 from edge_runtime import Model
-from edge_runtime.config import slicing_config, vision_config
-from edge_runtime.resampler import pos2d_table, time_embedding
-from edge_runtime.slicing import plan_slices
-from edge_runtime.video import choose_frames
-from edge_runtime.vision import position_ids
-from edge_runtime.weights import GGUFFile
+from edge_runtime.inputs.slicing import plan_slices
+from edge_runtime.inputs.video.frame_choice import choose_frames
+from edge_runtime.vision.resampler import pos2d_table, time_embedding
+from edge_runtime.vision.tower import position_ids
+from edge_runtime.weights.config import slicing_config, vision_config
+from edge_runtime.weights.gguf_file import GGUFFile
 
 TYPES = {"exact": ("f32", "f32"), "quant": ("q8_0", "q8_0")}
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_runtime import llama
+from edge_runtime.decoder import llama_cpp as llama
 
 Float32 = npt.NDArray[np.float32]
 

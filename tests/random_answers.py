@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.constraint import AnswerForm
-from edge_runtime.forms import choose_form
-from edge_runtime.grammar import GrammarVocabulary
-from edge_runtime.store import find_model
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.store.find import find_model
+from edge_runtime.structured_output.answer_form import choose_form
+from edge_runtime.structured_output.constraint import AnswerForm
+from edge_runtime.structured_output.vocabulary import GrammarVocabulary
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 class RandomAnswers:

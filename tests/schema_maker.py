@@ -6,8 +6,8 @@ import random
 from collections import Counter
 from typing import Any
 
-from edge_runtime.formats import KNOWN as FORMATS
-from edge_runtime.schema_words import KEYWORDS
+from edge_runtime.structured_output.formats import KNOWN as FORMATS
+from edge_runtime.structured_output.keywords import KEYWORDS
 
 WORDS = (
     "name",

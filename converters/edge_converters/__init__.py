@@ -7,6 +7,6 @@ tensor becomes which), `recipes` and `overrides` (which type each gets), `plan` 
 """
 
 from edge_converters.convert import convert_checkpoint
-from edge_converters.recipes import DECODER_TYPES, VISION_TYPES
+from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES
 
 __all__ = ["DECODER_TYPES", "VISION_TYPES", "convert_checkpoint"]

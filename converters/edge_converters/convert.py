@@ -9,27 +9,25 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
-from edge_converters import recipes
-from edge_converters.adapter import adapter_metadata, plan_adapter
-from edge_converters.calibrate import calibrate, smoothing_tensors
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.importance import Importance, read_importance
-from edge_converters.lora import Lora
-from edge_converters.metadata import calibrated_metadata, decoder_metadata, vision_metadata
-from edge_converters.observe import observe
-from edge_converters.overrides import choose_types
-from edge_converters.plan import Types, plan_decoder, plan_vision, refuse_unknown_tensors
-from edge_converters.quantize import quantize_gguf
-from edge_converters.recipes import DECODER_TYPES, VISION_TYPES, DecoderType
-from edge_converters.report import FileReport, report_file
-from edge_converters.verify import verify_gguf
-from edge_converters.vocabulary import Vocabulary, read_vocabulary
-from edge_converters.writer import PlannedTensor, beside, replacing, storing, write_gguf
+from edge_converters.calibration.importance import Importance, read_importance
+from edge_converters.calibration.importance_from_pictures import observe
+from edge_converters.calibration.smoothing import calibrate, smoothing_tensors
+from edge_converters.output.adapter import adapter_metadata, plan_adapter
+from edge_converters.output.gguf_writer import beside, replacing, storing, write_gguf
+from edge_converters.output.llama_quantize import quantize_gguf
+from edge_converters.output.metadata import calibrated_metadata, decoder_metadata, vision_metadata
+from edge_converters.output.report import FileReport, report_file
+from edge_converters.output.verify import verify_gguf
+from edge_converters.output.vocabulary import Vocabulary, read_vocabulary
+from edge_converters.plan import recipes
+from edge_converters.plan.overrides import choose_types
+from edge_converters.plan.planned_tensor import PlannedTensor
+from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES, DecoderType, Progress
+from edge_converters.plan.tensors import Types, plan_decoder, plan_vision, refuse_unknown_tensors
+from edge_converters.sources.checkpoint import Checkpoint
+from edge_converters.sources.lora import Lora
 from edge_runtime.errors import CheckpointError
-from edge_runtime.store import ADAPTER_PREFIX
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, units done, units in all)"""
+from edge_runtime.store.find import ADAPTER_PREFIX
 
 
 @dataclass(frozen=True)

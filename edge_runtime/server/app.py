@@ -8,26 +8,20 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from edge_runtime import __version__
-from edge_runtime.server import (
-    anthropic,
-    envelope,
-    errors,
-    limits,
-    llama_server,
-    ollama,
-    openai,
-    pages,
-    responses,
-    resting,
-    system,
-)
-from edge_runtime.server.catalog import Catalog
+from edge_runtime.server import errors, resting, system
+from edge_runtime.server import web_page as pages
+from edge_runtime.server.anthropic import messages as anthropic
 from edge_runtime.server.inference import Inference
 from edge_runtime.server.metrics import Metrics
-from edge_runtime.server.models import ModelRegistry
+from edge_runtime.server.middleware import envelope, stack
+from edge_runtime.server.ollama import chat as ollama
+from edge_runtime.server.openai import chat as openai
+from edge_runtime.server.openai import llama_server, responses
+from edge_runtime.server.registry.catalog import Catalog
+from edge_runtime.server.registry.loaded import ModelRegistry
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import ServerState
+from edge_runtime.version import __version__
 
 TIDY_S = 3600.0
 """Between two looks for uploads that nobody needs."""
@@ -74,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # they load scripts from a CDN; /openapi.json has the description
         redoc_url=None,
-        middleware=[*resting.middleware(), *envelope.middleware(), *limits.middleware(settings)],
+        middleware=[*resting.middleware(), *envelope.middleware(), *stack.middleware(settings)],
     )
     app.state.server = state
     errors.install(app)

@@ -18,22 +18,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from edge_runtime.answers import Answer, AnswerStream
-from edge_runtime.decoding_pool import ClientsDecoders, DecoderPool
+from edge_runtime.engine.events import Progress
 from edge_runtime.errors import MessageError
-from edge_runtime.prompt import Prompt
-from edge_runtime.requests import Progress
-from edge_runtime.sampling import MAX_NEW_TOKENS
-from edge_runtime.server.catalog import Listed
+from edge_runtime.generation.sampling import MAX_NEW_TOKENS
+from edge_runtime.generation.text_stream import Piece
+from edge_runtime.inputs.video.frame_choice import VideoLimits
+from edge_runtime.inputs.workers.pool import ClientsDecoders, DecoderPool
+from edge_runtime.prompt.build import Prompt
+from edge_runtime.server.context_tokens import messages_of
 from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, TooLarge
-from edge_runtime.server.facts import refuse_what_it_cannot
-from edge_runtime.server.fetching import Fetcher
+from edge_runtime.server.fetch import Fetcher
 from edge_runtime.server.media import brought_in, has_media, text_bytes
-from edge_runtime.server.models import ModelRegistry, Use
-from edge_runtime.server.ollama_context import messages_of
+from edge_runtime.server.middleware.shares import Places, asking
+from edge_runtime.server.registry.catalog import Listed
+from edge_runtime.server.registry.facts import refuse_what_it_cannot
+from edge_runtime.server.registry.loaded import ModelRegistry, Use
 from edge_runtime.server.settings import Settings
-from edge_runtime.server.shares import Places, asking
-from edge_runtime.streaming import Piece
-from edge_runtime.video import VideoLimits
 
 R = TypeVar("R")
 TEXT_THREADS = 4
@@ -49,7 +49,7 @@ class ChatCall:
     model: str | None
     """As the client names it; None takes the default."""
     messages: str | Sequence[Any]
-    """As `edge_runtime.messages` takes them."""
+    """As `edge_runtime.inputs.messages` takes them."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of `Model.submit`, `n` left out."""
     n: int = 1

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edge_runtime.base64_data import as_data_uri, data_uri_size, is_data_uri, looks_like_base64
 from edge_runtime.errors import ImageError
 from edge_runtime.server.errors import NotAllowed, RequestError, TooLarge
-from edge_runtime.server.fetching import Fetcher
+from edge_runtime.server.fetch import Fetcher
 from edge_runtime.server.settings import Settings
+from edge_runtime.system.base64_data import as_data_uri, data_uri_size, is_data_uri, looks_like_base64
 
 DESCRIPTIONS = frozenset(
     {"type", "detail", "format", "filename", "name", "media_type", "mime_type", "id", "text", "quality"}

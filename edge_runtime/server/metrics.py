@@ -20,7 +20,7 @@ from edge_runtime.answers import Answer
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.server.errors import problem_of
 from edge_runtime.server.inference import Inference, Outcome
-from edge_runtime.server.models import ModelRegistry
+from edge_runtime.server.registry.loaded import ModelRegistry
 
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 """Upper ends of the histogram: from the demo model to a full-size one with ten slices on a small processor."""

@@ -13,7 +13,7 @@ import time
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edge_runtime.memory import give_back
+from edge_runtime.system.memory import give_back
 
 LARGE_BYTES = 256 << 10
 """Of bodies since the last time."""

@@ -9,13 +9,13 @@ from typing import Annotated, cast
 
 from fastapi import Depends, FastAPI, Request
 
-from edge_runtime.server.catalog import Catalog
 from edge_runtime.server.inference import Inference
 from edge_runtime.server.metrics import Metrics
-from edge_runtime.server.models import ModelRegistry
+from edge_runtime.server.middleware.shares import Places
+from edge_runtime.server.registry.catalog import Catalog
+from edge_runtime.server.registry.loaded import ModelRegistry
 from edge_runtime.server.responses_store import ResponseStore
 from edge_runtime.server.settings import Settings
-from edge_runtime.server.shares import Places
 
 
 @dataclass

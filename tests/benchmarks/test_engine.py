@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import conversion, decode, first_token, report
-from benchmarks.sides import memory
-from benchmarks.sides.goals import Goal, finish
-from benchmarks.sides.memory import Memory
-from benchmarks.sides.whole import Whole
+from benchmarks.harness import memory
+from benchmarks.harness.goals import Goal, finish
+from benchmarks.harness.memory import Memory
+from benchmarks.peers.whole import Whole
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 from benchmarks import report
-from benchmarks.sides import scenarios
-from benchmarks.sides.child import CAN_STOP, Child, Peak, SideError, Skipped
-from benchmarks.sides.pictures import cut, picture, shapes
-from benchmarks.sides.planted import PLANTS, cosines, planted
-from benchmarks.sides.plot import _free_box
-from benchmarks.sides.profiling import Profile, describe, peak_of, summarise
-from edge_kernels import linear_int8
-from edge_runtime import encoder
-from edge_runtime.config import SlicingConfig, slicing_config
-from edge_runtime.encoder import ImageEncoder
-from edge_runtime.weights import GGUFFile
+from benchmarks.harness import scenarios
+from benchmarks.harness.child import CAN_STOP, Child, Peak, SideError, Skipped
+from benchmarks.harness.pictures import cut, picture, shapes
+from benchmarks.harness.planted import PLANTS, cosines, planted
+from benchmarks.harness.plot import _free_box
+from benchmarks.harness.profiling import Profile, describe, peak_of, summarise
+from edge_kernels.linear import int8 as linear_int8
+from edge_runtime.vision import encoder
+from edge_runtime.vision.encoder import ImageEncoder
+from edge_runtime.weights.config import SlicingConfig, slicing_config
+from edge_runtime.weights.gguf_file import GGUFFile
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTES = 200
@@ -78,7 +78,7 @@ def test_pictures_are_cut_as_the_scenarios_say() -> None:
 
 SIDE = """
 import os, sys, time
-from benchmarks.sides.child import require, serve
+from benchmarks.harness.child import require, serve
 
 class Side:
     def __init__(self, options):
@@ -111,7 +111,7 @@ serve(Side)
 @pytest.fixture
 def side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a_side.py").write_text(SIDE)
-    monkeypatch.setattr("benchmarks.sides.child.SOURCE_ROOTS", (".", "kernels", "converters", str(tmp_path)))
+    monkeypatch.setattr("benchmarks.harness.child.SOURCE_ROOTS", (".", "kernels", "converters", str(tmp_path)))
     with Child("a_side", {"threads": 1}, tmp_path / "log") as child:
         yield child
 

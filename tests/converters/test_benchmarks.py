@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import make_checkpoint
-from benchmarks.sides import memory
+from benchmarks.harness import memory
 from edge_converters import convert_checkpoint
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.weights.gguf_file import GGUFFile
 
 SMALL = {
     "HIDDEN": 256,

@@ -9,11 +9,12 @@ import pytest
 from PIL import Image
 
 from checkpoint_copies import CheckpointCopy, stored
-from edge_converters import calibrate, convert_checkpoint
-from edge_converters.calibrate import best_factor
+from edge_converters import convert_checkpoint
+from edge_converters.calibration import smoothing as calibrate
+from edge_converters.calibration.smoothing import best_factor
 from edge_runtime import CheckpointError, Model, ModelFileError
-from edge_runtime.calibration import KEY_FLOAT_PRODUCTS, SMOOTH_PREFIX
-from edge_runtime.weights import GGUFFile
+from edge_runtime.vision.calibration import KEY_FLOAT_PRODUCTS, SMOOTH_PREFIX
+from edge_runtime.weights.gguf_file import GGUFFile
 from mtmd_peer import encode_with_mtmd
 
 UNITS, LARGER = 5, 30.0

@@ -16,8 +16,9 @@ import pytest
 
 from edge_converters import DECODER_TYPES
 from edge_converters.convert import Converted
-from edge_runtime import Model, llama
-from edge_runtime.weights import GGUFFile
+from edge_runtime import Model
+from edge_runtime.decoder import llama_cpp as llama
+from edge_runtime.weights.gguf_file import GGUFFile
 
 QUESTIONS = ("What is this?", "Describe the picture in one sentence.", "1 + 1 =", "the the the the")
 N_MATRICES = 23  # 7 in each of 3 layers, embedding and head

@@ -12,7 +12,7 @@ import pytest
 from checkpoint_copies import CheckpointCopy
 from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint
 from edge_converters.convert import Converted
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 N_LAYERS = 3  # of the tiny decoder and of its vision tower
 HIDDEN, WIDTH, VISION_MLP = 256, 160, 304

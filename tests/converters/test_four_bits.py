@@ -18,14 +18,15 @@ from PIL import Image
 import mtmd_peer
 from checkpoint_copies import CheckpointCopy, stored
 from edge_converters import VISION_TYPES, convert_checkpoint
-from edge_converters.checkpoint import Checkpoint
 from edge_converters.convert import Converted
-from edge_converters.plan import plan_vision
-from edge_converters.quantize import encode_rows
-from edge_runtime import Model, llama
-from edge_runtime.cli import main
-from edge_runtime.vision import position_ids
-from edge_runtime.weights import GGUFFile
+from edge_converters.plan.encode_rows import encode_rows
+from edge_converters.plan.tensors import plan_vision
+from edge_converters.sources.checkpoint import Checkpoint
+from edge_runtime import Model
+from edge_runtime.cli.program import main
+from edge_runtime.decoder import llama_cpp as llama
+from edge_runtime.vision.tower import position_ids
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel, random_tensors, write_safetensors
 from tolerances import RESAMPLER, VISION
 
@@ -216,7 +217,7 @@ def test_llama_cpp_refuses_int4_with_a_reason(converted: Callable[[str, str], Co
             pass
     finally:
         mtmd.mtmd_log_set(quiet, ctypes.c_void_p(0))
-    assert "unknown projector type: edge_runtime.resampler" in "".join(lines)
+    assert "unknown projector type: edge_runtime.vision.resampler" in "".join(lines)
 
 
 @pytest.mark.parametrize(("kind", "readers"), [("q4_0", "llama.cpp too"), ("int4", "edge-runtime alone")])

@@ -19,12 +19,12 @@ from PIL import Image
 
 from checkpoint_copies import CheckpointCopy
 from edge_converters import convert_checkpoint
+from edge_converters.calibration.importance import read_importance
+from edge_converters.calibration.importance_from_pictures import observe, prompts
 from edge_converters.convert import Converted
-from edge_converters.importance import read_importance
-from edge_converters.observe import observe, prompts
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.errors import CheckpointError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel
 
 NAMES = {

@@ -19,11 +19,11 @@ import quantised_copies as q
 from checkpoint_copies import CheckpointCopy, read_shard, shard_bytes, stored
 from conftest import golden
 from edge_converters import convert_checkpoint
-from edge_converters.checkpoint import Checkpoint
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime import Model
-from edge_runtime.cli import main
-from edge_runtime.store import find_model
-from edge_runtime.weights import GGUFFile
+from edge_runtime.cli.program import main
+from edge_runtime.store.find import find_model
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel
 
 LOGITS = 1e-3
@@ -78,8 +78,8 @@ def text_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
     ids = golden("chat_text_fast")["ids"]
     with Model.load(folder, exact=True, **named(lora)) as model:
         embeddings = model._decoder.embed(ids)
-        model._engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
-        return model._engine.call(model._decoder.logits)
+        model.engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
+        return model.engine.call(model._decoder.logits)
 
 
 def picture_logits(folder: Path, picture: Path, lora: Path | None = None) -> np.ndarray:

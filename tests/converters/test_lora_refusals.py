@@ -17,7 +17,7 @@ from converters.test_lora import LAYER, VISION_PARTS, adapted, lora, named, pair
 from edge_converters import convert_checkpoint
 from edge_runtime import Model
 from edge_runtime.errors import CheckpointError, ModelFileError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 __all__ = ["adapted", "lora", "pairs", "plain"]
 

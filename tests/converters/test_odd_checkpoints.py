@@ -15,8 +15,8 @@ import pytest
 
 from checkpoint_copies import CheckpointCopy
 from edge_converters import convert_checkpoint
-from edge_converters.importance import read_importance
-from edge_converters.safetensors import read_index
+from edge_converters.calibration.importance import read_importance
+from edge_converters.sources.safetensors import read_index
 from edge_runtime.errors import CheckpointError
 
 ODD = [-1, 0, 10**12, 10**400, float("inf"), float("nan"), 4.5, "x", True, [], None]
@@ -124,7 +124,7 @@ def test_files_without_an_end(
     elif kind == "endless":
         (source / name).symlink_to("/dev/zero")
     else:
-        monkeypatch.setattr("edge_converters.checkpoint.MAX_TEXT_BYTES", 1 << 20)
+        monkeypatch.setattr("edge_converters.sources.checkpoint.MAX_TEXT_BYTES", 1 << 20)
         (source / name).write_bytes(b" " * (1 << 21))
     refused(source, tmp_path / "out", rf"{name} is not readable text \(it (is no file|has more than 1048576 bytes)\)")
 

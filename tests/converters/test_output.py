@@ -20,9 +20,10 @@ import pytest
 from click.testing import CliRunner
 
 from checkpoint_copies import CheckpointCopy
-from edge_converters import convert_checkpoint, writer
+from edge_converters import convert_checkpoint
 from edge_converters.convert import Converted
-from edge_runtime.cli import main
+from edge_converters.output import gguf_writer as writer
+from edge_runtime.cli.program import main
 from edge_runtime.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -343,7 +344,7 @@ def test_unknown_types_are_a_usage_error(checkpoint: Path, tmp_path: Path, optio
 
 
 def test_the_command_stops_with_130(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_runtime.console import ConvertProgress
+    from edge_runtime.cli.terminal import ConvertProgress
 
     monkeypatch.setattr(
         ConvertProgress, "__call__", lambda self, *args: fail_in("quantize", KeyboardInterrupt())(*args)

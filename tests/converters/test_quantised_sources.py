@@ -15,10 +15,10 @@ import quantised_copies as q
 from checkpoint_copies import CheckpointCopy, Stored
 from conftest import golden
 from edge_converters import convert_checkpoint
-from edge_converters.checkpoint import Checkpoint
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime import Model
 from edge_runtime.errors import CheckpointError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import NaiveModel
 
 FORMULA = 1e-6  # relative; both sides are a few float32 operations
@@ -112,8 +112,8 @@ def test_logits_are_those_of_the_formula_in_double_precision(
     ids = golden("chat_text_fast")["ids"]
     with Model.load(tmp_path, exact=True) as model:
         embeddings = model._decoder.embed(ids)
-        model._engine.call(lambda: model._decoder.prefill(embeddings))
-        ours = model._engine.call(model._decoder.logits)
+        model.engine.call(lambda: model._decoder.prefill(embeddings))
+        ours = model.engine.call(model._decoder.logits)
     expected = naive.logits(plain.tensors["llm.model.embed_tokens.weight"].values[ids])
     np.testing.assert_allclose(ours, expected, rtol=0, atol=LOGITS)
 

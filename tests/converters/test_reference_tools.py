@@ -20,13 +20,13 @@ import pytest
 
 from checkpoint_copies import CheckpointCopy, read_shard
 from edge_converters import convert_checkpoint
-from edge_converters.checkpoint import Checkpoint
-from edge_converters.importance import read_importance
-from edge_converters.observe import Observer
+from edge_converters.calibration.importance import read_importance
+from edge_converters.calibration.importance_from_pictures import Observer
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime import Model
-from edge_runtime.sine import frequencies
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.vision.sine_positions import frequencies
+from edge_runtime.weights.gguf_file import GGUFFile
 from naive import random_tensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,9 +150,9 @@ def compare_tensors(one: GGUFFile, other: GGUFFile) -> None:
 def compare_positions(ours: np.ndarray, theirs: np.ndarray) -> None:
     """Sine tables of [positions, width]; where NumPy's power gives another frequency here, that one bit may show.
 
-    Ours are made with the frequencies that NumPy has on AVX-512 machines (`edge_runtime.sine`). A last bit of a
-    frequency grows with the position, and the phase is then rounded to another float32: by these two steps, and not
-    more, may a column of such a frequency differ.
+    Ours are made with the frequencies that NumPy has on AVX-512 machines (`edge_runtime.vision.sine_positions`). A
+    last bit of a frequency grows with the position, and the phase is then rounded to another float32: by these two
+    steps, and not more, may a column of such a frequency differ.
     """
     side, n = round(len(ours) ** 0.5), ours.shape[1] // 4
     numpys = (1.0 / 10000 ** (np.arange(n, dtype=np.float32) / np.float32(n))).astype(np.float32)
@@ -278,8 +278,8 @@ def our_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
     adapters = {} if lora is None else {"signs": lora}
     with Model.load(folder, exact=True, adapters=adapters) as model:
         embeddings = model._decoder.embed(np.arange(3, 60, 2))
-        model._engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
-        return model._engine.call(model._decoder.logits)
+        model.engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
+        return model.engine.call(model._decoder.logits)
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import pytest
 
 from checkpoint_copies import CheckpointCopy
 from edge_converters import convert_checkpoint
-from edge_converters.safetensors import StoredTensor, read_index
+from edge_converters.sources.safetensors import StoredTensor, read_index
 from edge_runtime.errors import CheckpointError, ModelFileError
-from edge_runtime.store import find_model
+from edge_runtime.store.find import find_model
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "converters"))}

@@ -12,9 +12,9 @@ from gguf import TokenType
 from checkpoint_copies import CheckpointCopy, Stored, stored
 from edge_converters import convert_checkpoint
 from edge_runtime import Model
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.weights.gguf_file import GGUFFile
 
 EMBEDDING, HEAD = "llm.model.embed_tokens.weight", "llm.lm_head.weight"
 TEXT = "Hello, wörld! 123 <unk> the then\n\n  e\u0301"

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from edge_converters import convert_checkpoint
 from edge_converters.convert import Converted
 from edge_runtime import Model
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.errors import CheckpointError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 
 @pytest.mark.parametrize("decoder_type", ["q4_k_m", "q8_0", "f16"])

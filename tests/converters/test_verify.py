@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from edge_converters import DECODER_TYPES, VISION_TYPES
-from edge_converters.checkpoint import Checkpoint
 from edge_converters.convert import Converted
-from edge_converters.plan import plan_decoder, plan_vision
-from edge_converters.verify import sampled_error, verify_gguf
+from edge_converters.output.verify import sampled_error, verify_gguf
+from edge_converters.plan.tensors import plan_decoder, plan_vision
+from edge_converters.sources.checkpoint import Checkpoint
 from edge_runtime.errors import CheckpointError
-from edge_runtime.weights import GGUFFile
+from edge_runtime.weights.gguf_file import GGUFFile
 
 PROJ = "resampler.proj.weight"
 BLOCK_BYTES = 34  # Q8_0: a float16 scale and 32 values

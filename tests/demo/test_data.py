@@ -23,7 +23,7 @@ from demo.draw import (
     text_box,
 )
 from demo.words import TEST_WORDS, TRAIN_WORDS, is_test_word
-from edge_runtime.slicing import plan_slices
+from edge_runtime.inputs.slicing import plan_slices
 
 DRAWABLE = [kind for kind in data.KINDS if kind != "unseen fonts" or available(TEST_FONTS)]
 
@@ -205,7 +205,7 @@ def test_videos_start_anywhere() -> None:
 
 
 def test_messages_are_those_of_the_runtime() -> None:
-    from edge_runtime.messages import parse_messages
+    from edge_runtime.inputs.messages import parse_messages
 
     sample = data.KINDS["followup"](rng(12))
     assert [m.role for m in parse_messages(sample.messages())] == ["user", "assistant", "user"]

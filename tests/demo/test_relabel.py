@@ -12,9 +12,9 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 
 from demo.relabel import SKELETON, relabel
 from edge_converters import convert_checkpoint
-from edge_runtime.config import KEY_TOY, is_toy
-from edge_runtime.store import find_model
-from edge_runtime.weights import GGUFFile
+from edge_runtime.store.find import find_model
+from edge_runtime.weights.config import KEY_TOY, is_toy
+from edge_runtime.weights.gguf_file import GGUFFile
 
 TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 ADDED = [

@@ -23,7 +23,7 @@ from demo.initialise import new_model  # noqa: E402
 from demo.model import DemoModel, load_model, save_model  # noqa: E402
 from demo.ramp import add_ramp, has_ramp, ramp_weights  # noqa: E402
 from demo.sample import Sample  # noqa: E402
-from edge_runtime.sine import sine  # noqa: E402
+from edge_runtime.vision.sine_positions import sine  # noqa: E402
 from tolerances import LOGITS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,12 +1,12 @@
-"""float32 attention against `edge_kernels.reference`."""
+"""float32 attention against `edge_kernels.reference.operations`."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from edge_kernels import reference
-from edge_kernels.attention import KEY_BLOCK, QUERY_BLOCK, attention
+from edge_kernels.attention.float32 import KEY_BLOCK, QUERY_BLOCK, attention
+from edge_kernels.reference import operations as reference
 from kernel_checks import ATTENTION_PER_VALUE, U, check, offsets, random, score_tolerance
 
 

@@ -1,4 +1,4 @@
-"""bfloat16 attention on AMX against `edge_kernels.reference`."""
+"""bfloat16 attention on AMX against `edge_kernels.reference.operations`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import numba
 import numpy as np
 import pytest
 
-from edge_kernels import reference, reference_attention
-from edge_kernels.attention_bf16 import IS_POSSIBLE, attention_bf16
-from edge_kernels.compile import set_threads
-from edge_kernels.rows_int8 import layer_norm_quantized, quantize_rows
-from edge_kernels.self_attention import pack_heads, self_attention
+from edge_kernels.attention.bf16 import IS_POSSIBLE, attention_bf16
+from edge_kernels.attention.qkv_fused import pack_heads, self_attention
+from edge_kernels.linear.int8_rows import layer_norm_quantized, quantize_rows
+from edge_kernels.reference import attention as reference_attention
+from edge_kernels.reference import operations as reference
+from edge_kernels.threads import set_threads
 from kernel_checks import offsets, random
 
 needs_amx = pytest.mark.skipif(

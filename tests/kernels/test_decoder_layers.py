@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_kernels import reference_decoder
-from edge_kernels.attention_causal import attention_causal
-from edge_kernels.decoder_rows import norm_and_rotate, rms_norm
-from edge_kernels.linear_blocks import IS_POSSIBLE
+from edge_kernels.attention.causal import attention_causal
+from edge_kernels.linear.gguf_blocks import IS_POSSIBLE
+from edge_kernels.reference import decoder as reference_decoder
+from edge_kernels.rows.decoder_rows import norm_and_rotate, rms_norm
 
 needs_amx = pytest.mark.skipif(
     not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"

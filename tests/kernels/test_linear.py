@@ -1,4 +1,4 @@
-"""The float32 products and all that may follow them, against `edge_kernels.reference`."""
+"""The float32 products and all that may follow them, against `edge_kernels.reference.operations`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_kernels import linear as blocks
-from edge_kernels import linear_split as split_blocks
-from edge_kernels import reference, simd
-from edge_kernels.linear import linear, pack_weight
-from edge_kernels.linear_split import IS_POSSIBLE, linear_split, pack_split
+from edge_kernels.linear import bf16_split as split_blocks
+from edge_kernels.linear import float32 as blocks
+from edge_kernels.linear.bf16_split import IS_POSSIBLE, linear_split, pack_split
+from edge_kernels.linear.float32 import linear, pack_weight
+from edge_kernels.reference import operations as reference
+from edge_kernels.simd import float32 as simd
 from kernel_checks import check, linear_tolerance, random
 
 needs_amx = pytest.mark.skipif(

@@ -18,11 +18,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.server.settings import Settings
-from runtime.document_maker import words_pdf
-from runtime.video_maker import make_video
 from server.conftest import running
+from support.document_maker import words_pdf
+from support.video_maker import make_video
 from tools import cli_reference
 
 ROOT = Path(__file__).parents[2]

@@ -106,8 +106,8 @@ def client(server: Served) -> Iterator[httpx.Client]:
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that end only when they are stopped, or at their `num_predict`."""
-    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", lambda self, context, row: 40)
-    monkeypatch.setattr("edge_runtime.streaming.RepetitionDetector.feed", lambda self, token_id: False)
+    monkeypatch.setattr("edge_runtime.generation.sampling.Sampler.sample", lambda self, context, row: 40)
+    monkeypatch.setattr("edge_runtime.generation.text_stream.RepetitionDetector.feed", lambda self, token_id: False)
 
 
 def openai_client(served: Served) -> openai.OpenAI:

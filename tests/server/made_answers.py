@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from edge_runtime.answers import Answer
-from edge_runtime.logprobs import TokenLogprob, TokenLogprobs
-from edge_runtime.streaming import Piece
-from edge_runtime.tools import ToolCall
+from edge_runtime.generation.logprobs import TokenLogprob, TokenLogprobs
+from edge_runtime.generation.text_stream import Piece
+from edge_runtime.structured_output.tools import ToolCall
 
 WEATHER = ToolCall("weather", {"city": "Örebro"})
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from edge_runtime.server.openai_requests import ChatCompletionRequest
-from edge_runtime.server.responses_requests import ResponsesRequest
+from edge_runtime.server.openai.requests import ChatCompletionRequest
+from edge_runtime.server.openai.responses_requests import ResponsesRequest
 
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": {"type": "object"}}}
 FLAT_TOOL = {"type": "function", "name": "weather", "description": "Now.", "parameters": {"type": "object"}}

@@ -13,11 +13,10 @@ from anthropic.types import beta, message_count_tokens_params, message_create_pa
 from anthropic.types.beta import message_count_tokens_params as beta_count_params
 from anthropic.types.beta import message_create_params as beta_create_params
 
-from edge_runtime.messages import ImagePart, parse_messages
-from edge_runtime.server import anthropic_blocks as blocks
-from edge_runtime.server import anthropic_requests as requests
-from edge_runtime.server.anthropic_requests import CountRequest, MessagesRequest
-from edge_runtime.server.anthropic_schemas import as_meant
+from edge_runtime.inputs.messages import ImagePart, parse_messages
+from edge_runtime.server.anthropic import blocks, requests
+from edge_runtime.server.anthropic.requests import CountRequest, MessagesRequest
+from edge_runtime.server.anthropic.schemas import as_meant
 from edge_runtime.server.errors import RequestError
 from server.asked import ANTHROPIC_TOOL as TOOL
 from server.asked import BLOCK as IMAGE

@@ -9,9 +9,9 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
-from edge_runtime.messages import ImagePart, parse_messages
-from edge_runtime.server.anthropic_replies import MessageEvents, whole_message
-from edge_runtime.server.anthropic_requests import MessagesRequest
+from edge_runtime.inputs.messages import ImagePart, parse_messages
+from edge_runtime.server.anthropic.replies import MessageEvents, whole_message
+from edge_runtime.server.anthropic.requests import MessagesRequest
 from edge_runtime.server.errors import RequestError
 from server.asked import ANTHROPIC_TOOL as TOOL
 from server.asked import BLOCK

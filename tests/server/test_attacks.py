@@ -22,9 +22,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edge_runtime.cli import main
+from edge_runtime.cli.program import main
 from edge_runtime.server.settings import Settings
-from runtime.gguf_maker import mini_decoder, mini_mmproj
 from server.attacking import (
     QUESTION,
     Serve,
@@ -37,6 +36,7 @@ from server.attacking import (
     wait_until,
 )
 from server.conftest import SIGN
+from support.gguf_maker import mini_decoder, mini_mmproj
 
 KEY = "a-key-that-nobody-guesses"
 

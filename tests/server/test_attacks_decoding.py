@@ -13,9 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
-from runtime.document_maker import endless_pdf
 from server.attacking import QUESTION, Serve, chat, is_idle, post, wait_until
 from server.test_serve_command import process
+from support.document_maker import endless_pdf
 
 ENDLESS = base64.b64encode(endless_pdf()).decode()
 URI = f"data:application/pdf;base64,{ENDLESS}"

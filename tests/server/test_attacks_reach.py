@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.server import fetching
+from edge_runtime.server import fetch as fetching
 from server.attacking import Serve, chat, connected, head, is_idle, post, rest_of, wait_until
 from server.conftest import SIGN, Served
 
@@ -267,7 +267,7 @@ def test_an_error_inside_a_stream_tells_no_paths(server, own_store, monkeypatch)
     def broken(self: Any, context: Any, row: int) -> int:
         raise RuntimeError(f"cannot read {path}")
 
-    monkeypatch.setattr("edge_runtime.sampling.Sampler.sample", broken)
+    monkeypatch.setattr("edge_runtime.generation.sampling.Sampler.sample", broken)
     reply = post(server, "/api/chat", chat(stream=True))
     assert "error" in json.loads(reply.text.splitlines()[-1])
     assert path not in reply.text

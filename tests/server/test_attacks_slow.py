@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.decoding_pool import Lease
+from edge_runtime.inputs.workers.pool import Lease
 from edge_runtime.server import replies
-from edge_runtime.server.connections import GuardedConnection
 from edge_runtime.server.inference import MOST_DECODERS, TEXT_THREADS
+from edge_runtime.server.middleware.connections import GuardedConnection
 from edge_runtime.server.settings import Settings
 from server.attacking import (
     QUESTION,

@@ -11,10 +11,10 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from edge_runtime.requests import Progress
-from edge_runtime.server.chunks import Telling
+from edge_runtime.engine.events import Progress
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.inference import Answering
-from edge_runtime.streaming import Piece
+from edge_runtime.server.openai.chunks import Telling
 
 PATHS = ("/completion", "/v1/completions", "/chat/completions", "/v1/chat/completions", "/responses", "/v1/responses")
 

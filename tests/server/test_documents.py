@@ -13,9 +13,9 @@ from PIL import Image
 from playwright.sync_api import Page, Route, expect
 
 from edge_runtime.server.settings import Settings
-from runtime.document_maker import pages_tiff, scanned_pdf, words_pdf
 from server.conftest import Served, running
 from server.test_page import answer_of, ask, browser, prose, visit
+from support.document_maker import pages_tiff, scanned_pdf, words_pdf
 
 __all__ = ["browser", "visit"]
 WORDS = ["CAFE", "EXIT", "TAXI"]

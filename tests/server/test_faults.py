@@ -17,15 +17,15 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.library import Library
-from edge_runtime.pulling import pull
-from edge_runtime.server.blobs import Blobs
-from edge_runtime.server.names import Names
-from edge_runtime.store import find_model
-from runtime.hub_server import Fault
+from edge_runtime.server.registry.blobs import Blobs
+from edge_runtime.server.registry.names import Names
+from edge_runtime.store.find import find_model
+from edge_runtime.store.library import Library
+from edge_runtime.store.pull import pull
 from server.attacking import wait_until
 from server.test_ollama_client import DEMO_FILES, hub
 from server.test_serve_command import process
+from support.hub_server import Fault
 
 __all__ = ["hub"]
 

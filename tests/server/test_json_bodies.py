@@ -11,8 +11,8 @@ import httpx
 import pytest
 from starlette.exceptions import HTTPException
 
-from edge_runtime.server import json_bodies
 from edge_runtime.server.media import text_bytes
+from edge_runtime.server.middleware import json_bodies
 from edge_runtime.server.settings import Settings
 from server.conftest import Served
 

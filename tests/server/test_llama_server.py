@@ -8,12 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.server import llama_server
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.errors import LLAMA_SERVER, api_of
-from edge_runtime.server.llama_server_facts import MEDIA_MARKER
-from edge_runtime.server.llama_server_replies import LlamaCompletions
-from edge_runtime.server.llama_server_requests import LlamaCompletionRequest
-from edge_runtime.streaming import Piece
+from edge_runtime.server.openai import llama_server
+from edge_runtime.server.openai.llama_server_facts import MEDIA_MARKER
+from edge_runtime.server.openai.llama_server_replies import LlamaCompletions
+from edge_runtime.server.openai.llama_server_requests import LlamaCompletionRequest
 from server.asked import ANSWER
 from server.asked import PROMPT as HELLO
 from server.asked import SIGN_BASE64 as PICTURE
@@ -260,7 +260,8 @@ def test_openais_routes_without_a_version(client):
 
 
 def test_every_route_without_a_version_is_there(server):
-    from edge_runtime.server import openai, responses
+    from edge_runtime.server.openai import chat as openai
+    from edge_runtime.server.openai import responses
 
     found = {route.path for route in llama_server.without_version(openai.router, responses.router).routes}
     assert found == {path.removeprefix("/v1") for path in llama_server.WITHOUT_VERSION}

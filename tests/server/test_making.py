@@ -19,16 +19,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.modelfile import TEMPLATE, modelfile_text
+from decoder.test_adapters import make_adapter
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.modelfiles import modelfile_of, parse_modelfile
-from edge_runtime.server.names import Names, Record
-from edge_runtime.store import find_model
-from runtime.gguf_maker import mini_decoder, mini_mmproj
-from runtime.hub_server import Fault
-from runtime.test_adapters import make_adapter
+from edge_runtime.server.ollama.modelfile import modelfile_of, parse_modelfile
+from edge_runtime.server.registry.names import Names, Record
+from edge_runtime.store.export_ollama import TEMPLATE, modelfile_text
+from edge_runtime.store.find import find_model
 from server.conftest import Served
 from server.test_ollama_client import DEMO_FILES, GREEDY, PULLED, QUESTION, hub, names
+from support.gguf_maker import mini_decoder, mini_mmproj
+from support.hub_server import Fault
 
 __all__ = ["hub"]
 

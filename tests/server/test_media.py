@@ -13,9 +13,9 @@ import httpx2
 import pytest
 
 from edge_runtime import ImageError, MessageError
-from edge_runtime.server import fetching
+from edge_runtime.server import fetch as fetching
 from edge_runtime.server.errors import NotAllowed, RequestError, TooLarge
-from edge_runtime.server.fetching import Allowed, Fetcher, is_public
+from edge_runtime.server.fetch import Allowed, Fetcher, is_public
 from edge_runtime.server.media import brought_in, checked_messages
 from edge_runtime.server.settings import Settings
 from server.test_limits import PIXEL

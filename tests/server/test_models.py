@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from edge_runtime.errors import ModelFileError, NotEnoughMemoryError
-from edge_runtime.server import models
-from edge_runtime.server.catalog import Catalog
 from edge_runtime.server.errors import ModelNotFound, ShuttingDown
-from edge_runtime.server.models import ModelRegistry
+from edge_runtime.server.registry import loaded as models
+from edge_runtime.server.registry.catalog import Catalog
+from edge_runtime.server.registry.loaded import ModelRegistry
 from edge_runtime.server.settings import Settings
 
 GIGABYTE = 10**9

@@ -13,11 +13,11 @@ import ollama
 import pytest
 from pydantic import BaseModel
 
-from edge_runtime.templates import OFFICIAL_CHAT_TEMPLATE
-from runtime.gguf_maker import mini_decoder, mini_mmproj
-from runtime.hub_server import Fault, Hub
-from runtime.hub_server import serve as serve_hub
+from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from server.conftest import SIGN
+from support.gguf_maker import mini_decoder, mini_mmproj
+from support.hub_server import Fault, Hub
+from support.hub_server import serve as serve_hub
 
 QUESTION = [{"role": "user", "content": "What does it say?", "images": [SIGN]}]
 GREEDY = {"temperature": 0}
@@ -165,7 +165,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub with the demo model as `org/demo`, and a store of the test's own."""
     from huggingface_hub import close_session, constants
 
-    from edge_runtime import download
+    from edge_runtime.store import download
 
     monkeypatch.setenv("EDGE_RUNTIME_MODELS", str(tmp_path / "models"))
     files = {f"org/demo/{path.name}": path.read_bytes() for path in DEMO_FILES}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.server.context_tokens import MOST_IDS, ids_of, messages_of
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.ollama_context import MOST_IDS, ids_of, messages_of
-from edge_runtime.store import find_model
-from edge_runtime.tokenizer import Tokenizer
-from edge_runtime.weights import GGUFFile
+from edge_runtime.store.find import find_model
+from edge_runtime.weights.gguf_file import GGUFFile
 from server.asked import SIGN_BASE64 as PICTURE
 
 MUCH = 100_000

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.server import models
+from edge_runtime.server.registry import loaded as models
 from edge_runtime.server.settings import Settings
 from server.conftest import running
 from server.scripted import ScriptedModel, say

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from edge_runtime.answers import TOY_NOTICE
-from runtime.gguf_maker import BOOL, HIDDEN, I32, SPECIAL, STRING, VOCABULARY, mini_decoder, mini_mmproj
+from support.gguf_maker import BOOL, HIDDEN, I32, SPECIAL, STRING, VOCABULARY, mini_decoder, mini_mmproj
 
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOL = {

@@ -12,13 +12,13 @@ import httpx
 import ollama
 import pytest
 
-from edge_runtime.decoding_pool import ClientsDecoders
+from edge_runtime.engine.events import Progress
 from edge_runtime.errors import EngineBusy, ImageError, MessageError, PromptTooLongError
-from edge_runtime.requests import Progress
-from edge_runtime.server import models
+from edge_runtime.generation.text_stream import Piece
+from edge_runtime.inputs.workers.pool import ClientsDecoders
+from edge_runtime.server.registry import loaded as models
 from edge_runtime.server.settings import Settings
-from edge_runtime.streaming import Piece
-from edge_runtime.tools import ToolCall
+from edge_runtime.structured_output.tools import ToolCall
 from server.conftest import SIGN
 from server.scripted import TIMES, ScriptedModel, finished, say
 

@@ -12,9 +12,9 @@ from openai.types.completion_create_params import CompletionCreateParamsStreamin
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming as ResponseParams
 
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.openai_fields import OF_CHAT, OF_COMPLETIONS, OF_RESPONSES, PASSED_OVER, REFUSED
-from edge_runtime.server.openai_requests import ChatCompletionRequest, CompletionRequest
-from edge_runtime.server.responses_requests import ResponsesRequest
+from edge_runtime.server.fields.refused import OF_CHAT, OF_COMPLETIONS, OF_RESPONSES, PASSED_OVER, REFUSED
+from edge_runtime.server.openai.requests import ChatCompletionRequest, CompletionRequest
+from edge_runtime.server.openai.responses_requests import ResponsesRequest
 
 HI = [{"role": "user", "content": "Hi"}]
 ROUTES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {

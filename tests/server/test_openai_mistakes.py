@@ -12,13 +12,14 @@ import openai
 import pytest
 
 from edge_runtime.errors import EngineBusy, ImageError
-from edge_runtime.server import responses, sse
-from edge_runtime.server.chunks import Telling
+from edge_runtime.generation.text_stream import Piece
+from edge_runtime.server import sse
 from edge_runtime.server.errors import TimedOut
 from edge_runtime.server.inference import Answering, Heartbeat
-from edge_runtime.server.responses_events import ResponseEvents
-from edge_runtime.server.responses_requests import ResponsesRequest
-from edge_runtime.streaming import Piece
+from edge_runtime.server.openai import responses
+from edge_runtime.server.openai.chunks import Telling
+from edge_runtime.server.openai.responses_events import ResponseEvents
+from edge_runtime.server.openai.responses_requests import ResponsesRequest
 from server.asked import HELLO
 from server.test_responses_events import checked
 

@@ -12,8 +12,8 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 
-from edge_runtime.server.openai_replies import ChatChunks, TextCompletions, add_usage, chat_completion, usage
-from edge_runtime.streaming import Piece
+from edge_runtime.generation.text_stream import Piece
+from edge_runtime.server.openai.replies import ChatChunks, TextCompletions, add_usage, chat_completion, usage
 from server.made_answers import CALLING, SCORED, THOUGHTFUL, made_answer, scored
 
 REASONING = {"reasoning", "reasoning_content"}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from edge_runtime.messages import parse_messages
-from edge_runtime.sampling import MAX_SEED
-from edge_runtime.server.anthropic_requests import MessagesRequest
+from edge_runtime.generation.sampling import MAX_SEED
+from edge_runtime.inputs.messages import parse_messages
+from edge_runtime.server.anthropic.requests import MessagesRequest
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.ollama_options import THINKING_LEVELS
-from edge_runtime.server.openai_requests import ChatCompletionRequest, CompletionRequest
+from edge_runtime.server.fields.thinking import THINKING_LEVELS
+from edge_runtime.server.openai.requests import ChatCompletionRequest, CompletionRequest
 from server.openai_bodies import FLAT_TOOL, HI, SCHEMA, TOOL, chat, responses
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from edge_runtime.errors import MessageError
 from edge_runtime.server.app import create_app
-from edge_runtime.server.origins import OLLAMA_DEFAULTS, allowed_origins
+from edge_runtime.server.middleware.origins import OLLAMA_DEFAULTS, allowed_origins
 from edge_runtime.server.settings import Settings
 from server.test_limits import KEY, ask
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Request, Route, expect, sync_playwright
 
-from edge_runtime.streaming import TextStream
+from edge_runtime.generation.text_stream import TextStream
 from server.conftest import SIGN, Served
 
 pytestmark = pytest.mark.slow

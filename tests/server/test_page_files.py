@@ -7,7 +7,7 @@ import re
 import httpx
 import pytest
 
-from edge_runtime.server.pages import static_files
+from edge_runtime.server.web_page import static_files
 
 
 def test_browsers_get_the_page_and_others_what_ollama_says(client: httpx.Client):

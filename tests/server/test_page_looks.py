@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from edge_runtime.answers import TOY_NOTICE
-from edge_runtime.grounding import find_regions
+from edge_runtime.generation.grounding import find_regions
 from server.conftest import SIGN, Served
 from server.test_page import answer_of, ask, browser, say, size_of_sign, visit
 

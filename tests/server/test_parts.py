@@ -6,7 +6,7 @@ import base64
 
 import pytest
 
-from edge_runtime.messages import ImagePart, parse_messages
+from edge_runtime.inputs.messages import ImagePart, parse_messages
 from edge_runtime.server.errors import RequestError
 from server.openai_bodies import chat, responses
 

@@ -11,11 +11,11 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.inference import Heartbeat
-from edge_runtime.server.responses import whole_response
-from edge_runtime.server.responses_events import ResponseEvents
-from edge_runtime.server.responses_requests import ResponsesRequest
-from edge_runtime.streaming import Piece
+from edge_runtime.server.openai.responses import whole_response
+from edge_runtime.server.openai.responses_events import ResponseEvents
+from edge_runtime.server.openai.responses_requests import ResponsesRequest
 from server.made_answers import CALLING, SCORED, THOUGHTFUL, made_answer
 from server.test_openai_replies import read, unknown_fields
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_runtime.messages import parse_messages
+from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.server.errors import RequestError
 from server.openai_bodies import FLAT_TOOL, SCHEMA, TOOL, responses
 

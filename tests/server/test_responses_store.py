@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from edge_runtime.server import responses_store
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.responses_items import listed_items, page
+from edge_runtime.server.openai.responses_items import listed_items, page
 from edge_runtime.server.responses_store import NotKept, PreviousNotKept, ResponseStore, owner_of
 from server.conftest import Served
 from server.test_openai_replies import unknown_fields

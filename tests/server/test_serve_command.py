@@ -20,10 +20,10 @@ import pytest
 from click.testing import CliRunner
 
 from edge_runtime import MessageError
-from edge_runtime.cli import main
-from edge_runtime.serve_command import settings_of
+from edge_runtime.cli.program import main
+from edge_runtime.cli.serve import settings_of
 from edge_runtime.server.settings import Settings
-from runtime.command import refused
+from support.command import refused
 
 QUESTION = {"model": "demo", "messages": [{"role": "user", "content": "ab"}]}
 ONE_PIECE = {**QUESTION, "stream": False, "options": {"num_predict": 2}}
@@ -43,7 +43,9 @@ def process(store: Path, *options: str, before: str = "") -> Iterator[tuple[subp
         "EDGE_RUNTIME_MODELS": str(store),
         "EDGE_RUNTIME_CACHE_DIR": str(store / "cache"),
     }
-    program = ["-c", f"{before}\nfrom edge_runtime.cli import main\nmain()"] if before else ["-m", "edge_runtime"]
+    program = (
+        ["-c", f"{before}\nfrom edge_runtime.cli.program import main\nmain()"] if before else ["-m", "edge_runtime"]
+    )
     command = [sys.executable, *program, "serve", "--port", "0", *options]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -115,7 +117,7 @@ IN_PYTHON = "[None for _ in iter(int, 1)]"
 STUCK = {
     "a decoder in C": ("edge_runtime.model.Model.submit", IN_C),
     "a decoder in Python": ("edge_runtime.model.Model.submit", IN_PYTHON),
-    "the engine": ("edge_runtime.scheduler.Scheduler.turn", IN_C),
+    "the engine": ("edge_runtime.engine.scheduler.Scheduler.step", IN_C),
     "unloading": ("edge_runtime.model.Model.close", IN_C),
     "the event loop": ("edge_runtime.server.inference.Inference._admit", IN_C),
 }
@@ -172,7 +174,7 @@ def test_what_it_does_not_start_with(own_store):
 
 def settings_for(*arguments: str) -> Settings:
     """What the options of the command come to."""
-    from edge_runtime.serve_command import serve
+    from edge_runtime.cli.serve import serve
 
     context = serve.make_context("serve", [*arguments])
     return settings_of(context.params)

@@ -15,10 +15,10 @@ import httpx
 import pytest
 
 from edge_runtime.errors import EngineBusy
-from edge_runtime.server.connections import GuardedConnection
-from edge_runtime.server.pace import Pace
+from edge_runtime.server.middleware.connections import GuardedConnection
+from edge_runtime.server.middleware.pace import Pace
+from edge_runtime.server.middleware.shares import Places, client_of
 from edge_runtime.server.settings import Settings
-from edge_runtime.server.shares import Places, client_of
 from server.attacking import Serve, chat, connected, head, is_idle, post, rest_of, wait_until
 from server.conftest import Served
 
@@ -165,8 +165,8 @@ def test_connections_at_work_are_not_given_up(serve: Serve):
 
 
 def test_those_that_are_turned_away_are_bounded_too(serve: Serve, monkeypatch):
-    monkeypatch.setattr("edge_runtime.server.connections.MOST_SURPLUS", 2)
-    monkeypatch.setattr("edge_runtime.server.connections.SURPLUS_S", 0.3)
+    monkeypatch.setattr("edge_runtime.server.middleware.connections.MOST_SURPLUS", 2)
+    monkeypatch.setattr("edge_runtime.server.middleware.connections.SURPLUS_S", 0.3)
     served = serve(max_connections=1)
     with contextlib.ExitStack() as stack:
         stack.enter_context(connected(served, head("/api/show", "Content-Length: 10")))

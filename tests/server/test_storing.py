@@ -15,16 +15,16 @@ import httpx
 import pytest
 
 from edge_runtime.errors import StoreFull
-from edge_runtime.library import Library
-from edge_runtime.server.blobs import UNNEEDED_AFTER_S, Blobs
-from edge_runtime.server.catalog import Catalog
 from edge_runtime.server.errors import RequestError
-from edge_runtime.server.names import Record
+from edge_runtime.server.registry.blobs import UNNEEDED_AFTER_S, Blobs
+from edge_runtime.server.registry.catalog import Catalog
+from edge_runtime.server.registry.names import Record
 from edge_runtime.server.settings import Settings
-from runtime.hub_server import Fault
+from edge_runtime.store.library import Library
 from server.attacking import Serve, chat, post, wait_until
 from server.conftest import Served
 from server.test_ollama_client import hub
+from support.hub_server import Fault
 
 __all__ = ["hub"]
 

@@ -1,6 +1,6 @@
 // Places that an answer names, read and drawn: `<ref>label</ref><box>x1 y1 x2 y2</box>`, also `<quad>` and `<point>`.
 //
-// Numbers are thousandths of the picture's width and height; the same rules as edge_runtime/grounding.py.
+// Numbers are thousandths of the picture's width and height; the same rules as edge_runtime/generation/grounding.py.
 
 import { element, svg } from "./dom.js";
 

@@ -1,0 +1,151 @@
+"""What chats of one model have in common: the system prompt and the tools, held in the KV cache for the next chat.
+
+A client such as Open WebUI sends the same tools with every chat, thousands of tokens before the first word of the
+person. `Beginnings` tells how long that part of a prompt is; `HeldBeginnings` keeps it in sequences of its own, which
+share their positions with the chats that are at work, so holding costs nothing while they are. It is forgotten after
+all that nobody uses, and only where that gives room.
+
+Two of them are held. Which one leaves for another is decided as GreedyDual-Size with frequency does (Cao and Irani,
+1997; Cherkasova, 1998): each is worth its length times the number of its uses, counted from a clock that moves on to
+the worth of what left last. So single chats with system prompts of their own do not drive out a long one that is used
+again and again, and nothing stays for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder.llama_context import common_beginning
+from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.inputs.messages import Message, parse_messages
+from edge_runtime.prompt.build import Prompt
+
+LEAST = 64
+"""Positions; fewer are computed as fast as they are looked for."""
+QUESTIONS = ("What", "And how")
+"""They begin differently: behind what their prompts share stands the conversation."""
+MOST_KNOWN = 32
+MOST_USES = 16
+"""That count: what was used for years may leave after some days, too."""
+
+
+class Beginnings:
+    """How long the beginnings are that do not depend on the conversation; from any thread.
+
+    Knows of templates only that they make a prompt out of messages: rendering costs as much as for the prompt itself,
+    so it is done once for every system prompt with its tools.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, list[int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def length(
+        self,
+        ids: Sequence[int],
+        conversation: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        build: Callable[[Sequence[Message]], Prompt],
+        *more: Hashable,
+    ) -> int:
+        """Positions of a prompt that other chats with the same system prompt and tools begin with; 0 for few.
+
+        Parameters
+        ----------
+        ids : of the prompt.
+        build : makes the prompt of a conversation without pictures.
+        more : whatever else decides how it is made.
+        """
+        opening = [*takewhile(lambda message: message.role == "system", conversation)]
+        written = [[str(part) for part in message.parts] for message in opening]
+        name = json.dumps([written, [*tools], repr(more)], sort_keys=True, default=str)
+        if len(name) < LEAST:  # no token is shorter than a character
+            return 0
+        with self._lock:
+            found = self._known.get(name)
+        if found is None:
+            try:
+                one, other = (build([*opening, *parse_messages(question)]).ids for question in QUESTIONS)
+            except EdgeRuntimeError:  # a template that wants more than a question
+                return 0
+            found = one[: common_beginning(one, other)]
+            with self._lock:
+                self._known[name] = found
+                while len(self._known) > MOST_KNOWN:
+                    self._known.popitem(last=False)
+        n = common_beginning(found, ids)  # less than expected where a template looks at the conversation's end first
+        return n if n >= LEAST else 0
+
+
+@dataclass
+class _Held:
+    adapter: str | None
+    worth: float
+    uses: int = 1
+
+
+class HeldBeginnings:
+    """Sequences of the KV cache that hold what chats share. Used by the inference thread alone."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._held: dict[int, _Held] = {}
+        self._clock = 0.0
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([*self._held])
+
+    def by_worth(self) -> list[tuple[list[Hashable], str | None]]:
+        """Keys and adapter of each, the one that leaves last first."""
+        order = sorted(self._held, key=lambda sequence: -self._held[sequence].worth)
+        return [(self._decoder.keys(sequence), self._held[sequence].adapter) for sequence in order]
+
+    def hold(self, source: int, n: int, adapter: str | None) -> int | None:
+        """Hold the first `n` positions of a sequence, unless others are worth more.
+
+        Returns
+        -------
+        sequence : that holds them from now on; None where they were held already, or are not.
+        """
+        keys = self._decoder.keys(source)[:n]
+        if len(keys) < max(n, LEAST):
+            return None
+        for sequence, held in self._held.items():
+            if held.adapter == adapter and self._decoder.keys(sequence) == keys:
+                held.uses = min(held.uses + 1, MOST_USES)
+                held.worth = self._clock + held.uses * n
+                return None
+        free = [sequence for sequence in self._decoder.holding if sequence not in self._held]
+        if not free:
+            least = min(self._held, key=lambda sequence: self._held[sequence].worth)
+            self._clock = min(self._held[least].worth, self._clock + n)
+            if self._held[least].worth > self._clock:
+                return None
+            del self._held[least]
+            free = [least]
+        self._decoder.share(source, free[0], n)
+        self._held[free[0]] = _Held(adapter, self._clock + n)
+        return free[0]
+
+    def give_up(self, used: Sequence[int]) -> bool:
+        """Forget the one that is worth least among those that give room; False if none does.
+
+        Parameters
+        ----------
+        used : sequences that are at work: what they hold, too, is not given back.
+        """
+        at_work = [self._decoder.keys(sequence) for sequence in used]
+        for sequence in sorted(self._held, key=lambda sequence: self._held[sequence].worth):
+            keys = self._decoder.keys(sequence)
+            if all(common_beginning(keys, other) < len(keys) for other in at_work):
+                self._clock = max(self._clock, self._held.pop(sequence).worth)
+                self._decoder.rewind(sequence)
+                return True
+        return False

@@ -1,0 +1,230 @@
+"""The chat in a terminal: a loop of questions, pictures and a few commands."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_runtime.answers import TOY_NOTICE, Answer
+from edge_runtime.cli import terminal as console
+from edge_runtime.cli.file_names import find_named, is_there
+from edge_runtime.cli.piped import STDIN, Piped
+from edge_runtime.cli.video_options import is_video, look_at
+from edge_runtime.cli.words import looks_like_file, named_file, overlooked
+from edge_runtime.errors import EdgeRuntimeError, ImageError
+from edge_runtime.inputs.documents import describe
+from edge_runtime.inputs.image import load_image
+from edge_runtime.inputs.messages import VideoPart
+from edge_runtime.inputs.video.frame_choice import VideoOptions
+from edge_runtime.model import Model
+
+HELP = """\
+/image FILE   add a picture, a document or a video to the next question; so does FILE alone
+/continue     go on with the last answer
+/think        switch reasoning on or off
+/clear        forget the conversation
+/help         show this list
+/exit         leave (so does Ctrl-D); Ctrl-C ends an answer"""
+COMMANDS = ("image", "continue", "think", "clear", "help", "exit", "quit", "bye")
+
+
+class Chat:
+    """One conversation.
+
+    Parameters
+    ----------
+    messages : what precedes it (a system prompt, or nothing).
+    options : arguments of `Model.chat`.
+    video : what is looked at of videos.
+    """
+
+    def __init__(
+        self, model: Model, messages: list[Any], options: dict[str, Any], video: VideoOptions | None = None
+    ) -> None:
+        self._video = video or VideoOptions()
+        self._model, self._opening, self._options = model, list(messages), dict(options)
+        self._messages = list(messages)
+        self._pictures: list[Path | Piped | VideoPart] = []
+        self._files: list[Path] = []
+        self._doubted = ""
+        self._interactive = sys.stdin.isatty()
+
+    def loop(self, pictures: Sequence[Path | Piped | VideoPart]) -> None:
+        """Ask and answer until the input ends."""
+        if self._model.is_toy:
+            console.note(TOY_NOTICE)
+        for picture in pictures:
+            self._add(picture.source if isinstance(picture, VideoPart) else picture)
+        if self._interactive:
+            self._load_line_editing()
+            console.note(f"Chat with {self._model.name}; /help lists the commands.")
+        while (line := self._read()) is not None:
+            if line.startswith("/") and not self._is_path(line):
+                if self._command(line) == "exit":
+                    return
+            elif line:
+                self._take(line)
+
+    @staticmethod
+    def _is_path(line: str) -> bool:
+        """Whether a line that begins with a slash is no command, as when a file is dropped on the terminal."""
+        return line[1:].partition(" ")[0] not in COMMANDS and ("/" in line[1:] or is_there(line))
+
+    def _take(self, line: str) -> None:
+        """Ask what was written, or add the files it names; what may be either is asked when it comes again."""
+        if any("\udc80" <= c <= "\udcff" for c in line):
+            console.note("That line is not UTF-8 text and was not asked.")
+            return
+        names, reason = _names(line), overlooked(line, self._files)
+        if all(looks_like_file(name) for name in names):
+            try:
+                sources = [self._found(name) for name in names]
+            except EdgeRuntimeError as error:
+                reason = str(error).removesuffix(".")
+            else:
+                self._add_all(sources)
+                return
+        if reason is not None and line != self._doubted:
+            self._doubted = line
+            click.echo(f"edge-runtime: {reason}, or enter the line again to ask it as it is.", err=True)
+            return
+        self._doubted = ""
+        self._ask(line)
+
+    @staticmethod
+    def _load_line_editing() -> None:
+        """Arrow keys and history, where the system has readline."""
+        try:
+            import readline  # noqa: F401 - importing it changes input()
+        except ImportError:
+            console.note("Line editing is not available here (no readline).")
+
+    def _read(self) -> str | None:
+        try:
+            return input("> " if self._interactive else "").strip()
+        except EOFError:
+            if self._interactive:
+                click.echo(err=True)
+            return None
+        except KeyboardInterrupt:
+            click.echo(err=True)
+            console.note("Ctrl-D or /exit leaves the chat.")
+            return ""
+
+    def _command(self, line: str) -> str:
+        """Obey one command; returns its name."""
+        name, _, argument = line[1:].partition(" ")
+        if name in ("exit", "quit", "bye"):
+            return "exit"
+        if name == "image":
+            self._add_picture(argument.strip())
+        elif name == "continue":
+            self._continue()
+        elif name == "think":
+            self._options["thinking"] = not self._options.get("thinking")
+            console.note(f"Reasoning is {'on' if self._options['thinking'] else 'off'}.")
+        elif name == "clear":
+            self._messages, self._pictures, self._files = list(self._opening), [], []
+            console.note("The conversation is forgotten.")
+        else:
+            console.note(HELP if name == "help" else f"There is no command /{name}.\n{HELP}")
+        return name
+
+    def _add_picture(self, name: str) -> None:
+        """Find what was named; several files may be named, with blanks between."""
+        if not name:
+            console.note("/image needs a file: /image photo.jpg")
+            return
+        try:
+            sources = [self._found(word) for word in _names(name)]
+        except EdgeRuntimeError as error:
+            click.echo(f"edge-runtime: {error}", err=True)
+            return
+        self._add_all(sources)
+
+    def _add_all(self, sources: Sequence[Path | Piped]) -> None:
+        for source in sources:
+            self._add(source)
+
+    @staticmethod
+    def _found(word: str) -> Path | Piped:
+        if word in STDIN:
+            raise ImageError("stdin is where the questions of this chat come from; name a file.")
+        found = named_file(word)
+        if isinstance(found, str):
+            raise ImageError(f"{word} holds text, expected a picture, a document or a video; write the text itself.")
+        return found
+
+    def _add(self, source: Any) -> None:
+        """Check a picture now, so that the mistake is told where it was made."""
+        try:
+            if is_video(source):
+                video = VideoPart(source, self._video)
+                what = look_at(video)
+                self._note_file(source)
+                self._pictures.append(video)
+                console.note(f"{what} goes with the next question.")
+                return
+            found = describe(source, self._options)
+            if found is None:
+                width, height = load_image(source, pixel_limit=self._options["pixel_limit"]).size
+                found = f"{width} x {height}"
+        except EdgeRuntimeError as error:
+            click.echo(f"edge-runtime: {error}", err=True)
+            return
+        self._note_file(source)
+        self._pictures.append(source)
+        console.note(f"{Path(str(source)).name} ({found}) goes with the next question.")
+
+    def _note_file(self, source: Any) -> None:
+        self._files += [source] if isinstance(source, Path) else []
+
+    def _ask(self, question: str) -> None:
+        turn = {"role": "user", "content": [*self._pictures, question]}
+        answer = self._answer([*self._messages, turn])
+        if answer is not None:
+            self._pictures = []
+            self._messages += [turn, answer.message()]
+
+    def _continue(self) -> None:
+        """Go on inside the last answer, whose turn takes the place of the one before."""
+        if not self._messages or self._messages[-1]["role"] != "assistant":
+            console.note("There is no answer yet to go on with.")
+            return
+        if self._pictures:
+            console.note("The pictures that were added wait for the next question.")
+        answer = self._answer(self._messages, continue_final_message=True)
+        if answer is not None:
+            self._messages[-1] = answer.message()
+
+    def _answer(self, messages: list[Any], **options: Any) -> Answer | None:
+        """Ask, and say how the answer ended when it was cut; None when there is none."""
+        try:
+            answer = console.answer(self._model, messages, self._options | {"follow_up": True} | options)
+        except EdgeRuntimeError as error:
+            click.echo(f"edge-runtime: {error}", err=True)
+            return None
+        except KeyboardInterrupt:  # before there was an answer to end: pictures or a video were being read
+            console.note("Stopped.")
+            return None
+        if answer.finish_reason in ("length", "cancelled", "repetition"):
+            console.note(f"The answer was cut ({answer.finish_reason}); /continue goes on with it.")
+        return answer
+
+
+def _names(text: str) -> list[str]:
+    """The names in a line: all of it, quotes around it taken off, or those of several files that are all there."""
+    bare = text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" else text
+    if not find_named(bare):
+        with contextlib.suppress(ValueError):  # quotes that are not closed
+            words = [word.strip("\"'") for word in shlex.split(text, posix=os.name != "nt")]
+            if len(words) > 1 and all(find_named(word) for word in words):
+                return words
+    return [bare]

@@ -1,0 +1,386 @@
+"""edge-runtime run | convert | bench | info: arguments in, exit code out.
+
+The store and the server have modules of their own, `store_commands` and `serve_command`.
+
+stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
+sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
+from edge_runtime.cli.command import INTERRUPTED, Command, set_up_streams
+from edge_runtime.cli.document_options import (
+    SliceLimits,
+    answer_fields,
+    answer_pages,
+    document_options,
+    limit_slices,
+    note_fitted,
+    take_documents,
+)
+from edge_runtime.cli.piped import STDIN, Piped
+from edge_runtime.cli.run_checks import check_kept, check_stdin, check_system, note_before, read_schema
+from edge_runtime.cli.serve import serve
+from edge_runtime.cli.store import COMMANDS, announce
+from edge_runtime.cli.video_options import take_video, video_options, with_videos
+from edge_runtime.cli.words import parse_arguments
+from edge_runtime.inputs.image import PIXEL_LIMIT
+from edge_runtime.inputs.messages import VideoPart
+from edge_runtime.version import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="edge-runtime")
+def main() -> None:
+    """Ask about pictures with MiniCPM-V 4.5 on this machine's CPU; nothing leaves it."""
+    set_up_streams()
+
+
+for command_elsewhere in (*COMMANDS, serve):
+    main.add_command(command_elsewhere)
+
+
+def model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that choose and set up a model."""
+    count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
+    file: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "FILE"}
+    for option in reversed(
+        (
+            click.option(
+                "-m",
+                "--model",
+                default="demo",
+                metavar="MODEL",
+                help="demo, a pulled model, a folder or a file.  [demo]",
+            ),
+            click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
+            click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
+            click.option("--threads", **count, help="Threads.  [physical cores]"),
+            click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
+            click.option(
+                "--kv-type",
+                type=click.Choice(["f16", "q8_0", "q4_0"]),
+                metavar="TYPE",
+                help="KV cache in f16, q8_0 or q4_0.  [f16]",
+            ),
+            click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture."),
+            click.option("--lora", **file, help="LoRA adapter (GGUF) to answer with."),
+            click.option(
+                "--cache-dir",
+                type=click.Path(path_type=Path),
+                metavar="DIR",
+                help="Keep encoded pictures and read prompts here.",
+            ),
+            click.option(
+                "--cache-limit",
+                type=click.FloatRange(0, min_open=True),
+                metavar="GB",
+                default=DEFAULT_LIMIT_BYTES / 2**30,
+                help="Most that DIR may hold.  [4]",
+            ),
+            click.option("--force", is_flag=True, help="Load it even if memory seems too short."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def request_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options of one request; what is not given keeps the official default."""
+    count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
+    for option in reversed(
+        (
+            click.option("--think", is_flag=True, help="Reason before answering."),
+            click.option(
+                "--think-budget",
+                "thinking_budget",
+                type=click.IntRange(0),
+                metavar="N",
+                help="Most tokens of reasoning.",
+            ),
+            click.option("--greedy", is_flag=True, help="Take the most probable token."),
+            click.option("--max-tokens", **count, default=2048, help="Most tokens to generate.  [2048]"),
+            click.option(
+                "--max-slices",
+                type=SliceLimits(),
+                metavar="N[,N...]",
+                help="Most cells per picture; or one N per file.  [9]",
+            ),
+            click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 is greedy.  [0.7]"),
+            click.option("--top-p", type=click.FloatRange(0, 1), metavar="X", help="[0.8; thinking: 1]"),
+            click.option("--top-k", type=click.IntRange(0), metavar="N", help="[100; thinking: 50]"),
+            click.option(
+                "--repetition-penalty",
+                type=click.FloatRange(0, min_open=True),
+                metavar="X",
+                help="[1.03; thinking: 1]",
+            ),
+            click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
+            click.option("--typical-p", type=click.FloatRange(0, 1), metavar="X", help="[1]"),
+            click.option("--presence-penalty", type=float, metavar="X", help="[0]"),
+            click.option("--frequency-penalty", type=float, metavar="X", help="[0]"),
+            click.option("--beams", **count, help="Search with N beams; officially 3.  [1: none]"),
+            click.option("--seed", type=click.IntRange(0), metavar="N", help="Repeats an answer.  [random]"),
+            click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
+            click.option(
+                "--no-repetition-check",
+                "repetition_check",
+                is_flag=True,
+                default=True,
+                flag_value=False,
+                help="Let an answer go in circles.",
+            ),
+            click.option("--context-shift", is_flag=True, help="Drop oldest turns that do not fit."),
+            click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema the answer must follow."),
+            click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@main.command(cls=Command)
+@click.argument("arguments", nargs=-1, metavar="[FILE ...] [PROMPT]")
+@model_options
+@click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="Question that is never taken for a file.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@request_options
+@document_options
+@video_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: of each token and N alternatives."
+)
+@click.option("--draw", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the places the answer names.")
+def run(
+    arguments: tuple[str, ...],
+    prompt: tuple[str, ...],
+    system: str | None,
+    as_json: bool,
+    logprobs: int | None,
+    draw: Path | None,
+    storyboard: Path | None,
+    **options: Any,
+) -> None:
+    """Answer a question about pictures, documents and videos, or chat.
+
+    Arguments keep their order: files and text may alternate. Without text, a chat begins. A folder of frames is a
+    video, too. '-' and pipes are read: a picture, a document, a video or text.
+
+    What exists is a file. What does not exist but has a slash, a scheme or a suffix (a sentence: the suffix of a
+    picture, document or video at its end) is an error and no question; --prompt takes any text.
+
+    \b
+    edge-runtime run photo.jpg "What is on the sign?"
+    edge-runtime run before.png after.png "What has changed?" --think
+    edge-runtime run scan.pdf --each-page --preset markdown > scan.md
+    edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
+    edge-runtime run clip.mp4 "What happens?" --end 1:30 --storyboard seen.png
+    pdftotext report.pdf - | edge-runtime run - "Summarise this."
+    """
+    from edge_runtime.cli import terminal as console
+    from edge_runtime.generation.grounding import check_drawing
+    from edge_runtime.model import Model
+
+    video = take_video(options)
+    check_stdin(arguments, options["schema"])
+    check_system(system)
+    content = with_videos([*parse_arguments(arguments), *prompt], video)
+    chatting = not any(isinstance(part, str) for part in content) and options["preset"] is None
+    if chatting and any(word in STDIN for word in arguments):
+        raise click.UsageError("A chat reads its questions from stdin, which '-' has read already: add a question.")
+    each_page = take_documents(options, content, others=draw is not None)
+    if as_json and chatting:
+        raise click.UsageError("--json needs a question: add it as the last argument.")
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs is printed as JSON: add --json.")
+    if draw is not None:
+        seen = [part for part in content if not isinstance(part, str)]
+        if chatting or not seen or isinstance(seen[-1], VideoPart):
+            raise click.UsageError("--draw needs a picture and a question.")
+        check_drawing(draw)
+    for option, target in (("--draw", draw), ("--storyboard", storyboard)):
+        check_kept(option, target, content)
+    if storyboard is not None:
+        console.draw_storyboard([part for part in content if isinstance(part, VideoPart)], storyboard)
+    if options["schema"] is not None:
+        options["schema"] = read_schema(options["schema"])
+    name, setup, adapter = take_setup(options)
+    parts = limit_slices(content, options, chatting=chatting)
+    request = {
+        "adapter": adapter,
+        "thinking": options.pop("think"),
+        "pixel_limit": options.pop("max_pixels"),
+        "logprobs": logprobs is not None,
+        "top_logprobs": logprobs or 0,
+        **options,
+    }
+    messages: list[Any] = [{"role": "system", "content": system}] if system else []
+    with Model.load(name, **setup) as model:
+        if chatting:
+            from edge_runtime.cli.chat import Chat
+
+            Chat(model, messages, request, video).loop([part for part in content if not isinstance(part, str)])
+            return
+        note_before(model, content, chatting=chatting)
+        if each_page:
+            answer_pages(model, messages, parts, request, as_json=as_json)
+            return
+        messages.append({"role": "user", "content": parts})
+        answer = console.answer(model, messages, request, quiet=as_json)
+        note_fitted(answer.fitted_slices)
+        if as_json:
+            click.echo(json.dumps(answer_fields(answer), ensure_ascii=False))
+        if draw is not None:
+            console.draw_places(
+                answer, [part for part in content if isinstance(part, Path | Piped)][-1], draw, request
+            )
+    if answer.finish_reason == "cancelled":
+        sys.exit(INTERRUPTED)
+
+
+def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:
+    """Take the values of `model_options` out of a command's options.
+
+    Returns
+    -------
+    name, setup, adapter : the model, keyword arguments of `Model.load`, and the adapter requests are to choose.
+    """
+    setup = {name: options.pop(name) for name in ("mmproj", "exact", "force", "kv_type", "low_memory", "cache_dir")}
+    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
+    setup["cache_limit"] = max(1, int(options.pop("cache_limit") * 2**30))
+    lora: Path | None = options.pop("lora")
+    adapter = None if lora is None else lora.name
+    setup["adapters"] = {} if lora is None else {adapter: lora}
+    return options.pop("model"), setup, adapter
+
+
+@main.command(cls=Command)
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the files.  [default: models/NAME]")
+@click.option("--type", "decoder_type", metavar="TYPE", help="Decoder type.  [default: q4_k_m; AWQ: q4_1]")
+@click.option("--vision-type", default="q8_0", show_default=True, metavar="TYPE", help="Type of the vision part.")
+@click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE", help="Type of some tensors.")
+@click.option("--vision-tensor-type", "vision_tensor_types", multiple=True, metavar="PATTERN=TYPE", help="The same.")
+@click.option("--lora", type=click.Path(path_type=Path), metavar="FOLDER", help="Merge this LoRA into the weights.")
+@click.option(
+    "--lora-adapter", type=click.Path(path_type=Path), metavar="FOLDER", help="Write its decoder part as an adapter."
+)
+@click.option(
+    "--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix of llama-imatrix."
+)
+@click.option(
+    "--calibrate",
+    "pictures",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Fit the types to the pictures and texts in it.",
+)
+@click.option("--report", is_flag=True, help="Tell what the types cost, tensor by tensor.")
+@click.option("--force", is_flag=True, help="Replace existing files.")
+def convert(source: str, output: Path | None, report: bool, **options: Any) -> None:
+    """Convert a MiniCPM-V 4.5 checkpoint (Hugging Face layout) into GGUF files.
+
+    SOURCE is a folder, or hf:ORG/REPO or ms:ORG/REPO, which is pulled first. It may be quantised by bitsandbytes or
+    AutoAWQ to 4 bits.
+
+    \b
+    Decoder types: f32 f16 bf16 q8_0 q6_k q5_k_m q4_k_m q4_k_s q4_1 q4_0 iq4_nl
+    Vision types:  f32 f16 bf16 q8_0 q4_0, and int4, which llama.cpp cannot read
+    """
+    from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint
+    from edge_runtime.cli import terminal as console
+    from edge_runtime.store.pull import fetch_checkpoint
+
+    for name, known, option in (
+        ("decoder_type", DECODER_TYPES, "--type"),
+        ("vision_type", VISION_TYPES, "--vision-type"),
+    ):
+        options[name] = options[name] and options[name].lower()
+        if options[name] not in (None, *known):
+            raise click.UsageError(f"{option} is {options[name]!r}; expected one of {', '.join(known)}.")
+    with console.ConvertProgress() as progress:
+        checkpoint, name = fetch_checkpoint(source, progress, announce)
+        folder = output or Path("models") / name
+        files = convert_checkpoint(checkpoint, folder, report=report, progress=progress, **options)
+    for line in (line for found in files.reports for line in found.lines()):
+        click.echo(line)
+    for path in filter(None, (files.decoder, files.mmproj, files.adapter)):
+        click.echo(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+    for sentence in files.notes:
+        console.note(sentence)
+
+
+@main.command(cls=Command)
+@model_options
+@click.option("--tune", "tuning", is_flag=True, help="Find the fastest settings and remember them.")
+@click.option("--budget", type=click.FloatRange(1), default=120, metavar="S", help="Seconds for --tune.  [120]")
+def bench(tuning: bool, budget: float, **options: Any) -> None:
+    """Measure a model on this machine: prefill, generation, picture encoding.
+
+    With --tune, measures threads, micro-batch, KV type and repacked weights first; what was best is used whenever
+    this model is loaded on this machine. The last line is one JSON object.
+    """
+    from edge_runtime.cli.bench import measure, tune_model
+
+    name, setup, _ = take_setup(options)
+    facts = tune_model(name, setup["mmproj"], budget, click.echo) if tuning else {}
+    facts |= measure(name, setup, click.echo)
+    click.echo(json.dumps(facts))
+
+
+@main.command(cls=Command)
+@click.argument("model", required=False)
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Measure a .gguf file against this checkpoint, tensor by tensor.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(model: str | None, source: Path | None, as_json: bool) -> None:
+    """Say what this machine offers and what was chosen; with MODEL (or a .gguf file), what is in it."""
+    from edge_runtime.cli.info import describe_machine, describe_model
+
+    if source is not None:
+        _compare(model, source, as_json)
+        return
+    facts = describe_model(model) if model else describe_machine()
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        click.echo(f"{name:<{width}}  {_plain(value)}")
+
+
+def _compare(file: str | None, source: Path, as_json: bool) -> None:
+    from edge_converters.output.report import report_against
+    from edge_runtime.cli import terminal as console
+
+    if file is None or not file.endswith(".gguf"):
+        raise click.UsageError("--source needs a .gguf file to measure: name it as the argument.")
+    with console.ConvertProgress() as progress:
+        report = report_against(file, source, progress)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"error": report.error}))
+    else:
+        click.echo("\n".join(report.lines()))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value)) or "-"
+    return str(value)

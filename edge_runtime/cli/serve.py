@@ -1,0 +1,185 @@
+"""edge-runtime serve: options in, a running server out; nothing of it is imported before it is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES, usable_folder
+from edge_runtime.cli.command import INTERRUPTED, Command
+from edge_runtime.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from edge_runtime.server.settings import Settings
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
+SECONDS: dict[str, Any] = {"type": click.FloatRange(0, min_open=True), "metavar": "S"}
+SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
+
+
+@click.command("serve", cls=Command)
+@click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Listen here.  [127.0.0.1: this machine alone]")
+@click.option("--port", type=click.IntRange(0, 65535), default=11434, metavar="N", help="[11434, as Ollama]")
+@click.option("-m", "--model", "models", multiple=True, metavar="MODEL", help="Load it now; may be repeated.")
+@click.option("--api-key", envvar="EDGE_RUNTIME_API_KEY", metavar="KEY", help="Key that clients must send.")
+@click.option("--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Web pages of this origin may ask.")
+@click.option("--allow-host", "allowed_hosts", multiple=True, metavar="NAME", help="Further name of this server.")
+@click.option("--allow-url", multiple=True, metavar="HOST", help="Fetch pictures and models from it when asked.")
+@click.option("--keep-alive", default="5m", metavar="TIME", help="How long an unused model stays loaded.  [5m]")
+@click.option("--max-memory", **SIZE, metavar="GB", help="Most for all loaded models.  [what is free]")
+@click.option("--queue", "max_queue", **COUNT, default=64, help="Most requests at once, waiting ones too.  [64]")
+@click.option("--queue-per-client", "max_queue_per_client", **COUNT, help="Of one address.  [7/8 of --queue]")
+@click.option("--connections", "max_connections", **COUNT, default=512, help="Most connections.  [512]")
+@click.option(
+    "--connections-per-client", "max_connections_per_client", **COUNT, help="Of one address.  [3/4 of --connections]"
+)
+@click.option("--patience", "body_timeout_s", **SECONDS, default=30, help="With senders and readers below...  [30]")
+@click.option("--min-rate", "min_bytes_per_s", **COUNT, default=1024, help="...so many bytes a second.  [1024]")
+@click.option("--timeout", "request_timeout_s", **SECONDS, default=1800, help="Longest request.  [1800]")
+@click.option("--grace", "grace_s", **SECONDS, default=30, help="For running answers at the end.  [30]")
+@click.option("--max-body", **SIZE, default=64, metavar="MB", help="Largest request.  [64]")
+@click.option(
+    "--max-bodies", **SIZE, metavar="MB", help="Of all requests together.  [4 of --max-body, 1/8 of what is free]"
+)
+@click.option("--max-values", **COUNT, default=100_000, help="Most JSON values of a request.  [100000]")
+@click.option("--max-depth", **COUNT, default=200, help="Deepest nesting of one.  [200]")
+@click.option("--max-messages", **COUNT, default=10_000, help="Most messages of one.  [10000]")
+@click.option("--max-parts", **COUNT, default=1000, help="Most parts of a message.  [1000]")
+@click.option("--max-images", **COUNT, default=64, help="Most pictures in a request.  [64]")
+@click.option(
+    "--decode-timeout", "decode_timeout_s", **SECONDS, default=30, help="For a picture, page or video frame.  [30]"
+)
+@click.option("--max-pixels", **COUNT, default=64_000_000, help="Largest picture.  [64 million]")
+@click.option("--max-video", **SIZE, default=128, metavar="MB", help="Largest video or document.  [128]")
+@click.option("--max-frames", "max_video_frames", **COUNT, default=180, help="Most frames of a video.  [180]")
+@click.option("--max-pages", **COUNT, default=100, help="Most pages of a document.  [100]")
+@click.option("--max-tokens", **COUNT, default=32_768, help="Longest answer in tokens.  [32768]")
+@click.option("--ctx", "n_ctx", **COUNT, help="Context length in tokens.  [8192, or what fits]")
+@click.option("--threads", "n_threads", **COUNT, help="Threads.  [physical cores]")
+@click.option("--exact", is_flag=True, help="Compute as the official float32 code.")
+@click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), metavar="TYPE", help="KV cache.  [f16]")
+@click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture.")
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    envvar="EDGE_RUNTIME_CACHE_DIR",
+    metavar="DIR",
+    help="Keep read prompts and encoded pictures here.  [the user's cache]",
+)
+@click.option("--no-cache-dir", "keeps_nothing", is_flag=True, help="Keep nothing of them on disk.")
+@click.option(
+    "--cache-limit", **SIZE, metavar="GB", default=DEFAULT_LIMIT_BYTES / 2**30, help="Most that DIR may hold.  [4]"
+)
+@click.option("--max-store", **SIZE, default=256, metavar="GB", help="No pulls and uploads beyond this.  [256]")
+@click.option("--max-names", **COUNT, default=1000, help="Most models that clients make.  [1000]")
+@click.option("--tools", type=click.Choice(["auto", "off"]), default="auto", help="off: no model claims tools.")
+@click.option("--force", is_flag=True, help="Load models even if memory seems too short.")
+def serve(**options: Any) -> None:
+    """Answer clients of Ollama and of OpenAI, and show a page in the browser.
+
+    Models are loaded when they are asked for; those named with -m at once. Clients may name the demo, these, and
+    whatever was pulled.
+
+    \b
+    edge-runtime serve -m minicpm-v-4.5
+    OLLAMA_HOST=http://127.0.0.1:11434 ollama list
+    """
+    source = click.get_current_context().get_parameter_source("cache_dir")
+    if options["keeps_nothing"] and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--cache-dir and --no-cache-dir were both given; give one of them.")
+    check_installed()
+    caught = run(settings_of(options))
+    if caught == signal.SIGINT:
+        sys.exit(INTERRUPTED)
+
+
+def check_installed() -> None:
+    """Say what is missing, and how to get it.
+
+    Raises
+    ------
+    BackendUnavailable
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailable(
+            f"The server needs {', '.join(missing)}, which is not installed; run: pip install 'edge-runtime[serve]'"
+        )
+
+
+def settings_of(options: dict[str, Any]) -> Settings:
+    """Settings of a server from the options of the command.
+
+    Raises
+    ------
+    EdgeRuntimeError
+        When a value is not right.
+    """
+    from edge_runtime.cache.caches import usual_folder
+    from edge_runtime.server.ollama.options import keep_alive_seconds
+    from edge_runtime.server.settings import MEGABYTE, Settings
+
+    if options.pop("keeps_nothing"):
+        options["cache_dir"] = None
+    elif options["cache_dir"] is None:
+        options["cache_dir"] = usual_folder()
+    else:
+        usable_folder(options["cache_dir"])
+    load = {
+        name: options.pop(name)
+        for name in ("n_ctx", "n_threads", "exact", "kv_type", "low_memory", "cache_dir", "force")
+    }
+    load["cache_limit"] = max(1, int(options.pop("cache_limit") * 2**30))
+    memory, keep_alive = options.pop("max_memory"), keep_alive_seconds(options.pop("keep_alive"))
+    bodies = options.pop("max_bodies")
+    settings = Settings(
+        max_body_bytes=int(options.pop("max_body") * MEGABYTE),
+        max_stored_bytes=int(options.pop("max_store") * 2**30),
+        max_bodies_bytes=None if bodies is None else int(bodies * MEGABYTE),
+        max_video_bytes=int(options.pop("max_video") * MEGABYTE),
+        max_loaded_bytes=None if memory is None else int(memory * 1e9),
+        keep_alive_s=300.0 if keep_alive is None else keep_alive,
+        load=load,
+        **options,
+    )
+    return settings.checked()
+
+
+def run(settings: Settings) -> int | None:
+    """Serve until the process is told to end; returns the signal that did it."""
+    import asyncio
+
+    from edge_runtime.server.app import create_app
+    from edge_runtime.server.middleware.stack import warnings_for
+    from edge_runtime.server.running import serve as serve_app
+    from edge_runtime.server.state import server_of
+
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("edge_runtime.server").setLevel(logging.INFO)
+    app = create_app(settings)
+    for warning in warnings_for(settings):
+        click.secho(f"WARNING: {warning}", err=True, fg="red", bold=True)
+    model = server_of(app).catalog.default
+    return asyncio.run(serve_app(app, settings, lambda address, server: _announce(address, settings, model)))
+
+
+def _announce(address: str, settings: Settings, model: str) -> None:
+    """Say where the server is, and how to ask it something."""
+    header = ' -H "Authorization: Bearer KEY"' if settings.api_key is not None else ""
+    question = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Who are you?"}}]}}'
+    click.echo(
+        f"edge-runtime serves {address}; Ctrl-C ends it.\n"
+        f"  in a browser:   {address}\n"
+        f"  for OpenAI's:   base_url={address}/v1\n"
+        f"  for Ollama's:   OLLAMA_HOST={address}\n"
+        f"  curl {address}/api/chat{header} -d '{question}'"
+    )
+    sys.stdout.flush()

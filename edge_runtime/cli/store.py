@@ -1,0 +1,177 @@
+"""edge-runtime pull | list | show | rm | export: models on this machine."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edge_runtime.cli.command import Command
+
+if TYPE_CHECKING:
+    from edge_runtime.store.library import Entry
+    from edge_runtime.store.pull import Plan
+
+
+def announce(plan: Plan) -> None:
+    """Say what is about to be fetched, before it is."""
+    from edge_runtime.cli import terminal as console
+
+    entry = plan.entry
+    width = max(len(file.path) for file in entry.files)
+    lines = [entry.label if entry.label == entry.name else f"{entry.label}, {entry.name}"]
+    lines += [f"  {file.path:<{width}}  {size_text(file.size)}" for file in entry.files]
+    lines.append(f"  licence: {entry.licence or 'not stated; see the page of the model'}")
+    rest = size_text(plan.fetched) if plan.fetched else "nothing, all of it is here"
+    lines.append(f"  to fetch: {rest}")
+    console.note("\n".join(lines))
+
+
+def size_text(n_bytes: int) -> str:
+    """A size for people; unknown when it is 0."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB" if n_bytes else "size unknown"
+
+
+@click.command("pull", cls=Command)
+@click.argument("name")
+@click.option("--mmproj", metavar="FILE", help="mmproj file in the repository, or a second address.")
+def pull(name: str, mmproj: str | None) -> None:
+    """Fetch a model, or go on with a pull that was cut.
+
+    \b
+    minicpm-v-4.5[:TYPE]     the official files, Q4_K_M or TYPE: minicpm-v-4.5:Q5_K_M
+    hf:ORG/REPO[:FILE]       Hugging Face; FILE is a decoder or a part of its name: Q8_0
+    ms:ORG/REPO[:FILE]       ModelScope
+    ollama:NAME[:TAG]        from the Ollama store of this machine, used in place
+    https://HOST/FILE.gguf   any server; #sha256=HEX at the end is checked
+    """
+    from edge_runtime.cli import terminal as console
+    from edge_runtime.store.pull import pull as fetch
+
+    with console.ConvertProgress() as progress:
+        entry = fetch(
+            name,
+            mmproj=mmproj,
+            progress=progress,
+            on_plan=announce,
+            on_wait=cache(lambda: console.note(f"Another process is pulling {name}; waiting for it.")),  # once
+        )
+    click.echo(f"{entry.label}  {_state(entry)}")
+    use = f"convert {entry.label} -o FOLDER" if entry.kind == "checkpoint" else f"run -m {entry.label}"
+    console.note(f"Use it with: edge-runtime {use}")
+
+
+@click.command("list", cls=Command)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
+def list_models(as_json: bool) -> None:
+    """List the models that were pulled."""
+    from edge_runtime.cli import terminal as console
+    from edge_runtime.store.library import Library
+
+    entries = Library().entries()
+    if as_json:
+        click.echo(json.dumps([_facts(entry) for entry in entries], ensure_ascii=False))
+        return
+    if not entries:
+        console.note("No model was pulled yet; 'edge-runtime pull minicpm-v-4.5' fetches the official one.")
+    width = max((len(entry.label) for entry in entries), default=0)
+    for entry in entries:
+        click.echo(f"{entry.label:<{width}}  {_state(entry)}")
+
+
+@click.command("show", cls=Command)
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(name: str, as_json: bool) -> None:
+    """Show where a model came from and where its files are."""
+    from edge_runtime.store.library import Library
+
+    library = Library()
+    entry = _entry(name)
+    facts = _facts(entry)
+    if entry.kind == "ollama":
+        from edge_runtime.store.find import find_model
+
+        paths = find_model(entry.name)
+        facts["files"] = [{"path": str(path)} for path in (paths.decoder, paths.mmproj)]
+    else:
+        facts["folder"] = str(library.snapshot(entry))
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    files = facts.pop("files")
+    for key, value in facts.items():
+        click.echo(f"{key:<9}  {size_text(value) if key == 'size' else value}")
+    for file in files:
+        click.echo(f"{'file':<9}  " + "  ".join(str(value) for value in file.values() if value))
+
+
+@click.command("rm", cls=Command)
+@click.argument("names", nargs=-1, required=True, metavar="NAME ...")
+def remove(names: tuple[str, ...]) -> None:
+    """Remove pulled models. Files of Ollama stay where they are."""
+    from edge_runtime.store.library import Library
+
+    for entry in [_entry(name) for name in names]:  # a wrong name is told before anything is removed
+        freed = Library().remove(entry)
+        click.echo(f"{entry.label} removed, {freed / 1e6:.1f} MB freed")
+
+
+@click.group("export", context_settings={"help_option_names": ["-h", "--help"]})
+def export() -> None:
+    """Make a model usable by other programs."""
+
+
+@export.command("ollama", cls=Command)
+@click.argument("model")
+@click.option("--mmproj", type=click.Path(path_type=Path), metavar="FILE", help="mmproj file, if not beside it.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the Modelfile.  [.]")
+@click.option("--force", is_flag=True, help="Replace an existing Modelfile.")
+def export_ollama(model: str, mmproj: Path | None, output: Path | None, force: bool) -> None:
+    """Write a Modelfile for Ollama: the files, the official chat template and sampling."""
+    from edge_runtime.cli import terminal as console
+    from edge_runtime.store.export_ollama import export_modelfile
+
+    path = export_modelfile(model, output or Path(), mmproj=mmproj, force=force)
+    click.echo(path)
+    console.note(f"Use it with: ollama create NAME -f {path}")
+
+
+def _entry(name: str) -> Entry:
+    from edge_runtime.errors import ModelFileError
+    from edge_runtime.store.library import Library
+    from edge_runtime.store.names import parse_source, visible
+
+    source = parse_source(name)
+    entry = Library().find(source) if source is not None else None
+    if entry is None:
+        raise ModelFileError(
+            f"No model {visible(name)[:120]!r} was pulled; 'edge-runtime list' shows those that were."
+        )
+    return entry
+
+
+def _state(entry: Entry) -> str:
+    if not entry.complete:
+        return f"unfinished; 'edge-runtime pull {entry.label}' goes on"
+    where = "in the Ollama store" if entry.kind == "ollama" else size_text(entry.size)
+    return f"{where}  {'checkpoint  ' if entry.kind == 'checkpoint' else ''}{entry.pulled}"
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "kind": entry.kind,
+        "complete": entry.complete,
+        "size": entry.size,
+        "licence": entry.licence,
+        "revision": entry.revision,
+        "pulled": entry.pulled,
+        "files": [{"path": file.path, "size": file.size, "digest": file.digest} for file in entry.files],
+    }
+
+
+COMMANDS: tuple[click.Command, ...] = (pull, list_models, show, remove, export)

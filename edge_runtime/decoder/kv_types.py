@@ -1,0 +1,40 @@
+"""In which types a KV cache may keep its numbers, and what they take."""
+
+from __future__ import annotations
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from edge_runtime.errors import MessageError
+from edge_runtime.weights.gguf_file import GGUFFile
+
+KV_TYPES = ("f16", "q8_0", "q4_0")
+
+
+def choose_kv_type(file: GGUFFile, asked: str | None, *, exact: bool) -> str:
+    """Type of the KV cache: what was asked for, checked; float32 for exact arithmetic, float16 otherwise.
+
+    Raises
+    ------
+    MessageError
+        When the type is unknown, or does not go with this model or with exact arithmetic.
+    """
+    default = "f32" if exact else "f16"
+    chosen = asked or default
+    if chosen not in (KV_TYPES if not exact else (default,)):
+        expected = "'f32', which exact arithmetic needs" if exact else f"one of {', '.join(KV_TYPES)}"
+        raise MessageError(f"The KV type is {chosen!r}; expected {expected}.")
+    heads = file.get("qwen3.attention.head_count", int, 1)
+    width = file.get("qwen3.attention.key_length", int, file.get("qwen3.embedding_length", int) // heads)
+    block = GGML_QUANT_SIZES[GGMLQuantizationType[chosen.upper()]][0]
+    if width % block:
+        raise MessageError(
+            f"The KV type is {chosen!r}, which stores blocks of {block} numbers, but heads of {file.path.name} have "
+            f"{width}; expected f16 for this model."
+        )
+    return chosen
+
+
+def kv_bytes(kv_type: str, n: int) -> int:
+    """Bytes of `n` numbers in a KV cache, whole blocks."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kv_type.upper()]]
+    return int(n // block * size)

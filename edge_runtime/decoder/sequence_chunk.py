@@ -1,0 +1,29 @@
+"""What one call of the decoder appends to one sequence, and how a call may end without it.
+
+A call that lacks free cells raises `errors.CacheFull`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from edge_runtime.weights.gguf_file import Float32
+
+
+class Cancelled(Exception):  # noqa: N818 - a request's end, not an error
+    """The request was cancelled; raised on the inference thread only."""
+
+
+class SequenceChunk(NamedTuple):
+    """What one call appends to one sequence: a chunk of its prompt, or the last token of its answer."""
+
+    sequence: int
+    keys: Sequence[Hashable]
+    """What stands at the new positions; token ids where there are no embeddings."""
+    embeddings: Float32 | None = None
+    """ndarray [shape=(n, hidden), float32]"""
+    wants_logits: bool = True
+    """Of the last position."""
+    wants_all_logits: bool = False
+    """Of every position, which llama.cpp computes then; at most `MAX_SCORED_ROWS` in one call."""

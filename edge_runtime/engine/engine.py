@@ -1,0 +1,312 @@
+"""The single inference thread: requests enter through a queue, events leave through an iterator.
+
+Everything that computes runs here: numba's parallel kernels may be entered by one thread at a time, and a llama.cpp
+context belongs to one thread. Callers prepare requests (decode pictures, render prompts) on their own threads. What
+is computed when is decided by `scheduler`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from edge_runtime.cache.caches import Caches
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.engine.events import Activity, Event, EventQueue
+from edge_runtime.engine.request import Request
+from edge_runtime.engine.scheduler import Scheduler
+from edge_runtime.engine.task import Task
+from edge_runtime.engine.warm_up import expected_prefixes
+from edge_runtime.errors import EdgeRuntimeError, EngineBusy
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.system.forks import Home, only_here
+from edge_runtime.vision.encoder import ImageEncoder
+
+MAX_REQUESTS = 64
+"""Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""
+BATCH_WINDOW_SHARE, BATCH_WINDOW_MAX_S = 0.02, 0.02
+"""Share of the time that a first request's prompt will take, and most seconds, in which others may join it."""
+IDLE_AFTER_S = 0.2
+"""Without a request; then memory is given back."""
+SAVE_PAUSE_S = 0.02
+"""Between two looks whether more can be saved."""
+R = TypeVar("R")
+
+
+@dataclass
+class _Call:
+    """A function for the thread to run, and where its result goes."""
+
+    function: Callable[[], Any]
+    events: EventQueue = field(default_factory=EventQueue)
+
+
+class _Inbox:
+    """What the thread is to do, in order. Nothing gets behind the end, where it would wait for ever."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Task | _Call | None] = queue.SimpleQueue()
+        self._is_open, self._lock, self._home = True, threading.Lock(), Home()
+
+    def put(self, item: Task | _Call) -> None:
+        self._home.check()
+        with self._lock:
+            self.check_open()
+            self._queue.put(item)
+
+    def check_open(self) -> None:
+        self._home.check()
+        if not self._is_open:
+            raise EdgeRuntimeError("The model was closed; load it again with Model.load.")
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_open = False
+            self._queue.put(None)
+
+    def get(self, timeout: float | None = None) -> Task | _Call | None:
+        return self._queue.get(timeout=timeout)
+
+    def empty(self) -> bool:
+        return self._queue.empty()
+
+
+class Running:
+    """A submitted request: take its events one by one, or cancel it. Forgetting it cancels it too."""
+
+    def __init__(self, task: Task, cancelled: threading.Event) -> None:
+        self._task, self._cancelled, self._home = task, cancelled, Home()
+
+    def next_event(self) -> Event:
+        """Wait for the next event; `Finished` is the last.
+
+        A Ctrl-C while waiting loses nothing: the next call goes on.
+
+        Raises
+        ------
+        EdgeRuntimeError
+            When the request failed; no event follows.
+        """
+        self._home.check()
+        event: Event = _checked(self._task.events.get())
+        return event
+
+    async def next_event_async(self) -> Event:
+        """Wait for the next event in an event loop; otherwise as `next_event`."""
+        self._home.check()
+        event: Event = _checked(await self._task.events.get_async())
+        return event
+
+    def cancel(self) -> None:
+        """End the request; its last event, sent at once, says `cancelled`. The engine leaves it as soon as it can."""
+        if self._home.is_here:
+            self._cancelled.set()
+            self._task.finish("cancelled")
+
+    def __del__(self) -> None:
+        """Nobody listens any more."""
+        self.cancel()
+
+
+def _checked(event: Any) -> Any:
+    if isinstance(event, BaseException):
+        raise event
+    return event
+
+
+class Engine:
+    """Owns encoder and decoder, and the thread that runs them.
+
+    Tests and benchmarks look inside through `scheduler`, `inbox` and `caches`, and run code on the inference thread
+    by `call`; none of that is stable.
+    """
+
+    def __init__(
+        self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, caches: Caches | None = None
+    ) -> None:
+        self._decoder = decoder
+        self.caches = caches or Caches()
+        self._open: weakref.WeakSet[Task] = weakref.WeakSet()
+        self._opening = threading.Lock()
+        self.inbox = _Inbox()
+        self._stopping = threading.Event()
+        self.scheduler = Scheduler(encoder, decoder, tokenizer, self.caches)
+        self._thread = threading.Thread(
+            target=_work, args=(self.inbox, self.scheduler), name="edge-runtime inference", daemon=True
+        )
+        self._thread.start()
+        # Runs at exit too: a thread inside llama.cpp while the interpreter goes down would crash it.
+        self._close = weakref.finalize(
+            self, only_here(_shut_down), self.inbox, self._stopping, self._thread, decoder, self.caches
+        )
+
+    def check_open(self) -> None:
+        """Raise `EdgeRuntimeError` when there is no thread: the engine was closed, or is that of a parent process."""
+        self.inbox.check_open()
+
+    def submit(self, request: Request) -> Running:
+        """Queue a request.
+
+        Raises
+        ------
+        PromptTooLongError
+            When the prompt does not fit; nothing is computed then.
+        EngineBusy
+            When too many requests wait already.
+        """
+        self.check_open()
+        self._decoder.check_length(len(request.prompt.ids))
+        self._decoder.adapters.check(request.adapter)
+        cancelled, stopping = threading.Event(), self._stopping
+        task = Task(request, lambda: cancelled.is_set() or stopping.is_set(), keys=request.keys())
+        with self._opening:
+            waiting = sum(not task.events.is_closed for task in self._open)
+            if waiting >= MAX_REQUESTS:
+                raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
+            self._open.add(task)
+        if self.caches.prefixes is not None and request.reuse and not request.scores_prompt:
+            adapter = self._decoder.adapters.identities[request.adapter]
+            task.saved = self.caches.prefixes.find(task.keys, adapter, self.scheduler.remembered(task))
+        self.inbox.put(task)
+        return Running(task, cancelled)
+
+    def prefetch(self, request: Request) -> Running:
+        """Compute a prompt that will probably be asked for, as long as nobody asks for anything.
+
+        Whatever comes first ends it; what was computed until then stays in the KV cache.
+
+        Raises
+        ------
+        PromptTooLongError
+            When the prompt does not fit.
+        """
+        self._decoder.check_length(len(request.prompt.ids))
+        cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self.inbox, self.scheduler
+        task = Task(
+            request,
+            lambda: cancelled.is_set() or stopping.is_set() or not inbox.empty() or scheduler.n_tasks > 1,
+            keys=request.keys(),
+        )
+        inbox.put(task)
+        return Running(task, cancelled)
+
+    def warm_up(self) -> None:
+        """Have what chats shared before the last end computed while nobody asks; returns at once."""
+        prefixes = self.caches.prefixes
+        if prefixes is None or not prefixes.is_usable:
+            return
+        adapters = {identity: name for name, identity in self._decoder.adapters.identities.items()}
+        n_ctx, inbox, scheduler = self._decoder.n_ctx, self.inbox, self.scheduler
+
+        def look() -> None:
+            """What lies on disk is checked here, beside requests; what of it is used is up to the scheduler."""
+            expected = expected_prefixes(prefixes, adapters, n_ctx)
+            with contextlib.suppress(EdgeRuntimeError):  # it was closed meanwhile
+                inbox.put(_Call(lambda: scheduler.warm_up.add(expected)))
+
+        threading.Thread(target=look, name="edge-runtime warm-up", daemon=True).start()
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Running]:
+        """Queue several requests, or none of them; otherwise as `submit`."""
+        begun: list[Running] = []
+        try:
+            for request in requests:
+                begun.append(self.submit(request))  # noqa: PERF401 - what precedes a refusal must be known
+        except EdgeRuntimeError:
+            for running in begun:  # not left to the collector: the exception keeps them alive
+                running.cancel()
+            raise
+        return begun
+
+    @property
+    def activity(self) -> Activity:
+        """What goes on now."""
+        return self.scheduler.activity
+
+    def call(self, function: Callable[[], R]) -> R:
+        """Run a function on the inference thread and return its result; for work outside a request."""
+        call = _Call(function)
+        self.inbox.put(call)
+        return _checked(call.events.get())[0]  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End all requests, stop the thread and free the model."""
+        self._close()
+
+
+def _work(inbox: _Inbox, scheduler: Scheduler) -> None:
+    """Body of the thread. It must not refer to the engine, or that would never be collected."""
+    while True:
+        is_first, began = not scheduler.is_busy, 0.0
+        while not scheduler.is_busy or not inbox.empty():
+            item = _next_item(inbox, scheduler)
+            if item is None:
+                scheduler.close()
+                return
+            if isinstance(item, Task):
+                began = began or time.perf_counter()
+                _add(item, scheduler)
+            else:
+                _run(item)
+            del item
+            if is_first and began:
+                _wait_for_batch(inbox, scheduler, began)
+        try:
+            scheduler.step()
+        except Exception as error:  # noqa: BLE001 - a dead thread would leave every caller waiting for ever
+            scheduler.fail_all(error)
+
+
+def _add(task: Task, scheduler: Scheduler) -> None:
+    """Take in a task; what is wrong with it is its own trouble."""
+    try:
+        scheduler.add(task)
+    except Exception as error:  # noqa: BLE001 - handed to the one who asked
+        task.fail(error)
+
+
+def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
+    """Wait for something to do; when nothing comes for a moment, do what can wait, and rest."""
+    try:
+        return inbox.get(timeout=IDLE_AFTER_S)
+    except queue.Empty:
+        scheduler.release_idle_memory()
+    while scheduler.save_more():
+        with contextlib.suppress(queue.Empty):
+            return inbox.get(timeout=SAVE_PAUSE_S)
+    return scheduler.expected_task(lambda: not inbox.empty()) or inbox.get()
+
+
+def _wait_for_batch(inbox: _Inbox, scheduler: Scheduler, began: float) -> None:
+    """Let requests that come together begin together: a pass over the weights costs as much for one as for many."""
+    ends = began + min(BATCH_WINDOW_MAX_S, BATCH_WINDOW_SHARE * scheduler.waiting_s)
+    while inbox.empty() and time.perf_counter() < ends:
+        time.sleep(0.001)
+
+
+def _run(call: _Call) -> None:
+    try:
+        call.events.put((call.function(),))
+    except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+        call.events.put(error)
+
+
+def _shut_down(
+    inbox: _Inbox,
+    stopping: threading.Event,
+    thread: threading.Thread,
+    decoder: Decoder,
+    caches: Caches,
+) -> None:
+    stopping.set()
+    inbox.close()
+    if thread is not threading.current_thread():
+        thread.join()
+    caches.close()
+    decoder.close()

@@ -1,0 +1,277 @@
+"""Which task computes what, and when: encoding, prefill and decoding of many requests on one thread.
+
+A step encodes at most one batch of slices and computes at most one batch of the decoder (`call_plan`). Queued tasks
+are admitted in order, as soon as there are sequences for them; one whose prefix another task is computing waits for
+it. When the KV cache is full, what is idle is given up first (`sequences`); after that the youngest task is
+preempted, and recomputed later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from edge_runtime.cache.caches import Caches
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder.sequence_chunk import Cancelled
+from edge_runtime.engine.call_plan import CallPlan, CallPlanner
+from edge_runtime.engine.encoding import PictureEncoding
+from edge_runtime.engine.events import Activity, FinishReason
+from edge_runtime.engine.next_token import advance, finish_beam_search
+from edge_runtime.engine.sequences import Sequences
+from edge_runtime.engine.slice_batches import await_frames, next_batch
+from edge_runtime.engine.task import Task, TaskState
+from edge_runtime.engine.warm_up import WarmUp
+from edge_runtime.errors import CacheFull
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder
+
+
+class Scheduler:
+    """Tasks and what they share: encoder, decoder, visual tokens. Used by the inference thread alone."""
+
+    def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, caches: Caches) -> None:
+        self._decoder, self._tokenizer = decoder, tokenizer
+        self.waiting: deque[Task] = deque()
+        """Queued: without sequences, in the order in which they are admitted."""
+        self.active: list[Task] = []
+        """Admitted: with sequences."""
+        self.sequences = Sequences(decoder, caches.prefixes)
+        self.encoding = PictureEncoding(encoder, caches)
+        self.planner = CallPlanner(decoder)
+        self.warm_up = WarmUp()
+        self._admission_paused = False
+        """Whether a task was preempted and none has ended since: one that is let in now would be preempted next."""
+
+    @property
+    def n_tasks(self) -> int:
+        """Tasks queued or at work."""
+        return len(self.waiting) + len(self.active)
+
+    @property
+    def activity(self) -> Activity:
+        """What goes on now; from any thread, where it is but a glance."""
+        tokens = self.encoding.visual_tokens
+        slots = self._decoder.n_sequences
+        return Activity(len(self.waiting), len(self.active), slots, tokens.lookups, tokens.hits, tokens.n_bytes)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to do."""
+        return self.n_tasks > 0
+
+    @property
+    def waiting_s(self) -> float:
+        """About how long the prompts of queued tasks will take, but for what is remembered of them."""
+        return self.planner.row_s * sum(len(task.keys) - self.remembered(task) for task in self.waiting)
+
+    def add(self, task: Task) -> None:
+        """Queue a new task."""
+        task.keys = task.keys or task.request.keys()
+        self.encoding.record(task.request)
+        self.waiting.append(task)
+
+    def remembered(self, task: Task) -> int:
+        """Positions of a task's prefix that the KV cache holds now; from any thread, where it is but a hint."""
+        return self.sequences.remembered(task)
+
+    def step(self) -> None:
+        """Do a bit of everything there is to do."""
+        for task in [*self.waiting, *self.active]:
+            if task.is_cancelled():
+                self._end(task, "cancelled")
+        for task in [*self.waiting]:
+            if len(self.sequences.idle) < task.request.n_beams or (self._admission_paused and self.active):
+                break
+            if task.is_scoring or not self.sequences.waits_for_prefix(task):
+                self._alone(self._admit, task)
+        self._encode()
+        self._compute()
+
+    def expected_task(self, is_asked: Callable[[], bool]) -> Task | None:
+        """A task that computes a prefix in advance, if one is expected; it ends as soon as somebody asks."""
+        return self.warm_up.next_task(lambda: is_asked() or self.n_tasks > 1)
+
+    def release_idle_memory(self) -> None:
+        """Nobody asks for anything: let go of the memory that pictures have left behind."""
+        self.encoding.release_idle_memory()
+
+    def save_more(self) -> bool:
+        """Have prompts written to disk that could not be before; whether it is worth coming again."""
+        return self.sequences.saver.save_more()
+
+    # --- admission -----------------------------------------------------------------------------------------------
+
+    def _alone(self, do: Callable[..., None], task: Task, *more: Any) -> None:
+        """Do something for one task; what goes wrong is its own affair, and nobody else's answer ends."""
+        try:
+            do(task, *more)
+        except Exception as error:  # noqa: BLE001 - handed to the one who asked
+            if task in self.waiting or task in self.active:
+                self._fail(task, error)
+
+    def _admit(self, task: Task) -> None:
+        """Give a task sequences with as much of its prefix as there is, and find out which pictures are missing."""
+        task.laps.restart()
+        n = self.sequences.take(task)
+        self.waiting.remove(task)  # only now: in one of the two lists at any time, so that no error loses it
+        self.active.append(task)
+        n = self.sequences.restore(task, n)
+        if not task.n_tokens:
+            task.n_cached = n
+            task.prompt_scores.clear()  # of a task that was preempted in the middle of its prompt
+        task.pictures = self.encoding.look_up(task.request, n)
+        if not task.pictures.missing:
+            self._begin_prefill(task)
+        elif task.request.is_prefetch:
+            self._end(task, "cancelled")  # what stood here was given up meanwhile
+        else:
+            task.enter(TaskState.ENCODING)
+            task.report("encode", 0, task.pictures.n_slices)
+
+    # --- the end of tasks ----------------------------------------------------------------------------------------
+
+    def _end(self, task: Task, reason: FinishReason) -> None:
+        sequence = task.sequence if task.sequences else None
+        self._drop(task)
+        task.finish(reason)
+        self.warm_up.ended(task, reason)
+        if sequence is not None:
+            self.sequences.save_prompt(task, sequence)
+
+    def _fail(self, task: Task, error: Exception) -> None:
+        self._drop(task)
+        task.fail(error)
+
+    def _drop(self, task: Task) -> None:
+        self._admission_paused = False
+        if task in self.active:
+            self.active.remove(task)
+            self.sequences.release(task)
+        else:
+            self.waiting.remove(task)
+        task.close()
+
+    def fail_all(self, error: Exception) -> None:
+        """Hand an error nobody expected to everybody who waits; the thread continues."""
+        for task in [*self.waiting, *self.active]:
+            self._fail(task, error)
+
+    def close(self) -> None:
+        """End everything; the decoder may be closed after this."""
+        for task in [*self.waiting, *self.active]:
+            self._end(task, "cancelled")
+        self.sequences.saver.save_all()
+
+    # --- encoding ------------------------------------------------------------------------------------------------
+
+    def _encode(self) -> None:
+        """Encode one batch of slices, of as many tasks as fit; a single group while answers are running."""
+        limit = 0 if any(task.n_tokens for task in self.active) else BATCH_PATCHES
+        batch = next_batch(self.active, limit)
+        for task, error in batch.failed.items():
+            self._fail(task, error)
+        if not batch.groups:
+            await_frames(batch.waiting, idle=len(batch.waiting) == len(self.active))
+            return
+        wanting = [task for task in self.active if batch.groups.keys() & task.pictures.missing.keys()]
+        try:
+            found = self.encoding.encode(batch.groups, wanting)
+        except Cancelled:
+            return  # the next step ends them
+        except Exception as error:  # noqa: BLE001 - handed to those who asked for these pictures
+            for task in wanting:
+                self._fail(task, error)
+            return
+        for task in [*self.active]:
+            if task.pictures.put(found):
+                task.report_encode()
+                if not task.pictures.missing:
+                    self._alone(self._begin_prefill, task)
+        if not any(task.state is TaskState.ENCODING for task in self.active):
+            self.encoding.release_memory()
+
+    def _begin_prefill(self, task: Task) -> None:
+        task.enter(TaskState.PREFILL)
+        task.laps.end("encode")
+        self._report_prefill(task)
+
+    def _report_prefill(self, task: Task) -> None:
+        task.report_prefill(self._decoder.held(task.sequence))
+
+    # --- prefill and decoding ------------------------------------------------------------------------------------
+
+    def _compute(self) -> None:
+        """One batch of the decoder: the last token of every running answer, and chunks of prompts."""
+        plan = self.planner.plan(self.active)
+        if not plan.tasks:
+            return
+        started = time.perf_counter()
+        try:
+            rows = self._decoder.step(
+                plan.chunks, lambda: plan.is_worth_leaving(started, self.planner.row_s), plan.adapter
+            )
+        except Cancelled:
+            return  # the next step ends those who were cancelled, and computes the others' chunks again
+        except CacheFull:
+            self._free_cells(plan)
+            return
+        except Exception as error:  # noqa: BLE001 - handed to those whose tokens were computed
+            for task in dict.fromkeys(plan.tasks):
+                self._fail(task, error)
+            return
+        self.planner.record(plan.n_rows, len(plan.tasks), time.perf_counter() - started)
+        for task, own in self._rows_of_answers(plan, rows).items():
+            try:
+                if (reason := advance(task, own, self._decoder, self._tokenizer)) is not None:
+                    self._end(task, reason)
+            except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
+                self._fail(task, error)
+
+    def _rows_of_answers(self, plan: CallPlan, rows: Sequence[int]) -> dict[Task, list[int]]:
+        """Report what a step has computed; returns the rows that tasks take their next tokens from."""
+        found: dict[Task, list[int]] = {}
+        for task, chunk, row in zip(plan.tasks, plan.chunks, rows, strict=True):
+            if not task.n_tokens:
+                self._alone(self._report_prefill, task)
+            if chunk.wants_all_logits and task in self.active:
+                self._alone(Task.score_prompt, task, self._decoder, len(chunk.keys), row)
+            if task not in self.active:
+                continue  # it failed in this loop
+            is_whole = self._decoder.held(task.sequence) == len(task.keys)
+            if task.request.is_prefetch and is_whole:
+                self.sequences.hold_shared(task)
+                self._end(task, "stop")
+            elif not task.request.max_tokens and is_whole:
+                task.laps.end("prefill")
+                self._end(task, "length")  # the prompt was all that was wanted
+            elif chunk.wants_logits and not task.is_cancelled():
+                if not task.n_tokens:
+                    self.sequences.hold_shared(task)
+                found.setdefault(task, []).append(row)
+        return found
+
+    def _free_cells(self, plan: CallPlan) -> None:
+        """The KV cache has no place for a step: give up what is idle, or preempt the youngest task."""
+        if plan.tasks[0].request.is_prefetch:
+            self.warm_up.give_up()
+            self._end(plan.tasks[0], "cancelled")
+        elif self.sequences.give_up_one():
+            return
+        elif len(self.active) > 1:
+            self._preempt(max(self.active, key=lambda task: task.laps.started))
+        elif (beams := self.active[0].beams) is not None:
+            beams.search.stop()  # beams that have drifted apart need more cells than the context has tokens
+            self._end(self.active[0], finish_beam_search(self.active[0], self._tokenizer))
+        else:
+            self._fail(self.active[0], CacheFull())
+
+    def _preempt(self, task: Task) -> None:
+        """Take a task's sequences away; it is the first to be admitted when another task has ended."""
+        self.active.remove(task)
+        self.sequences.preempt(task)
+        task.preempt()
+        self.waiting.appendleft(task)
+        self._admission_paused = True

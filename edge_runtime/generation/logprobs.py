@@ -1,0 +1,113 @@
+"""Logits → log probabilities of tokens, in the form that OpenAI's API has for them.
+
+They are those of the model's own distribution: before bias, penalties, temperature and all that narrows the choice,
+and of forced tokens too. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_runtime.prompt.tokenizer import Tokenizer
+from edge_runtime.weights.gguf_file import Float32
+
+MOST_ALTERNATIVES = 20  # OpenAI's limit
+LEAST_LOGPROB = -9999.0  # OpenAI writes this instead of minus infinity, which JSON does not have
+BLOCK = 256
+Kind = Literal["prompt", "reasoning", "answer"]
+
+
+class TokenScores(NamedTuple):
+    """A chosen token and the most probable ones at its place."""
+
+    id: int
+    logprob: float
+    alternatives: list[tuple[int, float]]
+    """(id, logprob), the most probable first"""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token and the natural logarithm of its probability."""
+
+    id: int
+    token: str
+    """Its text; U+FFFD where its bytes alone are no text."""
+    bytes: list[int]
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprobs(TokenLogprob):
+    """A token, what it was part of, and the most probable tokens at its place."""
+
+    kind: Kind
+    top_logprobs: list[TokenLogprob]
+
+
+def log_softmax(logits: Float32) -> Float32:
+    """Logarithms of the probabilities: ndarray [shape=(vocabulary,), float32], a new one."""
+    shifted: Float32 = logits - logits.max()
+    shifted -= np.float32(np.log(np.exp(shifted).sum()))
+    return shifted
+
+
+def top_ids(values: Float32, n: int) -> npt.NDArray[np.int64]:
+    """Places of the `n` largest values, the largest first; among equals the first.
+
+    A full vocabulary is looked through twice instead of being sorted: the n-th largest of its blocks' maxima is a
+    bound that at least `n` values reach and few others do (0.1 ms instead of 10 for 152,000 values).
+    """
+    whole = len(values) - len(values) % BLOCK
+    if whole // BLOCK < n:
+        return np.argsort(-values, kind="stable")[:n]
+    maxima = values[:whole].reshape(-1, BLOCK).max(axis=1)
+    found = np.flatnonzero(values >= np.partition(maxima, -n)[-n])
+    return found[np.argsort(-values[found], kind="stable")[:n]]
+
+
+def score(logits: Float32, token_id: int, n_alternatives: int) -> TokenScores:
+    """Look up what a token and the most probable ones had.
+
+    Parameters
+    ----------
+    logits : ndarray [shape=(vocabulary,), float32], as the model gave them.
+    """
+    highest = float(logits.max())
+    total = highest + float(np.log(np.exp(logits - np.float32(highest)).sum()))
+
+    def logprob(i: int) -> float:
+        return max(float(logits[i]) - total, LEAST_LOGPROB)
+
+    best = top_ids(logits, n_alternatives).tolist() if n_alternatives else []
+    return TokenScores(token_id, logprob(token_id), [(i, logprob(i)) for i in best])
+
+
+def describe(scores: TokenScores, kind: Kind, tokenizer: Tokenizer) -> TokenLogprobs:
+    """Put scores into the form callers see."""
+
+    def parts(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token_id)
+        text = raw.decode("utf-8", errors="replace")
+        return {"id": token_id, "token": text, "bytes": [*raw], "logprob": logprob}
+
+    alternatives = [TokenLogprob(**parts(*pair)) for pair in scores.alternatives]
+    return TokenLogprobs(**parts(scores.id, scores.logprob), kind=kind, top_logprobs=alternatives)
+
+
+def describe_prompt(ids: Sequence[int], scores: Sequence[TokenScores], tokenizer: Tokenizer) -> list[TokenLogprobs]:
+    """Put scores of a prompt's tokens into the form callers see; nothing where another answer to it has them.
+
+    Parameters
+    ----------
+    scores : of all but the first, which nothing precedes: it has NaN.
+    """
+    if len(scores) + 1 != len(ids):
+        return []
+    return [describe(item, "prompt", tokenizer) for item in (TokenScores(ids[0], math.nan, []), *scores)]

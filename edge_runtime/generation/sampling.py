@@ -1,0 +1,240 @@
+"""Logits → the next token: the official sampling by default, or greedy, through llama.cpp's samplers.
+
+Source: `chat()` of MiniCPM-V 4.5 on transformers. Order there: bias, repetition penalty over generated tokens,
+temperature, top-k, top-p, min-p, typical. Beam search is in `beams`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edge_runtime.decoder import llama_cpp as llama
+from edge_runtime.errors import MessageError
+
+if TYPE_CHECKING:
+    from edge_runtime.decoder.decoder import Decoder
+
+MAX_NEW_TOKENS = 2048  # official default
+OFFICIAL_BEAMS = 3
+LARGEST_BIAS = 100.0
+SEARCH_OPTIONS = frozenset({"repetition_penalty", "logit_bias", "seed"})  # a search makes no use of its seed
+MAX_SEED = 2**32 - 1  # llama.cpp takes this one for "choose at random"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen; the official values come from `official`."""
+
+    temperature: float
+    """0 takes the most probable token."""
+    top_k: int = 0
+    """Keep this many tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most probable tokens until their probabilities sum to this."""
+    repetition_penalty: float = 1.0
+    """Divides (multiplies, when negative) the logits of tokens generated before."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the most probable one."""
+    typical_p: float = 1.0
+    """Keep the tokens of most typical surprise until their probabilities sum to this (Meister et al., 2022)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens generated before, once for each time."""
+    seed: int | None = None
+    """The same seed repeats an answer; None takes a random one.
+
+    Draws repeat exactly, logits as far as llama.cpp repeats them. The same request alone in a fresh process gives
+    the same bits. Behind a reused beginning, or beside other requests, float32 sums are made in another order: with
+    a float32 decoder and `exact=True` that changed no answer, but with quantised weights log probabilities move by
+    up to 0.1, and a draw that close to the border between two tokens goes the other way.
+    """
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their logits before anything else."""
+
+    @classmethod
+    def official(cls, thinking: bool) -> SamplingOptions:
+        """Defaults of the official `chat()`.
+
+        With thinking only the temperature is set there; 50 is transformers' top_k.
+        """
+        if thinking:
+            return cls(temperature=0.7, top_k=50)
+        return cls(temperature=0.7, top_k=100, top_p=0.8, repetition_penalty=1.03)
+
+    @classmethod
+    def official_search(cls) -> SamplingOptions:
+        """Defaults of the official `chat(sampling=False)`, which searches with `OFFICIAL_BEAMS` beams."""
+        return cls(temperature=0.0, repetition_penalty=1.2)
+
+    def numbered(self, i: int) -> SamplingOptions:
+        """Options of the i-th of several answers: seed + i, or a random one."""
+        return self if self.seed is None else replace(self, seed=(self.seed + i) % MAX_SEED)
+
+    def checked(self) -> SamplingOptions:
+        """Return these options when every value is in range.
+
+        Raises
+        ------
+        MessageError
+            Naming the option that is not.
+        """
+        ranges = {
+            "temperature": (self.temperature, 0.0, 100.0),
+            "top_k": (self.top_k, 0, 1 << 30),
+            "top_p": (self.top_p, 0.0, 1.0),
+            "repetition_penalty": (self.repetition_penalty, 1e-3, 100.0),
+            "min_p": (self.min_p, 0.0, 1.0),
+            "typical_p": (self.typical_p, 0.0, 1.0),
+            "presence_penalty": (self.presence_penalty, -100.0, 100.0),
+            "frequency_penalty": (self.frequency_penalty, -100.0, 100.0),
+            "seed": (self.seed or 0, 0, MAX_SEED - 1),
+        }
+        for name, (value, low, high) in ranges.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise MessageError(f"{name} is {value!r}; expected a number from {low} to {high}.")
+        return self
+
+
+def choose_options(
+    thinking: bool, *, greedy: bool = False, searching: bool = False, n_vocab: int | None = None, **given: Any
+) -> SamplingOptions:
+    """Official defaults with the caller's values over them.
+
+    Parameters
+    ----------
+    greedy : the most probable token, without penalties. So does temperature=0.
+    searching : for the official `sampling=False`, or a beam search.
+    n_vocab : tokens there are, for the check of `logit_bias`; None does not check.
+    given : fields of `SamplingOptions`; None keeps the default. `logit_bias` may be a mapping.
+
+    Raises
+    ------
+    MessageError
+        Naming the option that is out of range, or that a search has no use for.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if "logit_bias" in chosen:
+        chosen["logit_bias"] = _checked_bias(chosen["logit_bias"], n_vocab)
+    if searching:
+        useless = sorted(({"greedy"} if greedy else set()) | chosen.keys() - SEARCH_OPTIONS)
+        if useless:
+            raise MessageError(
+                f"{useless[0]} was given together with a beam search (beams, or sampling=False), which draws "
+                f"nothing; leave one of them out. It takes {', '.join(sorted(SEARCH_OPTIONS - {'seed'}))}."
+            )
+        return replace(SamplingOptions.official_search(), **chosen).checked()
+    if greedy:
+        chosen["temperature"] = 0.0
+    base = SamplingOptions.official(thinking)
+    if chosen.get("temperature") == 0:
+        base = SamplingOptions(temperature=0.0)
+    return replace(base, **chosen).checked()
+
+
+def _checked_bias(bias: Any, n_vocab: int | None) -> tuple[tuple[int, float], ...]:
+    """Pairs of a mapping; ids may be strings of digits, as JSON has them."""
+    if not isinstance(bias, Mapping):
+        raise MessageError(f"logit_bias is {bias!r}; expected a mapping of token ids to numbers.")
+    pairs: dict[int, float] = {}
+    for key, value in bias.items():
+        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        if type(token_id) is not int or not 0 <= token_id < (n_vocab or token_id + 1):
+            raise MessageError(
+                f"logit_bias has the token id {key!r}; expected a number from 0 to {(n_vocab or 1) - 1}."
+            )
+        if type(value) not in (int, float) or not abs(value) <= LARGEST_BIAS:
+            raise MessageError(
+                f"logit_bias of token {token_id} is {value!r}; expected a number from {-LARGEST_BIAS} to "
+                f"{LARGEST_BIAS}."
+            )
+        pairs[token_id] = float(value)
+    return tuple(sorted(pairs.items()))
+
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""llama_token_data"""
+
+
+class Sampler:
+    """A chain of llama.cpp's samplers for one answer.
+
+    Parameters
+    ----------
+    n_ctx : window of the repetition penalty: every generated token fits, so none is forgotten. The prompt is never
+        shown to it, because the official code generates from embeddings.
+    """
+
+    def __init__(self, options: SamplingOptions, n_vocab: int, n_ctx: int) -> None:
+        lib = llama.library()
+        self._lib = lib
+        self.seed = secrets.randbelow(MAX_SEED) if options.seed is None else options.seed
+        self._chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+        links = []
+        if options.logit_bias:
+            biases = (lib.llama_logit_bias * len(options.logit_bias))(*options.logit_bias)
+            links.append(lib.llama_sampler_init_logit_bias(n_vocab, len(biases), biases))
+        penalties = options.repetition_penalty, options.frequency_penalty, options.presence_penalty
+        if penalties != (1.0, 0.0, 0.0):
+            links.append(lib.llama_sampler_init_penalties(n_vocab, n_ctx, *penalties))
+        if options.temperature == 0:
+            links.append(lib.llama_sampler_init_greedy())
+        else:
+            links.append(lib.llama_sampler_init_temp(options.temperature))
+            if options.top_k:
+                links.append(lib.llama_sampler_init_top_k(options.top_k))
+            if options.top_p < 1.0:
+                links.append(lib.llama_sampler_init_top_p(options.top_p, 1))
+            if options.min_p > 0.0:
+                links.append(lib.llama_sampler_init_min_p(options.min_p, 1))
+            if options.typical_p < 1.0:
+                links.append(lib.llama_sampler_init_typical(options.typical_p, 1))
+            links.append(lib.llama_sampler_init_dist(self.seed))
+        for link in links:
+            lib.llama_sampler_chain_add(self._chain, link)
+
+    def sample(self, decoder: Decoder, row: int) -> int:
+        """Choose a token from the logits of a row of the last call, and remember it for the penalty."""
+        if not decoder.is_local(row):
+            return int(self._lib.llama_sampler_sample(self._chain, decoder.context, row))
+        logits = decoder.logits_view(row)
+        token_id = self.choose(np.arange(len(logits)), logits)
+        self.accept(token_id)
+        return token_id
+
+    def choose(self, ids: np.ndarray[Any, np.dtype[np.int64]], logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
+        """Choose among some tokens only, without remembering it.
+
+        Parameters
+        ----------
+        ids : ndarray [shape=(n,), int64], at least one.
+        logits : ndarray [shape=(vocabulary,), float32]
+        """
+        candidates = np.zeros(len(ids), CANDIDATE)
+        candidates["id"], candidates["logit"] = ids, logits[ids]
+        data = candidates.ctypes.data_as(ctypes.POINTER(self._lib.llama_token_data))
+        array = self._lib.llama_token_data_array(data, len(ids), -1, False)
+        self._lib.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def accept(self, token_id: int) -> None:
+        """Remember a token that was chosen by somebody else."""
+        self._lib.llama_sampler_accept(self._chain, token_id)
+
+    def close(self) -> None:
+        """Free the chain; further calls do nothing."""
+        if self._chain is not None:
+            self._lib.llama_sampler_free(self._chain)
+            self._chain = None
+
+
+def is_finite(logits: np.ndarray[Any, np.dtype[np.float32]]) -> bool:
+    """Whether logits are usable; NaN means damaged weights."""
+    return math.isfinite(float(logits.max())) and not bool(np.isnan(logits).any())

@@ -1,0 +1,252 @@
+"""Messages and the shapes of their pictures → prompt text, token ids and the places of the visual tokens.
+
+Three steps: `templates.render` (chat template in a sandbox), `expand` (image placeholders), `tokenize`. Knows
+pictures only by their slice grids; where their embeddings come from is not its business.
+
+What the user typed stays text: special tokens in messages are guarded by a mark character before the template sees
+them (see `Tokenizer.guard`), so no `<|im_end|>` or `<image>` of a user, a document or a tool can end a turn or move
+a picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
+from edge_runtime.inputs.messages import ImagePart, Message
+from edge_runtime.prompt.continuation import Begun, ask_to_go_on
+from edge_runtime.prompt.templates import render
+from edge_runtime.prompt.tokenizer import Tokenizer
+
+PLACEHOLDER = "(<image>./</image>)"
+"""What stands in a rendered prompt for each picture, as in the official processor."""
+
+UNK, IMAGE, IMAGE_END = "<unk>", "<image>", "</image>"
+SLICE, SLICE_END, ID, ID_END = "<slice>", "</slice>", "<image_id>", "</image_id>"
+
+# What a model may have said in an earlier turn and meant: reasoning, tool calls, grounding boxes. Turn and picture
+# boundaries are not among them, whoever wrote the message.
+_ASSISTANT_MAY_WRITE = frozenset(
+    f"<{slash}{name}>"
+    for name in ("tool_call", "tool_response", "ref", "box", "quad", "point")
+    for slash in ("", "/")
+)
+# The official way to ask for a place is to name it in `<ref>`; no turn and no picture begins or ends with these.
+_USER_MAY_WRITE = frozenset(f"<{slash}{name}>" for name in ("ref", "box", "quad", "point") for slash in ("", "/"))
+_MAY_WRITE = {"assistant": _ASSISTANT_MAY_WRITE, "user": _USER_MAY_WRITE}
+_PRIVATE_USE = range(0xE000, 0xF900)
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """The placeholder of one picture, or of one group of video frames."""
+
+    index: int
+    """Number of the picture (of the group's first frame) in the conversation."""
+    grid: tuple[int, int]
+    """(columns, rows) of cells; (0, 0) without cells."""
+    frames: int = 1
+    """Pictures that share the placeholder: more than one for packed video frames."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt ready for the decoder."""
+
+    text: str
+    """The text as the official code would write it, placeholders expanded."""
+    ids: list[int]
+    bounds: list[tuple[int, int]]
+    """[first, end) of every run of `<unk>` ids that visual tokens replace, in order."""
+
+
+def build_prompt(
+    messages: Sequence[Message],
+    layouts: Sequence[ImageLayout],
+    tokenizer: Tokenizer,
+    *,
+    n_queries: int,
+    template: str,
+    thinking: bool,
+    use_image_id: bool,
+    tools: Sequence[dict[str, Any]] = (),
+    raw: bool = False,
+    begun: Begun | None = None,
+    most_tokens: int | None = None,
+) -> Prompt:
+    """Build the prompt of a conversation.
+
+    Parameters
+    ----------
+    layouts : one per picture or group of frames, in order.
+    n_queries : visual tokens per slice.
+    template : the chat template (Jinja).
+    thinking : whether the answer starts with reasoning.
+    raw : the messages' text is the prompt as it stands, without the template; special tokens in it are meant, but
+        for those that hold pictures.
+    begun : the last message, when the prompt is to end inside of it.
+    most_tokens : tokens that a prompt may have; text that is sure to become more is not tokenised.
+
+    Raises
+    ------
+    PromptTooLongError
+        When the text alone is longer than `most_tokens` of the longest tokens; a shorter one may be too long, too.
+    MessageError
+        When the template refuses the conversation, or pictures and layouts do not match.
+    ModelFileError
+        When the vocabulary lacks the tokens that hold pictures, or the template is broken.
+    """
+    mark = _unused_character(messages, tools)
+    text = (
+        _as_it_stands(messages, tokenizer, mark)
+        if raw
+        else _render(messages, tokenizer, mark, template, thinking, tools, begun)
+    )
+    rendered = _whole_characters(text)
+    marked = _expand(rendered, layouts, n_queries, use_image_id, mark)
+    if most_tokens is not None and (least := tokenizer.least_tokens(marked, mark)) > most_tokens:
+        raise PromptTooLongError(
+            f"The prompt has at least {least} tokens of text ({len(marked)} characters), but the context holds "
+            f"{most_tokens + 1}, one of them for the answer; use a shorter text, or a larger --ctx."
+        )
+    ids = tokenizer.encode_special(marked, mark)
+    return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
+
+
+def _as_it_stands(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) -> str:
+    """The text of all messages, a placeholder for each picture in it."""
+    if not any(part for message in messages for part in message.parts):
+        raise MessageError("The raw prompt is empty; expected text for the model to go on with.")
+    holders = {UNK, IMAGE, IMAGE_END, SLICE, SLICE_END, ID, ID_END}
+    allowed = frozenset(tokenizer.special_ids) - holders
+    parts = (part for message in messages for part in message.parts)
+    # Texts side by side are one text, in which `<ima` and `ge>` are a special token.
+    runs = [(is_text, list(run)) for is_text, run in groupby(parts, lambda part: isinstance(part, str))]
+    # Pictures before all text stand on lines of their own, as in the template; between texts, just where they are.
+    before = (PLACEHOLDER + "\n") * len(runs.pop(0)[1]) if not runs[0][0] else ""
+    return before + "".join(
+        tokenizer.guard("".join(map(str, run)), mark, allowed) if is_text else PLACEHOLDER * len(run)
+        for is_text, run in runs
+    )
+
+
+def _whole_characters(text: str) -> str:
+    """Replace halves of surrogate pairs, which terminals and JSON can bring and no tokenizer takes, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _unused_character(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
+    """Pick a private-use character that occurs nowhere in the conversation."""
+    used = set(json.dumps(list(tools), ensure_ascii=False))
+    for message in messages:
+        used.update(message.role, message.reasoning or "", json.dumps(message.tool_calls, ensure_ascii=False))
+        used.update(*(part for part in message.parts if isinstance(part, str)))
+    for code in _PRIVATE_USE:
+        if chr(code) not in used:
+            return chr(code)
+    raise MessageError("The messages use every private-use character of Unicode; expected text. Send readable text.")
+
+
+def _render(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    mark: str,
+    template: str,
+    thinking: bool,
+    tools: Sequence[Any],
+    begun: Begun | None,
+) -> str:
+    guarded = [_template_message(message, tokenizer, mark) for message in messages]
+    guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]
+
+    def rendered(entries: Sequence[dict[str, Any]], asks: bool) -> str:
+        context = {
+            "messages": [*entries],
+            "tools": guarded_tools or None,
+            "add_generation_prompt": asks,
+            "enable_thinking": thinking,
+        }
+        return render(template, context)
+
+    return rendered(guarded, True) if begun is None else ask_to_go_on(begun, guarded, rendered, mark)
+
+
+def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
+    """One message as templates expect it: content is a string with a placeholder for each picture."""
+    allowed = _MAY_WRITE.get(message.role, frozenset())
+    texts = [tokenizer.guard(part, mark, allowed) if isinstance(part, str) else PLACEHOLDER for part in message.parts]
+    entry: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
+    if message.reasoning is not None:
+        # The model wrote both: officially tags are markup in both, and its own ids come back as they were.
+        entry["reasoning_content"] = tokenizer.guard(message.reasoning, mark, allowed)
+    if message.tool_calls:
+        entry["tool_calls"] = _guard_all(message.tool_calls, tokenizer, mark)
+    return entry
+
+
+def _guard_all(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
+    if isinstance(value, str):
+        return tokenizer.guard(value, mark)
+    if isinstance(value, dict):
+        guarded = (
+            (_guard_all(key, tokenizer, mark), _guard_all(item, tokenizer, mark)) for key, item in value.items()
+        )
+        return dict(guarded)
+    if isinstance(value, list | tuple):
+        return [_guard_all(item, tokenizer, mark) for item in value]
+    return value
+
+
+def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool, mark: str) -> str:
+    """Replace each placeholder. Further frames of a group lose theirs, and the text before it is stripped.
+
+    Texts that meet there have a mark between them: `<ima` and `ge>` were guarded apart, and are no special token.
+    """
+    chunks = rendered.split(PLACEHOLDER)
+    if len(chunks) - 1 != sum(layout.frames for layout in layouts):
+        raise MessageError(
+            f"The rendered prompt has {len(chunks) - 1} places for pictures, expected "
+            f"{sum(layout.frames for layout in layouts)}; the model's chat template drops or repeats content."
+        )
+    text, following = [chunks[0]], iter(chunks[1:])
+    for layout in layouts:
+        text.append(placeholder_text(layout, n_queries, use_image_id))
+        text.append(next(following))
+        for _ in range(layout.frames - 1):
+            text[-1] = text[-1].strip()
+            text += [mark, next(following)]
+    return "".join(text)
+
+
+def placeholder_text(layout: ImageLayout, n_queries: int, use_image_id: bool) -> str:
+    """Text of one picture: its id, the overview, then the cells row by row, rows joined by a newline."""
+    cols, rows = layout.grid
+    holes = UNK * n_queries
+    cells = "\n".join([f"{SLICE}{holes}{SLICE_END}" * cols] * rows)
+    number = f"{ID}{layout.index}{ID_END}" if use_image_id else ""
+    return f"{number}{IMAGE}{holes}{IMAGE_END}{cells}"
+
+
+def _find_bounds(
+    ids: list[int], layouts: Sequence[ImageLayout], tokenizer: Tokenizer, n_queries: int
+) -> list[tuple[int, int]]:
+    """Places of the visual tokens: after every `<image>` or `<slice>`, which only placeholders contain."""
+    if not layouts:
+        return []
+    missing = [text for text in (UNK, IMAGE, IMAGE_END, SLICE, SLICE_END) if text not in tokenizer.special_ids]
+    if missing:
+        raise ModelFileError(
+            f"The vocabulary lacks the tokens {', '.join(missing)}, which hold pictures; use the decoder file of "
+            "MiniCPM-V 4.5."
+        )
+    opening = {tokenizer.special_ids[IMAGE], tokenizer.special_ids[SLICE]}
+    return [(i + 1, i + 1 + n_queries) for i, token in enumerate(ids) if token in opening]
+
+
+def iter_images(messages: Sequence[Message]) -> Iterator[ImagePart]:
+    """All pictures of a conversation in order."""
+    return (part for message in messages for part in message.parts if isinstance(part, ImagePart))

@@ -1,0 +1,111 @@
+"""A chat template in Jinja's immutable sandbox: the rendering itself, here or as a process of its own.
+
+The sandbox keeps a template from reaching anything, but not from computing: three nested loops, or a number to the
+power of another, take for ever without writing a character. So templates of model files are rendered in a process
+that `templates` can end, with limits of memory and processor time of its own in case nobody is left to do it.
+
+It runs as a module, in its `sandbox`: each line on stdin is a request, `{"template": ...,
+"context": {...}}`, each line on stdout what became of it, `{"text": ...}` or `{"fault": "template" | "conversation",
+"error": ...}`; the first line says that it is ready.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Literal
+
+from edge_runtime.system import sandbox
+
+MAX_RENDERED_CHARACTERS = 16 << 20
+MOST_S = 5.0
+"""For one rendering; the official template takes a millisecond."""
+MOST_BYTES = 1 << 30
+
+
+class TemplateFault(Exception):  # noqa: N818 - says whose, too
+    """A template that cannot be rendered, and whose fault that is."""
+
+    def __init__(self, fault: Literal["template", "conversation"], message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> Any:
+    """Compile a template from a model file: foreign code, so only in Jinja's immutable sandbox."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.exceptions import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        # As transformers has it: Jinja's own tojson escapes <, > and & for HTML.
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    def strftime_now(form: str) -> str:
+        return datetime.now().astimezone().strftime(form)
+
+    # Filters, functions and loop controls are those that transformers gives to templates; llama.cpp has them, too.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    try:
+        return environment.from_string(template)
+    except (TemplateSyntaxError, RecursionError, MemoryError) as error:
+        why = f"is not valid Jinja ({error}); convert or download the model again"
+        raise TemplateFault("template", why) from None
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """Render a template.
+
+    Raises
+    ------
+    TemplateFault
+    """
+    from jinja2 import TemplateError
+
+    compiled = _compile(template)
+    text, length = [], 0
+    try:
+        for piece in compiled.generate(**context):
+            text.append(piece)
+            length += len(piece)
+            if length > MAX_RENDERED_CHARACTERS:
+                raise TemplateFault("template", "writes endlessly; use a file with the official template")
+    except MemoryError:
+        raise TemplateFault("template", "fills the memory; use a file with the official template") from None
+    except (
+        *(TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError),
+    ) as error:
+        raise TemplateFault("conversation", str(error)) from None
+    return "".join(text)
+
+
+def main() -> None:
+    """Answer requests until there are none."""
+    import jinja2.sandbox  # noqa: F401 - before files are given up
+
+    sandbox.limit_resources(MOST_BYTES)
+    sandbox.give_up_files()
+    sandbox.give_up_system_calls()
+    print("{}", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        sandbox.limit_time(MOST_S)
+        try:
+            reply = {"text": render(request["template"], request["context"])}
+        except TemplateFault as error:
+            reply = {"fault": error.fault, "error": str(error)}
+        print(json.dumps(reply), flush=True)
+
+
+if __name__ == "__main__":
+    main()

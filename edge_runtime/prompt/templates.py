@@ -1,0 +1,170 @@
+"""Chat template and conversation → rendered text, within limits of time, memory and output.
+
+The official template comes with this package and is rendered here. Any other came in a model file, from anybody: it
+is rendered by `template_process`, in a process that is ended when it takes too long, and begun anew for the next one.
+That costs a tenth of a second the first time, and a millisecond after that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from edge_runtime.errors import MessageError, ModelFileError
+from edge_runtime.prompt import template_process
+from edge_runtime.prompt.template_process import MOST_BYTES, MOST_S, TemplateFault
+from edge_runtime.system.forks import only_here
+
+OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime.prompt").joinpath("chat_template.jinja").read_text("utf-8")
+"""The chat template of MiniCPM-V 4.5, for files that carry none."""
+START_S = 60.0
+"""For the process to begin, on a machine that is busy."""
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """Render a chat template.
+
+    Parameters
+    ----------
+    context : what it sees; of JSON's kinds.
+
+    Raises
+    ------
+    MessageError
+        When the template refuses the conversation.
+    ModelFileError
+        When it is no template, or exceeds a limit.
+    """
+    try:
+        if template == OFFICIAL_CHAT_TEMPLATE:
+            return template_process.render(template, context)
+        return _renderer().render(template, context)
+    except TemplateFault as error:
+        if error.fault == "template":
+            raise ModelFileError(f"The model's chat template {error}.") from None
+        raise MessageError(
+            f"The model's chat template refuses this conversation: {error}. Check the order and roles of the "
+            "messages."
+        ) from None
+
+
+@cache
+def _renderer() -> Renderer:
+    renderer = Renderer()
+    atexit.register(only_here(renderer.close))
+    return renderer
+
+
+if hasattr(
+    os, "register_at_fork"
+):  # the process is the parent's, and its lock may be held by a thread that is not here
+    os.register_at_fork(after_in_child=_renderer.cache_clear)
+
+
+class Renderer:
+    """The process that renders, and its replacement when it had to be ended. One rendering at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(self, template: str, context: dict[str, Any]) -> str:
+        """Render a template; the same as `template_process.render`, but not for longer than `MOST_S`.
+
+        Raises
+        ------
+        TemplateFault
+        """
+        request = json.dumps({"template": template, "context": context}).encode() + b"\n"
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._start()
+            reply, is_late = self._ask(request)
+            if reply is None:
+                self.close()
+                raise TemplateFault(
+                    "template",
+                    (
+                        f"took longer than {MOST_S:g} s"
+                        if is_late
+                        else f"ended the process that renders it, which may take {MOST_BYTES >> 20} MB"
+                    )
+                    + "; use a file with the official template",
+                )
+        if "text" not in reply:
+            raise TemplateFault(reply["fault"], reply["error"])
+        return str(reply["text"])
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            for stream in (process.stdin, process.stdout):
+                assert stream is not None
+                with contextlib.suppress(OSError):  # what was not written yet has nobody to read it
+                    stream.close()
+            process.wait()
+
+    def _start(self) -> None:
+        self.close()
+        # Nothing of the environment: a template that got out of the sandbox would find no keys. This interpreter's
+        # own paths, so that it finds the same Jinja.
+        environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment |= {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", template_process.__name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+            )
+        except OSError as error:
+            raise TemplateFault(
+                "template", f"needs a process of its own, which cannot be started ({error})"
+            ) from None
+        if self._answer(START_S)[0] is None:
+            self.close()
+            raise TemplateFault("template", "needs a process of its own, which did not start; see if memory is short")
+
+    def _ask(self, request: bytes) -> tuple[dict[str, Any] | None, bool]:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(request)
+            self._process.stdin.flush()
+        except OSError:  # it died while idle
+            return None, False
+        return self._answer(MOST_S)
+
+    def _answer(self, timeout_s: float) -> tuple[dict[str, Any] | None, bool]:
+        """The next line of the process, or None and whether time was up."""
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        is_late = threading.Event()
+
+        def end() -> None:
+            is_late.set()
+            process.kill()
+
+        timer = threading.Timer(timeout_s, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            timer.cancel()
+        try:
+            return json.loads(line), False
+        except ValueError:
+            return None, is_late.is_set()

@@ -1,0 +1,217 @@
+"""What stands before the routes: who may ask (`gate`), sizes and times. ASGI, without a route's knowledge.
+
+    Headers ─ Bodies ─ TimeLimit ─ Clients ─ Gate ─ CORS ─ Key ─ HEAD as GET ─ routes
+
+`Headers` tells browsers to be careful with every reply. `Bodies` counts what clients send, of one request and of all
+together, and ends those who send too much or too slowly. `TimeLimit` bounds what follows. `Clients` remembers whose
+request it is. `Gate` refuses who asks
+under a foreign name (DNS rebinding) or from a foreign page, `Key` who has none, before a byte of a body is read;
+between them, pages that may ask are told so, which they ask without a key.
+`connections` has what cannot be seen from here: heads that never end and readers who never read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers as RequestHeaders
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from edge_runtime.errors import EdgeRuntimeError, EngineBusy
+from edge_runtime.server.errors import TooLarge
+from edge_runtime.server.middleware.gate import refuse
+from edge_runtime.server.middleware.pace import Pace
+from edge_runtime.server.middleware.time_limit import RequestTimedOut
+from edge_runtime.server.settings import MEGABYTE, Settings
+from edge_runtime.system.memory import available_bytes
+
+BODIES_TOGETHER = 4
+"""Times the limit of one: most bytes of bodies that all requests together may hold in memory."""
+MEMORY_SHARE = 8
+"""Nor may they hold more than this part of the memory that is free: what is made of a body takes several times its
+bytes."""
+FEW_BYTES = 4 * MEGABYTE
+"""May be held together whatever is free, so that a question without pictures is always heard."""
+MEMORY_S = 1.0
+"""For which a look at the free memory holds."""
+LINGER_S, LINGER_BYTES = 2.0, 16 << 20
+"""What is still read of a body that was refused, so that its sender gets to see why."""
+BLOBS = "/api/blobs/"
+
+
+# --- headers -------------------------------------------------------------------------------------------------------
+
+
+# --- sizes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Held:
+    """Bytes of bodies in memory, of all requests."""
+
+    limit: int
+    n_bytes: int = 0
+    counts_memory: bool = False
+    """Whether the limit is lower while little memory is free."""
+    _free: int = 0
+    _looked: float = -1e9
+
+    @property
+    def most(self) -> int:
+        """Bytes that may be held now."""
+        if not self.counts_memory or self.n_bytes <= FEW_BYTES:
+            return self.limit
+        now = time.monotonic()
+        if now - self._looked > MEMORY_S:  # what is held already is not free any more, and is part of the share
+            self._looked, self._free = now, available_bytes() + self.n_bytes
+        return min(self.limit, max(FEW_BYTES, self._free // MEMORY_SHARE))
+
+
+class Bodies:
+    """Bounds what clients send."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+        limit = settings.max_bodies_bytes
+        self._held = Held(limit or BODIES_TOGETHER * settings.max_body_bytes, counts_memory=limit is None)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_blob = scope["path"].startswith(BLOBS)  # goes to the disk piece by piece
+        limit = self._settings.max_blob_bytes if is_blob else self._settings.max_body_bytes
+        held = Held(limit) if is_blob else self._held
+        pace = Pace(self._settings.body_timeout_s, self._settings.min_bytes_per_s)
+        body = _Body(scope, receive, send, limit, pace, held)
+        try:
+            await self._app(scope, body.receive, body.send)
+        except Exception:
+            if body.refusal is None or body.has_begun:  # otherwise it is what a route made of the refusal
+                raise
+        finally:
+            held.n_bytes -= body.n_bytes
+        if body.refusal is not None and not body.has_begun:
+            await refuse(body.refusal, scope, receive, body.send_refusal)
+
+
+@dataclass
+class _Body:
+    """The body of one request, and the reply to it."""
+
+    scope: Scope
+    receive_next: Receive
+    send_next: Send
+    limit: int
+    pace: Pace
+    held: Held
+    started: float = field(default_factory=time.monotonic)
+    n_bytes: int = 0
+    is_complete: bool = False
+    has_begun: bool = False
+    """The reply."""
+    was_asked: bool = False
+    """Whether somebody wanted the body; until then a client may wait to be told to send it."""
+    refusal: EdgeRuntimeError | None = None
+
+    async def receive(self) -> Message:
+        """The next piece.
+
+        Raises
+        ------
+        ServerError
+            When there is too much of it, or it does not come. Whatever becomes of it on the way, it is the reply.
+        """
+        if self.is_complete:
+            return await self.receive_next()
+        self.was_asked = True
+        try:
+            return await self._receive()
+        except EdgeRuntimeError as error:
+            self.refusal = error
+            raise
+
+    async def _receive(self) -> Message:
+        headers = RequestHeaders(scope=self.scope)
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self.limit:
+            raise self._too_large()
+        began = time.monotonic()
+        try:
+            message = await asyncio.wait_for(self.receive_next(), self.pace.left_s)
+        except TimeoutError:
+            raise self._too_slow() from None
+        n_bytes = len(message.get("body", b""))
+        is_in_time = self.pace.waited(
+            time.monotonic() - began, n_bytes
+        )  # of the client; a slow disk costs it nothing
+        if message["type"] != "http.request":
+            self.is_complete = True  # the client is gone
+            return message
+        self.is_complete = not message.get("more_body", False)
+        self.n_bytes += n_bytes
+        self.held.n_bytes += n_bytes
+        if self.n_bytes > self.limit:
+            raise self._too_large()
+        if self.held.n_bytes > (most := self.held.most):
+            raise EngineBusy(
+                f"The requests of all clients together hold more than {most / 1e6:.0f} MB, which is the limit; try "
+                "again later."
+            )
+        if not (is_in_time or self.is_complete):
+            raise self._too_slow()
+        return message
+
+    def _too_slow(self) -> RequestTimedOut:
+        return RequestTimedOut(
+            f"The body did not arrive in time: {self.n_bytes} bytes in {time.monotonic() - self.started:.0f} s; "
+            "expected a faster connection, or a smaller body."
+        )
+
+    def _too_large(self) -> TooLarge:
+        return TooLarge(
+            f"The body has more than {self.limit} bytes, which is the limit; send fewer or smaller pictures."
+        )
+
+    async def send(self, message: Message) -> None:
+        """Pass the reply on, unless the body is refused: then that is the reply."""
+        if self.refusal is None or self.has_begun:
+            await self.send_refusal(message)
+
+    async def send_refusal(self, message: Message) -> None:
+        """Pass the reply on; who is still sending is told that the connection ends, and given time to see it."""
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            if not self.is_complete and self._has_body():
+                MutableHeaders(scope=message)["Connection"] = "close"
+        elif not message.get("more_body", False) and not self.is_complete and self._has_body():
+            await self.send_next({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self.send_next(message)
+
+    def _has_body(self) -> bool:
+        headers = RequestHeaders(scope=self.scope)
+        return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+    async def _linger(self) -> None:
+        """Read on for a moment: a connection closed over unread bytes takes the reply with it."""
+        if not self.was_asked and RequestHeaders(scope=self.scope).get("expect"):
+            return
+        n_bytes = 0
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while n_bytes < LINGER_BYTES:
+                    message = await self.receive_next()
+                    n_bytes += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
+
+
+# --- times ---------------------------------------------------------------------------------------------------------

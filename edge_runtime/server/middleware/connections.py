@@ -1,0 +1,193 @@
+"""Connections of uvicorn, with the limits of patience and of number that it does not have itself.
+
+uvicorn waits for ever for the head of a request, and for ever for a client that does not read; both keep a
+connection, and the second keeps an answer. Here heads have a time, readers have a pace, and there are only so many
+connections, of all clients and of each. Where there is one too many, those on which nothing is asked are given up,
+the one that has been so for longest first: its client opens another when it needs one. Only where all are at work a
+new one is turned away, with a word.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from edge_runtime.server.middleware.pace import Pace
+from edge_runtime.server.middleware.shares import SURPLUS, client_of
+from edge_runtime.server.settings import Settings
+
+MOST_SURPLUS = 32
+"""Connections beyond the limit that are told so; further ones are closed without a word."""
+SURPLUS_S = 3.0
+"""For the head of a request that is refused."""
+KEEP_ALIVE_S = 75
+"""Idle, between two requests; longer than clients and proxies keep connections, so that it is they who close."""
+LOOKS = 4
+"""Times that a reader is looked at while its patience lasts."""
+
+
+class _Timer:
+    """One call that may come, or be called off."""
+
+    _handle: asyncio.TimerHandle | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self._handle is not None
+
+    def start(self, loop: asyncio.AbstractEventLoop, seconds: float, call: Callable[..., None], *args: Any) -> None:
+        self.stop()
+        self._handle = loop.call_later(seconds, call, *args)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+
+class GuardedConnection(H11Protocol):
+    """A connection whose client has to send and to read."""
+
+    header_timeout_s = 20.0
+    patience_s = 30.0
+    least_per_s = 1024.0
+    most, most_each = 512, 384
+    surplus: ClassVar[set[GuardedConnection]] = set()
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._head, self._reader = _Timer(), _Timer()
+        self.owner = ""
+        """Client that it belongs to."""
+        self.idle_since = 0.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin; where there are too many, end one on which nothing is asked, or say why this one is refused."""
+        super().connection_made(transport)
+        self.owner = client_of(self.client[0] if self.client else "")
+        self.idle_since = self.loop.time()
+        refusal = self._find_room()
+        if refusal is None:
+            self._head.start(self.loop, self.header_timeout_s, transport.abort)
+        elif len(self.surplus) >= MOST_SURPLUS:
+            transport.abort()
+        else:
+            self.surplus.add(self)
+            self.app_state = {**self.app_state, SURPLUS: refusal}
+            self._head.start(self.loop, min(SURPLUS_S, self.header_timeout_s), transport.abort)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is asked here, and nothing is left to be read."""
+        is_asked = self.cycle is not None and not self.cycle.response_complete
+        return not is_asked and self.transport.get_write_buffer_size() == 0
+
+    def _find_room(self) -> str | None:
+        """Make room for this connection; returns why there is none."""
+        others = [
+            other
+            for other in self.connections
+            if isinstance(other, GuardedConnection) and not other.transport.is_closing()
+        ]
+        counted = [other for other in others if other not in self.surplus and other is not self]
+        held = Counter(other.owner for other in counted)
+        idle = [other for other in counted if other.is_idle]
+        if held[self.owner] >= self.most_each:
+            idle = [other for other in idle if other.owner == self.owner]
+            reason = f"Your address has {held[self.owner]} connections at work, which is the share of one"
+        elif len(counted) >= self.most:  # of those who have the most, and of nobody who has less than this one's
+            idle = [other for other in idle if held[other.owner] >= held[self.owner]]
+            reason = f"{len(counted)} connections are at work, which is the limit"
+        else:
+            return None
+        if not idle:
+            return f"{reason}; try again later."
+        min(idle, key=lambda other: (-held[other.owner], other.idle_since)).shutdown()
+        return None
+
+    def data_received(self, data: bytes) -> None:
+        """Take in bytes; if they are the beginning of a head, the rest has to follow in time."""
+        super().data_received(data)
+        is_in_head = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if not is_in_head:
+            self._head.stop()
+        elif not self._head.runs:
+            self._head.start(self.loop, self.header_timeout_s, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End, timers included."""
+        self._head.stop()
+        self._reader.stop()
+        self.surplus.discard(self)
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """More is ready than the client has taken."""
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """The client has taken enough."""
+        super().resume_writing()
+        self._reader.stop()
+
+    def on_response_complete(self) -> None:
+        """All is written; the client has to take what is left."""
+        self.idle_since = self.loop.time()
+        super().on_response_complete()
+        self._expect_reading()
+
+    def _expect_reading(self) -> None:
+        """Look now and then how much was taken; a connection closed in the normal way would wait for it for ever."""
+        self._reader.stop()
+        if self.transport.get_write_buffer_size():
+            self._look_later(Pace(self.patience_s, self.least_per_s), self._unread())
+
+    def _look_later(self, pace: Pace, unread: int) -> None:
+        self._reader.start(self.loop, self.patience_s / LOOKS, self._look, pace, unread)
+
+    def _look(self, pace: Pace, before: int) -> None:
+        unread = self._unread()
+        if not self.transport.get_write_buffer_size():
+            self._reader.stop()
+        elif pace.waited(self.patience_s / LOOKS, max(0, before - unread)):
+            self._look_later(pace, unread)
+        else:
+            self.transport.abort()
+
+    def _unread(self) -> int:
+        """Bytes that the client's machine has not taken, those in the system's own buffer included.
+
+        The system takes more only when much of its buffer is free: without looking into it a reader seems to stand
+        still for minutes.
+        """
+        n_bytes = self.transport.get_write_buffer_size()
+        if sys.platform != "win32":
+            import fcntl
+            import termios
+
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                answer = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+                n_bytes += struct.unpack("i", answer)[0]
+        return n_bytes
+
+
+def guarded(settings: Settings) -> type[GuardedConnection]:
+    """The class of a server's connections."""
+    limits = {
+        "header_timeout_s": settings.header_timeout_s,
+        "patience_s": settings.body_timeout_s,
+        "least_per_s": settings.min_bytes_per_s,
+        "most": settings.max_connections,
+        "most_each": settings.connections_of_one,
+        "surplus": set(),
+    }
+    return type("Connection", (GuardedConnection,), limits)

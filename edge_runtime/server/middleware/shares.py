@@ -1,0 +1,109 @@
+"""Which client asks, and how much of the server one client may hold while there are others.
+
+A client is an address: nothing else is known before a request is read, and nothing else can be told from outside. The
+addresses of one IPv6 network (/64) are one client, for each of its machines may take any of them. Where all clients
+come through a proxy, or from this machine, they share one address: limits per client are a part of those for all, so
+that one address alone still has most of the server.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edge_runtime.errors import EngineBusy
+from edge_runtime.server.errors import TooManyConnections
+from edge_runtime.server.middleware.gate import refuse
+
+SURPLUS = "edge_runtime.surplus"
+"""Key of a connection's state: why its request is not answered. See `connections`."""
+_ASKING: ContextVar[str] = ContextVar("edge_runtime_client", default="")
+
+
+def client_of(address: str) -> str:
+    """The client behind an address; empty where there is none (a Unix socket, a test)."""
+    try:
+        found: IPv4Address | IPv6Address = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, IPv6Address):
+        if found.ipv4_mapped is not None:
+            return str(found.ipv4_mapped)
+        if not found.is_loopback:
+            return str(IPv6Network((int(found), 64), strict=False))
+    return str(found)
+
+
+def asking() -> str:
+    """The client whose request is at work here."""
+    return _ASKING.get()
+
+
+class Clients:
+    """Remembers whose request it is, and turns away those of connections beyond a limit."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        surplus = scope.get("state", {}).get(SURPLUS)
+        if surplus is not None:
+            await refuse(TooManyConnections(surplus), scope, receive, send)
+            return
+        before = _ASKING.set(client_of((scope.get("client") or ("",))[0]))
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            _ASKING.reset(before)
+
+
+@dataclass
+class Places:
+    """So many of something at once.
+
+    Parameters
+    ----------
+    most, most_each : of all clients together, and of one.
+    what : that is counted, in the plural.
+    """
+
+    most: int
+    most_each: int
+    what: str
+    n: int = 0
+    _held: Counter[str] = field(default_factory=Counter)
+
+    def take(self, client: str) -> Callable[[], None]:
+        """Take a place; returns what gives it back.
+
+        Raises
+        ------
+        EngineBusy
+            When there is none.
+        """
+        if self.n >= self.most:
+            raise EngineBusy(f"{self.n} {self.what}, which is the limit; try again later.")
+        if self._held[client] >= self.most_each:
+            raise EngineBusy(
+                f"{self._held[client]} {self.what} that came from your address, which is the share of one; try again "
+                "later."
+            )
+        self.n += 1
+        self._held[client] += 1
+
+        def leave() -> None:
+            self.n -= 1
+            self._held[client] -= 1
+            if not self._held[client]:
+                del self._held[client]
+
+        return leave

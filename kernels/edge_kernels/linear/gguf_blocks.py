@@ -1,0 +1,323 @@
+"""Products with weights that stay in ggml's blocks, on AMX in bfloat16: for prompts, which have many rows.
+
+A task unpacks a panel of outputs to bfloat16, in the cache, and multiplies all rows with it. So weights cost no
+memory but the file's, and unpacking them is paid once for all rows of a call. Rows and unpacked weights are rounded
+to bfloat16, sums are float32: with a relative error of 2^-9 in each this is nearer to the file's weights than 8-bit
+blocks of activations, which is what ggml multiplies them with.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (what numba compiles takes its types from the call)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_kernels.arrays import aligned, aligned_empty, rows_view
+from edge_kernels.compile import helper, kernel, leaf
+from edge_kernels.linear.float32 import result_rows
+from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles, keep_awake
+from edge_kernels.simd.float32 import exp2
+from edge_kernels.simd.gguf_blocks import (
+    NUMBERS,
+    SIDE,
+    STEP,
+    STEP_ELEMENTS,
+    TILE,
+    blocks_half_tile,
+    blocks_tile,
+    finish_turned,
+    pack_pairs,
+    read_minima,
+    read_scales,
+    unpack_q4_k,
+    unpack_q5_k,
+    unpack_q6_k,
+    unpack_q8_0,
+)
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
+
+Float32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+IS_POSSIBLE = HAS_TILES
+"""Whether this machine can run it."""
+
+BLOCK = 256  # weights that are unpacked at a time
+BLOCK_BYTES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "Q8_0": 8 * 34}
+"""Of 256 weights, for each type that can be multiplied."""
+_KINDS = tuple(BLOCK_BYTES)
+
+STEPS = BLOCK // STEP
+"""Of a block: 32 outputs or rows of it, a square, are multiplied at a time."""
+SQUARE = STEPS * STEP_ELEMENTS
+
+LOG2_E = 1.4426950408889634
+
+TASKS_PER_WORKER = 3
+# Outputs of a task, at least. Of many rows it has in the second cache a panel of OUTPUT_BLOCK · K_BLOCK weights, the
+# same k of ROW_TILES · 32 rows, and the sums; 2 MB together. All rows come from memory once for each panel.
+OUTPUT_BLOCK = 256
+K_BLOCK = 512
+ROW_TILES = 16
+
+FEW_BYTES = 1 << 19
+"""Of rows, up to which a panel is a square of 16 KB, which stays in the first cache; all rows are read for each."""
+
+
+class PackedRows(NamedTuple):
+    """Rows as the tiles take them.
+
+    Attributes
+    ----------
+    panels : ndarray [shape=(k / 256 · ⌈m / 32⌉ · 8192,), int16]
+        bfloat16, [block of 256 k][32 rows], each as `simd_blocks` describes it.
+    m, k : int
+        Number of rows and of inputs.
+    """
+
+    panels: NDArray[np.int16]
+    m: int
+    k: int
+
+
+class BlockWeight(NamedTuple):
+    """A weight as it lies in a GGUF file.
+
+    Attributes
+    ----------
+    blocks : ndarray [shape=(n · k / 256 · BLOCK_BYTES[kind],), uint8]
+        Rows of blocks, one row per output.
+    kind : str
+        A key of `BLOCK_BYTES`.
+    n, k : int
+        Number of outputs and of inputs; k is a multiple of 256.
+    """
+
+    blocks: Bytes
+    kind: str
+    n: int
+    k: int
+
+
+@leaf
+def _place(m, panel, half, step):
+    """Where, in words of two bfloat16, the pairs of 16 rows and 32 k go."""
+    tiles = (m + SIDE - 1) // SIDE
+    return ((step // STEPS * tiles + panel) * SQUARE + step % STEPS * STEP_ELEMENTS + half * TILE) // 2
+
+
+@kernel
+def _pack(x, x_stride, m, k, out, tickets, workers):
+    blocks = k // BLOCK
+    for _ in numba.prange(workers):
+        task = take_ticket(tickets)  # 16 rows of a block; half a square of which there is no row is never read
+        while task < (m + 15) // 16 * blocks:
+            first, block = task // blocks * 16, task % blocks
+            for step in range(block * STEPS, (block + 1) * STEPS):
+                place = _place(m, first // SIDE, first % SIDE // 16, step)
+                pack_pairs(x, first * x_stride + step * STEP, x_stride, m - first, out, place)
+            task = take_ticket(tickets)
+
+
+@kernel
+def _pack_gated(gate, up, m, k, out, tickets, workers):
+    blocks = k // BLOCK
+    for _ in numba.prange(workers):
+        lines = aligned(16 * STEP, np.float32)
+        task = take_ticket(tickets)
+        while task < (m + 15) // 16 * blocks:
+            first, block = task // blocks * 16, task % blocks
+            for step in range(block * STEPS, (block + 1) * STEPS):
+                for i in range(min(16, m - first)):
+                    at = (first + i) * k + step * STEP
+                    for j in range(STEP):
+                        value = gate[at + j]
+                        power = exp2(value * np.float32(-LOG2_E))
+                        lines[i * STEP + j] = value / (np.float32(1.0) + power) * up[at + j]
+                pack_pairs(lines, 0, STEP, m - first, out, _place(m, first // SIDE, first % SIDE // 16, step))
+            task = take_ticket(tickets)
+
+
+@leaf
+def _unpack(blocks, kind, row_bytes, at, n_outputs, numbers, square):
+    """Unpack a block of up to 32 outputs, the first of which lies at `at`; outputs that are not there become 0."""
+    for i in range(min(n_outputs, SIDE)):
+        if kind < 2:
+            read_minima(blocks, at + i * row_bytes, numbers, i * NUMBERS)
+        elif kind == 2:
+            read_scales(blocks, at + i * row_bytes, numbers, i * NUMBERS)
+    for i in range(SIDE):
+        to, place, ahead = i // 16 * TILE + i % 16 * STEP, at + i * row_bytes, SIDE * row_bytes
+        if i >= n_outputs:
+            for step in range(STEPS):
+                square[to + step * STEP_ELEMENTS : to + step * STEP_ELEMENTS + STEP] = 0
+        elif kind == 0:
+            unpack_q4_k(blocks, place, ahead, numbers, i * NUMBERS, square, to)
+        elif kind == 1:
+            unpack_q5_k(blocks, place, ahead, numbers, i * NUMBERS, square, to)
+        elif kind == 2:
+            unpack_q6_k(blocks, place, ahead, numbers, i * NUMBERS, square, to)
+        else:
+            unpack_q8_0(blocks, place, ahead, numbers, i * NUMBERS, square, to)
+        if kind > 0 and i % 8 == 7:  # Q4_K takes no longer than the unit stays awake by itself
+            keep_awake()
+
+
+@leaf
+def _task(rows, weight, m, first, n_outputs, k_block, residual, out, buffers):
+    """Compute all rows × a block of outputs; sums: [output tile][row tile][32][32]."""
+    blocks, kind, block_bytes, n, k = weight
+    residual_rows, residual_stride, with_residual = residual
+    panel, sums, numbers = buffers
+    row_tiles, output_tiles, size = (m + SIDE - 1) // SIDE, (n_outputs + SIDE - 1) // SIDE, SIDE * SIDE
+    row_bytes, k_blocks = k // BLOCK * block_bytes, (k + k_block - 1) // k_block
+    for part in range(k_blocks):
+        begin, end = k // BLOCK * part // k_blocks, k // BLOCK * (part + 1) // k_blocks
+        for o in range(output_tiles):
+            output = first + o * SIDE
+            for b in range(begin, end):
+                at = (o * (end - begin) + b - begin) * SQUARE
+                _unpack(
+                    blocks, kind, row_bytes, output * row_bytes + b * block_bytes, n - output, numbers,
+                    panel[at : at + SQUARE],
+                )  # fmt: skip
+        for start in range(0, row_tiles, ROW_TILES):
+            for o in range(output_tiles):
+                for b in range(begin, end):
+                    at = (o * (end - begin) + b - begin) * SQUARE
+                    for r in range(start, min(row_tiles, start + ROW_TILES)):
+                        row, to = (b * row_tiles + r) * SQUARE, (o * row_tiles + r) * size
+                        if m - r * SIDE > SIDE // 2:
+                            blocks_tile(panel, at, rows, row, STEPS, sums, to, b)
+                        else:
+                            blocks_half_tile(panel, at, rows, row, STEPS, sums, to, b)
+    for o in range(output_tiles):
+        for r in range(row_tiles):
+            column = first + o * SIDE
+            finish_turned(
+                sums, (o * row_tiles + r) * size, residual_rows, r * SIDE * residual_stride + column,
+                residual_stride, with_residual, out, r * SIDE * n + column, n, min(SIDE, m - r * SIDE),
+                min(SIDE, n - column),
+            )  # fmt: skip
+
+
+@helper
+def _worker(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets):
+    n = weight[3]
+    buffers = (
+        aligned(output_block * k_block // 2, np.int32).view(np.int16),
+        aligned((m + SIDE - 1) // SIDE * SIDE * output_block, np.float32),
+        aligned(SIDE * NUMBERS, np.float32),
+    )
+    begin_tiles()
+    task = take_ticket(tickets)
+    while task * task_outputs < n:
+        for first in range(task * task_outputs, min(n, (task + 1) * task_outputs), output_block):
+            _task(rows, weight, m, first, min(output_block, n - first), k_block, residual, out, buffers)
+        task = take_ticket(tickets)
+    end_tiles()
+
+
+@kernel
+def _linear(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets, workers):
+    for _ in numba.prange(workers):
+        _worker(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets)
+
+
+def _empty_rows(m: int, k: int) -> NDArray[np.float32]:
+    if k % BLOCK:
+        raise ValueError(f"Rows have {k} numbers; a multiple of {BLOCK} is needed, as blocks have.")
+    return aligned_empty(-(-m // SIDE) * (k // BLOCK) * SQUARE // 2)
+
+
+def pack_rows(x: Float32) -> PackedRows:
+    """Round rows to bfloat16 and bring them into the order of tiles, once for all products that take them.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, K), float32], K a multiple of 256.
+
+    Raises
+    ------
+    ValueError
+        If K is no multiple of 256.
+    """
+    m, k = x.shape
+    panels, (rows, stride) = _empty_rows(m, k), rows_view(x)
+    with parallel_region() as workers:
+        _pack(rows, stride, m, k, panels.view(np.int32), np.zeros(1, np.int64), workers)
+    return PackedRows(panels.view(np.int16), m, k)
+
+
+def pack_gated(gate: Float32, up: Float32) -> PackedRows:
+    """Do what `pack_rows` does with the rows gate / (1 + e^-gate) · up, which are written nowhere.
+
+    Parameters
+    ----------
+    gate, up : ndarray [shape=(M, K), float32, C-contiguous], K a multiple of 256.
+
+    Raises
+    ------
+    ValueError
+        If K is no multiple of 256.
+    """
+    m, k = gate.shape
+    panels = _empty_rows(m, k)
+    with parallel_region() as workers:
+        _pack_gated(
+            gate.reshape(-1), up.reshape(-1), m, k, panels.view(np.int32), np.zeros(1, np.int64), workers
+        )  # fmt: skip
+    return PackedRows(panels.view(np.int16), m, k)
+
+
+def linear_blocks(
+    rows: PackedRows, weight: BlockWeight, *, residual: Float32 | None = None, out: Float32 | None = None
+) -> Float32:
+    """Multiply rows by a weight in blocks: rows · weightᵀ, plus a residual.
+
+    Runs in parallel, on machines with AMX. 2·M·N·K operations in bfloat16, and N·K weights are unpacked. Rows and
+    weights are rounded to bfloat16, sums are float32: the error is some 2^-9 of √K · |x| · |w|. A result depends
+    neither on the other rows nor on the number of threads.
+
+    Parameters
+    ----------
+    rows : PackedRows
+        M rows.
+    weight : BlockWeight
+        [N, K].
+    residual : ndarray [shape=(M, N), float32], optional
+        Added; may be `out`.
+    out : ndarray [shape=(M, N), float32, C-contiguous], optional
+
+    Returns
+    -------
+    ndarray [shape=(M, N), float32, C-contiguous]
+        `out`, or a new array.
+
+    Raises
+    ------
+    ValueError
+        If rows and weight do not go together, or `out` cannot be written into.
+    """
+    m, n, k = rows.m, weight.n, weight.k
+    if rows.k != k or weight.blocks.size != n * k // BLOCK * BLOCK_BYTES[weight.kind]:
+        raise ValueError(f"Rows of {rows.k} meet {weight.blocks.size} bytes of {weight.kind} for [{n}, {k}].")
+    out = result_rows(out, m, n)
+    if m == 0:
+        return out
+    view = (np.empty(0, np.float32), 0, 0) if residual is None else (*rows_view(residual), 1)
+    stored = weight.blocks.view()
+    stored.flags.writeable = False  # one specialisation, whether they lie in a file or not
+    blocks = (stored, _KINDS.index(weight.kind), BLOCK_BYTES[weight.kind], n, k)
+    panel = (SIDE, BLOCK) if 2 * m * k <= FEW_BYTES else (OUTPUT_BLOCK, K_BLOCK)
+    with parallel_region() as workers:
+        # Whoever begins somewhere else finds nothing asked for.
+        outputs = OUTPUT_BLOCK * max(1, n // (OUTPUT_BLOCK * TASKS_PER_WORKER * workers))
+        _linear(rows.panels, blocks, m, view, out.reshape(-1), outputs, *panel, np.zeros(1, np.int64), workers)
+    return out

@@ -1,0 +1,264 @@
+"""Integer dot products as LLVM IR, and the table that says which machine gets which int8 register tile.
+
+What enters and what leaves: as in `simd`, for the int8 family. The operands of a tile lie in *cells* of `group`
+successive k, [k / group][row or output][group], so that one lane of a vector holds one cell and one instruction
+sums over it:
+
+    vpdpbusd  AVX-512 VNNI, AVX-VNNI   4 products of unsigned × signed bytes into an int32 lane: rows carry +128
+    sdot      ARMv8.2 dotprod          4 products of signed bytes into an int32 lane
+    smmla     ARMv8.6 i8mm             2 rows × 2 outputs × 8 products of signed bytes into four int32 lanes
+    tdpbssd   AMX                      16 rows × 16 outputs × 64 products of signed bytes (see `simd_amx`)
+    pairs     all others               2 products of int16 into an int32 lane (pmaddwd on x86)
+
+Why `pairs` on AVX2 and not pmaddubsw: that one takes unsigned × signed too, but saturates at 16 bits, so that it
+needs a sign flip of the weight per row, and it leaves 16-bit sums to be widened. Counted in instructions per
+product the two are equal; int16 has no worst case and takes one register less. Rows are widened when they are
+quantised, weights when they are loaded: in memory they are bytes.
+
+Where an instruction takes several cells of a row at once (AMX: 16), these lie together: [k / step][row][step] and
+[k / step][vector of outputs][cell][output][group], padded with zeros to whole steps; `row_cell` and `output_cell` say
+where a cell is.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (what numba compiles takes its types from the call)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba.extending import intrinsic
+
+from edge_kernels.compile import helper, leaf
+from edge_kernels.machine import isa
+from edge_kernels.simd.amx import emit_tile_product
+from edge_kernels.simd.ir import (
+    BYTE,
+    INT,
+    SHORT,
+    address_of,
+    call,
+    constant,
+    data_of,
+    index,
+    load,
+    loop,
+    signature_of,
+    splat,
+    store,
+)
+
+
+class DotTile(NamedTuple):
+    """A tile of int32 sums held in registers: `rows` × (`vectors` · `width`), made by `instruction`.
+
+    With smmla a vector of sums covers 2 rows × 2 outputs, so `rows` is even, and `vectors` · `width` outputs take
+    2 · `vectors` vectors of weights. With AMX the registers are its own: 2 × 2 tiles of 16 × 16 sums.
+    """
+
+    instruction: str
+    rows: int
+    vectors: int
+    width: int
+
+    @property
+    def group(self) -> int:
+        """Successive k in a cell."""
+        return {"tdpbssd": 4, "vpdpbusd": 4, "sdot": 4, "smmla": 8, "pairs": 2}[self.instruction]
+
+    @property
+    def step_cells(self) -> int:
+        """Cells that one instruction takes."""
+        return 16 if self.instruction == "tdpbssd" else 1
+
+    @property
+    def row_bits(self) -> int:
+        """Width of the integers that rows are kept in."""
+        return 16 if self.instruction == "pairs" else 8
+
+    @property
+    def row_zero(self) -> int:
+        """What is added to the integers of the rows, to make them unsigned."""
+        return 128 if self.instruction == "vpdpbusd" else 0
+
+
+# By the names of `compile.ISAS`; registers as in `simd.TILES`, and for `pairs` one more for the product.
+DOT_TILES: dict[str, DotTile] = {
+    "amx": DotTile("tdpbssd", rows=32, vectors=2, width=16),
+    "avx512vnni": DotTile("vpdpbusd", rows=8, vectors=3, width=16),
+    "avx512": DotTile("pairs", rows=8, vectors=3, width=16),
+    "avxvnni": DotTile("vpdpbusd", rows=6, vectors=2, width=8),
+    "avx2": DotTile("pairs", rows=6, vectors=2, width=8),
+    "neon-i8mm": DotTile("smmla", rows=8, vectors=3, width=4),
+    "neon-dot": DotTile("sdot", rows=6, vectors=4, width=4),
+    "neon": DotTile("pairs", rows=4, vectors=2, width=4),
+    "portable": DotTile("pairs", rows=4, vectors=2, width=4),
+}
+DOT_TILE = DOT_TILES[isa()]
+
+DOT_MR = DOT_TILE.rows
+DOT_NR = DOT_TILE.vectors * DOT_TILE.width
+GROUP = DOT_TILE.group
+STEP_CELLS = DOT_TILE.step_cells
+_OUTPUTS_TOGETHER = DOT_TILE.width if STEP_CELLS > 1 else DOT_NR  # whose cells of one k lie side by side
+
+
+def n_cells(k):
+    """Cells of k columns, padded to whole steps."""
+    return (k + GROUP * STEP_CELLS - 1) // (GROUP * STEP_CELLS) * STEP_CELLS
+
+
+cells_of = helper(n_cells)
+"""`n_cells` for compiled code."""
+
+
+@leaf
+def row_cell(cell, row):
+    """Place of a cell of one row, within its panel of DOT_MR rows, in cells."""
+    return (cell // STEP_CELLS * DOT_MR + row) * STEP_CELLS + cell % STEP_CELLS
+
+
+@leaf
+def output_cell(cell, output):
+    """Place of a cell of one output, within its panel of DOT_NR outputs, in cells."""
+    vectors, width = DOT_NR // _OUTPUTS_TOGETHER, _OUTPUTS_TOGETHER
+    return (
+        (cell // STEP_CELLS * vectors + output // width) * STEP_CELLS + cell % STEP_CELLS
+    ) * width + output % width
+
+
+# --- one step of a tile -------------------------------------------------------------------------------------
+
+
+def multiply_pairs(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+    """Emit sums + a[even] · b[even] + a[odd] · b[odd] for int16, in the form that LLVM knows as pmaddwd."""
+    n = sums.type.count
+    wide = ir.VectorType(INT, 2 * n)
+    products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
+    even, odd = (
+        builder.shuffle_vector(products, products, ir.Constant(ir.VectorType(INT, n), list(range(first, 2 * n, 2))))
+        for first in (0, 1)
+    )
+    return builder.add(sums, builder.add(even, odd))
+
+
+def _cell_step(
+    builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, sums: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Add the products of one cell of each row and each output; sums lie [row][vector]."""
+    lanes = tile.width * tile.group
+    operands = []
+    for v in range(tile.vectors):
+        at = address_of(builder, b, index(v * lanes), element=BYTE)
+        weight = load(builder, at, ir.VectorType(BYTE, lanes), 1)
+        if tile.instruction == "pairs":
+            operands.append(builder.sext(weight, ir.VectorType(SHORT, lanes)))
+        elif tile.instruction == "vpdpbusd":
+            # As older LLVM declares it, in int32 lanes; newer LLVM reads this too and turns it into bytes.
+            operands.append(builder.bitcast(weight, ir.VectorType(INT, tile.width)))
+        else:
+            operands.append(weight)
+    results = []
+    for i in range(tile.rows):
+        cell = load(builder, address_of(builder, a, index(4 * i), element=BYTE), INT)
+        factor = builder.bitcast(splat(builder, cell, tile.width), operands[0].type)
+        for v in range(tile.vectors):
+            s = sums[i * tile.vectors + v]
+            if tile.instruction == "pairs":
+                results.append(multiply_pairs(builder, s, factor, operands[v]))
+            elif tile.instruction == "vpdpbusd":
+                name = f"llvm.x86.avx512.vpdpbusd.{32 * tile.width}"
+                results.append(call(builder, name, s.type, [s, factor, operands[v]]))
+            else:
+                results.append(call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", s.type, [s, factor, operands[v]]))
+    return results
+
+
+def _matrix_step(
+    builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, sums: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Do as `_cell_step` with 2 × 2 blocks of sums, which lie [pair of rows][pair of outputs]."""
+    bytes_ = ir.VectorType(BYTE, 16)  # two cells
+    row_pairs, output_pairs = tile.rows // 2, tile.vectors * tile.width // 2
+    operands = [
+        load(builder, address_of(builder, b, index(16 * j), element=BYTE), bytes_, 1) for j in range(output_pairs)
+    ]
+    results = []
+    for i in range(row_pairs):
+        factor = load(builder, address_of(builder, a, index(16 * i), element=BYTE), bytes_, 1)
+        for j, operand in enumerate(operands):
+            s = sums[i * output_pairs + j]
+            results.append(call(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", s.type, [s, factor, operand]))
+    return results
+
+
+def _rows_of_blocks(builder: ir.IRBuilder, tile: DotTile, sums: Sequence[ir.Value]) -> list[ir.Value]:
+    """Turn the sums of `_matrix_step` into rows, [row][vector]: two blocks side by side give a vector of each row."""
+    output_pairs = tile.vectors * tile.width // 2
+    result = []
+    for row in range(tile.rows):
+        half = [0, 1, 4, 5] if row % 2 == 0 else [2, 3, 6, 7]
+        mask = ir.Constant(ir.VectorType(INT, 4), half)
+        for v in range(tile.vectors):
+            s = row // 2 * output_pairs + 2 * v
+            result.append(builder.shuffle_vector(sums[s], sums[s + 1], mask))
+    return result
+
+
+def emit_dot_tile(
+    builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, cells: ir.Value, c: ir.Value, accumulate: ir.Value
+) -> None:
+    """Emit `dot_tile` for any tile, from addresses: a, b and c point at the first element."""
+    if tile.instruction == "tdpbssd":
+        emit_tile_product(builder, a, b, cells, c, accumulate)
+        return
+    a_step = tile.rows * tile.group * tile.row_bits // 8
+    b_step = tile.vectors * tile.width * tile.group
+    matrix = tile.instruction == "smmla"
+    vector = ir.VectorType(INT, tile.width)
+    take = _matrix_step if matrix else _cell_step
+
+    def step(i: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        a_cell = address_of(builder, a, builder.mul(i, index(a_step)), element=BYTE)
+        b_cell = address_of(builder, b, builder.mul(i, index(b_step)), element=BYTE)
+        return take(builder, tile, a_cell, b_cell, sums)
+
+    sums = loop(builder, index(0), cells, 1, [constant(vector, 0)] * (tile.rows * tile.vectors), step)
+    if matrix:
+        sums = _rows_of_blocks(builder, tile, sums)
+    addresses = [address_of(builder, c, index(s * tile.width), element=INT) for s in range(len(sums))]
+    with builder.if_else(builder.icmp_signed("!=", accumulate, index(0))) as (then, otherwise):
+        with then:
+            for s, address in zip(sums, addresses, strict=True):
+                store(builder, builder.add(load(builder, address, vector), s), address)
+        with otherwise:
+            for s, address in zip(sums, addresses, strict=True):
+                store(builder, s, address)
+
+
+# --- for numba ----------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def dot_tile(typing_context, a, a_offset, b, b_offset, cells, c, c_offset, accumulate):
+    """Multiply DOT_MR rows with one panel; this loop is where the time of `linear_int8` goes.
+
+    c[i, j] (+)= Σ a[a_offset + row_cell(g, i) · GROUP + l] · b[b_offset + output_cell(g, j) · GROUP + l]
+
+    over g < cells and l < GROUP, in int32. `cells` is a multiple of STEP_CELLS. `a` is int8 (unsigned where
+    `row_zero` is 128) or int16, `b` int8. `c` has DOT_MR rows of DOT_NR elements, all of which are written;
+    `accumulate` 0 overwrites it, 1 adds to it.
+    """
+
+    def generate(context, builder, signature, args):
+        _, a_offset, _, b_offset, cells, _, c_offset, accumulate = args
+        a, b, c = (data_of(context, builder, signature, args, position) for position in (0, 2, 5))
+        a = address_of(builder, a, a_offset, element=ir.IntType(DOT_TILE.row_bits))
+        b = address_of(builder, b, b_offset, element=BYTE)
+        c = address_of(builder, c, c_offset, element=INT)
+        emit_dot_tile(builder, DOT_TILE, a, b, cells, c, accumulate)
+        return context.get_dummy_value()
+
+    return signature_of(a, a_offset, b, b_offset, cells, c, c_offset, accumulate), generate
