@@ -90,6 +90,29 @@ def test_front_pages_stay_short(name, most):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= most
 
 
+def test_paths_that_documents_name_exist():
+    """`room/module.py`, `module.py` and `room/` in text, below a package, the project or the document's folder."""
+    folders = ("edge_runtime", "kernels", "converters", "benchmarks", "tests", "tools")
+    modules = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    inside = [
+        ROOT,
+        *(ROOT / place for place in ("edge_runtime", "kernels/edge_kernels", "converters/edge_converters")),
+    ]
+    own = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+    named = set()
+    for path in [*own, *(ROOT / "docs").rglob("*.md")]:
+        for code in re.findall(r"`([^`\n]*)`", FENCE.sub("", path.read_text("utf-8"))):
+            if re.fullmatch(r"[\w-]+\.py", code):
+                assert code in modules, f"{name_of(path)}: there is no {code}"
+            elif re.fullmatch(r"[\w.-]+(/[\w.-]+)*(/|\.py|/[\w.]+\.json)", code):
+                places = (*inside, path.parent)
+                assert any((place / code).exists() for place in places), f"{name_of(path)}: there is no {code}"
+            else:
+                continue
+            named.add(code)
+    assert {"engine/scheduler.py", "weights/blocks.py", "peers/", "benchmarks/results/turns.json"} <= named
+
+
 def test_decisions_have_one_form():
     files = sorted(DECISIONS.glob("[0-9]*.md"))
     index = (DECISIONS / "README.md").read_text("utf-8")
