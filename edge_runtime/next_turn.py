@@ -27,8 +27,8 @@ NEXT_QUESTIONS = ("What", "And how")
 """They begin differently: behind what they share stands the question."""
 
 
-class ReadingAhead:
-    """At most one prompt that is read ahead of being asked for."""
+class NextTurnPrefill:
+    """At most one prompt that is computed ahead of being asked for."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -53,9 +53,8 @@ class ReadingAhead:
                 request,
                 prompt=beginning,
                 groups=[[] for _ in request.groups],  # their pixels need not stay: nothing is encoded for this
+                options=replace(request.options, beams=1, max_tokens=0),
                 form=None,
-                n_beams=1,
-                max_tokens=0,
                 reads_ahead=True,
             )
             with self._lock:

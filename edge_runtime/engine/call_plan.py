@@ -72,12 +72,12 @@ class CallPlanner:
 
     def _of_one_adapter(self, ready: list[Task]) -> list[Task]:
         """Tasks that one call can compute together: adapters take turns."""
-        names = [*dict.fromkeys(task.request.adapter for task in ready)]
+        names = [*dict.fromkeys(task.request.options.adapter for task in ready)]
         if len(names) < 2:
             return ready
         at = names.index(self._served) + 1 if self._served in names else 0
         self._served = names[at % len(names)]
-        return [task for task in ready if task.request.adapter == self._served]
+        return [task for task in ready if task.request.options.adapter == self._served]
 
     def _prompt_part(self, task: Task, n: int, *, whole: bool) -> Part:
         first = self._decoder.held(task.sequence)

@@ -23,7 +23,7 @@ from edge_runtime.engine.request import Request
 from edge_runtime.engine.scheduler import Scheduler
 from edge_runtime.engine.task import Expected, Task
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
-from edge_runtime.generation.sampling import SamplingOptions
+from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.system.forks import Home, only_here
@@ -122,29 +122,33 @@ def _checked(event: Any) -> Any:
 
 
 class Engine:
-    """Owns encoder and decoder, and the thread that runs them."""
+    """Owns encoder and decoder, and the thread that runs them.
+
+    Its parts are public for tests and measurements (`Model.engine`), and not stable: `encoder`, `decoder`,
+    `scheduler`, `caches`, `inbox` and `thread`. What touches them runs on the thread, by `run`.
+    """
 
     def __init__(
         self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, keeping: Keeping | None = None
     ) -> None:
-        self._decoder, self._keeping = decoder, keeping or Keeping()
+        self.encoder, self.decoder, self.caches = encoder, decoder, keeping or Keeping()
         self._open: weakref.WeakSet[Task] = weakref.WeakSet()
         self._opening = threading.Lock()
-        self._inbox = _Inbox()
+        self.inbox = _Inbox()
         self._stopping = threading.Event()
-        self._scheduler = Scheduler(encoder, decoder, tokenizer, self._keeping)
-        self._thread = threading.Thread(
-            target=_work, args=(self._inbox, self._scheduler), name="edge-runtime inference", daemon=True
+        self.scheduler = Scheduler(encoder, decoder, tokenizer, self.caches)
+        self.thread = threading.Thread(
+            target=_work, args=(self.inbox, self.scheduler), name="edge-runtime inference", daemon=True
         )
-        self._thread.start()
+        self.thread.start()
         # Runs at exit too: a thread inside llama.cpp while the interpreter goes down would crash it.
         self._close = weakref.finalize(
-            self, only_here(_shut_down), self._inbox, self._stopping, self._thread, decoder, self._keeping
+            self, only_here(_shut_down), self.inbox, self._stopping, self.thread, decoder, self.caches
         )
 
     def check_open(self) -> None:
         """Raise `EdgeRuntimeError` when there is no thread: the engine was closed, or is that of a parent process."""
-        self._inbox.check_open()
+        self.inbox.check_open()
 
     def submit(self, request: Request) -> Running:
         """Queue a request.
@@ -157,8 +161,8 @@ class Engine:
             When too many requests wait already.
         """
         self.check_open()
-        self._decoder.check_length(len(request.prompt.ids))
-        self._decoder.adapters.check(request.adapter)
+        self.decoder.check_length(len(request.prompt.ids))
+        self.decoder.adapters.check(request.options.adapter)
         cancelled, stopping = threading.Event(), self._stopping
         task = Task(request, lambda: cancelled.is_set() or stopping.is_set(), keys=request.keys())
         with self._opening:
@@ -166,10 +170,10 @@ class Engine:
             if waiting >= MOST_REQUESTS:
                 raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
             self._open.add(task)
-        if self._keeping.prefixes is not None and request.reuse and not request.scores_prompt:
-            adapter = self._decoder.adapters.identities[request.adapter]
-            task.saved = self._keeping.prefixes.find(task.keys, adapter, self._scheduler.remembered(task))
-        self._inbox.put(task)
+        if self.caches.prefixes is not None and request.options.reuse and not request.scores_prompt:
+            adapter = self.decoder.adapters.identities[request.options.adapter]
+            task.saved = self.caches.prefixes.find(task.keys, adapter, self.scheduler.remembered(task))
+        self.inbox.put(task)
         return Running(task, cancelled)
 
     def read_ahead(self, request: Request) -> Running:
@@ -182,8 +186,8 @@ class Engine:
         PromptTooLongError
             When the prompt does not fit.
         """
-        self._decoder.check_length(len(request.prompt.ids))
-        cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self._inbox, self._scheduler
+        self.decoder.check_length(len(request.prompt.ids))
+        cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self.inbox, self.scheduler
         task = Task(
             request,
             lambda: cancelled.is_set() or stopping.is_set() or not inbox.empty() or scheduler.n_tasks > 1,
@@ -194,11 +198,11 @@ class Engine:
 
     def warm_up(self) -> None:
         """Have what chats shared before the last end computed while nobody asks; returns at once."""
-        prefixes = self._keeping.prefixes
+        prefixes = self.caches.prefixes
         if prefixes is None or not prefixes.is_usable:
             return
-        names = {identity: name for name, identity in self._decoder.adapters.identities.items()}
-        n_ctx, inbox, scheduler = self._decoder.n_ctx, self._inbox, self._scheduler
+        names = {identity: name for name, identity in self.decoder.adapters.identities.items()}
+        n_ctx, inbox, scheduler = self.decoder.n_ctx, self.inbox, self.scheduler
 
         def look() -> None:
             """What lies on disk is checked here, beside requests; what of it is used is up to the scheduler."""
@@ -206,17 +210,8 @@ class Engine:
             for each in prefixes.recorded():
                 if each.adapter in names and 1 < len(each.ids) < n_ctx:
                     prompt, name = Prompt("", each.ids, []), names[each.adapter]
-                    request = Request(
-                        prompt,
-                        [],
-                        [],
-                        SamplingOptions(temperature=0.0),
-                        False,
-                        0,
-                        adapter=name,
-                        reads_ahead=True,
-                        shared=len(each.ids),
-                    )
+                    options = GenerationOptions(max_tokens=0, adapter=name)
+                    request = Request(prompt, [], [], options, reads_ahead=True, shared=len(each.ids))
                     expected.append(Expected(request, prefixes.find(request.keys(), each.adapter)))
             with contextlib.suppress(EdgeRuntimeError):  # it was closed meanwhile
                 inbox.put(_Call(lambda: scheduler.expect(expected)))
@@ -238,12 +233,12 @@ class Engine:
     @property
     def activity(self) -> Activity:
         """What goes on now."""
-        return self._scheduler.activity
+        return self.scheduler.activity
 
-    def call(self, function: Callable[[], R]) -> R:
+    def run(self, function: Callable[[], R]) -> R:
         """Run a function on the inference thread and return its result; for work outside a request."""
         call = _Call(function)
-        self._inbox.put(call)
+        self.inbox.put(call)
         return _checked(call.events.get())[0]  # type: ignore[no-any-return]
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ def go_on(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer) -
         task.start_answer(tokenizer, decoder)
     return (
         _search(task, rows, decoder, tokenizer)
-        if task.request.n_beams > 1
+        if task.request.options.n_beams > 1
         else _sample(task, rows[0], decoder, tokenizer)
     )
 
@@ -71,9 +71,9 @@ def _sample(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) -> Fin
         task.keys.append(token_id)
         if task.stream.stopped or (task.constraint is not None and task.constraint.ended):
             reason = "stop"
-        elif task.request.repetition_check and _goes_in_circles(task, token_id):
+        elif task.request.options.repetition_check and _goes_in_circles(task, token_id):
             reason = "repetition"
-        elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
+        elif task.n_tokens >= task.request.options.max_tokens or len(task.keys) >= decoder.n_ctx:
             reason = "length"
     if reason:
         for piece in task.stream.finish():
@@ -96,7 +96,7 @@ def _next_token(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) ->
     sampler, stream, constraint = task.sampler, task.stream, task.constraint
     assert sampler is not None
     assert stream is not None
-    budget, think_end = task.request.thinking_budget, tokenizer.special_ids.get(THINK_END)
+    budget, think_end = task.request.options.thinking_budget, tokenizer.special_ids.get(THINK_END)
     if think_end is not None and stream.is_reasoning:
         is_over = task.must_answer or (budget is not None and task.n_tokens >= budget)
         token_id = think_end if is_over else _free_token(task, sampler, row, decoder, tokenizer)
@@ -108,7 +108,7 @@ def _next_token(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) ->
     if constraint is None:
         return _free_token(task, sampler, row, decoder, tokenizer)
     logits = decoder.logits(row)
-    room = min(task.request.max_tokens - task.n_tokens, decoder.n_ctx - len(task.keys))
+    room = min(task.request.options.max_tokens - task.n_tokens, decoder.n_ctx - len(task.keys))
     token_id = constraint.next_token(room, lambda ids: sampler.choose(ids, logits))
     sampler.accept(token_id)
     return token_id

@@ -69,6 +69,11 @@ class Scheduler:
         return len(self._waiting) + len(self._active)
 
     @property
+    def idle_sequences(self) -> list[int]:
+        """Sequences of the KV cache that no request occupies."""
+        return [*self._idle]
+
+    @property
     def activity(self) -> Activity:
         """What goes on now; from any thread, where it is but a glance."""
         tokens = self._visual_tokens
@@ -106,7 +111,7 @@ class Scheduler:
             if task.is_cancelled():
                 self._end(task, "cancelled")
         for task in [*self._waiting]:
-            if len(self._idle) < task.request.n_beams or (self._is_crowded and self._active):
+            if len(self._idle) < task.request.options.n_beams or (self._is_crowded and self._active):
                 break
             if task.is_scoring or not self._follows(task):
                 self._alone(self._admit, task)
@@ -144,9 +149,9 @@ class Scheduler:
 
     def _hold(self, task: Task) -> None:
         """Hold what a task whose prompt is computed shares with other chats, and write down that it is held."""
-        held = self._beginnings.hold(task.sequence, task.request.shared, task.request.adapter)
+        held = self._beginnings.hold(task.sequence, task.request.shared, task.request.options.adapter)
         if held is not None:
-            self._adapters[held] = task.request.adapter
+            self._adapters[held] = task.request.options.adapter
         prefixes = self._keeping.prefixes
         if prefixes is None or not task.request.shared:
             return
@@ -201,7 +206,11 @@ class Scheduler:
             return True
         known = max(self.remembered(task), task.saved.n)
         for other in self._active:
-            if other.n_tokens or other.request.adapter != task.request.adapter or not task.may_take(other):
+            if (
+                other.n_tokens
+                or other.request.options.adapter != task.request.options.adapter
+                or not task.may_take(other)
+            ):
                 continue
             common = common_beginning(task.keys, other.keys)
             # The same prompt, as with several answers to it, is worth waiting for however short it is.
@@ -228,16 +237,16 @@ class Scheduler:
             decoder.share(source, best, n)
         self._idle.remove(best)
         task.sequence = best
-        for _ in range(task.request.n_beams - 1):
+        for _ in range(task.request.options.n_beams - 1):
             task.more_sequences.append(self._idle.pop(0))
             decoder.rewind(task.more_sequences[-1])
-        self._adapters |= dict.fromkeys(task.sequences, task.request.adapter)
+        self._adapters |= dict.fromkeys(task.sequences, task.request.options.adapter)
         return n
 
     def _common(self, sequence: int, task: Task) -> int:
-        if self._adapters.get(sequence) != task.request.adapter or task.is_scoring:
+        if self._adapters.get(sequence) != task.request.options.adapter or task.is_scoring:
             return 0  # what was computed before has no logits
-        if not task.request.reuse and not any(
+        if not task.request.options.reuse and not any(
             sequence in other.sequences and task.may_take(other) for other in self._active
         ):
             return 0
@@ -285,7 +294,7 @@ class Scheduler:
             self._warming = None
         if self._keeping.prefixes is not None and sequence >= 0:  # nobody waits for this
             n = min(self._decoder.held(sequence), len(task.request.prompt.ids))
-            self.saver.save(sequence, task.keys[:n], self._decoder.adapters.identities[task.request.adapter])
+            self.saver.save(sequence, task.keys[:n], self._decoder.adapters.identities[task.request.options.adapter])
 
     def _fail(self, task: Task, error: Exception) -> None:
         self._drop(task)
@@ -375,7 +384,9 @@ class Scheduler:
         started, n_rows = time.perf_counter(), sum(len(part.keys) for part in parts)
         try:
             rows = self._decoder.step(
-                parts, lambda: is_worth_leaving(tasks, parts, started, self._planner.row_s), tasks[0].request.adapter
+                parts,
+                lambda: is_worth_leaving(tasks, parts, started, self._planner.row_s),
+                tasks[0].request.options.adapter,
             )
         except Cancelled:
             return  # the next turn ends those who were cancelled, and computes the others' parts again
@@ -402,7 +413,7 @@ class Scheduler:
             if task.request.reads_ahead and self._decoder.held(task.sequence) == len(task.keys):
                 self._hold(task)
                 self._end(task, "stop")
-            elif not task.request.max_tokens and self._decoder.held(task.sequence) == len(task.keys):
+            elif not task.request.options.max_tokens and self._decoder.held(task.sequence) == len(task.keys):
                 task.take_lap("prefill")
                 self._end(task, "length")  # the prompt was all that was wanted
             elif part.wants_logits and not task.is_cancelled():

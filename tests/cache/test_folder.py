@@ -35,9 +35,9 @@ def count_encoded(monkeypatch):
     """Count the slices that a model's vision tower gets from now on."""
 
     def watch(model: Model) -> list[int]:
-        batches, encode = [], model._encoder.tower.encode
+        batches, encode = [], model.engine.encoder.tower.encode
         monkeypatch.setattr(
-            model._encoder.tower, "encode", lambda slices: batches.append(len(slices)) or encode(slices)
+            model.engine.encoder.tower, "encode", lambda slices: batches.append(len(slices)) or encode(slices)
         )
         return batches
 
@@ -64,9 +64,11 @@ def test_logits_after_a_restart_are_those_of_a_fresh_run(exact_folder, folder, i
     seen = []
 
     def logits_of(model: Model) -> np.ndarray:
-        view = type(model._decoder).logits_view
+        view = type(model.engine.decoder).logits_view
         monkeypatch.setattr(
-            type(model._decoder), "logits_view", lambda self, row=-1: seen.append(view(self, row).copy()) or seen[-1]
+            type(model.engine.decoder),
+            "logits_view",
+            lambda self, row=-1: seen.append(view(self, row).copy()) or seen[-1],
         )
         ask(model, images["wide"], ANOTHER)
         monkeypatch.undo()
@@ -153,10 +155,10 @@ def test_damaged_entries_are_computed_again_and_never_reach_llama_cpp(exact_fold
 def test_one_damaged_block_leaves_what_precedes_it(exact_folder, folder, images):
     with load(exact_folder, folder) as model:
         ask(model, images["wide"], QUESTION)
-        keys = model._engine._scheduler._decoder._held[0]
-        names = model._engine._keeping.prefixes.names(keys)
-        model._engine._keeping.disk.flush()
-        cache = model._engine._keeping.disk
+        keys = model.engine.decoder._held[0]
+        names = model.engine.caches.prefixes.names(keys)
+        model.engine.caches.disk.flush()
+        cache = model.engine.caches.disk
     raw = bytearray(cache.path(names[1]).read_bytes())
     raw[-1] ^= 1
     cache.path(names[1]).write_bytes(raw)
@@ -170,9 +172,7 @@ def test_the_folder_never_grows_beyond_its_limit(exact_folder, folder, images):
         for number in range(12):
             picture = Image.open(images["square"]).convert("RGB").rotate(number)
             ask(model, picture, QUESTION)
-            model._engine.call(
-                model._engine._keeping.disk.flush
-            )  # after the answer, on the same thread as the saving
+            model.engine.run(model.engine.caches.disk.flush)  # after the answer, on the same thread as the saving
             assert sum(path.stat().st_size for path in folder.iterdir()) <= limit
         assert any(folder.iterdir())
 

@@ -325,7 +325,7 @@ def pair(own: str) -> Iterator[Callable[..., list[Any]]]:
     with Model.load("demo", n_ctx=1024) as mine, pytest.MonkeyPatch.context() as patch:
         patch.setattr(filling, "LEAST_BYTES", 1 << 60)
         with Model.load("demo", n_ctx=1024) as other:
-            assert (mine._decoder.fills_itself, other._decoder.fills_itself) == (True, False)
+            assert (mine.engine.decoder.fills_itself, other.engine.decoder.fills_itself) == (True, False)
 
             def ask(*arguments: Any, **options: Any) -> list[Any]:
                 return [model.chat(*arguments, **options) for model in (mine, other)]

@@ -74,12 +74,12 @@ def test_a_seed_repeats_its_answer_among_others(model):
 def test_more_requests_than_sequences_wait_their_turn(model):
     alone = str(stream(model, QUESTIONS[3]).result())
     assert set(text([stream(model, QUESTIONS[3]) for _ in range(30)])) == {alone}
-    assert model._engine._scheduler.n_tasks == 0
+    assert model.engine.scheduler.n_tasks == 0
 
 
 def test_a_picture_that_many_ask_about_is_encoded_and_prefilled_once(model, images, monkeypatch):
-    batches, encode = [], model._encoder.encode
-    monkeypatch.setattr(model._encoder, "encode", lambda groups: batches.append(len(groups)) or encode(groups))
+    batches, encode = [], model.engine.encoder.encode
+    monkeypatch.setattr(model.engine.encoder, "encode", lambda groups: batches.append(len(groups)) or encode(groups))
     picture = Image.open(images["wide"]).convert("RGB").transpose(Image.Transpose.ROTATE_180)
     answers = [one.result() for one in [stream(model, picture, question) for question in QUESTIONS[:6]]]
     assert sum(batches) == len(answers[0].slices)
@@ -135,14 +135,14 @@ def test_prompts_that_are_together_longer_than_a_small_context_are_computed_in_p
 
 
 def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch):
-    encode = model._encoder.encode
+    encode = model.engine.encoder.encode
 
     def fail_on_wide(groups):
         if any(item.tgt_size[1] > item.tgt_size[0] for group in groups for item, _ in group):
             raise ModelFileError("broken")
         return encode(groups)
 
-    monkeypatch.setattr(model._encoder, "encode", fail_on_wide)
+    monkeypatch.setattr(model.engine.encoder, "encode", fail_on_wide)
     text_only = stream(model, "Tell me a story.", max_tokens=30)
     next(text_only)  # while an answer is running, pictures are encoded one by one
     new = {name: Image.open(images[name]).convert("RGB").transpose(FLIP) for name in ("wide", "square")}
@@ -151,7 +151,7 @@ def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch)
     with pytest.raises(ModelFileError, match="broken"):
         wide.result()
     assert all(answer.finish_reason in ENDS for answer in answers)
-    assert model._engine._scheduler.n_tasks == 0
+    assert model.engine.scheduler.n_tasks == 0
 
 
 def test_reasoning_ends_with_its_budget(model):
@@ -201,12 +201,12 @@ def test_an_error_nobody_expected_reaches_everybody_and_the_thread_goes_on(model
         raise RuntimeError("unexpected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._engine._scheduler, "_take_sequence", fail)
+        patch.setattr(model.engine.scheduler, "_take_sequence", fail)
         for one in [stream(model, question) for question in QUESTIONS[:3]]:
             with pytest.raises(RuntimeError, match="unexpected"):
                 one.result()
     assert str(stream(model, QUESTIONS[0]).result())
-    assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.idle_sequences) == list(range(model.engine.decoder.n_sequences))
 
 
 @pytest.mark.slow
@@ -255,9 +255,9 @@ def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(model, im
     for _, _, one in running:
         one.result()
     for _ in range(100):
-        if model._engine._scheduler.n_tasks == 0:
+        if model.engine.scheduler.n_tasks == 0:
             break
         time.sleep(0.05)
-    scheduler = model._engine._scheduler
+    scheduler = model.engine.scheduler
     assert scheduler.n_tasks == 0
-    assert sorted(scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(scheduler.idle_sequences) == list(range(model.engine.decoder.n_sequences))
