@@ -58,21 +58,24 @@ class Keeping:
         decoder: Decoder,
         *,
         exact: bool,
+        isa: str,
         low_memory: bool = False,
     ) -> Keeping:
         """Keep visual tokens and beginnings of conversations in a folder.
 
         Entries stand for the files and the arithmetic they were computed with, so models can share a folder.
 
+        Parameters
+        ----------
+        isa : the kernels' instruction set.
+
         Raises
         ------
         MessageError
             When the folder cannot be written to.
         """
-        from edge_kernels.compile import isa
-
         disk = DiskCache(folder, limit_bytes)
-        arithmetic = f"{__version__} exact={exact} {isa()} ".encode()
+        arithmetic = f"{__version__} exact={exact} {isa} ".encode()
         vision = hashlib.blake2b(arithmetic + file_identity(encoder.file), digest_size=16).digest()
         context = f"llama.cpp {metadata.version('llama-cpp-python')} kv={decoder.kv_type} exact={exact} ".encode()
         root = hashlib.blake2b(context + vision + file_identity(decoder.file), digest_size=16).digest()

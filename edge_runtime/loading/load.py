@@ -92,7 +92,7 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     EdgeRuntimeError
         In a fork of a process that has loaded a model.
     """
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.compile import cpu_count, isa
 
     begin_loading()
     check_instruction_set()
@@ -130,14 +130,14 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
                 f"{paths.mmproj.name} have {encoder.hidden}; use the decoder and the mmproj file of the same model."
             )
         tokenizer = Tokenizer(file)
-        keeping = _keeping(options, encoder, decoder)
+        keeping = _keeping(options, encoder, decoder, isa())
     except BaseException:
         decoder.close()
         raise
     return Parts(encoder, decoder, tokenizer, keeping, threads)
 
 
-def _keeping(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder) -> Keeping:
+def _keeping(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder, isa: str) -> Keeping:
     if options.cache_dir is not None:
         try:
             return Keeping.in_folder(
@@ -146,6 +146,7 @@ def _keeping(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder) -> K
                 encoder,
                 decoder,
                 exact=options.exact,
+                isa=isa,
                 low_memory=options.low_memory,
             )
         except MessageError as error:
