@@ -218,21 +218,11 @@ class Model(LoadedModel):
 
     def _form(self, options: GenerationOptions, effort: Effort) -> AnswerForm | TextForm | None:
         """What the answer must look like; None where it is free."""
-
-        def vocabulary() -> GrammarVocabulary:
-            return self._grammar_vocabulary
-
+        schema, json, tools, choice = options.schema, options.json, options.tools, options.tool_choice
         form = choose_form(
-            options.schema,
-            options.json,
-            options.tools,
-            options.tool_choice,
-            options.thinking,
-            self.tokenizer,
-            vocabulary,
-            effort,
+            schema, json, tools, choice, options.thinking, self.tokenizer, lambda: self._grammar_vocabulary, effort
         )
-        return form or choose_text_form(options.text_forms, vocabulary, effort)
+        return form or choose_text_form(options.text_forms, lambda: self._grammar_vocabulary, effort)
 
     @cached_property
     def _grammar_vocabulary(self) -> GrammarVocabulary:

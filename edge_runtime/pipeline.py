@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class _PromptWriter:
     begun: Begun | None
     numbered: bool
     """Whether pictures are numbered."""
-    most_tokens: int | None
+    max_tokens: int | None
     """Tokens that a prompt may have; None where it is not known yet how much is too much."""
 
     def prompt(self, messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
@@ -122,7 +122,7 @@ class _PromptWriter:
             tools=tools,
             raw=self.options.raw,
             begun=begun,
-            most_tokens=self.most_tokens,
+            most_tokens=self.max_tokens,
         )
 
 
@@ -167,31 +167,20 @@ def prepare(
     conversation = with_pages(conversation, options, model.slicing, options.max_slices, opener.part)
     conversation = expand_videos(conversation, model.slicing, options.video_limits, hooks.on_look, opener.video)
     times = _picture_groups(conversation, options)
-    writer = _PromptWriter(
-        options,
-        model,
-        begun,
-        numbered=_numbers_pictures(conversation, options, model.slicing),
-        most_tokens=_most_tokens(options, model.n_ctx) if refuse else None,
-    )
-    fitted: int | None = None
+    numbered = _numbers_pictures(conversation, options, model.slicing)
+    max_tokens = _max_tokens(options, model.n_ctx) if refuse else None
+    writer = _PromptWriter(options, model, begun, numbered, max_tokens)
+    fitted_slices: int | None = None
     if refuse or options.fit:
-        conversation, fitted = _fit_cells(conversation, times, writer, reserve_tokens)
+        conversation, fitted_slices = _fit_cells(conversation, times, writer, reserve_tokens)
     placed, pictures = _place_pictures(conversation, times, options, model.slicing, hooks.on_image)
     prompt, left, n_dropped = _write_prompt(conversation, placed, writer, reserve_tokens)
     if refuse and options.tools:
         check_room_beside_tools(prompt, model.n_ctx, lambda: writer.share_of_tools(conversation))
-    groups = [group for item in left for group in item.groups]
-    n_left = sum(item.layout.frames for item in left)
-    return Prepared(
-        prompt,
-        groups,
-        digests=[group_digest(group) for group in groups],
-        slices=[size for item in left for size in item.sizes],
-        pictures=pictures[len(pictures) - n_left :],
-        videos=[clip.facts() for clip in dict.fromkeys(item.clip for item in left) if clip is not None],
+    return replace(
+        _prepared(prompt, left, pictures),
         dropped_turns=n_dropped,
-        fitted_slices=fitted,
+        fitted_slices=fitted_slices,
         begun=begun,
         with_more=None if n_dropped or options.raw else _with_more(conversation, placed, writer),
         shared=_shared_positions(prompt, conversation, writer, beginnings),
@@ -218,7 +207,7 @@ def _numbers_pictures(conversation: Sequence[Message], options: PromptOptions, s
     return slicing.use_image_id and not has_video
 
 
-def _most_tokens(options: PromptOptions, n_ctx: int) -> int | None:
+def _max_tokens(options: PromptOptions, n_ctx: int) -> int | None:
     """Tokens that a prompt may have. Turns may go and pictures become smaller: then it is not known yet."""
     return None if not n_ctx or options.context_shift or options.fit else n_ctx - 1
 
@@ -272,6 +261,25 @@ def _write_prompt(
             "model to go on with. Use a file with the official template, or send a raw prompt."
         )
     return prompt, left, n_dropped
+
+
+def _prepared(prompt: Prompt, placed: Sequence[Placed], pictures: Sequence[list[int]]) -> Prepared:
+    """A prompt with all that stands behind its placeholders.
+
+    Parameters
+    ----------
+    pictures : sizes of all pictures; those of turns that were left out come first.
+    """
+    groups = [group for item in placed for group in item.groups]
+    n_left = sum(item.layout.frames for item in placed)
+    return Prepared(
+        prompt,
+        groups,
+        digests=[group_digest(group) for group in groups],
+        slices=[size for item in placed for size in item.sizes],
+        pictures=[*pictures[len(pictures) - n_left :]],
+        videos=[clip.facts() for clip in dict.fromkeys(item.clip for item in placed) if clip is not None],
+    )
 
 
 def _with_more(
