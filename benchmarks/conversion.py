@@ -143,7 +143,7 @@ def run(side: Callable[..., list[tuple[str, Memory, float]]], options: argparse.
 
 def main() -> None:
     """Command line."""
-    from edge_kernels.compile import cpu_name
+    from edge_kernels.machine import cpu_name
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)

@@ -84,7 +84,7 @@ def share(sample: dict[str, Any]) -> float:
 
 def main() -> None:
     """Command line."""
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")

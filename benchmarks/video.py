@@ -125,7 +125,7 @@ def main() -> None:
     options = parser.parse_args()
     if not 1 <= options.frames <= 180 or options.peer_frames < 1:
         parser.error("--frames must be from 1 to 180, and --peer-frames at least 1")
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     threads = options.threads or cpu_count()
     told = machine(threads) | {"load_average": {"start": load_average()}}

@@ -40,7 +40,7 @@ PACKAGES = ("llama-cpp-python", "openvino", "nncf", "torch", "numba", "llvmlite"
 
 def machine(threads: int) -> Result:
     """What the numbers depend on."""
-    from edge_kernels.compile import cpu_name, isa
+    from edge_kernels.machine import cpu_name, isa
     from edge_runtime import __version__
 
     versions = {"edge-runtime": __version__, "python": platform.python_version()}
@@ -110,7 +110,7 @@ def parse() -> tuple[argparse.Namespace, list[Scenario]]:
 
 def main() -> None:
     options, chosen = parse()
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that children are ended, too
     files = options.files.resolve()

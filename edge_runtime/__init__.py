@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import (
     BackendUnavailable,
+    CacheFull,
     CheckpointError,
     DownloadError,
     EdgeRuntimeError,
@@ -42,6 +43,7 @@ __all__ = [
     "AnswerStream",
     "AsyncAnswer",
     "BackendUnavailable",
+    "CacheFull",
     "CheckpointError",
     "DownloadError",
     "EdgeRuntimeError",

@@ -76,7 +76,7 @@ class Prepared:
     """The prompt that this conversation would have with further messages, without pictures, behind it; the whole
     turn takes the place of one that was begun."""
     shared: int = 0
-    """Positions at the beginning of the prompt that other chats have, too; see `beginnings`."""
+    """Positions at the beginning of the prompt that other chats have, too; see `shared_prefixes`."""
 
 
 @dataclass(frozen=True)

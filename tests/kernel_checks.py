@@ -1,4 +1,4 @@
-"""How operations are compared with `edge_kernels.reference.operations`: tolerances from roundings, and random arrays."""
+"""How operations are compared with `reference.operations`: tolerances from roundings, and random arrays."""
 
 from __future__ import annotations
 

@@ -16,10 +16,13 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-from edge_kernels.compile import aligned, aligned_empty, helper, parallel_region
+from edge_kernels.arrays import aligned, aligned_empty
+from edge_kernels.compile import helper
 from edge_kernels.simd.amx import begin_tiles, end_tiles
-from edge_kernels.simd.float32 import MR, NR, product_tile
+from edge_kernels.simd.float32 import product_tile
 from edge_kernels.simd.int8 import DOT_MR, DOT_NR, DOT_TILE, GROUP, dot_tile
+from edge_kernels.simd.ir import MR, NR
+from edge_kernels.threads import parallel_region
 
 CELLS = 128  # panels of 4 KiB, of AMX 16, and less: a first cache has 32 or, with AMX, 48
 SECONDS = 0.15

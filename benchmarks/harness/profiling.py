@@ -19,19 +19,8 @@ from typing import Any
 Rows = dict[str, tuple[float, float]]
 """Label → seconds, operations in units of 1e9."""
 
-PLUMBING = (
-    "compile",
-    "reference",
-    "reference_attention",
-    "simd",
-    "simd_amx",
-    "simd_bf16",
-    "simd_int16",
-    "simd_int8",
-    "simd_rows",
-    "simd_split",
-)
-"""Modules of `edge_kernels` whose functions are no operations."""
+PLUMBING = ("arrays", "compile", "machine", "reference", "simd", "threads")
+"""Modules and folders of `edge_kernels` whose functions are no operations."""
 
 PRODUCTS = {
     (588, 1152): "patches",
@@ -107,7 +96,7 @@ def _operations() -> set[FunctionType]:
     found: set[FunctionType] = set()
     for name, module in list(sys.modules.items()):
         package, _, short = name.partition(".")
-        if package == "edge_kernels" and short not in PLUMBING and short:
+        if package == "edge_kernels" and short and short.partition(".")[0] not in PLUMBING:
             found |= {
                 value
                 for key, value in vars(module).items()

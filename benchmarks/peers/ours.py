@@ -26,7 +26,7 @@ class Ours:
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
-        from edge_kernels.compile import set_threads
+        from edge_kernels.threads import set_threads
 
         self._options = options
         set_threads(options["threads"])
@@ -37,7 +37,8 @@ class Ours:
     def load(self) -> dict[str, Any]:
         """Open the file, then read and pack all weights."""
         from benchmarks.harness.planted import planted
-        from edge_kernels.compile import isa, thread_count
+        from edge_kernels.machine import isa
+        from edge_kernels.threads import thread_count
         from edge_runtime.vision import encoder
         from edge_runtime.weights.gguf_file import GGUFFile
 
@@ -58,8 +59,8 @@ class Ours:
             raise RuntimeError(f"{min(unread)} was not read through GGUFFile.array: nothing was planted in it")
         run_tower = self.encoder.tower.encode
 
-        def tower(slices: Any) -> Any:
-            self._features, seconds = timed(lambda: run_tower(slices))
+        def tower(slices: Any, *more: Any) -> Any:
+            self._features, seconds = timed(lambda: run_tower(slices, *more))
             self._tower_s += seconds
             return self._features
 
@@ -94,7 +95,7 @@ class Ours:
 
         self._features = []
         self._groups.clear()
-        self.encoder.rest()
+        self.encoder.release_idle_memory()
         give_back()
 
     def output(self, width: int, height: int, path: str) -> None:

@@ -75,7 +75,7 @@ class Whole:
         def empty() -> None:
             for sequence in range(decoder.n_sequences + 1):
                 decoder.rewind(sequence)
-            scheduler._visual_tokens = type(scheduler._visual_tokens)()
+            scheduler.encoding.visual_tokens = type(scheduler.encoding.visual_tokens)()
 
         self.model.engine.run(empty)
 

@@ -212,7 +212,7 @@ def tune_model(name: str, mmproj: Path | None, budget_s: float, say: Callable[[s
     ----------
     say : called with each line of the table.
     """
-    from edge_kernels.compile import cpu_count
+    from edge_kernels.machine import cpu_count
 
     file = GGUFFile(find_model(name, mmproj).decoder)
     decoder_config(file)
@@ -255,7 +255,7 @@ def measure(name: str, setup: dict[str, Any], say: Callable[[str], None]) -> dic
         rates = decoder_rates(parts.decoder)
         encoding = encoding_s(parts.encoder)
     finally:
-        parts.keeping.close()
+        parts.caches.close()
         parts.decoder.close()
     rows = {
         "load": f"{load_s:.2f} s",

@@ -24,7 +24,8 @@ from edge_runtime.weights.gguf_file import GGUFFile
 
 def describe_machine() -> dict[str, Any]:
     """Facts about this machine and what the kernels chose for it."""
-    from edge_kernels.compile import cache_directory, cpu_count, cpu_name, isa
+    from edge_kernels.compile import cache_directory
+    from edge_kernels.machine import cpu_count, cpu_name, isa
     from edge_runtime.decoder import llama_cpp as llama
 
     check_instruction_set()

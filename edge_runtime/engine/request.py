@@ -39,7 +39,7 @@ class Request:
     """The turn that the answer goes on with; it stands in the prompt."""
     scores_prompt: bool = False
     """Tell the log probabilities of the prompt's tokens, too, with `n_alternatives`; nothing of it is reused then."""
-    reads_ahead: bool = False
+    is_prefetch: bool = False
     """Compute the prompt and nothing else, as long as nobody asks for anything; see `next_turn`."""
     shared: int = 0
     """Positions at the beginning that other chats have, too: system prompt and tools; see `shared_prefixes`."""

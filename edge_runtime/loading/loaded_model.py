@@ -14,7 +14,7 @@ import numpy as np
 from edge_runtime.cache.shared_prefixes import Beginnings
 from edge_runtime.decoder.embedding import embed
 from edge_runtime.decoder.trace import Trace, trace
-from edge_runtime.engine.engine import MOST_REQUESTS, Engine
+from edge_runtime.engine.engine import MAX_REQUESTS, Engine
 from edge_runtime.engine.events import Activity
 from edge_runtime.inputs.image import ImageSource, load_image
 from edge_runtime.inputs.slice_groups import Group
@@ -45,7 +45,7 @@ class LoadedModel:
         """The chat template (Jinja)."""
         self.is_toy = is_toy(self._decoder.file)
         """Whether its file says that its answers are not to be believed, as the demo's does."""
-        self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
+        self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.caches)
         self._beginnings = Beginnings()
         self._engine.run(lambda: set_threads(parts.n_threads))
         if options.warms_up:
@@ -86,9 +86,9 @@ class LoadedModel:
         return capabilities(self._decoder.file)
 
     @property
-    def fills_itself(self) -> bool:
+    def uses_amx_prefill(self) -> bool:
         """Whether prompts are computed by our kernels, which must be compiled once on a machine."""
-        return self._decoder.fills_itself
+        return self._decoder.uses_amx_prefill
 
     @property
     def n_ctx(self) -> int:
@@ -113,7 +113,7 @@ class LoadedModel:
             n_tokens=len(self.tokenizer.tokens),
             stop_ids=self.tokenizer.stop_ids,
             max_beams=self._decoder.n_sequences,
-            max_answers=MOST_REQUESTS,
+            max_answers=MAX_REQUESTS,
         )
 
     @property

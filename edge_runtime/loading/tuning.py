@@ -96,7 +96,7 @@ def forget_tuning(decoder: GGUFFile) -> None:
 
 def machine_identity() -> str:
     """What decides speed: processor and its features, cores this process may use, and llama.cpp's version."""
-    from edge_kernels.compile import cpu_count, cpu_features, cpu_name
+    from edge_kernels.machine import cpu_count, cpu_features, cpu_name
 
     features = hashlib.blake2b(" ".join(sorted(cpu_features())).encode(), digest_size=4).hexdigest()
     return f"{cpu_name()} {features} x{cpu_count()} llama-cpp-python {metadata.version('llama-cpp-python')}"

@@ -38,7 +38,7 @@ def check_instruction_set() -> None:
     BackendUnavailable
         Naming what is possible.
     """
-    from edge_kernels.compile import isa
+    from edge_kernels.machine import isa
 
     try:
         isa()

@@ -37,7 +37,9 @@ def count_encoded(monkeypatch):
     def watch(model: Model) -> list[int]:
         batches, encode = [], model.engine.encoder.tower.encode
         monkeypatch.setattr(
-            model.engine.encoder.tower, "encode", lambda slices: batches.append(len(slices)) or encode(slices)
+            model.engine.encoder.tower,
+            "encode",
+            lambda slices, *more: batches.append(len(slices)) or encode(slices, *more),
         )
         return batches
 
@@ -144,7 +146,9 @@ def test_damaged_entries_are_computed_again_and_never_reach_llama_cpp(exact_fold
         path.write_bytes(raw)
     with monkeypatch.context() as patch:
         patch.setattr(kv_state, "build", lambda *args: pytest.fail("built from damaged bytes"))
-        patch.setattr("edge_runtime.decoder.decoder.build", lambda *args: pytest.fail("built from damaged bytes"))
+        patch.setattr(
+            "edge_runtime.decoder.llama_context.build", lambda *args: pytest.fail("built from damaged bytes")
+        )
         with load(exact_folder, folder) as model:
             again = ask(model, images["wide"], QUESTION)
     assert (str(again), again.cached_tokens) == (str(first), 0)

@@ -37,7 +37,12 @@ def system_and(question: str, system: str = SYSTEM) -> list[dict[str, str]]:
 def wait_until_idle(model: Model) -> None:
     """Until nothing is at work, expected or to be saved."""
     scheduler, deadline = model.engine.scheduler, time.monotonic() + 120
-    while scheduler.n_tasks or scheduler._expected or scheduler.saver.unsaved or not model.engine.inbox.empty():
+    while (
+        scheduler.n_tasks
+        or scheduler.warm_up.expected
+        or scheduler.sequences.saver.unsaved
+        or not model.engine.inbox.empty()
+    ):
         assert time.monotonic() < deadline, "it does not come to rest"
         time.sleep(0.01)
 
@@ -45,7 +50,7 @@ def wait_until_idle(model: Model) -> None:
 def wait_until_warm(model: Model, n: int = 1) -> None:
     """Until a model has computed what it expects at its start."""
     deadline = time.monotonic() + 300
-    while len([*model.engine.scheduler._beginnings]) < n:
+    while len([*model.engine.scheduler.sequences.shared]) < n:
         assert time.monotonic() < deadline, "what chats share is not computed at the start"
         time.sleep(0.01)
 
@@ -107,7 +112,7 @@ def test_it_is_given_up_where_a_request_would_lack_room_and_computed_again(exact
         long = "a " * (508 - n // 2)
         answer = model.chat(long[: 2 * (500 - len(model.build_prompt("").ids)) - 8], **GREEDY)
         assert answer.prompt_tokens + n > 512
-        assert [*model.engine.scheduler._beginnings] == []
+        assert [*model.engine.scheduler.sequences.shared] == []
         again = chat(model, "How?")
         assert again.cached_tokens < n
         assert chat(model, "Where?").cached_tokens >= n
@@ -119,9 +124,9 @@ def test_what_is_at_work_is_not_given_up_for_nothing(exact_folder):
     """What an active chat holds anyway gives no room."""
     with load(exact_folder) as model:
         chat(model, "Why?")
-        (held,) = model.engine.scheduler._beginnings
+        (held,) = model.engine.scheduler.sequences.shared
         sequence = next(s for s in range(8) if model.engine.decoder.held(s) > model.engine.decoder.held(held))
-        beginnings = model.engine.scheduler._beginnings
+        beginnings = model.engine.scheduler.sequences.shared
         assert model.engine.run(lambda: beginnings.give_up([sequence])) is False
         assert model.engine.run(lambda: beginnings.give_up([])) is True
         assert model.engine.decoder.held(held) == 0
@@ -135,10 +140,10 @@ def test_two_are_held_and_short_ones_do_not_drive_out_long_ones(exact_folder):
             chat(model, "Why?", f"{number} speaks. " + SYSTEM)
         crowd_out(model)
         assert chat(model, "How?", SYSTEM * 3).cached_tokens >= shared_by(model, SYSTEM * 3)
-        assert len([*model.engine.scheduler._beginnings]) == 2
+        assert len([*model.engine.scheduler.sequences.shared]) == 2
         for number in range(20):  # but nothing stays for ever
             chat(model, "Why?", f"{number} writes. " + SYSTEM)
-        held = [len(keys) for keys, _ in model.engine.scheduler._beginnings.by_worth()]
+        held = [len(keys) for keys, _ in model.engine.scheduler.sequences.shared.by_worth()]
         assert max(held) < shared_by(model, SYSTEM * 3)
 
 
@@ -350,9 +355,9 @@ def test_an_adapter_computes_beginnings_of_its_own(exact_folder, tmp_path):
         model.warm_up()
         wait_until_warm(model, 2)
         wait_until_idle(model)
-        assert {name for _, name in model.engine.scheduler._beginnings.by_worth()} == {None, "uno"}
+        assert {name for _, name in model.engine.scheduler.sequences.shared.by_worth()} == {None, "uno"}
     with load(exact_folder, tmp_path / "cache") as model:  # it is not there any more
         model.warm_up()
         wait_until_warm(model)
         wait_until_idle(model)
-        assert [name for _, name in model.engine.scheduler._beginnings.by_worth()] == [None]
+        assert [name for _, name in model.engine.scheduler.sequences.shared.by_worth()] == [None]

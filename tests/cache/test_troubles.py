@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_read_any_more_fails_nobody(exact_folder, tmp_pa
         assert [answer.finish_reason for answer in answers] == ["length"] * 3
         assert str(answers[0]) == expected
         assert caplog.text.count("nothing further is kept there") == 1
-        assert sorted(model.engine.scheduler.idle_sequences) == list(range(model.engine.decoder.n_sequences))
+        assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
 
 
 @pytest.mark.parametrize(
@@ -235,5 +235,5 @@ def test_a_task_that_cannot_be_taken_in_fails_alone(exact_folder, tmp_path):
 
 def test_progress_of_a_prompt_of_nothing():
     task = Task(Request(Prompt("", [], []), [], [], GenerationOptions(max_tokens=1)), lambda: False)
-    task.tell_prefill(0)
+    task.report_prefill(0)
     assert task.events.get().share == 0.0

@@ -150,9 +150,9 @@ def compare_tensors(one: GGUFFile, other: GGUFFile) -> None:
 def compare_positions(ours: np.ndarray, theirs: np.ndarray) -> None:
     """Sine tables of [positions, width]; where NumPy's power gives another frequency here, that one bit may show.
 
-    Ours are made with the frequencies that NumPy has on AVX-512 machines (`edge_runtime.vision.sine_positions`). A last
-    bit of a frequency grows with the position, and the phase is then rounded to another float32: by these two steps, and not
-    more, may a column of such a frequency differ.
+    Ours are made with the frequencies that NumPy has on AVX-512 machines (`edge_runtime.vision.sine_positions`). A
+    last bit of a frequency grows with the position, and the phase is then rounded to another float32: by these two
+    steps, and not more, may a column of such a frequency differ.
     """
     side, n = round(len(ours) ** 0.5), ours.shape[1] // 4
     numpys = (1.0 / 10000 ** (np.arange(n, dtype=np.float32) / np.float32(n))).astype(np.float32)

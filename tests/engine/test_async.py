@@ -93,7 +93,7 @@ def test_errors_are_raised_where_the_answer_is_awaited(model, images, monkeypatc
     with pytest.raises(ImageError):
         asyncio.run(ask([Path("missing.png"), "What is it?"]))
 
-    def fail(groups):
+    def fail(groups, *more):
         raise ModelFileError("broken")
 
     monkeypatch.setattr(model.engine.encoder, "encode", fail)

@@ -24,7 +24,9 @@ def encoded(model: Model, monkeypatch) -> list[int]:
     """Slices of every batch that goes through the vision tower from now on."""
     batches, encode = [], model.engine.encoder.tower.encode
     monkeypatch.setattr(
-        model.engine.encoder.tower, "encode", lambda slices: batches.append(len(slices)) or encode(slices)
+        model.engine.encoder.tower,
+        "encode",
+        lambda slices, *more: batches.append(len(slices)) or encode(slices, *more),
     )
     return batches
 

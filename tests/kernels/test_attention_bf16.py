@@ -8,10 +8,10 @@ import pytest
 
 from edge_kernels.attention.bf16 import IS_POSSIBLE, attention_bf16
 from edge_kernels.attention.qkv_fused import pack_heads, self_attention
-from edge_kernels.compile import set_threads
 from edge_kernels.linear.int8_rows import layer_norm_quantized, quantize_rows
 from edge_kernels.reference import attention as reference_attention
 from edge_kernels.reference import operations as reference
+from edge_kernels.threads import set_threads
 from kernel_checks import offsets, random
 
 needs_amx = pytest.mark.skipif(

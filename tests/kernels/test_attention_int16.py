@@ -13,14 +13,14 @@ import pytest
 from llvmlite import ir
 
 from assembly import ARM, X86, assemble, spills
-from edge_kernels import compile as compilation
+from edge_kernels import machine
 from edge_kernels.attention.int16 import GAINS, QUERY_BLOCK, attention_int16
-from edge_kernels.compile import set_threads
 from edge_kernels.reference import attention as reference_attention
 from edge_kernels.reference.attention import KEYS_PER_BLOCK, LARGEST_POWER, LARGEST_VALUE, score_limit
 from edge_kernels.simd import float32 as simd
 from edge_kernels.simd import int16 as simd_int16
 from edge_kernels.simd.int16 import PAIR_NR
+from edge_kernels.threads import set_threads
 from kernel_checks import U, offsets, random
 
 
@@ -350,8 +350,8 @@ def test_attention_int16_does_not_depend_on_the_number_of_threads():
 
 
 def test_every_instruction_set_has_its_pair_tile():
-    assert list(simd_int16.PAIR_TILES) == list(compilation.ISAS)
-    assert simd_int16.PAIR_TILES[compilation.isa()].gains == GAINS
+    assert list(simd_int16.PAIR_TILES) == list(machine.ISAS)
+    assert simd_int16.PAIR_TILES[machine.isa()].gains == GAINS
     for name, tile in simd_int16.PAIR_TILES.items():
         registers = 32 if name.startswith(("amx", "avx512", "neon")) else 16
         assert tile.rows * tile.vectors + tile.vectors + 2 <= registers
@@ -367,7 +367,7 @@ def assembly(name, triple, features):
     builder = ir.IRBuilder(function.append_basic_block())
     matrix, row_stride, cell_stride, panel, cells, out = function.args
     starts = [builder.gep(matrix, [builder.mul(row_stride, ir.Constant(index, i))]) for i in range(tile.rows)]
-    for s, sums in enumerate(simd_int16._pair_sums(builder, tile, starts, cell_stride, panel, cells)):
+    for s, sums in enumerate(simd_int16.emit_pair_sums(builder, tile, starts, cell_stride, panel, cells)):
         address = builder.gep(out, [ir.Constant(index, s * tile.width)])
         builder.store(sums, builder.bitcast(address, sums.type.as_pointer())).align = 4
     builder.ret_void()
@@ -395,14 +395,14 @@ def test_the_sums_compile_to_their_instruction(name, triple, features, mnemonic,
     assert len(spills(lines)) <= 16, "sums are spilled:\n" + "\n".join(spills(lines))
 
 
-OTHERS = [n for n, f in compilation.ISAS.items() if f <= compilation.cpu_features() and n != compilation.isa()]
+OTHERS = [n for n, f in machine.ISAS.items() if f <= machine.cpu_features() and n != machine.isa()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHERS)
 def test_the_other_instruction_sets_of_this_machine_pass_too(isa):
     """Run the comparisons of this file once more on each."""
-    environment = os.environ | {"EDGE_RUNTIME_ISA": isa, "PYTHONPATH": str(Path(simd.__file__).parent.parent)}
+    environment = os.environ | {"EDGE_RUNTIME_ISA": isa, "PYTHONPATH": str(Path(machine.__file__).parent.parent)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "against_reference"]
     result = subprocess.run(
         [*command, str(Path(__file__))], env=environment, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Cache of machine code, CPU count, threads: what `edge_kernels.compile` promises."""
+"""Cache of machine code, CPU count, threads: what `compile`, `machine`, `threads` and `arrays` promise."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numba
 import numpy as np
 import pytest
 
+from edge_kernels import arrays, machine, threads
 from edge_kernels import compile as compilation
 
 PACKAGE = Path(compilation.__file__).parent
@@ -103,12 +104,13 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_the_cache_key_follows_every_source(tmp_path, monkeypatch):
-    for source in PACKAGE.glob("*.py"):
-        shutil.copy(source, tmp_path)
+    copy = shutil.copytree(PACKAGE, tmp_path / "copy")
     before = compilation._cache_key()
-    monkeypatch.setattr(compilation, "__file__", str(tmp_path / "compile.py"))
+    monkeypatch.setattr(compilation, "__file__", str(copy / "compile.py"))
     assert compilation._cache_key() == before
-    for source in tmp_path.glob("*.py"):
+    sources = list(copy.rglob("*.py"))
+    assert {source.parent.name for source in sources} > {"simd", "linear", "attention", "rows"}
+    for source in sources:
         source.write_bytes(source.read_bytes() + b"#\n")
         assert compilation._cache_key() != before
         before = compilation._cache_key()
@@ -183,13 +185,13 @@ def test_cgroup_v2_takes_the_tightest_limit_on_the_way_up(tmp_path):
     write(tmp_path / "root/a/b/cpu.max", "max 100000\n")
     write(tmp_path / "root/a/cpu.max", "150000 100000\n")
     write(tmp_path / "root/cpu.max", "800000 100000\n")
-    assert compilation._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 1.5
+    assert machine._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 1.5
 
 
 def test_cgroup_v2_inside_a_container_reads_the_root(tmp_path):
     write(tmp_path / "membership", "0::/docker/0123\n")
     write(tmp_path / "root/cpu.max", "300000 100000\n")
-    assert compilation._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 3
+    assert machine._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 3
 
 
 def test_cgroup_v1_quota(tmp_path):
@@ -198,40 +200,40 @@ def test_cgroup_v1_quota(tmp_path):
     write(tmp_path / "root/cpu,cpuacct/x/cpu.cfs_period_us", "100000\n")
     write(tmp_path / "root/cpu,cpuacct/cpu.cfs_quota_us", "-1\n")
     write(tmp_path / "root/cpu,cpuacct/cpu.cfs_period_us", "100000\n")
-    assert compilation._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 0.5
+    assert machine._cgroup_cpus(tmp_path / "root", tmp_path / "membership") == 0.5
 
 
 def test_no_cgroup_is_no_limit(tmp_path):
-    assert compilation._cgroup_cpus(tmp_path, tmp_path / "missing") == float("inf")
+    assert machine._cgroup_cpus(tmp_path, tmp_path / "missing") == float("inf")
 
 
 def test_cpu_count_stays_within_affinity():
-    assert 1 <= compilation.cpu_count() <= len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else True
+    assert 1 <= machine.cpu_count() <= len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else True
 
 
 def test_thread_count_can_be_set_and_put_back():
-    default = compilation.thread_count()
+    default = threads.thread_count()
     try:
-        compilation.set_threads(1)
-        with compilation.parallel_region() as workers:
+        threads.set_threads(1)
+        with threads.parallel_region() as workers:
             assert workers == 1 == numba.get_num_threads()
     finally:
-        compilation.set_threads(None)
-    assert compilation.thread_count() == default
+        threads.set_threads(None)
+    assert threads.thread_count() == default
     for impossible in (0, -1, numba.config.NUMBA_NUM_THREADS + 1):
         with pytest.raises(ValueError, match="threads were asked for"):
-            compilation.set_threads(impossible)
+            threads.set_threads(impossible)
 
 
 def test_rows_view_shares_memory_where_it_can():
     wide = np.zeros((5, 20), np.float32)
-    view, stride = compilation.rows_view(wide[:, 3:9])
+    view, stride = arrays.rows_view(wide[:, 3:9])
     assert stride == 20
     assert view.size == 4 * 20 + 6
     assert np.shares_memory(view, wide)
     frozen = np.zeros((5, 20), np.float32)
     frozen.flags.writeable = False
-    view, stride = compilation.rows_view(frozen)
+    view, stride = arrays.rows_view(frozen)
     assert stride == 20
     assert view.flags.writeable, "numba would compile a second specialisation"
     assert view.ctypes.data == frozen.ctypes.data

@@ -1,4 +1,4 @@
-"""The int8 family against `edge_kernels.reference.operations`: integers exactly, the float32 part to a few roundings."""
+"""The int8 family against `reference.operations`: integers exactly, the float32 part to a few roundings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llvmlite import ir
 
 from assembly import ARM, X86, assemble, spills
 from edge_kernels import compile as compilation
-from edge_kernels.compile import set_threads
+from edge_kernels import machine
 from edge_kernels.linear.int8 import (
     COLUMN_BLOCK,
     K_BLOCK,
@@ -30,6 +30,7 @@ from edge_kernels.reference import operations as reference
 from edge_kernels.simd import float32 as simd
 from edge_kernels.simd import int8 as simd_int8
 from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, n_cells
+from edge_kernels.threads import set_threads
 from kernel_checks import U, random
 
 # GELU as in test_operations: 3 U · |x| on either side.
@@ -340,7 +341,7 @@ def test_int8_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_every_instruction_set_has_its_tiles():
-    assert set(compilation.ISAS) == set(simd.TILES) == set(simd_int8.DOT_TILES)
+    assert set(machine.ISAS) == set(simd.TILES) == set(simd_int8.DOT_TILES)
     for name, tile in simd_int8.DOT_TILES.items():
         if tile.instruction == "tdpbssd":  # has registers of its own
             continue
@@ -357,7 +358,7 @@ def assembly(name, triple, features):
     pointer, index = ir.IntType(8).as_pointer(), ir.IntType(64)
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, pointer, index, pointer, index]), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    simd_int8._dot_tile(builder, tile, *function.args)
+    simd_int8.emit_dot_tile(builder, tile, *function.args)
     builder.ret_void()
     return assemble(module, triple, features)
 
@@ -393,14 +394,12 @@ def test_the_tiles_of_amx_compile_to_their_instructions():
 
 
 def run_with(isa, *command):
-    environment = os.environ | {"EDGE_RUNTIME_ISA": isa, "PYTHONPATH": str(Path(simd.__file__).parent.parent)}
+    environment = os.environ | {"EDGE_RUNTIME_ISA": isa, "PYTHONPATH": str(Path(machine.__file__).parent.parent)}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():
-    absent = next(
-        name for name in reversed(compilation.ISAS) if not compilation.ISAS[name] <= compilation.cpu_features()
-    )
+    absent = next(name for name in reversed(machine.ISAS) if not machine.ISAS[name] <= machine.cpu_features())
     for name, reason in ((absent, "this machine lacks"), ("mmx", "there is no such instruction set")):
         result = run_with(name, "-c", "import edge_kernels.linear.int8")
         assert result.returncode != 0
@@ -409,13 +408,13 @@ def test_an_instruction_set_that_is_not_there_is_refused():
 
 
 def test_the_instruction_set_is_part_of_the_cache_key():
-    code = "from edge_kernels.compile import _cache_key, isa; print(isa(), _cache_key())"
+    code = "from edge_kernels import compile, machine; print(machine.isa(), compile._cache_key())"
     name, key = run_with("portable", "-c", code).stdout.split()
     assert name == "portable"
-    assert (key != compilation._cache_key()) == (compilation.isa() != "portable")
+    assert (key != compilation._cache_key()) == (machine.isa() != "portable")
 
 
-OTHERS = [n for n, f in compilation.ISAS.items() if f <= compilation.cpu_features() and n != compilation.isa()]
+OTHERS = [n for n, f in machine.ISAS.items() if f <= machine.cpu_features() and n != machine.isa()]
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_kernels.compile import set_threads
 from edge_kernels.linear.gguf_blocks import (
     BLOCK_BYTES,
     FEW_BYTES,
@@ -25,6 +24,7 @@ from edge_kernels.linear.gguf_blocks import (
     pack_rows,
 )
 from edge_kernels.reference import decoder as reference_decoder
+from edge_kernels.threads import set_threads
 
 pytestmark = pytest.mark.skipif(
     not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"

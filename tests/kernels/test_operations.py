@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from edge_kernels.attention.float32 import attention
-from edge_kernels.compile import set_threads
 from edge_kernels.linear.dispatch import pack_float_weight
 from edge_kernels.linear.float32 import linear, pack_weight
 from edge_kernels.reference import operations as reference
 from edge_kernels.rows.norm import layer_norm
 from edge_kernels.rows.patch_embed import patch_embed
 from edge_kernels.simd import float32 as simd
+from edge_kernels.threads import set_threads
 from kernel_checks import (
     ATTENTION_PER_VALUE,
     EXP2_RELATIVE,

@@ -20,18 +20,21 @@ LEVELS = {
         inputs decoder
         prompt vision
         structured_output cache
-        generation pipeline
+        generation
+        options
+        option_checks pipeline
         engine store
-        loading answers options
+        loading answers
         next_turn
-        internals
         model
-        each_page server
+        page_by_page server
         cli
     """,
     "edge_kernels": """
+        machine reference
+        threads
         compile
-        reference
+        arrays
         simd
         linear
         attention rows

@@ -20,7 +20,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, helper, kernel, leaf, parallel_region, rows_view
+from edge_kernels.arrays import aligned, rows_view
+from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import (
     LANES,
@@ -35,7 +36,8 @@ from edge_kernels.simd.bf16 import (
     transpose_words,
     value_tiles,
 )
-from edge_kernels.simd.float32 import take_ticket
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

@@ -14,12 +14,12 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, vector_view
+from edge_kernels.arrays import aligned, aligned_empty, vector_view
+from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.float32 import result_rows
 from edge_kernels.linear.gguf_blocks import LOG2_E
 from edge_kernels.simd.amx import begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import as_bf16
-from edge_kernels.simd.float32 import take_ticket
 from edge_kernels.simd.gguf_blocks import (
     SIDE,
     STEP,
@@ -30,7 +30,9 @@ from edge_kernels.simd.gguf_blocks import (
     finish_turned,
     pack_pairs,
 )
+from edge_kernels.simd.ir import take_ticket
 from edge_kernels.simd.kv_cache import softmax_pairs, split_key, turn_values
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Halves = NDArray[np.uint16]

@@ -24,8 +24,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import helper, kernel, leaf, parallel_region, rows_view
-from edge_kernels.simd.float32 import MR, NR, product_tile, scale_panel, softmax_panel, take_ticket
+from edge_kernels.arrays import rows_view
+from edge_kernels.compile import helper, kernel, leaf
+from edge_kernels.simd.float32 import product_tile, scale_panel, softmax_panel
+from edge_kernels.simd.ir import MR, NR, take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

@@ -22,9 +22,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import helper, kernel, parallel_region, rows_view
+from edge_kernels.arrays import rows_view
+from edge_kernels.compile import helper, kernel
 from edge_kernels.reference.attention import KEYS_PER_BLOCK, LARGEST_VALUE, score_limit
-from edge_kernels.simd.float32 import take_ticket
 from edge_kernels.simd.int16 import (
     BLOCK_MAXIMUM,
     LOWEST,
@@ -43,6 +43,8 @@ from edge_kernels.simd.int16 import (
     score_tile,
     value_tile,
 )
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

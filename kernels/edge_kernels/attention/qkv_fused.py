@@ -18,15 +18,17 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_kernels.arrays import aligned
 from edge_kernels.attention.bf16 import BLOCK, attend_block, attention_buffers, first_scores, round_in_steps
-from edge_kernels.compile import aligned, helper, kernel, leaf, parallel_region
+from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.int8 import PackedInt8Weight, pack_weight_int8
 from edge_kernels.linear.int8_rows import QuantizedRows
 from edge_kernels.simd.amx import begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import LANES, TILE_WORDS, transpose_rounded, transpose_words
 from edge_kernels.simd.epilogue import scale_tile
-from edge_kernels.simd.float32 import take_ticket
 from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, dot_tile, n_cells
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]

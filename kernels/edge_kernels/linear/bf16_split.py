@@ -17,7 +17,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view
+from edge_kernels.arrays import aligned, aligned_empty, rows_view
+from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.float32 import result_rows, task_blocks
 from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
 from edge_kernels.simd.bf16_split import (
@@ -30,7 +31,8 @@ from edge_kernels.simd.bf16_split import (
     split_rows,
     split_tile,
 )
-from edge_kernels.simd.float32 import take_ticket
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int16 = NDArray[np.int16]

@@ -21,8 +21,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned_empty, helper, kernel, leaf, parallel_region, rows_view
-from edge_kernels.simd.float32 import MR, NR, gelu, product_tile, take_ticket
+from edge_kernels.arrays import aligned_empty, rows_view
+from edge_kernels.compile import helper, kernel, leaf
+from edge_kernels.simd.float32 import gelu, product_tile
+from edge_kernels.simd.ir import MR, NR, take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 

@@ -17,10 +17,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view
+from edge_kernels.arrays import aligned, aligned_empty, rows_view
+from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.float32 import result_rows
 from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles, keep_awake
-from edge_kernels.simd.float32 import exp2, take_ticket
+from edge_kernels.simd.float32 import exp2
 from edge_kernels.simd.gguf_blocks import (
     NUMBERS,
     SIDE,
@@ -38,6 +39,8 @@ from edge_kernels.simd.gguf_blocks import (
     unpack_q6_k,
     unpack_q8_0,
 )
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]

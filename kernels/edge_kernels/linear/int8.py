@@ -17,7 +17,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned, aligned_empty, helper, kernel, leaf, parallel_region, rows_view, vector_view
+from edge_kernels.arrays import aligned, aligned_empty, rows_view, vector_view
+from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.float32 import result_rows, task_blocks
 from edge_kernels.linear.int8_rows import (
     ROW_CELL,
@@ -31,8 +32,9 @@ from edge_kernels.linear.int8_rows import (
 from edge_kernels.reference.operations import SCALE_COLUMNS
 from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
 from edge_kernels.simd.epilogue import row_magnitude, row_range, scale_gelu_tile, scale_tile
-from edge_kernels.simd.float32 import take_ticket
 from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, cells_of, dot_tile, n_cells, output_cell
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]

@@ -17,11 +17,14 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import aligned_empty, helper, kernel, leaf, parallel_region, rows_view, vector_view
+from edge_kernels.arrays import aligned_empty, rows_view, vector_view
+from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.reference.operations import SCALE_COLUMNS
 from edge_kernels.simd.epilogue import move_step, quantize_row, row_range
-from edge_kernels.simd.float32 import sum_row, sum_squares_row, take_ticket
+from edge_kernels.simd.float32 import sum_row, sum_squares_row
 from edge_kernels.simd.int8 import DOT_MR, DOT_NR, DOT_TILE, GROUP, STEP_CELLS, cells_of, n_cells, row_cell
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 

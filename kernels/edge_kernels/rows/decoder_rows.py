@@ -9,8 +9,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import kernel, parallel_region, vector_view
-from edge_kernels.simd.float32 import sum_squares_row, take_ticket
+from edge_kernels.arrays import vector_view
+from edge_kernels.compile import kernel
+from edge_kernels.simd.float32 import sum_squares_row
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 

@@ -11,8 +11,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.compile import kernel, leaf, parallel_region, rows_view, vector_view
-from edge_kernels.simd.float32 import sum_row, sum_squares_row, take_ticket
+from edge_kernels.arrays import rows_view, vector_view
+from edge_kernels.compile import kernel, leaf
+from edge_kernels.simd.float32 import sum_row, sum_squares_row
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 

@@ -16,15 +16,17 @@ tiles of 1 KiB. The shape of the registers is a thread's own state: `begin_tiles
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import isa
-from edge_kernels.simd.float32 import _INT, _address, _index, _loop
+from edge_kernels.machine import isa
+from edge_kernels.simd.ir import BYTE, INT, address_of, call, index, loop
 
 HAS_TILES = isa() == "amx"
 
@@ -32,8 +34,7 @@ ROWS = 16  # of a tile register
 ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
 
-_BYTE = ir.IntType(8)
-_POINTER = _BYTE.as_pointer()
+_POINTER = BYTE.as_pointer()
 
 # Intel's manual, "ldtilecfg": palette 1; bytes per row as 16-bit numbers from byte 16, rows from byte 48.
 _CONFIGURATION = bytearray(64)
@@ -44,12 +45,11 @@ for _register in range(8):
 
 
 def _call(builder: ir.IRBuilder, name: str, arguments: Sequence[ir.Value]) -> None:
-    function_type = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
-    builder.call(cgutils.get_or_insert_function(builder.module, function_type, f"llvm.x86.{name}"), arguments)
+    call(builder, f"llvm.x86.{name}", ir.VoidType(), arguments)
 
 
 def _register_number(number: int) -> ir.Constant:
-    return ir.Constant(_BYTE, number)
+    return ir.Constant(BYTE, number)
 
 
 def zero_tile(builder: ir.IRBuilder, register: int) -> None:
@@ -60,13 +60,13 @@ def zero_tile(builder: ir.IRBuilder, register: int) -> None:
 def load_tile(builder: ir.IRBuilder, register: int, address: ir.Value, stride: int = ROW_BYTES) -> None:
     """Emit the load of a register; `stride` is the distance of its rows in bytes."""
     pointer = builder.bitcast(address, _POINTER)
-    _call(builder, "tileloadd64", [_register_number(register), pointer, _index(stride)])
+    _call(builder, "tileloadd64", [_register_number(register), pointer, index(stride)])
 
 
 def store_tile(builder: ir.IRBuilder, register: int, address: ir.Value, stride: int = ROW_BYTES) -> None:
     """Emit the store of a register."""
     pointer = builder.bitcast(address, _POINTER)
-    _call(builder, "tilestored64", [_register_number(register), pointer, _index(stride)])
+    _call(builder, "tilestored64", [_register_number(register), pointer, index(stride)])
 
 
 def multiply_tiles(builder: ir.IRBuilder, instruction: str, sums: int, a: int, b: int) -> None:
@@ -76,49 +76,132 @@ def multiply_tiles(builder: ir.IRBuilder, instruction: str, sums: int, a: int, b
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value, cache: int) -> None:
     """Emit a request for a line, into the first or second cache; an address that is not there is no error."""
-    function_type = ir.FunctionType(ir.VoidType(), [_POINTER, _INT, _INT, _INT])
-    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(address, _POINTER), _INT(0), _INT(4 - cache), _INT(1)])
+    arguments = [builder.bitcast(address, _POINTER), INT(0), INT(4 - cache), INT(1)]  # to read; how near; data
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
+
+
+# --- the square of 2 × 2 tiles ------------------------------------------------------------------------------
+
+
+class Sums(NamedTuple):
+    """Where the registers of sums go.
+
+    Attributes
+    ----------
+    places : dict
+        Register (0 to 3, see `emit_square`) → address of its first row.
+    stride : int
+        Distance of rows in bytes.
+    """
+
+    places: dict[int, ir.Value]
+    stride: int = ROW_BYTES
+
+
+def zero_sums(builder: ir.IRBuilder, registers: Iterable[int] = range(4)) -> None:
+    """Emit registers of sums = 0."""
+    for register in registers:
+        zero_tile(builder, register)
+
+
+def multiply_square(
+    builder: ir.IRBuilder,
+    instruction: str,
+    registers: Iterable[int] = range(4),
+    after_each: Callable[[int], None] | None = None,
+) -> None:
+    """Emit the products of a step; `after_each` emits what the processor does while a register is multiplied."""
+    for register in registers:
+        multiply_tiles(builder, instruction, register, 4 + register // 2, 6 + register % 2)
+        if after_each:
+            after_each(register)
+
+
+def store_sums(builder: ir.IRBuilder, sums: Sums) -> None:
+    """Emit the stores of all registers of sums."""
+    for register, place in sums.places.items():
+        store_tile(builder, register, place, sums.stride)
+
+
+def emit_square(
+    builder: ir.IRBuilder,
+    instruction: str,
+    steps: ir.Value,
+    operands: Callable[[ir.Value], dict[int, ir.Value]],
+    sums: Sums,
+    *,
+    add: ir.Value | None = None,
+    counted_by: int = 1,
+    after_each: Callable[[ir.Value, int], None] | None = None,
+) -> None:
+    """Emit the loop where the time of every product on AMX goes: four tiles of sums out of two and two operands.
+
+                        right 6     right 7
+            left 4      sums 0      sums 1           Every operand that is loaded is used twice: 4 loads for
+            left 5      sums 2      sums 3           4 products. With one tile each it would be 2 for 1.
+
+    Parameters
+    ----------
+    instruction : "tdpbssd" or "tdpbf16ps".
+    steps, counted_by
+        The counter goes from 0 to below `steps` in steps of `counted_by`.
+    operands
+        Counter → {register: address}, in the order of loading. 4, 6, 7, 5 lets the first product start after two
+        loads. Without 7 there are only the sums 0 and 2.
+    sums
+        Where they are stored, and loaded before where `add`, at run time, is not 0; without `add` they begin at 0.
+    after_each
+        Emits, from counter and register of sums, what is done beside a product.
+    """
+    if add is None:
+        zero_sums(builder, sums.places)
+    else:
+        with builder.if_else(builder.icmp_signed("!=", add, index(0))) as (then, otherwise):
+            with then:
+                for register, place in sums.places.items():
+                    load_tile(builder, register, place, sums.stride)
+            with otherwise:
+                zero_sums(builder, sums.places)
+
+    def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        for register, address in operands(i).items():
+            load_tile(builder, register, address)
+        multiply_square(builder, instruction, sums.places, partial(after_each, i) if after_each else None)
+        return []
+
+    loop(builder, index(0), steps, counted_by, [], step)
+    store_sums(builder, sums)
 
 
 def emit_tile_product(
     builder: ir.IRBuilder, a: ir.Value, b: ir.Value, cells: ir.Value, c: ir.Value, accumulate: ir.Value
 ) -> None:
-    """Emit the dot tile of `simd_int8`: 32 rows × 32 outputs; a and b advance by two tiles in a step of 16 cells.
+    """Emit the dot tile of `simd.int8`: 32 rows × 32 outputs; a and b advance by two tiles in a step of 16 cells.
 
     Rows lie [step][row][64], weights [step][half of the outputs][cell][output][4], sums [row][32].
     """
-    places = [
-        _address(builder, c, _index((half * ROWS * 2 * ROW_BYTES) + part * ROW_BYTES), element=_BYTE)
+    places = {
+        2 * half + part: address_of(builder, c, index((half * ROWS * 2 + part) * ROW_BYTES), element=BYTE)
         for half in range(2)
         for part in range(2)
-    ]
-    with builder.if_else(builder.icmp_signed("!=", accumulate, _index(0))) as (then, otherwise):
-        with then:
-            for register, place in enumerate(places):
-                load_tile(builder, register, place, 2 * ROW_BYTES)
-        with otherwise:
-            for register in range(4):
-                zero_tile(builder, register)
+    }
 
-    def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        start = builder.mul(i, _index(TILE_BYTES * 2 // ROWS))
-        rows, outputs = (_address(builder, panel, start, element=_BYTE) for panel in (a, b))
-        load_tile(builder, 4, rows)
-        load_tile(builder, 6, outputs)
-        load_tile(builder, 7, _address(builder, outputs, _index(TILE_BYTES), element=_BYTE))
-        load_tile(builder, 5, _address(builder, rows, _index(TILE_BYTES), element=_BYTE))
-        for register in range(4):
-            multiply_tiles(builder, "tdpbssd", register, 4 + register // 2, 6 + register % 2)
-            # The next step's rows, while this one is multiplied: outputs are in the first cache, rows in the second.
-            for line in range(register * 8, register * 8 + 8):
-                ahead = _index(2 * TILE_BYTES + line * ROW_BYTES)
-                prefetch(builder, _address(builder, rows, ahead, element=_BYTE), cache=1)
-        return []
+    def at(panel: ir.Value, cell: ir.Value, ahead: int) -> ir.Value:
+        start = builder.mul(cell, index(TILE_BYTES * 2 // ROWS))
+        return address_of(builder, panel, start, index(ahead), element=BYTE)
 
-    _loop(builder, _index(0), cells, ROWS, [], step)
-    for register, place in enumerate(places):
-        store_tile(builder, register, place, 2 * ROW_BYTES)
+    def operands(cell: ir.Value) -> dict[int, ir.Value]:
+        return {4: at(a, cell, 0), 6: at(b, cell, 0), 7: at(b, cell, TILE_BYTES), 5: at(a, cell, TILE_BYTES)}
+
+    def fetch_rows(cell: ir.Value, register: int) -> None:
+        # The next step's rows, while this one is multiplied: outputs are in the first cache, rows in the second.
+        for line in range(register * 8, register * 8 + 8):
+            prefetch(builder, at(a, cell, 2 * TILE_BYTES + line * ROW_BYTES), cache=1)
+
+    emit_square(
+        builder, "tdpbssd", cells, operands, Sums(places, 2 * ROW_BYTES), add=accumulate, counted_by=ROWS,
+        after_each=fetch_rows,
+    )  # fmt: skip
 
 
 # --- for numba ----------------------------------------------------------------------------------------------
@@ -131,7 +214,7 @@ def begin_tiles(typing_context):
     def generate(context, builder, signature, args):
         if HAS_TILES:
             configuration = cgutils.global_constant(
-                builder, "edge_kernels.tiles", ir.Constant(ir.ArrayType(_BYTE, 64), _CONFIGURATION)
+                builder, "edge_kernels.tiles", ir.Constant(ir.ArrayType(BYTE, 64), _CONFIGURATION)
             )
             _call(builder, "ldtilecfg", [builder.bitcast(configuration, _POINTER)])
         return context.get_dummy_value()

@@ -14,40 +14,40 @@ two of them in one word make the *pairs* that a tile of right operands has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
-from edge_kernels.simd.float32 import (
-    _FLOAT,
-    _INT,
-    _ROUND_TO_EXPONENT,
-    _address,
-    _constant,
-    _floats,
-    _index,
-    _larger,
-    _load,
-    _loop,
-    _multiply_add,
-    _store,
-    _takes,
+from edge_kernels.simd.amx import TILE_BYTES, Sums, emit_square
+from edge_kernels.simd.float32 import ROUND_TO_EXPONENT
+from edge_kernels.simd.ir import (
+    BIT,
+    FLOAT,
+    INT,
+    SHORT,
+    address_of,
+    call,
+    constant,
+    elements_at,
+    index,
+    larger,
+    load,
+    loop,
+    multiply_add,
+    signature_of,
+    splat,
+    store,
 )
 
 LANES = 16
 TILE_WORDS = TILE_BYTES // 4
 
-_BIT = ir.IntType(1)
-_SHORT = ir.IntType(16)
-_FLOATS = ir.VectorType(_FLOAT, LANES)
-_INTS = ir.VectorType(_INT, LANES)
-_SHORTS = ir.VectorType(_SHORT, LANES)
+FLOATS = ir.VectorType(FLOAT, LANES)
+INTS = ir.VectorType(INT, LANES)
+SHORTS = ir.VectorType(SHORT, LANES)
 _HALF_STEP = 0x8000
-_UPPER_HALF = ~0xFFFF
+UPPER_HALF = ~0xFFFF
 
 # exp2 on [-1/2, 1/2]: minimax in relative error, 7.5e-5 (a twenty-fifth of half a step of bfloat16).
 _POLYNOMIAL = (0.0551716685, 0.242611125, 0.693260968, 0.999928057)
@@ -56,31 +56,17 @@ _POLYNOMIAL = (0.0551716685, 0.242611125, 0.693260968, 0.999928057)
 # --- building blocks ----------------------------------------------------------------------------------------
 
 
-def _start(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value], position: int) -> ir.Value:
-    """Take the address of an array's element: the argument after it is the offset."""
-    element = signature.args[position].dtype.bitwidth
-    array = _floats(context, builder, signature, args, position)
-    return _address(builder, array, args[position + 1], element=ir.IntType(element))
-
-
-def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    """Copy a float into all lanes."""
-    undefined = ir.Constant(_FLOATS, ir.Undefined)
-    lane = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(lane, undefined, ir.Constant(_INTS, [0] * LANES))
-
-
-def _rounded_bits(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def rounded_bits(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Emit the bits of float32 values whose upper halves are the values in bfloat16; NaN stays NaN."""
-    ints = _INTS if isinstance(value.type, ir.VectorType) else _INT
-    rounded = builder.add(builder.bitcast(value, ints), _constant(ints, _HALF_STEP))
-    return builder.select(builder.fcmp_unordered("uno", value, value), _constant(ints, 0x7FC00000), rounded)
+    ints = INTS if isinstance(value.type, ir.VectorType) else INT
+    rounded = builder.add(builder.bitcast(value, ints), constant(ints, _HALF_STEP))
+    return builder.select(builder.fcmp_unordered("uno", value, value), constant(ints, 0x7FC00000), rounded)
 
 
-def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+def transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     """Transpose 16 vectors of 16: four times, each of the first half is interleaved with one of the second."""
     lower, upper = (
-        ir.Constant(ir.VectorType(_INT, LANES), [first + lane // 2 + LANES * (lane % 2) for lane in range(LANES)])
+        ir.Constant(ir.VectorType(INT, LANES), [first + lane // 2 + LANES * (lane % 2) for lane in range(LANES)])
         for first in (0, LANES // 2)
     )
     for _ in range(4):
@@ -97,50 +83,46 @@ def as_bf16(typing_context, x):
     """Return x rounded to bfloat16, as float32."""
 
     def generate(context, builder, signature, args):
-        bits = builder.and_(_rounded_bits(builder, args[0]), ir.Constant(_INT, _UPPER_HALF))
-        return builder.bitcast(bits, _FLOAT)
+        bits = builder.and_(rounded_bits(builder, args[0]), ir.Constant(INT, UPPER_HALF))
+        return builder.bitcast(bits, FLOAT)
 
     return types.float32(types.float32), generate
 
 
 def _each(builder: ir.IRBuilder, n: ir.Value, emit: Callable[[ir.Value, ir.Value], None]) -> None:
     """Emit `emit(first, mask)` for n elements in vectors of 16; the last one's mask leaves out what is too much."""
-    everything = ir.Constant(ir.VectorType(_BIT, LANES), [1] * LANES)
+    everything = ir.Constant(ir.VectorType(BIT, LANES), [1] * LANES)
 
     def body(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
         emit(j, everything)
         return []
 
-    whole = builder.and_(n, _index(-LANES))
-    _loop(builder, _index(0), whole, LANES, [], body)
+    whole = builder.and_(n, index(-LANES))
+    loop(builder, index(0), whole, LANES, [], body)
     with builder.if_then(builder.icmp_signed("!=", whole, n)):
-        emit(whole, _lanes_below(builder, builder.sub(n, whole)))
+        emit(whole, lanes_below(builder, builder.sub(n, whole)))
 
 
-def _lanes_below(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
+def lanes_below(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
     """Emit the mask of the first n of 16 lanes."""
-    count = builder.insert_element(ir.Constant(_INTS, ir.Undefined), builder.trunc(n, _INT), ir.Constant(_INT, 0))
-    spread = builder.shuffle_vector(count, count, ir.Constant(_INTS, [0] * LANES))
-    return builder.icmp_signed("<", ir.Constant(_INTS, list(range(LANES))), spread)
+    return builder.icmp_signed(
+        "<", ir.Constant(INTS, list(range(LANES))), splat(builder, builder.trunc(n, INT), LANES)
+    )
 
 
-def _masked_load(builder: ir.IRBuilder, address: ir.Value, mask: ir.Value) -> ir.Value:
+def masked_load(builder: ir.IRBuilder, address: ir.Value, mask: ir.Value) -> ir.Value:
     """Load 16 float32; 0 where the mask is off."""
-    pointer = builder.bitcast(address, _FLOATS.as_pointer())
-    function_type = ir.FunctionType(_FLOATS, [pointer.type, _INT, mask.type, _FLOATS])
-    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.masked.load.v16f32.p0")
-    return builder.call(function, [pointer, ir.Constant(_INT, 4), mask, _constant(_FLOATS, 0.0)])
+    pointer = builder.bitcast(address, FLOATS.as_pointer())
+    arguments = [pointer, ir.Constant(INT, 4), mask, constant(FLOATS, 0.0)]
+    return call(builder, "llvm.masked.load.v16f32.p0", FLOATS, arguments)
 
 
-def _masked_store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
+def masked_store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
     """Store 16 elements where the mask is on."""
     pointer = builder.bitcast(address, value.type.as_pointer())
-    letter, size = ("f", 32) if value.type == _FLOATS else ("i", 16)
-    function_type = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, _INT, mask.type])
-    function = cgutils.get_or_insert_function(
-        builder.module, function_type, f"llvm.masked.store.v16{letter}{size}.p0"
-    )
-    builder.call(function, [value, pointer, ir.Constant(_INT, size // 8), mask])
+    letter, size = ("f", 32) if value.type == FLOATS else ("i", 16)
+    arguments = [value, pointer, ir.Constant(INT, size // 8), mask]
+    call(builder, f"llvm.masked.store.v16{letter}{size}.p0", ir.VoidType(), arguments)
 
 
 @intrinsic
@@ -148,19 +130,18 @@ def round_row(typing_context, x, offset, n, factor, out, out_offset):
     """Write x · factor, n elements of it, to out (int16) as bfloat16."""
 
     def generate(context, builder, signature, args):
-        row, to = (_start(context, builder, signature, args, position) for position in (0, 4))
-        factor = _splat(builder, args[3])
+        row, to = elements_at(context, builder, signature, args, (0, 4))
+        factor = splat(builder, args[3], LANES)
 
         def emit(j: ir.Value, mask: ir.Value) -> None:
-            value = builder.fmul(_masked_load(builder, _address(builder, row, j), mask), factor)
-            halves = builder.trunc(builder.lshr(_rounded_bits(builder, value), _constant(_INTS, 16)), _SHORTS)
-            _masked_store(builder, halves, _address(builder, to, j, element=_SHORT), mask)
+            value = builder.fmul(masked_load(builder, address_of(builder, row, j), mask), factor)
+            halves = builder.trunc(builder.lshr(rounded_bits(builder, value), constant(INTS, 16)), SHORTS)
+            masked_store(builder, halves, address_of(builder, to, j, element=SHORT), mask)
 
         _each(builder, args[2], emit)
         return context.get_dummy_value()
 
-    index = types.int64
-    return types.none(x, index, index, types.float32, out, index), generate
+    return types.none(x, types.int64, types.int64, types.float32, out, types.int64), generate
 
 
 @intrinsic
@@ -168,18 +149,17 @@ def scale_row(typing_context, x, offset, n, factor, out, out_offset):
     """Write x · factor, n elements of it, to out."""
 
     def generate(context, builder, signature, args):
-        row, to = (_start(context, builder, signature, args, position) for position in (0, 4))
-        factor = _splat(builder, args[3])
+        row, to = elements_at(context, builder, signature, args, (0, 4))
+        factor = splat(builder, args[3], LANES)
 
         def emit(j: ir.Value, mask: ir.Value) -> None:
-            value = builder.fmul(_masked_load(builder, _address(builder, row, j), mask), factor)
-            _masked_store(builder, value, _address(builder, to, j), mask)
+            value = builder.fmul(masked_load(builder, address_of(builder, row, j), mask), factor)
+            masked_store(builder, value, address_of(builder, to, j), mask)
 
         _each(builder, args[2], emit)
         return context.get_dummy_value()
 
-    index = types.int64
-    return types.none(x, index, index, types.float32, out, index), generate
+    return types.none(x, types.int64, types.int64, types.float32, out, types.int64), generate
 
 
 @intrinsic
@@ -187,16 +167,16 @@ def transpose_words(typing_context, x, offset, stride, out, out_offset, out_stri
     """Transpose 16 rows of 16 words of 4 bytes, which lie `stride` and `out_stride` words apart."""
 
     def generate(context, builder, signature, args):
-        x, out = (_start(context, builder, signature, args, position) for position in (0, 3))
+        x, out = elements_at(context, builder, signature, args, (0, 3))
         rows = [
-            _load(builder, _address(builder, x, builder.mul(args[2], _index(i)), element=_INT), _INTS)
+            load(builder, address_of(builder, x, builder.mul(args[2], index(i)), element=INT), INTS)
             for i in range(LANES)
         ]
-        for i, row in enumerate(_transposed(builder, rows)):
-            _store(builder, row, _address(builder, out, builder.mul(args[5], _index(i)), element=_INT))
+        for i, row in enumerate(transposed(builder, rows)):
+            store(builder, row, address_of(builder, out, builder.mul(args[5], index(i)), element=INT))
         return context.get_dummy_value()
 
-    return _takes(x, offset, stride, out, out_offset, out_stride), generate
+    return signature_of(x, offset, stride, out, out_offset, out_stride), generate
 
 
 @intrinsic
@@ -204,14 +184,28 @@ def transpose_rounded(typing_context, x, offset, stride, out, out_offset):
     """Transpose 16 rows of 16 float32, `stride` apart, into 16 rows of half a tile (int16), as bfloat16."""
 
     def generate(context, builder, signature, args):
-        x, out = (_start(context, builder, signature, args, position) for position in (0, 3))
-        rows = [_load(builder, _address(builder, x, builder.mul(args[2], _index(i))), _FLOATS) for i in range(LANES)]
-        for i, row in enumerate(_transposed(builder, rows)):
-            halves = builder.trunc(builder.lshr(_rounded_bits(builder, row), _constant(_INTS, 16)), _SHORTS)
-            _store(builder, halves, _address(builder, out, _index(i * 2 * LANES), element=_SHORT), 2)
+        x, out = elements_at(context, builder, signature, args, (0, 3))
+        rows = [load(builder, address_of(builder, x, builder.mul(args[2], index(i))), FLOATS) for i in range(LANES)]
+        for i, row in enumerate(transposed(builder, rows)):
+            halves = builder.trunc(builder.lshr(rounded_bits(builder, row), constant(INTS, 16)), SHORTS)
+            store(builder, halves, address_of(builder, out, index(i * 2 * LANES), element=SHORT), 2)
         return context.get_dummy_value()
 
-    return _takes(x, offset, stride, out, out_offset), generate
+    return signature_of(x, offset, stride, out, out_offset), generate
+
+
+def _panels(builder: ir.IRBuilder, start: ir.Value, panel: ir.Value) -> Sums:
+    """Place a square of sums in two panels of 16 columns, `panel` elements apart: tiles 0 and 2 in the first.
+
+    start → [32 rows][16]      start + panel → [32 rows][16]
+             0                                   1               rows 0 to 15
+             2                                   3               rows 16 to 31
+    """
+    places = {}
+    for register in range(4):
+        at = address_of(builder, start, index(register // 2 * TILE_WORDS))
+        places[register] = address_of(builder, at, panel) if register % 2 else at
+    return Sums(places)
 
 
 @intrinsic
@@ -223,44 +217,36 @@ def score_tiles(typing_context, keys, keys_offset, queries, queries_offset, step
     """
 
     def generate(context, builder, signature, args):
-        keys, queries, scores = (_start(context, builder, signature, args, position) for position in (0, 2, 5))
+        keys, queries, scores = elements_at(context, builder, signature, args, (0, 2, 5))
         steps, panel = args[4], args[7]
-        half = builder.mul(steps, _index(TILE_WORDS))
-        for register in range(4):
-            zero_tile(builder, register)
+        half = builder.mul(steps, index(TILE_WORDS))
 
-        def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            at = builder.mul(i, _index(TILE_WORDS))
-            load_tile(builder, 4, _address(builder, keys, at, element=_INT))
-            load_tile(builder, 6, _address(builder, queries, at, element=_INT))
-            load_tile(builder, 7, _address(builder, queries, at, half, element=_INT))
-            load_tile(builder, 5, _address(builder, keys, at, half, element=_INT))
-            for register in range(4):
-                multiply_tiles(builder, "tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
-            return []
+        def operands(i: ir.Value) -> dict[int, ir.Value]:
+            at = builder.mul(i, index(TILE_WORDS))
+            return {
+                4: address_of(builder, keys, at, element=INT),
+                6: address_of(builder, queries, at, element=INT),
+                7: address_of(builder, queries, at, half, element=INT),
+                5: address_of(builder, keys, at, half, element=INT),
+            }
 
-        _loop(builder, _index(0), steps, 1, [], step)
-        for register in range(4):
-            at = _address(builder, scores, _index(register // 2 * TILE_WORDS))
-            if register % 2:
-                at = _address(builder, at, panel)
-            store_tile(builder, register, at)
+        emit_square(builder, "tdpbf16ps", steps, operands, _panels(builder, scores, panel))
         return context.get_dummy_value()
 
-    return _takes(keys, keys_offset, queries, queries_offset, steps, scores, scores_offset, panel), generate
+    return signature_of(keys, keys_offset, queries, queries_offset, steps, scores, scores_offset, panel), generate
 
 
 def _power(builder: ir.IRBuilder, difference: ir.Value) -> ir.Value:
-    """Emit the bits of 2^difference, difference ≤ 0, rounded as `_rounded_bits` tells; 0 below -126.5."""
-    low, magic = _constant(_FLOATS, -127.0), _constant(_FLOATS, _ROUND_TO_EXPONENT)
+    """Emit the bits of 2^difference, difference ≤ 0, rounded as `rounded_bits` tells; 0 below -126.5."""
+    low, magic = constant(FLOATS, -127.0), constant(FLOATS, ROUND_TO_EXPONENT)
     x = builder.select(builder.fcmp_ordered("<", difference, low), low, difference)
     shifted = builder.fadd(x, magic)
     rest = builder.fsub(x, builder.fsub(shifted, magic))
-    value = _constant(_FLOATS, _POLYNOMIAL[0])
+    value = constant(FLOATS, _POLYNOMIAL[0])
     for coefficient in _POLYNOMIAL[1:]:
-        value = _multiply_add(builder, value, rest, _constant(_FLOATS, coefficient))
-    power = builder.bitcast(builder.shl(builder.bitcast(shifted, _INTS), _constant(_INTS, 23)), _FLOATS)
-    return builder.add(builder.bitcast(builder.fmul(value, power), _INTS), _constant(_INTS, _HALF_STEP))
+        value = multiply_add(builder, value, rest, constant(FLOATS, coefficient))
+    power = builder.bitcast(builder.shl(builder.bitcast(shifted, INTS), constant(INTS, 23)), FLOATS)
+    return builder.add(builder.bitcast(builder.fmul(value, power), INTS), constant(INTS, _HALF_STEP))
 
 
 @intrinsic
@@ -268,28 +254,28 @@ def raise_maxima(typing_context, scores, offset, keys, maxima, maxima_offset):
     """Raise the maxima of 16 queries to their largest scores; scores: float32 [key][16]."""
 
     def generate(context, builder, signature, args):
-        scores, maxima = (_start(context, builder, signature, args, position) for position in (0, 3))
+        scores, maxima = elements_at(context, builder, signature, args, (0, 3))
         keys, chains = args[2], 4
 
         def score(key: ir.Value, more: int = 0) -> ir.Value:
-            row = builder.mul(key, _index(LANES))
-            return _load(builder, _address(builder, scores, row, _index(more * LANES)), _FLOATS)
+            row = builder.mul(key, index(LANES))
+            return load(builder, address_of(builder, scores, row, index(more * LANES)), FLOATS)
 
-        whole = builder.mul(builder.sdiv(keys, _index(chains)), _index(chains))
-        found = _loop(
-            builder, _index(0), whole, chains, [_load(builder, maxima, _FLOATS)] * chains,
-            lambda key, state: [_larger(builder, score(key, more), state[more]) for more in range(chains)],
+        whole = builder.mul(builder.sdiv(keys, index(chains)), index(chains))
+        found = loop(
+            builder, index(0), whole, chains, [load(builder, maxima, FLOATS)] * chains,
+            lambda key, state: [larger(builder, score(key, more), state[more]) for more in range(chains)],
         )  # fmt: skip
         maximum = found[0]
         for other in found[1:]:
-            maximum = _larger(builder, other, maximum)
-        (maximum,) = _loop(
-            builder, whole, keys, 1, [maximum], lambda key, state: [_larger(builder, score(key), state[0])]
+            maximum = larger(builder, other, maximum)
+        (maximum,) = loop(
+            builder, whole, keys, 1, [maximum], lambda key, state: [larger(builder, score(key), state[0])]
         )
-        _store(builder, maximum, maxima)
+        store(builder, maximum, maxima)
         return context.get_dummy_value()
 
-    return _takes(scores, offset, keys, maxima, maxima_offset), generate
+    return signature_of(scores, offset, keys, maxima, maxima_offset), generate
 
 
 @intrinsic
@@ -300,32 +286,32 @@ def powers_bf16(typing_context, scores, offset, keys, maxima, maxima_offset, pow
     """
 
     def generate(context, builder, signature, args):
-        scores, maxima, powers = (_start(context, builder, signature, args, position) for position in (0, 3, 5))
-        keys, maximum = args[2], _load(builder, maxima, _FLOATS)
+        scores, maxima, powers = elements_at(context, builder, signature, args, (0, 3, 5))
+        keys, maximum = args[2], load(builder, maxima, FLOATS)
 
         def power(key: ir.Value, more: int = 0) -> ir.Value:
-            row = builder.mul(key, _index(LANES))
-            score = _load(builder, _address(builder, scores, row, _index(more * LANES)), _FLOATS)
+            row = builder.mul(key, index(LANES))
+            score = load(builder, address_of(builder, scores, row, index(more * LANES)), FLOATS)
             return _power(builder, builder.fsub(score, maximum))
 
         def put(key: ir.Value, first: ir.Value, second: ir.Value | None) -> None:
-            word = builder.lshr(first, _constant(_INTS, 16))
+            word = builder.lshr(first, constant(INTS, 16))
             if second is not None:
-                word = builder.or_(word, builder.and_(second, _constant(_INTS, _UPPER_HALF)))
-            row = builder.mul(builder.sdiv(key, _index(2)), _index(LANES))
-            _store(builder, word, _address(builder, powers, row, element=_INT))
+                word = builder.or_(word, builder.and_(second, constant(INTS, UPPER_HALF)))
+            row = builder.mul(builder.sdiv(key, index(2)), index(LANES))
+            store(builder, word, address_of(builder, powers, row, element=INT))
 
         def pair(key: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
             put(key, power(key), power(key, 1))
             return []
 
-        even = builder.and_(keys, _index(-2))
-        _loop(builder, _index(0), even, 2, [], pair)
+        even = builder.and_(keys, index(-2))
+        loop(builder, index(0), even, 2, [], pair)
         with builder.if_then(builder.icmp_signed("!=", even, keys)):
             put(even, power(even), None)
         return context.get_dummy_value()
 
-    return _takes(scores, offset, keys, maxima, maxima_offset, powers, powers_offset), generate
+    return signature_of(scores, offset, keys, maxima, maxima_offset, powers, powers_offset), generate
 
 
 @intrinsic
@@ -341,36 +327,22 @@ def value_tiles(
     """
 
     def generate(context, builder, signature, args):
-        values, powers, out = (_start(context, builder, signature, args, position) for position in (0, 3, 7))
+        values, powers, out = elements_at(context, builder, signature, args, (0, 3, 7))
         stride, panel, steps, out_panel = args[2], args[5], args[6], args[9]
-        places = []
-        for register in range(4):
-            at = _address(builder, out, _index(register // 2 * ROWS * LANES))
-            places.append(_address(builder, at, out_panel) if register % 2 else at)
-        with builder.if_else(builder.icmp_signed("!=", args[10], _index(0))) as (then, otherwise):
-            with then:
-                for register, place in enumerate(places):
-                    load_tile(builder, register, place)
-            with otherwise:
-                for register in range(4):
-                    zero_tile(builder, register)
 
-        def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            value = _address(builder, values, builder.mul(i, stride), element=_INT)
-            power = _address(builder, powers, builder.mul(i, _index(TILE_WORDS)), element=_INT)
-            load_tile(builder, 4, value)
-            load_tile(builder, 6, power)
-            load_tile(builder, 7, _address(builder, power, panel, element=_INT))
-            load_tile(builder, 5, _address(builder, value, _index(TILE_WORDS), element=_INT))
-            for register in range(4):
-                multiply_tiles(builder, "tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
-            return []
+        def operands(i: ir.Value) -> dict[int, ir.Value]:
+            value = address_of(builder, values, builder.mul(i, stride), element=INT)
+            power = address_of(builder, powers, builder.mul(i, index(TILE_WORDS)), element=INT)
+            return {
+                4: value,
+                6: power,
+                7: address_of(builder, power, panel, element=INT),
+                5: address_of(builder, value, index(TILE_WORDS), element=INT),
+            }
 
-        _loop(builder, _index(0), steps, 1, [], step)
-        for register, place in enumerate(places):
-            store_tile(builder, register, place)
+        emit_square(builder, "tdpbf16ps", steps, operands, _panels(builder, out, out_panel), add=args[10])
         return context.get_dummy_value()
 
-    return _takes(
+    return signature_of(
         values, values_offset, stride, powers, powers_offset, panel, steps, out, out_offset, out_panel, add
     ), generate  # fmt: skip

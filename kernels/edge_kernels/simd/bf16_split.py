@@ -22,22 +22,21 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, load_tile, multiply_tiles, store_tile, zero_tile
+from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, Sums, load_tile, multiply_square, store_sums, zero_sums
 from edge_kernels.simd.bf16 import (
-    _FLOATS,
-    _INTS,
-    _SHORT,
-    _SHORTS,
-    _UPPER_HALF,
+    FLOATS,
+    INTS,
     LANES,
-    _lanes_below,
-    _masked_load,
-    _masked_store,
-    _rounded_bits,
-    _start,
-    _transposed,
+    SHORTS,
+    UPPER_HALF,
+    lanes_below,
+    masked_load,
+    masked_store,
+    rounded_bits,
+    transposed,
 )
-from edge_kernels.simd.float32 import _INT, _address, _constant, _gelu, _index, _load, _loop, _store, _takes
+from edge_kernels.simd.float32 import emit_gelu
+from edge_kernels.simd.ir import INT, SHORT, address_of, constant, elements_at, index, load, loop, signature_of, store
 
 PARTS = 3
 SPLIT_ROWS = 2 * ROWS
@@ -54,8 +53,8 @@ def _split(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
     """Emit the bits of three vectors of bfloat16, in upper halves, whose sum the value is."""
     parts = []
     for _ in range(PARTS):
-        bits = builder.and_(_rounded_bits(builder, value), _constant(_INTS, _UPPER_HALF))
-        value = builder.fsub(value, builder.bitcast(bits, _FLOATS))
+        bits = builder.and_(rounded_bits(builder, value), constant(INTS, UPPER_HALF))
+        value = builder.fsub(value, builder.bitcast(bits, FLOATS))
         parts.append(bits)
     return parts
 
@@ -68,11 +67,10 @@ def _multiply_parts(
     for pair in order:
         for side, start in enumerate((rows, outputs)):
             for half in range(2) if pair[side] != before[side] else ():
-                at = _address(builder, start, _index((2 * pair[side] + half) * TILE), element=_SHORT)
+                at = address_of(builder, start, index((2 * pair[side] + half) * TILE), element=SHORT)
                 load_tile(builder, 4 + 2 * side + half, at)
         before = pair
-        for register in range(4):
-            multiply_tiles(builder, "tdpbf16ps", register, 4 + register // 2, 6 + register % 2)
+        multiply_square(builder, "tdpbf16ps")
 
 
 @intrinsic
@@ -80,17 +78,15 @@ def split_rows(typing_context, x, offset, out, out_offset):
     """Write 32 float32 of a row, to its place in a half of part 0 of a step (int16); the other parts lie behind."""
 
     def generate(context, builder, signature, args):
-        x, out = (_start(context, builder, signature, args, position) for position in (0, 2))
+        x, out = elements_at(context, builder, signature, args, (0, 2))
         for first in (0, LANES):
-            for part, bits in enumerate(
-                _split(builder, _load(builder, _address(builder, x, _index(first)), _FLOATS))
-            ):
-                halves = builder.trunc(builder.lshr(bits, _constant(_INTS, 16)), _SHORTS)
-                at = _address(builder, out, _index(part * 2 * TILE + first), element=_SHORT)
-                _store(builder, halves, at, 2)
+            for part, bits in enumerate(_split(builder, load(builder, address_of(builder, x, index(first)), FLOATS))):
+                halves = builder.trunc(builder.lshr(bits, constant(INTS, 16)), SHORTS)
+                at = address_of(builder, out, index(part * 2 * TILE + first), element=SHORT)
+                store(builder, halves, at, 2)
         return context.get_dummy_value()
 
-    return _takes(x, offset, out, out_offset), generate
+    return signature_of(x, offset, out, out_offset), generate
 
 
 @intrinsic
@@ -101,25 +97,24 @@ def split_outputs(typing_context, weight, offset, stride, out, out_offset):
     """
 
     def generate(context, builder, signature, args):
-        weight, out = (_start(context, builder, signature, args, position) for position in (0, 3))
-        even, odd = (ir.Constant(_INTS, [2 * lane + which for lane in range(LANES)]) for which in (0, 1))
+        weight, out = elements_at(context, builder, signature, args, (0, 3))
+        even, odd = (ir.Constant(INTS, [2 * lane + which for lane in range(LANES)]) for which in (0, 1))
         rows: list[list[ir.Value]] = [[] for _ in range(PARTS)]
         for output in range(ROWS):
-            row = _address(builder, weight, builder.mul(args[2], _index(output)))
+            row = address_of(builder, weight, builder.mul(args[2], index(output)))
             low, high = (
-                _split(builder, _load(builder, _address(builder, row, _index(first)), _FLOATS))
-                for first in (0, LANES)
+                _split(builder, load(builder, address_of(builder, row, index(first)), FLOATS)) for first in (0, LANES)
             )
             for part in range(PARTS):
                 first, second = (builder.shuffle_vector(low[part], high[part], mask) for mask in (even, odd))
-                rows[part].append(builder.or_(builder.lshr(first, _constant(_INTS, 16)), second))
+                rows[part].append(builder.or_(builder.lshr(first, constant(INTS, 16)), second))
         for part in range(PARTS):
-            for pair, words in enumerate(_transposed(builder, rows[part])):
-                at = _address(builder, out, _index(part * TILE + pair * LANES), element=_INT)
-                _store(builder, words, at)
+            for pair, words in enumerate(transposed(builder, rows[part])):
+                at = address_of(builder, out, index(part * TILE + pair * LANES), element=INT)
+                store(builder, words, at)
         return context.get_dummy_value()
 
-    return _takes(weight, offset, stride, out, out_offset), generate
+    return signature_of(weight, offset, stride, out, out_offset), generate
 
 
 @intrinsic
@@ -144,48 +139,47 @@ def split_tile(
     """
 
     def generate(context, builder, signature, args):
-        rows, weight, block, sums = (_start(context, builder, signature, args, position) for position in (0, 2, 6, 8))
+        rows, weight, block, sums = elements_at(context, builder, signature, args, (0, 2, 6, 8))
         parts, steps, add = args[4], args[5], args[10]
-        for register in range(4):
-            zero_tile(builder, register)
+        zero_sums(builder)
 
-        def loop(n_parts: int) -> None:
+        def multiply(n_parts: int) -> None:
             def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-                row = _address(builder, rows, builder.mul(i, _index(PARTS * 2 * TILE)), element=_SHORT)
-                output = _address(builder, weight, builder.mul(i, _index(n_parts * 2 * TILE)), element=_SHORT)
+                row = address_of(builder, rows, builder.mul(i, index(PARTS * 2 * TILE)), element=SHORT)
+                output = address_of(builder, weight, builder.mul(i, index(n_parts * 2 * TILE)), element=SHORT)
                 _multiply_parts(builder, row, output, [pair for pair in _ORDER if pair[1] < n_parts])
                 return []
 
-            _loop(builder, _index(0), steps, 1, [], step)
+            loop(builder, index(0), steps, 1, [], step)
 
-        with builder.if_else(builder.icmp_signed("==", parts, _index(PARTS))) as (then, otherwise):
+        with builder.if_else(builder.icmp_signed("==", parts, index(PARTS))) as (then, otherwise):
             with then:
-                loop(PARTS)
+                multiply(PARTS)
             with otherwise:
-                loop(PARTS - 1)
+                multiply(PARTS - 1)
 
-        def store(to: ir.Value) -> None:
-            for register in range(4):
-                at = register // 2 * ROWS * SPLIT_ROWS + register % 2 * ROWS
-                store_tile(builder, register, _address(builder, to, _index(at)), 4 * SPLIT_ROWS)
+        def square(start: ir.Value) -> Sums:
+            at = (register // 2 * ROWS * SPLIT_ROWS + register % 2 * ROWS for register in range(4))
+            places = {register: address_of(builder, start, index(offset)) for register, offset in enumerate(at)}
+            return Sums(places, 4 * SPLIT_ROWS)
 
-        with builder.if_else(builder.icmp_signed("==", add, _index(0))) as (then, otherwise):
+        with builder.if_else(builder.icmp_signed("==", add, index(0))) as (then, otherwise):
             with then:
-                store(sums)
+                store_sums(builder, square(sums))
             with otherwise:
-                store(block)
+                store_sums(builder, square(block))
 
                 def more(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
                     for first in range(0, 4 * LANES, LANES):
-                        one, other = (_address(builder, part, i, _index(first)) for part in (sums, block))
-                        total = builder.fadd(_load(builder, one, _FLOATS), _load(builder, other, _FLOATS))
-                        _store(builder, total, one)
+                        one, other = (address_of(builder, part, i, index(first)) for part in (sums, block))
+                        total = builder.fadd(load(builder, one, FLOATS), load(builder, other, FLOATS))
+                        store(builder, total, one)
                     return []
 
-                _loop(builder, _index(0), _index(SPLIT_ROWS * SPLIT_ROWS), 4 * LANES, [], more)
+                loop(builder, index(0), index(SPLIT_ROWS * SPLIT_ROWS), 4 * LANES, [], more)
         return context.get_dummy_value()
 
-    return _takes(
+    return signature_of(
         rows, rows_offset, weight, weight_offset, parts, steps, block, block_offset, sums, sums_offset, add
     ), generate  # fmt: skip
 
@@ -201,30 +195,30 @@ def finish_tile(
     """
 
     def generate(context, builder, signature, args):
-        sums, bias, residual, out = (_start(context, builder, signature, args, position) for position in (0, 2, 5, 8))
+        sums, bias, residual, out = elements_at(context, builder, signature, args, (0, 2, 5, 8))
         with_gelu, residual_stride, out_stride, n_rows, width = (args[position] for position in (4, 7, 10, 11, 12))
         residual_array = cgutils.create_struct_proxy(signature.args[5])(context, builder, value=args[5])
-        has_residual = builder.icmp_signed("!=", residual_array.nitems, _index(0))
-        wants_gelu = builder.icmp_signed("!=", with_gelu, _index(0))
-        wanted = [_lanes_below(builder, builder.sub(width, _index(first))) for first in (0, LANES)]
-        nothing = _constant(wanted[0].type, 0)
+        has_residual = builder.icmp_signed("!=", residual_array.nitems, index(0))
+        wants_gelu = builder.icmp_signed("!=", with_gelu, index(0))
+        wanted = [lanes_below(builder, builder.sub(width, index(first))) for first in (0, LANES)]
+        nothing = constant(wanted[0].type, 0)
         added = [builder.select(has_residual, mask, nothing) for mask in wanted]
-        summands = [_load(builder, _address(builder, bias, _index(first)), _FLOATS) for first in (0, LANES)]
+        summands = [load(builder, address_of(builder, bias, index(first)), FLOATS) for first in (0, LANES)]
 
-        def rows(emit_gelu: bool) -> None:
+        def rows(is_gelu: bool) -> None:
             def row(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
                 for side, first in enumerate((0, LANES)):
-                    line = _address(builder, sums, builder.mul(i, _index(SPLIT_ROWS)), _index(first))
-                    value = builder.fadd(_load(builder, line, _FLOATS), summands[side])
-                    if emit_gelu:
-                        value = _gelu(builder, value)
-                    more = _address(builder, residual, builder.mul(i, residual_stride), _index(first))
-                    value = builder.fadd(value, _masked_load(builder, more, added[side]))
-                    to = _address(builder, out, builder.mul(i, out_stride), _index(first))
-                    _masked_store(builder, value, to, wanted[side])
+                    line = address_of(builder, sums, builder.mul(i, index(SPLIT_ROWS)), index(first))
+                    value = builder.fadd(load(builder, line, FLOATS), summands[side])
+                    if is_gelu:
+                        value = emit_gelu(builder, value)
+                    more = address_of(builder, residual, builder.mul(i, residual_stride), index(first))
+                    value = builder.fadd(value, masked_load(builder, more, added[side]))
+                    to = address_of(builder, out, builder.mul(i, out_stride), index(first))
+                    masked_store(builder, value, to, wanted[side])
                 return []
 
-            _loop(builder, _index(0), n_rows, 1, [], row)
+            loop(builder, index(0), n_rows, 1, [], row)
 
         with builder.if_else(wants_gelu) as (then, otherwise):
             with then:
@@ -233,7 +227,7 @@ def finish_tile(
                 rows(False)
         return context.get_dummy_value()
 
-    return _takes(
+    return signature_of(
         sums, sums_offset, bias, bias_offset, with_gelu, residual, residual_offset, residual_stride,
         out, out_offset, out_stride, n_rows, width,
     ), generate  # fmt: skip

@@ -15,28 +15,29 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edge_kernels.simd.float32 import (
-    _FLOAT,
-    _INT,
-    _VECTOR,
-    TILE,
-    _address,
-    _constant,
-    _floats,
-    _gelu,
-    _index,
-    _larger,
-    _load,
-    _loop,
-    _multiply_add,
-    _splat,
-    _store,
-    _takes,
-)
+from edge_kernels.simd.float32 import emit_gelu
 from edge_kernels.simd.int8 import DOT_NR, DOT_TILE
+from edge_kernels.simd.ir import (
+    FLOAT,
+    INT,
+    TILE,
+    VECTOR,
+    address_of,
+    constant,
+    data_of,
+    each_vector,
+    index,
+    larger,
+    load,
+    loop,
+    multiply_add,
+    signature_of,
+    splat,
+    store,
+)
 
 # 1.5 · 2^23: adding it rounds to an integer (halves to even), which is then in the low bits.
-_ROUND = 12582912.0
+ROUND = 12582912.0
 
 _CHAINS = 4  # vectors of partial results: enough to hide the latency of a comparison
 
@@ -60,24 +61,24 @@ def _reduce_row(
     def vectors(j: ir.Value, states: Sequence[ir.Value]) -> Sequence[ir.Value]:
         results = []
         for v in range(_CHAINS):
-            value = _load(builder, _address(builder, row, j, _index(v * TILE.width)))
+            value = load(builder, address_of(builder, row, j, index(v * TILE.width)))
             results += take(value, states[size * v : size * (v + 1)])
         return results
 
     def scalar(j: ir.Value, state: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        return take(_load(builder, _address(builder, row, j), _FLOAT), state)
+        return take(load(builder, address_of(builder, row, j), FLOAT), state)
 
-    whole = builder.mul(builder.sdiv(n, _index(chunk)), _index(chunk))
-    first = [_constant(_VECTOR, value) for value in initial]
-    flat = _loop(builder, _index(0), whole, chunk, first * _CHAINS, vectors)
+    whole = builder.mul(builder.sdiv(n, index(chunk)), index(chunk))
+    first = [constant(VECTOR, value) for value in initial]
+    flat = loop(builder, index(0), whole, chunk, first * _CHAINS, vectors)
     state = functools.reduce(merge, (flat[size * v : size * (v + 1)] for v in range(_CHAINS)))
-    lanes = ([builder.extract_element(part, ir.Constant(_INT, lane)) for part in state] for lane in range(TILE.width))
-    return _loop(builder, whole, n, 1, functools.reduce(merge, lanes), scalar)
+    lanes = ([builder.extract_element(part, ir.Constant(INT, lane)) for part in state] for lane in range(TILE.width))
+    return loop(builder, whole, n, 1, functools.reduce(merge, lanes), scalar)
 
 
 def _poison(builder: ir.IRBuilder, value: ir.Value, sum_: ir.Value) -> ir.Value:
     """Emit a sum that stays 0, or is NaN once a value was not finite."""
-    return builder.fadd(sum_, builder.fmul(value, _constant(value.type, 0.0)))
+    return builder.fadd(sum_, builder.fmul(value, constant(value.type, 0.0)))
 
 
 @intrinsic
@@ -88,7 +89,7 @@ def row_range(typing_context, x, offset, n):
     """
 
     def generate(context, builder, signature, args):
-        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
+        row = address_of(builder, data_of(context, builder, signature, args, 0), args[1])
 
         def smaller(a: ir.Value, b: ir.Value) -> ir.Value:
             return builder.select(builder.fcmp_ordered("<", a, b), a, b)
@@ -96,16 +97,16 @@ def row_range(typing_context, x, offset, n):
         def take(value: ir.Value, state: Sequence[ir.Value]) -> State:
             return [
                 smaller(value, state[0]),
-                _larger(builder, value, state[1]),
+                larger(builder, value, state[1]),
                 _poison(builder, value, state[2]),
             ]
 
         def merge(a: Sequence[ir.Value], b: Sequence[ir.Value]) -> State:
-            return [smaller(a[0], b[0]), _larger(builder, a[1], b[1]), builder.fadd(a[2], b[2])]
+            return [smaller(a[0], b[0]), larger(builder, a[1], b[1]), builder.fadd(a[2], b[2])]
 
         initial = (float("inf"), float("-inf"), 0.0)
         low, high, broken = _reduce_row(builder, row, args[2], initial, take, merge)
-        low, high = (builder.fmul(value, _constant(_FLOAT, 0.5)) for value in (low, high))
+        low, high = (builder.fmul(value, constant(FLOAT, 0.5)) for value in (low, high))
         middle, half = (builder.fadd(value, broken) for value in (builder.fadd(high, low), builder.fsub(high, low)))
         return context.make_tuple(builder, signature.return_type, [middle, half])
 
@@ -117,14 +118,14 @@ def row_magnitude(typing_context, x, offset, n):
     """Return the largest |value| of x[offset : offset + n]; NaN where the row has NaN or infinity."""
 
     def generate(context, builder, signature, args):
-        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
+        row = address_of(builder, data_of(context, builder, signature, args, 0), args[1])
 
         def take(value: ir.Value, state: Sequence[ir.Value]) -> State:
-            magnitude = _larger(builder, value, builder.fneg(value))
-            return [_larger(builder, magnitude, state[0]), _poison(builder, value, state[1])]
+            magnitude = larger(builder, value, builder.fneg(value))
+            return [larger(builder, magnitude, state[0]), _poison(builder, value, state[1])]
 
         def merge(a: Sequence[ir.Value], b: Sequence[ir.Value]) -> State:
-            return [_larger(builder, a[0], b[0]), builder.fadd(a[1], b[1])]
+            return [larger(builder, a[0], b[0]), builder.fadd(a[1], b[1])]
 
         largest, broken = _reduce_row(builder, row, args[2], (0.0, 0.0), take, merge)
         return builder.fadd(largest, broken)
@@ -142,41 +143,31 @@ def quantize_row(typing_context, x, offset, n, middle, factor, q, q_offset):
 
     def generate(context, builder, signature, args):
         _, offset, n, middle, factor, _, q_offset = args
-        row = _address(builder, _floats(context, builder, signature, args, 0), offset)
-        out = _address(builder, _floats(context, builder, signature, args, 5), q_offset, element=element)
+        row = address_of(builder, data_of(context, builder, signature, args, 0), offset)
+        out = address_of(builder, data_of(context, builder, signature, args, 5), q_offset, element=element)
 
         def emit(j: ir.Value, type_: ir.Type) -> None:
-            ints: ir.Type = _INT
+            ints: ir.Type = INT
             narrow: ir.Type = element
             m, f = middle, factor
             if isinstance(type_, ir.VectorType):
-                ints, narrow = ir.VectorType(_INT, type_.count), ir.VectorType(element, type_.count)
-                m, f = (_splat(builder, value) for value in (m, f))
-            value = builder.fmul(builder.fsub(_load(builder, _address(builder, row, j), type_), m), f)
-            value = _larger(builder, value, _constant(type_, -127.0))
-            limit = _constant(type_, 127.0)
+                ints, narrow = ir.VectorType(INT, type_.count), ir.VectorType(element, type_.count)
+                m, f = (splat(builder, value) for value in (m, f))
+            value = builder.fmul(builder.fsub(load(builder, address_of(builder, row, j), type_), m), f)
+            value = larger(builder, value, constant(type_, -127.0))
+            limit = constant(type_, 127.0)
             value = builder.select(builder.fcmp_ordered("<", value, limit), value, limit)
-            bits = builder.bitcast(builder.fadd(value, _constant(type_, _ROUND)), ints)
-            _store(builder, builder.trunc(bits, narrow), _address(builder, out, j, element=element), 1)
+            bits = builder.bitcast(builder.fadd(value, constant(type_, ROUND)), ints)
+            store(builder, builder.trunc(bits, narrow), address_of(builder, out, j, element=element), 1)
 
-        def vectors(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            emit(j, _VECTOR)
-            return []
-
-        def scalar(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            emit(j, _FLOAT)
-            return []
-
-        whole = builder.mul(builder.sdiv(n, _index(TILE.width)), _index(TILE.width))
-        _loop(builder, _index(0), whole, TILE.width, [], vectors)
-        _loop(builder, whole, n, 1, [], scalar)
+        each_vector(builder, n, emit)
         return context.get_dummy_value()
 
-    index, real = types.int64, types.float32
-    return types.none(x, index, index, real, real, q, index), generate
+    whole, real = types.int64, types.float32
+    return types.none(x, whole, whole, real, real, q, whole), generate
 
 
-_INTS = ir.VectorType(_INT, TILE.width)
+_INTS = ir.VectorType(INT, TILE.width)
 
 
 def _scaler(after):
@@ -197,48 +188,47 @@ def _scaler(after):
         out_stride,
     ):  # fmt: skip
         def generate(context, builder, signature, args):
-            def element(position: int, offset: int, type_: ir.Type = _FLOAT) -> ir.Value:
-                return _address(
-                    builder, _floats(context, builder, signature, args, position), args[offset], element=type_
+            def element(position: int, offset: int, type_: ir.Type = FLOAT) -> ir.Value:
+                return address_of(
+                    builder, data_of(context, builder, signature, args, position), args[offset], element=type_
                 )
 
-            sums, rows = element(0, 1, _INT), args[2]
+            sums, rows = element(0, 1, INT), args[2]
             scales, offsets = element(3, 4), element(5, 4)
             columns = [element(position, column) for position, column in ((6, 7), (8, 9), (11, 12))]
-            whole, start, out = element(10, 12, _INT), element(13, 14), element(16, 17)
+            whole, start, out = element(10, 12, INT), element(13, 14), element(16, 17)
             start_stride, out_stride = args[15], args[18]
             parts = range(0, DOT_NR, TILE.width)
-            by_column = [[_load(builder, _address(builder, array, _index(j))) for array in columns] for j in parts]
+            by_column = [[load(builder, address_of(builder, array, index(j))) for array in columns] for j in parts]
             excess = [
                 builder.mul(
-                    _load(builder, _address(builder, whole, _index(j), element=_INT), _INTS),
-                    _constant(_INTS, DOT_TILE.row_zero),
+                    load(builder, address_of(builder, whole, index(j), element=INT), _INTS),
+                    constant(_INTS, DOT_TILE.row_zero),
                 )
                 for j in parts
             ]
 
             def body(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
                 scale, offset = (
-                    _splat(builder, _load(builder, _address(builder, array, i), _FLOAT))
-                    for array in (scales, offsets)
+                    splat(builder, load(builder, address_of(builder, array, i), FLOAT)) for array in (scales, offsets)
                 )
-                of_sums = _address(builder, sums, builder.mul(i, _index(DOT_NR)), element=_INT)
-                of_start = _address(builder, start, builder.mul(i, start_stride))
-                to = _address(builder, out, builder.mul(i, out_stride))
+                of_sums = address_of(builder, sums, builder.mul(i, index(DOT_NR)), element=INT)
+                of_start = address_of(builder, start, builder.mul(i, start_stride))
+                to = address_of(builder, out, builder.mul(i, out_stride))
                 for j, (weight_scale, summand, shift), more in zip(parts, by_column, excess, strict=True):
-                    total = _load(builder, _address(builder, of_sums, _index(j), element=_INT), _INTS)
+                    total = load(builder, address_of(builder, of_sums, index(j), element=INT), _INTS)
                     if DOT_TILE.row_zero:
                         total = builder.sub(total, more)
-                    value = builder.fmul(builder.sitofp(total, _VECTOR), weight_scale)
-                    value = _multiply_add(builder, scale, value, _multiply_add(builder, offset, shift, summand))
-                    value = builder.fadd(_load(builder, _address(builder, of_start, _index(j))), value)
-                    _store(builder, after(builder, value), _address(builder, to, _index(j)))
+                    value = builder.fmul(builder.sitofp(total, VECTOR), weight_scale)
+                    value = multiply_add(builder, scale, value, multiply_add(builder, offset, shift, summand))
+                    value = builder.fadd(load(builder, address_of(builder, of_start, index(j))), value)
+                    store(builder, after(builder, value), address_of(builder, to, index(j)))
                 return []
 
-            _loop(builder, _index(0), rows, 1, [], body)
+            loop(builder, index(0), rows, 1, [], body)
             return context.get_dummy_value()
 
-        return _takes(
+        return signature_of(
             sums, sums_offset, rows, scales, scales_offset, offsets, weight_scales, column, bias, bias_offset,
             weight_sums, shifts, group_column, start, start_offset, start_stride, out, out_offset, out_stride,
         ), generate  # fmt: skip
@@ -246,7 +236,7 @@ def _scaler(after):
     return scale
 
 
-scale_tile, scale_gelu_tile = _scaler(lambda _, value: value), _scaler(_gelu)
+scale_tile, scale_gelu_tile = _scaler(lambda _, value: value), _scaler(emit_gelu)
 
 
 @intrinsic
@@ -257,12 +247,12 @@ def move_step(typing_context, cells, offset, out, out_offset):
         element = ir.IntType(signature.args[0].dtype.bitwidth)
         vector = ir.VectorType(element, DOT_TILE.step_cells)
         source, to = (
-            _address(
-                builder, _floats(context, builder, signature, args, position), args[position + 1], element=element
+            address_of(
+                builder, data_of(context, builder, signature, args, position), args[position + 1], element=element
             )
             for position in (0, 2)
         )
-        _store(builder, _load(builder, source, vector, 1), to, 1)
+        store(builder, load(builder, source, vector, 1), to, 1)
         return context.get_dummy_value()
 
-    return _takes(cells, offset, out, out_offset), generate
+    return signature_of(cells, offset, out, out_offset), generate

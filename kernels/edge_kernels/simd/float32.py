@@ -15,53 +15,42 @@ so it is right on every instruction set: what the machine does not have, LLVM sp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import isa
-
-
-class Tile(NamedTuple):
-    """A tile of sums held in registers: `rows` × (`vectors` · `width`) float32."""
-
-    rows: int
-    vectors: int
-    width: int
-
-
-# By the names of `compile.ISAS`. rows · vectors sums + vectors operands + at least 1 broadcast fit into the
-# registers (16 in AVX2 and SSE, 32 in AVX-512 and NEON), and there are enough sums to cover latency times issue
-# rate (8 on x86 with FMA, up to 16 on big ARM cores).
-TILES: dict[str, Tile] = {
-    **dict.fromkeys(("amx", "avx512vnni", "avx512"), Tile(rows=8, vectors=3, width=16)),
-    "avxvnni": Tile(rows=6, vectors=2, width=8),
-    "avx2": Tile(rows=6, vectors=2, width=8),
-    "neon-i8mm": Tile(rows=6, vectors=4, width=4),
-    "neon-dot": Tile(rows=6, vectors=4, width=4),
-    "neon": Tile(rows=6, vectors=4, width=4),
-    "portable": Tile(rows=4, vectors=2, width=4),
-}
-TILE = TILES[isa()]
-
-MR = TILE.rows  # rows of a register tile
-NR = TILE.vectors * TILE.width  # columns of a register tile, and of a panel
+from edge_kernels.machine import isa
+from edge_kernels.simd.ir import (
+    FLOAT,
+    INT,
+    MR,
+    NR,
+    SHORT,
+    TILE,
+    VECTOR,
+    address_of,
+    call,
+    constant,
+    data_of,
+    index,
+    larger,
+    load,
+    loop,
+    multiply_add,
+    signature_of,
+    splat,
+    store,
+)
 
 _HAS_ESTIMATE = isa() in ("amx", "avx512vnni", "avx512")
-_FLOAT = ir.FloatType()
-_INT = ir.IntType(32)
-_INDEX = ir.IntType(64)
-_VECTOR = ir.VectorType(_FLOAT, TILE.width)
 
 # exp2 on [-1/2, 1/2]: minimax in relative error, 1.6e-8 with the coefficients rounded to float32. Constant
 # term 1.
 _EXP2_POLYNOMIAL = (0.00015353363, 0.0013398875, 0.009618437, 0.055503324, 0.24022648, 0.6931472)
 # Adding 1.5 · 2^23 rounds to an integer and leaves it in the low mantissa bits; 127 more makes it a biased
 # exponent.
-_ROUND_TO_EXPONENT = 12582912.0 + 127.0
+ROUND_TO_EXPONENT = 12582912.0 + 127.0
 
 _LARGEST = 3.0e38
 
@@ -72,113 +61,34 @@ GELU_CUBIC = GELU_LINEAR * 0.044715
 # --- building blocks ----------------------------------------------------------------------------------------
 
 
-def _constant(type_: ir.Type, value: float) -> ir.Constant:
-    """Make a constant of a scalar type, or a vector with the same constant in all lanes."""
-    if isinstance(type_, ir.VectorType):
-        return ir.Constant(type_, [ir.Constant(type_.element, value)] * type_.count)
-    return ir.Constant(type_, value)
-
-
-def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
-    """Copy a scalar into all lanes of a vector."""
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    lane = builder.insert_element(undefined, scalar, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(_INT, TILE.width), [0] * TILE.width))
-
-
-def _multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """Emit a · b + c, fused where the machine can (`llvm.fma` would call the C library where it cannot)."""
-    name = f"llvm.fmuladd.v{a.type.count}f32" if isinstance(a.type, ir.VectorType) else "llvm.fmuladd.f32"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
-    return builder.call(function, [a, b, c])
-
-
-def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
-    """Emit max(a, b); b where a is NaN, as the x86 instruction does."""
-    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-
-def _address(builder: ir.IRBuilder, array: ir.Value, *offsets: ir.Value, element: ir.Type = _FLOAT) -> ir.Value:
-    """Emit the address of an element of a flat array."""
-    for offset in offsets:
-        array = builder.gep(array, [offset], source_etype=element)
-    return array
-
-
-def _load(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type = _VECTOR, align: int = 4) -> ir.Value:
-    """Load a scalar or a vector from an address that need only be aligned for a float."""
-    value = builder.load(builder.bitcast(address, type_.as_pointer()))
-    value.align = align
-    return value
-
-
-def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
-    """Store a scalar or a vector, as `_load` loads it."""
-    builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = align
-
-
-def _index(value: int) -> ir.Constant:
-    return ir.Constant(_INDEX, value)
-
-
-Body = Callable[[ir.Value, Sequence[ir.Value]], Sequence[ir.Value]]
-
-
-def _loop(
-    builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, initial: Sequence[ir.Value], body: Body
-) -> list[ir.Value]:
-    """Emit `for i in range(start, stop, step)` carrying values in registers; give the last of them."""
-    before = builder.block
-    head = builder.append_basic_block("loop.head")
-    inside = builder.append_basic_block("loop.body")
-    after = builder.append_basic_block("loop.end")
-    builder.branch(head)
-    builder.position_at_end(head)
-    i = builder.phi(_INDEX)
-    carried = [builder.phi(value.type) for value in initial]
-    builder.cbranch(builder.icmp_signed("<", i, stop), inside, after)
-    builder.position_at_end(inside)
-    results = body(i, carried)
-    following = builder.add(i, _index(step))
-    end = builder.block
-    builder.branch(head)
-    i.add_incoming(start, before)
-    i.add_incoming(following, end)
-    for phi, first, result in zip(carried, initial, results, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(result, end)
-    builder.position_at_end(after)
-    return carried
-
-
-def _exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """Emit 2^x for a float or a vector of floats.
 
     Relative error below 1.2e-7 for -126 ≤ x ≤ 127.5; exactly 0 below -126.5 (no subnormal results), infinity
     above 127.5; NaN stays NaN. No branch and no call, so a loop around it can be vectorised.
     """
     floats = x.type
-    ints = ir.VectorType(_INT, floats.count) if isinstance(floats, ir.VectorType) else _INT
-    low, high = _constant(floats, -127.0), _constant(floats, 128.0)
+    ints = ir.VectorType(INT, floats.count) if isinstance(floats, ir.VectorType) else INT
+    low, high = constant(floats, -127.0), constant(floats, 128.0)
     # Comparisons with NaN are false, so NaN passes both clamps.
     x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
     x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
-    shifted = builder.fadd(x, _constant(floats, _ROUND_TO_EXPONENT))
-    rest = builder.fsub(x, builder.fsub(shifted, _constant(floats, _ROUND_TO_EXPONENT)))  # exact, in [-1/2, 1/2]
-    result = _constant(floats, _EXP2_POLYNOMIAL[0])
+    shifted = builder.fadd(x, constant(floats, ROUND_TO_EXPONENT))
+    rest = builder.fsub(x, builder.fsub(shifted, constant(floats, ROUND_TO_EXPONENT)))  # exact, in [-1/2, 1/2]
+    result = constant(floats, _EXP2_POLYNOMIAL[0])
     for coefficient in (*_EXP2_POLYNOMIAL[1:], 1.0):
-        result = _multiply_add(builder, result, rest, _constant(floats, coefficient))
+        result = multiply_add(builder, result, rest, constant(floats, coefficient))
     # Low mantissa bits 0..255 moved into the exponent field: 0 is the float 0, 255 is infinity.
-    power = builder.bitcast(builder.shl(builder.bitcast(shifted, ints), _constant(ints, 23)), floats)
+    power = builder.bitcast(builder.shl(builder.bitcast(shifted, ints), constant(ints, 23)), floats)
     return builder.fmul(result, power)
 
 
-def _gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """Emit tanh-GELU of a float or a vector of floats; see `gelu`."""
     square = builder.fmul(x, x)
-    slope = _multiply_add(builder, square, _constant(x.type, GELU_CUBIC), _constant(x.type, GELU_LINEAR))
-    power = _exp2(builder, builder.fmul(x, slope))
-    return _quotient(builder, x, builder.fadd(power, _constant(x.type, 1.0)))
+    slope = multiply_add(builder, square, constant(x.type, GELU_CUBIC), constant(x.type, GELU_LINEAR))
+    power = emit_exp2(builder, builder.fmul(x, slope))
+    return _quotient(builder, x, builder.fadd(power, constant(x.type, 1.0)))
 
 
 def _quotient(builder: ir.IRBuilder, dividend: ir.Value, x: ir.Value) -> ir.Value:
@@ -188,36 +98,23 @@ def _quotient(builder: ir.IRBuilder, dividend: ir.Value, x: ir.Value) -> ir.Valu
     """
     if not (isinstance(x.type, ir.VectorType) and x.type.count == 16 and _HAS_ESTIMATE):
         return builder.fdiv(dividend, x)
-    mask = ir.IntType(16)
-    function_type = ir.FunctionType(x.type, [x.type, x.type, mask])
-    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.avx512.rcp14.ps.512")
-    estimate = builder.call(function, [x, _constant(x.type, 0.0), ir.Constant(mask, 0xFFFF)])
-    largest = _constant(x.type, _LARGEST)  # infinity times its estimate would not be a number
+    arguments = [x, constant(x.type, 0.0), ir.Constant(SHORT, 0xFFFF)]  # the mask: all lanes
+    estimate = call(builder, "llvm.x86.avx512.rcp14.ps.512", x.type, arguments)
+    largest = constant(x.type, _LARGEST)  # infinity times its estimate would not be a number
     finite = builder.select(builder.fcmp_ordered(">", x, largest), largest, x)
-    error = _multiply_add(builder, builder.fneg(finite), estimate, _constant(x.type, 1.0))
-    return builder.fmul(dividend, _multiply_add(builder, estimate, error, estimate))
+    error = multiply_add(builder, builder.fneg(finite), estimate, constant(x.type, 1.0))
+    return builder.fmul(dividend, multiply_add(builder, estimate, error, estimate))
 
 
 # --- for numba ----------------------------------------------------------------------------------------------
 
 
-def _floats(context: Any, builder: ir.IRBuilder, signature: Any, args: Sequence[ir.Value], position: int) -> ir.Value:
-    """Take the data pointer of the array argument at `position` (of any element type)."""
-    array = cgutils.create_struct_proxy(signature.args[position])(context, builder, value=args[position])
-    return array.data
-
-
-def _takes(*arguments: Any, returns: Any = types.none) -> Any:
-    """Build an intrinsic's signature: arrays keep the type they come with, integers become int64."""
-    return returns(*(a if isinstance(a, types.Array) else types.int64 for a in arguments))
-
-
 @intrinsic
 def exp2(typing_context, x):
-    """Return 2^x in float32; accuracy and limits as told in `_exp2`."""
+    """Return 2^x in float32; accuracy and limits as told in `emit_exp2`."""
 
     def generate(context, builder, signature, args):
-        return _exp2(builder, args[0])
+        return emit_exp2(builder, args[0])
 
     return types.float32(types.float32), generate
 
@@ -231,20 +128,9 @@ def gelu(typing_context, x):
     """
 
     def generate(context, builder, signature, args):
-        return _gelu(builder, args[0])
+        return emit_gelu(builder, args[0])
 
     return types.float32(types.float32), generate
-
-
-@intrinsic
-def take_ticket(typing_context, counter):
-    """Return counter[0] and increment it, atomically: how workers share out tasks."""
-
-    def generate(context, builder, signature, args):
-        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-        return builder.atomic_rmw("add", array.data, _index(1), "monotonic")
-
-    return types.int64(counter), generate
 
 
 @intrinsic
@@ -262,44 +148,44 @@ def product_tile(
 
     def generate(context, builder, signature, args):
         _, a_offset, a_row_stride, a_k_stride, rows, _, b_offset, n_k, _, c_offset, accumulate = args
-        a, b, c = (_floats(context, builder, signature, args, position) for position in (0, 5, 8))
+        a, b, c = (data_of(context, builder, signature, args, position) for position in (0, 5, 8))
         a, b, c = (
-            _address(builder, a, a_offset),
-            _address(builder, b, b_offset),
-            _address(builder, c, c_offset),
+            address_of(builder, a, a_offset),
+            address_of(builder, b, b_offset),
+            address_of(builder, c, c_offset),
         )
 
-        last = builder.sub(rows, _index(1))
+        last = builder.sub(rows, index(1))
         row_starts = []
         for i in range(MR):
-            row = builder.select(builder.icmp_signed("<", _index(i), last), _index(i), last)
-            row_starts.append(_address(builder, a, builder.mul(row, a_row_stride)))
+            row = builder.select(builder.icmp_signed("<", index(i), last), index(i), last)
+            row_starts.append(address_of(builder, a, builder.mul(row, a_row_stride)))
 
         def step(k: ir.Value, carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
             sums, a_k = list(carried[:-1]), carried[-1]
-            b_k = _address(builder, b, builder.mul(k, _index(NR)))
-            operands = [_load(builder, _address(builder, b_k, _index(v * TILE.width))) for v in range(TILE.vectors)]
+            b_k = address_of(builder, b, builder.mul(k, index(NR)))
+            operands = [load(builder, address_of(builder, b_k, index(v * TILE.width))) for v in range(TILE.vectors)]
             for i in range(MR):
-                factor = _splat(builder, _load(builder, _address(builder, row_starts[i], a_k), _FLOAT))
+                factor = splat(builder, load(builder, address_of(builder, row_starts[i], a_k), FLOAT))
                 for v in range(TILE.vectors):
                     s = i * TILE.vectors + v
-                    sums[s] = _multiply_add(builder, factor, operands[v], sums[s])
+                    sums[s] = multiply_add(builder, factor, operands[v], sums[s])
             return [*sums, builder.add(a_k, a_k_stride)]
 
-        zeros = [_constant(_VECTOR, 0.0)] * (MR * TILE.vectors)
-        *sums, _ = _loop(builder, _index(0), n_k, 1, [*zeros, _index(0)], step)
+        zeros = [constant(VECTOR, 0.0)] * (MR * TILE.vectors)
+        *sums, _ = loop(builder, index(0), n_k, 1, [*zeros, index(0)], step)
 
-        addresses = [_address(builder, c, _index(s * TILE.width)) for s in range(len(sums))]
-        with builder.if_else(builder.icmp_signed("!=", accumulate, _index(0))) as (then, otherwise):
+        addresses = [address_of(builder, c, index(s * TILE.width)) for s in range(len(sums))]
+        with builder.if_else(builder.icmp_signed("!=", accumulate, index(0))) as (then, otherwise):
             with then:
                 for s, address in zip(sums, addresses, strict=True):
-                    _store(builder, builder.fadd(_load(builder, address), s), address)
+                    store(builder, builder.fadd(load(builder, address), s), address)
             with otherwise:
                 for s, address in zip(sums, addresses, strict=True):
-                    _store(builder, s, address)
+                    store(builder, s, address)
         return context.get_dummy_value()
 
-    signature = _takes(a, a_offset, a_row_stride, a_k_stride, rows, b, b_offset, n_k, c, c_offset, accumulate)
+    signature = signature_of(a, a_offset, a_row_stride, a_k_stride, rows, b, b_offset, n_k, c, c_offset, accumulate)
     return signature, generate
 
 
@@ -315,39 +201,39 @@ def softmax_panel(typing_context, scores, offset, rows, state, state_offset):
 
     def generate(context, builder, signature, args):
         _, offset, rows, _, state_offset = args
-        scores = _address(builder, _floats(context, builder, signature, args, 0), offset)
-        state = _address(builder, _floats(context, builder, signature, args, 3), state_offset)
-        starts = [_index(v * TILE.width) for v in range(TILE.vectors)]
+        scores = address_of(builder, data_of(context, builder, signature, args, 0), offset)
+        state = address_of(builder, data_of(context, builder, signature, args, 3), state_offset)
+        starts = [index(v * TILE.width) for v in range(TILE.vectors)]
         maxima_at, sums_at, factors_at = (
-            [_address(builder, state, _index(part * NR), start) for start in starts] for part in range(3)
+            [address_of(builder, state, index(part * NR), start) for start in starts] for part in range(3)
         )
 
         def cells(row: ir.Value) -> list[ir.Value]:
-            return [_address(builder, scores, builder.mul(row, _index(NR)), start) for start in starts]
+            return [address_of(builder, scores, builder.mul(row, index(NR)), start) for start in starts]
 
         def find(row: ir.Value, maxima: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            return [_larger(builder, _load(builder, cell), m) for cell, m in zip(cells(row), maxima, strict=True)]
+            return [larger(builder, load(builder, cell), m) for cell, m in zip(cells(row), maxima, strict=True)]
 
-        before = [_load(builder, address) for address in maxima_at]
-        maxima = _loop(builder, _index(0), rows, 1, before, find)
-        factors = [_exp2(builder, builder.fsub(old, new)) for old, new in zip(before, maxima, strict=True)]
-        sums = [builder.fmul(_load(builder, at), factor) for at, factor in zip(sums_at, factors, strict=True)]
+        before = [load(builder, address) for address in maxima_at]
+        maxima = loop(builder, index(0), rows, 1, before, find)
+        factors = [emit_exp2(builder, builder.fsub(old, new)) for old, new in zip(before, maxima, strict=True)]
+        sums = [builder.fmul(load(builder, at), factor) for at, factor in zip(sums_at, factors, strict=True)]
 
         def raise_(row: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
             results = []
             for cell, maximum, sum_ in zip(cells(row), maxima, sums, strict=True):
-                power = _exp2(builder, builder.fsub(_load(builder, cell), maximum))
-                _store(builder, power, cell)
+                power = emit_exp2(builder, builder.fsub(load(builder, cell), maximum))
+                store(builder, power, cell)
                 results.append(builder.fadd(sum_, power))
             return results
 
-        sums = _loop(builder, _index(0), rows, 1, sums, raise_)
+        sums = loop(builder, index(0), rows, 1, sums, raise_)
         for values, addresses in ((maxima, maxima_at), (sums, sums_at), (factors, factors_at)):
             for value, address in zip(values, addresses, strict=True):
-                _store(builder, value, address)
+                store(builder, value, address)
         return context.get_dummy_value()
 
-    return _takes(scores, offset, rows, state, state_offset), generate
+    return signature_of(scores, offset, rows, state, state_offset), generate
 
 
 @intrinsic
@@ -356,20 +242,20 @@ def scale_panel(typing_context, panel, offset, rows, factors, factors_offset):
 
     def generate(context, builder, signature, args):
         _, offset, rows, _, factors_offset = args
-        panel = _address(builder, _floats(context, builder, signature, args, 0), offset)
-        at = _address(builder, _floats(context, builder, signature, args, 3), factors_offset)
-        factors = [_load(builder, _address(builder, at, _index(v * TILE.width))) for v in range(TILE.vectors)]
+        panel = address_of(builder, data_of(context, builder, signature, args, 0), offset)
+        at = address_of(builder, data_of(context, builder, signature, args, 3), factors_offset)
+        factors = [load(builder, address_of(builder, at, index(v * TILE.width))) for v in range(TILE.vectors)]
 
         def scale(row: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
             for v, factor in enumerate(factors):
-                cell = _address(builder, panel, builder.mul(row, _index(NR)), _index(v * TILE.width))
-                _store(builder, builder.fmul(_load(builder, cell), factor), cell)
+                cell = address_of(builder, panel, builder.mul(row, index(NR)), index(v * TILE.width))
+                store(builder, builder.fmul(load(builder, cell), factor), cell)
             return []
 
-        _loop(builder, _index(0), rows, 1, [], scale)
+        loop(builder, index(0), rows, 1, [], scale)
         return context.get_dummy_value()
 
-    return _takes(panel, offset, rows, factors, factors_offset), generate
+    return signature_of(panel, offset, rows, factors, factors_offset), generate
 
 
 _SUMS = 4  # vectors of partial sums in a row reduction: enough to hide the latency of an addition
@@ -383,22 +269,22 @@ def _sum_row(
     `term` gets (value, sum so far) and gives the new sum, for vectors as for scalars.
     """
     chunk = _SUMS * TILE.width
-    whole = builder.mul(builder.sdiv(n, _index(chunk)), _index(chunk))
+    whole = builder.mul(builder.sdiv(n, index(chunk)), index(chunk))
 
     def vectors(j: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        at = [_address(builder, x, j, _index(v * TILE.width)) for v in range(_SUMS)]
-        return [term(_load(builder, address), s) for address, s in zip(at, sums, strict=True)]
+        at = [address_of(builder, x, j, index(v * TILE.width)) for v in range(_SUMS)]
+        return [term(load(builder, address), s) for address, s in zip(at, sums, strict=True)]
 
     def scalar(j: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        return [term(_load(builder, _address(builder, x, j), _FLOAT), sums[0])]
+        return [term(load(builder, address_of(builder, x, j), FLOAT), sums[0])]
 
-    parts = _loop(builder, _index(0), whole, chunk, [_constant(_VECTOR, 0.0)] * _SUMS, vectors)
+    parts = loop(builder, index(0), whole, chunk, [constant(VECTOR, 0.0)] * _SUMS, vectors)
     while len(parts) > 1:
         parts = [builder.fadd(one, other) for one, other in zip(parts[::2], parts[1::2], strict=True)]
-    lanes = [builder.extract_element(parts[0], ir.Constant(_INT, lane)) for lane in range(TILE.width)]
+    lanes = [builder.extract_element(parts[0], ir.Constant(INT, lane)) for lane in range(TILE.width)]
     while len(lanes) > 1:
         lanes = [builder.fadd(one, other) for one, other in zip(lanes[::2], lanes[1::2], strict=True)]
-    (total,) = _loop(builder, whole, n, 1, lanes, scalar)
+    (total,) = loop(builder, whole, n, 1, lanes, scalar)
     return total
 
 
@@ -407,10 +293,10 @@ def sum_row(typing_context, x, offset, n):
     """Return the sum of x[offset : offset + n]."""
 
     def generate(context, builder, signature, args):
-        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
+        row = address_of(builder, data_of(context, builder, signature, args, 0), args[1])
         return _sum_row(builder, row, args[2], lambda value, total: builder.fadd(total, value))
 
-    return _takes(x, offset, n, returns=types.float32), generate
+    return signature_of(x, offset, n, returns=types.float32), generate
 
 
 @intrinsic
@@ -418,12 +304,12 @@ def sum_squares_row(typing_context, x, offset, n, mean):
     """Return the sum of (value - mean)² over x[offset : offset + n]."""
 
     def generate(context, builder, signature, args):
-        row = _address(builder, _floats(context, builder, signature, args, 0), args[1])
-        means = {_FLOAT: args[3], _VECTOR: _splat(builder, args[3])}
+        row = address_of(builder, data_of(context, builder, signature, args, 0), args[1])
+        means = {FLOAT: args[3], VECTOR: splat(builder, args[3])}
 
         def term(value: ir.Value, total: ir.Value) -> ir.Value:
             difference = builder.fsub(value, means[value.type])
-            return _multiply_add(builder, difference, difference, total)
+            return multiply_add(builder, difference, difference, total)
 
         return _sum_row(builder, row, args[2], term)
 

@@ -8,7 +8,7 @@ outputs as rows, and are turned round when they are written.
     rows      [step of 32 k][half of 32 rows][16 pairs][16 rows][2]   bfloat16
     sums      [32 outputs][32 rows]                                   float32
 
-What a block holds: ggml's `ggml-common.h` and `dequantize_row_*`; `edge_runtime.weights.blocks` has the same in NumPy.
+What a block holds: ggml's `ggml-common.h` and `dequantize_row_*`; `reference.decoder` has the same in NumPy.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -19,43 +19,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llvmlite import ir
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import (
-    ROW_BYTES,
-    ROWS,
-    TILE_BYTES,
-    load_tile,
-    multiply_tiles,
-    prefetch,
-    store_tile,
-    zero_tile,
-)
+from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, Sums, emit_square, prefetch
 from edge_kernels.simd.bf16 import (
-    _FLOATS,
-    _INTS,
-    _SHORT,
+    FLOATS,
+    INTS,
     LANES,
-    _lanes_below,
-    _masked_load,
-    _masked_store,
-    _rounded_bits,
-    _splat,
-    _start,
-    _transposed,
+    lanes_below,
+    masked_load,
+    masked_store,
+    rounded_bits,
+    transposed,
 )
-from edge_kernels.simd.float32 import (
-    _FLOAT,
-    _INT,
-    _address,
-    _constant,
-    _index,
-    _load,
-    _loop,
-    _multiply_add,
-    _store,
-    _takes,
+from edge_kernels.simd.ir import (
+    BYTE,
+    FLOAT,
+    INT,
+    SHORT,
+    address_of,
+    call,
+    constant,
+    elements_at,
+    index,
+    load,
+    multiply_add,
+    signature_of,
+    splat,
+    store,
 )
 
 SIDE = 2 * ROWS
@@ -83,47 +74,45 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-_BYTE = ir.IntType(8)
 _HALF = ir.HalfType()
-_BYTES = ir.VectorType(_BYTE, GROUP)
-_WORDS = ir.VectorType(_SHORT, GROUP // 2)
-_GROUP_WORDS = ir.VectorType(_SHORT, GROUP)
-_SIXTEEN = ir.VectorType(_FLOAT, 16)
+_BYTES = ir.VectorType(BYTE, GROUP)
+_WORDS = ir.VectorType(SHORT, GROUP // 2)
+_GROUP_WORDS = ir.VectorType(SHORT, GROUP)
+_SIXTEEN = ir.VectorType(FLOAT, 16)
 
 
 # --- building blocks ----------------------------------------------------------------------------------------
 
 
 def _bytes_at(builder: ir.IRBuilder, block: ir.Value, first: int, type_: ir.Type) -> ir.Value:
-    return _load(builder, _address(builder, block, _index(first), element=_BYTE), type_, 1)
+    return load(builder, address_of(builder, block, index(first), element=BYTE), type_, 1)
 
 
 def _half_at(builder: ir.IRBuilder, block: ir.Value, first: int) -> ir.Value:
     """Emit a float16 of a block as float32."""
-    return builder.fpext(_bytes_at(builder, block, first, _HALF), _FLOAT)
+    return builder.fpext(_bytes_at(builder, block, first, _HALF), FLOAT)
 
 
 def _rounded(builder: ir.IRBuilder, lower: ir.Value, upper: ir.Value) -> ir.Value:
     """Emit 16 and 16 float32 as 32 bfloat16, rounded to the nearest, ties to even."""
     # One instruction of AVX512_BF16, which every processor with AMX has; with integers, rounding takes ten.
-    function_type = ir.FunctionType(ir.VectorType(_BFloat(), GROUP), [_FLOATS, _FLOATS])
     name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [upper, lower])
+    return call(builder, name, ir.VectorType(_BFloat(), GROUP), [upper, lower])
 
 
 def _write(builder: ir.IRBuilder, rounded: ir.Value, out: ir.Value, group: int) -> None:
     """Emit the store of 32 bfloat16 as a row of the tile of their group."""
-    to = _address(builder, out, _index(group * STEP_ELEMENTS), element=_SHORT)
-    _store(builder, builder.bitcast(rounded, _INTS), to, ROW_BYTES)
+    to = address_of(builder, out, index(group * STEP_ELEMENTS), element=SHORT)
+    store(builder, builder.bitcast(rounded, INTS), to, ROW_BYTES)
 
 
 def _shifted(builder: ir.IRBuilder, values: ir.Value, n: int, mask: int) -> ir.Value:
     """Emit bits of bytes, n places further down, or -n further up: as words, which is what the machine can shift."""
     if n:
         words = builder.bitcast(values, _WORDS)
-        moved = (builder.lshr if n > 0 else builder.shl)(words, _constant(_WORDS, abs(n)))
+        moved = (builder.lshr if n > 0 else builder.shl)(words, constant(_WORDS, abs(n)))
         values = builder.bitcast(moved, _BYTES)
-    return builder.and_(values, _constant(_BYTES, mask))
+    return builder.and_(values, constant(_BYTES, mask))
 
 
 def _nibbles(builder: ir.IRBuilder, block: ir.Value, first: int, group: int) -> ir.Value:
@@ -139,14 +128,14 @@ def _scales_and_minima(builder: ir.IRBuilder, block: ir.Value) -> ir.Value:
 
     Twelve bytes hold 16 numbers of 6 bits: the first four of each whole, the others in 4 and 2 bits.
     """
-    first, second, third = (_bytes_at(builder, block, 4 + 4 * i, _INT) for i in range(3))
+    first, second, third = (_bytes_at(builder, block, 4 + 4 * i, INT) for i in range(3))
 
     def bits(word: ir.Value, shift: int, mask: int) -> ir.Value:
-        moved = builder.lshr(word, ir.Constant(_INT, shift)) if shift else word
-        return builder.and_(moved, ir.Constant(_INT, mask))
+        moved = builder.lshr(word, ir.Constant(INT, shift)) if shift else word
+        return builder.and_(moved, ir.Constant(INT, mask))
 
     def joined(low: ir.Value, high: ir.Value) -> ir.Value:
-        return builder.or_(low, builder.shl(high, ir.Constant(_INT, 4)))
+        return builder.or_(low, builder.shl(high, ir.Constant(INT, 4)))
 
     words = (
         bits(first, 0, 0x3F3F3F3F),
@@ -154,35 +143,34 @@ def _scales_and_minima(builder: ir.IRBuilder, block: ir.Value) -> ir.Value:
         bits(second, 0, 0x3F3F3F3F),
         joined(bits(third, 4, 0x0F0F0F0F), bits(second, 6, 0x03030303)),
     )
-    packed = ir.Constant(ir.VectorType(_INT, 4), ir.Undefined)
+    packed = ir.Constant(ir.VectorType(INT, 4), ir.Undefined)
     for lane, word in enumerate(words):
-        packed = builder.insert_element(packed, word, ir.Constant(_INT, lane))
-    numbers = builder.zext(builder.bitcast(packed, ir.VectorType(_BYTE, 16)), ir.VectorType(_INT, 16))
+        packed = builder.insert_element(packed, word, ir.Constant(INT, lane))
+    numbers = builder.zext(builder.bitcast(packed, ir.VectorType(BYTE, 16)), ir.VectorType(INT, 16))
     factors = ir.Constant(_SIXTEEN, ir.Undefined)
-    factors = builder.insert_element(factors, _half_at(builder, block, 0), ir.Constant(_INT, 0))
-    factors = builder.insert_element(factors, _half_at(builder, block, 2), ir.Constant(_INT, 1))
-    lanes = ir.Constant(ir.VectorType(_INT, 16), [0] * 8 + [1] * 8)
+    factors = builder.insert_element(factors, _half_at(builder, block, 0), ir.Constant(INT, 0))
+    factors = builder.insert_element(factors, _half_at(builder, block, 2), ir.Constant(INT, 1))
+    lanes = ir.Constant(ir.VectorType(INT, 16), [0] * 8 + [1] * 8)
     return builder.fmul(builder.uitofp(numbers, _SIXTEEN), builder.shuffle_vector(factors, factors, lanes))
 
 
 def _number(builder: ir.IRBuilder, numbers: ir.Value, at: int) -> ir.Value:
     """Emit one of a block's numbers in all lanes: from memory, which costs no vector instruction."""
-    return _splat(builder, _load(builder, _address(builder, numbers, _index(at)), _FLOAT))
+    return splat(builder, load(builder, address_of(builder, numbers, index(at)), FLOAT), LANES)
 
 
 def _table(builder: ir.IRBuilder, numbers: ir.Value, group: int, first: int) -> ir.Value:
     """Emit what `first` to `first` + 15 stand for in a group: number · scale - minimum."""
-    ramp = ir.Constant(_FLOATS, [float(first + lane) for lane in range(LANES)])
+    ramp = ir.Constant(FLOATS, [float(first + lane) for lane in range(LANES)])
     scale, minimum = _number(builder, numbers, group), _number(builder, numbers, 8 + group)
-    return _multiply_add(builder, ramp, scale, builder.fneg(minimum))
+    return multiply_add(builder, ramp, scale, builder.fneg(minimum))
 
 
 def _look_up(builder: ir.IRBuilder, table: Sequence[ir.Value], places: ir.Value, out: ir.Value, group: int) -> None:
     """Emit the store of 32 numbers of a table of two vectors, rounded, as a row of the tile of their group."""
     words = builder.bitcast(_rounded(builder, *table), _GROUP_WORDS)
-    function_type = ir.FunctionType(_GROUP_WORDS, [_GROUP_WORDS, _GROUP_WORDS])
-    function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.x86.avx512.permvar.hi.512")
-    _write(builder, builder.call(function, [words, places]), out, group)
+    found = call(builder, "llvm.x86.avx512.permvar.hi.512", _GROUP_WORDS, [words, places])
+    _write(builder, found, out, group)
 
 
 def _unpack_q4_k(builder: ir.IRBuilder, block: ir.Value, numbers: ir.Value, out: ir.Value) -> None:
@@ -190,9 +178,9 @@ def _unpack_q4_k(builder: ir.IRBuilder, block: ir.Value, numbers: ir.Value, out:
     for pair in range(4):
         table = [_table(builder, numbers, 2 * pair + which, 0) for which in (1, 0)]
         words = builder.zext(_bytes_at(builder, block, 16 + GROUP * pair, _BYTES), _GROUP_WORDS)
-        even = builder.or_(builder.and_(words, _constant(_GROUP_WORDS, 15)), _constant(_GROUP_WORDS, LANES))
+        even = builder.or_(builder.and_(words, constant(_GROUP_WORDS, 15)), constant(_GROUP_WORDS, LANES))
         _look_up(builder, table, even, out, 2 * pair)
-        _look_up(builder, table, builder.lshr(words, _constant(_GROUP_WORDS, 4)), out, 2 * pair + 1)
+        _look_up(builder, table, builder.lshr(words, constant(_GROUP_WORDS, 4)), out, 2 * pair + 1)
 
 
 def _unpack_q5_k(builder: ir.IRBuilder, block: ir.Value, numbers: ir.Value, out: ir.Value) -> None:
@@ -213,33 +201,33 @@ def _unpack_q6_k(builder: ir.IRBuilder, block: ir.Value, numbers: ir.Value, out:
         )
         values = []
         for part in range(2):
-            mask = ir.Constant(_INTS, list(range(part * LANES, (part + 1) * LANES)))
-            few = builder.zext(builder.shuffle_vector(integers, integers, mask), _INTS)
+            mask = ir.Constant(INTS, list(range(part * LANES, (part + 1) * LANES)))
+            few = builder.zext(builder.shuffle_vector(integers, integers, mask), INTS)
             scale, minimum = (_number(builder, numbers, first + 2 * group + part) for first in (0, 16))
-            values.append(_multiply_add(builder, builder.uitofp(few, _FLOATS), scale, minimum))
+            values.append(multiply_add(builder, builder.uitofp(few, FLOATS), scale, minimum))
         _write(builder, _rounded(builder, *values), out, group)
 
 
 def _unpack_q8_0(builder: ir.IRBuilder, block: ir.Value, _: ir.Value, out: ir.Value) -> None:
     """Emit eight blocks of 32, one after the other, each with its own scale."""
     for group in range(8):
-        scale = _splat(builder, _half_at(builder, block, group * 34))
+        scale = splat(builder, _half_at(builder, block, group * 34), LANES)
         values = []
         for part in range(2):
-            few = _bytes_at(builder, block, group * 34 + 2 + part * LANES, ir.VectorType(_BYTE, LANES))
-            values.append(builder.fmul(builder.sitofp(builder.sext(few, _INTS), _FLOATS), scale))
+            few = _bytes_at(builder, block, group * 34 + 2 + part * LANES, ir.VectorType(BYTE, LANES))
+            values.append(builder.fmul(builder.sitofp(builder.sext(few, INTS), FLOATS), scale))
         _write(builder, _rounded(builder, *values), out, group)
 
 
 def _write_minima(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
-    _store(builder, _scales_and_minima(builder, block), out, 4)
+    store(builder, _scales_and_minima(builder, block), out, 4)
 
 
 def _write_scales(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None:
-    signed = builder.sext(_bytes_at(builder, block, 192, ir.VectorType(_BYTE, LANES)), _INTS)
-    scales = builder.fmul(builder.sitofp(signed, _FLOATS), _splat(builder, _half_at(builder, block, 208)))
-    _store(builder, scales, out, 4)
-    _store(builder, builder.fmul(scales, _constant(_FLOATS, -32.0)), _address(builder, out, _index(LANES)), 4)
+    signed = builder.sext(_bytes_at(builder, block, 192, ir.VectorType(BYTE, LANES)), INTS)
+    scales = builder.fmul(builder.sitofp(signed, FLOATS), splat(builder, _half_at(builder, block, 208), LANES))
+    store(builder, scales, out, 4)
+    store(builder, builder.fmul(scales, constant(FLOATS, -32.0)), address_of(builder, out, index(LANES)), 4)
 
 
 # --- for numba ----------------------------------------------------------------------------------------------
@@ -251,11 +239,11 @@ def _reader(emit):
     @intrinsic
     def read(typing_context, blocks, offset, numbers, numbers_offset):
         def generate(context, builder, signature, args):
-            block, to = (_start(context, builder, signature, args, position) for position in (0, 2))
+            block, to = elements_at(context, builder, signature, args, (0, 2))
             emit(builder, block, to)
             return context.get_dummy_value()
 
-        return _takes(blocks, offset, numbers, numbers_offset), generate
+        return signature_of(blocks, offset, numbers, numbers_offset), generate
 
     return read
 
@@ -275,13 +263,13 @@ def _unpacker(emit, n_bytes):
     @intrinsic
     def unpack(typing_context, blocks, offset, ahead, numbers, numbers_offset, out, out_offset):
         def generate(context, builder, signature, args):
-            block, taken, to = (_start(context, builder, signature, args, position) for position in (0, 3, 5))
+            block, taken, to = elements_at(context, builder, signature, args, (0, 3, 5))
             for line in range(0, n_bytes, ROW_BYTES):
-                prefetch(builder, _address(builder, block, args[2], _index(line), element=_BYTE), cache=2)
+                prefetch(builder, address_of(builder, block, args[2], index(line), element=BYTE), cache=2)
             emit(builder, block, taken, to)
             return context.get_dummy_value()
 
-        return _takes(blocks, offset, ahead, numbers, numbers_offset, out, out_offset), generate
+        return signature_of(blocks, offset, ahead, numbers, numbers_offset, out, out_offset), generate
 
     return unpack
 
@@ -295,26 +283,26 @@ def pack_pairs(typing_context, x, offset, stride, n_rows, out, out_offset):
     """Write 32 k of up to 16 rows, `stride` apart, as the pairs of a tile: bfloat16, in int32 words of two."""
 
     def generate(context, builder, signature, args):
-        x, out = (_start(context, builder, signature, args, position) for position in (0, 4))
+        x, out = elements_at(context, builder, signature, args, (0, 4))
         stride, n_rows = args[2], args[3]
-        even, odd = (ir.Constant(_INTS, [2 * lane + which for lane in range(LANES)]) for which in (0, 1))
+        even, odd = (ir.Constant(INTS, [2 * lane + which for lane in range(LANES)]) for which in (0, 1))
         words = []
         for i in range(ROWS):
-            inside = builder.icmp_signed("<", _index(i), n_rows)
-            row = _address(builder, x, builder.select(inside, builder.mul(stride, _index(i)), _index(0)))
+            inside = builder.icmp_signed("<", index(i), n_rows)
+            row = address_of(builder, x, builder.select(inside, builder.mul(stride, index(i)), index(0)))
             low, high = (
-                _rounded_bits(builder, _load(builder, _address(builder, row, _index(first)), _FLOATS))
+                rounded_bits(builder, load(builder, address_of(builder, row, index(first)), FLOATS))
                 for first in (0, LANES)
             )
             first, second = (builder.shuffle_vector(low, high, mask) for mask in (even, odd))
-            upper = builder.and_(second, _constant(_INTS, ~0xFFFF))
-            word = builder.or_(builder.lshr(first, _constant(_INTS, 16)), upper)
-            words.append(builder.select(inside, word, _constant(_INTS, 0)))
-        for pair, line in enumerate(_transposed(builder, words)):
-            _store(builder, line, _address(builder, out, _index(pair * LANES), element=_INT))
+            upper = builder.and_(second, constant(INTS, ~0xFFFF))
+            word = builder.or_(builder.lshr(first, constant(INTS, 16)), upper)
+            words.append(builder.select(inside, word, constant(INTS, 0)))
+        for pair, line in enumerate(transposed(builder, words)):
+            store(builder, line, address_of(builder, out, index(pair * LANES), element=INT))
         return context.get_dummy_value()
 
-    return _takes(x, offset, stride, n_rows, out, out_offset), generate
+    return signature_of(x, offset, stride, n_rows, out, out_offset), generate
 
 
 def _multiplier(row_tiles):
@@ -325,37 +313,26 @@ def _multiplier(row_tiles):
         """Write products to sums (float32), or add them where `add` is not 0."""
 
         def generate(context, builder, signature, args):
-            weight, rows, sums = (_start(context, builder, signature, args, position) for position in (0, 2, 5))
+            weight, rows, sums = elements_at(context, builder, signature, args, (0, 2, 5))
             steps, add = args[4], args[7]
-            squares = [(left, right) for left in range(2) for right in range(row_tiles)]
             places = {
-                2 * left + right: _address(builder, sums, _index(left * ROWS * SIDE + right * ROWS))
-                for left, right in squares
+                2 * left + right: address_of(builder, sums, index(left * ROWS * SIDE + right * ROWS))
+                for left in range(2)
+                for right in range(row_tiles)
             }
-            with builder.if_else(builder.icmp_signed("!=", add, _index(0))) as (then, otherwise):
-                with then:
-                    for register, place in places.items():
-                        load_tile(builder, register, place, 4 * SIDE)
-                with otherwise:
-                    for register in places:
-                        zero_tile(builder, register)
 
-            def step(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-                start = builder.mul(i, _index(STEP_ELEMENTS))
-                for first, panel, halves in ((4, weight, 2), (6, rows, row_tiles)):
-                    for half in range(halves):
-                        at = _address(builder, panel, start, _index(half * TILE), element=_SHORT)
-                        load_tile(builder, first + half, at)
-                for left, right in squares:
-                    multiply_tiles(builder, "tdpbf16ps", 2 * left + right, 4 + left, 6 + right)
-                return []
+            def operands(i: ir.Value) -> dict[int, ir.Value]:
+                start = builder.mul(i, index(STEP_ELEMENTS))
+                return {
+                    first + half: address_of(builder, panel, start, index(half * TILE), element=SHORT)
+                    for first, panel, halves in ((4, weight, 2), (6, rows, row_tiles))
+                    for half in range(halves)
+                }
 
-            _loop(builder, _index(0), steps, 1, [], step)
-            for register, place in places.items():
-                store_tile(builder, register, place, 4 * SIDE)
+            emit_square(builder, "tdpbf16ps", steps, operands, Sums(places, 4 * SIDE), add=add)
             return context.get_dummy_value()
 
-        return _takes(weight, weight_offset, rows, rows_offset, steps, sums, sums_offset, add), generate
+        return signature_of(weight, weight_offset, rows, rows_offset, steps, sums, sums_offset, add), generate
 
     return multiply
 
@@ -371,26 +348,26 @@ def finish_turned(
     """Write a square of sums, turned round, plus a residual: `n_rows` rows of `width` outputs."""
 
     def generate(context, builder, signature, args):
-        sums, residual, out = (_start(context, builder, signature, args, position) for position in (0, 2, 6))
+        sums, residual, out = elements_at(context, builder, signature, args, (0, 2, 6))
         residual_stride, with_residual, out_stride, n_rows, width = (args[position] for position in (4, 5, 8, 9, 10))
-        adds = builder.icmp_signed("!=", with_residual, _index(0))
+        adds = builder.icmp_signed("!=", with_residual, index(0))
         for column in (0, ROWS):
-            wanted = _lanes_below(builder, builder.sub(width, _index(column)))
-            added = builder.select(adds, wanted, _constant(wanted.type, 0))
+            wanted = lanes_below(builder, builder.sub(width, index(column)))
+            added = builder.select(adds, wanted, constant(wanted.type, 0))
             for half in (0, ROWS):
                 lines = [
-                    _load(builder, _address(builder, sums, _index((column + i) * SIDE + half)), _FLOATS)
+                    load(builder, address_of(builder, sums, index((column + i) * SIDE + half)), FLOATS)
                     for i in range(ROWS)
                 ]
-                for i, line in enumerate(_transposed(builder, lines)):
-                    with builder.if_then(builder.icmp_signed("<", _index(half + i), n_rows)):
-                        place = builder.mul(_index(half + i), residual_stride)
-                        more = _masked_load(builder, _address(builder, residual, place, _index(column)), added)
-                        to = _address(builder, out, builder.mul(_index(half + i), out_stride), _index(column))
-                        _masked_store(builder, builder.fadd(line, more), to, wanted)
+                for i, line in enumerate(transposed(builder, lines)):
+                    with builder.if_then(builder.icmp_signed("<", index(half + i), n_rows)):
+                        place = builder.mul(index(half + i), residual_stride)
+                        more = masked_load(builder, address_of(builder, residual, place, index(column)), added)
+                        to = address_of(builder, out, builder.mul(index(half + i), out_stride), index(column))
+                        masked_store(builder, builder.fadd(line, more), to, wanted)
         return context.get_dummy_value()
 
-    return _takes(
+    return signature_of(
         sums, sums_offset, residual, residual_offset, residual_stride, with_residual, out, out_offset, out_stride,
         n_rows, width,
     ), generate  # fmt: skip

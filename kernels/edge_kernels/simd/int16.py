@@ -15,38 +15,42 @@ numbers are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from edge_kernels.compile import isa
+from edge_kernels.machine import isa
 from edge_kernels.reference.attention import LARGEST_POWER
-from edge_kernels.simd.epilogue import _ROUND
-from edge_kernels.simd.float32 import (
-    _FLOAT,
-    _INT,
-    _ROUND_TO_EXPONENT,
-    _VECTOR,
+from edge_kernels.simd.epilogue import ROUND
+from edge_kernels.simd.float32 import ROUND_TO_EXPONENT, emit_exp2
+from edge_kernels.simd.int8 import multiply_pairs
+from edge_kernels.simd.ir import (
+    FLOAT,
+    INT,
+    SHORT,
     TILE,
+    VECTOR,
     Body,
-    _address,
-    _constant,
-    _exp2,
-    _floats,
-    _index,
-    _larger,
-    _load,
-    _loop,
-    _multiply_add,
-    _splat,
-    _store,
-    _takes,
+    address_of,
+    call,
+    constant,
+    data_of,
+    each_vector,
+    element_at,
+    elements_at,
+    index,
+    larger,
+    load,
+    loop,
+    multiply_add,
+    signature_of,
+    splat,
+    store,
 )
-from edge_kernels.simd.int8 import _SHORT, _call, _pairs, _repeat
 
 
 class PairTile(NamedTuple):
@@ -79,7 +83,7 @@ PAIR_NR = PAIR_TILE.vectors * PAIR_TILE.width
 STATE_ROWS = 6
 MAXIMUM, TOTAL, QUERY_SCALE, BLOCK_MAXIMUM, KEEP, TAKE = range(STATE_ROWS)
 
-_INTS = ir.VectorType(_INT, TILE.width)
+_INTS = ir.VectorType(INT, TILE.width)
 LOWEST = float(np.finfo(np.float32).min)  # where maxima start: finite, since (-inf - maximum) · 0 would be NaN
 
 # exp2 on [-1/2, 1/2]: minimax in relative error, 2.9e-6 (a twentieth of a step at LARGEST_POWER).
@@ -89,38 +93,26 @@ _POWER_POLYNOMIAL = (0.00958285294, 0.0559064262, 0.240240991, 0.693124175)
 # --- building blocks ----------------------------------------------------------------------------------------
 
 
-def _each(builder: ir.IRBuilder, n: ir.Value, emit: Callable[[ir.Value, ir.Type], None]) -> None:
-    """Emit `emit(j, type)` for all of n elements: vectors of float32 first, then the rest one by one."""
-    whole = builder.mul(builder.sdiv(n, _index(TILE.width)), _index(TILE.width))
-    for start, stop, step, type_ in ((_index(0), whole, TILE.width, _VECTOR), (whole, n, 1, _FLOAT)):
-
-        def body(j: ir.Value, _: Sequence[ir.Value], type_: ir.Type = type_) -> Sequence[ir.Value]:
-            emit(j, type_)
-            return []
-
-        _loop(builder, start, stop, step, [], body)
-
-
 def _bits(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Take a float, or each of a vector, for an int32."""
-    return builder.bitcast(value, _INTS if isinstance(value.type, ir.VectorType) else _INT)
+    return builder.bitcast(value, _INTS if isinstance(value.type, ir.VectorType) else INT)
 
 
 def _rounded(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Round to an integer within int16, halves to even; it is the lower half of the word."""
-    return _bits(builder, builder.fadd(value, _constant(value.type, _ROUND)))
+    return _bits(builder, builder.fadd(value, constant(value.type, ROUND)))
 
 
 def _pair(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
     """Put the lower halves of two words into one."""
-    upper = builder.shl(second, _constant(first.type, 16))
-    return builder.or_(builder.and_(first, _constant(first.type, 0xFFFF)), upper)
+    upper = builder.shl(second, constant(first.type, 16))
+    return builder.or_(builder.and_(first, constant(first.type, 0xFFFF)), upper)
 
 
 def _magnitude(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Emit the bits of |value|: as integers they are in order, infinity above all numbers and NaN above that."""
     bits = _bits(builder, value)
-    return builder.and_(bits, _constant(bits.type, 0x7FFFFFFF))
+    return builder.and_(bits, constant(bits.type, 0x7FFFFFFF))
 
 
 def _larger_int(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -134,15 +126,15 @@ def _power(builder: ir.IRBuilder, difference: ir.Value, scale: ir.Value) -> ir.V
     The result is in the lower 16 bits of each word, at most LARGEST_POWER; NaN gives 0.
     """
     # LARGEST_POWER goes into the exponent. What is below 2^-2 rounds to 0 anyway.
-    x = _multiply_add(builder, difference, scale, _constant(_VECTOR, math.log2(LARGEST_POWER)))
-    x = _larger(builder, x, _constant(_VECTOR, -2.0))
-    shifted = builder.fadd(x, _constant(_VECTOR, _ROUND_TO_EXPONENT))
-    rest = builder.fsub(x, builder.fsub(shifted, _constant(_VECTOR, _ROUND_TO_EXPONENT)))  # exact, in [-1/2, 1/2]
-    result = _constant(_VECTOR, _POWER_POLYNOMIAL[0])
+    x = multiply_add(builder, difference, scale, constant(VECTOR, math.log2(LARGEST_POWER)))
+    x = larger(builder, x, constant(VECTOR, -2.0))
+    shifted = builder.fadd(x, constant(VECTOR, ROUND_TO_EXPONENT))
+    rest = builder.fsub(x, builder.fsub(shifted, constant(VECTOR, ROUND_TO_EXPONENT)))  # exact, in [-1/2, 1/2]
+    result = constant(VECTOR, _POWER_POLYNOMIAL[0])
     for coefficient in (*_POWER_POLYNOMIAL[1:], 1.0):
-        result = _multiply_add(builder, result, rest, _constant(_VECTOR, coefficient))
-    exponent = builder.bitcast(builder.shl(_bits(builder, shifted), _constant(_INTS, 23)), _VECTOR)
-    return _bits(builder, _multiply_add(builder, result, exponent, _constant(_VECTOR, _ROUND)))
+        result = multiply_add(builder, result, rest, constant(VECTOR, coefficient))
+    exponent = builder.bitcast(builder.shl(_bits(builder, shifted), constant(_INTS, 23)), VECTOR)
+    return _bits(builder, multiply_add(builder, result, exponent, constant(VECTOR, ROUND)))
 
 
 def _add_pairs(builder: ir.IRBuilder, tile: PairTile, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -150,32 +142,32 @@ def _add_pairs(builder: ir.IRBuilder, tile: PairTile, sums: ir.Value, a: ir.Valu
     if tile.instruction == "vpdpwssds":
         # The saturating one: no sum comes near the limits, and LLVM does not take it apart again, as it does
         # vpdpwssd on processors where that has a longer latency.
-        return _call(builder, f"llvm.x86.avx512.vpdpwssds.{32 * tile.width}", sums, a, b)
-    shorts = ir.VectorType(_SHORT, 2 * tile.width)
-    return _pairs(builder, sums, builder.bitcast(a, shorts), builder.bitcast(b, shorts))
+        return call(builder, f"llvm.x86.avx512.vpdpwssds.{32 * tile.width}", sums.type, [sums, a, b])
+    shorts = ir.VectorType(SHORT, 2 * tile.width)
+    return multiply_pairs(builder, sums, builder.bitcast(a, shorts), builder.bitcast(b, shorts))
 
 
-def _pair_sums(
+def emit_pair_sums(
     builder: ir.IRBuilder, tile: PairTile, row_starts: Sequence[ir.Value], cell_stride: ir.Value, panel: ir.Value,
     cells: ir.Value,
 ) -> list[ir.Value]:  # fmt: skip
     """Emit the loop where the time goes: int32 sums over `cells` pairs, [row][vector], from addresses of words."""
-    ints = ir.VectorType(_INT, tile.width)
+    ints = ir.VectorType(INT, tile.width)
 
     def step(cell: ir.Value, carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
         sums, at = list(carried[:-1]), carried[-1]
-        start = _address(builder, panel, builder.mul(cell, _index(tile.vectors * tile.width)), element=_INT)
-        at_vector = (_address(builder, start, _index(v * tile.width), element=_INT) for v in range(tile.vectors))
-        operands = [_load(builder, address, ints) for address in at_vector]
+        start = address_of(builder, panel, builder.mul(cell, index(tile.vectors * tile.width)), element=INT)
+        at_vector = (address_of(builder, start, index(v * tile.width), element=INT) for v in range(tile.vectors))
+        operands = [load(builder, address, ints) for address in at_vector]
         for i, row_start in enumerate(row_starts):
-            word = _load(builder, _address(builder, row_start, at, element=_INT), _INT)
-            factor = _repeat(builder, word, tile.width)
+            word = load(builder, address_of(builder, row_start, at, element=INT), INT)
+            factor = splat(builder, word, tile.width)
             for v, operand in enumerate(operands):
                 sums[i * tile.vectors + v] = _add_pairs(builder, tile, sums[i * tile.vectors + v], factor, operand)
         return [*sums, builder.add(at, cell_stride)]
 
-    zeros = [_constant(ints, 0)] * (len(row_starts) * tile.vectors)
-    return _loop(builder, _index(0), cells, 1, [*zeros, _index(0)], step)[:-1]
+    zeros = [constant(ints, 0)] * (len(row_starts) * tile.vectors)
+    return loop(builder, index(0), cells, 1, [*zeros, index(0)], step)[:-1]
 
 
 def _scaled_sums(
@@ -186,22 +178,17 @@ def _scaled_sums(
 
     Where the matrix is shorter (`rows` < PAIR_MR), its last row is repeated, so nothing outside is read.
     """
-    last = builder.sub(rows, _index(1))
-    indices = [builder.select(builder.icmp_signed("<", _index(i), last), _index(i), last) for i in range(PAIR_MR)]
-    starts = [_address(builder, matrix, builder.mul(i, row_stride), element=_INT) for i in indices]
-    sums = [builder.sitofp(s, _VECTOR) for s in _pair_sums(builder, PAIR_TILE, starts, cell_stride, panel, cells)]
-    factors = [_splat(builder, _load(builder, _address(builder, scales, i), _FLOAT)) for i in indices]
+    last = builder.sub(rows, index(1))
+    indices = [builder.select(builder.icmp_signed("<", index(i), last), index(i), last) for i in range(PAIR_MR)]
+    starts = [address_of(builder, matrix, builder.mul(i, row_stride), element=INT) for i in indices]
+    sums = [builder.sitofp(s, VECTOR) for s in emit_pair_sums(builder, PAIR_TILE, starts, cell_stride, panel, cells)]
+    factors = [splat(builder, load(builder, address_of(builder, scales, i), FLOAT)) for i in indices]
     return [builder.fmul(sum_, factors[s // PAIR_TILE.vectors]) for s, sum_ in enumerate(sums)]
 
 
 def _state_row(builder: ir.IRBuilder, state: ir.Value, row: int) -> list[ir.Value]:
     """Give the addresses of the vectors of a row of a panel's state."""
-    return [_address(builder, state, _index(row * PAIR_NR + v * TILE.width)) for v in range(PAIR_TILE.vectors)]
-
-
-def _start(context: Any, builder: ir.IRBuilder, signature: Any, args: Any, i: int, of: ir.Type = _FLOAT) -> ir.Value:
-    """Take array argument i and the one after it, the offset; give the address of that element."""
-    return _address(builder, _floats(context, builder, signature, args, i), args[i + 1], element=of)
+    return [address_of(builder, state, index(row * PAIR_NR + v * TILE.width)) for v in range(PAIR_TILE.vectors)]
 
 
 # --- quantising ---------------------------------------------------------------------------------------------
@@ -212,24 +199,24 @@ def largest_magnitude(typing_context, x, offset, n):
     """Return the largest |value| of x[offset : offset + n]; infinity or NaN where a value is not finite."""
 
     def generate(context, builder, signature, args):
-        row, n = _start(context, builder, signature, args, 0), args[2]
+        row, n = element_at(context, builder, signature, args, 0), args[2]
 
         def take(type_: ir.Type) -> Body:
             def run(j: ir.Value, largest: Sequence[ir.Value]) -> Sequence[ir.Value]:
-                value = _load(builder, _address(builder, row, j), type_)
+                value = load(builder, address_of(builder, row, j), type_)
                 return [_larger_int(builder, _magnitude(builder, value), largest[0])]
 
             return run
 
-        whole = builder.mul(builder.sdiv(n, _index(TILE.width)), _index(TILE.width))
-        (vector,) = _loop(builder, _index(0), whole, TILE.width, [_constant(_INTS, 0)], take(_VECTOR))
-        largest = ir.Constant(_INT, 0)
+        whole = builder.mul(builder.sdiv(n, index(TILE.width)), index(TILE.width))
+        (vector,) = loop(builder, index(0), whole, TILE.width, [constant(_INTS, 0)], take(VECTOR))
+        largest = ir.Constant(INT, 0)
         for lane in range(TILE.width):
-            largest = _larger_int(builder, largest, builder.extract_element(vector, ir.Constant(_INT, lane)))
-        (largest,) = _loop(builder, whole, n, 1, [largest], take(_FLOAT))
-        return builder.bitcast(largest, _FLOAT)
+            largest = _larger_int(builder, largest, builder.extract_element(vector, ir.Constant(INT, lane)))
+        (largest,) = loop(builder, whole, n, 1, [largest], take(FLOAT))
+        return builder.bitcast(largest, FLOAT)
 
-    return _takes(x, offset, n, returns=types.float32), generate
+    return signature_of(x, offset, n, returns=types.float32), generate
 
 
 @intrinsic
@@ -237,17 +224,17 @@ def raise_magnitudes(typing_context, largest, largest_offset, x, offset, n):
     """Raise largest[largest_offset + j] to |x[offset + j]| for j < n; infinity stays, and NaN more so."""
 
     def generate(context, builder, signature, args):
-        out, row = (_start(context, builder, signature, args, position) for position in (0, 2))
+        out, row = elements_at(context, builder, signature, args, (0, 2))
 
         def emit(j: ir.Value, type_: ir.Type) -> None:
-            at = _address(builder, out, j)
-            magnitude = _magnitude(builder, _load(builder, _address(builder, row, j), type_))
-            _store(builder, _larger_int(builder, magnitude, _load(builder, at, magnitude.type)), at)
+            at = address_of(builder, out, j)
+            magnitude = _magnitude(builder, load(builder, address_of(builder, row, j), type_))
+            store(builder, _larger_int(builder, magnitude, load(builder, at, magnitude.type)), at)
 
-        _each(builder, args[4], emit)
+        each_vector(builder, args[4], emit)
         return context.get_dummy_value()
 
-    return _takes(largest, largest_offset, x, offset, n), generate
+    return signature_of(largest, largest_offset, x, offset, n), generate
 
 
 @intrinsic
@@ -258,16 +245,16 @@ def quantize_row_pairs(typing_context, x, offset, n, factor, pairs, pairs_offset
     """
 
     def generate(context, builder, signature, args):
-        row, (n, factor) = _start(context, builder, signature, args, 0), args[2:4]
-        words = _start(context, builder, signature, args, 4, _INT)
-        kinds = {_FLOAT: (factor, _SHORT), _VECTOR: (_splat(builder, factor), ir.VectorType(_SHORT, TILE.width))}
+        row, (n, factor) = element_at(context, builder, signature, args, 0), args[2:4]
+        words = element_at(context, builder, signature, args, 4)
+        kinds = {FLOAT: (factor, SHORT), VECTOR: (splat(builder, factor), ir.VectorType(SHORT, TILE.width))}
 
         def emit(j: ir.Value, type_: ir.Type) -> None:
             by, shorts = kinds[type_]
-            result = _rounded(builder, builder.fmul(_load(builder, _address(builder, row, j), type_), by))
-            _store(builder, builder.trunc(result, shorts), _address(builder, words, j, element=_SHORT), 2)
+            result = _rounded(builder, builder.fmul(load(builder, address_of(builder, row, j), type_), by))
+            store(builder, builder.trunc(result, shorts), address_of(builder, words, j, element=SHORT), 2)
 
-        _each(builder, n, emit)
+        each_vector(builder, n, emit)
         return context.get_dummy_value()
 
     return types.none(x, types.int64, types.int64, types.float32, pairs, types.int64), generate
@@ -278,21 +265,21 @@ def quantize_column_pairs(typing_context, x, first, second, n, factors, factors_
     """Write x[first + j] and x[second + j], both times factors[factors_offset + j] and rounded, as pair j < n."""
 
     def generate(context, builder, signature, args):
-        x = _floats(context, builder, signature, args, 0)
-        rows = [_address(builder, x, start) for start in args[1:3]]
-        factors = _start(context, builder, signature, args, 4)
-        words = _start(context, builder, signature, args, 6, _INT)
+        x = data_of(context, builder, signature, args, 0)
+        rows = [address_of(builder, x, start) for start in args[1:3]]
+        factors = element_at(context, builder, signature, args, 4)
+        words = element_at(context, builder, signature, args, 6)
 
         def emit(j: ir.Value, type_: ir.Type) -> None:
-            factor = _load(builder, _address(builder, factors, j), type_)
-            values = (_load(builder, _address(builder, row, j), type_) for row in rows)
+            factor = load(builder, address_of(builder, factors, j), type_)
+            values = (load(builder, address_of(builder, row, j), type_) for row in rows)
             pair = _pair(builder, *(_rounded(builder, builder.fmul(value, factor)) for value in values))
-            _store(builder, pair, _address(builder, words, j, element=_INT))
+            store(builder, pair, address_of(builder, words, j, element=INT))
 
-        _each(builder, args[3], emit)
+        each_vector(builder, args[3], emit)
         return context.get_dummy_value()
 
-    return _takes(x, first, second, n, factors, factors_offset, pairs, pairs_offset), generate
+    return signature_of(x, first, second, n, factors, factors_offset, pairs, pairs_offset), generate
 
 
 # --- products and softmax -----------------------------------------------------------------------------------
@@ -312,19 +299,19 @@ def score_tile(
 
     def generate(context, builder, signature, args):
         _, _, row_stride, rows, _, _, cells, *_ = args
-        keys, queries = (_start(context, builder, signature, args, position, _INT) for position in (0, 4))
-        scales, state, scores = (_start(context, builder, signature, args, position) for position in (7, 9, 11))
-        results = _scaled_sums(builder, keys, row_stride, _index(1), rows, queries, cells, scales)
+        keys, queries = elements_at(context, builder, signature, args, (0, 4))
+        scales, state, scores = elements_at(context, builder, signature, args, (7, 9, 11))
+        results = _scaled_sums(builder, keys, row_stride, index(1), rows, queries, cells, scales)
         for s, score in enumerate(results):
-            _store(builder, score, _address(builder, scores, _index(s * TILE.width)))
+            store(builder, score, address_of(builder, scores, index(s * TILE.width)))
         for v, at in enumerate(_state_row(builder, state, BLOCK_MAXIMUM)):
-            maximum = _load(builder, at)
+            maximum = load(builder, at)
             for score in results[v :: PAIR_TILE.vectors]:
-                maximum = _larger(builder, score, maximum)
-            _store(builder, maximum, at)
+                maximum = larger(builder, score, maximum)
+            store(builder, maximum, at)
         return context.get_dummy_value()
 
-    return _takes(
+    return signature_of(
         keys, keys_offset, row_stride, rows, queries, queries_offset, cells, scales, scales_offset,
         state, state_offset, scores, scores_offset,
     ), generate  # fmt: skip
@@ -341,34 +328,34 @@ def powers_panel(typing_context, scores, scores_offset, cells, state, state_offs
 
     def generate(context, builder, signature, args):
         cells = args[2]
-        scores, state = (_start(context, builder, signature, args, position) for position in (0, 3))
-        powers = _start(context, builder, signature, args, 5, _INT)
+        scores, state = elements_at(context, builder, signature, args, (0, 3))
+        powers = element_at(context, builder, signature, args, 5)
 
         # Vector by vector, not all of a row at once: what one needs fits the registers.
         def generate_vector(v: int, at: Sequence[ir.Value]) -> None:
-            before, total, scale, maximum = (_load(builder, address) for address in at[:KEEP])
+            before, total, scale, maximum = (load(builder, address) for address in at[:KEEP])
 
             def step(cell: ir.Value, counts: Sequence[ir.Value]) -> Sequence[ir.Value]:
-                start = _address(builder, scores, builder.mul(cell, _index(2 * PAIR_NR)))
-                both = [_address(builder, start, _index(key * PAIR_NR + v * TILE.width)) for key in (0, 1)]
-                differences = [builder.fsub(_load(builder, score), maximum) for score in both]
+                start = address_of(builder, scores, builder.mul(cell, index(2 * PAIR_NR)))
+                both = [address_of(builder, start, index(key * PAIR_NR + v * TILE.width)) for key in (0, 1)]
+                differences = [builder.fsub(load(builder, score), maximum) for score in both]
                 pair = _pair(builder, *(_power(builder, difference, scale) for difference in differences))
-                out = _address(builder, powers, builder.mul(cell, _index(PAIR_NR)), element=_INT)
-                _store(builder, pair, _address(builder, out, _index(v * TILE.width), element=_INT))
-                return [_add_pairs(builder, PAIR_TILE, counts[0], pair, _constant(_INTS, 0x00010001))]
+                out = address_of(builder, powers, builder.mul(cell, index(PAIR_NR)), element=INT)
+                store(builder, pair, address_of(builder, out, index(v * TILE.width), element=INT))
+                return [_add_pairs(builder, PAIR_TILE, counts[0], pair, constant(_INTS, 0x00010001))]
 
-            (count,) = _loop(builder, _index(0), cells, 1, [_constant(_INTS, 0)], step)
-            now = _larger(builder, maximum, before)
-            keep, take = (_exp2(builder, builder.fmul(builder.fsub(m, now), scale)) for m in (before, maximum))
-            total = _multiply_add(builder, total, keep, builder.fmul(builder.sitofp(count, _VECTOR), take))
+            (count,) = loop(builder, index(0), cells, 1, [constant(_INTS, 0)], step)
+            now = larger(builder, maximum, before)
+            keep, take = (emit_exp2(builder, builder.fmul(builder.fsub(m, now), scale)) for m in (before, maximum))
+            total = multiply_add(builder, total, keep, builder.fmul(builder.sitofp(count, VECTOR), take))
             for row, value in ((MAXIMUM, now), (TOTAL, total), (KEEP, keep), (TAKE, take)):
-                _store(builder, value, at[row])
+                store(builder, value, at[row])
 
         for v, at in enumerate(zip(*(_state_row(builder, state, row) for row in range(STATE_ROWS)), strict=True)):
             generate_vector(v, at)
         return context.get_dummy_value()
 
-    return _takes(scores, scores_offset, cells, state, state_offset, powers, powers_offset), generate
+    return signature_of(scores, scores_offset, cells, state, state_offset, powers, powers_offset), generate
 
 
 @intrinsic
@@ -386,16 +373,16 @@ def value_tile(
 
     def generate(context, builder, signature, args):
         _, _, cell_stride, rows, _, _, cells, *_ = args
-        values, powers = (_start(context, builder, signature, args, position, _INT) for position in (0, 4))
-        scales, state, out = (_start(context, builder, signature, args, position) for position in (7, 9, 11))
-        results = _scaled_sums(builder, values, _index(1), cell_stride, rows, powers, cells, scales)
-        keep, take = ([_load(builder, at) for at in _state_row(builder, state, row)] for row in (KEEP, TAKE))
+        values, powers = elements_at(context, builder, signature, args, (0, 4))
+        scales, state, out = elements_at(context, builder, signature, args, (7, 9, 11))
+        results = _scaled_sums(builder, values, index(1), cell_stride, rows, powers, cells, scales)
+        keep, take = ([load(builder, at) for at in _state_row(builder, state, row)] for row in (KEEP, TAKE))
         for s, result in enumerate(results):
-            v, at = s % PAIR_TILE.vectors, _address(builder, out, _index(s * TILE.width))
-            _store(builder, _multiply_add(builder, _load(builder, at), keep[v], builder.fmul(result, take[v])), at)
+            v, at = s % PAIR_TILE.vectors, address_of(builder, out, index(s * TILE.width))
+            store(builder, multiply_add(builder, load(builder, at), keep[v], builder.fmul(result, take[v])), at)
         return context.get_dummy_value()
 
-    return _takes(
+    return signature_of(
         values, values_offset, cell_stride, rows, powers, powers_offset, cells, scales, scales_offset,
         state, state_offset, sums, sums_offset,
     ), generate  # fmt: skip

@@ -29,12 +29,26 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from llvmlite import ir
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.compile import helper, isa, leaf
+from edge_kernels.compile import helper, leaf
+from edge_kernels.machine import isa
 from edge_kernels.simd.amx import emit_tile_product
-from edge_kernels.simd.float32 import _INT, _address, _constant, _floats, _index, _load, _loop, _store, _takes
+from edge_kernels.simd.ir import (
+    BYTE,
+    INT,
+    SHORT,
+    address_of,
+    call,
+    constant,
+    data_of,
+    index,
+    load,
+    loop,
+    signature_of,
+    splat,
+    store,
+)
 
 
 class DotTile(NamedTuple):
@@ -90,9 +104,6 @@ GROUP = DOT_TILE.group
 STEP_CELLS = DOT_TILE.step_cells
 _OUTPUTS_TOGETHER = DOT_TILE.width if STEP_CELLS > 1 else DOT_NR  # whose cells of one k lie side by side
 
-_BYTE = ir.IntType(8)
-_SHORT = ir.IntType(16)
-
 
 def n_cells(k):
     """Cells of k columns, padded to whole steps."""
@@ -121,26 +132,13 @@ def output_cell(cell, output):
 # --- one step of a tile -------------------------------------------------------------------------------------
 
 
-def _call(builder: ir.IRBuilder, name: str, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    """Call an intrinsic (sums, a, b) → new sums."""
-    function_type = ir.FunctionType(sums.type, [sums.type, a.type, b.type])
-    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), [sums, a, b])
-
-
-def _repeat(builder: ir.IRBuilder, cell: ir.Value, count: int) -> ir.Value:
-    """Copy a cell, taken as one int32, into all lanes."""
-    undefined = ir.Constant(ir.VectorType(_INT, count), ir.Undefined)
-    lane = builder.insert_element(undefined, cell, ir.Constant(_INT, 0))
-    return builder.shuffle_vector(lane, undefined, ir.Constant(ir.VectorType(_INT, count), [0] * count))
-
-
-def _pairs(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
+def multiply_pairs(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """Emit sums + a[even] · b[even] + a[odd] · b[odd] for int16, in the form that LLVM knows as pmaddwd."""
     n = sums.type.count
-    wide = ir.VectorType(_INT, 2 * n)
+    wide = ir.VectorType(INT, 2 * n)
     products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
     even, odd = (
-        builder.shuffle_vector(products, products, ir.Constant(ir.VectorType(_INT, n), list(range(first, 2 * n, 2))))
+        builder.shuffle_vector(products, products, ir.Constant(ir.VectorType(INT, n), list(range(first, 2 * n, 2))))
         for first in (0, 1)
     )
     return builder.add(sums, builder.add(even, odd))
@@ -153,28 +151,28 @@ def _cell_step(
     lanes = tile.width * tile.group
     operands = []
     for v in range(tile.vectors):
-        at = _address(builder, b, _index(v * lanes), element=_BYTE)
-        weight = _load(builder, at, ir.VectorType(_BYTE, lanes), 1)
+        at = address_of(builder, b, index(v * lanes), element=BYTE)
+        weight = load(builder, at, ir.VectorType(BYTE, lanes), 1)
         if tile.instruction == "pairs":
-            operands.append(builder.sext(weight, ir.VectorType(_SHORT, lanes)))
+            operands.append(builder.sext(weight, ir.VectorType(SHORT, lanes)))
         elif tile.instruction == "vpdpbusd":
             # As older LLVM declares it, in int32 lanes; newer LLVM reads this too and turns it into bytes.
-            operands.append(builder.bitcast(weight, ir.VectorType(_INT, tile.width)))
+            operands.append(builder.bitcast(weight, ir.VectorType(INT, tile.width)))
         else:
             operands.append(weight)
     results = []
     for i in range(tile.rows):
-        cell = _load(builder, _address(builder, a, _index(4 * i), element=_BYTE), _INT)
-        factor = builder.bitcast(_repeat(builder, cell, tile.width), operands[0].type)
+        cell = load(builder, address_of(builder, a, index(4 * i), element=BYTE), INT)
+        factor = builder.bitcast(splat(builder, cell, tile.width), operands[0].type)
         for v in range(tile.vectors):
             s = sums[i * tile.vectors + v]
             if tile.instruction == "pairs":
-                results.append(_pairs(builder, s, factor, operands[v]))
+                results.append(multiply_pairs(builder, s, factor, operands[v]))
             elif tile.instruction == "vpdpbusd":
                 name = f"llvm.x86.avx512.vpdpbusd.{32 * tile.width}"
-                results.append(_call(builder, name, s, factor, operands[v]))
+                results.append(call(builder, name, s.type, [s, factor, operands[v]]))
             else:
-                results.append(_call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", s, factor, operands[v]))
+                results.append(call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", s.type, [s, factor, operands[v]]))
     return results
 
 
@@ -182,17 +180,17 @@ def _matrix_step(
     builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, sums: Sequence[ir.Value]
 ) -> list[ir.Value]:
     """Do as `_cell_step` with 2 × 2 blocks of sums, which lie [pair of rows][pair of outputs]."""
-    bytes_ = ir.VectorType(_BYTE, 16)  # two cells
+    bytes_ = ir.VectorType(BYTE, 16)  # two cells
     row_pairs, output_pairs = tile.rows // 2, tile.vectors * tile.width // 2
     operands = [
-        _load(builder, _address(builder, b, _index(16 * j), element=_BYTE), bytes_, 1) for j in range(output_pairs)
+        load(builder, address_of(builder, b, index(16 * j), element=BYTE), bytes_, 1) for j in range(output_pairs)
     ]
     results = []
     for i in range(row_pairs):
-        factor = _load(builder, _address(builder, a, _index(16 * i), element=_BYTE), bytes_, 1)
+        factor = load(builder, address_of(builder, a, index(16 * i), element=BYTE), bytes_, 1)
         for j, operand in enumerate(operands):
             s = sums[i * output_pairs + j]
-            results.append(_call(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", s, factor, operand))
+            results.append(call(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", s.type, [s, factor, operand]))
     return results
 
 
@@ -202,14 +200,14 @@ def _rows_of_blocks(builder: ir.IRBuilder, tile: DotTile, sums: Sequence[ir.Valu
     result = []
     for row in range(tile.rows):
         half = [0, 1, 4, 5] if row % 2 == 0 else [2, 3, 6, 7]
-        mask = ir.Constant(ir.VectorType(_INT, 4), half)
+        mask = ir.Constant(ir.VectorType(INT, 4), half)
         for v in range(tile.vectors):
             s = row // 2 * output_pairs + 2 * v
             result.append(builder.shuffle_vector(sums[s], sums[s + 1], mask))
     return result
 
 
-def _dot_tile(
+def emit_dot_tile(
     builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, cells: ir.Value, c: ir.Value, accumulate: ir.Value
 ) -> None:
     """Emit `dot_tile` for any tile, from addresses: a, b and c point at the first element."""
@@ -219,25 +217,25 @@ def _dot_tile(
     a_step = tile.rows * tile.group * tile.row_bits // 8
     b_step = tile.vectors * tile.width * tile.group
     matrix = tile.instruction == "smmla"
-    vector = ir.VectorType(_INT, tile.width)
+    vector = ir.VectorType(INT, tile.width)
     take = _matrix_step if matrix else _cell_step
 
     def step(i: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        a_cell = _address(builder, a, builder.mul(i, _index(a_step)), element=_BYTE)
-        b_cell = _address(builder, b, builder.mul(i, _index(b_step)), element=_BYTE)
+        a_cell = address_of(builder, a, builder.mul(i, index(a_step)), element=BYTE)
+        b_cell = address_of(builder, b, builder.mul(i, index(b_step)), element=BYTE)
         return take(builder, tile, a_cell, b_cell, sums)
 
-    sums = _loop(builder, _index(0), cells, 1, [_constant(vector, 0)] * (tile.rows * tile.vectors), step)
+    sums = loop(builder, index(0), cells, 1, [constant(vector, 0)] * (tile.rows * tile.vectors), step)
     if matrix:
         sums = _rows_of_blocks(builder, tile, sums)
-    addresses = [_address(builder, c, _index(s * tile.width), element=_INT) for s in range(len(sums))]
-    with builder.if_else(builder.icmp_signed("!=", accumulate, _index(0))) as (then, otherwise):
+    addresses = [address_of(builder, c, index(s * tile.width), element=INT) for s in range(len(sums))]
+    with builder.if_else(builder.icmp_signed("!=", accumulate, index(0))) as (then, otherwise):
         with then:
             for s, address in zip(sums, addresses, strict=True):
-                _store(builder, builder.add(_load(builder, address, vector), s), address)
+                store(builder, builder.add(load(builder, address, vector), s), address)
         with otherwise:
             for s, address in zip(sums, addresses, strict=True):
-                _store(builder, s, address)
+                store(builder, s, address)
 
 
 # --- for numba ----------------------------------------------------------------------------------------------
@@ -256,11 +254,11 @@ def dot_tile(typing_context, a, a_offset, b, b_offset, cells, c, c_offset, accum
 
     def generate(context, builder, signature, args):
         _, a_offset, _, b_offset, cells, _, c_offset, accumulate = args
-        a, b, c = (_floats(context, builder, signature, args, position) for position in (0, 2, 5))
-        a = _address(builder, a, a_offset, element=ir.IntType(DOT_TILE.row_bits))
-        b = _address(builder, b, b_offset, element=_BYTE)
-        c = _address(builder, c, c_offset, element=_INT)
-        _dot_tile(builder, DOT_TILE, a, b, cells, c, accumulate)
+        a, b, c = (data_of(context, builder, signature, args, position) for position in (0, 2, 5))
+        a = address_of(builder, a, a_offset, element=ir.IntType(DOT_TILE.row_bits))
+        b = address_of(builder, b, b_offset, element=BYTE)
+        c = address_of(builder, c, c_offset, element=INT)
+        emit_dot_tile(builder, DOT_TILE, a, b, cells, c, accumulate)
         return context.get_dummy_value()
 
-    return _takes(a, a_offset, b, b_offset, cells, c, c_offset, accumulate), generate
+    return signature_of(a, a_offset, b, b_offset, cells, c, c_offset, accumulate), generate

@@ -17,9 +17,22 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from edge_kernels.simd.amx import ROW_BYTES, ROWS
-from edge_kernels.simd.bf16 import _FLOATS, _INTS, _SHORT, _SHORTS, LANES, _rounded_bits, _start, _transposed
-from edge_kernels.simd.float32 import _INT, _address, _constant, _exp2, _index, _larger, _load, _loop, _store, _takes
+from edge_kernels.simd.bf16 import FLOATS, INTS, LANES, SHORTS, rounded_bits, transposed
+from edge_kernels.simd.float32 import emit_exp2
 from edge_kernels.simd.gguf_blocks import STEP, STEP_ELEMENTS
+from edge_kernels.simd.ir import (
+    INT,
+    SHORT,
+    address_of,
+    constant,
+    elements_at,
+    index,
+    larger,
+    load,
+    loop,
+    signature_of,
+    store,
+)
 
 _UPPER = ~0xFFFF
 _HALVES = ir.VectorType(ir.HalfType(), LANES)
@@ -27,12 +40,12 @@ _HALVES = ir.VectorType(ir.HalfType(), LANES)
 
 def _halves(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
     """Emit 16 float16 as float32."""
-    return builder.fpext(_load(builder, address, _HALVES, 2), _FLOATS)
+    return builder.fpext(load(builder, address, _HALVES, 2), FLOATS)
 
 
 def _shorts(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     """Emit the upper halves of 16 words."""
-    return builder.trunc(builder.lshr(bits, _constant(_INTS, 16)), _SHORTS)
+    return builder.trunc(builder.lshr(bits, constant(INTS, 16)), SHORTS)
 
 
 @intrinsic
@@ -40,16 +53,16 @@ def split_key(typing_context, x, offset, high, high_offset, low, low_offset):
     """Write 32 float16 (uint16) of a key as a row of a tile (int16), and what they are more as a row of another."""
 
     def generate(context, builder, signature, args):
-        x, high, low = (_start(context, builder, signature, args, position) for position in (0, 2, 4))
+        x, high, low = elements_at(context, builder, signature, args, (0, 2, 4))
         for first in (0, LANES):
-            value = _halves(builder, _address(builder, x, _index(first), element=_SHORT))
-            bits = builder.and_(_rounded_bits(builder, value), _constant(_INTS, _UPPER))
-            rest = builder.fsub(value, builder.bitcast(bits, _FLOATS))
-            for part, out in ((bits, high), (_rounded_bits(builder, rest), low)):
-                _store(builder, _shorts(builder, part), _address(builder, out, _index(first), element=_SHORT), 32)
+            value = _halves(builder, address_of(builder, x, index(first), element=SHORT))
+            bits = builder.and_(rounded_bits(builder, value), constant(INTS, _UPPER))
+            rest = builder.fsub(value, builder.bitcast(bits, FLOATS))
+            for part, out in ((bits, high), (rounded_bits(builder, rest), low)):
+                store(builder, _shorts(builder, part), address_of(builder, out, index(first), element=SHORT), 32)
         return context.get_dummy_value()
 
-    return _takes(x, offset, high, high_offset, low, low_offset), generate
+    return signature_of(x, offset, high, high_offset, low, low_offset), generate
 
 
 @intrinsic
@@ -60,24 +73,24 @@ def turn_values(typing_context, x, offset, stride, n_rows, out, out_offset):
     """
 
     def generate(context, builder, signature, args):
-        x, out = (_start(context, builder, signature, args, position) for position in (0, 4))
+        x, out = elements_at(context, builder, signature, args, (0, 4))
         stride, n_rows = args[2], args[3]
         sides = []
         for first in (0, ROWS):
             rows = []
             for i in range(first, first + ROWS):
-                inside = builder.icmp_signed("<", _index(i), n_rows)
-                place = builder.select(inside, builder.mul(stride, _index(i)), _index(0))
-                bits = _rounded_bits(builder, _halves(builder, _address(builder, x, place, element=_SHORT)))
-                rows.append(builder.select(inside, bits, _constant(_INTS, 0)))
-            sides.append([_shorts(builder, line) for line in _transposed(builder, rows)])
+                inside = builder.icmp_signed("<", index(i), n_rows)
+                place = builder.select(inside, builder.mul(stride, index(i)), index(0))
+                bits = rounded_bits(builder, _halves(builder, address_of(builder, x, place, element=SHORT)))
+                rows.append(builder.select(inside, bits, constant(INTS, 0)))
+            sides.append([_shorts(builder, line) for line in transposed(builder, rows)])
         for number, (one, other) in enumerate(zip(*sides, strict=True)):
             for line, first in ((one, 0), (other, ROWS)):
-                at = _address(builder, out, _index(number * STEP + first), element=_SHORT)
-                _store(builder, line, at, ROW_BYTES // 2)
+                at = address_of(builder, out, index(number * STEP + first), element=SHORT)
+                store(builder, line, at, ROW_BYTES // 2)
         return context.get_dummy_value()
 
-    return _takes(x, offset, stride, n_rows, out, out_offset), generate
+    return signature_of(x, offset, stride, n_rows, out, out_offset), generate
 
 
 @intrinsic
@@ -89,33 +102,31 @@ def softmax_pairs(typing_context, scores, offset, keys, pairs, pairs_offset, sum
     """
 
     def generate(context, builder, signature, args):
-        scores, pairs, sums = (_start(context, builder, signature, args, position) for position in (0, 3, 5))
+        scores, pairs, sums = elements_at(context, builder, signature, args, (0, 3, 5))
         chains = 4
 
         def score(key: ir.Value, more: int) -> ir.Value:
-            row = builder.mul(key, _index(2 * LANES))
-            return _load(builder, _address(builder, scores, row, _index(more * 2 * LANES)), _FLOATS)
+            row = builder.mul(key, index(2 * LANES))
+            return load(builder, address_of(builder, scores, row, index(more * 2 * LANES)), FLOATS)
 
-        found = _loop(
-            builder, _index(0), args[2], chains, [_constant(_FLOATS, float("-inf"))] * chains,
-            lambda key, state: [_larger(builder, score(key, more), state[more]) for more in range(chains)],
+        found = loop(
+            builder, index(0), args[2], chains, [constant(FLOATS, float("-inf"))] * chains,
+            lambda key, state: [larger(builder, score(key, more), state[more]) for more in range(chains)],
         )  # fmt: skip
-        largest = functools.reduce(lambda one, other: _larger(builder, one, other), found)
+        largest = functools.reduce(lambda one, other: larger(builder, one, other), found)
 
         def pair(key: ir.Value, state: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            powers = [_exp2(builder, builder.fsub(score(key, more), largest)) for more in range(2)]
-            first, second = (_rounded_bits(builder, power) for power in powers)
-            word = builder.or_(
-                builder.lshr(first, _constant(_INTS, 16)), builder.and_(second, _constant(_INTS, _UPPER))
-            )
-            number = builder.sdiv(key, _index(2))
-            tile = builder.mul(builder.sdiv(number, _index(ROWS)), _index(STEP_ELEMENTS // 2))
-            line = builder.mul(builder.srem(number, _index(ROWS)), _index(LANES))
-            _store(builder, word, _address(builder, pairs, tile, line, element=_INT))
+            powers = [emit_exp2(builder, builder.fsub(score(key, more), largest)) for more in range(2)]
+            first, second = (rounded_bits(builder, power) for power in powers)
+            word = builder.or_(builder.lshr(first, constant(INTS, 16)), builder.and_(second, constant(INTS, _UPPER)))
+            number = builder.sdiv(key, index(2))
+            tile = builder.mul(builder.sdiv(number, index(ROWS)), index(STEP_ELEMENTS // 2))
+            line = builder.mul(builder.srem(number, index(ROWS)), index(LANES))
+            store(builder, word, address_of(builder, pairs, tile, line, element=INT))
             return [builder.fadd(total, power) for total, power in zip(state, powers, strict=True)]
 
-        totals = _loop(builder, _index(0), args[2], 2, [_constant(_FLOATS, 0.0)] * 2, pair)
-        _store(builder, builder.fadd(*totals), sums)
+        totals = loop(builder, index(0), args[2], 2, [constant(FLOATS, 0.0)] * 2, pair)
+        store(builder, builder.fadd(*totals), sums)
         return context.get_dummy_value()
 
-    return _takes(scores, offset, keys, pairs, pairs_offset, sums, sums_offset), generate
+    return signature_of(scores, offset, keys, pairs, pairs_offset, sums, sums_offset), generate

@@ -253,7 +253,7 @@ def test_answers_flow_while_frames_are_awaited(model, clip, monkeypatch):
     monkeypatch.setattr(FileCursor, "read", held)
     waiting = model.chat(video(clip), stream=True, greedy=True, max_tokens=4)
     assert ask(model, "Hello").completion_tokens > 0
-    assert not model.engine.scheduler._active[0].n_tokens
+    assert not model.engine.scheduler.active[0].n_tokens
     gate.set()
     assert waiting.result().completion_tokens > 0
 
