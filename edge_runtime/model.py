@@ -220,12 +220,13 @@ class Model(LoadedModel):
         """What the answer must look like; None where it is free."""
         schema, json, tools, choice = options.schema, options.json, options.tools, options.tool_choice
         form = choose_form(
-            schema, json, tools, choice, options.thinking, self.tokenizer, lambda: self._grammar_vocabulary, effort
+            schema, json, tools, choice, options.thinking, self.tokenizer, lambda: self.grammar_vocabulary, effort
         )
-        return form or choose_text_form(options.text_forms, lambda: self._grammar_vocabulary, effort)
+        return form or choose_text_form(options.text_forms, lambda: self.grammar_vocabulary, effort)
 
     @cached_property
-    def _grammar_vocabulary(self) -> GrammarVocabulary:
+    def grammar_vocabulary(self) -> GrammarVocabulary:
+        """The vocabulary as llguidance has it; made when a form is first asked for."""
         return GrammarVocabulary(self.tokenizer, self._decoder.config.vocabulary)
 
     def _request(self, prepared: Prepared, options: GenerationOptions, form: AnswerForm | TextForm | None) -> Request:

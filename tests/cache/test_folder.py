@@ -159,7 +159,7 @@ def test_damaged_entries_are_computed_again_and_never_reach_llama_cpp(exact_fold
 def test_one_damaged_block_leaves_what_precedes_it(exact_folder, folder, images):
     with load(exact_folder, folder) as model:
         ask(model, images["wide"], QUESTION)
-        keys = model.engine.decoder._held[0]
+        keys = model.engine.decoder.keys(0)
         names = model.engine.caches.prefixes.names(keys)
         model.engine.caches.disk.flush()
         cache = model.engine.caches.disk

@@ -166,7 +166,7 @@ def test_after_a_restart_it_is_computed_while_nobody_asks(exact_folder, tmp_path
     cache = tmp_path / "cache"
     with load(exact_folder, cache) as model:
         chat(model, "Why?")
-        n, record = shared_by(model), model.engine.caches.prefixes._record
+        n, record = shared_by(model), model.engine.caches.prefixes.record_name
     for path in cache.iterdir():
         if path.stem != record:
             path.unlink()
@@ -189,7 +189,7 @@ def test_a_record_that_is_not_one_is_passed_over(exact_folder, tmp_path):
     with load(exact_folder, tmp_path) as model:
         prefixes = model.engine.caches.prefixes
         for facts in ({}, {"beginnings": 5}, {"beginnings": [[3]]}, {"beginnings": [[1, "xyz"]]}):
-            prefixes._cache.put(prefixes._record, facts, lambda: b"12345678", 8, replace=True)
+            prefixes._cache.put(prefixes.record_name, facts, lambda: b"12345678", 8, replace=True)
             prefixes.flush()
             assert prefixes.recorded() == []
         prefixes.record([Recorded([10**6], b"gone")])
@@ -201,7 +201,7 @@ def test_a_record_that_is_not_one_is_passed_over(exact_folder, tmp_path):
 def test_a_request_during_the_warm_up_waits_for_one_chunk_only(exact_folder, tmp_path, monkeypatch):
     with load(exact_folder, tmp_path, n_ctx=4096) as model:
         chat(model, "Why?", SYSTEM * 6)
-        n, record = shared_by(model, SYSTEM * 6), model.engine.caches.prefixes._record
+        n, record = shared_by(model, SYSTEM * 6), model.engine.caches.prefixes.record_name
     for path in tmp_path.iterdir():
         if path.stem != record:
             path.unlink()

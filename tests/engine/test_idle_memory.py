@@ -38,7 +38,7 @@ def stream(model: Model, *content, **options):
 @pytest.fixture
 def slow_layers(model, monkeypatch):
     """Make every layer of the tower take a tenth of a second; returns when each of them ended."""
-    ended, layers = [], model.engine.encoder.tower._layers
+    ended, layers = [], model.engine.encoder.tower.layers
 
     def slow(*more):
         for layer in layers(*more):
@@ -46,7 +46,7 @@ def slow_layers(model, monkeypatch):
             ended.append(time.perf_counter())
             yield layer
 
-    monkeypatch.setattr(model.engine.encoder.tower, "_layers", slow)
+    monkeypatch.setattr(model.engine.encoder.tower, "layers", slow)
     return ended
 
 
@@ -135,16 +135,16 @@ def test_low_memory_drops_the_vision_weights_and_changes_no_answer(exact_folder:
     with Model.load(exact_folder, exact=True) as usual:
         expected = [str(stream(usual, images[name], "What is it?").result()) for name in ("tiny", "square")]
         tokens = usual.encode_image(images["tiny"])
-        assert usual.engine.encoder.tower._loaded
+        assert usual.engine.encoder.tower.is_loaded
     with Model.load(exact_folder, exact=True, low_memory=True) as model:
         for name, answer in zip(("tiny", "square"), expected, strict=True):
             assert str(stream(model, images[name], "What is it?").result()) == answer
             tower, resampler = model.engine.encoder.tower, model.engine.encoder.resampler
-            assert not tower._loaded
+            assert not tower.is_loaded
             assert not {"_embedding", "_post_norm"} & tower.__dict__.keys()
             assert "_weights" not in resampler.__dict__
         assert (model.encode_image(images["tiny"])[0] == tokens[0]).all()
-        assert not tower._loaded
+        assert not tower.is_loaded
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
@@ -201,10 +201,10 @@ def test_low_memory_drops_them_after_a_cancelled_request_too(exact_folder: Path,
         running.on_progress = lambda progress: running.cancel() if progress.share > 0 else None
         assert running.result().finish_reason == "cancelled"
         for _ in range(100):
-            if not model.engine.encoder.tower._loaded:
+            if not model.engine.encoder.tower.is_loaded:
                 break
             time.sleep(0.05)
-        assert not model.engine.encoder.tower._loaded
+        assert not model.engine.encoder.tower.is_loaded
 
 
 def test_a_cancelled_reader_may_not_be_kept_waiting_by_a_full_house(model, monkeypatch):

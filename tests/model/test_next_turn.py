@@ -108,7 +108,7 @@ def test_pictures_that_were_forgotten_are_not_encoded_for_it(model, images, monk
     def forget() -> None:
         for sequence in range(model.engine.decoder.n_sequences):
             model.engine.decoder.rewind(sequence)
-        model.engine.scheduler.encoding.visual_tokens._tokens.clear()
+        model.engine.scheduler.encoding.visual_tokens.clear()
 
     model.engine.run(forget)
     encoded: list[int] = []
