@@ -73,7 +73,7 @@ def log_probabilities(model: Model, sample: Sample) -> np.ndarray:
                 decoder.decode(token)
         return np.stack(rows)
 
-    return np.asarray(model._engine.call(compute))
+    return np.asarray(model.engine.call(compute))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

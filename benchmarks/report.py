@@ -1,17 +1,19 @@
-"""Results in JSON → the Markdown tables of the README, and the plot of size against quality.
+"""Results in JSON → the Markdown tables of benchmarks/README.md, and the plot of size against quality.
 
     python benchmarks/report.py benchmarks/results/*.json
-    python benchmarks/report.py benchmarks/results/*.json --write README.md
+    python benchmarks/report.py benchmarks/results/*.json --write benchmarks/README.md
     python benchmarks/report.py benchmarks/results/quality.json --plot quality.svg
 
 `--write` replaces what stands between the lines `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`. Every row
-of a result gets its row here, also where a peer is faster.
+of a result gets its row here, also where a peer is faster; every result says when, at which commit and on which
+machine it was measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,6 +74,31 @@ def about_machine(result: Result) -> str:
         f"; load average {load['start'][0]} at the start and {load['end'][0]} at the end" if load.get("start") else ""
     )
     return f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads{busy}. Versions: {', '.join(used)}."
+
+
+def provenance(path: Path, result: Result) -> str:
+    """When and where a result was measured, in a line: date and commit from git, machine from the result itself."""
+    command = ["git", "log", "-1", "--format=%cs, commit %h", "--", path.name]
+    try:
+        committed = subprocess.run(
+            command, cwd=path.parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or a copy without its history
+        committed = ""
+    return f"{committed or 'Not committed'}; {machine_name(result)}."
+
+
+def machine_name(result: Result) -> str:
+    """Processor, kernels and threads, as far as the result tells them."""
+    machine = result.get("machine", result)
+    named = [
+        machine.get("cpu", ""),
+        f"kernels for {kernels}" if (kernels := machine.get("isa", machine.get("kernels"))) else "",
+        f"{n} threads" if (n := machine.get("threads", machine.get("cpus"))) else "",
+    ]
+    if not named[0]:
+        named[0] = "processor not recorded"
+    return ", ".join(filter(None, named))
 
 
 def vision(result: Result) -> str:
@@ -373,7 +400,7 @@ def main() -> None:
     for path in options.results:
         try:
             result = json.loads(path.read_text("utf-8"))
-            parts.append(render(result))
+            parts.append(f"### {path.name}\n\n{provenance(path, result)}\n\n{render(result)}")
         except (OSError, ValueError) as error:
             raise SystemExit(f"{path}: {error}.") from None
         if options.plot and result["scenario"] == "quality-demo":

@@ -103,14 +103,14 @@ def failing_requests(model: Model) -> list[Callable[[], Any]]:
 
 def make_failures() -> None:
     """Make the engine raise for the last token of prompts that say so, as damaged weights would."""
-    go_on = scheduler.go_on
+    advance = scheduler.advance
 
     def failing(task: Any, *more: Any) -> Any:
         if FAILING in task.request.prompt.text:
             raise ModelFileError(FAILING)
-        return go_on(task, *more)
+        return advance(task, *more)
 
-    scheduler.go_on = failing
+    scheduler.advance = failing
 
 
 def rss_anon_mb() -> float:
@@ -196,8 +196,8 @@ def _fail(soak: Soak, request: Callable[[], AnswerStream]) -> None:
 
 
 def _wait_until_free(model: Model, patience_s: float = 30.0) -> bool:
-    scheduler, started = model._engine._scheduler, time.perf_counter()
-    while scheduler.n_tasks or sorted(scheduler._idle) != list(range(model._decoder.n_sequences)):
+    scheduler, started = model.engine.scheduler, time.perf_counter()
+    while scheduler.n_tasks or sorted(scheduler.sequences.idle) != list(range(model._decoder.n_sequences)):
         if time.perf_counter() - started > patience_s:
             return False
         time.sleep(0.02)
@@ -210,8 +210,8 @@ def prepare(model: Model, seed: int, n_pictures: int = 9) -> Soak:
     for picture in range(-1, n_pictures):
         for question in QUESTIONS:
             soak.expected[picture, question] = str(soak.ask(picture, question).result())
-    scheduler, n_bytes = model._engine._scheduler, 4 * model._encoder.n_queries * model._encoder.hidden
-    scheduler._visual_tokens = VisualTokenCache(REMEMBERED * n_bytes, scheduler._visual_tokens._saved)
+    scheduler, n_bytes = model.engine.scheduler, 4 * model._encoder.n_queries * model._encoder.hidden
+    scheduler.encoding.visual_tokens = VisualTokenCache(REMEMBERED * n_bytes, scheduler.encoding.visual_tokens._saved)
     return soak
 
 

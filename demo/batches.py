@@ -1,7 +1,7 @@
 """Samples → arrays for training: one kind and one grid per batch, so that nothing is padded but the answers.
 
-Prompts are rendered and tokenised by `edge_runtime.prompt.build`, pictures cut by `edge_runtime.inputs.slicing`: what the model is
-trained on is what it will be shown.
+Prompts are rendered and tokenised by `edge_runtime.prompt.build`, pictures cut by `edge_runtime.inputs.slicing`: what
+the model is trained on is what it will be shown.
 """
 
 from __future__ import annotations

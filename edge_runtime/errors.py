@@ -13,6 +13,7 @@ Each message is one sentence or two with three parts: what was found, what was e
     ├── MessageError            a message, option or temporal id has the wrong form
     ├── RequestCancelled        the caller gave it up while pictures and videos were read
     ├── PromptTooLongError      the prompt does not fit into the context
+    ├── CacheFull               the KV cache has no free cells, and nothing in it can be given up
     └── BackendUnavailable      a library or machine feature that is needed is not there
 """
 
@@ -77,6 +78,22 @@ class PromptTooLongError(EdgeRuntimeError):
     def __init__(self, message: str, n_prompt: int | None = None, n_ctx: int | None = None) -> None:
         super().__init__(message)
         self.n_prompt, self.n_ctx = n_prompt, n_ctx
+
+
+class CacheFull(EdgeRuntimeError):  # noqa: N818 - says what is the matter
+    """The KV cache has no free cells for what was to be computed; nothing has changed.
+
+    The engine answers it by giving up idle prefixes and by preempting requests; callers see it when neither helps.
+
+    Parameters
+    ----------
+    reason : what llama.cpp says of it, if anything.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(
+            f"The KV cache is full{f' ({reason})' if reason else ''}; load the model with a larger --ctx."
+        )
 
 
 class EngineBusy(EdgeRuntimeError):  # noqa: N818 - says what is the matter, not that something broke

@@ -52,14 +52,19 @@ class Inside:
             file.check_unchanged()
 
     @property
+    def engine(self) -> Engine:
+        """The engine, for tests and benchmarks that look inside; not stable."""
+        return self._engine
+
+    @property
     def capabilities(self) -> list[str]:
         """What it can do, by Ollama's names: completion, vision, tools, thinking."""
         return capabilities(self._decoder.file)
 
     @property
-    def fills_itself(self) -> bool:
+    def uses_amx_prefill(self) -> bool:
         """Whether prompts are computed by our kernels, which must be compiled once on a machine."""
-        return self._decoder.fills_itself
+        return self._decoder.uses_amx_prefill
 
     @property
     def n_ctx(self) -> int:

@@ -22,7 +22,7 @@ from edge_runtime.generation.token_rules import choose_rules
 from edge_runtime.inputs.workers.pool import Decoders
 from edge_runtime.internals import Inside
 from edge_runtime.loading.load import LoadOptions, load_parts, set_threads
-from edge_runtime.next_turn import ReadingAhead
+from edge_runtime.next_turn import NextTurnPrefill
 from edge_runtime.options import (
     check_begun,
     check_counts,
@@ -55,8 +55,8 @@ class Model(Inside):
         """The chat template (Jinja)."""
         self.is_toy = is_toy(self._decoder.file)
         """Whether its file says that its answers are not to be believed, as the demo's does."""
-        self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.keeping)
-        self._ahead = ReadingAhead(self._engine)
+        self._engine = Engine(self._encoder, self._decoder, self.tokenizer, parts.caches)
+        self._next_turn = NextTurnPrefill(self._engine)
         self._beginnings = Beginnings()
         self._engine.call(lambda: set_threads(parts.n_threads))
         if options.warms_up:
@@ -253,7 +253,7 @@ class Model(Inside):
         thinking_budget : tokens after which reasoning is ended and the answer begins; None: no limit.
         repetition_check : end an answer that goes in circles, with the reason `repetition`.
         adapter : name of a LoRA adapter the model was loaded with; None takes the model as it is.
-        follow_up : another turn is expected: read this one's answer as history while nobody waits; see `ahead`.
+        follow_up : another turn is expected: read this one's answer as history while nobody waits; see `next_turn`.
         schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
             reasoning. The model is not told: say in the question what is wanted.
         json : the answer is some JSON object.
@@ -386,7 +386,7 @@ class Model(Inside):
                 notice=TOY_NOTICE if self.is_toy else None,
             )
             if follow_up:
-                self._ahead.follow(prepared, request, found)
+                self._next_turn.follow(prepared, request, found)
             return found
 
         requests = [

@@ -1,9 +1,9 @@
-"""The next turn's prompt, as far as it is known when an answer has ended: read while nobody waits.
+"""The next turn's prompt, as far as it is known when an answer has ended: prefill while nobody waits.
 
 The template drops the (empty) think block in front of an answer once it is history, so the KV cache that wrote the
-answer is of no use behind the question: the next turn would read the whole answer again before its first token. It is
-read here instead, while the person reads it too, together with what the template puts between turns. Whoever asks
-for anything ends that at once; what was read until then is kept.
+answer is of no use behind the question: the next turn would compute the whole answer again before its first token. It
+is computed here instead, while the person reads it, together with what the template puts between turns. Whoever asks
+for anything ends that at once; what was computed until then stays in the KV cache.
 
 Knows of templates only that they make a beginning out of messages: it is what two different next questions share.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from edge_runtime.answers import Answer
-from edge_runtime.decoder.decoder import common_beginning
+from edge_runtime.decoder.llama_context import common_beginning
 from edge_runtime.engine.engine import Engine, Running
 from edge_runtime.engine.request import Request
 from edge_runtime.errors import EdgeRuntimeError
@@ -27,8 +27,8 @@ NEXT_QUESTIONS = ("What", "And how")
 """They begin differently: behind what they share stands the question."""
 
 
-class ReadingAhead:
-    """At most one prompt that is read ahead of being asked for."""
+class NextTurnPrefill:
+    """At most one prompt that is computed before it is asked for."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -36,7 +36,7 @@ class ReadingAhead:
         self._lock = threading.Lock()
 
     def follow(self, prepared: Prepared, request: Request, answer: Answer) -> None:
-        """Begin to read what the next turn's prompt will begin with; nothing where that is not known.
+        """Begin to compute what the next turn's prompt will begin with; nothing where that is not known.
 
         Parameters
         ----------
@@ -49,17 +49,17 @@ class ReadingAhead:
             return
         try:
             beginning = next_beginning(prepared.with_more, answer)
-            ahead = replace(
+            prefetch = replace(
                 request,
                 prompt=beginning,
                 groups=[[] for _ in request.groups],  # their pixels need not stay: nothing is encoded for this
                 form=None,
                 n_beams=1,
                 max_tokens=0,
-                reads_ahead=True,
+                is_prefetch=True,
             )
             with self._lock:
-                self._running = self._engine.read_ahead(ahead)
+                self._running = self._engine.prefetch(prefetch)
         except EdgeRuntimeError:
             return  # a conversation without a next turn: too long, or nothing that the template takes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edge_runtime.engine.engine import MOST_REQUESTS
+from edge_runtime.engine.engine import MAX_REQUESTS
 from edge_runtime.errors import MessageError
 from edge_runtime.generation.logprobs import MOST_ALTERNATIVES
 from edge_runtime.generation.sampling import OFFICIAL_BEAMS
@@ -67,7 +67,7 @@ def check_counts(
         Naming the option that is out of range, or two that exclude each other.
     """
     for name, value, low, high in (
-        ("n", n, 1, MOST_REQUESTS),
+        ("n", n, 1, MAX_REQUESTS),
         ("beams", beams, 1, most_beams),
         ("top_logprobs", top_logprobs, 0, MOST_ALTERNATIVES),
     ):

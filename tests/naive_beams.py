@@ -1,7 +1,7 @@
 """Beam search as transformers 4.57 does it, written down plainly: dense arrays, every beginning computed anew.
 
-Independent of `edge_runtime.generation.beam_search` on purpose: the same rules in another form. Where there is no beam or hypothesis
-yet, a score of -1e9 stands, as there.
+Independent of `edge_runtime.generation.beam_search` on purpose: the same rules in another form. Where there is no
+beam or hypothesis yet, a score of -1e9 stands, as there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Qwen3's layers in NumPy and float64, from the definition: what our prefill and llama.cpp are held against."""
+"""Qwen3's layers in NumPy and float64, from the definition: what our AMX prefill and llama.cpp are held against."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from edge_runtime.decoder.amx_prefill import Filled, Stretch
+from edge_runtime.decoder.amx_prefill import PrefillChunk, PrefillResult
 from edge_runtime.decoder.kv_rows import KVForm, KVRows
 from edge_runtime.weights.gguf_file import GGUFFile
 
 
 class PlainDecoder:
-    """As `edge_runtime.decoder.amx_prefill.Prefill`, slowly."""
+    """As `edge_runtime.decoder.amx_prefill.AmxPrefill`, slowly."""
 
     def __init__(self, file: GGUFFile, region: object = None) -> None:
         self._file = file
@@ -47,10 +47,10 @@ class PlainDecoder:
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         return np.einsum("hqk,khd->qhd", weights / weights.sum(-1, keepdims=True), values).reshape(n, -1)
 
-    def fill(self, stretch: Stretch, rounded: bool = True) -> Filled:
-        """Compute one stretch; keys and values are rounded to float16 before they are used, as in a KV cache."""
-        x = stretch.embeddings.astype(np.float64)
-        first = 0 if stretch.past is None else len(stretch.past)
+    def compute_one(self, chunk: PrefillChunk, rounded: bool = True) -> PrefillResult:
+        """Compute one chunk; keys and values are rounded to float16 before they are used, as in a KV cache."""
+        x = chunk.embeddings.astype(np.float64)
+        first = 0 if chunk.past is None else len(chunk.past)
         kept: tuple[list[Any], list[Any]] = [], []
         for n in range(self.n_layers):
             h = self._normed(x, self._weight(n, "attn_norm"))
@@ -61,7 +61,7 @@ class PlainDecoder:
             for rows, keep, past in zip(
                 new,
                 kept,
-                ((None, None) if stretch.past is None else (stretch.past.keys, stretch.past.values)),
+                ((None, None) if chunk.past is None else (chunk.past.keys, chunk.past.values)),
                 strict=True,
             ):
                 halves = rows.astype(np.float16)
@@ -75,13 +75,13 @@ class PlainDecoder:
         head = "output.weight" if "output.weight" in self._file.tensors else "token_embd.weight"
         last = self._normed(x[-1], self._file.array("output_norm.weight"))
         logits = (self._file.array(head).astype(np.float64) @ last).astype(np.float32)
-        return Filled(KVRows(self.form, *kept), logits if stretch.wants_logits else None)
+        return PrefillResult(KVRows(self.form, *kept), logits if chunk.wants_logits else None)
 
-    def compute(self, stretches: Sequence[Stretch], cancelled: Callable[[], bool]) -> list[Filled] | None:
-        """Compute stretches one after the other."""
-        found: list[Filled] = []
-        for stretch in stretches:
+    def compute(self, chunks: Sequence[PrefillChunk], cancelled: Callable[[], bool]) -> list[PrefillResult] | None:
+        """Compute chunks one after the other."""
+        found: list[PrefillResult] = []
+        for chunk in chunks:
             if cancelled():
                 return None
-            found.append(self.fill(stretch))
+            found.append(self.compute_one(chunk))
         return found

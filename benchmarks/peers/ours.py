@@ -59,8 +59,8 @@ class Ours:
             raise RuntimeError(f"{min(unread)} was not read through GGUFFile.array: nothing was planted in it")
         run_tower = self.encoder.tower.encode
 
-        def tower(slices: Any) -> Any:
-            self._features, seconds = timed(lambda: run_tower(slices))
+        def tower(slices: Any, *more: Any) -> Any:
+            self._features, seconds = timed(lambda: run_tower(slices, *more))
             self._tower_s += seconds
             return self._features
 
@@ -95,7 +95,7 @@ class Ours:
 
         self._features = []
         self._groups.clear()
-        self.encoder.rest()
+        self.encoder.release_idle_memory()
         give_back()
 
     def output(self, width: int, height: int, path: str) -> None:

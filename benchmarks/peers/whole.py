@@ -70,14 +70,14 @@ class Whole:
 
     def forget(self) -> None:
         """Empty the KV cache and the cache of visual tokens."""
-        decoder, scheduler = self.model._decoder, self.model._engine._scheduler
+        decoder, scheduler = self.model._decoder, self.model.engine.scheduler
 
         def empty() -> None:
             for sequence in range(decoder.n_sequences + 1):
                 decoder.rewind(sequence)
-            scheduler._visual_tokens = type(scheduler._visual_tokens)()
+            scheduler.encoding.visual_tokens = type(scheduler.encoding.visual_tokens)()
 
-        self.model._engine.call(empty)
+        self.model.engine.call(empty)
 
     def prompts(self, count: int, n_tokens: int) -> list[str]:
         """Different questions whose prompts have `n_tokens` tokens each, template included."""

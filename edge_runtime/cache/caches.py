@@ -1,4 +1,4 @@
-"""What an engine keeps beyond its KV cache: on disk, between processes; and what it lets go of between pictures."""
+"""What an engine caches beyond its KV cache: on disk, between processes; and what it drops between pictures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("edge_runtime")
 
 
 def usual_folder() -> Path | None:
-    """The folder where a server keeps what it has read, among the caches of whoever runs it; None if there is none.
+    """The folder where a server caches prompts, among the caches of whoever runs it; None if there is none.
 
     It is made, and nobody else can read it. Where that cannot be done, a warning says so.
     """
@@ -40,8 +40,8 @@ def usual_folder() -> Path | None:
 
 
 @dataclass(frozen=True)
-class Keeping:
-    """Where results go that outlive a request; nothing of it is needed for an answer."""
+class Caches:
+    """Where results go that outlive a request; no answer needs them."""
 
     disk: DiskCache | None = None
     tokens: SavedTokens | None = None
@@ -58,21 +58,24 @@ class Keeping:
         decoder: Decoder,
         *,
         exact: bool,
+        isa: str,
         low_memory: bool = False,
-    ) -> Keeping:
-        """Keep visual tokens and beginnings of conversations in a folder.
+    ) -> Caches:
+        """Keep visual tokens and prefixes of conversations in a folder.
 
         Entries stand for the files and the arithmetic they were computed with, so models can share a folder.
+
+        Parameters
+        ----------
+        isa : the kernels' instruction set.
 
         Raises
         ------
         MessageError
             When the folder cannot be written to.
         """
-        from edge_kernels.machine import isa
-
         disk = DiskCache(folder, limit_bytes)
-        arithmetic = f"{__version__} exact={exact} {isa()} ".encode()
+        arithmetic = f"{__version__} exact={exact} {isa} ".encode()
         vision = hashlib.blake2b(arithmetic + file_identity(encoder.file), digest_size=16).digest()
         context = f"llama.cpp {metadata.version('llama-cpp-python')} kv={decoder.kv_type} exact={exact} ".encode()
         root = hashlib.blake2b(context + vision + file_identity(decoder.file), digest_size=16).digest()

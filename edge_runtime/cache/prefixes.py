@@ -23,8 +23,9 @@ from typing import cast
 import numpy as np
 
 from edge_runtime.cache.disk import DiskCache
-from edge_runtime.decoder.decoder import Decoder, common_beginning
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_rows import KVForm, KVRows, UnknownState
+from edge_runtime.decoder.llama_context import common_beginning
 
 BLOCK = 32
 """Positions per entry: at full size 4.7 MB, a second of prefill."""

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from edge_runtime.decoder.decoder import Decoder, common_beginning
+from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder.llama_context import common_beginning
 from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.inputs.messages import Message, parse_messages
 from edge_runtime.prompt.build import Prompt

@@ -255,7 +255,7 @@ def measure(name: str, setup: dict[str, Any], say: Callable[[str], None]) -> dic
         rates = decoder_rates(parts.decoder)
         encoding = encoding_s(parts.encoder)
     finally:
-        parts.keeping.close()
+        parts.caches.close()
         parts.decoder.close()
     rows = {
         "load": f"{load_s:.2f} s",

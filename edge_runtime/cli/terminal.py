@@ -30,14 +30,16 @@ def note(text: str) -> None:
     click.secho(text, err=True, dim=True)
 
 
-def note_first_compile(*, pictures: bool, prompts: bool) -> None:
-    """Say why the first picture, or prompt, on this machine takes longer; machine code is kept for the next start."""
+def first_compile(*, pictures: bool, prompts: bool) -> list[str]:
+    """Why the first picture, or prompt, on this machine takes longer; machine code is kept for the next start."""
     from edge_kernels.compile import is_compiled
 
+    notes = []
     if pictures and not is_compiled("rows.patch_embed"):
-        note("First picture on this machine: compiling the vision kernels, 20 to 40 seconds.")
+        notes.append("First picture on this machine: compiling the vision kernels, 20 to 40 seconds.")
     if prompts and not is_compiled("linear.gguf_blocks"):
-        note("First prompt on this machine: compiling its kernels, 10 to 20 seconds.")
+        notes.append("First prompt on this machine: compiling its kernels, 10 to 20 seconds.")
+    return notes
 
 
 def answer(
@@ -52,12 +54,15 @@ def answer(
     """
     progress = AnswerProgress(label)
     pictures = any(not isinstance(part, str) for message in parse_messages(messages) for part in message.parts)
-    note_first_compile(pictures=pictures, prompts=model.fills_itself)
     try:
         (stream,) = model.submit(messages, on_image=progress.on_image, on_look=progress.on_look, **options)
     except BaseException:
         progress.clear()
         raise
+    # Not before: files that are refused compile nothing.
+    for text in first_compile(pictures=pictures, prompts=model.uses_amx_prefill):
+        progress.clear()
+        note(text)
     stream.on_progress = progress.on_event
     printed = Printer(quiet)
     try:

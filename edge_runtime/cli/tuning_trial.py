@@ -27,7 +27,7 @@ import numpy as np
 
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.options import CHUNK_TOKENS, DecoderOptions
-from edge_runtime.decoder.sequence_chunk import Part
+from edge_runtime.decoder.sequence_chunk import SequenceChunk
 from edge_runtime.loading.tuning import Tuning
 from edge_runtime.weights.gguf_file import GGUFFile
 
@@ -75,18 +75,18 @@ def decoder_rates(decoder: Decoder, n_prompt: int = CHUNK_TOKENS, n_decode: int 
     """Measure prefill and generation behind it; warm, the best of up to three repeats within `REPEAT_S`."""
     n_prompt = max(1, min(n_prompt, decoder.n_ctx - n_decode - 1))
     ids = [int(i) for i in np.random.default_rng(0).integers(0, decoder.config.vocabulary, n_prompt + n_decode)]
-    decoder.step([Part(0, ids[:8])])  # pages of the weights come in, buffers are made
+    decoder.step([SequenceChunk(0, ids[:8])])  # pages of the weights come in, buffers are made
     prefill: list[float] = []
     decode: list[float] = []
     while not prefill or (len(prefill) < 3 and sum(prefill) + sum(decode) < REPEAT_S):
         decoder.rewind(0)
         started = time.perf_counter()
-        decoder.step([Part(0, ids[:n_prompt])])
+        decoder.step([SequenceChunk(0, ids[:n_prompt])])
         decoder.logits()  # llama.cpp may return before it has computed
         prefill.append(time.perf_counter() - started)
         started = time.perf_counter()
         for token_id in ids[n_prompt:]:
-            decoder.step([Part(0, [token_id])])
+            decoder.step([SequenceChunk(0, [token_id])])
             decoder.logits()
         decode.append(time.perf_counter() - started)
     decoder.rewind(0)
@@ -109,16 +109,16 @@ class Sampling:
         """
         decoder, first = self._decoder, CHUNK_TOKENS - n_prompt
         if not decoder.held(0):
-            decoder.step([Part(0, self._ids[:8])])
+            decoder.step([SequenceChunk(0, self._ids[:8])])
         if decoder.held(0) < first:
-            decoder.step([Part(0, self._ids[decoder.held(0) : first])])
+            decoder.step([SequenceChunk(0, self._ids[decoder.held(0) : first])])
         decoder.rewind(0, first)
         started = time.perf_counter()
-        decoder.step([Part(0, self._ids[first:CHUNK_TOKENS])])
+        decoder.step([SequenceChunk(0, self._ids[first:CHUNK_TOKENS])])
         decoder.logits()  # llama.cpp may return before it has computed
         prefilled = time.perf_counter()
         for token_id in self._ids[CHUNK_TOKENS:]:
-            decoder.step([Part(0, [token_id])])
+            decoder.step([SequenceChunk(0, [token_id])])
             decoder.logits()
         return Rates(n_prompt / (prefilled - started), SAMPLE_ANSWER / (time.perf_counter() - prefilled))
 

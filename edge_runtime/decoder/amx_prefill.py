@@ -1,8 +1,8 @@
-"""Embeddings → rows for the KV cache and logits, by our own kernels: the other way to fill a sequence.
+"""Embeddings → rows for the KV cache and logits, by our AMX kernels: the other way to compute a prompt.
 
 llama.cpp multiplies prompts on vector units alone, and unpacks weights for every call; on AMX the same takes a third
-of the time. So where a processor has it, prompts go this way, and llama.cpp goes on with the answer: its KV cache is
-filled with what was computed here (`kv_state`). Weights are read where they lie in the file.
+of the time. So where a processor has it, prompts go this way, and llama.cpp continues with the answer: its KV cache
+gets the rows that were computed here (`kv_rows`). Weights are read where they lie in the file.
 
 The layers are those of Qwen3 (reference implementation: transformers' modeling_qwen3). Positions that are computed
 together may belong to several sequences; they share every product, and each attends to its own past.
@@ -31,7 +31,7 @@ _NORMS = ("attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm")
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PrefillChunk:
     """New positions of one sequence."""
 
     embeddings: Float32
@@ -42,8 +42,8 @@ class Stretch:
     """Of the last position."""
 
 
-class Filled(NamedTuple):
-    """What was computed for a stretch."""
+class PrefillResult(NamedTuple):
+    """What was computed for a chunk."""
 
     rows: KVRows
     logits: Float32 | None
@@ -63,7 +63,7 @@ class _Layer(NamedTuple):
     ffn_norm: Float32
 
 
-def can_fill(file: GGUFFile) -> bool:
+def supports_amx_prefill(file: GGUFFile) -> bool:
     """Whether this machine can compute a decoder's prompts here, as far as its file tells.
 
     Its matrices must have types that can be unpacked, and nothing may be in the file that is not computed here.
@@ -95,8 +95,8 @@ def _is_readable(file: GGUFFile, name: str) -> bool:
     return info.type.name in BLOCK_BYTES and info.shape[-1] % BLOCK == 0 and not info.padding
 
 
-class Prefill:
-    """The layers of a decoder file for which `can_fill` holds.
+class AmxPrefill:
+    """The layers of a decoder file for which `supports_amx_prefill` holds.
 
     Parameters
     ----------
@@ -129,8 +129,8 @@ class Prefill:
         """How rows leave: float16."""
 
     def compute(
-        self, stretches: Sequence[Stretch], cancelled: Callable[[], bool] = lambda: False
-    ) -> list[Filled] | None:
+        self, chunks: Sequence[PrefillChunk], cancelled: Callable[[], bool] = lambda: False
+    ) -> list[PrefillResult] | None:
         """Compute new positions of some sequences.
 
         Parameters
@@ -139,38 +139,38 @@ class Prefill:
 
         Returns
         -------
-        filled : for each stretch, in order; None when `cancelled` answered true.
+        results : for each chunk, in order; None when `cancelled` answered true.
         """
         from edge_kernels.linear.gguf_blocks import linear_blocks, pack_gated, pack_rows
         from edge_kernels.rows.decoder_rows import rms_norm
 
-        ends = np.cumsum([len(stretch.embeddings) for stretch in stretches])
+        ends = np.cumsum([len(chunk.embeddings) for chunk in chunks])
         bounds = [*zip([0, *ends[:-1]], ends, strict=True)]
-        x = np.concatenate([stretch.embeddings for stretch in stretches]).astype(np.float32, copy=False)
-        angles = self._angles(stretches)
-        kept: tuple[list[list[Bytes]], list[list[Bytes]]] = [[] for _ in stretches], [[] for _ in stretches]
+        x = np.concatenate([chunk.embeddings for chunk in chunks]).astype(np.float32, copy=False)
+        angles = self._angles(chunks)
+        kept: tuple[list[list[Bytes]], list[list[Bytes]]] = [[] for _ in chunks], [[] for _ in chunks]
         space = _Space(len(x), self._layers[0])
         for n, layer in enumerate(self._layers):
             if cancelled():
                 return None
-            self._attend(layer, n, x, angles, stretches, bounds, kept, space)
+            self._attend(layer, n, x, angles, chunks, bounds, kept, space)
             rows = pack_rows(rms_norm(x, layer.ffn_norm, self._eps))
             gate = linear_blocks(rows, layer.ffn_gate, out=space.gate)
             up = linear_blocks(rows, layer.ffn_up, out=space.up)
             linear_blocks(pack_gated(gate, up), layer.ffn_down, residual=x, out=x)
         logits = iter(
-            self._logits(x, [end - 1 for (_, end), s in zip(bounds, stretches, strict=True) if s.wants_logits])
+            self._logits(x, [end - 1 for (_, end), s in zip(bounds, chunks, strict=True) if s.wants_logits])
         )
         return [
-            Filled(KVRows(self.form, *rows), next(logits) if stretch.wants_logits else None)
-            for stretch, *rows in zip(stretches, *kept, strict=True)
+            PrefillResult(KVRows(self.form, *rows), next(logits) if chunk.wants_logits else None)
+            for chunk, *rows in zip(chunks, *kept, strict=True)
         ]
 
-    def _angles(self, stretches: Sequence[Stretch]) -> tuple[Float32, Float32]:
+    def _angles(self, chunks: Sequence[PrefillChunk]) -> tuple[Float32, Float32]:
         """Cosines and sines of the positions: ndarray [shape=(n, dims / 2), float32] each."""
-        firsts = [0 if stretch.past is None else len(stretch.past) for stretch in stretches]
+        firsts = [0 if chunk.past is None else len(chunk.past) for chunk in chunks]
         positions = np.concatenate(
-            [np.arange(first, first + len(s.embeddings)) for first, s in zip(firsts, stretches, strict=True)]
+            [np.arange(first, first + len(s.embeddings)) for first, s in zip(firsts, chunks, strict=True)]
         )
         turns = self._base ** (-np.arange(0, self._dims, 2) / self._dims)
         angles = positions[:, None] * turns
@@ -182,7 +182,7 @@ class Prefill:
         n: int,
         x: Float32,
         angles: tuple[Float32, Float32],
-        stretches: Sequence[Stretch],
+        chunks: Sequence[PrefillChunk],
         bounds: Sequence[tuple[int, int]],
         kept: tuple[list[list[Bytes]], list[list[Bytes]]],
         space: _Space,
@@ -197,9 +197,9 @@ class Prefill:
         new_keys, new_values = linear_blocks(rows, layer.attn_k), linear_blocks(rows, layer.attn_v)
         norm_and_rotate(queries, layer.attn_q_norm, self._eps, *angles)
         norm_and_rotate(new_keys, layer.attn_k_norm, self._eps, *angles)
-        for i, (stretch, (first, end)) in enumerate(zip(stretches, bounds, strict=True)):
+        for i, (chunk, (first, end)) in enumerate(zip(chunks, bounds, strict=True)):
             keys, values = _kept(new_keys[first:end], kept[0][i]), _kept(new_values[first:end], kept[1][i])
-            past = None if stretch.past is None else stretch.past.halves(n)
+            past = None if chunk.past is None else chunk.past.halves(n)
             attention_causal(
                 queries[first:end], keys, values, self._dims, past=past, out=space.attended[first:end]
             )  # fmt: skip

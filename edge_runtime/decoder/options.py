@@ -33,5 +33,5 @@ class DecoderOptions:
     """Copy the weights into another order when loading; needs their size in memory again."""
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     """Name to LoRA file."""
-    own_prefill: bool | None = None
-    """Whether prompts are computed by our kernels (`prefill`); None: where that pays. Never with `exact`."""
+    amx_prefill: bool | None = None
+    """Whether prompts are computed by our AMX kernels (`amx_prefill`); None: where that pays. Never with `exact`."""

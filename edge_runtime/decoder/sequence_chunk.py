@@ -1,4 +1,7 @@
-"""What one call of the decoder appends to one sequence, and how a call may end without it."""
+"""What one call of the decoder appends to one sequence, and how a call may end without it.
+
+A call that lacks free cells raises `errors.CacheFull`.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,8 @@ class Cancelled(Exception):  # noqa: N818 - a request's end, not an error
     """The request was cancelled; raised on the inference thread only."""
 
 
-class CacheFull(Exception):  # noqa: N818 - answered by making room
-    """The KV cache has no room for what was to be computed; nothing has changed."""
-
-
-class Part(NamedTuple):
-    """What one call appends to one sequence."""
+class SequenceChunk(NamedTuple):
+    """What one call appends to one sequence: a chunk of its prompt, or the last token of its answer."""
 
     sequence: int
     keys: Sequence[Hashable]
@@ -26,4 +25,5 @@ class Part(NamedTuple):
     """ndarray [shape=(n, hidden), float32]"""
     wants_logits: bool = True
     """Of the last position."""
-    wants_all_logits: bool = False  # of every position, by llama.cpp then; at most `SCORED_ROWS` together
+    wants_all_logits: bool = False
+    """Of every position, which llama.cpp computes then; at most `MAX_SCORED_ROWS` in one call."""

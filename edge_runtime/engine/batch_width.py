@@ -1,4 +1,4 @@
-"""How many answers get their next token in one call of llama.cpp: learnt from how long calls take.
+"""How many answers get their next token in one batch of llama.cpp: learnt from how long calls take.
 
 A call costs a pass over the weights, so the more rows share it the better; but from 8 rows on llama.cpp unpacks
 K-quants before it multiplies (`ggml_tiled_min_batch` in 0.3.36), which makes 8 rows cost more than 7 and one of
@@ -18,7 +18,7 @@ ASK_AGAIN = 64
 """Calls after which the width that lost is tried once more."""
 
 
-class CallWidth:
+class BatchWidth:
     """Seconds of calls by their number of rows; for calls that generate only."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class CallWidth:
                 return width
         return min(widths, key=lambda width: median(self._seconds[width]) / width)
 
-    def note(self, n_rows: int, seconds: float) -> None:
+    def record(self, n_rows: int, seconds: float) -> None:
         """Learn what a call took."""
         for width in self._since:
             self._since[width] += 1

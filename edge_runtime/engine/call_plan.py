@@ -1,90 +1,146 @@
-"""Tasks that have their pictures → what the next call of llama.cpp computes: next tokens, and parts of prompts."""
+"""Tasks that have their pictures → what the decoder computes in the next step: next tokens, and chunks of prompts.
+
+All running answers get their next token, and prompts that wait share what is left of the batch (chunked prefill): so
+answers keep flowing while a long prompt is worked on, and tokens of many answers cost one pass over the weights.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from edge_runtime.decoder.decoder import SCORED_ROWS, Decoder
+from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.embedding import embed
+from edge_runtime.decoder.llama_context import MAX_SCORED_ROWS
 from edge_runtime.decoder.options import CHUNK_TOKENS
-from edge_runtime.decoder.sequence_chunk import Part
-from edge_runtime.engine.batch_width import CallWidth
-from edge_runtime.engine.task import Task
+from edge_runtime.decoder.sequence_chunk import SequenceChunk
+from edge_runtime.engine.batch_width import BatchWidth
+from edge_runtime.engine.task import Task, TaskState
 from edge_runtime.weights.gguf_file import Float32
 
-TURN_S = 0.25
-"""How long a prompt may hold up running answers at a time."""
-LEAST_CHUNK = 16  # tokens of a prompt per turn, however slow the machine
-LEAST_OWN_CHUNK = 128  # the same where our prefill computes them: fewer take nearly as long
-AHEAD_CHUNK = 64
-"""Tokens read ahead per call: as many are lost when somebody asks meanwhile."""
+MAX_PREFILL_S = 0.25
+"""How long a prompt may hold up running answers in one step."""
+MIN_CHUNK = 16
+"""Tokens of a prompt per step, however slow the machine."""
+MIN_AMX_CHUNK = 128
+"""The same where AMX kernels compute them: fewer take nearly as long."""
+PREFETCH_CHUNK = 64
+"""Tokens per step of what is computed in advance: as many are lost when somebody asks meanwhile."""
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """What one step computes; a task with beams stands here once for each."""
+
+    tasks: list[Task]
+    chunks: list[SequenceChunk]
+    """One for each of `tasks`."""
+
+    @property
+    def adapter(self) -> str | None:
+        """The LoRA adapter that all of it is computed with."""
+        return self.tasks[0].request.adapter
+
+    @property
+    def n_rows(self) -> int:
+        """Positions that are computed."""
+        return sum(len(chunk.keys) for chunk in self.chunks)
+
+    def is_worth_leaving(self, started: float, row_s: float) -> bool:
+        """Whether to give up the call for the sake of those who were cancelled.
+
+        Leaving loses what the call has done for the others, staying computes the rest for nobody. So it is left while
+        the share of the time that has passed is smaller than the share of the rows that nobody wants any more: then
+        the others are done sooner, too. Where it is not left, its rest is shorter than the others' part.
+
+        Parameters
+        ----------
+        started : when it began, by `time.perf_counter`.
+        row_s : seconds that a row takes.
+        """
+        sizes = [(len(chunk.keys), task.is_cancelled()) for task, chunk in zip(self.tasks, self.chunks, strict=True)]
+        unwanted, n_rows = sum(n for n, is_cancelled in sizes if is_cancelled), sum(n for n, _ in sizes)
+        if unwanted in (0, n_rows):
+            return unwanted > 0
+        return time.perf_counter() - started < unwanted * row_s
 
 
 class CallPlanner:
-    """Plans calls by how long the last ones took. Used by the inference thread alone."""
+    """Plans steps by how long the last ones took. Used by the inference thread alone."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._served: str | None = None
-        """Adapter of the last call."""
-        self._width = CallWidth()
-        self.row_s = TURN_S / 64
+        self._last_adapter: str | None = None
+        """Of the last step."""
+        self._batch_width = BatchWidth()
+        self.row_s = MAX_PREFILL_S / 64
         """Seconds that a position of a prompt took lately."""
 
-    def note(self, n_rows: int, n_tasks: int, seconds: float) -> None:
-        """Learn from a call: of prompts, or of next tokens alone, one row for each task."""
+    def record(self, n_rows: int, n_tasks: int, seconds: float) -> None:
+        """Learn from a step: of prompts, or of next tokens alone, one row for each task."""
         if n_rows > n_tasks:
             self.row_s = seconds / n_rows
         else:
-            self._width.note(n_rows, seconds)
+            self._batch_width.record(n_rows, seconds)
 
-    def plan(self, active: Sequence[Task]) -> tuple[list[Task], list[Part]]:
-        """Tasks of the next call and what each appends; a task with beams stands there once for each."""
-        able = [task for task in active if not task.missing]
-        left = {task: len(task.keys) - self._decoder.held(task.sequence) for task in able}
-        is_flowing = any(task.beam_run or (task.n_tokens and left[task] == 1) for task in able)
+    def plan(self, active: Sequence[Task]) -> CallPlan:
+        """Tasks of the next step and what each appends; no task, where none is ready."""
+        able = [task for task in active if task.state is not TaskState.ENCODING]
+        pending = {task: len(task.keys) - self._decoder.held(task.sequence) for task in able}
+        is_flowing = any(task.beams or (task.n_tokens and pending[task] == 1) for task in able)
         able = self._of_one_adapter(able)
-        searching, ready = [task for task in able if task.beam_run], [task for task in able if not task.beam_run]
-        running = [task for task in ready if left[task] == 1 and not task.request.reads_ahead]
+        searching, ready = [task for task in able if task.beams], [task for task in able if not task.beams]
+        running = [task for task in ready if pending[task] == 1 and not task.request.is_prefetch]
         if len(running) == len(able):  # nothing but next tokens: who has waited for longest comes first
-            running = sorted(running, key=lambda task: task.lap)[: self._width.choose(len(running))]
-        tasks, parts = [*running], [Part(task.sequence, task.keys[-1:]) for task in running]
+            n = self._batch_width.choose(len(running))
+            running = sorted(running, key=lambda task: task.laps.last)[:n]
+        tasks, chunks = [*running], [SequenceChunk(task.sequence, task.keys[-1:]) for task in running]
         for task in searching:
-            assert task.beam_run is not None
-            beams = task.beam_run.parts()
+            assert task.beams is not None
+            beams = task.beams.chunks()
             tasks += [task] * len(beams)
-            parts += beams
-        room = min(CHUNK_TOKENS, self._decoder.chunk) - len(parts)
-        if is_flowing:
-            least = LEAST_OWN_CHUNK if self._decoder.fills_itself else LEAST_CHUNK
-            room = min(room, max(least, int(TURN_S / self.row_s)))
-        scored = SCORED_ROWS
+            chunks += beams
+        n_left, n_scored = self._prompt_budget(len(chunks), is_flowing=is_flowing), MAX_SCORED_ROWS
         for task in ready:
-            n = min(room, left[task], AHEAD_CHUNK if task.request.reads_ahead else room)
-            n = min(n, scored) if task.is_scoring else n
-            if (left[task] > 1 or task.request.reads_ahead) and n > 0:
+            n = min(n_left, pending[task], PREFETCH_CHUNK if task.request.is_prefetch else n_left)
+            n = min(n, n_scored) if task.is_scoring else n
+            if (pending[task] > 1 or task.request.is_prefetch) and n > 0:
                 tasks.append(task)
-                parts.append(self._prompt_part(task, n, whole=n == left[task]))
-                room, scored = room - n, scored - n * task.is_scoring
-        return tasks, parts
+                chunks.append(self._prompt_chunk(task, n, whole=n == pending[task]))
+                n_left, n_scored = n_left - n, n_scored - n * task.is_scoring
+        return CallPlan(tasks, chunks)
+
+    def _prompt_budget(self, n_taken: int, *, is_flowing: bool) -> int:
+        """Positions of prompts in a step with `n_taken` next tokens.
+
+        Parameters
+        ----------
+        is_flowing : whether answers are running, which are not to be held up for long.
+        """
+        n_left = min(CHUNK_TOKENS, self._decoder.n_batch) - n_taken
+        if not is_flowing:
+            return n_left
+        least = MIN_AMX_CHUNK if self._decoder.uses_amx_prefill else MIN_CHUNK
+        return min(n_left, max(least, int(MAX_PREFILL_S / self.row_s)))
 
     def _of_one_adapter(self, ready: list[Task]) -> list[Task]:
-        """Tasks that one call can compute together: adapters take turns."""
+        """Tasks that one step can compute together: adapters alternate."""
         names = [*dict.fromkeys(task.request.adapter for task in ready)]
         if len(names) < 2:
             return ready
-        at = names.index(self._served) + 1 if self._served in names else 0
-        self._served = names[at % len(names)]
-        return [task for task in ready if task.request.adapter == self._served]
+        at = names.index(self._last_adapter) + 1 if self._last_adapter in names else 0
+        self._last_adapter = names[at % len(names)]
+        return [task for task in ready if task.request.adapter == self._last_adapter]
 
-    def _prompt_part(self, task: Task, n: int, *, whole: bool) -> Part:
+    def _prompt_chunk(self, task: Task, n: int, *, whole: bool) -> SequenceChunk:
         first = self._decoder.held(task.sequence)
         keys = task.keys[first : first + n]
         embeddings = self._embeddings(task, first, first + n)
-        wants_logits = whole and not task.request.reads_ahead
-        return Part(task.sequence, keys, embeddings, wants_logits, task.is_scoring)
+        wants_logits = whole and not task.request.is_prefetch
+        return SequenceChunk(task.sequence, keys, embeddings, wants_logits, task.is_scoring)
 
     def _embeddings(self, task: Task, start: int, stop: int) -> Float32 | None:
         """Embeddings of positions of a prompt; None where there is only text."""
@@ -92,9 +148,9 @@ class CallPlanner:
         places = [(i, *bound) for i, bound in enumerate(prompt.bounds) if bound[1] > start and bound[0] < stop]
         if not places:
             return None
-        ids = [*prompt.ids, *task.keys[len(prompt.ids) :]]  # a task that had to step back has an answer behind
+        ids = [*prompt.ids, *task.keys[len(prompt.ids) :]]  # a task that was preempted has an answer behind
         return embed(
             self._decoder,
             np.array(ids[start:stop], np.int64),
-            {(first - start, end - start): task.tokens[digests[i]] for i, first, end in places},
+            {(first - start, end - start): task.pictures.tokens[digests[i]] for i, first, end in places},
         )

@@ -16,24 +16,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from edge_runtime.cache.caches import Keeping
+from edge_runtime.cache.caches import Caches
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.engine.events import Activity, Event, EventQueue
 from edge_runtime.engine.request import Request
 from edge_runtime.engine.scheduler import Scheduler
-from edge_runtime.engine.task import Expected, Task
+from edge_runtime.engine.task import Task
+from edge_runtime.engine.warm_up import expected_prefixes
 from edge_runtime.errors import EdgeRuntimeError, EngineBusy
-from edge_runtime.generation.sampling import SamplingOptions
-from edge_runtime.prompt.build import Prompt
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.system.forks import Home, only_here
 from edge_runtime.vision.encoder import ImageEncoder
 
-MOST_REQUESTS = 64
+MAX_REQUESTS = 64
 """Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""
-PATIENCE, MOST_PATIENCE_S = 0.02, 0.02
+BATCH_WINDOW_SHARE, BATCH_WINDOW_MAX_S = 0.02, 0.02
 """Share of the time that a first request's prompt will take, and most seconds, in which others may join it."""
-REST_AFTER_S = 0.2
+IDLE_AFTER_S = 0.2
 """Without a request; then memory is given back."""
 SAVE_PAUSE_S = 0.02
 """Between two looks whether more can be saved."""
@@ -122,29 +121,34 @@ def _checked(event: Any) -> Any:
 
 
 class Engine:
-    """Owns encoder and decoder, and the thread that runs them."""
+    """Owns encoder and decoder, and the thread that runs them.
+
+    Tests and benchmarks look inside through `scheduler`, `inbox` and `caches`, and run code on the inference thread
+    by `call`; none of that is stable.
+    """
 
     def __init__(
-        self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, keeping: Keeping | None = None
+        self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, caches: Caches | None = None
     ) -> None:
-        self._decoder, self._keeping = decoder, keeping or Keeping()
+        self._decoder = decoder
+        self.caches = caches or Caches()
         self._open: weakref.WeakSet[Task] = weakref.WeakSet()
         self._opening = threading.Lock()
-        self._inbox = _Inbox()
+        self.inbox = _Inbox()
         self._stopping = threading.Event()
-        self._scheduler = Scheduler(encoder, decoder, tokenizer, self._keeping)
+        self.scheduler = Scheduler(encoder, decoder, tokenizer, self.caches)
         self._thread = threading.Thread(
-            target=_work, args=(self._inbox, self._scheduler), name="edge-runtime inference", daemon=True
+            target=_work, args=(self.inbox, self.scheduler), name="edge-runtime inference", daemon=True
         )
         self._thread.start()
         # Runs at exit too: a thread inside llama.cpp while the interpreter goes down would crash it.
         self._close = weakref.finalize(
-            self, only_here(_shut_down), self._inbox, self._stopping, self._thread, decoder, self._keeping
+            self, only_here(_shut_down), self.inbox, self._stopping, self._thread, decoder, self.caches
         )
 
     def check_open(self) -> None:
         """Raise `EdgeRuntimeError` when there is no thread: the engine was closed, or is that of a parent process."""
-        self._inbox.check_open()
+        self.inbox.check_open()
 
     def submit(self, request: Request) -> Running:
         """Queue a request.
@@ -162,17 +166,17 @@ class Engine:
         cancelled, stopping = threading.Event(), self._stopping
         task = Task(request, lambda: cancelled.is_set() or stopping.is_set(), keys=request.keys())
         with self._opening:
-            waiting = sum(not task.is_finished for task in self._open)
-            if waiting >= MOST_REQUESTS:
+            waiting = sum(not task.events.is_closed for task in self._open)
+            if waiting >= MAX_REQUESTS:
                 raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
             self._open.add(task)
-        if self._keeping.prefixes is not None and request.reuse and not request.scores_prompt:
+        if self.caches.prefixes is not None and request.reuse and not request.scores_prompt:
             adapter = self._decoder.adapters.identities[request.adapter]
-            task.saved = self._keeping.prefixes.find(task.keys, adapter, self._scheduler.remembered(task))
-        self._inbox.put(task)
+            task.saved = self.caches.prefixes.find(task.keys, adapter, self.scheduler.remembered(task))
+        self.inbox.put(task)
         return Running(task, cancelled)
 
-    def read_ahead(self, request: Request) -> Running:
+    def prefetch(self, request: Request) -> Running:
         """Compute a prompt that will probably be asked for, as long as nobody asks for anything.
 
         Whatever comes first ends it; what was computed until then stays in the KV cache.
@@ -183,7 +187,7 @@ class Engine:
             When the prompt does not fit.
         """
         self._decoder.check_length(len(request.prompt.ids))
-        cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self._inbox, self._scheduler
+        cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self.inbox, self.scheduler
         task = Task(
             request,
             lambda: cancelled.is_set() or stopping.is_set() or not inbox.empty() or scheduler.n_tasks > 1,
@@ -194,32 +198,17 @@ class Engine:
 
     def warm_up(self) -> None:
         """Have what chats shared before the last end computed while nobody asks; returns at once."""
-        prefixes = self._keeping.prefixes
+        prefixes = self.caches.prefixes
         if prefixes is None or not prefixes.is_usable:
             return
-        names = {identity: name for name, identity in self._decoder.adapters.identities.items()}
-        n_ctx, inbox, scheduler = self._decoder.n_ctx, self._inbox, self._scheduler
+        adapters = {identity: name for name, identity in self._decoder.adapters.identities.items()}
+        n_ctx, inbox, scheduler = self._decoder.n_ctx, self.inbox, self.scheduler
 
         def look() -> None:
             """What lies on disk is checked here, beside requests; what of it is used is up to the scheduler."""
-            expected = []
-            for each in prefixes.recorded():
-                if each.adapter in names and 1 < len(each.ids) < n_ctx:
-                    prompt, name = Prompt("", each.ids, []), names[each.adapter]
-                    request = Request(
-                        prompt,
-                        [],
-                        [],
-                        SamplingOptions(temperature=0.0),
-                        False,
-                        0,
-                        adapter=name,
-                        reads_ahead=True,
-                        shared=len(each.ids),
-                    )
-                    expected.append(Expected(request, prefixes.find(request.keys(), each.adapter)))
+            expected = expected_prefixes(prefixes, adapters, n_ctx)
             with contextlib.suppress(EdgeRuntimeError):  # it was closed meanwhile
-                inbox.put(_Call(lambda: scheduler.expect(expected)))
+                inbox.put(_Call(lambda: scheduler.warm_up.add(expected)))
 
         threading.Thread(target=look, name="edge-runtime warm-up", daemon=True).start()
 
@@ -238,12 +227,12 @@ class Engine:
     @property
     def activity(self) -> Activity:
         """What goes on now."""
-        return self._scheduler.activity
+        return self.scheduler.activity
 
     def call(self, function: Callable[[], R]) -> R:
         """Run a function on the inference thread and return its result; for work outside a request."""
         call = _Call(function)
-        self._inbox.put(call)
+        self.inbox.put(call)
         return _checked(call.events.get())[0]  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -267,9 +256,9 @@ def _work(inbox: _Inbox, scheduler: Scheduler) -> None:
                 _run(item)
             del item
             if is_first and began:
-                _await_company(inbox, scheduler, began)
+                _wait_for_batch(inbox, scheduler, began)
         try:
-            scheduler.turn()
+            scheduler.step()
         except Exception as error:  # noqa: BLE001 - a dead thread would leave every caller waiting for ever
             scheduler.fail_all(error)
 
@@ -285,18 +274,18 @@ def _add(task: Task, scheduler: Scheduler) -> None:
 def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
     """Wait for something to do; when nothing comes for a moment, do what can wait, and rest."""
     try:
-        return inbox.get(timeout=REST_AFTER_S)
+        return inbox.get(timeout=IDLE_AFTER_S)
     except queue.Empty:
-        scheduler.rest()
-    while scheduler.saver.save_more():
+        scheduler.release_idle_memory()
+    while scheduler.save_more():
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=SAVE_PAUSE_S)
     return scheduler.expected_task(lambda: not inbox.empty()) or inbox.get()
 
 
-def _await_company(inbox: _Inbox, scheduler: Scheduler, began: float) -> None:
+def _wait_for_batch(inbox: _Inbox, scheduler: Scheduler, began: float) -> None:
     """Let requests that come together begin together: a pass over the weights costs as much for one as for many."""
-    ends = began + min(MOST_PATIENCE_S, PATIENCE * scheduler.waiting_s)
+    ends = began + min(BATCH_WINDOW_MAX_S, BATCH_WINDOW_SHARE * scheduler.waiting_s)
     while inbox.empty() and time.perf_counter() < ends:
         time.sleep(0.001)
 
@@ -313,11 +302,11 @@ def _shut_down(
     stopping: threading.Event,
     thread: threading.Thread,
     decoder: Decoder,
-    keeping: Keeping,
+    caches: Caches,
 ) -> None:
     stopping.set()
     inbox.close()
     if thread is not threading.current_thread():
         thread.join()
-    keeping.close()
+    caches.close()
     decoder.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ class Progress:
     """How far the work before the first token is."""
 
     stage: Literal["decode", "encode", "prefill"]
-    """`decode`: frames of videos, which is told only while nothing else can be done."""
+    """`decode`: frames of videos, which is reported only while nothing else can be done."""
     done: int
     total: int
     share: float = 0.0
@@ -72,16 +73,27 @@ class Activity:
 
 
 class EventQueue:
-    """What the inference thread tells, to be waited for in a thread or in an event loop by one reader."""
+    """What the inference thread reports, to be waited for in a thread or in an event loop by one reader."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wake: Callable[[], None] = lambda: None
+        self._closing = threading.RLock()  # collecting a forgotten request may cancel it in here
+        self.is_closed = False
+        """Whether the last event was put in."""
 
     def put(self, event: Any) -> None:
         """Hand over an event, or an exception."""
         self._queue.put(event)
         self._wake()
+
+    def put_last(self, event: Any) -> None:
+        """Hand over the last event, unless there was one; from any thread."""
+        with self._closing:
+            if self.is_closed:
+                return
+            self.is_closed = True
+        self.put(event)
 
     def get(self) -> Any:
         """Wait in short steps, so that Ctrl-C is noticed on every system."""

@@ -1,104 +1,107 @@
 """Logits → the next token of an answer, or the next step of a beam search; and whether it was the last.
 
 What enters: a task whose prompt is computed, and the rows that ask for its logits. What leaves: events for its
-reader, keys for the next call, and the reason when it has ended. Knows nothing of other tasks.
+reader, keys for the next step, and the reason when it has ended. Knows nothing of other tasks.
 """
 
 from __future__ import annotations
 
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.engine.events import FinishReason
-from edge_runtime.engine.task import Task
+from edge_runtime.engine.task import Decoding, Task, TaskState
 from edge_runtime.errors import ModelFileError
 from edge_runtime.generation.sampling import Sampler, is_finite
 from edge_runtime.inputs.messages import THINK_END
 from edge_runtime.prompt.tokenizer import Tokenizer
 
 
-def go_on(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:
-    """Go on from a task's logits: of its answer, or of every beam.
+def advance(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:
+    """Take the next token from a task's logits: of its answer, or of every beam.
 
     Parameters
     ----------
-    rows : of the last call, one; or one for each beam once there are several.
+    rows : of the last step, one; or one for each beam once there are several.
 
     Returns
     -------
-    reason : why it has ended; None where it goes on.
+    reason : why the answer has ended; None where it has not.
 
     Raises
     ------
     ModelFileError
         When the first logits are not finite.
     """
-    if task.stream is None:
+    if task.state is TaskState.PREFILL:
+        task.enter(TaskState.DECODING)
+    decoding = task.decoding
+    if decoding is None:
         if not is_finite(decoder.logits_view(rows[0])):
             raise ModelFileError(
                 "The decoder computes values that are not finite; its file is damaged: download or convert it again."
             )
-        task.start_answer(tokenizer, decoder)
+        decoding = task.start_decoding(tokenizer, decoder)
     return (
-        _search(task, rows, decoder, tokenizer)
+        _search(task, decoding, rows, decoder, tokenizer)
         if task.request.n_beams > 1
-        else _sample(task, rows[0], decoder, tokenizer)
+        else _sample(task, decoding, rows[0], decoder, tokenizer)
     )
 
 
-def _search(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:
-    if task.beam_run is None:
-        task.beam_run = task.start_search(decoder, tokenizer.stop_ids)
-    task.beam_run.advance(rows)
+def _search(
+    task: Task, decoding: Decoding, rows: list[int], decoder: Decoder, tokenizer: Tokenizer
+) -> FinishReason | None:
+    if decoding.beams is None:
+        decoding.beams = task.start_search(decoder, tokenizer.stop_ids)
+    decoding.beams.advance(rows)
     task.count_token()
-    return hand_over(task, tokenizer) if task.beam_run.search.is_done else None
+    return finish_beam_search(task, tokenizer) if decoding.beams.search.is_done else None
 
 
-def hand_over(task: Task, tokenizer: Tokenizer) -> FinishReason:
+def finish_beam_search(task: Task, tokenizer: Tokenizer) -> FinishReason:
     """Send the answer that a search has found; returns why it ends."""
-    assert task.beam_run is not None
-    return task.put_answer(task.beam_run.search.best, tokenizer.stop_ids)
+    assert task.beams is not None
+    return task.put_beam(task.beams.search.best, tokenizer.stop_ids)
 
 
-def _sample(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:
-    assert task.stream is not None
-    token_id = _next_token(task, row, decoder, tokenizer)
+def _sample(task: Task, decoding: Decoding, row: int, decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:
+    stream, rules = decoding.stream, task.request.rules
+    token_id = _next_token(task, decoding, row, decoder, tokenizer)
     task.count_token()
     reason: FinishReason | None = None
-    if token_id in tokenizer.stop_ids or (task.request.rules is not None and token_id in task.request.rules.stop_ids):
-        reason, task.end_score = "stop", task.score(decoder, row, token_id)
+    if token_id in tokenizer.stop_ids or (rules is not None and token_id in rules.stop_ids):
+        reason, decoding.end_score = "stop", task.score(decoder, row, token_id)
     else:
-        for piece in task.stream.feed(token_id, task.score(decoder, row, token_id)):
+        for piece in stream.feed(token_id, task.score(decoder, row, token_id)):
             task.events.put(piece)
         task.keys.append(token_id)
-        if task.stream.stopped or (task.constraint is not None and task.constraint.ended):
+        if stream.stopped or (decoding.constraint is not None and decoding.constraint.ended):
             reason = "stop"
-        elif task.request.repetition_check and _goes_in_circles(task, token_id):
+        elif task.request.repetition_check and _repeats(decoding, token_id):
             reason = "repetition"
         elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
             reason = "length"
     if reason:
-        for piece in task.stream.finish():
+        for piece in stream.finish():
             task.events.put(piece)
     return reason
 
 
-def _goes_in_circles(task: Task, token_id: int) -> bool:
+def _repeats(decoding: Decoding, token_id: int) -> bool:
     """Whether an answer is to be ended because it repeats itself; one with a form may, and has its own end."""
-    assert task.stream is not None
-    if task.constraint is None:
-        return task.circles.feed(token_id)
-    if task.stream.is_reasoning and task.circles.feed(token_id):
-        task.must_answer = True
+    if decoding.constraint is None:
+        return decoding.repetition.feed(token_id)
+    if decoding.stream.is_reasoning and decoding.repetition.feed(token_id):
+        decoding.must_answer = True
     return False
 
 
-def _next_token(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) -> int:
+def _next_token(task: Task, decoding: Decoding, row: int, decoder: Decoder, tokenizer: Tokenizer) -> int:
     """Sample a token, or end reasoning that has used up its budget."""
-    sampler, stream, constraint = task.sampler, task.stream, task.constraint
+    sampler, constraint = decoding.sampler, decoding.constraint
     assert sampler is not None
-    assert stream is not None
     budget, think_end = task.request.thinking_budget, tokenizer.special_ids.get(THINK_END)
-    if think_end is not None and stream.is_reasoning:
-        is_over = task.must_answer or (budget is not None and task.n_tokens >= budget)
+    if think_end is not None and decoding.stream.is_reasoning:
+        is_over = decoding.must_answer or (budget is not None and task.n_tokens >= budget)
         token_id = think_end if is_over else _free_token(task, sampler, row, decoder, tokenizer)
         if constraint is not None and token_id in tokenizer.stop_ids:
             token_id = think_end  # without an answer, the form would not be kept
@@ -108,8 +111,8 @@ def _next_token(task: Task, row: int, decoder: Decoder, tokenizer: Tokenizer) ->
     if constraint is None:
         return _free_token(task, sampler, row, decoder, tokenizer)
     logits = decoder.logits(row)
-    room = min(task.request.max_tokens - task.n_tokens, decoder.n_ctx - len(task.keys))
-    token_id = constraint.next_token(room, lambda ids: sampler.choose(ids, logits))
+    n_left = min(task.request.max_tokens - task.n_tokens, decoder.n_ctx - len(task.keys))
+    token_id = constraint.next_token(n_left, lambda ids: sampler.choose(ids, logits))
     sampler.accept(token_id)
     return token_id
 

@@ -51,8 +51,8 @@ class Request:
     """Which tokens may be chosen, and which end the answer; None: what the model writes."""
     scores_prompt: bool = False
     """Tell the log probabilities of the prompt's tokens, too, with `n_alternatives`; nothing of it is reused then."""
-    reads_ahead: bool = False
-    """Compute the prompt and nothing else, as long as nobody asks for anything; see `ahead`."""
+    is_prefetch: bool = False
+    """Compute the prompt and nothing else, as long as nobody asks for anything; see `next_turn`."""
     shared: int = 0
     """Positions at the beginning that other chats have, too: system prompt and tools; see `beginnings`."""
     reuse: bool = True

@@ -29,17 +29,17 @@ class Batch:
     """Tasks whose next group is not made yet."""
 
 
-def next_batch(tasks: Sequence[Task], most_patches: int) -> Batch:
+def next_batch(tasks: Sequence[Task], max_patches: int) -> Batch:
     """Choose from what tasks are missing, in their order.
 
     Parameters
     ----------
-    most_patches : of the batch; one group is taken however large it is.
+    max_patches : of the batch; one group is taken however large it is.
     """
     batch, patches = Batch(), 0
     for task in tasks:
-        for digest, group in task.missing.items():
-            if digest in batch.groups or (batch.groups and patches + n_patches(group) > most_patches):
+        for digest, group in task.pictures.missing.items():
+            if digest in batch.groups or (batch.groups and patches + n_patches(group) > max_patches):
                 continue
             if isinstance(group, LazyGroup) and not group.ask():
                 batch.waiting[task] = group
@@ -50,7 +50,11 @@ def next_batch(tasks: Sequence[Task], most_patches: int) -> Batch:
                 batch.failed[task] = error
                 break
             patches += n_patches(group)
-        _ask(islice((group for digest, group in task.missing.items() if digest not in batch.groups), GROUPS_AHEAD))
+        _ask(
+            islice(
+                (group for digest, group in task.pictures.missing.items() if digest not in batch.groups), GROUPS_AHEAD
+            )
+        )
     return batch
 
 
@@ -61,7 +65,7 @@ def _ask(groups: Iterable[Group]) -> None:
 
 
 def await_frames(waiting: dict[Task, LazyGroup], *, idle: bool) -> None:
-    """Tell of frames that are being decoded.
+    """Report frames that are being decoded.
 
     Parameters
     ----------
@@ -69,13 +73,6 @@ def await_frames(waiting: dict[Task, LazyGroup], *, idle: bool) -> None:
     """
     for task, group in waiting.items():
         done, total = group.reading
-        task.tell("decode", done, total, done / total)
+        task.report("decode", done, total, done / total)
         if idle:
             group.wait(WAIT_S / len(waiting))
-
-
-def release(groups: Iterable[Group]) -> None:
-    """Tell groups that they are needed no more."""
-    for group in groups:
-        if isinstance(group, LazyGroup):
-            group.release()

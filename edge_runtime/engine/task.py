@@ -1,37 +1,146 @@
-"""What is known of a request while it is computed."""
+"""What is known of a request while it is computed, and the states that it goes through.
+
+What belongs to one phase only lies in a part of its own (`Pictures`, `Decoding`), so that what a phase has not made
+is not there to be mistaken for something else.
+"""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import Literal
 
 from edge_runtime.cache.prefixes import Saved
 from edge_runtime.decoder.decoder import Decoder
-from edge_runtime.decoder.sequence_chunk import Part
 from edge_runtime.engine.events import EventQueue, Finished, FinishReason, Progress
 from edge_runtime.engine.request import Request
 from edge_runtime.generation.beam_search import Beam, BeamRun, BeamSearch
 from edge_runtime.generation.logprobs import TokenScores, score
 from edge_runtime.generation.sampling import Sampler
 from edge_runtime.generation.text_stream import RepetitionDetector, TextStream
-from edge_runtime.inputs.slice_groups import Group
+from edge_runtime.inputs.slice_groups import Group, LazyGroup
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.structured_output.constraint import Constraint
 from edge_runtime.structured_output.text_form import TextConstraint
 from edge_runtime.weights.gguf_file import Float32
 
 
-@dataclass(frozen=True)
-class Expected:
-    """A beginning that will probably be asked for."""
+class TaskState(Enum):
+    """Where a task is on its way through the scheduler."""
 
-    request: Request
-    """That reads ahead."""
-    saved: Saved = field(default_factory=Saved)
+    WAITING = auto()
+    """Queued, without a sequence."""
+    ENCODING = auto()
+    """Some of its pictures have no visual tokens yet."""
+    PREFILL = auto()
+    """Its prompt is computed; behind it the answer so far, if the task was preempted."""
+    DECODING = auto()
+    """Its answer is generated, token by token."""
+    PREEMPTED = auto()
+    """Its sequences were taken away when the KV cache was full; queued to be computed again."""
+    FINISHED = auto()
+    """The scheduler has let go of it."""
+
+
+_NEXT = {
+    TaskState.WAITING: {TaskState.ENCODING, TaskState.PREFILL, TaskState.FINISHED},
+    TaskState.ENCODING: {TaskState.PREFILL, TaskState.PREEMPTED, TaskState.FINISHED},
+    TaskState.PREFILL: {TaskState.DECODING, TaskState.PREEMPTED, TaskState.FINISHED},
+    TaskState.DECODING: {TaskState.PREEMPTED, TaskState.FINISHED},
+    TaskState.PREEMPTED: {TaskState.ENCODING, TaskState.PREFILL, TaskState.FINISHED},
+    TaskState.FINISHED: set[TaskState](),
+}
+
+
+@dataclass
+class Pictures:
+    """Visual tokens that the positions of a prompt need which are to be computed."""
+
+    tokens: dict[bytes, Float32] = field(default_factory=dict)
+    """By the digest of their group, as far as they are known."""
+    missing: dict[bytes, Group] = field(default_factory=dict)
+    """Groups that are to be encoded."""
+    n_slices: int = 0
+    """That were to be encoded when the task was admitted."""
+
+    @property
+    def n_encoded(self) -> int:
+        """Slices of them that are encoded."""
+        return self.n_slices - sum(len(group) for group in self.missing.values())
+
+    def put(self, found: dict[bytes, Float32]) -> bool:
+        """Take what was encoded; whether some of it was missing."""
+        new = self.missing.keys() & found.keys()
+        self.tokens |= {digest: found[digest] for digest in new}
+        self.missing = {digest: group for digest, group in self.missing.items() if digest not in found}
+        return bool(new)
+
+    def release(self) -> None:
+        """What is missing is needed no more."""
+        for group in self.missing.values():
+            if isinstance(group, LazyGroup):
+                group.release()
+
+
+@dataclass
+class Decoding:
+    """What turns logits into an answer; there is none before the prompt is computed."""
+
+    stream: TextStream
+    constraint: Constraint | TextConstraint | None = None
+    """What the answer must look like."""
+    sampler: Sampler | None = None
+    """None in a beam search."""
+    beams: BeamRun | None = None
+    """A beam search, from its first step on."""
+    n_tokens: int = 0
+    repetition: RepetitionDetector = field(default_factory=RepetitionDetector)
+    must_answer: bool = False
+    """Whether reasoning is to end with the next token."""
+    end_score: TokenScores | None = None
+    """Of the token that ended the answer."""
+
+    @classmethod
+    def start(cls, request: Request, tokenizer: Tokenizer, decoder: Decoder) -> Decoding:
+        """Set up what a request asks for."""
+        stream = TextStream(
+            tokenizer,
+            thinking=request.thinking,
+            stop=request.stop,
+            stop_in_reasoning=request.stop_in_reasoning,
+            tools=request.tools,
+            goes_on=request.begun is not None and request.begun.is_reasoning,
+        )
+        constraint = None if request.form is None else request.form.start(thinking=request.thinking)
+        sampler = (
+            Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx) if request.n_beams == 1 else None
+        )
+        return cls(stream, constraint, sampler)
+
+
+@dataclass
+class Laps:
+    """Seconds of a task, by what they went into."""
+
+    started: float = field(default_factory=time.perf_counter)
+    last: float = field(default_factory=time.perf_counter)
+    """When the last lap ended."""
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("encode", "prefill", "first_token", "decode"), 0.0)
+    )
+
+    def restart(self) -> None:
+        """Begin a lap; what has passed since the last one belongs to none."""
+        self.last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """Add the seconds since the last lap ended."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self.last
+        self.last = now
 
 
 @dataclass(eq=False)
@@ -40,73 +149,81 @@ class Task:
 
     request: Request
     is_cancelled: Callable[[], bool]
-    events: EventQueue = field(default_factory=lambda: EventQueue())
-    started: float = field(default_factory=time.perf_counter)
     keys: list[Hashable] = field(default_factory=list)
     """Prompt and answer so far."""
     saved: Saved = field(default_factory=Saved)
-    """A beginning that was found on disk."""
-    sequence: int = -1
-    more_sequences: list[int] = field(default_factory=list)
-    """Of the further beams."""
-    beam_run: BeamRun | None = None
-    leader: Task | None = None
-    """Another task that is computing a beginning of this one; it is waited for."""
-    sampler: Sampler | None = None
-    stream: TextStream | None = None
-    constraint: Constraint | TextConstraint | None = None
-    must_answer: bool = False
-    """Whether reasoning is to end with the next token."""
-    circles: RepetitionDetector = field(default_factory=RepetitionDetector)
-    tokens: dict[bytes, Float32] = field(default_factory=dict)
-    """Visual tokens, as far as they are needed and known."""
-    missing: dict[bytes, Group] = field(default_factory=dict)
-    n_slices: int = 0
-    """To be encoded in all."""
+    """A prefix that was found on disk; taken when the task is admitted."""
+    events: EventQueue = field(default_factory=EventQueue)
+    laps: Laps = field(default_factory=Laps)
+    state: TaskState = TaskState.WAITING
+    prefix_owner: Task | None = None
+    """Another task, which is computing a prefix of this one; it is waited for."""
+    sequences: list[int] = field(default_factory=list)
+    """Of the KV cache, one for each beam; none while the task is queued."""
+    pictures: Pictures = field(default_factory=Pictures)
     prompt_scores: list[TokenScores] = field(default_factory=list)
     """Of the prompt's tokens behind the first, as far as they are computed."""
-    end_score: TokenScores | None = None
-    """Of the token that ended the answer."""
     n_cached: int = 0
-    n_tokens: int = 0
-    timings: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("encode", "prefill", "first_token", "decode"), 0.0)
-    )
-    lap: float = field(default_factory=time.perf_counter)
-    is_finished: bool = False
-    """Whether the last event was sent."""
-    _finishing: Any = field(default_factory=threading.RLock)  # collecting a forgotten request may cancel it in here
+    """Positions of the prompt that needed no prefill."""
+    decoding: Decoding | None = None
+
+    def enter(self, state: TaskState) -> None:
+        """Go to another state; every change of state is made here.
+
+        Raises
+        ------
+        RuntimeError
+            When no task may go there from where this one is.
+        """
+        if state not in _NEXT[self.state]:
+            raise RuntimeError(f"A task that is {self.state.name} cannot become {state.name}.")
+        self.state = state
+
+    def preempt(self) -> None:
+        """Its sequences were taken away: it is to be computed again, up to where it was."""
+        self.enter(TaskState.PREEMPTED)
+        if self.decoding is not None and self.decoding.beams is not None:
+            self.decoding.n_tokens, self.decoding.beams = 0, None  # nothing of it was sent: the search begins anew
+
+    def close(self) -> None:
+        """Free what it holds; whoever keeps the answer need not keep that."""
+        self.enter(TaskState.FINISHED)
+        if self.decoding is not None:
+            self.decoding.beams = None
+            if self.decoding.sampler is not None:
+                self.decoding.sampler.close()
+        self.pictures.release()
+        self.pictures = Pictures()
+
+    @property
+    def sequence(self) -> int:
+        """The sequence that holds the prompt."""
+        return self.sequences[0]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the answer so far."""
+        return 0 if self.decoding is None else self.decoding.n_tokens
+
+    @property
+    def beams(self) -> BeamRun | None:
+        """The beam search, if there is one at work."""
+        return None if self.decoding is None else self.decoding.beams
 
     @property
     def is_scoring(self) -> bool:
         """Whether the prompt is being computed for its log probabilities."""
         return self.request.scores_prompt and not self.n_tokens
 
-    @property
-    def sequences(self) -> list[int]:
-        """All that the task occupies."""
-        return [self.sequence, *self.more_sequences]
-
     def may_take(self, other: Task) -> bool:
         """Whether it may begin with what another task computes: without reuse, another answer to its own prompt."""
         return self.request.reuse or other.request.prompt is self.request.prompt
 
-    def start_answer(self, tokenizer: Tokenizer, decoder: Decoder) -> None:
+    def start_decoding(self, tokenizer: Tokenizer, decoder: Decoder) -> Decoding:
         """Set up what turns logits into text, once the prompt is computed."""
-        request = self.request
-        self.stream = TextStream(
-            tokenizer,
-            thinking=request.thinking,
-            stop=request.stop,
-            stop_in_reasoning=request.stop_in_reasoning,
-            tools=request.tools,
-            goes_on=request.begun is not None and request.begun.is_reasoning,
-        )
-        if request.form is not None:
-            self.constraint = request.form.start(thinking=request.thinking)
-        if request.n_beams == 1:
-            self.sampler = Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx)
-        self.take_lap("prefill")
+        self.decoding = Decoding.start(self.request, tokenizer, decoder)
+        self.laps.end("prefill")
+        return self.decoding
 
     def start_search(self, decoder: Decoder, stop_ids: frozenset[int]) -> BeamRun:
         """Set up a beam search behind the prompt."""
@@ -122,11 +239,12 @@ class Task:
         return BeamRun(search, decoder, self.sequences)
 
     def count_token(self) -> None:
-        """Note that there is one token more."""
-        self.n_tokens += 1
-        self.take_lap("decode")
-        if self.n_tokens == 1:
-            self.timings["first_token"] = time.perf_counter() - self.started
+        """Record that there is one token more."""
+        assert self.decoding is not None
+        self.decoding.n_tokens += 1
+        self.laps.end("decode")
+        if self.decoding.n_tokens == 1:
+            self.laps.seconds["first_token"] = time.perf_counter() - self.laps.started
 
     def score(self, decoder: Decoder, row: int, token_id: int) -> TokenScores | None:
         """Log probabilities of a chosen token, where they were asked for."""
@@ -138,7 +256,7 @@ class Task:
 
         Parameters
         ----------
-        row : of the last call, for the last of them.
+        row : of the last step, for the last of them.
         """
         ids, n_alternatives, first = (
             self.request.prompt.ids,
@@ -150,89 +268,60 @@ class Task:
                 logits = decoder.logits_view(row - n + 1 + i)
                 self.prompt_scores.append(score(logits, ids[first + i + 1], n_alternatives))
 
-    def put_answer(self, found: Beam, stop_ids: frozenset[int]) -> FinishReason:
-        """Send the pieces of a whole answer; returns why it ends."""
-        assert self.stream is not None
-        self.n_tokens = len(found.ids)
+    def put_beam(self, found: Beam, stop_ids: frozenset[int]) -> FinishReason:
+        """Send the pieces of a beam as the answer; returns why it ends."""
+        assert self.decoding is not None
+        stream = self.decoding.stream
+        self.decoding.n_tokens = len(found.ids)
         reason: FinishReason = "length"
         for token_id, scores in zip_longest(found.ids, found.scores):
             if token_id in stop_ids:
                 reason = "stop"
                 break
-            for piece in self.stream.feed(token_id, scores):
+            for piece in stream.feed(token_id, scores):
                 self.events.put(piece)
-        for piece in self.stream.finish():
+        for piece in stream.finish():
             self.events.put(piece)
-        return "stop" if self.stream.stopped else reason
-
-    def take_lap(self, name: str) -> None:
-        """Add the seconds since the last lap to a timing."""
-        now = time.perf_counter()
-        self.timings[name] += now - self.lap
-        self.lap = now
+        return "stop" if stream.stopped else reason
 
     def finish(self, reason: FinishReason) -> None:
-        """Send the last event, once; from any thread, for whoever cancels need not wait for this thread."""
-        with self._finishing:
-            if self.is_finished:
-                return
-            self.is_finished = True
-        shortened = self.constraint is not None and self.constraint.shortened
-        n_reasoning = self.stream.n_reasoning if self.stream is not None else 0
-        met = self.stream.stop_string if self.stream is not None and reason == "stop" else None
-        self.events.put(
+        """Send the last event, once; from any thread, for whoever cancels need not wait for the engine's."""
+        decoding, shortened, n_reasoning, stop_string, end_score = self.decoding, False, 0, None, None
+        if decoding is not None:
+            shortened = decoding.constraint is not None and decoding.constraint.shortened
+            n_reasoning, end_score = decoding.stream.n_reasoning, decoding.end_score
+            stop_string = decoding.stream.stop_string if reason == "stop" else None
+        self.events.put_last(
             Finished(
                 reason,
                 self.n_tokens,
                 self.n_cached,
-                dict(self.timings),
+                dict(self.laps.seconds),
                 shortened,
                 n_reasoning,
                 tuple(self.prompt_scores),
-                self.end_score,
-                met,
+                end_score,
+                stop_string,
             )
         )
 
-    def tell(self, stage: Literal["decode", "encode", "prefill"], done: int, total: int, share: float = 0.0) -> None:
-        """Tell how far the work before the first token is; from the engine's thread, once a sequence was found."""
+    def fail(self, error: Exception) -> None:
+        """Send an error as the last event, unless there was one."""
+        self.events.put_last(error)
+
+    def report(
+        self, stage: Literal["decode", "encode", "prefill"], done: int, total: int, share: float = 0.0
+    ) -> None:
+        """Report progress before the first token; from the engine's thread, once a sequence was found."""
         prompt = len(self.request.prompt.ids)
         self.events.put(Progress(stage, done, total, share, prompt, self.n_cached))
 
-    def tell_encode(self, partial: float = 0.0) -> None:
-        """Tell how many slices are encoded, and how much of those that are being encoded, in slices."""
-        done = self.n_slices - sum(len(group) for group in self.missing.values())
-        self.tell("encode", done, self.n_slices, (done + partial) / self.n_slices)
+    def report_encode(self, partial: float = 0.0) -> None:
+        """Report how many slices are encoded, and how much of those that are being encoded, in slices."""
+        done, total = self.pictures.n_encoded, self.pictures.n_slices
+        self.report("encode", done, total, (done + partial) / total)
 
-    def tell_prefill(self, held: int) -> None:
-        """Tell how much of the prompt is computed: `held` positions stand in the KV cache."""
+    def report_prefill(self, held: int) -> None:
+        """Report how much of the prompt is computed: `held` positions stand in the KV cache."""
         done, total = held - self.n_cached, len(self.request.prompt.ids) - self.n_cached
-        self.tell("prefill", done, total, max(0.0, done / max(1, total)))
-
-    def fail(self, error: Exception) -> None:
-        """Send an error as the last event, unless there was one."""
-        with self._finishing:
-            if self.is_finished:
-                return
-            self.is_finished = True
-        self.events.put(error)
-
-
-def is_worth_leaving(tasks: Sequence[Task], parts: Sequence[Part], started: float, row_s: float) -> bool:
-    """Whether to give up a call of llama.cpp for the sake of those who were cancelled.
-
-    Leaving loses what the call has done for the others, staying computes the rest for nobody. So it is left while the
-    share of the time that has passed is smaller than the share of the rows that nobody wants any more: then the
-    others are done sooner, too. Where it is not left, its rest is shorter than the others' part.
-
-    Parameters
-    ----------
-    parts : of the call, one for each task.
-    started : when it began, by `time.perf_counter`.
-    row_s : seconds that a row takes.
-    """
-    sizes = [(len(part.keys), task.is_cancelled()) for task, part in zip(tasks, parts, strict=True)]
-    unwanted, n_rows = sum(n for n, is_cancelled in sizes if is_cancelled), sum(n for n, _ in sizes)
-    if unwanted in (0, n_rows):
-        return unwanted > 0
-    return time.perf_counter() - started < unwanted * row_s
+        self.report("prefill", done, total, max(0.0, done / max(1, total)))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_runtime.decoder.decoder import Decoder
-from edge_runtime.decoder.sequence_chunk import Part
+from edge_runtime.decoder.sequence_chunk import SequenceChunk
 from edge_runtime.generation.logprobs import TokenScores, log_softmax, score, top_ids
 from edge_runtime.weights.gguf_file import Float32
 
@@ -143,13 +143,13 @@ class BeamRun:
     def __init__(self, search: BeamSearch, decoder: Decoder, sequences: Sequence[int]) -> None:
         self.search, self._decoder, self._sequences = search, decoder, list(sequences)
 
-    def parts(self) -> list[Part]:
-        """What the next call computes: the last token of every beam."""
+    def chunks(self) -> list[SequenceChunk]:
+        """What the next step computes: the last token of every beam."""
         beams = self.search.beams
-        return [Part(self._sequences[i], beam.ids[-1:]) for i, beam in enumerate(beams)]
+        return [SequenceChunk(self._sequences[i], beam.ids[-1:]) for i, beam in enumerate(beams)]
 
     def advance(self, rows: Sequence[int]) -> None:
-        """Choose the next tokens from the rows that the last call gave for `parts`."""
+        """Choose the next tokens from the rows that the last step gave for `chunks`."""
         parents = self.search.advance([self._decoder.logits_view(row) for row in rows])
         if not self.search.is_done:
             self._place(parents)

@@ -202,7 +202,7 @@ class Sampler:
 
     def sample(self, decoder: Decoder, row: int) -> int:
         """Choose a token from the logits of a row of the last call, and remember it for the penalty."""
-        if not decoder.is_own(row):
+        if not decoder.is_local(row):
             return int(self._lib.llama_sampler_sample(self._chain, decoder.context, row))
         logits = decoder.logits_view(row)
         token_id = self.choose(np.arange(len(logits)), logits)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edge_runtime.cache.caches import Keeping
+from edge_runtime.cache.caches import Caches
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type
@@ -73,7 +73,7 @@ class Parts:
     encoder: ImageEncoder
     decoder: Decoder
     tokenizer: Tokenizer
-    keeping: Keeping
+    caches: Caches
     n_threads: int
     """Of the vision kernels."""
 
@@ -92,7 +92,7 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     EdgeRuntimeError
         In a fork of a process that has loaded a model.
     """
-    from edge_kernels.machine import cpu_count
+    from edge_kernels.machine import cpu_count, isa
 
     begin_loading()
     check_instruction_set()
@@ -130,29 +130,30 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
                 f"{paths.mmproj.name} have {encoder.hidden}; use the decoder and the mmproj file of the same model."
             )
         tokenizer = Tokenizer(file)
-        keeping = _keeping(options, encoder, decoder)
+        caches = _caches(options, encoder, decoder, isa())
     except BaseException:
         decoder.close()
         raise
-    return Parts(encoder, decoder, tokenizer, keeping, threads)
+    return Parts(encoder, decoder, tokenizer, caches, threads)
 
 
-def _keeping(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder) -> Keeping:
+def _caches(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder, isa: str) -> Caches:
     if options.cache_dir is not None:
         try:
-            return Keeping.in_folder(
+            return Caches.in_folder(
                 options.cache_dir,
                 options.cache_limit,
                 encoder,
                 decoder,
                 exact=options.exact,
+                isa=isa,
                 low_memory=options.low_memory,
             )
         except MessageError as error:
             if options.needs_cache:
                 raise
             logger.warning("%s Prompts that were read are not kept.", error)
-    return Keeping(low_memory=options.low_memory)
+    return Caches(low_memory=options.low_memory)
 
 
 def needed_bytes(paths: ModelPaths, options: LoadOptions) -> int:

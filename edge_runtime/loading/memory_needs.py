@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edge_runtime.decoder.kv_types import kv_bytes
 from edge_runtime.decoder.options import CHUNK_TOKENS, DEFAULT_CONTEXT
-from edge_runtime.decoder.prefill_routing import MOST_PAST_BYTES, is_ours
+from edge_runtime.decoder.prefill_routing import MAX_PAST_BYTES, uses_amx_prefill
 from edge_runtime.errors import NotEnoughMemoryError
 from edge_runtime.system.memory import available_bytes
 from edge_runtime.vision.arithmetic import bytes_per_weight
@@ -66,8 +66,8 @@ def reckon(
     kv_heads = number("attention.head_count_kv", heads)
     per_position = number("block_count") * sum(kv_bytes(stored, kv_heads * n) for n in head)
     mlp = number("feed_forward_length")
-    is_own = not repack and is_ours(decoder, stored, exact=exact)
-    copied = min(n_ctx * per_position, MOST_PAST_BYTES) if is_own else 0
+    copies_past = not repack and uses_amx_prefill(decoder, stored, exact=exact)
+    copied = min(n_ctx * per_position, MAX_PAST_BYTES) if copies_past else 0
     matrices = sum(info.n_elements for info in encoder.file.tensors.values() if len(info.shape) == 2)
     vision = encoder.tower.config
     activations = BATCH_PATCHES * 4 * (8 * vision.width + vision.mlp + 4 * encoder.hidden)

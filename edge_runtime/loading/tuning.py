@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from edge_runtime.errors import BackendUnavailable
 from edge_runtime.system.atomic_files import why_not_written, write_whole
 from edge_runtime.system.text_files import read_json
 from edge_runtime.weights.gguf_file import GGUFFile
-from edge_runtime.weights.identity import file_identity, machine_identity
+from edge_runtime.weights.identity import file_identity
 
 MOST_THREADS = 1024
 
@@ -90,3 +92,11 @@ def remember_tuning(decoder: GGUFFile, tuning: Tuning) -> Path:
 def forget_tuning(decoder: GGUFFile) -> None:
     """Delete what is remembered of a decoder file."""
     tuning_path(decoder).unlink(missing_ok=True)
+
+
+def machine_identity() -> str:
+    """What decides speed: processor and its features, cores this process may use, and llama.cpp's version."""
+    from edge_kernels.machine import cpu_count, cpu_features, cpu_name
+
+    features = hashlib.blake2b(" ".join(sorted(cpu_features())).encode(), digest_size=4).hexdigest()
+    return f"{cpu_name()} {features} x{cpu_count()} llama-cpp-python {metadata.version('llama-cpp-python')}"

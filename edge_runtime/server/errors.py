@@ -21,6 +21,7 @@ from starlette.responses import Response
 from edge_runtime.errors import (
     AddressRefused,
     BackendUnavailable,
+    CacheFull,
     DownloadError,
     EdgeRuntimeError,
     EngineBusy,
@@ -189,6 +190,7 @@ _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] 
     (EngineBusy, 429, "rate_limit_exceeded", RETRY_AFTER_S),
     (NotEnoughMemoryError, 503, "not_enough_memory", RETRY_AFTER_S),
     (ModelFileError, 500, "model_unusable", None),
+    (CacheFull, 500, "model_unusable", None),
     (AddressRefused, 403, None, None),
     (StoreFull, 507, "store_full", None),
     (StoreError, 507, "storage_failed", None),

@@ -18,9 +18,9 @@ from edge_runtime.server.middleware.connections import KEEP_ALIVE_S, guarded
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import server_of
 
-AFTERWARDS_S = 1.0
+AFTERWARDS_S = 0.7
 """For the last words to clients whose answers were stopped at the end of the grace time."""
-HARD_END_S = 1.6
+HARD_END_S = 1.3
 """After the grace time: when the process leaves, whatever is still at work."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -5,7 +5,7 @@ The numba kernels underneath run parallel code, which one Python thread at a tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from edge_runtime.inputs.slicing import Slice
 from edge_runtime.vision.arithmetic import Arithmetic, FloatArithmetic, Int8Arithmetic
 from edge_runtime.vision.calibration import read_calibration
 from edge_runtime.vision.resampler import GroupItem, Resampler
-from edge_runtime.vision.tower import VisionTower
+from edge_runtime.vision.tower import OnLayer, VisionTower, no_report
 from edge_runtime.weights.config import check_mmproj, resampler_config, slicing_config, vision_config
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
@@ -64,12 +64,17 @@ class ImageEncoder:
         self.tower.unload()
         self.resampler.unload()
 
-    def rest(self) -> None:
+    def release_idle_memory(self) -> None:
         """Drop what only pictures of the same size would use again."""
-        self.resampler.rest()
+        self.resampler.release_idle_memory()
 
-    def encode(self, groups: Sequence[Group]) -> list[Float32]:
+    def encode(self, groups: Sequence[Group], on_layer: OnLayer = no_report) -> list[Float32]:
         """Visual tokens of each group.
+
+        Parameters
+        ----------
+        on_layer : called between the tower's layers with (done, total) of a batch, on this thread; what it raises
+            ends the encoding.
 
         Returns
         -------
@@ -79,29 +84,25 @@ class ImageEncoder:
         for found in _batches(groups):
             batch = [group.load() if isinstance(group, LazyGroup) else group for group in found]
             slices = [item for group in batch for item, _ in group]
-            features = iter(self._features(slices))
+            features = iter(self._features(slices, on_layer))
             tokens += self.resampler.resample(
                 [[GroupItem(next(features), item.tgt_size, time) for item, time in group] for group in batch]
             )
         self.file.let_go()  # the resampler's, too: what is packed would count twice while the decoder works
         return tokens
 
-    def _features(self, slices: Sequence[Slice]) -> list[Float32]:
+    def _features(self, slices: Sequence[Slice], on_layer: OnLayer) -> list[Float32]:
         """Patch features of each slice; a large group of frames goes through the tower in several runs."""
-        runs, told = [*_runs(slices)], self.tower.on_layer
+        runs = [*_runs(slices)]
         features: list[Float32] = []
-        try:
-            for i, run in enumerate(runs):
-                self.tower.on_layer = partial(_tell, told, i, len(runs))
-                features += self.tower.encode(run)
-        finally:
-            self.tower.on_layer = told
+        for i, run in enumerate(runs):
+            features += self.tower.encode(run, partial(_report_run, on_layer, i, len(runs)))
         return features
 
 
-def _tell(told: Callable[[int, int], None], run: int, n_runs: int, done: int, total: int) -> None:
-    """Tell of layers of one of several runs."""
-    told(run * total + done, n_runs * total)
+def _report_run(on_layer: OnLayer, run: int, n_runs: int, done: int, total: int) -> None:
+    """Report the layers of one of several runs."""
+    on_layer(run * total + done, n_runs * total)
 
 
 def _runs(slices: Sequence[Slice]) -> Iterator[list[Slice]]:

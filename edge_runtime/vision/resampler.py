@@ -178,7 +178,7 @@ class Resampler:
         """Drop the weights; the next picture reads them again."""
         self.__dict__.pop("_weights", None)
 
-    def rest(self) -> None:
+    def release_idle_memory(self) -> None:
         """Drop the keys of the last positions."""
         self._position_keys.forget()
 

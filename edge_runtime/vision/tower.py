@@ -26,6 +26,14 @@ if TYPE_CHECKING:
     from edge_kernels.linear.dispatch import PackedFloatWeight
 
 
+OnLayer = Callable[[int, int], None]
+"""Told how many layers are done, and of how many."""
+
+
+def no_report(done: int, total: int) -> None:
+    """Report nothing."""
+
+
 @lru_cache(maxsize=256)
 def position_buckets(n: int, side: int) -> npt.NDArray[np.int64]:
     """Learned-position coordinate of each of `n` patches along one axis: ndarray [shape=(n,), int64], 0..side-1.
@@ -75,8 +83,6 @@ class VisionTower:
     def __init__(self, file: GGUFFile, config: VisionConfig, slicing: SlicingConfig, arithmetic: Arithmetic) -> None:
         self._file, self.config, self._patch, self._arithmetic = file, config, slicing.patch_size, arithmetic
         self._loaded: list[_Layer] = []
-        self.on_layer: Callable[[int, int], None] = lambda done, total: None
-        """Called between layers with (done, total), on the thread that encodes; what it raises ends the encoding."""
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -114,15 +120,15 @@ class VisionTower:
     def _affine(self, name: str) -> Affine:
         return Affine(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))
 
-    def _layers(self) -> Iterator[_Layer]:
+    def _layers(self, on_layer: OnLayer = no_report) -> Iterator[_Layer]:
         """Layers in order, read and packed when they are first needed."""
         for n in range(self.config.layers):
-            self.on_layer(n, self.config.layers)
+            on_layer(n, self.config.layers)
             if n == len(self._loaded):
                 self._loaded.append(self._layer(n))
                 self._file.let_go()  # packed weights are copies
             yield self._loaded[n]
-        self.on_layer(self.config.layers, self.config.layers)
+        on_layer(self.config.layers, self.config.layers)
 
     def _layer(self, n: int) -> _Layer:
         blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
@@ -159,8 +165,13 @@ class VisionTower:
         for name in ("_embedding", "_post_norm"):
             self.__dict__.pop(name, None)
 
-    def encode(self, slices: Sequence[Slice]) -> list[Float32]:
+    def encode(self, slices: Sequence[Slice], on_layer: OnLayer = no_report) -> list[Float32]:
         """Patch features of each slice; all slices go through the tower together.
+
+        Parameters
+        ----------
+        on_layer : called before every layer and after the last with (layers that are done, layers), on this thread;
+            what it raises ends the encoding.
 
         Returns
         -------
@@ -182,7 +193,7 @@ class VisionTower:
         # Learned positions stay in the file: of 4,900 a slice needs a fifth.
         positions = self._file.rows("v.position_embd.weight", ids)
         x = patch_embed(pixels, kernel, bias, positions, np.arange(len(ids)))  # (P, width), P over all slices
-        for layer in self._layers():
+        for layer in self._layers(on_layer):
             x = layer.out(layer.attend(layer.norm1(x), offsets), residual=x, out=x)
             x = layer.mlp(layer.norm2(x), x)
         x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)

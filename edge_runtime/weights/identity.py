@@ -1,9 +1,8 @@
-"""Which file, and which machine: what was computed with one must not be used with another."""
+"""Which file: what was computed with one must not be used with another."""
 
 from __future__ import annotations
 
 import hashlib
-from importlib import metadata
 from pathlib import Path
 
 from edge_runtime.weights.gguf_file import GGUFFile
@@ -25,11 +24,3 @@ def file_identity(file: GGUFFile) -> bytes:
             stream.seek(tensor.offset + max(0, tensor.n_bytes - SAMPLE_BYTES) // 2)
             digest.update(stream.read(min(SAMPLE_BYTES, tensor.n_bytes)))
     return digest.digest()
-
-
-def machine_identity() -> str:
-    """What decides speed: processor and its features, cores this process may use, and llama.cpp's version."""
-    from edge_kernels.machine import cpu_count, cpu_features, cpu_name
-
-    features = hashlib.blake2b(" ".join(sorted(cpu_features())).encode(), digest_size=4).hexdigest()
-    return f"{cpu_name()} {features} x{cpu_count()} llama-cpp-python {metadata.version('llama-cpp-python')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -324,6 +325,27 @@ def test_results_that_are_kept_can_be_rendered() -> None:
     assert "| 4 | 0.200 | 0.100 | 2.00 |" in report.render({"scenario": "load_peer", "model": "a", "clients": found})
     with pytest.raises(ValueError, match="no table for the scenario 'weather'"):
         report.render({"scenario": "weather"})
+
+
+def test_results_that_are_kept_are_in_the_document() -> None:
+    """`python benchmarks/report.py benchmarks/results/*.json --write benchmarks/README.md` writes them anew."""
+    text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        result = json.loads(path.read_text("utf-8"))
+        assert f"### {path.name}\n" in text
+        assert f"; {report.machine_name(result)}.\n\n{report.render(result)}\n" in text, path.name
+
+
+def test_a_result_says_when_and_where_it_was_measured(tmp_path: Path) -> None:
+    kept = ROOT / "benchmarks" / "results" / "attacked.json"
+    assert re.fullmatch(
+        r"(\d{4}-\d\d-\d\d, commit [0-9a-f]{7,}|Not committed); znver3, kernels for avx2, 2 threads\.",
+        report.provenance(kept, json.loads(kept.read_text("utf-8"))),
+    )
+    new = {"scenario": "turns", "threads": 2}
+    assert report.provenance(tmp_path / "turns.json", new) == "Not committed; processor not recorded, 2 threads."
+    new = {"scenario": "convert-q4_k_m-q8_0", "cpu": "znver3", "cpus": 4}
+    assert report.provenance(tmp_path / "new.json", new) == "Not committed; znver3, 4 threads."
 
 
 def test_only_what_stands_between_the_markers_is_replaced() -> None:

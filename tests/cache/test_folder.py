@@ -37,7 +37,7 @@ def count_encoded(monkeypatch):
     def watch(model: Model) -> list[int]:
         batches, encode = [], model._encoder.tower.encode
         monkeypatch.setattr(
-            model._encoder.tower, "encode", lambda slices: batches.append(len(slices)) or encode(slices)
+            model._encoder.tower, "encode", lambda slices, *more: batches.append(len(slices)) or encode(slices, *more)
         )
         return batches
 
@@ -142,7 +142,9 @@ def test_damaged_entries_are_computed_again_and_never_reach_llama_cpp(exact_fold
         path.write_bytes(raw)
     with monkeypatch.context() as patch:
         patch.setattr(kv_state, "build", lambda *args: pytest.fail("built from damaged bytes"))
-        patch.setattr("edge_runtime.decoder.decoder.build", lambda *args: pytest.fail("built from damaged bytes"))
+        patch.setattr(
+            "edge_runtime.decoder.llama_context.build", lambda *args: pytest.fail("built from damaged bytes")
+        )
         with load(exact_folder, folder) as model:
             again = ask(model, images["wide"], QUESTION)
     assert (str(again), again.cached_tokens) == (str(first), 0)
@@ -153,10 +155,10 @@ def test_damaged_entries_are_computed_again_and_never_reach_llama_cpp(exact_fold
 def test_one_damaged_block_leaves_what_precedes_it(exact_folder, folder, images):
     with load(exact_folder, folder) as model:
         ask(model, images["wide"], QUESTION)
-        keys = model._engine._scheduler._decoder._held[0]
-        names = model._engine._keeping.prefixes.names(keys)
-        model._engine._keeping.disk.flush()
-        cache = model._engine._keeping.disk
+        keys = model.engine.scheduler._decoder._held[0]
+        names = model.engine.caches.prefixes.names(keys)
+        model.engine.caches.disk.flush()
+        cache = model.engine.caches.disk
     raw = bytearray(cache.path(names[1]).read_bytes())
     raw[-1] ^= 1
     cache.path(names[1]).write_bytes(raw)
@@ -170,9 +172,7 @@ def test_the_folder_never_grows_beyond_its_limit(exact_folder, folder, images):
         for number in range(12):
             picture = Image.open(images["square"]).convert("RGB").rotate(number)
             ask(model, picture, QUESTION)
-            model._engine.call(
-                model._engine._keeping.disk.flush
-            )  # after the answer, on the same thread as the saving
+            model.engine.call(model.engine.caches.disk.flush)  # after the answer, on the same thread as the saving
             assert sum(path.stat().st_size for path in folder.iterdir()) <= limit
         assert any(folder.iterdir())
 

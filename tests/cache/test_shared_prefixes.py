@@ -36,8 +36,13 @@ def system_and(question: str, system: str = SYSTEM) -> list[dict[str, str]]:
 
 def wait_until_idle(model: Model) -> None:
     """Until nothing is at work, expected or to be saved."""
-    scheduler, deadline = model._engine._scheduler, time.monotonic() + 120
-    while scheduler.n_tasks or scheduler._expected or scheduler.saver.unsaved or not model._engine._inbox.empty():
+    scheduler, deadline = model.engine.scheduler, time.monotonic() + 120
+    while (
+        scheduler.n_tasks
+        or scheduler.warm_up.expected
+        or scheduler.sequences.saver.unsaved
+        or not model.engine.inbox.empty()
+    ):
         assert time.monotonic() < deadline, "it does not come to rest"
         time.sleep(0.01)
 
@@ -45,7 +50,7 @@ def wait_until_idle(model: Model) -> None:
 def wait_until_warm(model: Model, n: int = 1) -> None:
     """Until a model has computed what it expects at its start."""
     deadline = time.monotonic() + 300
-    while len([*model._engine._scheduler._beginnings]) < n:
+    while len([*model.engine.scheduler.sequences.shared]) < n:
         assert time.monotonic() < deadline, "what chats share is not computed at the start"
         time.sleep(0.01)
 
@@ -76,7 +81,7 @@ def test_thirty_six_tools_are_computed_once(exact_folder, tmp_path, monkeypatch)
     with load(exact_folder, tmp_path / "cache", **options) as model:
         model.warm_up()
         wait_until_warm(model)
-        monkeypatch.setattr(model._engine._keeping.prefixes, "find", lambda *_: Saved())  # it is held already
+        monkeypatch.setattr(model.engine.caches.prefixes, "find", lambda *_: Saved())  # it is held already
         third = chat(model, "Who wrote to me?", tools=tools)
     assert third.prompt_tokens - third.cached_tokens <= 0.05 * first.prompt_tokens
 
@@ -107,7 +112,7 @@ def test_it_is_given_up_where_a_request_would_lack_room_and_computed_again(exact
         long = "a " * (508 - n // 2)
         answer = model.chat(long[: 2 * (500 - len(model.build_prompt("").ids)) - 8], **GREEDY)
         assert answer.prompt_tokens + n > 512
-        assert [*model._engine._scheduler._beginnings] == []
+        assert [*model.engine.scheduler.sequences.shared] == []
         again = chat(model, "How?")
         assert again.cached_tokens < n
         assert chat(model, "Where?").cached_tokens >= n
@@ -119,11 +124,11 @@ def test_what_is_at_work_is_not_given_up_for_nothing(exact_folder):
     """What an active chat holds anyway gives no room."""
     with load(exact_folder) as model:
         chat(model, "Why?")
-        (held,) = model._engine._scheduler._beginnings
+        (held,) = model.engine.scheduler.sequences.shared
         sequence = next(s for s in range(8) if model._decoder.held(s) > model._decoder.held(held))
-        beginnings = model._engine._scheduler._beginnings
-        assert model._engine.call(lambda: beginnings.give_up([sequence])) is False
-        assert model._engine.call(lambda: beginnings.give_up([])) is True
+        beginnings = model.engine.scheduler.sequences.shared
+        assert model.engine.call(lambda: beginnings.give_up([sequence])) is False
+        assert model.engine.call(lambda: beginnings.give_up([])) is True
         assert model._decoder.held(held) == 0
 
 
@@ -135,10 +140,10 @@ def test_two_are_held_and_short_ones_do_not_drive_out_long_ones(exact_folder):
             chat(model, "Why?", f"{number} speaks. " + SYSTEM)
         crowd_out(model)
         assert chat(model, "How?", SYSTEM * 3).cached_tokens >= shared_by(model, SYSTEM * 3)
-        assert len([*model._engine._scheduler._beginnings]) == 2
+        assert len([*model.engine.scheduler.sequences.shared]) == 2
         for number in range(20):  # but nothing stays for ever
             chat(model, "Why?", f"{number} writes. " + SYSTEM)
-        held = [len(keys) for keys, _ in model._engine._scheduler._beginnings.by_worth()]
+        held = [len(keys) for keys, _ in model.engine.scheduler.sequences.shared.by_worth()]
         assert max(held) < shared_by(model, SYSTEM * 3)
 
 
@@ -161,7 +166,7 @@ def test_after_a_restart_it_is_computed_while_nobody_asks(exact_folder, tmp_path
     cache = tmp_path / "cache"
     with load(exact_folder, cache) as model:
         chat(model, "Why?")
-        n, record = shared_by(model), model._engine._keeping.prefixes._record
+        n, record = shared_by(model), model.engine.caches.prefixes._record
     for path in cache.iterdir():
         if path.stem != record:
             path.unlink()
@@ -174,15 +179,15 @@ def test_after_a_restart_it_is_computed_while_nobody_asks(exact_folder, tmp_path
 def test_the_record_holds_no_word_of_the_conversation(exact_folder, tmp_path):
     with load(exact_folder, tmp_path) as model:
         chat(model, "My number is 1234.")
-        model._engine._keeping.prefixes.flush()
-        (recorded,) = model._engine._keeping.prefixes.recorded()
+        model.engine.caches.prefixes.flush()
+        (recorded,) = model.engine.caches.prefixes.recorded()
         n = shared_by(model)
         assert recorded.ids == model.build_prompt(system_and("Why?")).ids[:n]
 
 
 def test_a_record_that_is_not_one_is_passed_over(exact_folder, tmp_path):
     with load(exact_folder, tmp_path) as model:
-        prefixes = model._engine._keeping.prefixes
+        prefixes = model.engine.caches.prefixes
         for facts in ({}, {"beginnings": 5}, {"beginnings": [[3]]}, {"beginnings": [[1, "xyz"]]}):
             prefixes._cache.put(prefixes._record, facts, lambda: b"12345678", 8, replace=True)
             prefixes.flush()
@@ -196,7 +201,7 @@ def test_a_record_that_is_not_one_is_passed_over(exact_folder, tmp_path):
 def test_a_request_during_the_warm_up_waits_for_one_chunk_only(exact_folder, tmp_path, monkeypatch):
     with load(exact_folder, tmp_path, n_ctx=4096) as model:
         chat(model, "Why?", SYSTEM * 6)
-        n, record = shared_by(model, SYSTEM * 6), model._engine._keeping.prefixes._record
+        n, record = shared_by(model, SYSTEM * 6), model.engine.caches.prefixes._record
     for path in tmp_path.iterdir():
         if path.stem != record:
             path.unlink()
@@ -206,7 +211,7 @@ def test_a_request_during_the_warm_up_waits_for_one_chunk_only(exact_folder, tmp
 
         def slow(parts, cancelled=lambda: False, adapter=None):
             rows = step(parts, cancelled, adapter)
-            calls.append((sum(len(part.keys) for part in parts), model._engine._inbox.empty()))
+            calls.append((sum(len(part.keys) for part in parts), model.engine.inbox.empty()))
             time.sleep(0.1)
             return rows
 
@@ -233,7 +238,7 @@ def test_what_lies_on_disk_is_brought_in_in_pieces_that_a_request_interrupts(exa
         append_rows = model._decoder.append_rows
 
         def slow(*args):
-            seen.append(model._engine._inbox.empty())
+            seen.append(model.engine.inbox.empty())
             time.sleep(0.1)
             append_rows(*args)
 
@@ -350,9 +355,9 @@ def test_an_adapter_computes_beginnings_of_its_own(exact_folder, tmp_path):
         model.warm_up()
         wait_until_warm(model, 2)
         wait_until_idle(model)
-        assert {name for _, name in model._engine._scheduler._beginnings.by_worth()} == {None, "uno"}
+        assert {name for _, name in model.engine.scheduler.sequences.shared.by_worth()} == {None, "uno"}
     with load(exact_folder, tmp_path / "cache") as model:  # it is not there any more
         model.warm_up()
         wait_until_warm(model)
         wait_until_idle(model)
-        assert [name for _, name in model._engine._scheduler._beginnings.by_worth()] == [None]
+        assert [name for _, name in model.engine.scheduler.sequences.shared.by_worth()] == [None]

@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_read_any_more_fails_nobody(exact_folder, tmp_pa
         assert [answer.finish_reason for answer in answers] == ["length"] * 3
         assert str(answers[0]) == expected
         assert caplog.text.count("nothing further is kept there") == 1
-        assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+        assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_an_error_while_an_answer_is_saved_is_nobodys(exact_folder, tmp_path, mo
         monkeypatch.setattr(SavedPrefixes, "save", fail)
         streams = [endless(model, name, 8) for name in ("one", "two", "three")]
         assert [stream.result().finish_reason for stream in streams] == ["length"] * 3
-        model._engine.call(lambda: None)
+        model.engine.call(lambda: None)
     assert "could not be kept on disk" in caplog.text
 
 
@@ -118,7 +118,7 @@ def test_a_folder_that_was_deleted_is_made_again(exact_folder, tmp_path, caplog)
     cache = tmp_path / "cache"
     with load(exact_folder, cache) as model:
         endless(model, "one", 3).result()
-        model._engine._keeping.disk.flush()
+        model.engine.caches.disk.flush()
         shutil.rmtree(cache)
         endless(model, "two", 3).result()
     assert [*cache.iterdir()]
@@ -191,7 +191,7 @@ def test_the_type_of_the_kv_cache_is_part_of_what_is_kept(exact_folder, tmp_path
 def test_a_request_that_is_submitted_while_the_engine_closes_ends(exact_folder, tmp_path):
     model = load(exact_folder, tmp_path)
     inside, go_on = threading.Event(), threading.Event()
-    prefixes = model._engine._keeping.prefixes
+    prefixes = model.engine.caches.prefixes
     find = prefixes.find
 
     def slow_disk(*args, **options):
@@ -216,7 +216,7 @@ def test_a_request_that_is_submitted_while_the_engine_closes_ends(exact_folder, 
     asking.join(30)
     assert not asking.is_alive()
     assert "was closed" in str(outcome[0])
-    for late in (lambda: model.chat("Why?"), lambda: model._engine.call(lambda: 1)):
+    for late in (lambda: model.chat("Why?"), lambda: model.engine.call(lambda: 1)):
         with pytest.raises(EdgeRuntimeError, match="was closed"):
             late()
     model.warm_up()  # there is nothing left to be warmed
@@ -226,14 +226,14 @@ def test_a_task_that_cannot_be_taken_in_fails_alone(exact_folder, tmp_path):
     with load(exact_folder, tmp_path) as model:
         request = Request(Prompt("", [1, 2, 3], [(0, 2)]), [], [], SamplingOptions(0.0), False, 1)
         with pytest.raises(MessageError, match="1 places for visual tokens, expected 0"):
-            model._engine.submit(request)
+            model.engine.submit(request)
         task = Task(request, lambda: False)
-        model._engine._inbox.put(task)  # past the check: the thread goes on
+        model.engine.inbox.put(task)  # past the check: the thread goes on
         assert isinstance(task.events.get(), MessageError)
         assert model.chat("Why?", max_tokens=2).completion_tokens
 
 
 def test_progress_of_a_prompt_of_nothing():
     task = Task(Request(Prompt("", [], []), [], [], SamplingOptions(0.0), False, 1), lambda: False)
-    task.tell_prefill(0)
+    task.report_prefill(0)
     assert task.events.get().share == 0.0

@@ -121,7 +121,7 @@ def test_a_tuning_belongs_to_one_machine(decoder, monkeypatch):
     ],
 )
 def test_a_damaged_tuning_is_none(decoder, text):
-    from edge_runtime.weights.identity import machine_identity
+    from edge_runtime.loading.tuning import machine_identity
 
     path = tuning_path(decoder)
     path.parent.mkdir(parents=True)

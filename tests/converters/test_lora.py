@@ -78,8 +78,8 @@ def text_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
     ids = golden("chat_text_fast")["ids"]
     with Model.load(folder, exact=True, **named(lora)) as model:
         embeddings = model._decoder.embed(ids)
-        model._engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
-        return model._engine.call(model._decoder.logits)
+        model.engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
+        return model.engine.call(model._decoder.logits)
 
 
 def picture_logits(folder: Path, picture: Path, lora: Path | None = None) -> np.ndarray:

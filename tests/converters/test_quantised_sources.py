@@ -112,8 +112,8 @@ def test_logits_are_those_of_the_formula_in_double_precision(
     ids = golden("chat_text_fast")["ids"]
     with Model.load(tmp_path, exact=True) as model:
         embeddings = model._decoder.embed(ids)
-        model._engine.call(lambda: model._decoder.prefill(embeddings))
-        ours = model._engine.call(model._decoder.logits)
+        model.engine.call(lambda: model._decoder.prefill(embeddings))
+        ours = model.engine.call(model._decoder.logits)
     expected = naive.logits(plain.tensors["llm.model.embed_tokens.weight"].values[ids])
     np.testing.assert_allclose(ours, expected, rtol=0, atol=LOGITS)
 

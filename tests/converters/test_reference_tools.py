@@ -55,7 +55,7 @@ DECODER_EXCEPTIONS = {
     "tokenizer.ggml.add_eos_token": "false by default; the script writes it if the tokenizer's files do",
     "tokenizer.ggml.token_type": "special is what the tokenizer says is; the script guesses by the look",
     "tokenizer.chat_template": "the official one where the checkpoint brings none; without it nobody can chat",
-    "edge_runtime.prompt.tokenizer.normalizer": "ours",
+    "edge_runtime.tokenizer.normalizer": "ours",
     "edge_runtime.toy": "ours",
 }
 VISION_EXCEPTIONS = {
@@ -150,9 +150,9 @@ def compare_tensors(one: GGUFFile, other: GGUFFile) -> None:
 def compare_positions(ours: np.ndarray, theirs: np.ndarray) -> None:
     """Sine tables of [positions, width]; where NumPy's power gives another frequency here, that one bit may show.
 
-    Ours are made with the frequencies that NumPy has on AVX-512 machines (`edge_runtime.vision.sine_positions`). A last bit of a
-    frequency grows with the position, and the phase is then rounded to another float32: by these two steps, and not
-    more, may a column of such a frequency differ.
+    Ours are made with the frequencies that NumPy has on AVX-512 machines (`edge_runtime.vision.sine_positions`). A
+    last bit of a frequency grows with the position, and the phase is then rounded to another float32: by these two
+    steps, and not more, may a column of such a frequency differ.
     """
     side, n = round(len(ours) ** 0.5), ours.shape[1] // 4
     numpys = (1.0 / 10000 ** (np.arange(n, dtype=np.float32) / np.float32(n))).astype(np.float32)
@@ -278,8 +278,8 @@ def our_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
     adapters = {} if lora is None else {"signs": lora}
     with Model.load(folder, exact=True, adapters=adapters) as model:
         embeddings = model._decoder.embed(np.arange(3, 60, 2))
-        model._engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
-        return model._engine.call(model._decoder.logits)
+        model.engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
+        return model.engine.call(model._decoder.logits)
 
 
 @pytest.fixture(scope="module")

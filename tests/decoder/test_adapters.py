@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from edge_runtime import MessageError, Model, ModelFileError
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.options import DecoderOptions
-from edge_runtime.decoder.sequence_chunk import Part
+from edge_runtime.decoder.sequence_chunk import SequenceChunk
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.command import refused
 from support.gguf_maker import F32, F64, STRING, U32, Gguf
@@ -74,7 +74,7 @@ def merged(decoder: Path, adapter: Path, target: Path, seed: int) -> Path:
 def logits(path: Path, ids: list[int], adapters: dict[str, Path], name: str | None = None) -> np.ndarray:
     decoder = Decoder(path, DecoderOptions(n_ctx=128, exact=True, adapters=adapters))
     try:
-        return decoder.logits(decoder.step([Part(0, ids)], adapter=name)[0])
+        return decoder.logits(decoder.step([SequenceChunk(0, ids)], adapter=name)[0])
     finally:
         decoder.close()
 
@@ -107,7 +107,7 @@ def test_requests_with_different_adapters_run_side_by_side_and_apart(model, imag
     with Model.load(exact_folder, exact=True, adapters=adapters) as fresh:
         for one, name in requests:
             for sequence in range(fresh._decoder.n_sequences):
-                fresh._engine.call(lambda sequence=sequence: fresh._decoder.rewind(sequence))
+                fresh.engine.call(lambda sequence=sequence: fresh._decoder.rewind(sequence))
             alone.append(str(ask(fresh, *one, adapter=name).result()))
     assert together == alone
     assert len(set(together[:3])) == 3, "these adapters do not change the answer"

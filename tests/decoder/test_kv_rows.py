@@ -10,7 +10,8 @@ import pytest
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_rows import KVRows, UnknownState, build, parse
 from edge_runtime.decoder.options import DecoderOptions
-from edge_runtime.decoder.sequence_chunk import CacheFull, Part
+from edge_runtime.decoder.sequence_chunk import SequenceChunk
+from edge_runtime.errors import CacheFull
 
 
 @pytest.fixture(params=[True, False], ids=["exact", "default"])
@@ -22,7 +23,7 @@ def decoder(request, exact_folder: Path):
 
 
 def fill(decoder: Decoder, sequence: int, ids: list[int]) -> np.ndarray:
-    rows = decoder.step([Part(sequence, ids)])
+    rows = decoder.step([SequenceChunk(sequence, ids)])
     return decoder.logits(rows[0])
 
 

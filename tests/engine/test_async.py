@@ -66,9 +66,9 @@ def test_a_cancelled_task_ends_the_work_behind_it(model, monkeypatch):
 
     asyncio.run(ask())
     end = time.monotonic() + 10
-    while model._engine._scheduler.n_tasks and time.monotonic() < end:
+    while model.engine.scheduler.n_tasks and time.monotonic() < end:
         time.sleep(0.02)
-    assert model._engine._scheduler.n_tasks == 0
+    assert model.engine.scheduler.n_tasks == 0
 
 
 async def _read(model: Model) -> None:
@@ -93,7 +93,7 @@ def test_errors_are_raised_where_the_answer_is_awaited(model, images, monkeypatc
     with pytest.raises(ImageError):
         asyncio.run(ask([Path("missing.png"), "What is it?"]))
 
-    def fail(groups):
+    def fail(groups, *more):
         raise ModelFileError("broken")
 
     monkeypatch.setattr(model._encoder, "encode", fail)

@@ -15,9 +15,9 @@ from edge_runtime import MessageError, Model
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type, kv_bytes
 from edge_runtime.decoder.options import DecoderOptions
-from edge_runtime.decoder.sequence_chunk import Cancelled, Part
-from edge_runtime.loading import memory_needs as memory
+from edge_runtime.decoder.sequence_chunk import Cancelled, SequenceChunk
 from edge_runtime.loading.memory_needs import reckon
+from edge_runtime.system import memory
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.gguf_maker import U32, mini_decoder
 
@@ -40,8 +40,8 @@ def slow_layers(model, monkeypatch):
     """Make every layer of the tower take a tenth of a second; returns when each of them ended."""
     ended, layers = [], model._encoder.tower._layers
 
-    def slow():
-        for layer in layers():
+    def slow(*more):
+        for layer in layers(*more):
             time.sleep(LAYER_S)
             ended.append(time.perf_counter())
             yield layer
@@ -52,8 +52,8 @@ def slow_layers(model, monkeypatch):
 
 def wait_until_free(model: Model) -> float:
     """Seconds until no request is left and all sequences are free."""
-    started, scheduler = time.perf_counter(), model._engine._scheduler
-    while scheduler.n_tasks or len(scheduler._idle) < model._decoder.n_sequences:
+    started, scheduler = time.perf_counter(), model.engine.scheduler
+    while scheduler.n_tasks or len(scheduler.sequences.idle) < model._decoder.n_sequences:
         time.sleep(0.005)
         assert time.perf_counter() - started < 30
     return time.perf_counter() - started
@@ -109,13 +109,13 @@ def test_llama_cpp_stops_inside_a_call(exact_folder: Path):
     (path,) = (p for p in exact_folder.glob("*.gguf") if "mmproj" not in p.name)
     decoder = Decoder(path, DecoderOptions(n_ctx=512, exact=True))
     asked = itertools.count()
-    decoder.step([Part(0, [*range(200)])], lambda: next(asked) < 0)
+    decoder.step([SequenceChunk(0, [*range(200)])], lambda: next(asked) < 0)
     n_whole, asked = next(asked), itertools.count()
     with pytest.raises(Cancelled):
-        decoder.step([Part(1, [*range(200)])], lambda: next(asked) >= 3)
+        decoder.step([SequenceChunk(1, [*range(200)])], lambda: next(asked) >= 3)
     assert next(asked) < n_whole / 2
     assert (decoder.held(0), decoder.held(1)) == (200, 0)
-    decoder.step([Part(1, [*range(200)])])  # what the aborted call had taken is free
+    decoder.step([SequenceChunk(1, [*range(200)])])  # what the aborted call had taken is free
     decoder.close()
 
 
@@ -153,7 +153,7 @@ def test_kv_types_answer_and_take_the_memory_they_should(kv_type):
         answer = stream(model, EXAMPLE, "What does it say?").result()
         assert str(answer) == "CAFE" or kv_type == "q4_0"
         assert answer.completion_tokens > 0
-        rows = model._engine.call(lambda: model._decoder.read_rows(answer_sequence(model), 0, 10))
+        rows = model.engine.call(lambda: model._decoder.read_rows(answer_sequence(model), 0, 10))
         layers, heads, width = 3, 2, 64
         assert rows.form.position_bytes == 2 * layers * kv_bytes(kv_type, heads * width)
         needs = reckon(model._decoder.file, model._encoder, 1000, exact=False, kv_type=kv_type)
@@ -209,7 +209,7 @@ def test_low_memory_drops_them_after_a_cancelled_request_too(exact_folder: Path,
 
 def test_a_cancelled_reader_may_not_be_kept_waiting_by_a_full_house(model, monkeypatch):
     """A request that was cancelled counts no more, even while the engine has not left it yet."""
-    monkeypatch.setattr("edge_runtime.engine.engine.MOST_REQUESTS", 2)
+    monkeypatch.setattr("edge_runtime.engine.engine.MAX_REQUESTS", 2)
     for _ in range(6):
         kept = [stream(model, "Tell me a story.") for _ in range(2)]
         for one in kept:
@@ -222,7 +222,7 @@ def test_a_cancelled_reader_may_not_be_kept_waiting_by_a_full_house(model, monke
 def test_freed_memory_goes_back_when_the_engine_rests(model, images, monkeypatch):
     given_back = threading.Event()
     real = memory.give_back
-    monkeypatch.setattr("edge_runtime.engine.scheduler.give_back", lambda: real() or given_back.set())
+    monkeypatch.setattr("edge_runtime.engine.encoding.give_back", lambda: real() or given_back.set())
     stream(model, "Hello").result()
     assert not given_back.wait(0.6)  # there was no picture
     stream(model, images["tiny"], "Hello").result()

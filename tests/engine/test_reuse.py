@@ -23,7 +23,9 @@ def model(exact_folder: Path):
 def encoded(model: Model, monkeypatch) -> list[int]:
     """Slices of every batch that goes through the vision tower from now on."""
     batches, encode = [], model._encoder.tower.encode
-    monkeypatch.setattr(model._encoder.tower, "encode", lambda slices: batches.append(len(slices)) or encode(slices))
+    monkeypatch.setattr(
+        model._encoder.tower, "encode", lambda slices, *more: batches.append(len(slices)) or encode(slices, *more)
+    )
     return batches
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from edge_runtime import EngineBusy, Model, ModelFileError, PromptTooLongError
 from edge_runtime.engine.scheduler import Scheduler
+from edge_runtime.engine.sequences import Sequences
 
 ENDS = ("stop", "length", "repetition")
 FLIP = Image.Transpose.FLIP_LEFT_RIGHT
@@ -46,7 +47,7 @@ def test_answers_are_those_of_requests_one_after_the_other(model, images):
 
 
 def test_answers_flow_while_a_long_prompt_is_worked_on(model, images, monkeypatch):
-    monkeypatch.setattr("edge_runtime.engine.call_plan.TURN_S", 0.0)  # the smallest chunks
+    monkeypatch.setattr("edge_runtime.engine.call_plan.MAX_PREFILL_S", 0.0)  # the smallest chunks
     first = stream(model, "Tell me a story.", max_tokens=200)
     next(first)
     second = stream(model, images["large"], "What is it?")
@@ -74,12 +75,14 @@ def test_a_seed_repeats_its_answer_among_others(model):
 def test_more_requests_than_sequences_wait_their_turn(model):
     alone = str(stream(model, QUESTIONS[3]).result())
     assert set(text([stream(model, QUESTIONS[3]) for _ in range(30)])) == {alone}
-    assert model._engine._scheduler.n_tasks == 0
+    assert model.engine.scheduler.n_tasks == 0
 
 
 def test_a_picture_that_many_ask_about_is_encoded_and_prefilled_once(model, images, monkeypatch):
     batches, encode = [], model._encoder.encode
-    monkeypatch.setattr(model._encoder, "encode", lambda groups: batches.append(len(groups)) or encode(groups))
+    monkeypatch.setattr(
+        model._encoder, "encode", lambda groups, *more: batches.append(len(groups)) or encode(groups, *more)
+    )
     picture = Image.open(images["wide"]).convert("RGB").transpose(Image.Transpose.ROTATE_180)
     answers = [one.result() for one in [stream(model, picture, question) for question in QUESTIONS[:6]]]
     assert sum(batches) == len(answers[0].slices)
@@ -94,7 +97,7 @@ def test_a_context_smaller_than_the_number_of_sequences_is_no_trouble(exact_fold
 
 
 def test_too_many_requests_are_refused(model, monkeypatch):
-    monkeypatch.setattr("edge_runtime.engine.engine.MOST_REQUESTS", 3)
+    monkeypatch.setattr("edge_runtime.engine.engine.MAX_REQUESTS", 3)
     kept = [stream(model, "Tell me a story.", max_tokens=2000) for _ in range(3)]
     with pytest.raises(EngineBusy, match="3 requests are waiting or running"):
         stream(model, "Hello")
@@ -104,7 +107,7 @@ def test_too_many_requests_are_refused(model, monkeypatch):
     assert stream(model, "Hello").result().finish_reason in ENDS
 
 
-def test_a_full_cache_makes_requests_step_back_and_changes_no_answer(exact_folder, images):
+def test_a_full_cache_preempts_requests_and_changes_no_answer(exact_folder, images):
     requests = [(images["tiny"], question) for question in QUESTIONS[:6]]
     with Model.load(exact_folder, exact=True, n_ctx=256) as small:
         alone = [str(stream(small, *content, max_tokens=60).result()) for content in requests]
@@ -137,10 +140,10 @@ def test_prompts_that_are_together_longer_than_a_small_context_are_computed_in_p
 def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch):
     encode = model._encoder.encode
 
-    def fail_on_wide(groups):
+    def fail_on_wide(groups, *more):
         if any(item.tgt_size[1] > item.tgt_size[0] for group in groups for item, _ in group):
             raise ModelFileError("broken")
-        return encode(groups)
+        return encode(groups, *more)
 
     monkeypatch.setattr(model._encoder, "encode", fail_on_wide)
     text_only = stream(model, "Tell me a story.", max_tokens=30)
@@ -151,7 +154,7 @@ def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch)
     with pytest.raises(ModelFileError, match="broken"):
         wide.result()
     assert all(answer.finish_reason in ENDS for answer in answers)
-    assert model._engine._scheduler.n_tasks == 0
+    assert model.engine.scheduler.n_tasks == 0
 
 
 def test_reasoning_ends_with_its_budget(model):
@@ -201,19 +204,22 @@ def test_an_error_nobody_expected_reaches_everybody_and_the_thread_goes_on(model
         raise RuntimeError("unexpected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._engine._scheduler, "_take_sequence", fail)
+        patch.setattr(model.engine.scheduler.sequences, "take", fail)
         for one in [stream(model, question) for question in QUESTIONS[:3]]:
             with pytest.raises(RuntimeError, match="unexpected"):
                 one.result()
     assert str(stream(model, QUESTIONS[0]).result())
-    assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["_report_prefill", "_begin_prefill", "_take_sequence", "_restore"])
-def test_an_error_in_what_one_request_needs_is_its_own(model, images, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("owner", "where"),
+    [(Scheduler, "_report_prefill"), (Scheduler, "_begin_prefill"), (Sequences, "take"), (Sequences, "restore")],
+)
+def test_an_error_in_what_one_request_needs_is_its_own(model, images, monkeypatch, owner, where):
     """Nobody else's answer ends, no sequence is lost, and the next request is answered."""
-    before, hit = getattr(Scheduler, where), []
+    before, hit = getattr(owner, where), []
 
     def fail(self, task, *more):
         if len(task.request.prompt.ids) not in lengths:
@@ -222,7 +228,7 @@ def test_an_error_in_what_one_request_needs_is_its_own(model, images, monkeypatc
         return before(self, task, *more)
 
     lengths = {len(model.build_prompt("Tell me a story.").ids)}
-    monkeypatch.setattr(Scheduler, where, fail)
+    monkeypatch.setattr(owner, where, fail)
     first = stream(model, "Tell me a story.", max_tokens=150, repetition_check=False, seed=1, greedy=False)
     next(first)
     for _ in range(2 * model.activity.slots):
@@ -255,9 +261,9 @@ def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(model, im
     for _, _, one in running:
         one.result()
     for _ in range(100):
-        if model._engine._scheduler.n_tasks == 0:
+        if model.engine.scheduler.n_tasks == 0:
             break
         time.sleep(0.05)
-    scheduler = model._engine._scheduler
+    scheduler = model.engine.scheduler
     assert scheduler.n_tasks == 0
-    assert sorted(scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(scheduler.sequences.idle) == list(range(model._decoder.n_sequences))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime import Answer, EngineBusy, MessageError, Model, ModelFileError
-from edge_runtime.engine.next_token import go_on
+from edge_runtime.engine.next_token import advance
 from edge_runtime.generation.sampling import MAX_SEED
 
 EXACT = 1e-4  # log probabilities in float32; measured 6e-6
@@ -125,7 +125,9 @@ def test_several_answers_share_pictures_and_prompt(exact_folder, images, monkeyp
             "step",
             lambda parts, *rest: rows.append([len(p.keys) for p in parts]) or step(parts, *rest),
         )
-        monkeypatch.setattr(fresh._encoder, "encode", lambda groups: encoded.append(len(groups)) or encode(groups))
+        monkeypatch.setattr(
+            fresh._encoder, "encode", lambda groups, *more: encoded.append(len(groups)) or encode(groups, *more)
+        )
         content = [images["wide"], "What is it?"] if long else ["Why?"]
         answers = fresh.chat_n([{"role": "user", "content": content}], n, max_tokens=5, temperature=1.0, seed=1)
         prompt = answers[0].prompt_tokens
@@ -158,7 +160,7 @@ def test_chat_names_the_method_for_several_answers(model):
 
 def _wait_until_idle(model: Model) -> None:
     ends = time.monotonic() + 10
-    while model._engine._scheduler.n_tasks:
+    while model.engine.scheduler.n_tasks:
         assert time.monotonic() < ends, "requests are still at work"
         time.sleep(0.01)
 
@@ -170,9 +172,9 @@ def test_when_one_of_several_answers_fails_the_others_are_cancelled(model, monke
         took.append(task)
         if len(took) == 9:
             raise ModelFileError("broken")
-        return go_on(task, *more)
+        return advance(task, *more)
 
-    monkeypatch.setattr("edge_runtime.engine.scheduler.go_on", fail_once)
+    monkeypatch.setattr("edge_runtime.engine.scheduler.advance", fail_once)
     with pytest.raises(ModelFileError, match="broken") as kept:
         model.chat_n("Tell me a story.", 3, max_tokens=2000, temperature=1.0, repetition_check=False)
     _wait_until_idle(model)
@@ -180,8 +182,8 @@ def test_when_one_of_several_answers_fails_the_others_are_cancelled(model, monke
 
 
 def test_several_answers_are_begun_all_or_none(model, monkeypatch):
-    monkeypatch.setattr("edge_runtime.engine.engine.MOST_REQUESTS", 3)
+    monkeypatch.setattr("edge_runtime.engine.engine.MAX_REQUESTS", 3)
     with pytest.raises(EngineBusy):
         model.chat_n("Tell me a story.", 5, max_tokens=2000)
     _wait_until_idle(model)
-    assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))

@@ -32,7 +32,7 @@ def model(exact_folder: Path):
 def full_prefill(model: Model, messages):
     """A function from generated ids to the next logits that computes everything anew, without a shared cache."""
     prepared = model._prepare(messages)
-    prompt = model._engine.call(lambda: model._embeddings(prepared))
+    prompt = model.engine.call(lambda: model._embeddings(prepared))
 
     def logits_after(ids):
         rows = embed(model._decoder, np.array(ids, np.int64), {}) if ids else prompt[:0]
@@ -41,7 +41,7 @@ def full_prefill(model: Model, messages):
             model._decoder.prefill(np.concatenate([prompt, rows]))
             return model._decoder.logits()
 
-        return model._engine.call(compute)
+        return model.engine.call(compute)
 
     return logits_after
 
@@ -111,7 +111,7 @@ def test_a_search_among_other_requests_finds_the_same(model, images):
     answers = [str(answer) for answer in begin()]
     assert answers[len(QUESTIONS) : -1] == alone
     assert answers[: len(QUESTIONS)] == [str(model.chat(q, greedy=True, max_tokens=40)) for q in QUESTIONS]
-    assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
 
 
 def test_the_prompt_is_computed_once_and_held_once(model, monkeypatch):
@@ -125,11 +125,11 @@ def test_the_prompt_is_computed_once_and_held_once(model, monkeypatch):
     assert len(rows) == 10
 
 
-def test_a_full_cache_makes_a_search_step_back_and_changes_no_answer(exact_folder, monkeypatch):
+def test_a_full_cache_preempts_a_search_and_changes_no_answer(exact_folder, monkeypatch):
     with Model.load(exact_folder, exact=True, n_ctx=256) as small:  # llama.cpp makes it 256 at least
-        scheduler, thrown = small._engine._scheduler, []
-        release = scheduler._release
-        monkeypatch.setattr(scheduler, "_release", lambda task: thrown.append(task.beam_run) or release(task))
+        scheduler, thrown = small.engine.scheduler, []
+        release = scheduler.sequences.release
+        monkeypatch.setattr(scheduler.sequences, "release", lambda task: thrown.append(task.beams) or release(task))
         options = {"max_tokens": 30, "repetition_penalty": 1.2}
         alone = [str(small.chat(question, beams=3, **options)) for question in QUESTIONS[:3]]
         ends = len(thrown)
@@ -137,8 +137,8 @@ def test_a_full_cache_makes_a_search_step_back_and_changes_no_answer(exact_folde
         searches = [small.submit(question, beams=3, **options)[0] for question in QUESTIONS[:3]]
         assert [str(one.result()) for one in searches] == alone
         assert long.result().finish_reason in ("stop", "length")
-        assert sum(run is not None for run in thrown[ends:]) > len(searches), "no search had to step back"
-        assert sorted(scheduler._idle) == list(range(small._decoder.n_sequences))
+        assert sum(run is not None for run in thrown[ends:]) > len(searches), "no search was preempted"
+        assert sorted(scheduler.sequences.idle) == list(range(small._decoder.n_sequences))
 
 
 def test_beams_that_fill_the_cache_alone_end_with_length(exact_folder):
@@ -156,11 +156,9 @@ def test_a_search_can_be_cancelled(model):
     (stream,) = model.submit("Tell me a story.", beams=3, max_tokens=2000)
     threading.Timer(0.2, stream.cancel).start()
     assert stream.result().finish_reason == "cancelled"
-    while (
-        model._engine._scheduler.is_busy
-    ):  # the reader is told at once, the sequences are free after the step at work
+    while model.engine.scheduler.is_busy:  # the reader is told at once, the sequences are free after the step at work
         time.sleep(0.01)
-    assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
 
 
 def test_stop_strings_and_reasoning(model):

@@ -84,7 +84,7 @@ def test_they_are_those_of_the_models_own_distribution(model, options):
             found.append(model._decoder.logits())
         return found
 
-    for token, logits in zip(answer.logprobs, model._engine.call(compute), strict=False):
+    for token, logits in zip(answer.logprobs, model.engine.call(compute), strict=False):
         want = definition(logits)
         assert token.logprob == pytest.approx(want[token.id], abs=1e-4)
         assert [other.id for other in token.top_logprobs] == np.argsort(-want)[:4].tolist()

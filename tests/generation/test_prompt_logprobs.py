@@ -26,7 +26,7 @@ def expected(model: Model, ids: list[int]) -> list[float]:
             decoder.decode(token_id)
         return found
 
-    return model._engine.call(compute)
+    return model.engine.call(compute)
 
 
 def scores(model: Model, **options: object) -> list[tuple[int, float]]:

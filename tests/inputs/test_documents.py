@@ -301,7 +301,8 @@ def test_many_threads_read_many_files_at_once() -> None:
 def test_a_file_that_is_open_when_the_program_ends_is_closed_without_a_word(tmp_path: Path) -> None:
     path = tmp_path / "a.pdf"
     path.write_bytes(PDF)
-    script = f"from pathlib import Path; from edge_runtime.inputs.pdf import PdfFile; f = PdfFile(Path({str(path)!r}), 'a')"
+    script = "from pathlib import Path; from edge_runtime.inputs.pdf import PdfFile; "
+    script += f"f = PdfFile(Path({str(path)!r}), 'a')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
 

@@ -21,7 +21,9 @@ def needs(n_ctx: int) -> Needs:
 @pytest.fixture
 def free(monkeypatch):
     """Set the free memory."""
-    return lambda n_bytes: monkeypatch.setattr("edge_runtime.system.memory.available_bytes", lambda: int(n_bytes))
+    return lambda n_bytes: monkeypatch.setattr(
+        "edge_runtime.loading.memory_needs.available_bytes", lambda: int(n_bytes)
+    )
 
 
 def test_the_default_context_shrinks_with_the_memory(free):
@@ -40,7 +42,9 @@ def test_a_context_that_was_asked_for_does_not(free):
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(exact_folder, free, monkeypatch):
     free(1000)
-    monkeypatch.setattr("edge_runtime.decoder.decoder.Decoder._load_model", lambda self: pytest.fail("it was loaded"))
+    monkeypatch.setattr(
+        "edge_runtime.decoder.llama_context.load_model", lambda *_, **__: pytest.fail("it was loaded")
+    )
     with pytest.raises(NotEnoughMemoryError, match="--force"):
         Model.load(exact_folder)
     monkeypatch.undo()

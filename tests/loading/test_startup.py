@@ -26,7 +26,8 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_no_torch_and_no_transformers():
     code = (
-        "import sys; from edge_runtime import Model; import edge_converters, edge_kernels.linear.float32, edge_runtime.cli.program; "
+        "import sys; from edge_runtime import Model; "
+        "import edge_converters, edge_kernels.linear.float32, edge_runtime.cli.program; "
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert python(code) == "[]"

@@ -50,7 +50,7 @@ def test_embeddings_decode_like_tokens(exact_model: Model):
             decoder.decode(token)
         return decoder.logits()
 
-    np.testing.assert_allclose(exact_model._engine.call(by_tokens), first, rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(exact_model.engine.call(by_tokens), first, rtol=0, atol=LOGITS)
 
 
 def test_the_demo_model_reads(demo: Model):
@@ -177,8 +177,8 @@ def test_a_closed_model_says_so(exact_folder: Path):
 def test_a_forgotten_model_frees_its_memory(exact_folder: Path):
     model = Model.load(exact_folder)
     model.chat("Hi", max_tokens=1)
-    engine = weakref.ref(model._engine)
-    thread = model._engine._thread
+    engine = weakref.ref(model.engine)
+    thread = model.engine._thread
     del model
     gc.collect()
     assert engine() is None

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from edge_runtime import Model
-from edge_runtime.decoder.sequence_chunk import Cancelled, Part
+from edge_runtime.decoder.sequence_chunk import Cancelled, SequenceChunk
 from edge_runtime.engine import call_plan
-from edge_runtime.engine.task import is_worth_leaving
+from edge_runtime.engine.call_plan import CallPlan
 from edge_runtime.next_turn import next_beginning
 
 QUESTIONS = ("What is shown here?", "And what is behind it?")
@@ -35,7 +35,7 @@ def second_turn(picture: Path, said: str, question: str = QUESTIONS[1]) -> list[
 
 def wait_until_idle(model: Model) -> None:
     deadline = time.monotonic() + 20
-    while model._engine._scheduler.n_tasks or not model._engine._inbox.empty():
+    while model.engine.scheduler.n_tasks or not model.engine.inbox.empty():
         assert time.monotonic() < deadline, "reading ahead does not end"
         time.sleep(0.005)
 
@@ -63,7 +63,7 @@ def test_without_a_word_nothing_is_read(model, images):
 
 def test_whoever_asks_does_not_wait_for_it(model, images, monkeypatch):
     """Read token by token; a question ends it, and what was read stays."""
-    monkeypatch.setattr(call_plan, "AHEAD_CHUNK", 1)
+    monkeypatch.setattr(call_plan, "PREFETCH_CHUNK", 1)
     alone = str(model.chat("Why?", **GREEDY))
     seen: list[int] = []
     step = model._decoder.step
@@ -86,13 +86,13 @@ def test_whoever_asks_does_not_wait_for_it(model, images, monkeypatch):
     assert str(model.chat("Why?", **GREEDY)) == alone
     assert time.monotonic() - started < 5
     wait_until_idle(model)
-    assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
     after = model.chat(second_turn(images["wide"], before.answer), **GREEDY)
     assert after.cached_tokens == seen[-1]
 
 
 def test_closing_ends_it(exact_folder, images, monkeypatch):
-    monkeypatch.setattr(call_plan, "AHEAD_CHUNK", 1)
+    monkeypatch.setattr(call_plan, "PREFETCH_CHUNK", 1)
     model = Model.load(exact_folder, exact=True, n_ctx=1024, n_threads=1)
     model.chat(first_turn(images["wide"]), follow_up=True, **GREEDY | {"max_tokens": 60})
     started = time.monotonic()
@@ -108,12 +108,12 @@ def test_pictures_that_were_forgotten_are_not_encoded_for_it(model, images, monk
     def forget() -> None:
         for sequence in range(model._decoder.n_sequences):
             model._decoder.rewind(sequence)
-        model._engine._scheduler._visual_tokens._tokens.clear()
+        model.engine.scheduler.encoding.visual_tokens._tokens.clear()
 
-    model._engine.call(forget)
+    model.engine.call(forget)
     encoded: list[int] = []
-    monkeypatch.setattr(model._encoder, "encode", lambda groups: encoded.append(len(groups)))
-    running = model._engine.read_ahead(request)
+    monkeypatch.setattr(model._encoder, "encode", lambda groups, *more: encoded.append(len(groups)))
+    running = model.engine.prefetch(request)
     assert running.next_event().reason == "cancelled"
     assert not encoded
 
@@ -122,13 +122,13 @@ def _request(model: Model, messages: list[Any]):
     from dataclasses import replace
 
     seen: list[Any] = []
-    submit_all = model._engine.submit_all
-    model._engine.submit_all = lambda requests: seen.extend(requests) or submit_all(requests)
+    submit_all = model.engine.submit_all
+    model.engine.submit_all = lambda requests: seen.extend(requests) or submit_all(requests)
     try:
         model.chat(messages, **GREEDY)
     finally:
-        del model._engine.submit_all
-    return replace(seen[0], reads_ahead=True)
+        del model.engine.submit_all
+    return replace(seen[0], is_prefetch=True)
 
 
 def test_a_conversation_that_fills_the_context_has_no_next_turn(exact_folder):
@@ -159,7 +159,7 @@ def test_the_beginning_is_what_all_questions_share(model):
 
 def sized(*parts: tuple[int, bool]):
     tasks = [SimpleNamespace(is_cancelled=lambda gone=gone: gone) for _, gone in parts]
-    return tasks, [Part(i, [0] * n) for i, (n, _) in enumerate(parts)]
+    return tasks, [SequenceChunk(i, [0] * n) for i, (n, _) in enumerate(parts)]
 
 
 @pytest.mark.parametrize(
@@ -175,15 +175,15 @@ def sized(*parts: tuple[int, bool]):
 )
 def test_a_call_is_left_when_that_is_sooner_for_the_others(monkeypatch, parts, passed, expected):
     n_rows = sum(n for n, _ in parts)
-    monkeypatch.setattr("edge_runtime.engine.task.time.perf_counter", lambda: 10 + passed * n_rows * 0.01)
-    assert is_worth_leaving(*sized(*parts), started=10, row_s=0.01) is expected
+    monkeypatch.setattr("edge_runtime.engine.call_plan.time.perf_counter", lambda: 10 + passed * n_rows * 0.01)
+    assert CallPlan(*sized(*parts)).is_worth_leaving(started=10, row_s=0.01) is expected
 
 
 def test_the_others_of_a_call_that_was_left_are_computed_again(model, monkeypatch):
     """One of two prompts that share a call is cancelled in it: the call ends at once, the other answer is whole."""
     questions = ["a " * 150, "b " * 150]
     alone = str(model.chat(questions[1], **GREEDY))
-    model._engine.call(lambda: [model._decoder.rewind(s) for s in range(model._decoder.n_sequences)])
+    model.engine.call(lambda: [model._decoder.rewind(s) for s in range(model._decoder.n_sequences)])
     step, left = model._decoder.step, []
     streams: list[Any] = []
 
@@ -197,8 +197,8 @@ def test_the_others_of_a_call_that_was_left_are_computed_again(model, monkeypatc
         return step(parts, cancelled, adapter)
 
     monkeypatch.setattr(model._decoder, "step", cancel_inside)
-    monkeypatch.setattr("edge_runtime.engine.call_plan.TURN_S", 1e9)
-    model._engine._scheduler._planner.row_s = 1.0  # so that little of the call seems to have passed
+    monkeypatch.setattr("edge_runtime.engine.call_plan.MAX_PREFILL_S", 1e9)
+    model.engine.scheduler.planner.row_s = 1.0  # so that little of the call seems to have passed
     gate = _hold(model)
     streams += [model.chat(question, stream=True, **GREEDY) for question in questions]
     gate.set()
@@ -206,7 +206,7 @@ def test_the_others_of_a_call_that_was_left_are_computed_again(model, monkeypatc
     assert left == [True]
     assert streams[0].result().finish_reason == "cancelled"
     wait_until_idle(model)
-    assert sorted(model._engine._scheduler._idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
 
 
 def _hold(model: Model):
@@ -214,5 +214,5 @@ def _hold(model: Model):
     import threading
 
     gate = threading.Event()
-    threading.Thread(target=lambda: model._engine.call(lambda: gate.wait(20)), daemon=True).start()
+    threading.Thread(target=lambda: model.engine.call(lambda: gate.wait(20)), daemon=True).start()
     return gate

@@ -176,8 +176,10 @@ def test_clients_leave_at_every_point(hub: Hub, serve, honest):
     wait_until(lambda: is_idle(served))
     (slot,) = served.state.registry.loaded()
     assert slot.users == 0
-    scheduler = slot.model._engine._scheduler
-    assert sorted(scheduler._idle) == list(range(slot.model._decoder.n_sequences)), "a sequence was not given back"
+    scheduler = slot.model.engine.scheduler
+    assert sorted(scheduler.sequences.idle) == list(range(slot.model._decoder.n_sequences)), (
+        "a sequence was not given back"
+    )
 
 
 def test_clients_leave_a_pull(hub: Hub, serve):

@@ -1,4 +1,4 @@
-"""Tools as clients describe, choose and call them → as `edge_runtime.structured_output.tools` and messages carry them.
+"""Tools as clients describe, choose and call them → as `structured_output.tools` and messages carry them.
 
 Shared by the APIs of OpenAI and Anthropic; knows no requests.
 """

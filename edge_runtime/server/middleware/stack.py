@@ -7,11 +7,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from edge_runtime.server.middleware.bodies import Bodies
 from edge_runtime.server.middleware.gate import Gate, Key
+from edge_runtime.server.middleware.head_of_get import HeadOfGet
 from edge_runtime.server.middleware.headers import Headers
 from edge_runtime.server.middleware.origins import ANY, allowed_origins
 from edge_runtime.server.middleware.shares import Clients
 from edge_runtime.server.middleware.time_limit import TimeLimit
-from edge_runtime.server.routing import HeadOfGet
 from edge_runtime.server.settings import Settings
 
 

@@ -1,8 +1,8 @@
 """Requests of OpenAI's responses API → a conversation and options of `Model.submit`.
 
 Enters: the body, checked by pydantic, and the items of responses that it goes on from (`responses_store`). Leaves:
-messages for `edge_runtime.inputs.messages` and keyword arguments for `Model.submit`. What needs stored conversations or
-prompts is refused: an answer without them would be an answer to another question. Source: openai-python's types.
+messages for `inputs.messages` and keyword arguments for `Model.submit`. What needs stored conversations or prompts
+is refused: an answer without them would be an answer to another question. Source: openai-python's types.
 """
 
 from __future__ import annotations

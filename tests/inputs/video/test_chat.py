@@ -146,7 +146,7 @@ def test_tokens_are_those_of_the_frames_as_pictures(exact_model: Model, tmp_path
     ids = facts["temporal_ids"]
     assert [len(group) for group in ids] == [packing] * (count // packing) + [count % packing] * (count % packing > 0)
     wanted = exact_model.encode_video([Image.fromarray(frame) for frame in frames], ids, max_slices)
-    got = exact_model._engine.call(lambda: exact_model._encode(prepared.groups))
+    got = exact_model.engine.call(lambda: exact_model._encode(prepared.groups))
     assert len(wanted) == len(got) == len(prepared.prompt.bounds) == len(ids) * (1 if max_slices == 1 else 4)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=RESAMPLER)
@@ -253,7 +253,7 @@ def test_answers_flow_while_frames_are_awaited(model, clip, monkeypatch):
     monkeypatch.setattr(FileCursor, "read", held)
     waiting = model.chat(video(clip), stream=True, greedy=True, max_tokens=4)
     assert ask(model, "Hello").completion_tokens > 0
-    assert not model._engine._scheduler._active[0].n_tokens
+    assert not model.engine.scheduler.active[0].n_tokens
     gate.set()
     assert waiting.result().completion_tokens > 0
 

@@ -1,0 +1,79 @@
+"""Tasks → visual tokens of their pictures: out of the cache of visual tokens, or out of the encoder.
+
+Knows nothing of sequences and prompts but the positions that are to be computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edge_runtime.cache.caches import Caches
+from edge_runtime.cache.visual_tokens import VisualTokenCache
+from edge_runtime.decoder.sequence_chunk import Cancelled
+from edge_runtime.engine.request import Request
+from edge_runtime.engine.task import Pictures, Task
+from edge_runtime.inputs.slice_groups import LoadedGroup
+from edge_runtime.system.memory import give_back
+from edge_runtime.vision.encoder import ImageEncoder
+from edge_runtime.weights.gguf_file import Float32
+
+
+class PictureEncoding:
+    """Encoder and cache of visual tokens. Used by the inference thread alone."""
+
+    def __init__(self, encoder: ImageEncoder, caches: Caches) -> None:
+        self._encoder, self._low_memory = encoder, caches.low_memory
+        self.visual_tokens = VisualTokenCache(saved=caches.tokens)
+        self._has_idle_memory = False
+
+    def record(self, request: Request) -> None:
+        """Take note of a request whose pictures will leave memory behind."""
+        self._has_idle_memory |= bool(request.groups)
+
+    def look_up(self, request: Request, n: int) -> Pictures:
+        """Visual tokens that a prompt needs behind its first `n` positions: those that are known, what is missing."""
+        behind = [i for i, (_, end) in enumerate(request.prompt.bounds) if end > n]
+        known = {request.digests[i]: self.visual_tokens.get(request.digests[i]) for i in behind}
+        tokens = {digest: found for digest, found in known.items() if found is not None}
+        missing = {request.digests[i]: request.groups[i] for i in behind if known[request.digests[i]] is None}
+        return Pictures(tokens, missing, sum(len(group) for group in missing.values()))
+
+    def encode(self, batch: dict[bytes, LoadedGroup], tasks: Sequence[Task]) -> dict[bytes, Float32]:
+        """Visual tokens of a batch of groups, by digest, which are remembered, too.
+
+        Parameters
+        ----------
+        tasks : that wait for some of them; progress is reported to them between two layers of the tower.
+
+        Raises
+        ------
+        Cancelled
+            When nobody waits any more.
+        """
+
+        def on_layer(done: int, total: int) -> None:
+            if all(task.is_cancelled() for task in tasks):
+                raise Cancelled
+            for task in tasks:
+                n_slices = sum(len(batch[digest]) for digest in batch.keys() & task.pictures.missing.keys())
+                task.report_encode(done / total * n_slices)
+
+        found = dict(zip(batch, self._encoder.encode([*batch.values()], on_layer), strict=True))
+        for digest, tokens in found.items():
+            self.visual_tokens.put(digest, tokens)
+        return found
+
+    def release_memory(self) -> None:
+        """No task waits for pictures: let go of what would stand beside what their prompts take."""
+        if self._low_memory:
+            self._encoder.unload()
+        give_back()
+
+    def release_idle_memory(self) -> None:
+        """Nobody asks for anything: let go of the memory that pictures have left behind, on all threads."""
+        if self._has_idle_memory:
+            self._has_idle_memory = False
+            if self._low_memory:  # still there when the last request was cancelled or failed
+                self._encoder.unload()
+            self._encoder.release_idle_memory()
+            give_back()
