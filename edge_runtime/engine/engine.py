@@ -272,7 +272,7 @@ def _add(task: Task, scheduler: Scheduler) -> None:
 
 
 def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
-    """Wait for something to do; when nothing comes for a moment, do what can wait, and rest."""
+    """Wait for something to do; when nothing comes for a moment, do what can wait, and give memory back."""
     try:
         return inbox.get(timeout=IDLE_AFTER_S)
     except queue.Empty:

@@ -42,7 +42,7 @@ class Request:
     is_prefetch: bool = False
     """Compute the prompt and nothing else, as long as nobody asks for anything; see `next_turn`."""
     shared: int = 0
-    """Positions at the beginning that other chats have, too: system prompt and tools; see `shared_prefixes`."""
+    """Positions at the beginning that other chats have, too: system prompt and tools; see `cache.shared_prefixes`."""
 
     @property
     def n_alternatives(self) -> int | None:

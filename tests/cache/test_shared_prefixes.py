@@ -11,7 +11,7 @@ import pytest
 from decoder.test_adapters import make_adapter
 from edge_runtime import Model, PromptTooLongError
 from edge_runtime.cache.prefixes import BLOCK, Recorded, Saved
-from edge_runtime.cache.shared_prefixes import LEAST, Beginnings, HeldBeginnings
+from edge_runtime.cache.shared_prefixes import MIN_SHARED, Beginnings, HeldBeginnings
 from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.store.find import find_model
 from many_tools import many_tools
@@ -100,7 +100,7 @@ def test_single_chats_do_not_drive_it_out(exact_folder):
         assert chat(model, "Why?").cached_tokens == 0
         crowd_out(model)
         again = chat(model, "How?")
-        assert again.cached_tokens >= shared_by(model) > LEAST
+        assert again.cached_tokens >= shared_by(model) > MIN_SHARED
         with load(exact_folder) as fresh:
             assert str(again) == str(chat(fresh, "How?"))
 
@@ -222,7 +222,7 @@ def test_a_request_during_the_warm_up_waits_for_one_chunk_only(exact_folder, tmp
         answer = model.chat("Hello", **GREEDY)
         begun = [is_empty for _, is_empty in calls]
         assert begun.count(False) <= 1, "chunks were begun although somebody asked"
-        assert answer.cached_tokens < LEAST
+        assert answer.cached_tokens < MIN_SHARED
         monkeypatch.undo()
         wait_until_warm(model)  # it goes on when nobody asks
         assert chat(model, "How?", SYSTEM * 6).cached_tokens >= n
@@ -337,7 +337,7 @@ def test_the_worth_of_what_is_held():
     for turn in range(200):
         held.hold(1 + turn % 3, 100, None)
     assert 0 not in names()
-    assert held.hold(1, LEAST - 1, None) is None
+    assert held.hold(1, MIN_SHARED - 1, None) is None
     decoder.held[1] = decoder.held[1][:50]
     assert held.hold(1, 100, None) is None  # it holds less than that
 
@@ -349,7 +349,7 @@ def test_an_adapter_computes_beginnings_of_its_own(exact_folder, tmp_path):
     with load(exact_folder, tmp_path / "cache", **options) as model:
         chat(model, "Why?", adapter="one")
         crowd_out(model)
-        assert chat(model, "Why?").cached_tokens < LEAST
+        assert chat(model, "Why?").cached_tokens < MIN_SHARED
         assert chat(model, "How?", adapter="one").cached_tokens >= shared_by(model)
     with load(exact_folder, tmp_path / "cache", adapters={"uno": path}) as model:  # the file counts, not its name
         model.warm_up()

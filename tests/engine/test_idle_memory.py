@@ -131,6 +131,32 @@ def test_progress_is_told_layer_by_layer(model, images):
     assert [progress.share for progress in told if progress.stage == "prefill"][-1] == 1.0
 
 
+def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, images):
+    """A group of many frames goes through the tower in several runs; whoever listens is an argument of each call."""
+    slices = [item for _ in range(3) for item in model.slices(images["square"], 1)]
+    told: list[tuple[int, int]] = []
+    encoder, layers = model._encoder, model._encoder.tower.config.layers
+    tokens = model.engine.call(
+        lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]], lambda *how: told.append(how))
+    )
+    total = told[-1][1]
+    assert total % layers == 0
+    assert total > layers, "this group was not cut into runs"
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert (told[0], told[-1]) == ((0, total), (total, total))
+    told.clear()
+    again = model.engine.call(lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]]))
+    assert (again[0] == tokens[0]).all()
+    assert not told, "a listener of one call heard of another"
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        model.engine.call(lambda: encoder.encode([[(slices[0], -1)]], stop))
+
+
 def test_low_memory_drops_the_vision_weights_and_changes_no_answer(exact_folder: Path, images):
     with Model.load(exact_folder, exact=True) as usual:
         expected = [str(stream(usual, images[name], "What is it?").result()) for name in ("tiny", "square")]

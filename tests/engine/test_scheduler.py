@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_runtime import EngineBusy, Model, ModelFileError, PromptTooLongError
+from edge_runtime import CacheFull, EngineBusy, Model, ModelFileError, PromptTooLongError
 from edge_runtime.engine.scheduler import Scheduler
 from edge_runtime.engine.sequences import Sequences
 
@@ -120,6 +120,33 @@ def test_a_full_cache_preempts_requests_and_changes_no_answer(exact_folder, imag
     assert together == alone
     assert crowded == apart
     assert len(fitting) > 1
+
+
+def test_a_cache_that_nothing_can_empty_is_told_by_an_error_of_its_own(model, monkeypatch):
+    """Idle sequences are given up first, one in each step; then there is nothing left but to say so."""
+    str(stream(model, "Something to be remembered.").result())
+    given_up, calls = [], []
+    give_up_one = model.engine.scheduler.sequences.give_up_one
+
+    def full(*_: object) -> None:
+        calls.append(1)
+        raise CacheFull
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model._decoder, "step", full)
+        patch.setattr(
+            model.engine.scheduler.sequences, "give_up_one", lambda: given_up.append(give_up_one()) or given_up[-1]
+        )
+        with pytest.raises(CacheFull, match=r"The KV cache is full; load the model with a larger --ctx\."):
+            stream(model, "Why?").result()
+        with pytest.raises(CacheFull, match="larger --ctx"):
+            model.trace("Why?", 1)  # outside any request, too
+    assert given_up.count(True) >= 1
+    assert given_up[-1] is False
+    assert len(calls) == len(given_up) + 1
+    assert model.engine.scheduler.n_tasks == 0
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert str(stream(model, "Why?").result())
 
 
 def _user(*content):
