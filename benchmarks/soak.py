@@ -103,7 +103,7 @@ def failing_requests(model: Model) -> list[Callable[[], Any]]:
 
 def make_failures() -> None:
     """Make the engine raise for the last token of prompts that say so, as damaged weights would."""
-    advance = scheduler.go_on
+    advance = scheduler.advance
 
     def failing(task: Any, *more: Any) -> Any:
         if FAILING in task.request.prompt.text:

@@ -31,10 +31,10 @@ from edge_runtime.version import __version__
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
-    from edge_runtime.each_page import PageAnswer, each_page, join_pages
     from edge_runtime.generation.grounding import Region
     from edge_runtime.generation.text_stream import Piece
     from edge_runtime.model import Model
+    from edge_runtime.page_by_page import PageAnswer, each_page, join_pages
     from edge_runtime.structured_output.tools import ToolCall
 
 __all__ = [
@@ -70,12 +70,12 @@ _LAZY = {
     "Answer": "answers",
     "AnswerStream": "answers",
     "AsyncAnswer": "answers",
-    "PageAnswer": "each_page",
+    "PageAnswer": "page_by_page",
     "Piece": "generation.text_stream",
     "Region": "generation.grounding",
     "ToolCall": "structured_output.tools",
-    "each_page": "each_page",
-    "join_pages": "each_page",
+    "each_page": "page_by_page",
+    "join_pages": "page_by_page",
 }
 
 

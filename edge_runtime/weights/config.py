@@ -12,7 +12,7 @@ Our own keys in the mmproj file, which other programs ignore (files without them
 
 and in the decoder file:
 
-    edge_runtime.prompt.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
+    edge_runtime.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
     tokenised
     edge_runtime.toy                    bool     whether the model is a toy, whose answers mean nothing beyond what it
     was trained for (false)
@@ -40,7 +40,7 @@ NORM = (0.5, 0.5, 0.5)
 RESAMPLER_HEAD_DIM = 128  # resampler heads = hidden / 128, in the official code too
 RESAMPLER_EPSILON = 1e-6
 PROJECTOR = "resampler"  # llama.cpp's name
-OWN_PROJECTOR = "edge_runtime.vision.resampler"  # the same, in a file that llama.cpp could not compute with
+OWN_PROJECTOR = "edge_runtime.resampler"  # the same, in a file that llama.cpp could not compute with
 MINICPMV_VERSION = 6  # llama.cpp's number of this resampler
 LIMIT = 1 << 24  # above any real size; keeps products of two sizes harmless
 

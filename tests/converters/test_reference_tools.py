@@ -55,7 +55,7 @@ DECODER_EXCEPTIONS = {
     "tokenizer.ggml.add_eos_token": "false by default; the script writes it if the tokenizer's files do",
     "tokenizer.ggml.token_type": "special is what the tokenizer says is; the script guesses by the look",
     "tokenizer.chat_template": "the official one where the checkpoint brings none; without it nobody can chat",
-    "edge_runtime.prompt.tokenizer.normalizer": "ours",
+    "edge_runtime.tokenizer.normalizer": "ours",
     "edge_runtime.toy": "ours",
 }
 VISION_EXCEPTIONS = {

@@ -16,8 +16,8 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type, kv_bytes
 from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.decoder.sequence_chunk import Cancelled, SequenceChunk
-from edge_runtime.loading import memory_needs as memory
 from edge_runtime.loading.memory_needs import reckon
+from edge_runtime.system import memory
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.gguf_maker import U32, mini_decoder
 

@@ -21,7 +21,9 @@ def needs(n_ctx: int) -> Needs:
 @pytest.fixture
 def free(monkeypatch):
     """Set the free memory."""
-    return lambda n_bytes: monkeypatch.setattr("edge_runtime.system.memory.available_bytes", lambda: int(n_bytes))
+    return lambda n_bytes: monkeypatch.setattr(
+        "edge_runtime.loading.memory_needs.available_bytes", lambda: int(n_bytes)
+    )
 
 
 def test_the_default_context_shrinks_with_the_memory(free):

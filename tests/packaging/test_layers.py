@@ -26,7 +26,7 @@ LEVELS = {
         next_turn
         internals
         model
-        each_page server
+        page_by_page server
         cli
     """,
     "edge_kernels": """

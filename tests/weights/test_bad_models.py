@@ -317,7 +317,7 @@ def test_a_merge_that_joins_nothing(merge: str, folder: Path) -> None:
 
 
 def test_an_unknown_normalizer(folder: Path) -> None:
-    decoder(lambda f: f.key("edge_runtime.prompt.tokenizer.normalizer", make.STRING, "nfd"))(folder)
+    decoder(lambda f: f.key("edge_runtime.tokenizer.normalizer", make.STRING, "nfd"))(folder)
     with pytest.raises(UnsupportedModelError, match="is 'nfd', expected 'nfc' or 'none'"):
         Model.load(folder)
 
