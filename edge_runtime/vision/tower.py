@@ -131,7 +131,7 @@ class VisionTower:
             on_layer(n, self.config.layers)
             if n == len(self._loaded):
                 self._loaded.append(self._layer(n))
-                self._file.let_go()  # packed weights are copies
+                self._file.release_pages()  # packed weights are copies
             yield self._loaded[n]
         on_layer(self.config.layers, self.config.layers)
 
