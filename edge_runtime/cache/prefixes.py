@@ -170,22 +170,23 @@ class SavedPrefixes:
     # --- what chats share ----------------------------------------------------------------------------------------
 
     @property
-    def _record(self) -> str:
+    def record_name(self) -> str:
+        """Name of the entry that `record` writes."""
         return hashlib.blake2b(self._root + b"shared beginnings", digest_size=16).hexdigest()
 
     def record(self, beginnings: Sequence[Recorded]) -> None:
         """Write down what is to be computed at the next start, in place of what was written before."""
         facts = {"beginnings": [[len(each.ids), each.adapter.hex()] for each in beginnings]}
         content = np.array([i for each in beginnings for i in each.ids], "<i8").tobytes()
-        self._cache.put(self._record, facts, lambda: content, len(content), replace=True)
+        self._cache.put(self.record_name, facts, lambda: content, len(content), replace=True)
 
     def touch_record(self) -> None:
         """Say that the record is still true."""
-        self._cache.touch([self._record])
+        self._cache.touch([self.record_name])
 
     def recorded(self) -> list[Recorded]:
         """What was written down last; nothing where that cannot be read."""
-        entry = self._cache.get(self._record)
+        entry = self._cache.get(self.record_name)
         if entry is None:
             return []
         try:
@@ -194,7 +195,7 @@ class SavedPrefixes:
                 found.append(Recorded([int(i) for i in ids[at : at + n]], bytes.fromhex(adapter)))
                 at += n
         except (KeyError, TypeError, ValueError):
-            self._cache.forget(self._record)
+            self._cache.forget(self.record_name)
             return []
         return found
 

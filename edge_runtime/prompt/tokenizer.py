@@ -22,7 +22,7 @@ from edge_runtime.weights.gguf_file import GGUFFile
 LONG_TEXT = 10_000  # characters
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one gain nothing, and warn of forks
 
-NORMALIZER_KEY = "edge_runtime.prompt.tokenizer.normalizer"
+NORMALIZER_KEY = "edge_runtime.tokenizer.normalizer"
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )

@@ -79,9 +79,9 @@ def test_more_requests_than_sequences_wait_their_turn(model):
 
 
 def test_a_picture_that_many_ask_about_is_encoded_and_prefilled_once(model, images, monkeypatch):
-    batches, encode = [], model._encoder.encode
+    batches, encode = [], model.engine.encoder.encode
     monkeypatch.setattr(
-        model._encoder, "encode", lambda groups, *more: batches.append(len(groups)) or encode(groups, *more)
+        model.engine.encoder, "encode", lambda groups, *more: batches.append(len(groups)) or encode(groups, *more)
     )
     picture = Image.open(images["wide"]).convert("RGB").transpose(Image.Transpose.ROTATE_180)
     answers = [one.result() for one in [stream(model, picture, question) for question in QUESTIONS[:6]]]
@@ -165,14 +165,14 @@ def test_prompts_that_are_together_longer_than_a_small_context_are_computed_in_p
 
 
 def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch):
-    encode = model._encoder.encode
+    encode = model.engine.encoder.encode
 
     def fail_on_wide(groups, *more):
         if any(item.tgt_size[1] > item.tgt_size[0] for group in groups for item, _ in group):
             raise ModelFileError("broken")
         return encode(groups, *more)
 
-    monkeypatch.setattr(model._encoder, "encode", fail_on_wide)
+    monkeypatch.setattr(model.engine.encoder, "encode", fail_on_wide)
     text_only = stream(model, "Tell me a story.", max_tokens=30)
     next(text_only)  # while an answer is running, pictures are encoded one by one
     new = {name: Image.open(images[name]).convert("RGB").transpose(FLIP) for name in ("wide", "square")}
@@ -236,7 +236,7 @@ def test_an_error_nobody_expected_reaches_everybody_and_the_thread_goes_on(model
             with pytest.raises(RuntimeError, match="unexpected"):
                 one.result()
     assert str(stream(model, QUESTIONS[0]).result())
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
 
 
 @pytest.mark.slow
@@ -293,4 +293,4 @@ def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(model, im
         time.sleep(0.05)
     scheduler = model.engine.scheduler
     assert scheduler.n_tasks == 0
-    assert sorted(scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))

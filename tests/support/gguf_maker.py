@@ -189,7 +189,7 @@ def mini_mmproj(hidden: int = HIDDEN) -> Gguf:
     width, mlp, patch, matrix = 32, 40, 4, Type.Q4_0
     file = Gguf()
     file.key("general.architecture", STRING, "clip")
-    file.key("clip.projector_type", STRING, "edge_runtime.vision.resampler")
+    file.key("clip.projector_type", STRING, "edge_runtime.resampler")
     for name, value in {
         "minicpmv_version": 6,
         "vision.image_size": 8,
