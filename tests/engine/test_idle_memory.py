@@ -18,6 +18,7 @@ from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.decoder.sequence_chunk import Cancelled, SequenceChunk
 from edge_runtime.loading.memory_needs import reckon
 from edge_runtime.system import memory
+from edge_runtime.vision.encoder import BATCH_PATCHES
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.gguf_maker import U32, mini_decoder
 
@@ -133,10 +134,11 @@ def test_progress_is_told_layer_by_layer(model, images):
 
 def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, images):
     """A group of many frames goes through the tower in several runs; whoever listens is an argument of each call."""
-    slices = [item for _ in range(3) for item in model.slices(images["square"], 1)]
+    (one,) = model.slices(images["square"], 1)
+    slices = [one] * (BATCH_PATCHES // one.n_patches + 1)
     told: list[tuple[int, int]] = []
     encoder, layers = model._encoder, model._encoder.tower.config.layers
-    tokens = model.engine.call(
+    tokens = model.engine.run(
         lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]], lambda *how: told.append(how))
     )
     total = told[-1][1]
@@ -145,7 +147,7 @@ def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, ima
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert (told[0], told[-1]) == ((0, total), (total, total))
     told.clear()
-    again = model.engine.call(lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]]))
+    again = model.engine.run(lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]]))
     assert (again[0] == tokens[0]).all()
     assert not told, "a listener of one call heard of another"
 
@@ -154,7 +156,7 @@ def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, ima
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        model.engine.call(lambda: encoder.encode([[(slices[0], -1)]], stop))
+        model.engine.run(lambda: encoder.encode([[(slices[0], -1)]], stop))
 
 
 def test_low_memory_drops_the_vision_weights_and_changes_no_answer(exact_folder: Path, images):
