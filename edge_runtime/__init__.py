@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edge_runtime.inputs.video.frame_choice import VideoLimits
     from edge_runtime.inputs.workers.pool import DecoderPool
     from edge_runtime.model import Model
+    from edge_runtime.options import GenerationOptions
     from edge_runtime.page_by_page import PageAnswer, each_page, join_pages
     from edge_runtime.structured_output.tools import ToolCall
 
@@ -50,6 +51,7 @@ __all__ = [
     "DownloadError",
     "EdgeRuntimeError",
     "EngineBusy",
+    "GenerationOptions",
     "ImageError",
     "MessageError",
     "Model",
@@ -75,6 +77,7 @@ _LAZY = {
     "AnswerStream": "answers",
     "AsyncAnswer": "answers",
     "DecoderPool": "inputs.workers.pool",
+    "GenerationOptions": "options",
     "PageAnswer": "page_by_page",
     "Piece": "generation.text_stream",
     "Region": "generation.grounding",

@@ -21,11 +21,12 @@ LEVELS = {
         inputs decoder
         prompt vision
         structured_output cache
-        generation pipeline
+        generation
+        options
+        option_checks pipeline
         engine store
-        loading answers options
+        loading answers
         next_turn
-        internals
         model
         page_by_page server
         cli
