@@ -102,7 +102,10 @@ def test_paths_that_documents_name_exist():
     own = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
     named = set()
     for path in [*own, *(ROOT / "docs").rglob("*.md")]:
-        for code in re.findall(r"`([^`\n]*)`", FENCE.sub("", path.read_text("utf-8"))):
+        text = path.read_text("utf-8")
+        for script in re.findall(r"\b(?:benchmarks|demo|tests|tools)/[\w/]+\.py\b", text):
+            assert (ROOT / script).exists(), f"{name_of(path)}: there is no {script}"
+        for code in re.findall(r"`([^`\n]*)`", FENCE.sub("", text)):
             if re.fullmatch(r"[\w-]+\.py", code):
                 assert code in modules, f"{name_of(path)}: there is no {code}"
             elif re.fullmatch(r"[\w.-]+(/[\w.-]+)*(/|\.py|/[\w.]+\.json)", code):
