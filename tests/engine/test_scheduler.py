@@ -128,7 +128,7 @@ def test_a_cache_that_nothing_can_empty_is_told_by_an_error_of_its_own(model, mo
     given_up, calls = [], []
     give_up_one = model.engine.scheduler.sequences.give_up_one
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         calls.append(1)
         raise CacheFull
 
