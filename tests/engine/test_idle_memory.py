@@ -137,7 +137,7 @@ def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, ima
     (one,) = model.slices(images["square"], 1)
     slices = [one] * (BATCH_PATCHES // one.n_patches + 1)
     told: list[tuple[int, int]] = []
-    encoder, layers = model._encoder, model._encoder.tower.config.layers
+    encoder, layers = model.engine.encoder, model.engine.encoder.tower.config.layers
     tokens = model.engine.run(
         lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]], lambda *how: told.append(how))
     )

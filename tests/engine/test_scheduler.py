@@ -133,7 +133,7 @@ def test_a_cache_that_nothing_can_empty_is_told_by_an_error_of_its_own(model, mo
         raise CacheFull
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._decoder, "step", full)
+        patch.setattr(model.engine.decoder, "step", full)
         patch.setattr(
             model.engine.scheduler.sequences, "give_up_one", lambda: given_up.append(give_up_one()) or given_up[-1]
         )
@@ -145,7 +145,7 @@ def test_a_cache_that_nothing_can_empty_is_told_by_an_error_of_its_own(model, mo
     assert given_up[-1] is False
     assert len(calls) == len(given_up) + 1
     assert model.engine.scheduler.n_tasks == 0
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
     assert str(stream(model, "Why?").result())
 
 

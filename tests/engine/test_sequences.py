@@ -17,7 +17,7 @@ from edge_runtime.engine.request import Request
 from edge_runtime.engine.sequences import WORTH_WAITING, Sequences
 from edge_runtime.engine.task import Task
 from edge_runtime.errors import CacheFull
-from edge_runtime.generation.sampling import SamplingOptions
+from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.build import Prompt
 
 FORM = KVForm(1, 1, 2, 1, 2, transposed=False)
@@ -62,7 +62,10 @@ def sequences_of(cells: Cells) -> Sequences:
 
 
 def task_of(ids: Sequence[int], **options: Any) -> Task:
-    request = replace(Request(Prompt("", [*ids], []), [], [], SamplingOptions(0.0), False, 1), **options)
+    rest = {name: options.pop(name) for name in ("prompt", "scores_prompt", "shared") if name in options}
+    beams = options.pop("n_beams", None)
+    request = Request(Prompt("", [*ids], []), [], [], GenerationOptions(max_tokens=1, beams=beams, **options))
+    request = replace(request, **rest)
     return Task(request, lambda: False, keys=request.keys())
 
 

@@ -12,8 +12,8 @@ import pytest
 from edge_runtime.engine.events import EventQueue
 from edge_runtime.engine.request import Request
 from edge_runtime.engine.task import Decoding, Pictures, Task, TaskState
-from edge_runtime.generation.sampling import SamplingOptions
 from edge_runtime.inputs.slice_groups import LazyGroup
+from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.build import Prompt
 
 WAYS = [
@@ -27,7 +27,7 @@ WAYS = [
 
 
 def task_of(state: str = "WAITING") -> Task:
-    task = Task(Request(Prompt("", [1, 2], []), [], [], SamplingOptions(0.0), False, 1), lambda: False)
+    task = Task(Request(Prompt("", [1, 2], []), [], [], GenerationOptions(max_tokens=1)), lambda: False)
     task.state = TaskState[state]
     return task
 
