@@ -168,7 +168,7 @@ def linear(
     residual: Float32 | None = None,
     out: Float32 | None = None,
 ) -> Float32:
-    """Multiply rows by a packed weight and apply what follows; `reference.linear` defines it.
+    """Multiply rows by a packed weight and apply what follows; `reference.operations.linear` defines it.
 
     Runs in parallel. Error against the reference: order of summation only, up to some 2e-7 of the sum of
     |products|; with GELU 2e-7 · |x| more. Moves M·K + N·K + M·N floats (2·M·N·K operations), and M·N more
