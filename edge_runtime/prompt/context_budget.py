@@ -20,7 +20,7 @@ from edge_runtime.prompt.build import ImageLayout, Prompt, iter_images
 from edge_runtime.prompt.context_shift import STEPS, Placed, cuts, without_oldest
 from edge_runtime.weights.config import SlicingConfig
 
-_MOST_TOLD = 6  # runs of pictures in an error
+_MAX_LISTED = 6  # runs of pictures in an error
 
 
 Build = Callable[[Sequence[Message], Sequence[Placed]], Prompt]
@@ -127,8 +127,8 @@ class Reckoning:
                 last += n
                 name = f"picture {last}" if n == 1 else f"pictures {last - n + 1} to {last}"
             runs.append(f"{name}: {tokens}{' each' if n > 1 else ''}")
-        if len(runs) > _MOST_TOLD:
-            runs[_MOST_TOLD:] = [f"and so on to picture {n_pictures}" if n_pictures else "and so on"]
+        if len(runs) > _MAX_LISTED:
+            runs[_MAX_LISTED:] = [f"and so on to picture {n_pictures}" if n_pictures else "and so on"]
         kinds = [_count(n_pictures, "picture")] * (n_pictures > 0) + ["videos"] * any(moves)
         return f"{' and '.join(kinds)} ({', '.join(runs)})"
 

@@ -203,7 +203,7 @@ def test_the_whole_turn_is_the_message_of_the_answer(exact_model: Model):
 
 def test_the_next_turn_is_read_ahead_with_the_whole_turn(exact_model: Model):
     messages = begun("The answer is")
-    prepared = exact_model._prepare(messages)
+    prepared = exact_model.prepare(messages)
     answer = exact_model.chat(messages, greedy=True, max_tokens=6, follow_up=True)
     assert prepared.with_more is not None
     beginning = next_beginning(prepared.with_more, answer)
@@ -327,6 +327,6 @@ def test_blanks_between_parts_of_json_say_nothing(text, expected):
 
 
 def test_what_is_begun_is_known_to_whoever_prepares(exact_model: Model):
-    assert exact_model._prepare(begun("x")).begun == Begun("x")
-    assert exact_model._prepare([ASKED]).begun is None
-    assert exact_model._prepare(begun("")).begun is None
+    assert exact_model.prepare(begun("x")).begun == Begun("x")
+    assert exact_model.prepare([ASKED]).begun is None
+    assert exact_model.prepare(begun("")).begun is None

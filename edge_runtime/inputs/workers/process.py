@@ -202,7 +202,7 @@ def main(most_bytes: int) -> None:
     """
     Image.init()
     silence_libtiff()  # finds the library in /proc, which is closed from here on
-    sandbox.be_ended_first()
+    sandbox.be_killed_first()
     held = {
         "memory": sandbox.limit_resources(most_bytes),
         "files": sandbox.give_up_files(),
