@@ -1,6 +1,6 @@
 """The attention of `attention` in bfloat16 with float32 sums, for machines with AMX.
 
-What enters and what leaves: as there, all float32. `reference_attention.attention_bf16` tells what is rounded.
+What enters and what leaves: as there, all float32. `reference.attention.attention_bf16` tells what is rounded.
 
 A task is one head of one sequence: it lays keys and values into tiles and takes 32 queries at a time, with all keys
 at once. Scores are computed transposed, keys down and queries across, as in `attention`; they take 128 bytes per key
@@ -48,6 +48,14 @@ BLOCK = 2 * LANES  # keys in a step of the second product, queries of a task
 VALUE_BLOCKS = 8  # blocks of keys whose powers, 16 KB of them, are multiplied with values at once
 IS_POSSIBLE = HAS_TILES
 """Whether this machine can run it."""
+
+
+class Shape(NamedTuple):
+    """Width of a head, tiles of a row of queries or keys, columns of values and the one of ones, padded."""
+
+    d: int
+    steps: int
+    columns: int
 
 
 # --- keys and values ----------------------------------------------------------------------------------------
@@ -155,15 +163,14 @@ def first_scores(queries, steps, keys, n_kv, buffers):
 
 
 @leaf
-def attend_block(
-    queries, following, turn, steps, d, columns, keys, values, n_kv, out, out_at, out_stride, n_q, buffers
-):  # fmt: skip
+def attend_block(queries, following, turn, shape, keys, values, n_kv, out, out_at, out_stride, n_q, buffers):
     """Attend with the block of queries number `turn`, whose scores are there, to all keys; all of them in tiles.
 
     The scores of the next block, whose queries are at word `following` (none: -1), are computed on the way: tiles are
     multiplied while powers are taken. What was computed is used while it is in the first cache: scores for maxima one
     block of keys later, powers VALUE_BLOCKS at a time. `out` gets n_q rows of d, `out_stride` apart.
     """
+    d, steps, columns = shape
     scores, powers, sums, maxima = buffers
     n_blocks = (n_kv + BLOCK - 1) // BLOCK
     panel, powers_panel, sums_panel = n_blocks * BLOCK * LANES, n_blocks * TILE_WORDS, columns * LANES
@@ -221,7 +228,7 @@ def attention_buffers(most_keys, columns):
 
 
 class _Heads(NamedTuple):
-    count: int
+    number: int
     d: int
     scale: float  # on scores, in units of log2(e)
     terms: int  # 3 where scores keep the digits that rounding takes, else 1
@@ -245,8 +252,8 @@ def _attention_worker(operands, heads, tasks, most_keys, out, tickets):
     key_halves, value_halves = keys.view(np.int16), values.view(np.int16)
     begin_tiles()
     ticket = take_ticket(tickets)
-    while ticket < tasks.size // 4 * heads.count:
-        task, column = ticket // heads.count * 4, ticket % heads.count * d
+    while ticket < tasks.size // 4 * heads.number:
+        task, column = ticket // heads.number * 4, ticket % heads.number * d
         start, n_q, kv_start, n_kv = tasks[task], tasks[task + 1], tasks[task + 2], tasks[task + 3]
         for block in range((n_kv + BLOCK - 1) // BLOCK):
             first = block * BLOCK
@@ -266,8 +273,8 @@ def _attention_worker(operands, heads, tasks, most_keys, out, tickets):
             if turn == 0:
                 first_scores(queries, steps, keys, n_kv, buffers)
             attend_block(
-                queries, following, turn, steps, d, columns, keys, values, n_kv,
-                out, (start + first) * heads.count * d + column, heads.count * d, min(BLOCK, n_q - first), buffers,
+                queries, following, turn, Shape(d, steps, columns), keys, values, n_kv,
+                out, (start + first) * heads.number * d + column, heads.number * d, min(BLOCK, n_q - first), buffers,
             )  # fmt: skip
         ticket = take_ticket(tickets)
     end_tiles()
@@ -293,7 +300,7 @@ def attention_bf16(
     *,
     fine_scores: bool = False,
 ) -> Float32:
-    """Attend with every query to all keys of its own sequence; `reference_attention.attention_bf16` defines it.
+    """Attend with every query to all keys of its own sequence; `reference.attention.attention_bf16` defines it.
 
     Runs in parallel, on machines with AMX only (`IS_POSSIBLE`). Sums are taken in another order than the reference's.
     A worker has some 700 bytes per key, of its sequence with the most.

@@ -42,7 +42,7 @@ LOG2_E = math.log2(math.e)
 
 
 class _Heads(NamedTuple):
-    count: int
+    number: int
     d: int
     scale: float  # on scores, in units of log2(e)
 
@@ -67,7 +67,7 @@ def _attention_task(operands, heads, head, q_start, n_q, kv_start, n_kv, out, bu
     """
     q, q_stride, k, k_stride, v, v_stride = operands
     queries, sums, scores, state = buffers
-    d, column, out_stride = heads.d, head * heads.d, heads.count * heads.d
+    d, column, out_stride = heads.d, head * heads.d, heads.number * heads.d
     scale = np.float32(heads.scale)
     d_padded = (d + MR - 1) // MR * MR
     n_panels = (n_q + NR - 1) // NR
@@ -120,9 +120,9 @@ def _attention_worker(operands, heads, plan, out, tickets):
     )
     tasks = plan.queries
     ticket = take_ticket(tickets)
-    while ticket < tasks.size // TASK * heads.count:
+    while ticket < tasks.size // TASK * heads.number:
         # Heads of one block of queries follow each other: their columns lie side by side in the same rows.
-        task, head = ticket // heads.count * TASK, ticket % heads.count
+        task, head = ticket // heads.number * TASK, ticket % heads.number
         _attention_task(
             operands, heads, head, tasks[task], tasks[task + 1], tasks[task + 2], tasks[task + 3], out, buffers
         )
@@ -144,7 +144,7 @@ def attention(
     q_offsets: Int64,
     kv_offsets: Int64,
 ) -> Float32:
-    """Attend with every query to all keys of its own sequence; `reference.attention` defines it.
+    """Attend with every query to all keys of its own sequence; `reference.operations.attention` defines it.
 
     Runs in parallel. Error against the reference: about 2e-7 of the largest value, plus what rounding of the
     scores makes of it (a score of size s carries s · 1e-7, and the exponential turns that into a relative

@@ -1,6 +1,6 @@
 """The attention of `attention`, with both products in integers: int16 pairs and int32 sums.
 
-What enters and what leaves: as there, all float32. `reference_attention.attention_int16` tells which integers lie
+What enters and what leaves: as there, all float32. `reference.attention.attention_int16` tells which integers lie
 between, and why no sum of them overflows.
 
 A task is one head of one sequence and a block of its queries, which it quantises itself. Keys and values are
@@ -60,7 +60,7 @@ QUERY_BLOCK = 192 // PAIR_NR * PAIR_NR  # queries per task at most: keys are rea
 
 @helper
 def _factor_and_scale(largest, limit):
-    """Return limit / largest and largest / limit, with the exceptions of `reference_attention.attention_int16`."""
+    """Return limit / largest and largest / limit, with the exceptions of `reference.attention.attention_int16`."""
     factor = limit / largest
     if not math.isfinite(largest):
         return np.float32(0.0), np.float32(np.nan)
@@ -70,7 +70,7 @@ def _factor_and_scale(largest, limit):
 
 
 class _Heads(NamedTuple):
-    count: int
+    number: int
     d: int
     scale: float  # on scores, in units of log2(e)
     limit: float  # largest integer of queries and keys
@@ -136,8 +136,8 @@ def _quantize_block(operands, heads, head, first, n_keys, part, quantised):
 @helper
 def _quantize_worker(operands, heads, blocks, quantised, tickets):
     ticket = take_ticket(tickets)
-    while ticket < blocks.size // 2 * heads.count:
-        block, head = ticket // heads.count * 2, ticket % heads.count
+    while ticket < blocks.size // 2 * heads.number:
+        block, head = ticket // heads.number * 2, ticket % heads.number
         _quantize_block(operands, heads, head, blocks[block], blocks[block + 1], ticket, quantised)
         ticket = take_ticket(tickets)
 
@@ -215,7 +215,7 @@ def _attention_task(operands, heads, head, task, is_ready, quantised, out, buffe
         sums[i] = 0.0
     for key in range(0, n_kv, KEYS_PER_BLOCK):
         n_keys = min(KEYS_PER_BLOCK, n_kv - key)
-        part = (block + key // KEYS_PER_BLOCK) * heads.count + head
+        part = (block + key // KEYS_PER_BLOCK) * heads.number + head
         if not is_ready:
             part = 0
             _quantize_block(operands, heads, head, kv_start + key, n_keys, part, quantised)
@@ -225,7 +225,7 @@ def _attention_task(operands, heads, head, task, is_ready, quantised, out, buffe
         p, j = query // PAIR_NR, query % PAIR_NR
         norm = np.float32(1.0) / state[(p * STATE_ROWS + TOTAL) * PAIR_NR + j]
         for i in range(d):
-            at = ((q_start + query) * heads.count + head) * d + i
+            at = ((q_start + query) * heads.number + head) * d + i
             out[at] = sums[(p * d_padded + i) * PAIR_NR + j] * norm
 
 
@@ -249,8 +249,8 @@ def _attention_worker(operands, heads, plan, is_ready, quantised, out, tickets):
         )
     tasks = plan.queries
     ticket = take_ticket(tickets)
-    while ticket < tasks.size // TASK * heads.count:
-        at, head = ticket // heads.count * TASK, ticket % heads.count
+    while ticket < tasks.size // TASK * heads.number:
+        at, head = ticket // heads.number * TASK, ticket % heads.number
         task = tasks[at], tasks[at + 1], tasks[at + 2], tasks[at + 3], tasks[at + 4]
         _attention_task(operands, heads, head, task, is_ready, quantised, out, buffers)
         ticket = take_ticket(tickets)
@@ -274,7 +274,7 @@ def attention_int16(
     q_offsets: Int64,
     kv_offsets: Int64,
 ) -> Float32:
-    """Attend with every query to all keys of its own sequence; `reference_attention.attention_int16` defines it.
+    """Attend with every query to all keys of its own sequence; `reference.attention.attention_int16` defines it.
 
     Runs in parallel. Against that reference a power may be off by 1 of LARGEST_POWER, and sums by a few roundings.
     Against `attention`, errors are half a step of each integer: for normal data some 0.1 % of the result, root mean

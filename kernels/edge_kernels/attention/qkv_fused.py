@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned
-from edge_kernels.attention.bf16 import BLOCK, attend_block, attention_buffers, first_scores, round_in_steps
+from edge_kernels.attention.bf16 import BLOCK, Shape, attend_block, attention_buffers, first_scores, round_in_steps
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.int8 import PackedInt8Weight, pack_weight_int8
 from edge_kernels.linear.int8_rows import QuantizedRows
@@ -101,7 +101,7 @@ class _Weight(NamedTuple):
 
 
 class _Heads(NamedTuple):
-    count: int
+    number: int
     d: int
     panels: int  # of a head's outputs: queries, keys, values and the one of ones
     steps: int  # tiles of a row of queries or keys
@@ -153,7 +153,7 @@ def _project(rows, weight, heads, head, start, stop, lines, sums, zeros, tiles):
         for p in range(panels):
             slab = (head * panels + p) * cells * DOT_NR * GROUP
             dot_tile(x, panel * cells * DOT_MR * GROUP, w, slab, cells, sums, p * DOT_MR * DOT_NR, 0)
-        for p in range(panels):  # not one by one, see `linear_int8`
+        for p in range(panels):  # not one by one, see `linear.int8`
             column = (head * panels + p) * DOT_NR
             scale_tile(
                 sums, (p * DOT_MR + first - panel * DOT_MR) * DOT_NR, last - first,
@@ -191,8 +191,8 @@ def _worker(rows, weight, heads, offsets, most_rows, out, tickets):
     tiles = _Tiles(queries, keys.view(np.int16), values.view(np.int16), words)
     begin_tiles()
     ticket = take_ticket(tickets)
-    while ticket < (offsets.size - 1) * heads.count:
-        sequence, head = ticket // heads.count, ticket % heads.count
+    while ticket < (offsets.size - 1) * heads.number:
+        sequence, head = ticket // heads.number, ticket % heads.number
         start, stop = offsets[sequence], offsets[sequence + 1]
         _project(rows, weight, heads, head, start, stop, lines, tile, zeros, tiles)
         if start < stop:
@@ -201,8 +201,8 @@ def _worker(rows, weight, heads, offsets, most_rows, out, tickets):
             turn = (first - start) // BLOCK
             following = (turn + 1) * 2 * steps * TILE_WORDS if first + BLOCK < stop else -1
             attend_block(
-                queries, following, turn, steps, d, columns, keys, values, stop - start,
-                out, (first * heads.count + head) * d, heads.count * d, min(BLOCK, stop - first), buffers,
+                queries, following, turn, Shape(d, steps, columns), keys, values, stop - start,
+                out, (first * heads.number + head) * d, heads.number * d, min(BLOCK, stop - first), buffers,
             )  # fmt: skip
         ticket = take_ticket(tickets)
     end_tiles()
@@ -215,7 +215,7 @@ def _self_attention(rows, weight, heads, offsets, most_rows, out, tickets, worke
 
 
 def self_attention(x: QuantizedRows, packed: PackedHeads, offsets: Int64) -> Float32:
-    """Attend with every row to all rows of its own sequence; `reference_attention.self_attention` defines it.
+    """Attend with every row to all rows of its own sequence; `reference.attention.self_attention` defines it.
 
     Runs in parallel, on machines with AMX only. 2·M·K·3·H·D operations in int8 and, per sequence of M rows and head,
     4·M²·D in bfloat16; reads the rows once per head.

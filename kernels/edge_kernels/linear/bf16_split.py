@@ -3,7 +3,7 @@
 What enters and what leaves: as there. What is left out of a product is below 2^-26 of it, a quarter of what rounding
 it to float32 changes, and a sum is rounded six times in 32 products instead of 32 times: the result is as near to the
 true one as `linear`'s. Rows are split in a pass of their own, weights once at load; blocks and tasks are those of
-`linear`.
+`linear.tasks`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -44,7 +44,7 @@ class SplitWeight(NamedTuple):
     Attributes
     ----------
     panels : ndarray [shape=(⌈n/32⌉ · ⌈k/32⌉ · parts · 1024,), int16]
-        bfloat16, in panels of 32 outputs as `simd_split` describes them, padded with zeros. Not for files.
+        bfloat16, in panels of 32 outputs as `simd.bf16_split` describes them, padded with zeros. Not for files.
     parts : int
         3, or 2 where a third one would be 0 everywhere: what a file keeps in float16 or bfloat16.
     n, k : int
@@ -221,7 +221,7 @@ def linear_split(
     residual: Float32 | None = None,
     out: Float32 | None = None,
 ) -> Float32:
-    """Multiply rows by a split weight and apply what follows; `reference.linear` defines it.
+    """Multiply rows by a split weight and apply what follows; `reference.operations.linear` defines it.
 
     Runs in parallel, on machines with AMX. Error against the reference: as `linear`'s, up to some 2e-7 of the sum of
     |products|; with GELU 2e-7 · |x| more. Infinities become NaN. 12·M·N·K operations (10 with two parts).

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from edge_kernels.arrays import Rows, aligned_empty, rows_view
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.tasks import After, product_worker, result_rows, task_grid, what_follows
-from edge_kernels.simd.epilogue import finish_tile
+from edge_kernels.simd.epilogue import finish_row
 from edge_kernels.simd.float32 import product_tile
 from edge_kernels.simd.ir import MR, NR
 from edge_kernels.threads import parallel_region
@@ -140,13 +140,15 @@ def _linear_task(product, grid, block, sums):
                     panels, slab, last - first,
                     sums, (r * block.n_panels + p) * MR * NR, int(b > 0),
                 )  # fmt: skip
-    for r in range(row_tiles):
+    # Row by row, not tile by tile: what lies side by side in the long rows of the result goes to memory together.
+    for i in range(block.n_rows):
+        row = block.row + i
         for p in range(block.n_panels):
-            row, column = block.row + r * MR, (block.panel + p) * NR
-            finish_tile(
-                sums, (r * block.n_panels + p) * MR * NR, after.bias, column, after.gelu,
-                after.residual, row * after.residual_stride + column, after.residual_stride,
-                out, row * grid.n + column, grid.n, min(MR, block.n_rows - r * MR), min(NR, grid.n - column),
+            column = (block.panel + p) * NR
+            finish_row(
+                sums, ((i // MR * block.n_panels + p) * MR + i % MR) * NR, after.bias, column, after.gelu,
+                after.residual, row * after.residual_stride + column, out, row * grid.n + column,
+                min(NR, grid.n - column),
             )  # fmt: skip
 
 
@@ -168,7 +170,7 @@ def linear(
     residual: Float32 | None = None,
     out: Float32 | None = None,
 ) -> Float32:
-    """Multiply rows by a packed weight and apply what follows; `reference.linear` defines it.
+    """Multiply rows by a packed weight and apply what follows; `reference.operations.linear` defines it.
 
     Runs in parallel. Error against the reference: order of summation only, up to some 2e-7 of the sum of
     |products|; with GELU 2e-7 · |x| more. Moves M·K + N·K + M·N floats (2·M·N·K operations), and M·N more

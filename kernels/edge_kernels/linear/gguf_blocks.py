@@ -73,7 +73,7 @@ class PackedRows(NamedTuple):
     Attributes
     ----------
     panels : ndarray [shape=(k / 256 · ⌈m / 32⌉ · 8192,), int16]
-        bfloat16, [block of 256 k][32 rows], each as `simd_blocks` describes it.
+        bfloat16, [block of 256 k][32 rows], each as `simd.gguf_blocks` describes it.
     m, k : int
         Number of rows and of inputs.
     """

@@ -2,8 +2,8 @@
 
 What enters: float32 rows (or rows quantised before, so that several products share one pass) and a packed
 weight. What leaves: float32 rows. Rows and weights both lie in panels, in cells of GROUP successive k as
-`simd_int8` describes them; blocks and tasks are those of `linear`. Integer sums are exact, so neither blocks nor
-threads nor the instruction set change them.
+`simd.int8` describes them; blocks and tasks are those of `linear.tasks`. Integer sums are exact, so neither blocks
+nor threads nor the instruction set change them.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -55,7 +55,7 @@ class PackedInt8Weight(NamedTuple):
     Attributes
     ----------
     panels : ndarray [shape=(⌈n/DOT_NR⌉ · n_cells(k) · DOT_NR · GROUP,), int8]
-        Panels of DOT_NR outputs, in cells at the places that `simd_int8.output_cell` tells, padded with zeros. Not
+        Panels of DOT_NR outputs, in cells at the places that `simd.int8.output_cell` tells, padded with zeros. Not
         for files.
     scales : ndarray [shape=(⌈n/DOT_NR⌉ · DOT_NR,), float32]
         weight ≈ scale · q, per output; padded with zeros.
@@ -126,7 +126,7 @@ def pack_weight_int8(
     in_groups: bool = False,
     order: Int64 | None = None,
 ) -> PackedInt8Weight:
-    """Quantise a weight as `reference.quantize_weight` does and bring it into panels, once at load.
+    """Quantise a weight as `reference.operations.quantize_weight` does and bring it into panels, once at load.
 
     Runs in parallel; reads N·K·4 bytes and writes N·K.
 
@@ -375,7 +375,7 @@ def linear_int8(
     residual: Float32 | None = None,
     out: Float32 | None = None,
 ) -> Float32:
-    """Multiply rows by a packed weight in int8 and apply what follows; `reference.linear_int8` defines it.
+    """Multiply rows by a packed weight in int8 and apply what follows; `reference.operations.linear_int8` defines it.
 
     Runs in parallel. The integer sums are those of the reference; what follows in float32 differs by a few
     roundings of its terms, with GELU by 2e-7 · |x| more. Moves M·K and N·K bytes and M·N floats (2·M·N·K
@@ -423,9 +423,9 @@ def linear_int8_quantized(
 ) -> QuantizedRows:
     """Multiply rows as `linear_int8` does and quantise the result, which is never written out in float32.
 
-    Runs in parallel; `reference.linear_int8_quantized` defines it. An integer may differ by 1 from the reference's,
-    where the two results lie on two sides of a half. Writes M·N bytes instead of M·N floats, which would be
-    read again to be quantised.
+    Runs in parallel; `reference.operations.linear_int8_quantized` defines it. An integer may differ by 1 from the
+    reference's, where the two results lie on two sides of a half. Writes M·N bytes instead of M·N floats, which
+    would be read again to be quantised.
 
     Parameters
     ----------

@@ -1,11 +1,16 @@
 """bfloat16 attention on AMX as LLVM IR: rounding, transposing, score and value tiles, powers.
 
 What enters: flat arrays with element offsets, inside compiled code. What leaves: numba intrinsics that
-`attention_bf16` puts its loops around. All of it is made for vectors of 16 float32 and the tiles of `simd_amx`;
+`attention_bf16` puts its loops around. All of it is made for vectors of 16 float32 and the tiles of `simd.amx`;
 other machines may compile it, but not run it.
 
 A float32 is rounded to bfloat16 by adding half a step to its bits and taking the upper 16 (halves away from zero);
 two of them in one word make the *pairs* that a tile of right operands has.
+
+    float32    │± eeeeeeee mmmmmmm│mmmmmmmmmmmmmmmm│      bfloat16 is the left part. A carry out of the mantissa
+             +                     1000000000000000       goes into the exponent, which is what rounding up asks for.
+
+    pair       │ bfloat16 of k + 1 │ bfloat16 of k  │      bits 31 … 16 and 15 … 0
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"

@@ -4,7 +4,7 @@ A float32 is the sum of three bfloat16: 8 bits of its significand each, the uppe
 is one of six of bfloat16, with the sums in float32 as ever; the three smallest of the nine, below 2^-26 of the
 product, are left out. AMX multiplies bfloat16 more than ten times as fast as AVX-512 multiplies float32.
 
-Tiles are those of `simd_amx`. Rows lie [step of 32 k][part][half][16 rows][32], weights [step][part][half of 32
+Tiles are those of `simd.amx`. Rows lie [step of 32 k][part][half][16 rows][32], weights [step][part][half of 32
 outputs][16 pairs of k][16 outputs][2]; sums [row][32].
 
 Source: Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision

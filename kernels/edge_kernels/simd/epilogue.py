@@ -3,7 +3,7 @@
 What enters: flat arrays with element offsets, inside compiled code. What leaves: rows of integers, or of float32 with
 bias, GELU and residual applied. Four kinds of sums have an epilogue here:
 
-    finish_tile         float32 [MR][NR], any machine
+    finish_row          float32 [NR], any machine
     finish_square       float32 [32][32], AMX
     finish_transposed   float32 [32 outputs][32 rows], AMX, no bias and no GELU
     scale_tile          int32 [rows][DOT_NR], any machine: scales and offsets first; scale_gelu_tile with GELU
@@ -274,31 +274,24 @@ def move_step(typing_context, cells, offset, out, out_offset):
 
 
 @leaf
-def finish_tile(
-    sums, sums_offset, bias, bias_offset, with_gelu, residual, residual_offset, residual_stride, out, out_offset,
-    out_stride, n_rows, width,
-):  # fmt: skip
-    """Write gelu(sums + bias) + residual of n_rows × width of a tile [MR][NR]; without GELU where `with_gelu` is 0.
+def finish_row(sums, line, bias, column, with_gelu, residual, start_residual, out, start, width):
+    """Write gelu(sums + bias) + residual of the first `width` of NR columns; without GELU where `with_gelu` is 0.
 
     An empty residual adds nothing. `bias` has NR elements there, whatever the width. The sums are overwritten.
     """
-    for i in range(n_rows):
-        line = sums_offset + i * NR
-        # All of a row at first, as `bias` is padded: a constant length is vectorised without a remainder.
-        if with_gelu != 0:
-            for j in range(NR):
-                sums[line + j] = gelu(sums[line + j] + bias[bias_offset + j])
-        else:
-            for j in range(NR):
-                sums[line + j] += bias[bias_offset + j]
-        start = out_offset + i * out_stride
-        if residual.size > 0:
-            start_residual = residual_offset + i * residual_stride
-            for j in range(width):
-                out[start + j] = sums[line + j] + residual[start_residual + j]
-        else:
-            for j in range(width):
-                out[start + j] = sums[line + j]
+    # All NR at first, as `bias` is padded: a constant length is vectorised without a remainder.
+    if with_gelu != 0:
+        for j in range(NR):
+            sums[line + j] = gelu(sums[line + j] + bias[column + j])
+    else:
+        for j in range(NR):
+            sums[line + j] += bias[column + j]
+    if residual.size > 0:
+        for j in range(width):
+            out[start + j] = sums[line + j] + residual[start_residual + j]
+    else:
+        for j in range(width):
+            out[start + j] = sums[line + j]
 
 
 def _with_residual(builder: ir.IRBuilder, value: ir.Value, residual: ir.Value, mask: ir.Value) -> ir.Value:
@@ -311,7 +304,10 @@ def finish_square(
     typing_context, sums, sums_offset, bias, bias_offset, with_gelu, residual, residual_offset, residual_stride,
     out, out_offset, out_stride, n_rows, width,
 ):  # fmt: skip
-    """Do as `finish_tile` with a square of SIDE × SIDE sums, for AMX: masks leave out what is outside."""
+    """Do as `finish_row` with n_rows × width of a square of SIDE × SIDE sums, for AMX: masks leave out the rest.
+
+    `bias` has SIDE elements there, whatever the width.
+    """
 
     def generate(context, builder, signature, args):
         sums, bias, residual, out = elements_at(context, builder, signature, args, (0, 2, 5, 8))

@@ -1,12 +1,15 @@
-"""Vector code as LLVM IR, and the one table that says which machine gets which register tile.
+"""float32 vector code as LLVM IR: the product tile, softmax of a panel, powers of 2, GELU, sums over a row.
 
 What enters: flat float32 arrays with element offsets, inside compiled code. What leaves: numba intrinsics
 (`*_tile`, `*_panel`, `*_row` and scalar functions) that the operation modules put their loops around. They
-know nothing of blocking, threads or sequences.
+know nothing of blocking, threads or sequences. `simd.ir` tells how an intrinsic is written.
 
-Why IR and not loops: without reassociation LLVM vectorises no reduction, and it keeps a tile of sums in
-registers over a whole loop only when told so. The IR uses generic vectors (`<W x float>`) and `llvm.fmuladd`,
-so it is right on every instruction set: what the machine does not have, LLVM splits into what it has.
+A power of 2 is taken from the two parts of a float32, without a table:
+
+      31  30 … 23    22 … 0
+    ┌───┬──────────┬──────────┐      2^x = 2^(x - n) · 2^n,  n = x rounded to an integer
+    │ ± │ exponent │ mantissa │      2^n        n + 127, moved into the exponent field
+    └───┴──────────┴──────────┘      2^(x - n)  a polynomial, as -1/2 ≤ x - n ≤ 1/2
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
