@@ -15,7 +15,7 @@ from edge_runtime import MessageError, Model, PromptTooLongError, each_page
 from edge_runtime.cli.program import main
 from edge_runtime.inputs.video.reader import FrameReader
 from edge_runtime.pipeline import PromptOptions
-from edge_runtime.prompt.context_budget import Measured, Reckoning, Room
+from edge_runtime.prompt.context_budget import ContextLimits, Measured, TokenBudget
 from edge_runtime.weights.config import SlicingConfig
 from support.document_maker import words_pdf
 from support.video_maker import make_animation, numbered, write_frames
@@ -50,24 +50,24 @@ MIXED = [
 ]
 
 
-def reckoning_of(demo: Model) -> Reckoning:
+def budget_of(demo: Model) -> TokenBudget:
     n_text = len(demo.build_prompt(mixed(1), max_slices=1).ids)
-    return Reckoning(MIXED, demo._encoder.slicing, demo._encoder.n_queries, n_text)
+    return TokenBudget(MIXED, demo._encoder.slicing, demo._encoder.n_queries, n_text)
 
 
 @pytest.mark.parametrize("most", range(1, 10))
 def test_the_reckoning_is_what_the_prompt_then_has(demo: Model, most: int) -> None:
     prompt = demo.build_prompt(mixed(most), max_slices=most)
-    reckoning = reckoning_of(demo)
-    assert reckoning.total(most) == len(prompt.ids)
-    assert sum(reckoning.visual(most)) == sum(end - first for first, end in prompt.bounds)
+    budget = budget_of(demo)
+    assert budget.total(most) == len(prompt.ids)
+    assert sum(budget.visual(most)) == sum(end - first for first, end in prompt.bounds)
 
 
 @pytest.mark.parametrize("most", range(1, 10))
 def test_frames_are_cut_less_together_with_the_pictures(demo: Model, most: int) -> None:
     """What `fit` leaves is what the same limit for all leaves, to the token."""
     expected = demo.build_prompt(mixed(most), max_slices=most)
-    fitted = demo.build_prompt(mixed(9), fit=sum(reckoning_of(demo).visual(most)))
+    fitted = demo.build_prompt(mixed(9), fit=sum(budget_of(demo).visual(most)))
     assert fitted.text == expected.text
     assert fitted.bounds == expected.bounds
 
@@ -113,7 +113,7 @@ def test_the_refusal_names_groups_and_its_advice_holds() -> None:
         text = str(refusal.value)
         assert text.startswith(f"The prompt has {total} tokens, but the context holds 512,")
         assert f"{40 * n} are for videos (40 groups of frames: {n} each)." in text
-        assert f"Uncut they take {40 * n}: look at fewer frames (--max-frames) or more in a group (--packing)" in text
+        assert f"Uncut they take {40 * n}: use fewer frames (--max-frames) or more in a group (--packing)" in text
         assert "--max-slices" not in text
         assert "--pages" not in text
         for better in ({"max_frames": 10, "packing": 1}, {"packing": 6}):
@@ -138,7 +138,7 @@ def test_where_frames_are_cut_the_advice_is_what_cuts_them_less() -> None:
 
 
 def told(pictures: list[Measured]) -> str:
-    text = str(Reckoning(pictures, SLICING, 64, 100).refusal(Room(64, 1)))
+    text = str(TokenBudget(pictures, SLICING, 64, 100).refusal(ContextLimits(64, 1)))
     found = re.search(r"are for (.*?\))\.", text)
     assert found is not None
     return found[1]
