@@ -79,14 +79,14 @@ def test_pages_that_are_not_there(choice: Any, page: int) -> None:
 
 def test_more_pages_than_allowed() -> None:
     assert len(choose_pages(None, lambda most: 8, "a.pdf", 8)) == 8
-    with pytest.raises(ImageError, match=r"a.pdf has 8 pages, at most 7 are looked at.*--pages.*--max-pages"):
+    with pytest.raises(ImageError, match=r"a.pdf has 8 pages, at most 7 are read.*--pages.*--max-pages"):
         choose_pages(None, lambda most: 8, "a.pdf", 7)
     with pytest.raises(ImageError, match=r"read on more than 7 pages, at most 7"):
         choose_pages("1-8", lambda most: 999_999_999, "a.pdf", 7)
     with pytest.raises(ImageError, match="at most 7"):  # without counting to the end first
         choose_pages("1-999999999", lambda most: 999_999_999, "a.pdf", 7)
     for n_pages, said in ((9, "more than 7"), (12, "12")):
-        with pytest.raises(ImageError, match=rf"a.pdf has {said} pages, at most 7 are looked at"):
+        with pytest.raises(ImageError, match=rf"a.pdf has {said} pages, at most 7 are read"):
             choose_pages(None, lambda most, there=n_pages: there, "a.pdf", 7)
 
 
@@ -198,7 +198,7 @@ def test_a_thousand_pages_are_counted_at_once_and_one_of_them_is_drawn(tmp_path:
     path.write_bytes(written_pdf([b"%d 0 0 rg 0 0 200 100 re f" % (i == 776) for i in range(1000)]))
     assert PdfFile(path, "book").n_pages == 1000
     assert colours(pictures([path], pages="777")) == [RED]
-    with pytest.raises(ImageError, match=r"book.pdf has 1000 pages, at most 999 are looked at"):
+    with pytest.raises(ImageError, match=r"book.pdf has 1000 pages, at most 999 are read"):
         pictures([path], page_limit=999)
 
 
@@ -240,13 +240,13 @@ def test_bytes_of_a_document_are_limited(tmp_path: Path) -> None:
         ({"type": "pdf", "pdf": PDF, "password": 5}, "password of type int"),
         ({"type": "pdf", "pdf": PDF, "max_slices": 0}, "max_slices is 0"),
         ({"type": "pdf", "pdf": PDF, "pages": "x"}, "The pages are 'x'"),
-        ({"type": "pdf", "pdf": b"hello"}, "is no PDF"),
+        ({"type": "pdf", "pdf": b"hello"}, "is not a PDF"),
         ({"type": "pdf", "pdf": "absent.pdf"}, "does not exist"),
         ({"type": "pdf", "pdf": "https://host/a.pdf"}, "nothing is fetched"),
-        ({"type": "pdf", "pdf": "data:application/pdf;base64,JVBERi0xLjc@"}, "not valid base64|is no PDF"),
+        ({"type": "pdf", "pdf": "data:application/pdf;base64,JVBERi0xLjc@"}, "not valid base64|is not a PDF"),
         ({"type": "pdf", "pdf": io.StringIO("text")}, "opened for text"),
-        ({"type": "file"}, "no file id is known and nothing is fetched"),
-        ({"type": "file", "file": {"file_id": "file-1"}}, "no file id is known"),
+        ({"type": "file"}, "file ids are not supported and nothing is fetched"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, "file ids are not supported"),
         ({"type": "file", "file": {"file_data": "/etc/passwd"}}, "nothing is fetched"),
         ({"type": "file", "file": {"file_data": "https://host/a.pdf"}}, "nothing is fetched"),
         ({"type": "input_file", "file_url": "https://host/a.pdf"}, "nothing is fetched"),

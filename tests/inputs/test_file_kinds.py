@@ -104,7 +104,7 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "script": (b"#!/bin/sh\necho\n", "script"),
     "link": (b"[InternetShortcut]\r\nURL=https://example.org/a.png\r\n", "link to a web page"),
     "macOS": (b"\0\x05\x16\x07\0\x02\0\0Mac OS X" + bytes(99), r"\._"),
-    "PNG behind a form's head": (b"--x\r\n\r\n\x89PNG\r\n\x1a\n" + bytes(99), "PNG picture behind 7 bytes"),
+    "PNG behind a form's head": (b"--x\r\n\r\n\x89PNG\r\n\x1a\n" + bytes(99), "PNG picture after 7 bytes"),
     "zeros": (bytes(5000), "nothing but zeros"),
     "program": (b"\x7fELF\x02\x01\x01" + bytes(99), "program"),
     "font": (b"OTTO\0\x0c" + bytes(99), "font"),

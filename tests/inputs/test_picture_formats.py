@@ -119,7 +119,7 @@ def test_a_document_where_only_a_picture_will_do() -> None:
 def test_what_is_named_a_pdf_file_and_is_none(tmp_path: Path) -> None:
     path = tmp_path / "scan.PDF"
     path.write_bytes(b"<html>Your session has ended.</html>")
-    refused(["run", str(path), "What is it?"], r"scan\.PDF is no PDF: it does not begin as one does")
+    refused(["run", str(path), "What is it?"], r"scan\.PDF is not a PDF: it does not start like one")
 
 
 def test_open_files_are_pictures_too(tmp_path: Path) -> None:

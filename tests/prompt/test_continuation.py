@@ -278,7 +278,7 @@ def test_a_schema_after_continued_reasoning(exact_model: Model):
     "prefix", ["The answer: ", "```json\n{", '{"c"', '{"a": 1, "a"', '{"a": "', '{"a": 1 2', "[", '{"a":1}']
 )
 def test_a_prefix_that_no_answer_of_the_schema_has_is_refused(exact_model: Model, prefix):
-    with pytest.raises(MessageError, match="no JSON of its form begins with"):
+    with pytest.raises(MessageError, match="no JSON of its form starts with"):
         exact_model.chat(begun(prefix), schema=SCHEMA, max_tokens=60)
 
 

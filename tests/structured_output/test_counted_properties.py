@@ -63,7 +63,7 @@ def test_inside_of_others(writer):
 
 
 def test_what_cannot_be_said_is_refused(writer):
-    with pytest.raises(MessageError, match="beside other conditions"):
+    with pytest.raises(MessageError, match="together with other conditions"):
         writer.form(flags(3, minProperties=1, dependentRequired={"p0": ["p1"]}))
     with pytest.raises(MessageError, match="minProperties"):
         writer.form(flags(30, minProperties=15))

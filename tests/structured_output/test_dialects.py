@@ -1,4 +1,4 @@
-"""Schemas as people and their tools write them: what is kept, what is passed over with a note, what is refused."""
+"""Schemas as people and their tools write them: what is kept, what is ignored with a note, what is refused."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_note_is_logged_once(writer, caplog):
             form = writer.form(an_object(a={"type": "null", "x-a": 1}, b={"type": "null", "x-a": 2}))
     assert [record.message for record in caplog.records] == [f"Schema: {note}" for note in form.notes]
     assert form.notes == (
-        "$.properties.a['x-a'] and 1 more: 'x-a' says nothing about which values are valid; it is passed over.",
+        "$.properties.a['x-a'] and 1 more: 'x-a' says nothing about which values are valid; it is ignored.",
     )
 
 
@@ -251,7 +251,7 @@ CAT, DOG = (
 
 
 @pytest.mark.parametrize(
-    ("branches", "are_apart"),
+    ("branches", "are_disjoint"),
     [
         ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}], True),
         ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/cat"}], False),
@@ -264,11 +264,11 @@ CAT, DOG = (
         ([{}, {"type": "null"}], False),
     ],
 )
-def test_branches_that_exclude_one_another_need_no_note(writer, branches, are_apart):
+def test_branches_that_exclude_one_another_need_no_note(writer, branches, are_disjoint):
     schema = {"oneOf": branches, "$defs": {"cat": CAT, "dog": DOG}}
     form = writer.form(schema)
-    assert (not form.notes) == are_apart
-    if are_apart:
+    assert (not form.notes) == are_disjoint
+    if are_disjoint:
         valid([json.loads(writer.text(form, seed)) for seed in range(5)], schema)
 
 

@@ -12,7 +12,7 @@ import pytest
 from edge_runtime import MessageError, Model
 from edge_runtime.structured_output import effort
 from edge_runtime.structured_output.answer_form import choose_form
-from edge_runtime.structured_output.effort import MOST_SECONDS, AnswerEffort, Effort, TooMuchWorkError
+from edge_runtime.structured_output.effort import MAX_SECONDS, AnswerEffort, Effort, TooMuchWorkError
 from edge_runtime.structured_output.grammar import Grammar
 from edge_runtime.structured_output.text_form import choose_text_form
 from random_answers import RandomAnswers
@@ -122,7 +122,7 @@ class GoneError(Exception):
     pass
 
 
-def form_of(writer: RandomAnswers, seconds: float = MOST_SECONDS, **options: Any) -> Any:
+def form_of(writer: RandomAnswers, seconds: float = MAX_SECONDS, **options: Any) -> Any:
     """The form, found within the time that is allowed, and a moment for what cannot be interrupted."""
     began, work = time.thread_time(), Effort(seconds=seconds)
     try:
@@ -167,7 +167,7 @@ def test_hundreds_of_tools_share_one_effort(writer):
     tools = [function(i) for i in range(200)]
     form = form_of(writer, tools=tools, tool_choice="required")
     assert form.n_shortest > 0
-    with pytest.raises(TooMuchWorkError, match="processor time"):
+    with pytest.raises(TooMuchWorkError, match="CPU time"):
         form_of(writer, seconds=0.01, tools=tools, tool_choice="required")
 
 
@@ -221,4 +221,4 @@ def test_what_is_saved_is_bounded():
         while time.thread_time() - began < effort.ANSWER_SAVED_S + 0.1:
             pass
         with pytest.raises(TooMuchWorkError):
-            work.spend(effort.LOOK_EVERY)
+            work.spend(effort.CHECK_EVERY)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.structured_output.json_position import MOST_DIGITS, JsonPosition
+from edge_runtime.structured_output.json_position import MAX_DIGITS, JsonPosition
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -76,9 +76,9 @@ def test_keys_are_told_from_values(text, at_key):
 @pytest.mark.parametrize(
     ("text", "is_long"),
     [
-        ("1" * MOST_DIGITS, True),
-        ("-0." + "1" * (MOST_DIGITS - 1), True),
-        ("1" * (MOST_DIGITS - 1), False),
+        ("1" * MAX_DIGITS, True),
+        ("-0." + "1" * (MAX_DIGITS - 1), True),
+        ("1" * (MAX_DIGITS - 1), False),
         ("1e12", True),
         ("1.5e-1", False),
         (f"[{'1' * 20},2", False),

@@ -16,7 +16,7 @@ from edge_runtime.generation.sampling import Sampler
 from edge_runtime.structured_output.grammar import Grammar, allowed_ids
 from edge_runtime.structured_output.keywords import KEYWORDS
 from edge_runtime.structured_output.schema import bound_schema
-from edge_runtime.structured_output.shortest_completion import shortest_end
+from edge_runtime.structured_output.shortest_completion import shortest_completion
 from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 from schema_maker import SchemaMaker, depth, keywords
 
@@ -260,7 +260,7 @@ def test_special_tokens_are_never_allowed(vocabulary):
 def test_the_shortest_end_is_an_end(vocabulary):
     for seed in range(60):
         grammar = Grammar(SchemaMaker(seed).schema(), vocabulary)
-        ids = shortest_end(grammar.matcher(), grammar.position(), vocabulary)
+        ids = shortest_completion(grammar.matcher(), grammar.position(), vocabulary)
         assert ids is not None
         text = b"".join(vocabulary.token_bytes[i] for i in ids)
         jsonschema.Draft202012Validator(SchemaMaker(seed).schema()).validate(json.loads(text))

@@ -45,7 +45,7 @@ def test_a_form_behind_what_was_begun(exact_model):
     messages[1]["content"] = "alpha"
     assert exact_model.chat(messages, choices=["alpha", "beta"], **WARM).answer == ""
     messages[1]["content"] = "gamma"
-    with pytest.raises(MessageError, match="begins with 'gamma'"):
+    with pytest.raises(MessageError, match="starts with 'gamma'"):
         exact_model.chat(messages, choices=["alpha", "beta"], **WARM)
 
 

@@ -52,7 +52,7 @@ def test_a_file_that_is_cut_short_is_told_and_its_rest_can_be_used(kind):
     whole = make_video(100, 25, kind=kind, options={"g": "10"}, header_first=kind == "mp4")
     frames = whole.index(b"mdat" if kind == "mp4" else b"\x1f\x43\xb6\x75")  # where a cluster begins
     cut = whole[: frames + (len(whole) - frames) * 6 // 10]
-    with pytest.raises(VideoError, match=r"cut short: .* s are missing behind the first .* option end") as told:
+    with pytest.raises(VideoError, match=r"cut short: .* s are missing after the first .* option end") as told:
         chosen(cut)
     end = float(re.search(r"end \(([\d.]+) or less", str(told.value))[1])
     assert 1.5 < end < 3
@@ -77,7 +77,7 @@ def test_damage_in_the_middle_is_told_for_the_frame_that_is_wanted(capfd):
     assert number_of(cursor.read(10, lambda share: None)) == 10
     cursor.close()
     assert capfd.readouterr().err == ""
-    refused(damaged, "leave the part out")
+    refused(damaged, "leave that part out")
     assert shown(chosen(damaged, end=0.8)) == recipe(20, 25.0)[0]
 
 

@@ -20,7 +20,7 @@ from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.video.container import FileCursor, VideoFile
 from edge_runtime.inputs.video.frame_choice import VideoLimits, VideoOptions, clock
 from edge_runtime.inputs.video.picture_frames import PictureFrames
-from edge_runtime.inputs.video.reader import MOST_KEPT, _Reading
+from edge_runtime.inputs.video.reader import MAX_KEPT, _Reading
 from support.video_maker import make_animation, make_video, numbered, write_frames
 from tolerances import RESAMPLER
 
@@ -103,7 +103,7 @@ def test_every_form_of_a_video_is_the_same_prompt(exact_model: Model, clip, tmp_
         ({"type": "video", "video": b"x", "max_frames": 0}, "max_frames of a video is 0"),
         ({"type": "video", "video": b"x", "max_slices": None}, "max_slices of a video is None"),
         ({"type": "video", "video": b"x", "start": -1}, "start of a video is -1"),
-        ({"type": "video", "video": b"x", "start": 2, "end": 2}, "is empty; expected an end behind its start"),
+        ({"type": "video", "video": b"x", "start": 2, "end": 2}, "is empty; expected an end after its start"),
         ({"type": "video", "video": b"x", "timestamps": "yes"}, "timestamps of a video is 'yes'"),
         ({"type": "video", "video": 3}, "of type int; expected a path"),
         ({"type": "movie", "movie": b"x"}, "'video' or 'video_url'"),
@@ -117,7 +117,7 @@ def test_a_part_that_is_wrong_is_told(exact_model: Model, part, reason):
 def test_a_video_belongs_to_a_user_and_brings_its_own_ids(exact_model: Model, clip):
     with pytest.raises(MessageError, match="pictures belong to user messages"):
         exact_model.build_prompt([{"role": "system", "content": [{"video": clip}]}, {"role": "user", "content": "a"}])
-    with pytest.raises(MessageError, match="which brings its own"):
+    with pytest.raises(MessageError, match="which has its own"):
         exact_model.build_prompt(video(clip), temporal_ids=[[0] * 6])
     with pytest.raises(VideoError, match=r"at most 0\.5 s are allowed"):
         exact_model.build_prompt(video(clip), video_limits=VideoLimits(most_seconds=0.5))
@@ -208,7 +208,7 @@ def test_few_groups_are_in_memory_at_any_time(model, monkeypatch):
     answer = ask(model, video(long, fps=5, packing=1))
     assert answer.visual_tokens == 50 * 64
     assert len(most) == 50
-    assert max(most) < MOST_KEPT
+    assert max(most) < MAX_KEPT
 
 
 def test_progress_is_told_while_frames_are_awaited(model, clip, monkeypatch):

@@ -139,7 +139,7 @@ def test_slow_files_delay_each_other_and_no_usual_one():
 
 
 def test_too_many_slow_files_are_sent_away(monkeypatch):
-    monkeypatch.setattr("edge_runtime.inputs.workers.pool.MOST_SLOW", 0)
+    monkeypatch.setattr("edge_runtime.inputs.workers.pool.MAX_SLOW", 0)
     pool = DecoderPool(1, 600.0)
     with pytest.raises(EngineBusy, match="Page 1 of The document takes long to decode, and so do 0 other files"):
         draw(pool)
@@ -184,7 +184,7 @@ def test_whoever_waits_for_a_worker_can_leave():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit the address space")
 def test_what_needs_too_much_memory_is_refused_alone(monkeypatch):
-    monkeypatch.setattr("edge_runtime.inputs.workers.pool.LEAST_BYTES", 400 << 20)
+    monkeypatch.setattr("edge_runtime.inputs.workers.pool.MIN_BYTES", 400 << 20)
     pool = DecoderPool(1, 60.0, pixel_limit=1)
     large = saved(Image.new("L", (16_000, 16_000)), "PNG")
     with WorkerOpener(pool, lambda: None) as opener, pytest.raises(ImageError, match=r"^The picture .*memory"):
@@ -250,7 +250,7 @@ def test_an_index_that_lies_is_not_believed(pool, monkeypatch, lie):
     }
     with WorkerOpener(pool, lambda: None) as opener:
         monkeypatch.setattr(opener.lease.worker, "ask", lambda *args, **more: {**told, **lie})
-        with pytest.raises(VideoError, match="an index of no sense"):
+        with pytest.raises(VideoError, match="a nonsensical index"):
             opener.video(b"video", LIMITS, lambda share: None, None)
         monkeypatch.setattr(opener.lease.worker, "ask", lambda *args, **more: dict(told))
         assert opener.video(b"video", LIMITS, lambda share: None, None).times.tolist() == [0.0]
