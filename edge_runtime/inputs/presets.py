@@ -43,6 +43,20 @@ PRESETS = {
 }
 
 
+def preset_named(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises
+    ------
+    MessageError
+        When there is none.
+    """
+    preset = PRESETS.get(name)
+    if preset is None:
+        raise MessageError(f"There is no preset {name!r}; expected one of {', '.join(PRESETS)}.")
+    return preset
+
+
 def with_preset(conversation: Sequence[Message], name: str) -> list[Message]:
     """Ask a preset's question in the user's last message; other text in that message is kept, after it.
 
@@ -51,9 +65,7 @@ def with_preset(conversation: Sequence[Message], name: str) -> list[Message]:
     MessageError
         When there is no such preset, or no message of the user.
     """
-    preset = PRESETS.get(name)
-    if preset is None:
-        raise MessageError(f"There is no preset {name!r}; expected one of {', '.join(PRESETS)}.")
+    preset = preset_named(name)
     last = max((i for i, message in enumerate(conversation) if message.role == "user"), default=None)
     if last is None:
         raise MessageError(f"The preset {name} needs a message of the user, but there is none; add a picture.")

@@ -41,7 +41,7 @@ class LoadOptions:
     needs_cache: bool = True
     """Whether a cache folder that cannot be used is an error; else it is a warning, and nothing is kept."""
     warms_up: bool = False
-    """Compute what chats shared last (`beginnings`) as soon as the model is there and nobody asks."""
+    """Compute what chats shared last (`cache.shared_prefixes`) as soon as the model is there and nobody asks."""
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     tuned: bool = True
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
 from edge_runtime.inputs.messages import ImagePart, Message
-from edge_runtime.prompt.continuation import Begun, render_continuation
+from edge_runtime.prompt.continuation import BegunTurn, render_continuation
 from edge_runtime.prompt.templates import render
 from edge_runtime.prompt.tokenizer import Tokenizer
 
@@ -75,8 +75,8 @@ def build_prompt(
     use_image_id: bool,
     tools: Sequence[dict[str, Any]] = (),
     raw: bool = False,
-    begun: Begun | None = None,
-    most_tokens: int | None = None,
+    begun: BegunTurn | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> Prompt:
     """Build the prompt of a conversation.
 
@@ -89,12 +89,12 @@ def build_prompt(
     raw : use the messages' text as the prompt, without the template; special tokens in it count, except those that
         mark pictures.
     begun : the last message, if the prompt is to end inside it.
-    most_tokens : limit of the prompt; text that is certain to exceed it is not tokenised.
+    max_prompt_tokens : limit of the prompt; text that is certain to exceed it is not tokenised.
 
     Raises
     ------
     PromptTooLongError
-        When the text alone is longer than `most_tokens` of the longest tokens; a shorter one may still be too long.
+        When even with only longest tokens the text has more than `max_prompt_tokens`; other text may be too long, too.
     MessageError
         When the template refuses the conversation, or pictures and layouts do not match.
     ModelFileError
@@ -108,10 +108,10 @@ def build_prompt(
     )
     rendered = _replace_surrogates(text)
     marked = _expand(rendered, layouts, n_queries, use_image_id, mark)
-    if most_tokens is not None and (least := tokenizer.least_tokens(marked, mark)) > most_tokens:
+    if max_prompt_tokens is not None and (least := tokenizer.min_n_tokens(marked, mark)) > max_prompt_tokens:
         raise PromptTooLongError(
             f"The prompt has at least {least} tokens of text ({len(marked)} characters), but the context holds "
-            f"{most_tokens + 1}, one of them for the answer; use a shorter text, or a larger --ctx."
+            f"{max_prompt_tokens + 1}, one of them for the answer; use a shorter text, or a larger --ctx."
         )
     ids = tokenizer.encode_special(marked, mark)
     return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
@@ -158,7 +158,7 @@ def _render(
     template: str,
     thinking: bool,
     tools: Sequence[Any],
-    begun: Begun | None,
+    begun: BegunTurn | None,
 ) -> str:
     guarded = [_template_message(message, tokenizer, mark) for message in messages]
     guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]

@@ -164,7 +164,7 @@ class Budget:
     fit: bool | int = False
     only_last_turn: bool = False
 
-    def settle(
+    def fit_slices(
         self,
         conversation: Sequence[Message],
         times: Sequence[Sequence[int]],
@@ -272,7 +272,7 @@ def share_of_tools(build: Callable[[Sequence[dict[str, Any]]], Prompt], tools: S
     return f", of which {n} tokens are the {_count(len(tools), 'tool') if len(tools) > 1 else 'tool'}"
 
 
-def check_room_beside_tools(prompt: Prompt, n_ctx: int, tools: Callable[[], str]) -> None:
+def check_tools_fit(prompt: Prompt, n_ctx: int, tools: Callable[[], str]) -> None:
     """Refuse a prompt with tools that leaves no space for an answer.
 
     Parameters

@@ -28,7 +28,7 @@ _BLOCK_AT_END = re.compile(rf"{re.escape(THINK)}\s*(?:{re.escape(THINK_END)}\s*)
 
 
 @dataclass(frozen=True)
-class Begun:
+class BegunTurn:
     """The turn that an answer continues."""
 
     content: str
@@ -39,9 +39,9 @@ class Begun:
     """Whether the turn says that reasoning has ended, even if it is empty."""
 
 
-def find_begun(
+def find_begun_turn(
     conversation: Sequence[Message], wanted: bool | None, *, thinking: bool, raw: bool = False
-) -> tuple[list[Message], Begun | None]:
+) -> tuple[list[Message], BegunTurn | None]:
     """Find the turn that the answer continues.
 
     Parameters
@@ -100,7 +100,7 @@ def find_begun(
     return [*messages[:-1], replace(last, parts=(begun.content,), reasoning=begun.reasoning or None)], begun
 
 
-def _begun(last: Message, thinking: bool) -> Begun | None:
+def _begun(last: Message, thinking: bool) -> BegunTurn | None:
     """The start of an answer in a turn of text; None when it is empty."""
     content, reasoning = "".join(str(part) for part in last.parts), last.reasoning or ""
     has_thought = last.has_thought
@@ -115,11 +115,11 @@ def _begun(last: Message, thinking: bool) -> Begun | None:
     if not content and not reasoning and not has_thought:
         return None
     is_reasoning = thinking and not content and not has_thought
-    return Begun(content, reasoning, is_reasoning, has_thought)
+    return BegunTurn(content, reasoning, is_reasoning, has_thought)
 
 
 def render_continuation(
-    begun: Begun,
+    begun: BegunTurn,
     messages: Sequence[dict[str, Any]],
     render: Callable[[Sequence[dict[str, Any]], bool], str],
     mark: str,

@@ -46,7 +46,7 @@ def render(template: str, context: dict[str, Any]) -> str:
     try:
         if template == OFFICIAL_CHAT_TEMPLATE:
             return template_process.render(template, context)
-        return _renderer().render(template, context)
+        return shared_renderer().render(template, context)
     except TemplateFault as error:
         if error.fault == "template":
             raise ModelFileError(f"The model's chat template {error}.") from None
@@ -57,7 +57,8 @@ def render(template: str, context: dict[str, Any]) -> str:
 
 
 @cache
-def _renderer() -> Renderer:
+def shared_renderer() -> Renderer:
+    """The one of this process, started when it is first needed."""
     renderer = Renderer()
     atexit.register(only_here(renderer.close))
     return renderer
@@ -66,7 +67,7 @@ def _renderer() -> Renderer:
 if hasattr(
     os, "register_at_fork"
 ):  # the process is the parent's, and its lock may be held by a thread that is not here
-    os.register_at_fork(after_in_child=_renderer.cache_clear)
+    os.register_at_fork(after_in_child=shared_renderer.cache_clear)
 
 
 class Renderer:

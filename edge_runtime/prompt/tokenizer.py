@@ -138,7 +138,7 @@ class Tokenizer:
             return None
         return max(map(len, self.ids))  # a character stands for a byte; special tokens can only make it longer
 
-    def least_tokens(self, text: str, mark: str) -> int:
+    def min_n_tokens(self, text: str, mark: str) -> int:
         """Lower bound of the tokens in the plain text of a rendered prompt, without tokenising it.
 
         No token stands for more bytes than the longest one. Bytes are counted after normalisation, which may shorten

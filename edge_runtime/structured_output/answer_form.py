@@ -47,12 +47,10 @@ def choose_form(
     Raises
     ------
     MessageError
-        When the options contradict each other, cannot be enforced, or take too much work.
+        When what is asked for cannot be enforced, or takes too much work.
     """
     effort = effort or Effort()
     names = chosen_functions(tools, tool_choice)
-    if schema is not None and json:
-        raise MessageError("Both a schema and json=True were given; expected one of them: a schema says it all.")
     if schema is None and not json and names is None:
         return None
     if thinking and THINK_END not in tokenizer.special_ids:
@@ -102,11 +100,11 @@ def _call_form(
 
 def _log_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        _warn(note)
+        warn_once(note)
 
 
 @lru_cache(maxsize=1024)
-def _warn(note: str) -> None:
+def warn_once(note: str) -> None:
     """Log a note, once for all requests with the same schema."""
     logger.warning("Schema: %s", note)
 

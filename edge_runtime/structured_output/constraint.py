@@ -71,7 +71,7 @@ class AnswerForm:
         most = max(0, n_left - max(least, min(self.budget or DEFAULT_BUDGET, n_left // 2)))
         return most if budget is None else min(budget, most)
 
-    def behind(self, text: str) -> AnswerForm:
+    def continuing(self, text: str) -> AnswerForm:
         """The form of an answer that continues a text.
 
         Blanks between the parts of its JSON are not matched. A call starts on a new line after it.

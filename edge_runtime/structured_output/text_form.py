@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import MessageError
 from edge_runtime.structured_output.compiling import compiled
-from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, AnswerForm, Choose
+from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, Choose
 from edge_runtime.structured_output.effort import AnswerEffort, Effort
 from edge_runtime.structured_output.grammar import allowed_ids
 from edge_runtime.structured_output.schema_size import MAX_TOGETHER, check_size
@@ -25,10 +25,6 @@ from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-MAX_CHOICES = 1000
-MAX_CHARACTERS = 100_000
-"""Characters of a pattern, a grammar, or all choices together."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class TextForm:
         most = n_left - min(DEFAULT_BUDGET, n_left // 2)
         return most if budget is None else min(budget, most)
 
-    def behind(self, text: str) -> TextForm:
+    def continuing(self, text: str) -> TextForm:
         """The form of an answer that continues a text.
 
         Raises
@@ -108,35 +104,24 @@ class TextConstraint:
 
 
 def choose_text_form(
-    given: Mapping[str, Any],
-    form: AnswerForm | None,
-    has_tools: bool,
-    vocabulary: Callable[[], GrammarVocabulary],
-    effort: Effort | None = None,
-) -> AnswerForm | TextForm | None:
-    """Form of an answer: the one that it has already, or that of a text.
+    given: Mapping[str, Any], vocabulary: Callable[[], GrammarVocabulary], effort: Effort | None = None
+) -> TextForm | None:
+    """Form of an answer that is a text; None where it is free.
 
     Parameters
     ----------
-    given : `choices`, `regex` and `grammar`, None where they are not wanted.
-    form : what a schema, JSON or the choice of a tool asks for.
-    has_tools : whether the model may call some.
+    given : the one of `choices`, `regex` and `grammar` that is wanted; see `GenerationOptions.text_forms`.
     vocabulary : called only where there is something to enforce.
     effort : what may be done for it.
 
     Raises
     ------
     MessageError
-        When the wishes contradict each other or cannot be enforced.
+        When it cannot be enforced.
     """
-    wanted = [name for name, value in given.items() if value is not None]
-    if not wanted:
-        return form
-    if len(wanted) > 1 or form is not None or has_tools:
-        others = f"{wanted[1]} was given, too" if len(wanted) > 1 else "so was a schema, JSON, or tools"
-        raise MessageError(f"{wanted[0]} was given and {others}; expected one of them: an answer has one form.")
-    (name,) = wanted
-    _check(name, given[name])
+    if not given:
+        return None
+    (name,) = given
     words = vocabulary()
     matcher = _compile(name, given[name], words, effort or Effort())
     reason = _reason(matcher)
@@ -150,29 +135,14 @@ def choose_text_form(
     return TextForm(words, matcher, tuple(words("\n\n")))
 
 
-def _check(name: str, value: Any) -> None:
-    texts = value if name == "choices" else [value]
-    if (
-        not isinstance(texts, list | tuple)
-        or not 0 < len(texts) <= MAX_CHOICES
-        or not all(isinstance(text, str) and text for text in texts)
-    ):
-        expected = f"a list of 1 to {MAX_CHOICES} texts" if name == "choices" else "a text"
-        raise MessageError(f"{name} is {str(value)[:60]!r}; expected {expected}, not empty.")
-    if name != "choices" and any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-        raise MessageError(f"{name} has half of a surrogate pair, which is no character; expected whole ones.")
-    if sum(map(len, texts)) > MAX_CHARACTERS:
-        raise MessageError(f"{name} has more than {MAX_CHARACTERS} characters, which is the limit.")
-
-
 def _compile(name: str, value: Any, vocabulary: GrammarVocabulary, effort: Effort) -> LLMatcher:
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
     if name == "choices":
-        grammar = LLMatcher.grammar_from_regex("|".join(map(_literal, dict.fromkeys(value))))
+        grammar = LLMatcher.grammar_from_regex("|".join(map(literal_pattern, dict.fromkeys(value))))
     elif name == "regex":
-        grammar = LLMatcher.grammar_from_regex(_without_anchors(value))
+        grammar = LLMatcher.grammar_from_regex(without_anchors(value))
     else:
         try:
             grammar = LLMatcher.grammar_from_lark(any_to_lark(value))
@@ -201,13 +171,13 @@ def _check_lark(grammar: str) -> None:
 _IN_QUOTES = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 
 
-def _literal(text: str) -> str:
+def literal_pattern(text: str) -> str:
     """A pattern that matches a text and nothing else."""
     clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in clean)
 
 
-def _without_anchors(pattern: str) -> str:
+def without_anchors(pattern: str) -> str:
     """A pattern without `^` and `$` at its ends, which are implied: the whole answer must match."""
     pattern = pattern.removeprefix("^")
     slashes = len(pattern.removesuffix("$")) - len(pattern.removesuffix("$").rstrip("\\"))

@@ -226,7 +226,8 @@ def _write_handler(ir: Any, handler: Any, ranges: int, before: int, is_told: int
 
 
 @cache
-def _watch() -> _Watch | None:
+def shared_watch() -> _Watch | None:
+    """The one of this process; None where the system has no such signal."""
     if sys.platform not in ("linux", "darwin"):
         return None
     return _Watch()
@@ -245,6 +246,6 @@ def watch_memory(begin: int, n_bytes: int, path: Path, advice: str = RESTORE) ->
     -------
     forget : to be called before that memory is used for something else.
     """
-    watch = _watch()
+    watch = shared_watch()
     place = None if watch is None else watch.add(begin, n_bytes, path, advice)
     return (lambda: None) if watch is None or place is None else lambda: watch.remove(place)

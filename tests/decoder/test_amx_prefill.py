@@ -335,7 +335,7 @@ def pair(amx: str) -> Iterator[Callable[..., list[Any]]]:
     with Model.load("demo", n_ctx=1024) as mine, pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "MIN_FILE_BYTES", 1 << 60)
         with Model.load("demo", n_ctx=1024) as other:
-            assert (mine._decoder.uses_amx_prefill, other._decoder.uses_amx_prefill) == (True, False)
+            assert (mine.engine.decoder.uses_amx_prefill, other.engine.decoder.uses_amx_prefill) == (True, False)
 
             def ask(*arguments: Any, **options: Any) -> list[Any]:
                 return [model.chat(*arguments, **options) for model in (mine, other)]

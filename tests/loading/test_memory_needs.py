@@ -54,7 +54,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(exact_folder, 
 
 
 def test_the_reckoning_grows_with_what_it_should(exact_model):
-    file, encoder = exact_model._decoder.file, exact_model._encoder
+    file, encoder = exact_model.engine.decoder.file, exact_model.engine.encoder
     small, large = (reckon(file, encoder, n, exact=False) for n in (1000, 2000))
     assert large.kv_cache == 2 * small.kv_cache
     assert reckon(file, encoder, 1000, exact=True).kv_cache == 2 * small.kv_cache

@@ -272,6 +272,6 @@ def test_a_renderer_that_was_killed_is_replaced():
 
 
 def test_the_official_template_needs_no_process(monkeypatch):
-    monkeypatch.setattr(templates, "_renderer", lambda: pytest.fail("a process was asked for"))
+    monkeypatch.setattr(templates, "shared_renderer", lambda: pytest.fail("a process was asked for"))
     context = {"messages": [{"role": "user", "content": "q"}], "tools": None, "add_generation_prompt": True}
     assert "user\nq" in templates.render(OFFICIAL_CHAT_TEMPLATE, context)

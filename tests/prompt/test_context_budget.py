@@ -36,7 +36,7 @@ def asked(content: list[Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("most", range(1, 10))
 def test_the_budget_equals_the_tokens_of_the_prompt(demo: Model, most: int) -> None:
     messages = asked(many())
-    slicing, n_queries = demo._encoder.slicing, demo._encoder.n_queries
+    slicing, n_queries = demo.engine.encoder.slicing, demo.engine.encoder.n_queries
     n_text = len(demo.build_prompt(messages, max_slices=1).ids)
     budget = TokenBudget([Measured(size, 9) for size in SIZES], slicing, n_queries, n_text)
     prompt = demo.build_prompt(messages, max_slices=most)
@@ -55,7 +55,7 @@ def test_fewer_cells_never_take_more(sizes: list[tuple[int, int]]) -> None:
 
 def test_too_many_pictures_are_refused_with_the_size_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     with Model.load("demo", n_ctx=512) as model:
-        n = model._encoder.n_queries
+        n = model.engine.encoder.n_queries
         messages = asked([picture(), picture(), picture((60, 60)), *(picture() for _ in range(30))])
         total = len(model.build_prompt(messages).ids)
         monkeypatch.setattr(pipeline, "cut_source", lambda *_, **__: pytest.fail("a picture was decoded"))
@@ -106,7 +106,7 @@ def test_fit_leaves_alone_what_fits(demo: Model) -> None:
 
 
 def test_a_budget_of_tokens_cuts_all_pictures_alike(demo: Model) -> None:
-    n = demo._encoder.n_queries
+    n = demo.engine.encoder.n_queries
     messages = asked([picture(shade=i) for i in range(3)])
     per_picture = demo.chat(messages, max_tokens=1).visual_tokens // 3
     assert per_picture > 3 * n
@@ -125,7 +125,7 @@ def test_a_budget_of_tokens_cuts_all_pictures_alike(demo: Model) -> None:
 
 
 def test_a_picture_s_own_limit_stays(demo: Model) -> None:
-    n = demo._encoder.n_queries
+    n = demo.engine.encoder.n_queries
     content = [{"image": picture(), "max_slices": 1}, "and", {"type": "image", "image": picture(), "max_slices": 4}]
     free = demo.chat(asked(content), max_tokens=1)
     assert len(free.slices) == 1 + 5

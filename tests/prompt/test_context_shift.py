@@ -52,7 +52,7 @@ def test_the_answer_is_that_of_the_conversation_without_its_oldest_turns(model):
     shorter = [messages[0], *messages[1 + 2 * n :]]
     expected = ask(model, shorter)
     assert (str(answer), answer.prompt_tokens) == (str(expected), expected.prompt_tokens)
-    assert answer.visual_tokens == (9 - n) * model._encoder.n_queries  # no picture is cut in half
+    assert answer.visual_tokens == (9 - n) * model.engine.encoder.n_queries  # no picture is cut in half
     assert len(answer.slices) == 9 - n
     assert answer.prompt_tokens + 8 <= N_CTX
     prompt = model.build_prompt(messages, context_shift=True)

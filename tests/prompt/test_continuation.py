@@ -14,7 +14,7 @@ from edge_runtime.generation.text_stream import TextStream
 from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.next_turn import next_beginning
 from edge_runtime.prompt.build import build_prompt
-from edge_runtime.prompt.continuation import Begun, find_begun
+from edge_runtime.prompt.continuation import BegunTurn, find_begun_turn
 from edge_runtime.structured_output.json_position import without_blanks
 
 ASKED = {"role": "user", "content": "Hello there"}
@@ -115,7 +115,7 @@ def test_pictures_of_earlier_turns_stay_where_they_are(exact_model: Model):
     ],
 )
 def test_other_templates_continue_too(exact_model: Model, template, thinking, expected):
-    conversation, found = find_begun(parse_messages(begun("The <b> ")), None, thinking=thinking)
+    conversation, found = find_begun_turn(parse_messages(begun("The <b> ")), None, thinking=thinking)
     prompt = build_prompt(
         conversation,
         [],
@@ -203,7 +203,7 @@ def test_the_whole_turn_is_the_message_of_the_answer(exact_model: Model):
 
 def test_the_next_turn_is_prefetched_with_the_whole_turn(exact_model: Model):
     messages = begun("The answer is")
-    prepared = exact_model._prepare(messages)
+    prepared = exact_model.prepare(messages)
     answer = exact_model.chat(messages, greedy=True, max_tokens=6, follow_up=True)
     assert prepared.with_more is not None
     beginning = next_beginning(prepared.with_more, answer)
@@ -327,6 +327,6 @@ def test_blanks_between_parts_of_json_are_ignored(text, expected):
 
 
 def test_a_prepared_request_knows_the_turn_it_continues(exact_model: Model):
-    assert exact_model._prepare(begun("x")).begun == Begun("x")
-    assert exact_model._prepare([ASKED]).begun is None
-    assert exact_model._prepare(begun("")).begun is None
+    assert exact_model.prepare(begun("x")).begun == BegunTurn("x")
+    assert exact_model.prepare([ASKED]).begun is None
+    assert exact_model.prepare(begun("")).begun is None

@@ -99,13 +99,13 @@ def test_text_becomes_no_fewer_tokens_than_the_lower_bound(demo: Model, text: st
     found = demo.tokenizer
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace(MARK, "")
     marked = f"<|im_start|>{found.guard(text, MARK)}<|im_end|>"
-    assert found.least_tokens(marked, MARK) <= len(found.encode_special(marked, MARK)) - 2
+    assert found.min_n_tokens(marked, MARK) <= len(found.encode_special(marked, MARK)) - 2
 
 
 def test_long_text_is_the_same_tokens_and_its_bound_is_exact(demo: Model):
     found = demo.tokenizer
     word = max((t for t in found.tokens if t.isascii() and t.isalpha()), key=len)
-    assert found.least_tokens(word * 10, MARK) * found._longest >= len(word) * 10
+    assert found.min_n_tokens(word * 10, MARK) * found._longest >= len(word) * 10
     text = "an apple, 7 pears; " * 2000
     pieces = [found.encode(text[i : i + 19]) for i in range(0, len(text), 19)]
     assert found.token_bytes(found.encode(text)[0])

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime import MessageError
-from edge_runtime.structured_output.answer_form import _warn
+from edge_runtime.structured_output.answer_form import warn_once
 from edge_runtime.structured_output.formats import KNOWN
 from edge_runtime.structured_output.keywords import KEYWORDS, REWRITTEN, meant_word
 from edge_runtime.structured_output.schema import bound_schema
@@ -104,7 +104,7 @@ def test_a_misspelt_keyword_is_refused(name, data):
 
 
 def test_a_note_is_logged_once(writer, caplog):
-    _warn.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="edge_runtime"):
         for _ in range(3):
             form = writer.form(an_object(a={"type": "null", "x-a": 1}, b={"type": "null", "x-a": 2}))

@@ -136,8 +136,8 @@ def form_of(writer: RandomAnswers, seconds: float = MAX_SECONDS, **options: Any)
             lambda: writer.vocabulary,
             work,
         )
-        texts = {name: options.get(name) for name in ("choices", "regex", "grammar")}
-        return choose_text_form(texts, form, False, lambda: writer.vocabulary, work)
+        texts = {name: options[name] for name in ("choices", "regex", "grammar") if name in options}
+        return form or choose_text_form(texts, lambda: writer.vocabulary, work)
     finally:
         assert time.thread_time() - began < seconds + 3
 

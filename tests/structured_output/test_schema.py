@@ -33,7 +33,7 @@ def model(exact_folder: Path):
 
 @pytest.fixture(scope="module")
 def vocabulary(model: Model) -> GrammarVocabulary:
-    return model._grammar_vocabulary
+    return model.grammar_vocabulary
 
 
 def ask(model: Model, **options: Any):

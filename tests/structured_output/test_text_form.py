@@ -7,8 +7,10 @@ import re
 import pytest
 
 from edge_runtime.errors import MessageError
-from edge_runtime.generation.token_rules import TokenRules, choose_rules
-from edge_runtime.structured_output.text_form import _literal, _without_anchors
+from edge_runtime.generation.token_rules import TokenRules
+from edge_runtime.option_checks import checked_options
+from edge_runtime.options import GenerationOptions
+from edge_runtime.structured_output.text_form import literal_pattern, without_anchors
 
 WARM = {"temperature": 5.0, "top_p": 1.0, "max_tokens": 60}
 
@@ -86,9 +88,11 @@ def test_what_cannot_be_kept_is_refused(demo, options):
     assert any(name in str(error.value) for name in options)
 
 
-def test_literals_match_themselves_alone():
+def testliteral_patterns_match_themselves_alone():
     for text in ("a.b", "\\", "(", "é\n", "x" * 3):
-        pattern = re.sub(r"\\x\{([0-9a-f]+)\}", lambda found: re.escape(chr(int(found[1], 16))), _literal(text))
+        pattern = re.sub(
+            r"\\x\{([0-9a-f]+)\}", lambda found: re.escape(chr(int(found[1], 16))), literal_pattern(text)
+        )
         assert re.fullmatch(pattern, text)
 
 
@@ -96,7 +100,7 @@ def test_literals_match_themselves_alone():
     ("given", "found"), [("^a$", "a"), ("a\\$", "a\\$"), ("a\\\\$", "a\\\\"), ("a", "a"), ("$", ""), ("^a|b$", "a|b")]
 )
 def test_anchors_say_what_is_so_anyway(given, found):
-    assert _without_anchors(given) == found
+    assert without_anchors(given) == found
 
 
 def test_candidates():
@@ -112,4 +116,5 @@ def test_candidates():
 
 def test_ends_of_the_model_are_no_rules_of_their_own(demo):
     ends = [*demo.tokenizer.stop_ids]
-    assert choose_rules(ends, 0, False, None, tokenizer=demo.tokenizer, is_bound=True, has_stops=True) is None
+    options = GenerationOptions(stop_token_ids=ends, regex="a+", stop=["."])
+    assert checked_options(options, demo.limits).token_rules(demo.tokenizer.stop_ids) is None

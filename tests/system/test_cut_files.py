@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from edge_runtime import Model, ModelFileError
-from edge_runtime.system.bus_errors import MAX_RANGES, _watch, watch_memory
+from edge_runtime.system.bus_errors import MAX_RANGES, shared_watch, watch_memory
 from edge_runtime.weights.gguf_file import GGUFFile
 
 has_bus_errors = pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="mapped files cannot be cut here")
@@ -77,7 +77,7 @@ def test_no_handle_is_left(folder):
         GGUFFile(decoder_of(folder))
     if count is not None:
         assert len([*Path("/proc/self/fd").iterdir()]) <= count
-    if (watch := _watch()) is not None:
+    if (watch := shared_watch()) is not None:
         assert str(decoder_of(folder)) not in watch.names
 
 
@@ -185,7 +185,7 @@ def test_memory_of_others_gets_the_general_text(folder, tmp_path):
 def test_more_ranges_than_the_table_holds(tmp_path):
     memory = mmap.mmap(-1, mmap.PAGESIZE)
     address = np.frombuffer(memory, np.uint8).ctypes.data
-    watch = _watch()
+    watch = shared_watch()
     assert watch is not None
     before = sum(map(bool, watch.names))
     forgets = [watch_memory(address, 1, tmp_path / "x") for _ in range(MAX_RANGES + 10)]

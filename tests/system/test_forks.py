@@ -102,9 +102,9 @@ def test_a_fork_that_exits_normally_ends_nothing_of_its_parent(exact_folder, tmp
 
 
 def test_templates_are_rendered_in_forks_too(exact_folder):
-    from edge_runtime.prompt.templates import _renderer, render
+    from edge_runtime.prompt.templates import render, shared_renderer
 
     assert render(TEMPLATE, {"messages": 1}) == "1"
-    with _renderer()._lock:  # as if another thread were rendering at that moment
+    with shared_renderer()._lock:  # as if another thread were rendering at that moment
         assert in_a_fork(lambda: render(TEMPLATE, {"messages": 2})) == "2"
     assert render(TEMPLATE, {"messages": 3}) == "3"

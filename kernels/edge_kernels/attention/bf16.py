@@ -15,12 +15,14 @@ the others are divided by.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned, rows_view
+from edge_kernels.attention.blocks import Operands
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import (
@@ -218,11 +220,19 @@ def attention_buffers(most_keys, columns):
     )
 
 
+class _Heads(NamedTuple):
+    count: int
+    d: int
+    scale: float  # on scores, in units of log2(e)
+    terms: int  # 3 where scores keep the digits that rounding takes, else 1
+    steps: int  # tiles of a row of queries or keys
+    columns: int  # of values and the one of ones, padded
+
+
 @helper
-def _attention_worker(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, factor, terms, steps, columns, tasks, n_tasks, most_keys, out,
-    tickets,
-):  # fmt: skip
+def _attention_worker(operands, heads, tasks, most_keys, out, tickets):
+    q, q_stride, k, k_stride, v, v_stride = operands
+    d, terms, steps, columns, factor = heads.d, heads.terms, heads.steps, heads.columns, np.float32(heads.scale)
     n_blocks = (most_keys + BLOCK - 1) // BLOCK
     buffers, block_words = attention_buffers(most_keys, columns), 2 * steps * TILE_WORDS
     queries = aligned(2 * block_words, np.int32)  # of this block and the next
@@ -235,8 +245,8 @@ def _attention_worker(
     key_halves, value_halves = keys.view(np.int16), values.view(np.int16)
     begin_tiles()
     ticket = take_ticket(tickets)
-    while ticket < n_tasks * heads:
-        task, column = ticket // heads * 4, ticket % heads * d
+    while ticket < tasks.size // 4 * heads.count:
+        task, column = ticket // heads.count * 4, ticket % heads.count * d
         start, n_q, kv_start, n_kv = tasks[task], tasks[task + 1], tasks[task + 2], tasks[task + 3]
         for block in range((n_kv + BLOCK - 1) // BLOCK):
             first = block * BLOCK
@@ -257,22 +267,16 @@ def _attention_worker(
                 first_scores(queries, steps, keys, n_kv, buffers)
             attend_block(
                 queries, following, turn, steps, d, columns, keys, values, n_kv,
-                out, (start + first) * heads * d + column, heads * d, min(BLOCK, n_q - first), buffers,
+                out, (start + first) * heads.count * d + column, heads.count * d, min(BLOCK, n_q - first), buffers,
             )  # fmt: skip
         ticket = take_ticket(tickets)
     end_tiles()
 
 
 @kernel
-def _attention(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, factor, terms, steps, columns, tasks, n_tasks, most_keys, out,
-    tickets, workers,
-):  # fmt: skip
+def _attention(operands, heads, tasks, most_keys, out, tickets, workers):
     for _ in numba.prange(workers):
-        _attention_worker(
-            q, q_stride, k, k_stride, v, v_stride, heads, d, np.float32(factor), terms, steps, columns, tasks,
-            n_tasks, most_keys, out, tickets,
-        )  # fmt: skip
+        _attention_worker(operands, heads, tasks, most_keys, out, tickets)
 
 
 # --- entry --------------------------------------------------------------------------------------------------
@@ -327,8 +331,15 @@ def attention_bf16(
         return out
     with parallel_region() as workers:
         # Scores in units of log2(e), so that softmax is a power of 2.
+        sizes = _Heads(heads, d, scale * math.log2(math.e), terms, steps, columns)
+        operands = Operands(*rows_view(q), *rows_view(k), *rows_view(v))
         _attention(
-            *rows_view(q), *rows_view(k), *rows_view(v), heads, d, scale * math.log2(math.e), terms, steps, columns,
-            tasks.reshape(-1), len(tasks), int(tasks[:, 3].max()), out.reshape(-1), np.zeros(1, np.int64), workers,
-        )  # fmt: skip
+            operands,
+            sizes,
+            tasks.reshape(-1),
+            int(tasks[:, 3].max()),
+            out.reshape(-1),
+            np.zeros(1, np.int64),
+            workers,
+        )
     return out

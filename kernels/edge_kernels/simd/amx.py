@@ -34,6 +34,13 @@ ROWS = 16  # of a tile register
 ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
 
+SIDE = 2 * ROWS
+"""Rows and columns of a square of 2 × 2 tiles of sums."""
+STEP = ROW_BYTES // 2
+"""k of a tile of bfloat16."""
+TILE = TILE_BYTES // 2
+"""Elements of a tile of bfloat16."""
+
 _POINTER = BYTE.as_pointer()
 
 # Intel's manual, "ldtilecfg": palette 1; bytes per row as 16-bit numbers from byte 16, rows from byte 48.

@@ -48,9 +48,11 @@ _HAS_ESTIMATE = isa() in ("amx", "avx512vnni", "avx512")
 # exp2 on [-1/2, 1/2]: minimax in relative error, 1.6e-8 with the coefficients rounded to float32. Constant
 # term 1.
 _EXP2_POLYNOMIAL = (0.00015353363, 0.0013398875, 0.009618437, 0.055503324, 0.24022648, 0.6931472)
-# Adding 1.5 · 2^23 rounds to an integer and leaves it in the low mantissa bits; 127 more makes it a biased
-# exponent.
-ROUND_TO_EXPONENT = 12582912.0 + 127.0
+# A float32 of 2^23 and more has no bits behind the point. So adding 1.5 · 2^23 rounds to an integer, halves to even,
+# and leaves it in the low bits of the mantissa; the .5 is there for negative numbers to borrow from. 127 more makes
+# it a biased exponent: shifted up by 23, it is the float 2^integer.
+ROUND = 12582912.0
+ROUND_TO_EXPONENT = ROUND + 127.0
 
 _LARGEST = 3.0e38
 

@@ -25,8 +25,7 @@ from numba.extending import intrinsic
 
 from edge_kernels.machine import isa
 from edge_kernels.reference.attention import LARGEST_POWER
-from edge_kernels.simd.epilogue import ROUND
-from edge_kernels.simd.float32 import ROUND_TO_EXPONENT, emit_exp2
+from edge_kernels.simd.float32 import ROUND, ROUND_TO_EXPONENT, emit_exp2
 from edge_kernels.simd.int8 import multiply_pairs
 from edge_kernels.simd.ir import (
     FLOAT,

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import ROW_BYTES, ROWS
+from edge_kernels.simd.amx import ROW_BYTES, ROWS, STEP
 from edge_kernels.simd.bf16 import FLOATS, INTS, LANES, SHORTS, rounded_bits, transposed
 from edge_kernels.simd.float32 import emit_exp2
-from edge_kernels.simd.gguf_blocks import STEP, STEP_ELEMENTS
+from edge_kernels.simd.gguf_blocks import STEP_ELEMENTS
 from edge_kernels.simd.ir import (
     INT,
     SHORT,

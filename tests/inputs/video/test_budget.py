@@ -14,7 +14,7 @@ from PIL import Image
 from edge_runtime import MessageError, Model, PromptTooLongError, each_page
 from edge_runtime.cli.program import main
 from edge_runtime.inputs.video.reader import FrameReader
-from edge_runtime.pipeline import PromptOptions
+from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.context_budget import ContextLimits, Measured, TokenBudget
 from edge_runtime.weights.config import SlicingConfig
 from support.document_maker import words_pdf
@@ -52,7 +52,7 @@ MIXED = [
 
 def budget_of(demo: Model) -> TokenBudget:
     n_text = len(demo.build_prompt(mixed(1), max_slices=1).ids)
-    return TokenBudget(MIXED, demo._encoder.slicing, demo._encoder.n_queries, n_text)
+    return TokenBudget(MIXED, demo.engine.encoder.slicing, demo.engine.encoder.n_queries, n_text)
 
 
 @pytest.mark.parametrize("most", range(1, 10))
@@ -80,7 +80,7 @@ def test_frames_of_a_group_stay_together_and_nothing_is_decoded_twice(
     monkeypatch.setattr(
         FrameReader, "take", lambda self, *given, **how: readers.add(self) or take(self, *given, **how)
     )
-    n = demo._encoder.n_queries
+    n = demo.engine.encoder.n_queries
     messages = asked(video(5, packing=2, max_slices=4, timestamps=True))
     whole = demo.chat(messages, max_tokens=1)
     assert len(whole.slices) == 5 * 5
@@ -96,7 +96,7 @@ def test_frames_of_a_group_stay_together_and_nothing_is_decoded_twice(
 
 
 def test_two_videos_keep_their_own_limits(demo: Model) -> None:
-    n = demo._encoder.n_queries
+    n = demo.engine.encoder.n_queries
     messages = asked(video(2, packing=1, max_slices=1), video(2, packing=1, max_slices=4))
     assert demo.chat(messages, max_tokens=1).visual_tokens == (2 * 1 + 2 * 5) * n
     fitted = demo.chat(messages, max_tokens=1, fit=8 * n)
@@ -105,7 +105,7 @@ def test_two_videos_keep_their_own_limits(demo: Model) -> None:
 
 def test_the_refusal_names_groups_and_its_advice_holds() -> None:
     with Model.load("demo", n_ctx=512) as model:
-        n = model._encoder.n_queries
+        n = model.engine.encoder.n_queries
         messages = asked(video(40, packing=1))
         total = len(model.build_prompt(messages).ids)
         with pytest.raises(PromptTooLongError) as refusal:
@@ -173,7 +173,7 @@ def test_only_the_last_turn_s_video_counts_where_turns_may_be_dropped() -> None:
 @pytest.mark.parametrize("name", ["max_frames", "packing", "fits", "each_page", "max_page"])
 def test_unknown_options_are_refused(demo: Model, name: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        PromptOptions.of({"fit": True, name: 3})
+        GenerationOptions.of({"fit": True, name: 3})
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         demo.chat("Hello", **{name: 3})
 

@@ -140,13 +140,13 @@ def test_tokens_are_those_of_the_frames_as_pictures(exact_model: Model, tmp_path
     """`encode_video` is held against the formula in `test_vision`; here the way there is another."""
     frames = pictures(count, 320, 160) if max_slices == 1 else pictures(count, 900, 300)
     folder = write_frames(tmp_path / "frames", frames)
-    prepared = exact_model._prepare(video(folder, packing=packing, max_slices=max_slices))
+    prepared = exact_model.prepare(video(folder, packing=packing, max_slices=max_slices))
     ids = [list(range(0, 10 * count, 10))[i : i + packing] for i in range(0, count, packing)]
     (facts,) = prepared.videos
     ids = facts["temporal_ids"]
     assert [len(group) for group in ids] == [packing] * (count // packing) + [count % packing] * (count % packing > 0)
     wanted = exact_model.encode_video([Image.fromarray(frame) for frame in frames], ids, max_slices)
-    got = exact_model.engine.call(lambda: exact_model._encode(prepared.groups))
+    got = exact_model.engine.run(lambda: exact_model.encode_groups(prepared.groups))
     assert len(wanted) == len(got) == len(prepared.prompt.bounds) == len(ids) * (1 if max_slices == 1 else 4)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=RESAMPLER)
@@ -189,11 +189,11 @@ def test_a_second_question_decodes_nothing(model, clip, reads):
 
 def test_other_frames_times_and_cuts_are_told_apart(model, clip):
     variants = [{}, {"packing": 2}, {"fps": 2}, {"start": 1.0}]
-    digests = [tuple(model._prepare(video(clip, **options)).digests) for options in variants]
+    digests = [tuple(model.prepare(video(clip, **options)).digests) for options in variants]
     assert len(set(digests)) == len(variants)
     again, other = clip, make_video(50, 25, options={"preset": "ultrafast", "g": "12"})
-    assert tuple(model._prepare(video(again)).digests) == digests[0]
-    assert not set(model._prepare(video(other)).digests) & set(digests[0])
+    assert tuple(model.prepare(video(again)).digests) == digests[0]
+    assert not set(model.prepare(video(other)).digests) & set(digests[0])
 
 
 def test_few_groups_are_in_memory_at_any_time(model, monkeypatch):
@@ -239,7 +239,7 @@ def test_progress_is_told_while_frames_are_awaited(model, clip, monkeypatch):
     assert [p.done for p in told if p.stage == "encode"][-1] == 6
     shares = [p.share for p in told if p.stage == "encode"]
     assert shares == sorted(shares)  # a group of two frames goes through the tower in two runs
-    assert len(set(shares)) > 6 * model._encoder.tower.config.layers
+    assert len(set(shares)) > 6 * model.engine.encoder.tower.config.layers
 
 
 def test_answers_flow_while_frames_are_awaited(model, clip, monkeypatch):
