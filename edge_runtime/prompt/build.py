@@ -94,7 +94,7 @@ def build_prompt(
     Raises
     ------
     PromptTooLongError
-        When even with only longest tokens the text has more than `max_prompt_tokens`; other text may be too long, too.
+        When the text has more than `max_prompt_tokens` even of the longest tokens; other text may be too long, too.
     MessageError
         When the template refuses the conversation, or pictures and layouts do not match.
     ModelFileError
