@@ -1,4 +1,4 @@
-"""Documents that are locked, damaged, or whose pages are not what they hold: read, or refused in one sentence."""
+"""Documents that are encrypted, damaged, or whose pages are not their content: read, or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -166,13 +166,13 @@ def test_portfolios_are_refused_with_the_names_of_their_files(packed: bool, tmp_
             pictures([source])
 
 
-def test_attachments_alone_make_no_portfolio() -> None:
-    """An invoice carries its XML along."""
+def test_attachments_alone_are_not_a_portfolio() -> None:
+    """An invoice has its XML attached."""
     assert len(pictures([portfolio(collection=False)])) == 1
     assert len(pictures([portfolio(n_files=0)])) == 1
 
 
-def test_pdfium_says_nothing_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_pdfium_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pictures([form("CAFE", fields=True)])
     with pytest.raises(ImageError):
         pictures([form(WAIT, dynamic=True)])

@@ -86,8 +86,8 @@ def test_limits_of_a_tiff() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiff", "pdf"])
-def test_pages_behind_the_limit_exist(kind: str) -> None:
-    """The limit bounds how many are looked at, not which; a TIFF file is walked through no further than needed."""
+def test_pages_beyond_the_limit_exist(kind: str) -> None:
+    """The limit bounds how many pages are read, not which; a TIFF file is walked no further than needed."""
     pages = [Image.new("RGB", (40 + i, 40)) for i in range(6)]
     file = io.BytesIO()
     pages[0].save(file, kind, save_all=True, append_images=pages[1:])
@@ -141,7 +141,7 @@ SMALL = np.full((10, 15), 9, np.uint8)
     [{254: 1}, {254: 4}, {254: 5}, {254: 65537}, {255: 2}, {254: [1, 0]}],
     ids=["preview", "mask", "mask of a preview", "DNG's other preview", "old tag", "two values"],
 )
-def test_previews_masks_and_overviews_are_no_pages(tags: dict[int, Any]) -> None:
+def test_previews_masks_and_overviews_are_not_pages(tags: dict[int, Any]) -> None:
     page, other = directory(GREY, {254: 0}), directory(SMALL, tags)
     for data in (tiff(page, other), tiff(other, page), tiff(page, other, other, other)):
         assert [found.size for found in pictures([data])] == [(60, 40)]
@@ -162,20 +162,20 @@ def test_pages_by_the_old_tag() -> None:
     assert len(pictures([data])) == 2
 
 
-def test_overviews_in_sub_directories_are_no_pages() -> None:
+def test_overviews_in_sub_directories_are_not_pages() -> None:
     data = tiff(directory(GREY), subs=[directory(SMALL, {254: 1}), directory(SMALL)])
     assert np.array_equal(np.asarray(load_image(data))[..., 0], GREY)
     assert len(pictures([data])) == 1
 
 
-def test_a_preview_of_what_is_not_read_is_not_taken_for_it() -> None:
+def test_a_preview_is_not_used_for_an_unreadable_picture() -> None:
     data = tiff(directory(SMALL, {254: 1}), subs=[directory(GREY, {254: 0})])
     for read in (load_image, picture_size, lambda source: pictures([source])):
         with pytest.raises(ImageError, match="preview, and its picture is in a SubIFD"):
             read(data)
 
 
-def test_a_file_of_previews_alone_is_one_picture() -> None:
+def test_a_file_of_only_previews_is_one_picture() -> None:
     data = tiff(directory(SMALL, {254: 1}), directory(SMALL, {254: 1}))
     assert [found.size for found in pictures([data])] == [(15, 10)]
 
@@ -226,7 +226,7 @@ def test_faxes_in_one_bit() -> None:
 
 
 def test_densities_of_other_formats_are_about_paper() -> None:
-    """No viewer applies dots per inch; an aspect of pixels, as pHYs and JFIF name it with unit 0, is meant."""
+    """No viewer applies dots per inch; an aspect of pixels, as pHYs and JFIF give it with unit 0, counts."""
     picture = Image.fromarray(GREY)
     for kind in ("PNG", "JPEG"):
         out = io.BytesIO()
@@ -268,7 +268,7 @@ def test_white_is_zero_in_16_bits() -> None:
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
 def test_fewer_bits_in_16(bits: int) -> None:
-    """As cameras, scanners and microscopes write them; a tag tells, or the largest sample."""
+    """As cameras, scanners and microscopes write them; a tag, or the largest sample, shows it."""
     values = (DEEP >> (16 - bits)).astype(np.uint16)
     most = (1 << bits) - 1
     expected = np.rint(values / most * 255)

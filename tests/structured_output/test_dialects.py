@@ -198,13 +198,13 @@ def test_a_known_format_replaces_a_pattern_that_cannot_be_enforced(writer):
         bound_schema({"type": "string", "format": "password", "pattern": LOOK_AROUND})
 
 
-def test_a_pattern_says_enough_beside_a_format_of_a_tool(writer):
+def test_a_pattern_takes_precedence_over_a_format_of_a_tool(writer):
     schema = {"type": "string", "format": "nanoid", "pattern": "^[a-z]{3}$"}
     valid(values(writer, schema), schema)
     assert not notes(schema)
 
 
-def test_a_pattern_that_can_be_enforced_holds_beside_its_format(writer):
+def test_a_pattern_that_can_be_enforced_applies_with_its_format(writer):
     schema = {"type": "string", "format": "date", "pattern": "^20[0-9]{2}-"}
     assert all(text.startswith("20") for text in valid(values(writer, schema), schema))
     assert not notes(schema)
@@ -214,7 +214,7 @@ def test_a_pattern_that_can_be_enforced_holds_beside_its_format(writer):
 
 
 @pytest.mark.parametrize("word", ["anyOf", "oneOf"])
-def test_a_branch_that_cannot_be_enforced_falls(writer, word):
+def test_a_branch_that_cannot_be_enforced_is_dropped(writer, word):
     schema = {word: [{"type": "string", "pattern": r"^(?!a)\d+$"}, {"type": "integer"}, {"$ref": "#/$defs/b"}]}
     schema["$defs"] = {"b": {"type": "object", "properties": {"x": {"pattern": "(?=a)"}}}}
     assert all(isinstance(value, int) for value in valid(values(writer, schema), schema))
@@ -222,7 +222,7 @@ def test_a_branch_that_cannot_be_enforced_falls(writer, word):
     assert "The other branches remain." in notes(schema)
 
 
-def test_a_branch_does_not_fall_where_that_would_widen(writer):
+def test_a_branch_is_not_dropped_where_that_would_widen(writer):
     with pytest.raises(MessageError, match=r"\$\.not\.anyOf\[0\]\.pattern cannot"):
         bound_schema({"not": {"anyOf": [{"pattern": "(?=a)"}, {"const": 1}]}})
 
@@ -272,7 +272,7 @@ def test_branches_that_exclude_one_another_need_no_note(writer, branches, are_di
         valid([json.loads(writer.text(form, seed)) for seed in range(5)], schema)
 
 
-# --- conditions that are said otherwise --------------------------------------------------------------------------
+# --- conditions expressed with other keywords --------------------------------------------------------------------
 
 SHORT = {"type": "string", "maxLength": 2}
 REWRITTEN_SCHEMAS: list[dict[str, Any]] = [

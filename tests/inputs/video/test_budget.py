@@ -1,4 +1,4 @@
-"""Videos beside many pictures: frames are reckoned in groups, cut less together, and refused with what would help."""
+"""Videos with many pictures: frames are counted in groups, cut less together, and refused with what would help."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def budget_of(demo: Model) -> TokenBudget:
 
 
 @pytest.mark.parametrize("most", range(1, 10))
-def test_the_reckoning_is_what_the_prompt_then_has(demo: Model, most: int) -> None:
+def test_the_budget_equals_the_tokens_of_the_prompt(demo: Model, most: int) -> None:
     prompt = demo.build_prompt(mixed(most), max_slices=most)
     budget = budget_of(demo)
     assert budget.total(most) == len(prompt.ids)
@@ -103,7 +103,7 @@ def test_two_videos_keep_their_own_limits(demo: Model) -> None:
     assert (fitted.visual_tokens, len(fitted.videos)) == ((2 * 1 + 2 * 3) * n, 2)
 
 
-def test_the_refusal_names_groups_and_its_advice_holds() -> None:
+def test_the_refusal_names_groups_and_its_advice_works() -> None:
     with Model.load("demo", n_ctx=512) as model:
         n = model.engine.encoder.n_queries
         messages = asked(video(40, packing=1))
@@ -121,7 +121,7 @@ def test_the_refusal_names_groups_and_its_advice_holds() -> None:
             assert answer.visual_tokens <= 10 * n
 
 
-def test_where_frames_are_cut_the_advice_is_what_cuts_them_less() -> None:
+def test_where_frames_are_cut_the_advice_is_to_cut_them_less() -> None:
     messages = asked(picture(), video(4, packing=1, max_slices=4))
     with Model.load("demo", n_ctx=320) as model:
         with pytest.raises(PromptTooLongError, match=r"They fit with --fit; .*larger --ctx"):
@@ -144,7 +144,7 @@ def told(pictures: list[Measured]) -> str:
     return found[1]
 
 
-def test_what_each_takes_is_told_in_order() -> None:
+def test_the_size_of_each_is_listed_in_order() -> None:
     small, large = Measured((300, 300), 9), Measured((1344, 1344), 9)
     frame = Measured((300, 300), 1, 3, of_video=True)
     assert told([small]) == "one picture (picture 1: 64)"
@@ -216,7 +216,7 @@ def test_limits_for_single_files_count_videos(folder: Path) -> None:
     assert "3 numbers for 2 files" in result.stderr
 
 
-def test_fitting_a_video_is_told(folder: Path) -> None:
+def test_fitting_a_video_is_reported(folder: Path) -> None:
     result = run(
         *(f"{folder}/frames/", folder / "photo.png", "What?", "--packing", 1, "--json"),
         *("--max-slices", "4,4", "--fit-tokens", 4 * 16),
