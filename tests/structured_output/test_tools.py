@@ -189,7 +189,7 @@ def test_none_hides_the_tools_and_auto_shows_them(model):
         ({"tools": [], "tool_choice": "required"}, "there are no tools"),
         ({"tools": [{"type": "function"}]}, "Tool 0 has no name"),
         ({"tools": [CLOCK, CLOCK]}, "more than once"),
-        ({"tools": "weather"}, "no list of mappings"),
+        ({"tools": "weather"}, "not a list of mappings"),
         ({"schema": {"type": "text"}, "tool_choice": "required"}, r"\$\.type is"),
         ({"schema": {"type": "object"}, "json": True}, "Both a schema and json=True"),
         (
