@@ -135,8 +135,8 @@ def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, ima
     """A group of many frames goes through the tower in several runs; whoever listens is an argument of each call."""
     slices = [item for _ in range(3) for item in model.slices(images["square"], 1)]
     told: list[tuple[int, int]] = []
-    encoder, layers = model._encoder, model._encoder.tower.config.layers
-    tokens = model.engine.call(
+    encoder, layers = model.engine.encoder, model.engine.encoder.tower.config.layers
+    tokens = model.engine.run(
         lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]], lambda *how: told.append(how))
     )
     total = told[-1][1]
@@ -145,7 +145,7 @@ def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, ima
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert (told[0], told[-1]) == ((0, total), (total, total))
     told.clear()
-    again = model.engine.call(lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]]))
+    again = model.engine.run(lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]]))
     assert (again[0] == tokens[0]).all()
     assert not told, "a listener of one call heard of another"
 
@@ -154,7 +154,7 @@ def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, ima
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        model.engine.call(lambda: encoder.encode([[(slices[0], -1)]], stop))
+        model.engine.run(lambda: encoder.encode([[(slices[0], -1)]], stop))
 
 
 def test_low_memory_drops_the_vision_weights_and_changes_no_answer(exact_folder: Path, images):

@@ -128,12 +128,12 @@ def test_a_cache_that_nothing_can_empty_is_told_by_an_error_of_its_own(model, mo
     given_up, calls = [], []
     give_up_one = model.engine.scheduler.sequences.give_up_one
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         calls.append(1)
         raise CacheFull
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._decoder, "step", full)
+        patch.setattr(model.engine.decoder, "step", full)
         patch.setattr(
             model.engine.scheduler.sequences, "give_up_one", lambda: given_up.append(give_up_one()) or given_up[-1]
         )
@@ -145,7 +145,7 @@ def test_a_cache_that_nothing_can_empty_is_told_by_an_error_of_its_own(model, mo
     assert given_up[-1] is False
     assert len(calls) == len(given_up) + 1
     assert model.engine.scheduler.n_tasks == 0
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
     assert str(stream(model, "Why?").result())
 
 

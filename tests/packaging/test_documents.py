@@ -13,6 +13,7 @@ import tarfile
 from contextlib import chdir
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -101,7 +102,10 @@ def test_paths_that_documents_name_exist():
     own = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
     named = set()
     for path in [*own, *(ROOT / "docs").rglob("*.md")]:
-        for code in re.findall(r"`([^`\n]*)`", FENCE.sub("", path.read_text("utf-8"))):
+        text = path.read_text("utf-8")
+        for script in re.findall(r"\b(?:benchmarks|demo|tests|tools)/[\w/]+\.py\b", text):
+            assert (ROOT / script).exists(), f"{name_of(path)}: there is no {script}"
+        for code in re.findall(r"`([^`\n]*)`", FENCE.sub("", text)):
             if re.fullmatch(r"[\w-]+\.py", code):
                 assert code in modules, f"{name_of(path)}: there is no {code}"
             elif re.fullmatch(r"[\w.-]+(/[\w.-]+)*(/|\.py|/[\w.]+\.json)", code):
@@ -138,6 +142,60 @@ def test_the_package_page_and_the_source_distribution_have_what_the_readme_links
     for link in relative_links(ROOT / "README.md"):
         target = link.partition("#")[0].rstrip("/")
         assert target in names or any(name.startswith(f"{target}/") for name in names), f"the sdist lacks {target}"
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
+
+
+def row_of(begin: str) -> list[str]:
+    """Cells of the README's one table row that begins so."""
+    (row,) = (line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith(begin))
+    return [cell.strip().strip("*") for cell in row.strip("|").split("|")]
+
+
+def test_the_readmes_speed_is_that_of_the_kept_results():
+    one = next(found for found in result("vision.json")["results"] if found["scenario"] == "slice")
+    first, forced = result("first_token.json"), result("vision_avx2.json")["results"][0]
+    peer = one["peers_s"]["mtmd-f16"]
+    _, ours, theirs, ours_first, theirs_first, _ = row_of("| AMX")
+    assert (ours, theirs) == (f"{one['ours_s']:.2f} s", f"{peer:.1f} s ({peer / one['ours_s']:.1f} times)")
+    assert ours_first == f"{first['ours_s']['first_token']:.1f} s"
+    assert theirs_first == f"{first['peers_s']['llama-mtmd-cli']:.1f} s ({first['ratio']:.1f} times)"
+    ratio = forced["peers_s"]["mtmd-f16"] / forced["ours_s"]
+    assert f"{ratio:.2f} times" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readmes_quantisation_is_that_of_the_kept_result():
+    rows = {(row["decoder"], row["vision"], row["arithmetic"]): row for row in result("quality.json")["rows"]}
+    written = result("conversion.json")["written_bytes"]
+    of_peer = result("conversion.json")["peer"]["written_bytes"]
+    sizes = {
+        ("decoder", "q4_k_m"): f"{written['ggml-model-Q4_K_M.gguf'] / 1e9:.1f} GB",
+        ("vision", "f16"): f"{of_peer['mmproj-model-f16.gguf'] / 1e6:,.0f} MB",
+        ("vision", "q8_0"): f"{written['mmproj-model-q8_0.gguf'] / 1e6:,.0f} MB",
+        ("vision", "int4"): "324 MB",
+    }
+    assert "int4 (324 MB)" in (ROOT / "CHANGELOG.md").read_text("utf-8"), "where it was measured is told there alone"
+    file, seen = "", set()
+    for line in (ROOT / "README.md").read_text("utf-8").splitlines():
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and (cells[0] in ("decoder", "vision") or (file and not cells[0])):
+            file, kind = cells[0] or file, cells[1]
+            row = rows[(kind, "f32", "exact") if file == "decoder" else ("f32", kind, "int8")]
+            assert cells[3:6] == [
+                sizes.get((file, kind), "–"),
+                f"{row['average']:.2%}".replace("%", " %"),
+                f"{row['loss']:.4f}",
+            ]
+            seen.add((file, kind))
+    assert seen >= set(sizes)
+    assert len(seen) == 13
+    shipped = rows["q4_k_m", "q8_0", "int8"]["average"]
+    assert f"{shipped:.2%}".replace("%", " %") in (ROOT / "README.md").read_text("utf-8")
 
 
 # --- the command line ---------------------------------------------------------------------------------------
