@@ -234,7 +234,7 @@ class Model(LoadedModel):
         begun, thinking, budget = prepared.begun, options.thinking, options.thinking_budget
         check_conversation(options, begun, has_pictures=bool(prepared.groups))
         if begun is not None:
-            form = None if form is None else form.behind(begun.content)
+            form = None if form is None else form.continuing(begun.content)
             thinking = begun.is_reasoning
         if form is not None and thinking:
             n_left = min(options.max_tokens, self.n_ctx - len(prepared.prompt.ids))

@@ -19,7 +19,7 @@ from edge_runtime.inputs.messages import checked_max_slices
 from edge_runtime.inputs.presets import preset_named
 from edge_runtime.options import GenerationOptions, PromptOptions
 from edge_runtime.prompt.context_budget import checked_fit
-from edge_runtime.prompt.continuation import Begun
+from edge_runtime.prompt.continuation import BegunTurn
 from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END, checked_tools, chosen_functions
 
 MAX_IDS = 4096
@@ -100,7 +100,7 @@ def checked_prompt_options(options: P, limits: ModelLimits) -> P:
     return options
 
 
-def check_conversation(options: GenerationOptions, begun: Begun | None, *, has_pictures: bool) -> None:
+def check_conversation(options: GenerationOptions, begun: BegunTurn | None, *, has_pictures: bool) -> None:
     """Check what only the conversation tells.
 
     Parameters

@@ -30,9 +30,9 @@ from edge_runtime.inputs.slicing import Size, Slice, SlicePlan, plan_slices
 from edge_runtime.inputs.video.frame_choice import check_groups
 from edge_runtime.options import NO_HOOKS, PreparationHooks, PromptOptions
 from edge_runtime.prompt.build import ImageLayout, Prompt, build_prompt, iter_images
-from edge_runtime.prompt.context_budget import Budget, check_room_beside_tools, share_of_tools
+from edge_runtime.prompt.context_budget import Budget, check_tools_fit, share_of_tools
 from edge_runtime.prompt.context_shift import Placed, fit
-from edge_runtime.prompt.continuation import Begun, find_begun
+from edge_runtime.prompt.continuation import BegunTurn, find_begun_turn
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.config import SlicingConfig
 
@@ -70,7 +70,7 @@ class Prepared:
     """Oldest turns that were left out."""
     fitted_slices: int | None = None
     """Most cells per picture that `fit` has left; None where nothing was lowered."""
-    begun: Begun | None = None
+    begun: BegunTurn | None = None
     """The turn that the answer goes on with."""
     with_more: Callable[[Sequence[Message]], Prompt] | None = None
     """The prompt that this conversation would have with further messages, without pictures, behind it; the whole
@@ -85,7 +85,7 @@ class _PromptWriter:
 
     options: PromptOptions
     model: InputFormat
-    begun: Begun | None
+    begun: BegunTurn | None
     numbered: bool
     """Whether pictures are numbered."""
     max_tokens: int | None
@@ -108,7 +108,7 @@ class _PromptWriter:
         self,
         messages: Sequence[Message],
         pictures: Sequence[Placed],
-        begun: Begun | None,
+        begun: BegunTurn | None,
         tools: Sequence[dict[str, Any]],
     ) -> Prompt:
         return build_prompt(
@@ -122,7 +122,7 @@ class _PromptWriter:
             tools=tools,
             raw=self.options.raw,
             begun=begun,
-            most_tokens=self.max_tokens,
+            max_prompt_tokens=self.max_tokens,
         )
 
 
@@ -159,7 +159,7 @@ def prepare(
         return Prepared(_prompt_of_ids(options.prompt_ids, model.tokenizer), [])
     opener = opener or InThisProcess()
     conversation: Sequence[Message] = parse_messages(messages)
-    conversation, begun = find_begun(
+    conversation, begun = find_begun_turn(
         conversation, options.continue_final_message, thinking=options.thinking, raw=options.raw
     )
     if options.preset is not None:
@@ -176,7 +176,7 @@ def prepare(
     placed, pictures = _place_pictures(conversation, times, options, model.slicing, hooks.on_image)
     prompt, left, n_dropped = _write_prompt(conversation, placed, writer, reserve_tokens)
     if refuse and options.tools:
-        check_room_beside_tools(prompt, model.n_ctx, lambda: writer.share_of_tools(conversation))
+        check_tools_fit(prompt, model.n_ctx, lambda: writer.share_of_tools(conversation))
     return replace(
         _prepared(prompt, left, pictures),
         dropped_turns=n_dropped,
@@ -220,7 +220,7 @@ def _fit_cells(
     budget = Budget(
         model.slicing, model.n_queries, options.max_slices, options.pixel_limit, options.fit, options.context_shift
     )
-    return budget.settle(
+    return budget.fit_slices(
         conversation, times, writer.prompt, model.n_ctx, reserve_tokens, lambda: writer.share_of_tools(conversation)
     )
 

@@ -11,7 +11,7 @@ from edge_runtime.generation.token_rules import TokenRules
 from edge_runtime.inputs.slice_groups import Group
 from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.build import Prompt
-from edge_runtime.prompt.continuation import Begun
+from edge_runtime.prompt.continuation import BegunTurn
 from edge_runtime.structured_output.constraint import AnswerForm
 from edge_runtime.structured_output.text_form import TextForm
 from edge_runtime.structured_output.tools import function_names
@@ -35,7 +35,7 @@ class Request:
     """Which tokens may be chosen, and which end the answer; None: what the model writes."""
     form: AnswerForm | TextForm | None = None
     """What the answer must look like."""
-    begun: Begun | None = None
+    begun: BegunTurn | None = None
     """The turn that the answer goes on with; it stands in the prompt."""
     scores_prompt: bool = False
     """Tell the log probabilities of the prompt's tokens, too, with `n_alternatives`; nothing of it is reused then."""

@@ -1,4 +1,4 @@
-"""What a caller asks of an answer's form (a schema, JSON, tools) → the form that the scheduler enforces."""
+"""The form that a caller asks for (a schema, JSON, tools) → the form that the scheduler enforces."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def choose_form(
     vocabulary: Callable[[], GrammarVocabulary],
     effort: Effort | None = None,
 ) -> AnswerForm | None:
-    """Form of an answer; None where it is free.
+    """Form of an answer; None if it is free.
 
     Parameters
     ----------
-    thinking : whether the model reasons first; the form begins behind that.
-    vocabulary : called only where there is something to enforce.
-    effort : what may be done for it, all schemas together.
+    thinking : whether the model reasons first; the form starts after that.
+    vocabulary : called only if there is something to enforce.
+    effort : limits the work for all schemas together.
 
     Raises
     ------
@@ -55,8 +55,8 @@ def choose_form(
         return None
     if thinking and THINK_END not in tokenizer.special_ids:
         raise MessageError(
-            f"The vocabulary lacks the token {THINK_END}, so nobody can tell where the reasoning ends and the answer "
-            "begins; ask without thinking, or use MiniCPM-V 4.5."
+            f"The vocabulary lacks the token {THINK_END}, so nothing marks where the reasoning ends and the answer "
+            "starts; ask without thinking, or use MiniCPM-V 4.5."
         )
     form: AnswerForm | None = None
     if schema is not None or json:  # checked even where a call must be made
@@ -68,7 +68,7 @@ def choose_form(
         form = replace(
             form, call=_call_form(tools, function_names(tools), tokenizer, vocabulary, effort, must_call=False)
         )
-    _tell(form.notes)
+    _log_notes(form.notes)
     return replace(form, separator=tuple(tokenizer.encode("\n\n")))
 
 
@@ -98,7 +98,7 @@ def _call_form(
     )
 
 
-def _tell(notes: Sequence[str]) -> None:
+def _log_notes(notes: Sequence[str]) -> None:
     for note in notes:
         warn_once(note)
 
@@ -110,5 +110,5 @@ def warn_once(note: str) -> None:
 
 
 def _budget(grammar: Grammar) -> int | None:
-    """Tokens of an answer that nothing else bounds; never so few that the shortest one would hardly fit."""
+    """Token limit of an answer that nothing else bounds; at least twice the shortest answer."""
     return max(DEFAULT_BUDGET, 2 * grammar.n_shortest) if grammar.is_open else None

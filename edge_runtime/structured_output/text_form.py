@@ -1,8 +1,8 @@
-"""Answers that are a text of some form, other than JSON of a schema: one of several texts, a pattern, a grammar.
+"""Answers of a form other than JSON of a schema: one of several texts, a pattern, a grammar.
 
-llguidance tells what may follow; the sampler chooses among that. Such an answer ends where its form ends. One that
-runs out of tokens before is cut, which its finish reason tells (`length`): unlike JSON (`constraint`), a grammar has
-no end that could be looked for.
+llguidance says what may follow; the sampler chooses among that. Such an answer ends where its form ends. If it runs
+out of tokens before, it is cut, with the finish reason `length`: unlike for JSON (`constraint`), no completion is
+searched for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge_runtime.structured_output.compiling import compiled
 from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, Choose
 from edge_runtime.structured_output.effort import AnswerEffort, Effort
 from edge_runtime.structured_output.grammar import allowed_ids
-from edge_runtime.structured_output.schema_size import MOST_TOGETHER, check_size
+from edge_runtime.structured_output.schema_size import MAX_TOGETHER, check_size
 from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextForm:
-    """What an answer must look like; stands where `AnswerForm` does."""
+    """What an answer must look like; an alternative to `AnswerForm`."""
 
     vocabulary: GrammarVocabulary
     start_matcher: LLMatcher
@@ -37,37 +37,37 @@ class TextForm:
     separator: tuple[int, ...] = ()
     """Tokens between the reasoning and the answer."""
 
-    def limit_reasoning(self, budget: int | None, room: int) -> int:
-        """Tokens of reasoning that leave the answer half of the room, or what most answers need."""
-        most = room - min(DEFAULT_BUDGET, room // 2)
+    def limit_reasoning(self, budget: int | None, n_left: int) -> int:
+        """Tokens of reasoning that leave the answer half of all tokens, or what most answers need."""
+        most = n_left - min(DEFAULT_BUDGET, n_left // 2)
         return most if budget is None else min(budget, most)
 
-    def behind(self, text: str) -> TextForm:
-        """The form of an answer that goes on with a text.
+    def continuing(self, text: str) -> TextForm:
+        """The form of an answer that continues a text.
 
         Raises
         ------
         MessageError
-            When no answer of this form begins with the text.
+            When no answer of this form starts with the text.
         """
         ids, matcher = self.vocabulary(text), self.start_matcher.deep_copy()
         if ids and matcher.try_consume_tokens(ids) < len(ids):
             raise MessageError(
-                f"The answer goes on with the last message, but no text of its form begins with {text[:60]!r}; "
-                "correct that message, or leave it out."
+                f"The answer continues the last message, but no text of its form starts with {text[:60]!r}; correct "
+                "that message, or leave it out."
             )
         return replace(self, start_matcher=matcher)
 
     def start(self, *, thinking: bool = False) -> TextConstraint:
-        """A new answer, behind reasoning or not."""
+        """A new answer, after reasoning or not."""
         return TextConstraint(self, self.separator if thinking else ())
 
 
 class TextConstraint:
-    """One answer on its way; see `TextForm`."""
+    """One answer in progress; see `TextForm`."""
 
     shortened = False
-    """It never is: an answer that has no room left is cut."""
+    """Always false: an answer that runs out of tokens is cut."""
 
     def __init__(self, form: TextForm, separator: Sequence[int] = ()) -> None:
         self._vocabulary, self._matcher = form.vocabulary, form.start_matcher.deep_copy()
@@ -83,18 +83,18 @@ class TextConstraint:
         """Choose the next token, or an end token; see `Constraint.next_token`."""
         with self._effort.step():
             token = self._next_token(choose)
-            self._effort.look()
+            self._effort.check_time()
             return token
 
     def _next_token(self, choose: Choose) -> int:
         if self._forced:
             return self._forced.popleft()
-        if self.ended:  # the prompt held the whole of it
+        if self.ended:  # the prompt held the whole answer
             return min(self._vocabulary.stop_ids)
         ids = allowed_ids(self._matcher, len(self._vocabulary.continues_number))
         if self._matcher.is_error() or not len(ids):
             raise MessageError(
-                "The grammar leads nowhere behind what was written "
+                "The grammar allows nothing after what was written "
                 f"({_reason(self._matcher) or 'no token may follow'}); correct it."
             )
         token = choose(ids)
@@ -158,14 +158,12 @@ def _compile(name: str, value: Any, vocabulary: GrammarVocabulary, effort: Effor
 
 
 def _check_lark(grammar: str) -> None:
-    """Check what of a grammar llguidance has no limits for: intersections, and schemas inside."""
+    """Check what llguidance does not limit in a grammar: intersections, and schemas inside."""
     n_and = _IN_QUOTES.sub("", grammar).count("&")
-    if n_and >= MOST_TOGETHER:
-        raise MessageError(
-            f"grammar has {n_and} intersections (&), expected fewer than {MOST_TOGETHER}; simplify it."
-        )
+    if n_and >= MAX_TOGETHER:
+        raise MessageError(f"grammar has {n_and} intersections (&), expected fewer than {MAX_TOGETHER}; simplify it.")
     for place in re.finditer(r"%json\s*", grammar):
-        with suppress(ValueError, RecursionError):  # what is no JSON, llguidance refuses
+        with suppress(ValueError, RecursionError):  # llguidance refuses what is not JSON
             schema, _ = json.JSONDecoder().raw_decode(grammar, place.end())
             check_size(schema if isinstance(schema, dict) else {})
 
@@ -180,7 +178,7 @@ def literal_pattern(text: str) -> str:
 
 
 def without_anchors(pattern: str) -> str:
-    """A pattern without `^` and `$` at its ends, which say what is so anyway: the whole answer must match."""
+    """A pattern without `^` and `$` at its ends, which are implied: the whole answer must match."""
     pattern = pattern.removeprefix("^")
     slashes = len(pattern.removesuffix("$")) - len(pattern.removesuffix("$").rstrip("\\"))
     return pattern[:-1] if pattern.endswith("$") and slashes % 2 == 0 else pattern

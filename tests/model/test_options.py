@@ -69,7 +69,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "thinking_budget was given, but a beam search": {"thinking_budget": 2, "sampling": False},
     "top_k was given together with a beam search": {"top_k": 2, "sampling": False, "beams": 1},
     "logit_bias has the token id 300": {"logit_bias": {300: 1}},
-    "tools are no list": {"tools": "look"},
+    "tools are not a list": {"tools": "look"},
     "tool_choice is 'required', but there are no": {"tool_choice": "required"},
     "Both a schema and json=True": {"schema": {}, "json": True},
     "regex was given and grammar was given, too": {"regex": "a", "grammar": 'root ::= "a"'},

@@ -41,13 +41,13 @@ def test_grammars_in_both_notations(exact_model):
         assert re.fullmatch("[ab]+!?", answer.answer)
 
 
-def test_a_form_behind_what_was_begun(exact_model):
+def test_a_form_after_the_start_of_an_answer(exact_model):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "al"}]
     assert exact_model.chat(messages, choices=["alpha", "beta"], **WARM).answer == "pha"
     messages[1]["content"] = "alpha"
     assert exact_model.chat(messages, choices=["alpha", "beta"], **WARM).answer == ""
     messages[1]["content"] = "gamma"
-    with pytest.raises(MessageError, match="begins with 'gamma'"):
+    with pytest.raises(MessageError, match="starts with 'gamma'"):
         exact_model.chat(messages, choices=["alpha", "beta"], **WARM)
 
 
@@ -82,7 +82,7 @@ def test_a_form_behind_what_was_begun(exact_model):
         {"stop_token_ids": [5] * 5000},
     ],
 )
-def test_what_cannot_be_kept_is_refused(demo, options):
+def test_what_cannot_be_enforced_is_refused(demo, options):
     with pytest.raises(MessageError) as error:
         demo.chat("Hi", max_tokens=2, **options)
     assert any(name in str(error.value) for name in options)
@@ -99,7 +99,7 @@ def testliteral_patterns_match_themselves_alone():
 @pytest.mark.parametrize(
     ("given", "found"), [("^a$", "a"), ("a\\$", "a\\$"), ("a\\\\$", "a\\\\"), ("a", "a"), ("$", ""), ("^a|b$", "a|b")]
 )
-def test_anchors_say_what_is_so_anyway(given, found):
+def test_anchors_are_implied(given, found):
     assert without_anchors(given) == found
 
 
@@ -114,7 +114,7 @@ def test_candidates():
     assert TokenRules(allowed=(1, 7), min_tokens=1).candidates(0, 12, ends).tolist() == [1]
 
 
-def test_ends_of_the_model_are_no_rules_of_their_own(demo):
+def test_the_models_end_tokens_need_no_rules_of_their_own(demo):
     ends = [*demo.tokenizer.stop_ids]
     options = GenerationOptions(stop_token_ids=ends, regex="a+", stop=["."])
     assert checked_options(options, demo.limits).token_rules(demo.tokenizer.stop_ids) is None
