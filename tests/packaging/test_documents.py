@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from contextlib import chdir
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +20,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from edge_runtime import Model
 from edge_runtime.cli.program import main
 from edge_runtime.server.settings import Settings
 from server.conftest import running
@@ -292,8 +294,28 @@ def runnable(line: str) -> bool:
     return asks and "--lora" not in words and "pdftotext" not in line
 
 
+@pytest.fixture
+def load_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands of this process that load a model in the same way share it."""
+    load, close = Model.load, Model.close
+    loaded: dict[str, Model] = {}
+
+    def shared(name: str, **setup: Any) -> Model:
+        key = f"{name} {setup}"
+        if key not in loaded:
+            loaded[key] = load(name, **setup)
+        return loaded[key]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "load", shared)
+        patch.setattr(Model, "close", lambda self: None)
+        yield
+    for model in loaded.values():
+        close(model)
+
+
 @pytest.mark.slow
-def test_questions_of_the_documents_are_answered(workplace, monkeypatch):
+def test_questions_of_the_documents_are_answered(workplace, load_once, monkeypatch):
     """The demo stands in for every other model, and says little."""
     monkeypatch.setenv("EDGE_RUNTIME_MODELS", str(workplace / "store"))
     monkeypatch.setenv("PATH", os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
