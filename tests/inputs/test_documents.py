@@ -81,7 +81,7 @@ def test_more_pages_than_allowed() -> None:
     assert len(choose_pages(None, lambda most: 8, "a.pdf", 8)) == 8
     with pytest.raises(ImageError, match=r"a.pdf has 8 pages, at most 7 are read.*--pages.*--max-pages"):
         choose_pages(None, lambda most: 8, "a.pdf", 7)
-    with pytest.raises(ImageError, match=r"read on more than 7 pages, at most 7"):
+    with pytest.raises(ImageError, match=r"asked for more than 7 pages, at most 7"):
         choose_pages("1-8", lambda most: 999_999_999, "a.pdf", 7)
     with pytest.raises(ImageError, match="at most 7"):  # without counting to the end first
         choose_pages("1-999999999", lambda most: 999_999_999, "a.pdf", 7)
