@@ -12,7 +12,7 @@ import os
 import unicodedata
 from pathlib import Path
 
-LONGEST_NAME = 4096
+MAX_NAME_CHARACTERS = 4096
 """Characters beyond which a text is no path on any system."""
 
 _QUOTES = {ord(c): "'" for c in "\u2018\u2019\u201a\u201b\u2032\u02bc\u0060\u00b4"}
@@ -56,7 +56,7 @@ def find_named(word: str, *, any_case: bool = False) -> list[Path]:
     PermissionError
         When a folder on the way is locked.
     """
-    if not word or len(word) > LONGEST_NAME:
+    if not word or len(word) > MAX_NAME_CHARACTERS:
         return []
     whole = Path(os.path.expanduser(word))  # noqa: PTH111 - Path's raises for the user of "~50 apples"
     if is_there(whole):

@@ -34,7 +34,7 @@ from edge_runtime.weights.gguf_file import GGUFFile
 REQUEST_PROMPT, REQUEST_ANSWER = 640, 64
 """Tokens of the request that tuning is for: a large picture with a question, a short answer."""
 REPEAT_S = 3.0
-MOST_S = 600.0
+TIMEOUT_S = 600.0
 """After which a sample is given up."""
 SAMPLE_ANSWER = 6  # tokens generated per sample
 
@@ -139,7 +139,7 @@ class Trial:
         """Measure once; None when the process ended without a result, now or before."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        giving_up = threading.Timer(MOST_S, self._process.kill)
+        giving_up = threading.Timer(TIMEOUT_S, self._process.kill)
         giving_up.start()
         try:
             self._process.stdin.write(f"{n_prompt}\n")

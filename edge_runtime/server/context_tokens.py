@@ -16,7 +16,7 @@ from edge_runtime.inputs.messages import ROLES
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.server.errors import RequestError
 
-MOST_IDS = 1 << 18
+MAX_IDS = 1 << 18
 """More than any context holds; a longer list is none of ours."""
 START, END = "<|im_start|>", "<|im_end|>"
 
@@ -76,9 +76,9 @@ def messages_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]
     RequestError
         When there are too many ids, or one is none of the vocabulary.
     """
-    if len(ids) > MOST_IDS:
+    if len(ids) > MAX_IDS:
         raise RequestError(
-            f"context holds {len(ids)} token ids, expected at most {MOST_IDS}; send the one of an earlier reply.",
+            f"context holds {len(ids)} token ids, expected at most {MAX_IDS}; send the one of an earlier reply.",
             "context",
         )
     n_vocab = len(tokenizer.tokens)

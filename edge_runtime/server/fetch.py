@@ -24,7 +24,7 @@ from edge_runtime.server.errors import NotAllowed
 from edge_runtime.server.settings import Settings
 from edge_runtime.system.addresses import PORTS, Address, Allowed, is_public
 
-MOST_REDIRECTS = 3
+MAX_REDIRECTS = 3
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SHOWN = 80  # characters of an address in an error
 
@@ -42,7 +42,7 @@ class Fetcher:
         self._timeout_s = settings.fetch_timeout_s
         self._tls: ssl.SSLContext | None = None
 
-    async def fetch(self, address: str, most_bytes: int) -> bytes:
+    async def fetch(self, address: str, max_bytes: int) -> bytes:
         """Get the bytes behind an address.
 
         Raises
@@ -56,8 +56,8 @@ class Fetcher:
         url = self._checked(address)
         try:
             async with asyncio.timeout(self._timeout_s):
-                for _ in range(1 + MOST_REDIRECTS):
-                    found = await self._get(url, shown, most_bytes)
+                for _ in range(1 + MAX_REDIRECTS):
+                    found = await self._get(url, shown, max_bytes)
                     if isinstance(found, bytes):
                         return found
                     url = self._checked(_joined(url, found, shown))
@@ -69,7 +69,7 @@ class Fetcher:
             raise ImageError(
                 f"{shown!r} cannot be fetched ({type(error).__name__}); check it, or send the picture itself."
             ) from None
-        raise ImageError(f"{shown!r} redirects more than {MOST_REDIRECTS} times; give the picture's own address.")
+        raise ImageError(f"{shown!r} redirects more than {MAX_REDIRECTS} times; give the picture's own address.")
 
     def _checked(self, address: str) -> httpx2.URL:
         """Return the address when its scheme, host and port are allowed."""
@@ -95,7 +95,7 @@ class Fetcher:
             )
         return url
 
-    async def _get(self, url: httpx2.URL, shown: str, most_bytes: int) -> bytes | str:
+    async def _get(self, url: httpx2.URL, shown: str, max_bytes: int) -> bytes | str:
         """The bytes of a picture, or where its server says that it is."""
         host = url.netloc.decode("ascii")
         headers = [("Host", host), ("User-Agent", "edge-runtime"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
@@ -111,18 +111,18 @@ class Fetcher:
             if response.status != 200:
                 raise ImageError(f"{shown!r} answers with status {response.status}; expected 200 and a picture.")
             announced = found.get(b"content-length", "")
-            if announced.isdecimal() and int(announced) > most_bytes:
-                raise _too_large(shown, most_bytes)
+            if announced.isdecimal() and int(announced) > max_bytes:
+                raise _too_large(shown, max_bytes)
             body = bytearray()
             async for chunk in response.aiter_stream():
                 body += chunk
-                if len(body) > most_bytes:
-                    raise _too_large(shown, most_bytes)
+                if len(body) > max_bytes:
+                    raise _too_large(shown, max_bytes)
             return bytes(body)
 
 
-def _too_large(shown: str, most_bytes: int) -> ImageError:
-    return ImageError(f"{shown!r} has more than {most_bytes} bytes, which is the limit; scale it down.")
+def _too_large(shown: str, max_bytes: int) -> ImageError:
+    return ImageError(f"{shown!r} has more than {max_bytes} bytes, which is the limit; scale it down.")
 
 
 def _plain(url: httpx2.URL) -> httpcore2.URL:

@@ -38,7 +38,7 @@ from edge_runtime.server.settings import Settings
 R = TypeVar("R")
 TEXT_THREADS = 4
 """Threads that prepare conversations without pictures; of the others each has one, and waits for a decoder there."""
-MOST_DECODERS = 4
+MAX_DECODERS = 4
 """Files that are decoded at once; more would only hold more pictures in memory."""
 
 
@@ -241,7 +241,7 @@ class Inference:
         self.on_end: list[Callable[[Outcome], None]] = []
         self._texts = ThreadPoolExecutor(TEXT_THREADS, "edge-runtime texts")
         self._media = ThreadPoolExecutor(settings.max_queue, "edge-runtime pictures")
-        n_decoders = min(MOST_DECODERS, os.cpu_count() or 1)
+        n_decoders = min(MAX_DECODERS, os.cpu_count() or 1)
         self.decoders = DecoderPool(n_decoders, settings.decode_timeout_s, settings.max_pixels)
         self._running: set[Answering] = set()
         self._fetcher = Fetcher(settings)

@@ -2,7 +2,7 @@
 
 Counters of tokens and seconds give rates, the histogram gives quantiles of the time to the first token; what is a
 state (queue, memory, caches) is looked at when it is asked for. Labels are names of models that are listed here, and
-no more than `MOST_NAMES` of them: a client may give a model as many names as it likes (/api/copy).
+no more than `MAX_NAMES` of them: a client may give a model as many names as it likes (/api/copy).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from edge_runtime.server.registry.loaded import ModelRegistry
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 """Upper ends of the histogram: from the demo model to a full-size one with ten slices on a small processor."""
 
-MOST_NAMES = 100
+MAX_NAMES = 100
 """Models that are counted by themselves, the first ones that were asked; the others are counted together."""
 OTHERS = "(others)"
 
@@ -84,7 +84,7 @@ class Metrics:
 
     def _label(self, model: str) -> str:
         """The name under which a model is counted."""
-        if model in self._names or len(self._names) < MOST_NAMES:
+        if model in self._names or len(self._names) < MAX_NAMES:
             self._names.add(model)
             return model
         return OTHERS

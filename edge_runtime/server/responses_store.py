@@ -17,12 +17,12 @@ from typing import Any
 
 from edge_runtime.server.errors import RequestError, ServerError
 
-MOST_RESPONSES = 1000
-MOST_BYTES = 64 << 20
+MAX_RESPONSES = 1000
+MAX_BYTES = 64 << 20
 """Of all items, as JSON; pictures among them."""
-MOST_AGE_S = 6 * 3600.0
+MAX_AGE_S = 6 * 3600.0
 """Since the last use."""
-LONGEST_CHAIN = 1000
+MAX_CHAIN = 1000
 """Responses that one goes on from, one after another."""
 Item = dict[str, Any]
 
@@ -34,8 +34,8 @@ class NotKept(ServerError):  # noqa: N818 - says what is the matter
 
     def __init__(self, what: str, found: str, param: str | None = None) -> None:
         super().__init__(
-            f"{what} {found[:80]!r} is not kept here: this server remembers the last {MOST_RESPONSES} responses of a "
-            f"key, {MOST_BYTES >> 20} MB at most, for {MOST_AGE_S / 3600:g} hours after their last use and until it "
+            f"{what} {found[:80]!r} is not kept here: this server remembers the last {MAX_RESPONSES} responses of a "
+            f"key, {MAX_BYTES >> 20} MB at most, for {MAX_AGE_S / 3600:g} hours after their last use and until it "
             "ends, unless they were asked for with store: false; send the whole conversation as 'input'."
         )
         self.param = param
@@ -65,10 +65,8 @@ class _Kept:
 class ResponseStore:
     """Used by the event loop's thread alone."""
 
-    def __init__(
-        self, most: int = MOST_RESPONSES, most_bytes: int = MOST_BYTES, most_age_s: float = MOST_AGE_S
-    ) -> None:
-        self._most, self._most_bytes, self._most_age_s = most, most_bytes, most_age_s
+    def __init__(self, most: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S) -> None:
+        self._max_responses, self._max_bytes, self._max_age_s = most, max_bytes, max_age_s
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         """By id, those unused for longest first."""
         self._items: dict[str, dict[str, None]] = {}
@@ -136,7 +134,7 @@ class ResponseStore:
         """
         chain: list[_Kept] = []
         following: str | None = name
-        while following is not None and len(chain) < LONGEST_CHAIN:
+        while following is not None and len(chain) < MAX_CHAIN:
             try:
                 chain.append(self._find(owner, following))  # the oldest are used last: they outlive what needs them
             except NotKept:
@@ -144,7 +142,7 @@ class ResponseStore:
             following = chain[-1].previous
         if following is not None:
             raise RequestError(
-                f"The conversation has more than {LONGEST_CHAIN} responses; send it as 'input'.",
+                f"The conversation has more than {MAX_CHAIN} responses; send it as 'input'.",
                 "previous_response_id",
             )
         return [item for kept in reversed(chain) for item in kept.items]
@@ -173,10 +171,10 @@ class ResponseStore:
         return kept
 
     def _forget(self) -> None:
-        oldest = time.monotonic() - self._most_age_s
+        oldest = time.monotonic() - self._max_age_s
         while self._kept:
             name, kept = next(iter(self._kept.items()))
-            if len(self._kept) <= self._most and self.n_bytes <= self._most_bytes and kept.used >= oldest:
+            if len(self._kept) <= self._max_responses and self.n_bytes <= self._max_bytes and kept.used >= oldest:
                 return
             self._drop(name)
 

@@ -19,7 +19,7 @@ LARGE_BYTES = 256 << 10
 """Of bodies since the last time."""
 REST_AFTER_S = 1.0
 """Without a request."""
-MUCH_BYTES, MOST_S = 64 << 20, 30.0
+MUCH_BYTES, MAX_WAIT_S = 64 << 20, 30.0
 """Bodies and time after which nobody waits for a moment without requests."""
 
 
@@ -56,7 +56,7 @@ class Resting:
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
-        if self._n_bytes > MUCH_BYTES and time.monotonic() - self._last > MOST_S:
+        if self._n_bytes > MUCH_BYTES and time.monotonic() - self._last > MAX_WAIT_S:
             self._timer = loop.call_soon(self._give_back, True)
         else:
             self._timer = loop.call_later(REST_AFTER_S, self._give_back, False)

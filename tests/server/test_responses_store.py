@@ -69,7 +69,7 @@ def test_nothing_is_seen_under_another_key():
 def test_number_bytes_and_age_are_bounded(monkeypatch):
     assert len(filled(5, most=3)) == 3
     one = filled(1).n_bytes
-    small = filled(5, most_bytes=2 * one)
+    small = filled(5, max_bytes=2 * one)
     assert len(small) == 2
     assert small.n_bytes == 2 * one
     with pytest.raises(NotKept):
@@ -79,7 +79,7 @@ def test_number_bytes_and_age_are_bounded(monkeypatch):
     assert (small.n_bytes, small._items) == (0, {})
     now = [1000.0]
     monkeypatch.setattr(responses_store.time, "monotonic", lambda: now[0])
-    store = ResponseStore(most_age_s=60)
+    store = ResponseStore(max_age_s=60)
     store.put("me", response("old"), question("old"), None)
     store._kept["old"].used = now[0]
     now[0] += 50

@@ -165,7 +165,7 @@ def test_connections_at_work_are_not_given_up(serve: Serve):
 
 
 def test_those_that_are_turned_away_are_bounded_too(serve: Serve, monkeypatch):
-    monkeypatch.setattr("edge_runtime.server.middleware.connections.MOST_SURPLUS", 2)
+    monkeypatch.setattr("edge_runtime.server.middleware.connections.MAX_SURPLUS", 2)
     monkeypatch.setattr("edge_runtime.server.middleware.connections.SURPLUS_S", 0.3)
     served = serve(max_connections=1)
     with contextlib.ExitStack() as stack:

@@ -49,14 +49,14 @@ async def messages(request: Request, state: State, body: MessagesRequest) -> Res
 
     async def reply(answering: Answering) -> Response:
         (answer,) = await answering.whole()
-        shown = whole_message(answer, model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
+        shown = whole_message(answer, model, max_calls=body.max_calls, shows_thinking=body.shows_thinking)
         return sse.body(shown)
 
     with fields_as_sent(body.names()):
         if not body.stream:
             return await whole(request, state.inference, call, reply)
         answering = await begin(request, state.inference, call)
-    typed = MessageEvents(model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
+    typed = MessageEvents(model, max_calls=body.max_calls, shows_thinking=body.shows_thinking)
     return AnswerStreamResponse(answering, lambda events: _lines(events, typed, answering), "sse", "anthropic")
 
 

@@ -102,14 +102,14 @@ def _reply(id_: str, model: str, content: list[dict[str, Any]], usage: MessageUs
 
 
 def whole_message(
-    answer: Answer, model: str, *, most_calls: int | None = None, shows_thinking: bool = True
+    answer: Answer, model: str, *, max_calls: int | None = None, shows_thinking: bool = True
 ) -> MessageReply:
     """Whole reply.
 
     Parameters
     ----------
     model : as the client called it.
-    most_calls : 1 where the client takes one call at a time.
+    max_calls : 1 where the client takes one call at a time.
     shows_thinking : whether the text of the reasoning is told; otherwise only that there was some.
     """
     content: list[dict[str, Any]] = []
@@ -118,7 +118,7 @@ def whole_message(
         content.append({"type": "thinking", "thinking": told, "signature": ""})
     if answer.answer:
         content.append({"type": "text", "text": answer.answer})
-    content += [_tool_use(call) for call in answer.tool_calls[:most_calls]]
+    content += [_tool_use(call) for call in answer.tool_calls[:max_calls]]
     reply = _reply(new_id("msg_"), model, content, _usage_of(answer))
     reply["stop_reason"] = _stop_reason(answer, has_calls=bool(answer.tool_calls))
     reply["stop_sequence"] = answer.stop_string
@@ -130,7 +130,7 @@ class MessageEvents:
     """Events of one streamed message: `begin`, then `piece` for each, then `end`."""
 
     model: str
-    most_calls: int | None = None
+    max_calls: int | None = None
     shows_thinking: bool = True
     id: str = field(default_factory=lambda: new_id("msg_"))
     _open: str | None = None
@@ -146,7 +146,7 @@ class MessageEvents:
     def piece(self, piece: Piece) -> Iterator[Event]:
         """Translate a piece."""
         if piece.call is not None:
-            if self._n_calls != self.most_calls:
+            if self._n_calls != self.max_calls:
                 self._n_calls += 1
                 yield from self._call(piece.call)
         elif piece.text and piece.kind == "reasoning":

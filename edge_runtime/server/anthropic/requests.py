@@ -16,7 +16,7 @@ from edge_runtime.server.anthropic.blocks import content_of, in_order, reference
 from edge_runtime.server.anthropic.schemas import as_meant
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.fields.loose import Loose
-from edge_runtime.server.fields.sampling import MOST_STOPS
+from edge_runtime.server.fields.sampling import MAX_STOPS
 from edge_runtime.server.fields.thinking import THINKING_LEVELS
 from edge_runtime.server.fields.tools import describe, given
 from edge_runtime.server.sse import as_json
@@ -153,7 +153,7 @@ class CountRequest(Named):
     max_slices: int | None = Field(None, ge=1, description="Most cells that a picture is cut into.")
 
     @property
-    def most_calls(self) -> int | None:
+    def max_calls(self) -> int | None:
         """1 where the client takes one call at a time."""
         return 1 if self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use else None
 
@@ -316,7 +316,7 @@ class MessagesRequest(CountRequest):
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
-    stop_sequences: Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop_sequences: Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
 
     def names(self) -> dict[str, str]:
         """Options of `Model.submit` → fields of this request, for errors."""

@@ -21,7 +21,7 @@ from edge_runtime.server.registry.parameters import OWNERS
 from edge_runtime.store.names import visible
 
 logger = logging.getLogger("edge_runtime.server")
-MOST_NAMED = 20
+MAX_NAMED = 20
 _NOTHING: tuple[Any, ...] = (None, False, "", 0, 0.0)
 
 _warned: set[str] = set()
@@ -196,7 +196,7 @@ def check_fields(given: Mapping[str, Any] | None, *tables: Mapping[str, Refused]
             raise RequestError(f"{name} is {_shown(value)}, {rule.why}.", name)
     if not unknown:
         return []
-    names = ", ".join(visible(name)[:60] for name in unknown[:MOST_NAMED])
+    names = ", ".join(visible(name)[:60] for name in unknown[:MAX_NAMED])
     return [f"Fields that are not known here were passed over: {names}"]
 
 

@@ -17,10 +17,10 @@ from edge_runtime.server.fields.refused import Refused, check_fields
 from edge_runtime.server.fields.thinking import THINKING_LEVELS
 from edge_runtime.server.fields.tools import given
 
-MOST_STOPS = 64
+MAX_STOPS = 64
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 EFFORTS_WITHOUT_REASONING = ("none", "minimal")
-Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
+Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 Bias = dict[str, float | bool] | list[Any]
 
 

@@ -24,7 +24,7 @@ from edge_runtime.server.middleware.pace import Pace
 from edge_runtime.server.middleware.shares import SURPLUS, client_of
 from edge_runtime.server.settings import Settings
 
-MOST_SURPLUS = 32
+MAX_SURPLUS = 32
 """Connections beyond the limit that are told so; further ones are closed without a word."""
 SURPLUS_S = 3.0
 """For the head of a request that is refused."""
@@ -58,8 +58,8 @@ class GuardedConnection(H11Protocol):
 
     header_timeout_s = 20.0
     patience_s = 30.0
-    least_per_s = 1024.0
-    most, most_each = 512, 384
+    min_per_s = 1024.0
+    most, max_each = 512, 384
     surplus: ClassVar[set[GuardedConnection]] = set()
 
     def __init__(self, *args: Any, **more: Any) -> None:
@@ -77,7 +77,7 @@ class GuardedConnection(H11Protocol):
         refusal = self._find_room()
         if refusal is None:
             self._head.start(self.loop, self.header_timeout_s, transport.abort)
-        elif len(self.surplus) >= MOST_SURPLUS:
+        elif len(self.surplus) >= MAX_SURPLUS:
             transport.abort()
         else:
             self.surplus.add(self)
@@ -100,7 +100,7 @@ class GuardedConnection(H11Protocol):
         counted = [other for other in others if other not in self.surplus and other is not self]
         held = Counter(other.owner for other in counted)
         idle = [other for other in counted if other.is_idle]
-        if held[self.owner] >= self.most_each:
+        if held[self.owner] >= self.max_each:
             idle = [other for other in idle if other.owner == self.owner]
             reason = f"Your address has {held[self.owner]} connections at work, which is the share of one"
         elif len(counted) >= self.most:  # of those who have the most, and of nobody who has less than this one's
@@ -149,7 +149,7 @@ class GuardedConnection(H11Protocol):
         """Look now and then how much was taken; a connection closed in the normal way would wait for it for ever."""
         self._reader.stop()
         if self.transport.get_write_buffer_size():
-            self._look_later(Pace(self.patience_s, self.least_per_s), self._unread())
+            self._look_later(Pace(self.patience_s, self.min_per_s), self._unread())
 
     def _look_later(self, pace: Pace, unread: int) -> None:
         self._reader.start(self.loop, self.patience_s / LOOKS, self._look, pace, unread)
@@ -185,9 +185,9 @@ def guarded(settings: Settings) -> type[GuardedConnection]:
     limits = {
         "header_timeout_s": settings.header_timeout_s,
         "patience_s": settings.body_timeout_s,
-        "least_per_s": settings.min_bytes_per_s,
+        "min_per_s": settings.min_bytes_per_s,
         "most": settings.max_connections,
-        "most_each": settings.connections_of_one,
+        "max_each": settings.connections_of_one,
         "surplus": set(),
     }
     return type("Connection", (GuardedConnection,), limits)

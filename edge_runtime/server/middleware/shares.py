@@ -72,12 +72,12 @@ class Places:
 
     Parameters
     ----------
-    most, most_each : of all clients together, and of one.
+    most, max_each : of all clients together, and of one.
     what : that is counted, in the plural.
     """
 
     most: int
-    most_each: int
+    max_each: int
     what: str
     n: int = 0
     _held: Counter[str] = field(default_factory=Counter)
@@ -92,7 +92,7 @@ class Places:
         """
         if self.n >= self.most:
             raise EngineBusy(f"{self.n} {self.what}, which is the limit; try again later.")
-        if self._held[client] >= self.most_each:
+        if self._held[client] >= self.max_each:
             raise EngineBusy(
                 f"{self._held[client]} {self.what} that came from your address, which is the share of one; try again "
                 "later."

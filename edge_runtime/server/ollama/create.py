@@ -116,7 +116,7 @@ def _fetch(name: str, state: ServerState, report: Callable[[Step], None]) -> Non
         on_wait=wait,
         library=state.catalog.library,
         allowed=_allowed(state),
-        most_bytes=state.catalog.room(),
+        max_bytes=state.catalog.room(),
     )
     if entry.kind == "checkpoint":
         raise ModelFileError(

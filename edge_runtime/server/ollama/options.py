@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_runtime.server.errors import RequestError
 
-LONGEST_KEEP_S = 10 * 365 * 86400.0
+MAX_KEEP_ALIVE_S = 10 * 365 * 86400.0
 
 
 def format_options(wanted: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def keep_alive_seconds(value: float | str | None) -> float | None:
             f"keep_alive is {str(value)[:40]!r}; expected seconds, or a duration such as '5m'; -1 keeps the model.",
             "keep_alive",
         )
-    return -1.0 if seconds < 0 else min(seconds, LONGEST_KEEP_S)
+    return -1.0 if seconds < 0 else min(seconds, MAX_KEEP_ALIVE_S)
 
 
 def _seconds(value: float | str) -> float | None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from edge_runtime.server.errors import RequestError
 
-MOST_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS = 20
 
 
 class _Body(BaseModel):
@@ -83,9 +83,9 @@ class _Answered(_Named):
             instead = self.elsewhere.get(name) or BINDING.get(name)
             if instead and value not in (None, "", [], {}, False):
                 raise RequestError(f"{name} was given, which this route cannot follow: {instead}.", name)
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise RequestError(
-                f"top_logprobs is {self.top_logprobs}; expected a number from 0 to {MOST_TOP_LOGPROBS}.",
+                f"top_logprobs is {self.top_logprobs}; expected a number from 0 to {MAX_TOP_LOGPROBS}.",
                 "top_logprobs",
             )
 

@@ -60,14 +60,14 @@ async def chat_completions(request: Request, state: State, body: ChatCompletionR
     model = body.model or state.catalog.default
     with fields_as_sent(body.names()):
         if body.stream:
-            chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, most_calls=body.most_calls)
+            chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, max_calls=body.max_calls)
             answering = await begin(request, state.inference, call)
             telling = Telling(answering, times=bool(body.timings_per_token))
             stream = AnswerStreamResponse(answering, lambda events: lines(events, chunks, telling), "sse", "openai")
             return with_warnings(stream, warnings)
 
         async def reply(answering: Answering) -> Response:
-            return sse.body(chat_completion(await answering.whole(), model, most_calls=body.most_calls))
+            return sse.body(chat_completion(await answering.whole(), model, max_calls=body.max_calls))
 
         return with_warnings(await whole(request, state.inference, call, reply), warnings)
 

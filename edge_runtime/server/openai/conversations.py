@@ -40,7 +40,7 @@ class ConversationFields(SamplingFields):
     max_slices: int | None = Field(None, ge=1, description="Most cells that a picture is cut into.")
 
     @property
-    def most_calls(self) -> int | None:
+    def max_calls(self) -> int | None:
         """1 where the client takes one call at a time."""
         return 1 if self.parallel_tool_calls is False else None
 

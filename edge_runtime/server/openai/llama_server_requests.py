@@ -19,7 +19,7 @@ from edge_runtime.server.fields.sampling import SamplingFields, length
 from edge_runtime.server.fields.tools import given
 from edge_runtime.server.inference import ChatCall
 from edge_runtime.server.openai.llama_server_facts import MEDIA_MARKER
-from edge_runtime.server.openai.requests import MOST_PROMPTS
+from edge_runtime.server.openai.requests import MAX_PROMPTS
 
 UNLIMITED = 1 << 30
 _OF_CHATS = Refused("which belongs to /v1/chat/completions; expected 'prompt'")
@@ -145,8 +145,8 @@ class LlamaCompletionRequest(SamplingFields):
         """Each prompt with its place in the request."""
         prompt = self.prompt
         if isinstance(prompt, list) and not any(_is_id(item) for item in prompt):
-            if not 0 < len(prompt) <= MOST_PROMPTS:
-                raise RequestError(f"prompt is a list of {len(prompt)}; expected 1 to {MOST_PROMPTS}.", "prompt")
+            if not 0 < len(prompt) <= MAX_PROMPTS:
+                raise RequestError(f"prompt is a list of {len(prompt)}; expected 1 to {MAX_PROMPTS}.", "prompt")
             return [(f"prompt[{number}]", item) for number, item in enumerate(prompt)]
         return [("prompt", prompt)]
 

@@ -126,13 +126,13 @@ def _tool_call(call: runtime_tools.ToolCall) -> shapes.ToolCall:
     }
 
 
-def chat_completion(answers: Sequence[Answer], model: str, *, most_calls: int | None = None) -> shapes.ChatCompletion:
+def chat_completion(answers: Sequence[Answer], model: str, *, max_calls: int | None = None) -> shapes.ChatCompletion:
     """Whole reply to a chat.
 
     Parameters
     ----------
     model : as the client called it.
-    most_calls : 1 where the client takes one call at a time.
+    max_calls : 1 where the client takes one call at a time.
     """
     return {
         "id": new_id("chatcmpl-"),
@@ -140,14 +140,14 @@ def chat_completion(answers: Sequence[Answer], model: str, *, most_calls: int | 
         "created": int(time.time()),
         "model": model,
         "system_fingerprint": FINGERPRINT,
-        "choices": [_choice(index, answer, most_calls) for index, answer in enumerate(answers)],
+        "choices": [_choice(index, answer, max_calls) for index, answer in enumerate(answers)],
         "usage": usage(answers),
         "timings": timings(answers[0]),
     }
 
 
-def _choice(index: int, answer: Answer, most_calls: int | None) -> shapes.Choice:
-    calls = answer.tool_calls[:most_calls]
+def _choice(index: int, answer: Answer, max_calls: int | None) -> shapes.Choice:
+    calls = answer.tool_calls[:max_calls]
     message: shapes.Message = {"role": "assistant", "content": answer.answer, "refusal": None}
     if calls:
         message["tool_calls"] = [_tool_call(call) for call in calls]
@@ -169,7 +169,7 @@ class ChatChunks:
     model: str
     n: int = 1
     include_usage: bool = False
-    most_calls: int | None = None
+    max_calls: int | None = None
     id: str = field(default_factory=lambda: new_id("chatcmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
     _calls: dict[int, int] = field(default_factory=dict)
@@ -192,7 +192,7 @@ class ChatChunks:
             delta: shapes.Delta = {"reasoning": piece.text, "reasoning_content": piece.text}
         elif piece.call is not None:
             number = self._calls.get(index, 0)
-            if number == self.most_calls:
+            if number == self.max_calls:
                 return
             self._calls[index] = number + 1
             delta = {"tool_calls": [{"index": number, **_tool_call(piece.call)}]}

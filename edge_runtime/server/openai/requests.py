@@ -24,7 +24,7 @@ from edge_runtime.server.fields.thinking import thinking_options
 from edge_runtime.server.fields.tools import called, given
 from edge_runtime.server.openai.conversations import ConversationFields
 
-MOST_PROMPTS = 32
+MAX_PROMPTS = 32
 # Clients that want "as many as there are" write -1, as llama-server takes it.
 MaxTokens = Annotated[int, Field(ge=-1)]
 Ids = Annotated[list[StrictInt], Field(min_length=1)]
@@ -193,9 +193,9 @@ class CompletionRequest(CompletionFields):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     echo: bool | None = None
     suffix: str | None = None

@@ -213,7 +213,7 @@ class ResponseEvents:
             "top_p": request.top_p,
             "tools": [_tool(tool) for tool in request.offered_tools()[0]],
             "tool_choice": _choice(request),
-            "parallel_tool_calls": request.most_calls is None,
+            "parallel_tool_calls": request.max_calls is None,
             "text": _format(request),
             "reasoning": {"effort": request.effort, "summary": None},
             "truncation": request.truncation or "disabled",
@@ -278,7 +278,7 @@ class ResponseEvents:
         yield self._event("response.output_item.done", item=_copy(item), output_index=len(self._output) - 1)
 
     def _call(self, call: runtime_tools.ToolCall) -> Iterator[Event]:
-        if self._n_calls and self._n_calls == self.request.most_calls:
+        if self._n_calls and self._n_calls == self.request.max_calls:
             return
         yield from self._close("completed")
         self._n_calls += 1

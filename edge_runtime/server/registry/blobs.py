@@ -58,12 +58,12 @@ class Blobs:
     Parameters
     ----------
     root : their folder; made when it is needed.
-    most_bytes : of one upload.
+    max_bytes : of one upload.
     room : bytes that clients may store beside what is there.
     """
 
-    def __init__(self, root: Path, most_bytes: int, room: Callable[[], int] = lambda: 1 << 62) -> None:
-        self._root, self._most_bytes, self._room = root, most_bytes, room
+    def __init__(self, root: Path, max_bytes: int, room: Callable[[], int] = lambda: 1 << 62) -> None:
+        self._root, self._max_bytes, self._room = root, max_bytes, room
 
     def path(self, digest: str) -> Path:
         """Where a file of this digest is, or would be."""
@@ -136,7 +136,7 @@ class Blobs:
 
             async for chunk in chunks:
                 total += len(chunk)
-                if total > self._most_bytes:
+                if total > self._max_bytes:
                     raise self._too_large(total)
                 held += chunk
                 if len(held) >= WRITE_BYTES:
@@ -148,7 +148,7 @@ class Blobs:
     def _check_room(self, announced: int | None) -> None:
         if announced is None:
             return
-        if announced > self._most_bytes:
+        if announced > self._max_bytes:
             raise self._too_large(announced)
         self._check_quota(announced)
         with storing(self._root, AGAIN):
@@ -168,7 +168,7 @@ class Blobs:
             )
 
     def _too_large(self, n_bytes: int) -> TooLarge:
-        return TooLarge(f"The upload has {n_bytes} bytes or more, at most {self._most_bytes} are taken.")
+        return TooLarge(f"The upload has {n_bytes} bytes or more, at most {self._max_bytes} are taken.")
 
     def tidy(self, needed: Set[str] | None, now: float | None = None) -> None:
         """Remove what was left of uploads that were cut, and files that no name has needed for a while.

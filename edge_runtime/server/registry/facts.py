@@ -25,7 +25,7 @@ from edge_runtime.structured_output.tools import TOOL_CALL
 from edge_runtime.weights.config import is_toy, read_vocabulary
 from edge_runtime.weights.gguf_file import GGUFFile
 
-LONGEST_ARRAY = 64
+MAX_ARRAY = 64
 """Longer ones are told on request only: a vocabulary has megabytes."""
 
 
@@ -104,7 +104,7 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_value(value: Any) -> Any:
     if isinstance(value, np.ndarray | list):
-        return None if len(value) > LONGEST_ARRAY else [_plain_value(item) for item in value]
+        return None if len(value) > MAX_ARRAY else [_plain_value(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
