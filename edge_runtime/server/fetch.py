@@ -1,9 +1,9 @@
-"""The address of a picture in a request → its bytes, if the owner allows the host; nothing else is ever reached.
+"""The address of a picture in a request → its bytes, if the owner allows the host; nothing else is ever contacted.
 
 The rules are those of `addresses`, which hold for models, too: only http and https, only hosts of `--allow-url`, only
-their standard ports unless one is named there, and no address that is not of the public internet, unless the owner
-named it as an address. A name is resolved once; all its addresses are checked, and the connection goes to
-an address that was checked, so that a name which resolves differently the second time gains nothing. Redirects pass
+their standard ports unless one is named there, and only addresses of the public internet, unless the owner
+named the address itself. A name is resolved once; all its addresses are checked, and the connection goes to
+a checked address, so a name that resolves differently the second time gains nothing. Redirects pass
 the same checks. Bytes, seconds and redirects are limited; nothing is decompressed; no proxy and no cookie is used.
 """
 
@@ -30,11 +30,11 @@ _SHOWN = 80  # characters of an address in an error
 
 
 class Fetcher:
-    """Fetches pictures for requests.
+    """Fetches the pictures of requests.
 
     Parameters
     ----------
-    settings : `allow_url` and `fetch_timeout_s` of them.
+    settings : uses `allow_url` and `fetch_timeout_s`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -43,12 +43,12 @@ class Fetcher:
         self._tls: ssl.SSLContext | None = None
 
     async def fetch(self, address: str, max_bytes: int) -> bytes:
-        """Get the bytes behind an address.
+        """Fetch the bytes at an address.
 
         Raises
         ------
         NotAllowed
-            When the address, or one it redirects to, is none that may be fetched; nothing was sent there then.
+            When the address, or one it redirects to, may not be fetched; nothing was sent there.
         ImageError
             When the server does not deliver, is too slow, or sends too much.
         """
@@ -63,7 +63,7 @@ class Fetcher:
                     url = self._checked(_joined(url, found, shown))
         except TimeoutError:
             raise ImageError(
-                f"{shown!r} was not there after {self._timeout_s:g} s, which is the limit; send the picture itself."
+                f"{shown!r} did not arrive within {self._timeout_s:g} s, which is the limit; send the picture itself."
             ) from None
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, OSError) as error:
             raise ImageError(
@@ -72,7 +72,7 @@ class Fetcher:
         raise ImageError(f"{shown!r} redirects more than {MAX_REDIRECTS} times; give the picture's own address.")
 
     def _checked(self, address: str) -> httpx2.URL:
-        """Return the address when its scheme, host and port are allowed."""
+        """Return the address if its scheme, host and port are allowed."""
         if not self._allowed:
             raise NotAllowed(
                 f"The picture is the address {address[:_SHOWN]!r}, and this server fetches none; send it as a data: "
@@ -90,13 +90,13 @@ class Fetcher:
             )
         if not any(allowed.covers(url) for allowed in self._allowed):
             raise NotAllowed(
-                f"{address[:_SHOWN]!r} is of no host that this server may fetch from; send the picture as a data: "
+                f"{address[:_SHOWN]!r} is not on a host that this server may fetch from; send the picture as a data: "
                 "URI, or ask the server's owner to add the host to --allow-url."
             )
         return url
 
     async def _get(self, url: httpx2.URL, shown: str, max_bytes: int) -> bytes | str:
-        """The bytes of a picture, or where its server says that it is."""
+        """The bytes of a picture, or the address its server redirects to."""
         host = url.netloc.decode("ascii")
         headers = [("Host", host), ("User-Agent", "edge-runtime"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
         if url.scheme == "https" and self._tls is None:
@@ -109,7 +109,7 @@ class Fetcher:
             if response.status in _REDIRECTS and b"location" in found:
                 return found[b"location"]
             if response.status != 200:
-                raise ImageError(f"{shown!r} answers with status {response.status}; expected 200 and a picture.")
+                raise ImageError(f"{shown!r} answered with status {response.status}; expected 200 and a picture.")
             announced = found.get(b"content-length", "")
             if announced.isdecimal() and int(announced) > max_bytes:
                 raise _too_large(shown, max_bytes)
@@ -133,11 +133,13 @@ def _joined(url: httpx2.URL, location: str, shown: str) -> str:
     try:
         return str(url.join(location))
     except (httpx2.InvalidURL, ValueError):
-        raise ImageError(f"{shown!r} redirects to something that is no address.") from None
+        raise ImageError(
+            f"{shown!r} redirects to something that is not an address; give the picture's own address."
+        ) from None
 
 
 class CheckedBackend(httpcore2.AsyncNetworkBackend):
-    """Connects to addresses of the public internet only, and to the very address that was checked."""
+    """Connects only to addresses of the public internet, and to exactly the address that was checked."""
 
     def __init__(self, allowed: Sequence[Allowed] = ()) -> None:
         self._connect, self._allowed = httpcore2.AnyIOBackend(), allowed
@@ -166,14 +168,14 @@ async def public_addresses(host: str, port: int, allowed: Sequence[Allowed] = ()
 
     Parameters
     ----------
-    allowed : by the owner; addresses among them may be reached though they are not public.
+    allowed : addresses that the owner allows although they are not public.
 
     Raises
     ------
     NotAllowed
-        When one of them is neither of the public internet nor named by the owner.
+        When one of them is neither public nor named by the owner.
     ImageError
-        When the host is not known.
+        When the host cannot be resolved.
     """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -183,6 +185,6 @@ async def public_addresses(host: str, port: int, allowed: Sequence[Allowed] = ()
     may_be_reached = [is_public(found) or any(each.names(found, port) for each in allowed) for found in addresses]
     if not addresses or not all(may_be_reached):
         raise NotAllowed(
-            f"The host {host[:_SHOWN]!r} is not one of the public internet; pictures are fetched from there only."
+            f"The host {host[:_SHOWN]!r} is not on the public internet; pictures are fetched only from there."
         )
     return addresses

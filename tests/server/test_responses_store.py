@@ -67,7 +67,7 @@ def test_nothing_is_seen_under_another_key():
 
 
 def test_number_bytes_and_age_are_bounded(monkeypatch):
-    assert len(filled(5, most=3)) == 3
+    assert len(filled(5, max_responses=3)) == 3
     one = filled(1).n_bytes
     small = filled(5, max_bytes=2 * one)
     assert len(small) == 2
@@ -92,7 +92,7 @@ def test_number_bytes_and_age_are_bounded(monkeypatch):
 
 
 def test_what_a_conversation_goes_on_from_outlives_others():
-    store = filled(3, most=4)
+    store = filled(3, max_responses=4)
     store.put("me", response("next"), question("next"), "r0")
     store.conversation("me", "next")
     store.put("me", response("new"), question("new"), None)

@@ -31,8 +31,8 @@ def test_metrics_are_no_larger_for_many_names(server):
     """A model may be copied to any number of names, and asked by each."""
     counted = Metrics(server.state.inference)
     for i in range(3 * MAX_NAMES):
-        counted.note(Outcome(f"copy-{i}", 0.0, [made_answer(timings_s={"first_token": 0.1})]))
-    counted.note(Outcome("copy-0", 0.0, [made_answer()]))
+        counted.record(Outcome(f"copy-{i}", 0.0, [made_answer(timings_s={"first_token": 0.1})]))
+    counted.record(Outcome("copy-0", 0.0, [made_answer()]))
     server.state.inference.on_end.remove(counted.note)
     families = {family.name: family for family in text_string_to_metric_families(counted.text().decode())}
     samples = families["edge_runtime_requests"].samples

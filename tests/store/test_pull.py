@@ -153,7 +153,7 @@ def test_the_hub_is_busy_with_its_list(hub, store):
     hub.list_faults.extend([Fault(status=429, headers={"Retry_After": "0"}), Fault(status=503)])
     assert pull(PAIR).complete
     hub.list_faults.extend([Fault(status=503)] * 20)
-    with pytest.raises(DownloadError, match="hf:org/pair could not be fetched: the server answers 503, after 5"):
+    with pytest.raises(DownloadError, match="hf:org/pair could not be fetched: the server answered 503, after 5"):
         pull(PAIR)
 
 
@@ -192,7 +192,7 @@ def test_one_of_several_is_chosen(hub, store):
     assert pull("hf:org/many:q8_0").decoder == "m-Q8_0.gguf"
     other = pull("hf:org/many:m-bf16.gguf", mmproj="mmproj-bf16.gguf")
     assert (other.decoder, other.mmproj) == ("m-bf16.gguf", "mmproj-bf16.gguf")
-    with pytest.raises(ModelFileError, match=r"may be hf:org/many:m-bf16\.gguf, .*; expected one of these"):
+    with pytest.raises(ModelFileError, match=r"may mean any of hf:org/many:m-bf16\.gguf, .*; expected one of these"):
         find_model("hf:org/many")
     assert find_model("hf:org/many:Q8_0").decoder.name == "m-Q8_0.gguf"
 

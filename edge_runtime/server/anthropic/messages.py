@@ -63,9 +63,9 @@ async def messages(request: Request, state: State, body: MessagesRequest) -> Res
 async def _lines(
     events: AsyncIterator[tuple[int, Event]], typed: MessageEvents, answering: Answering
 ) -> AsyncIterator[str]:
-    """Events of a message. It starts when it is known how much of the prompt was read before.
+    """Events of a message. It starts once it is known how much of the prompt was cached.
 
-    Until then the stream holds comments only: clients take the first event for the start.
+    Until then the stream holds only comments: clients take the first event as the start.
     """
     has_begun = False
     async for _, event in events:
@@ -82,7 +82,7 @@ async def _lines(
 
 
 def _prompt_of(event: Event, progress: Progress | None) -> tuple[int, int] | None:
-    """Tokens of the prompt, and those that needed no prefill; None while they are not known."""
+    """Tokens of the prompt, and those that needed no prefill; None while unknown."""
     if isinstance(event, Answer):
         return event.prompt_tokens, event.cached_tokens
     if progress is not None:
@@ -93,8 +93,8 @@ def _prompt_of(event: Event, progress: Progress | None) -> tuple[int, int] | Non
 @router.api_route("/v1/messages/batches", methods=["GET", "POST"], include_in_schema=False)
 @router.api_route("/v1/messages/batches/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
 async def batches() -> Response:
-    """Refuse: answers are made when they are asked for."""
-    raise NotOffered("This server keeps no batches; send their requests one by one to /v1/messages.")
+    """Refuse: this server answers requests at once."""
+    raise NotOffered("This server has no batches; send the requests one by one to /v1/messages.")
 
 
 @router.post("/v1/messages/count_tokens", response_model=None, responses={200: {"model": TokenCount}, **ERRORS})

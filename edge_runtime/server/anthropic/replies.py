@@ -1,7 +1,7 @@
 """Answers of the engine → replies and events of Anthropic's messages API.
 
-Enters: pieces while an answer is made, the `Answer` when it is finished. Leaves: dictionaries. Knows no connections.
-Source: anthropic-sdk-python's types, and the order of events that its accumulator expects.
+Enters: pieces while an answer is generated, the `Answer` when it is finished. Leaves: dictionaries.
+Knows no connections. Source: anthropic-sdk-python's types, and the order of events that its accumulator expects.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
 class MessageUsage(TypedDict):
-    """Tokens of a request; those that needed no prefill are counted apart, as Anthropic does."""
+    """Tokens of a request; those that needed no prefill are counted separately, as Anthropic does."""
 
     input_tokens: int
     cache_read_input_tokens: int
@@ -109,13 +109,13 @@ def whole_message(
     Parameters
     ----------
     model : as the client called it.
-    max_calls : 1 where the client takes one call at a time.
-    shows_thinking : whether the text of the reasoning is told; otherwise only that there was some.
+    max_calls : 1 if the client accepts one call at a time.
+    shows_thinking : whether the reasoning's text is included; otherwise an empty block shows that there was some.
     """
     content: list[dict[str, Any]] = []
     if answer.reasoning:
-        told = answer.reasoning if shows_thinking else ""
-        content.append({"type": "thinking", "thinking": told, "signature": ""})
+        shown = answer.reasoning if shows_thinking else ""
+        content.append({"type": "thinking", "thinking": shown, "signature": ""})
     if answer.answer:
         content.append({"type": "text", "text": answer.answer})
     content += [_tool_use(call) for call in answer.tool_calls[:max_calls]]
@@ -139,7 +139,7 @@ class MessageEvents:
     _n_calls: int = 0
 
     def begin(self, prompt_tokens: int, cached_tokens: int) -> Iterator[Event]:
-        """Say who speaks, and how long the prompt is."""
+        """Start the message, with the length of the prompt."""
         usage = _usage(prompt_tokens, cached_tokens)
         yield {"type": "message_start", "message": _reply(self.id, self.model, [], usage)}
 
@@ -158,7 +158,7 @@ class MessageEvents:
             yield self._delta({"type": "text_delta", "text": piece.text})
 
     def end(self, answer: Answer) -> Iterator[Event]:
-        """Say why the answer ended, and tell the tokens."""
+        """Say why the answer ended, and how many tokens it took."""
         yield from self._close()
         reason = _stop_reason(answer, has_calls=bool(self._n_calls))
         delta = {"stop_reason": reason, "stop_sequence": answer.stop_string}
