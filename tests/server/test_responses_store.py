@@ -164,7 +164,7 @@ def test_referring_to_an_item(ai: openai.OpenAI):
         told = ai.responses.create(input=asked, **SHORT)
         by_id = ai.responses.create(input="And?", previous_response_id=first.id, **SHORT)
         assert told.usage.input_tokens == by_id.usage.input_tokens
-    with pytest.raises(openai.NotFoundError, match="not kept here") as error:
+    with pytest.raises(openai.NotFoundError, match="not stored here") as error:
         ai.responses.create(input=[{"type": "item_reference", "id": "msg_1"}], **SHORT)
     assert error.value.param == "input[0]"
 
@@ -189,7 +189,7 @@ def test_looking_back(ai: openai.OpenAI):
         ai.responses.cancel(second.id)
     ai.responses.delete(second.id)
     for ask in (ai.responses.retrieve, ai.responses.delete, ai.responses.cancel, ai.responses.input_items.list):
-        with pytest.raises(openai.NotFoundError, match="not kept here"):
+        with pytest.raises(openai.NotFoundError, match="not stored here"):
             ask(second.id)
     ai.responses.delete(first.id)
     with pytest.raises(openai.BadRequestError) as error:
