@@ -10,7 +10,7 @@ at best. What its scripts need beforehand is not counted: the vision tensors in 
 cache. Files of one side are removed before the other begins, so the disk must hold the checkpoint and, for its own
 size again, the peer's intermediate file. Tensors of both decoders are compared by their digests.
 
-Memory is summed over a process and its children every 20 ms (see `sides/memory.py`). The last line is one JSON
+Memory is summed over a process and its children every 20 ms (see `harness/memory.py`). The last line is one JSON
 object.
 """
 
@@ -36,7 +36,7 @@ from benchmarks.harness.goals import Goal, finish  # noqa: E402
 from benchmarks.harness.memory import PERIOD_S, Memory, watch  # noqa: E402
 from edge_runtime.weights.gguf_file import GGUFFile  # noqa: E402
 
-PARTS = ROOT / "benchmarks" / "sides" / "llama_conversion.py"
+PARTS = ROOT / "benchmarks" / "peers" / "llama_conversion.py"
 VISION_SCRIPT = Path("tools", "mtmd", "legacy-models", "minicpmv-convert-image-encoder-to-gguf.py")
 MOST_GB, MOST_TIMES = 2.5, 1.0
 REWRITTEN = ("config.json", "tokenizer_config.json")

@@ -116,11 +116,11 @@ def main() -> None:
     import numpy as np
 
     from edge_kernels import machine, threads
-    from edge_kernels.simd import float32 as simd
+    from edge_kernels.simd.ir import TILE
 
     threads.set_threads(arguments.threads)
     samples: dict[str, dict[str, list[float]]] = {"ours": {}, "numpy": {}, "float32": {}}
-    print(f"{machine.cpu_name()}, {machine.isa()}, {threads.thread_count()} threads, {simd.TILE}")
+    print(f"{machine.cpu_name()}, {machine.isa()}, {threads.thread_count()} threads, {TILE}")
     print(f"{'case':44} {'ours ms':>10} {'GOP/s':>9} {'numpy ms':>10} {'GOP/s':>9} {'ratio':>7} {'to float32':>11}")
     for name, (ours, peer, operations, float32) in cases().items():
         sides = {"ours": ours, "numpy": peer} | ({"float32": float32} if float32 else {})
@@ -141,7 +141,7 @@ def main() -> None:
         "threads": threads.thread_count(),
         "cpu": machine.cpu_name(),
         "isa": machine.isa(),
-        "tile": simd.TILE._asdict(),
+        "tile": TILE._asdict(),
         "versions": {"numpy": np.__version__, "python": sys.version.split()[0]},
     }
     print(json.dumps(summary))

@@ -62,18 +62,18 @@ def wanted_tokens(model: Model, sample: Sample) -> list[int]:
 def log_probabilities(model: Model, sample: Sample) -> np.ndarray:
     """Log probabilities before each token of the right answer: ndarray [shape=(tokens, vocabulary), float32]."""
     wanted = wanted_tokens(model, sample)
-    prepared = model._prepare(sample.messages(), **sample.options())
+    prepared = model.prepare(sample.messages(), **sample.options())
 
     def compute() -> np.ndarray:
-        decoder, rows = model._decoder, []
-        decoder.prefill(model._embeddings(prepared))
+        decoder, rows = model.engine.decoder, []
+        decoder.prefill(model.embeddings(prepared))
         for i, token in enumerate(wanted):
             rows.append(log_softmax(decoder.logits()))
             if i + 1 < len(wanted):
                 decoder.decode(token)
         return np.stack(rows)
 
-    return np.asarray(model.engine.call(compute))
+    return np.asarray(model.engine.run(compute))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

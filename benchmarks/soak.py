@@ -103,7 +103,7 @@ def failing_requests(model: Model) -> list[Callable[[], Any]]:
 
 def make_failures() -> None:
     """Make the engine raise for the last token of prompts that say so, as damaged weights would."""
-    advance = scheduler.go_on
+    advance = scheduler.advance
 
     def failing(task: Any, *more: Any) -> Any:
         if FAILING in task.request.prompt.text:
@@ -197,7 +197,7 @@ def _fail(soak: Soak, request: Callable[[], AnswerStream]) -> None:
 
 def _wait_until_free(model: Model, patience_s: float = 30.0) -> bool:
     scheduler, started = model.engine.scheduler, time.perf_counter()
-    while scheduler.n_tasks or sorted(scheduler.sequences.idle) != list(range(model._decoder.n_sequences)):
+    while scheduler.n_tasks or sorted(scheduler.sequences.idle) != list(range(model.engine.decoder.n_sequences)):
         if time.perf_counter() - started > patience_s:
             return False
         time.sleep(0.02)
@@ -210,7 +210,7 @@ def prepare(model: Model, seed: int, n_pictures: int = 9) -> Soak:
     for picture in range(-1, n_pictures):
         for question in QUESTIONS:
             soak.expected[picture, question] = str(soak.ask(picture, question).result())
-    scheduler, n_bytes = model.engine.scheduler, 4 * model._encoder.n_queries * model._encoder.hidden
+    scheduler, n_bytes = model.engine.scheduler, 4 * model.engine.encoder.n_queries * model.engine.encoder.hidden
     scheduler.encoding.visual_tokens = VisualTokenCache(REMEMBERED * n_bytes, scheduler.encoding.visual_tokens._saved)
     return soak
 

@@ -31,10 +31,13 @@ from edge_runtime.version import __version__
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer
-    from edge_runtime.each_page import PageAnswer, each_page, join_pages
     from edge_runtime.generation.grounding import Region
     from edge_runtime.generation.text_stream import Piece
+    from edge_runtime.inputs.video.frame_choice import VideoLimits
+    from edge_runtime.inputs.workers.pool import DecoderPool
     from edge_runtime.model import Model
+    from edge_runtime.options import GenerationOptions
+    from edge_runtime.page_by_page import PageAnswer, each_page, join_pages
     from edge_runtime.structured_output.tools import ToolCall
 
 __all__ = [
@@ -44,9 +47,11 @@ __all__ = [
     "BackendUnavailable",
     "CacheFull",
     "CheckpointError",
+    "DecoderPool",
     "DownloadError",
     "EdgeRuntimeError",
     "EngineBusy",
+    "GenerationOptions",
     "ImageError",
     "MessageError",
     "Model",
@@ -60,6 +65,7 @@ __all__ = [
     "ToolCall",
     "UnsupportedModelError",
     "VideoError",
+    "VideoLimits",
     "__version__",
     "each_page",
     "join_pages",
@@ -70,12 +76,15 @@ _LAZY = {
     "Answer": "answers",
     "AnswerStream": "answers",
     "AsyncAnswer": "answers",
-    "PageAnswer": "each_page",
+    "DecoderPool": "inputs.workers.pool",
+    "GenerationOptions": "options",
+    "PageAnswer": "page_by_page",
     "Piece": "generation.text_stream",
     "Region": "generation.grounding",
     "ToolCall": "structured_output.tools",
-    "each_page": "each_page",
-    "join_pages": "each_page",
+    "VideoLimits": "inputs.video.frame_choice",
+    "each_page": "page_by_page",
+    "join_pages": "page_by_page",
 }
 
 

@@ -53,9 +53,8 @@ class NextTurnPrefill:
                 request,
                 prompt=beginning,
                 groups=[[] for _ in request.groups],  # their pixels need not stay: nothing is encoded for this
+                options=replace(request.options, beams=1, max_tokens=0),
                 form=None,
-                n_beams=1,
-                max_tokens=0,
                 is_prefetch=True,
             )
             with self._lock:

@@ -1,132 +1,310 @@
-"""What callers ask of an answer → the same, checked before anything is computed; not how tokens are chosen."""
+"""What a caller asks of an answer: all options in one object.
+
+`Model.chat` and its kin take options as keyword arguments (`GenerationKeywords`) and make a `GenerationOptions` of
+them. It is checked once (`option_checks`), before anything is computed, and handed on whole: to the pipeline, which
+sees the part that makes the prompt (`PromptOptions`), and to the engine, in a `Request`. Knows nothing of how any of
+it is done.
+
+A new option is a field and a line in the docstring of `GenerationOptions`, the same name in `GenerationKeywords`, and
+a check of its values, and of what it excludes, in `option_checks`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypedDict
 
-from edge_runtime.engine.engine import MAX_REQUESTS
-from edge_runtime.errors import MessageError
-from edge_runtime.generation.logprobs import MOST_ALTERNATIVES
-from edge_runtime.generation.sampling import OFFICIAL_BEAMS
-from edge_runtime.prompt.continuation import Begun
-from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END
-
-
-def count_beams(beams: int | None, sampling: bool) -> int:
-    """Beams of a request: those given, else one, or with `sampling=False` the official number."""
-    if beams is not None:
-        return beams
-    return 1 if sampling else OFFICIAL_BEAMS
+from edge_runtime.generation.sampling import GREEDY, MAX_NEW_TOKENS, OFFICIAL_BEAMS, SamplingOptions
+from edge_runtime.generation.token_rules import TokenRules
+from edge_runtime.inputs.documents import DocumentOptions
+from edge_runtime.inputs.image import PIXEL_LIMIT
+from edge_runtime.inputs.pages import PageChoice
+from edge_runtime.inputs.video.frame_choice import VideoLimits
+from edge_runtime.inputs.workers.pool import Decoders
 
 
-def check_streaming(options: dict[str, Any]) -> None:
-    """Refuse to stream what is known at its end only.
+@dataclass(frozen=True, kw_only=True)
+class PreparationHooks:
+    """Who looks on while a conversation is prepared, and what decodes its files; documented in `GenerationOptions`.
 
-    Raises
-    ------
-    MessageError
+    They are no part of the options: a request lives until its answer ends, and whoever looks on may hold the answer,
+    which is cancelled when nobody holds it any more.
     """
-    if count_beams(options.get("beams"), options.get("sampling", True)) != 1:
-        raise MessageError(
-            "stream was given together with a beam search, whose answer is known at its end only; leave one of them "
-            "out."
-        )
+
+    on_image: Callable[[int, int], None] = lambda done, total: None
+    on_look: Callable[[float], None] = lambda share: None
+    on_check: Callable[[], None] = lambda: None
+    decoders: Decoders | None = None
 
 
-def check_lengths(max_tokens: Any, thinking_budget: Any, stop: Any) -> tuple[str, ...]:
-    """Check what ends an answer; returns the stop strings.
+NO_HOOKS = PreparationHooks()
+"""Nobody looks on, and this process decodes."""
 
-    Raises
-    ------
-    MessageError
-        Naming the option that has the wrong form.
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(DocumentOptions):
+    """How messages become a prompt: the options of `Model.build_prompt`, documented in `GenerationOptions`."""
+
+    thinking: bool = False
+    max_slices: int | None = None
+    use_image_id: bool | None = None
+    temporal_ids: Sequence[Sequence[int]] | None = None
+    tools: Sequence[dict[str, Any]] = ()
+    raw: bool = False
+    prompt_ids: Sequence[int] | None = None
+    pixel_limit: int = PIXEL_LIMIT
+    video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 - frozen
+    context_shift: bool = False
+    fit: bool | int = False
+    preset: str | None = None
+    continue_final_message: bool | None = None
+
+    @classmethod
+    def of(cls, keywords: Mapping[str, Any]) -> tuple[Self, PreparationHooks]:
+        """Take keyword arguments; an unknown one is a TypeError, as Python's own."""
+        hooks = {field.name for field in fields(PreparationHooks)}
+        unknown = sorted(keywords.keys() - cls.__dataclass_fields__.keys() - hooks)
+        if unknown:
+            raise TypeError(f"chat() got an unexpected keyword argument {unknown[0]!r}")
+        options = {name: value for name, value in keywords.items() if name not in hooks}
+        looking_on = {name: value for name, value in keywords.items() if name in hooks}
+        return cls(**options), PreparationHooks(**looking_on)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(PromptOptions):
+    """Every option of `Model.chat`, `chat_n`, `achat` and `submit`, which take them as keyword arguments.
+
+    Reasoning, length and end
+        thinking : let the model reason before it answers. Default: off.
+        max_tokens : most tokens to generate, reasoning included. Default: 2048, the official value.
+        thinking_budget : tokens after which reasoning is ended and the answer begins. Default: no limit.
+        stop : strings that end the answer; they are not part of it.
+        stop_in_reasoning : whether they end it in the reasoning already. Default: no.
+        stop_token_ids, min_tokens, ignore_eos, allowed_token_ids : tokens that end the answer as well, tokens before
+            which nothing ends it, whether the model's own end is never chosen, the only tokens that may be chosen;
+            see `token_rules`. Not with a form or a search.
+        repetition_check : end an answer that goes in circles, with the reason `repetition`. Default: on.
+        prompt_only : end where the prompt is computed, with an empty answer.
+
+    Which tokens are chosen
+        temperature, top_p, top_k, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, seed :
+            see `generation.sampling.SamplingOptions`. Default: the official values, 0.7, 0.8, 100, off, off, 1.03, 0
+            and 0 (with thinking 0.7, 1, 50, off, off, 1, 0 and 0), and a random seed.
+        greedy : take the most probable token, without penalties; so does temperature=0.
+        sampling : False searches as the official code does: 3 beams, repetition penalty 1.2. Default: True.
+        beams : number of beams of a search for the most probable answer; its pieces come all at the end, and it is
+            not looked at for circles. See `generation.beam_search`. Default: 1, none.
+        logit_bias : token id → what is added to its logit, from -100 to 100.
+        n : number of answers, see `Model.chat_n`. Default: 1.
+
+    Form of the answer: one of these at most, apart from tools beside a schema
+        schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
+            reasoning. The model is not told: say in the question what is wanted.
+        json : the answer is some JSON object.
+        choices, regex, grammar : the answer is one of these texts, matches a regular expression as a whole, or is
+            derived by a grammar (GBNF or Lark); see `structured_output.text_form`.
+        tools : functions the model may call, in OpenAI's form; see `structured_output.tools`.
+        tool_choice : "auto" (default), "none" (the model is not told of them), "required" (the answer is one call),
+            or a function's name (a call of that one).
+
+    What is told beside the answer
+        logprobs : the log probability of every token; see `generation.logprobs`.
+        top_logprobs : and of so many of the most probable ones at its place, at most 20.
+        prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
+
+    Prompt
+        continue_final_message : whether the answer goes on with the last message, where that is the assistant's: None
+            (default) does (see `prompt.continuation`), True insists that it is the assistant's, False begins a new
+            turn behind it.
+        preset : name of a question to be asked, see `inputs.presets`.
+        raw : take the text as the prompt, without the chat template.
+        prompt_ids : token ids that are the prompt as they stand; with `raw`, in the place of messages.
+        context_shift : leave out the oldest turns of a conversation that does not fit, rather than refuse it.
+
+    Pictures, documents and videos
+        max_slices : most cells per picture. Default: the model's limit, 9.
+        fit : cut all pictures into fewer cells until the conversation fits; a number: until they take so many tokens.
+        use_image_id : whether pictures are numbered. Default: the model's setting; beside a video none is, as
+            officially.
+        temporal_ids : groups of frame times in units of 0.1 s that cover all pictures in order; -1 marks a still
+            picture.
+        pixel_limit : most pixels of a picture or frame. Default: 200 million.
+        pages : pages of documents, counted from 1: a number, numbers, or text like "1,3,7-9". Default: all.
+        dpi : dots per inch of pages that are drawn. Default: as many pixels as the slices of a page can use.
+        password : of documents.
+        page_limit : most pages of one document. Default: 2000.
+        file_limit_bytes : bytes of the largest document. Default: 1 GiB.
+        video_limits : most bytes and pixels of a video, see `inputs.video.frame_choice.VideoLimits`.
+
+    How it is computed
+        adapter : name of a LoRA adapter the model was loaded with. Default: the model as it is.
+        reuse : False computes the prompt anew, whatever is remembered of it in memory or on disk; its pictures are
+            taken from memory all the same. The same question is then computed in the same chunks each time.
+        follow_up : another turn is expected: read this one's answer as history while nobody waits; see `next_turn`.
+        on_image : called with (decoded, total) while pictures are read and pages drawn.
+        on_look : called often with the share that is done while an index of videos is made; their frames are decoded
+            later, beside the encoding.
+        on_check : called often while the form of the answer is worked out, and while decoders are waited for. What
+            one of these three raises ends the work.
+        decoders : processes in which pictures, documents and videos are decoded, within limits of time and memory:
+            for files of people one does not know. Default: this process.
     """
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise MessageError(f"max_tokens is {max_tokens!r}; expected a positive whole number.")
-    if thinking_budget is not None and (type(thinking_budget) is not int or thinking_budget < 0):
-        raise MessageError(f"thinking_budget is {thinking_budget!r}; expected a whole number of tokens, or None.")
-    stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
-        raise MessageError(f"stop is {stop!r}; expected a string or a list of strings.")
-    return tuple(stop)
+
+    max_tokens: int = MAX_NEW_TOKENS
+    thinking_budget: int | None = None
+    stop: Sequence[str] = ()
+    stop_in_reasoning: bool = False
+    stop_token_ids: Sequence[int] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    allowed_token_ids: Sequence[int] | None = None
+    repetition_check: bool = True
+    prompt_only: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    greedy: bool = False
+    sampling: bool = True
+    beams: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    n: int = 1
+    schema: Mapping[str, Any] | None = None
+    json: bool = False
+    choices: Sequence[str] | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    tool_choice: str | Mapping[str, Any] = "auto"
+    logprobs: bool = False
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
+    adapter: str | None = None
+    reuse: bool = True
+    follow_up: bool = False
+
+    @property
+    def n_beams(self) -> int:
+        """Beams of the search: those given, else one, or with `sampling=False` the official number."""
+        if self.beams is not None:
+            return self.beams
+        return 1 if self.sampling else OFFICIAL_BEAMS
+
+    @property
+    def searches(self) -> bool:
+        """Whether the official `sampling=False` or a beam search is asked for, which draws nothing."""
+        return not self.sampling or self.n_beams > 1
+
+    @property
+    def text_forms(self) -> dict[str, Any]:
+        """`choices`, `regex` and `grammar`, those that were given."""
+        given = {"choices": self.choices, "regex": self.regex, "grammar": self.grammar}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def sampling_options(self) -> SamplingOptions:
+        """How tokens are chosen: the official values, with what was given over them."""
+        names = SamplingOptions.__dataclass_fields__.keys() - {"logit_bias"}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.logit_bias is not None:  # ids may be strings of digits, as JSON has them
+            pairs = {int(token_id): float(bias) for token_id, bias in self.logit_bias.items()}
+            given["logit_bias"] = tuple(sorted(pairs.items()))
+        if self.searches:
+            return replace(SamplingOptions.official_search(), **given)
+        if self.greedy:
+            given["temperature"] = 0.0
+        is_greedy = given.get("temperature") == 0
+        return replace(GREEDY if is_greedy else SamplingOptions.official(self.thinking), **given)
+
+    def token_rules(self, stop_ids: frozenset[int]) -> TokenRules | None:
+        """Which tokens may be chosen, and which end the answer; None where nothing was said about it.
+
+        Parameters
+        ----------
+        stop_ids : the model's own end tokens.
+        """
+        if not any(self.rules_given(stop_ids).values()):
+            return None
+        allowed = None if self.allowed_token_ids is None else tuple(self.allowed_token_ids)
+        return TokenRules(frozenset(self.stop_token_ids), self.min_tokens, self.ignore_eos, allowed)
+
+    def rules_given(self, stop_ids: frozenset[int]) -> dict[str, bool]:
+        """Which of the options of `token_rules` were given."""
+        return {
+            "stop_token_ids": bool({*self.stop_token_ids} - stop_ids),  # the model's own are what ends a form, too
+            "min_tokens": self.min_tokens > 0,
+            "ignore_eos": self.ignore_eos,
+            "allowed_token_ids": self.allowed_token_ids is not None,
+        }
 
 
-def check_counts(
-    *, n: Any, beams: Any, most_beams: int, logprobs: bool, top_logprobs: Any, thinking_budget: int | None
-) -> None:
-    """Check how many answers, beams and alternatives are wanted, and whether that goes together.
+class PromptKeywords(TypedDict, total=False):
+    """Keyword arguments of `Model.build_prompt`, documented in `GenerationOptions`."""
 
-    Parameters
-    ----------
-    most_beams : sequences there are.
-
-    Raises
-    ------
-    MessageError
-        Naming the option that is out of range, or two that exclude each other.
-    """
-    for name, value, low, high in (
-        ("n", n, 1, MAX_REQUESTS),
-        ("beams", beams, 1, most_beams),
-        ("top_logprobs", top_logprobs, 0, MOST_ALTERNATIVES),
-    ):
-        if type(value) is not int or not low <= value <= high:
-            raise MessageError(f"{name} is {value!r}; expected a whole number from {low} to {high}.")
-    if top_logprobs and not logprobs:
-        raise MessageError(f"top_logprobs is {top_logprobs}, but logprobs is off; set logprobs=True.")
-    if beams > 1 and n > 1:
-        raise MessageError(f"n is {n}, but a beam search finds one answer; leave one of them out.")
-    if beams > 1 and thinking_budget is not None:
-        raise MessageError(
-            "thinking_budget was given, but a beam search ends reasoning where it finds best; leave one of them out."
-        )
+    pages: PageChoice | None
+    dpi: float | None
+    password: str | None
+    page_limit: int
+    file_limit_bytes: int
+    thinking: bool
+    max_slices: int | None
+    use_image_id: bool | None
+    temporal_ids: Sequence[Sequence[int]] | None
+    tools: Sequence[dict[str, Any]]
+    raw: bool
+    prompt_ids: Sequence[int] | None
+    pixel_limit: int
+    video_limits: VideoLimits
+    context_shift: bool
+    fit: bool | int
+    preset: str | None
+    continue_final_message: bool | None
+    on_image: Callable[[int, int], None]
+    on_look: Callable[[float], None]
+    on_check: Callable[[], None]
+    decoders: Decoders | None
 
 
-def check_scores(*, logprobs: bool, n_beams: int, has_pictures: bool) -> None:
-    """Refuse log probabilities of a prompt where they cannot be told.
+class GenerationKeywords(PromptKeywords, total=False):
+    """Keyword arguments of `Model.chat` and its kin, documented in `GenerationOptions`; `n` is `Model.chat_n`'s."""
 
-    Raises
-    ------
-    MessageError
-        Saying why.
-    """
-    if not logprobs:
-        raise MessageError("prompt_logprobs is on, but logprobs is off; set logprobs=True.")
-    if n_beams > 1:
-        raise MessageError("prompt_logprobs was given together with a beam search; leave one of them out.")
-    if has_pictures:
-        raise MessageError(
-            "prompt_logprobs was given for a prompt with pictures, whose places have no tokens; leave one of the two "
-            "out."
-        )
-
-
-def check_begun(begun: Begun, tools: Sequence[Any]) -> None:
-    """Refuse to go on inside a tool call, which nobody could read as one.
-
-    Raises
-    ------
-    MessageError
-        Saying so.
-    """
-    if tools and TOOL_CALL_END not in begun.content.rpartition(TOOL_CALL)[2] and TOOL_CALL in begun.content:
-        raise MessageError(
-            f"The last message, which the answer goes on with, ends inside a {TOOL_CALL}; calls are written whole: "
-            "leave its beginning out, and name the function in tool_choice if it must be called."
-        )
-
-
-def check_form(has_form: bool, beams: int) -> None:
-    """Refuse what cannot be done together: a search, and an answer that must look like something.
-
-    Raises
-    ------
-    MessageError
-        Saying so.
-    """
-    if has_form and beams > 1:
-        raise MessageError(
-            "A beam search (beams, or sampling=False) cannot be held to a schema or to a tool call; leave out one of "
-            "the two."
-        )
+    max_tokens: int
+    thinking_budget: int | None
+    stop: Sequence[str]
+    stop_in_reasoning: bool
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    allowed_token_ids: Sequence[int] | None
+    repetition_check: bool
+    prompt_only: bool
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    greedy: bool
+    sampling: bool
+    beams: int | None
+    logit_bias: Mapping[int, float] | None
+    schema: Mapping[str, Any] | None
+    json: bool
+    choices: Sequence[str] | None
+    regex: str | None
+    grammar: str | None
+    tool_choice: str | Mapping[str, Any]
+    logprobs: bool
+    top_logprobs: int
+    prompt_logprobs: bool
+    adapter: str | None
+    reuse: bool
+    follow_up: bool

@@ -12,8 +12,8 @@ rows; both become one stream of embeddings ─ decoder ─ sampler ─ pieces of
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,59 +21,34 @@ import numpy as np
 from edge_runtime.cache.shared_prefixes import Beginnings
 from edge_runtime.errors import MessageError
 from edge_runtime.inputs.clips import FramePart, expand_videos, group_ids
-from edge_runtime.inputs.documents import DocumentOptions, with_pages
-from edge_runtime.inputs.image import PIXEL_LIMIT
-from edge_runtime.inputs.messages import ImagePart, Message, checked_max_slices, parse_messages
+from edge_runtime.inputs.documents import with_pages
+from edge_runtime.inputs.messages import ImagePart, Message, parse_messages
 from edge_runtime.inputs.opener import InThisProcess, Opener, cut_source
 from edge_runtime.inputs.presets import with_preset
 from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup
 from edge_runtime.inputs.slicing import Size, Slice, SlicePlan, plan_slices
-from edge_runtime.inputs.video.frame_choice import VideoLimits, check_groups
+from edge_runtime.inputs.video.frame_choice import check_groups
+from edge_runtime.options import NO_HOOKS, PreparationHooks, PromptOptions
 from edge_runtime.prompt.build import ImageLayout, Prompt, build_prompt, iter_images
-from edge_runtime.prompt.context_budget import Budget, check_room_beside_tools, share_of_tools
+from edge_runtime.prompt.context_budget import Budget, check_tools_fit, share_of_tools
 from edge_runtime.prompt.context_shift import Placed, fit
-from edge_runtime.prompt.continuation import Begun, find_begun
+from edge_runtime.prompt.continuation import BegunTurn, find_begun_turn
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.structured_output.tools import checked_tools
 from edge_runtime.weights.config import SlicingConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions(DocumentOptions):
-    """How messages become a prompt."""
+@dataclass(frozen=True)
+class InputFormat:
+    """What a model's prompts look like."""
 
-    thinking: bool = False
-    max_slices: int | None = None
-    """Most cells per picture; None takes the model's limit."""
-    use_image_id: bool | None = None
-    """Whether pictures are numbered; None takes the model's setting, but beside a video none is, as officially."""
-    temporal_ids: Sequence[Sequence[int]] | None = None
-    """Groups of frame times in units of 0.1 s that cover all pictures in order; -1 marks a still picture."""
-    tools: Sequence[dict[str, Any]] = ()
-    """Functions the model is told of, in OpenAI's form."""
-    raw: bool = False
-    """Take the text as the prompt, without the chat template."""
-    prompt_ids: Sequence[int] | None = None
-    """Token ids that are the prompt as they stand; with `raw`, in the place of messages."""
-    pixel_limit: int = PIXEL_LIMIT
-    video_limits: VideoLimits = VideoLimits()  # noqa: RUF009 - frozen
-    context_shift: bool = False
-    """Leave out the oldest turns of a conversation that does not fit, rather than refuse it."""
-    fit: bool | int = False
-    """Cut all pictures into fewer cells until the conversation fits; a number: until they take so many tokens."""
-    preset: str | None = None
-    """Name of a question to be asked, see `presets`."""
-    continue_final_message: bool | None = None
-    """Whether the answer goes on with the last message, where that is the assistant's: None does (see
-    `continuation`), True insists that it is the assistant's, False begins a new turn behind it."""
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> PromptOptions:
-        """Take keyword arguments of `Model.chat`; an unknown one is a TypeError, as Python's own."""
-        unknown = sorted(set(options) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise TypeError(f"chat() got an unexpected keyword argument {unknown[0]!r}")
-        return cls(**options)
+    slicing: SlicingConfig
+    tokenizer: Tokenizer
+    n_queries: int
+    """Visual tokens per slice."""
+    template: str
+    """The chat template (Jinja)."""
+    n_ctx: int = 0
+    """Positions of the context."""
 
 
 @dataclass(frozen=True)
@@ -95,42 +70,82 @@ class Prepared:
     """Oldest turns that were left out."""
     fitted_slices: int | None = None
     """Most cells per picture that `fit` has left; None where nothing was lowered."""
-    begun: Begun | None = None
+    begun: BegunTurn | None = None
     """The turn that the answer goes on with."""
     with_more: Callable[[Sequence[Message]], Prompt] | None = None
     """The prompt that this conversation would have with further messages, without pictures, behind it; the whole
     turn takes the place of one that was begun."""
     shared: int = 0
-    """Positions at the beginning of the prompt that other chats have, too; see `beginnings`."""
+    """Positions at the beginning of the prompt that other chats have, too; see `shared_prefixes`."""
+
+
+@dataclass(frozen=True)
+class _PromptWriter:
+    """Makes the prompts of a conversation, whole, in part, or with more behind it, all in the same way."""
+
+    options: PromptOptions
+    model: InputFormat
+    begun: BegunTurn | None
+    numbered: bool
+    """Whether pictures are numbered."""
+    max_tokens: int | None
+    """Tokens that a prompt may have; None where it is not known yet how much is too much."""
+
+    def prompt(self, messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
+        """The prompt that an answer goes on with, be it behind a turn that was begun."""
+        return self._build(messages, pictures, self.begun, self.options.tools)
+
+    def new_turn(self, messages: Sequence[Message], pictures: Sequence[Placed] = ()) -> Prompt:
+        """The prompt of a new turn."""
+        return self._build(messages, pictures, None, self.options.tools)
+
+    def share_of_tools(self, conversation: Sequence[Message]) -> str:
+        """Words for an error: what the tools take of a prompt that is too long."""
+        few = [*(message for message in conversation if message.role == "system"), Message("user", ("?",))]
+        return share_of_tools(lambda tools: self._build(few, [], None, tools), self.options.tools)
+
+    def _build(
+        self,
+        messages: Sequence[Message],
+        pictures: Sequence[Placed],
+        begun: BegunTurn | None,
+        tools: Sequence[dict[str, Any]],
+    ) -> Prompt:
+        return build_prompt(
+            messages,
+            [item.layout for item in pictures],
+            self.model.tokenizer,
+            n_queries=self.model.n_queries,
+            template=self.model.template,
+            thinking=self.options.thinking,
+            use_image_id=self.numbered,
+            tools=tools,
+            raw=self.options.raw,
+            begun=begun,
+            max_prompt_tokens=self.max_tokens,
+        )
 
 
 def prepare(
     messages: str | Sequence[Any],
     options: PromptOptions,
+    model: InputFormat,
     *,
-    slicing: SlicingConfig,
-    tokenizer: Tokenizer,
-    n_queries: int,
-    template: str,
-    n_ctx: int = 0,
-    room: int = 0,
+    reserve_tokens: int = 0,
     refuse: bool = False,
     beginnings: Beginnings | None = None,
-    on_image: Callable[[int, int], None] = lambda done, total: None,
-    on_look: Callable[[float], None] = lambda share: None,
+    hooks: PreparationHooks = NO_HOOKS,
     opener: Opener | None = None,
 ) -> Prepared:
     """Turn a conversation into a prompt and the slices behind it.
 
     Parameters
     ----------
-    n_queries : visual tokens per slice.
-    n_ctx, room : positions of the context, and those to be kept free; for `context_shift` and `fit`.
+    options : that were checked (`option_checks`).
+    reserve_tokens : positions of the context to be kept free for the answer; for `context_shift` and `fit`.
     refuse : refuse what does not fit before pictures are decoded.
     beginnings : tells what other chats begin with, too; None: that is not asked for.
-    on_image : called with (pictures decoded or pages drawn, all of them); what it raises ends the work, as with
-        `on_look`.
-    on_look : called often with the share of the videos whose index was made.
+    hooks : who looks on; what they raise ends the work.
     opener : opens documents, pictures and videos; None: this process does.
 
     Raises
@@ -140,58 +155,85 @@ def prepare(
     PromptTooLongError
         When it does not fit, with `refuse` or `fit`.
     """
-    checked_max_slices(options.max_slices)
-    checked_tools(options.tools, "auto")
     if options.prompt_ids is not None:
-        return Prepared(_prompt_of_ids(options, tokenizer), [])
+        return Prepared(_prompt_of_ids(options.prompt_ids, model.tokenizer), [])
+    opener = opener or InThisProcess()
     conversation: Sequence[Message] = parse_messages(messages)
-    conversation, begun = find_begun(
+    conversation, begun = find_begun_turn(
         conversation, options.continue_final_message, thinking=options.thinking, raw=options.raw
     )
     if options.preset is not None:
         conversation = with_preset(conversation, options.preset)
-    opener = opener or InThisProcess()
-    conversation = with_pages(conversation, options, slicing, options.max_slices, opener.part)
-    conversation = expand_videos(conversation, slicing, options.video_limits, on_look, opener.video)
+    conversation = with_pages(conversation, options, model.slicing, options.max_slices, opener.part)
+    conversation = expand_videos(conversation, model.slicing, options.video_limits, hooks.on_look, opener.video)
+    times = _picture_groups(conversation, options)
+    numbered = _numbers_pictures(conversation, options, model.slicing)
+    max_tokens = _max_tokens(options, model.n_ctx) if refuse else None
+    writer = _PromptWriter(options, model, begun, numbered, max_tokens)
+    fitted_slices: int | None = None
+    if refuse or options.fit:
+        conversation, fitted_slices = _fit_cells(conversation, times, writer, reserve_tokens)
+    placed, pictures = _place_pictures(conversation, times, options, model.slicing, hooks.on_image)
+    prompt, left, n_dropped = _write_prompt(conversation, placed, writer, reserve_tokens)
+    if refuse and options.tools:
+        check_tools_fit(prompt, model.n_ctx, lambda: writer.share_of_tools(conversation))
+    return replace(
+        _prepared(prompt, left, pictures),
+        dropped_turns=n_dropped,
+        fitted_slices=fitted_slices,
+        begun=begun,
+        with_more=None if n_dropped or options.raw else _with_more(conversation, placed, writer),
+        shared=_shared_positions(prompt, conversation, writer, beginnings),
+    )
+
+
+def _prompt_of_ids(ids: Sequence[int], tokenizer: Tokenizer) -> Prompt:
+    """A prompt that was given in tokens."""
+    return Prompt(b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace"), [*ids], [])
+
+
+def _picture_groups(conversation: Sequence[Message], options: PromptOptions) -> Sequence[Sequence[int]]:
+    """Temporal ids of all pictures in order, those together that share a placeholder."""
     parts = list(iter_images(conversation))
     times = group_ids(parts, options.temporal_ids)
     check_groups(times, len(parts))
-    has_video = any(isinstance(part, FramePart) for part in parts)
-    numbered = slicing.use_image_id and not has_video if options.use_image_id is None else options.use_image_id
+    return times
 
-    def build(
-        messages: Sequence[Message],
-        pictures: Sequence[Placed],
-        begun: Begun | None = begun,
-        tools: Sequence[dict[str, Any]] = options.tools,
-    ) -> Prompt:
-        return build_prompt(
-            messages,
-            [item.layout for item in pictures],
-            tokenizer,
-            n_queries=n_queries,
-            template=template,
-            thinking=options.thinking,
-            use_image_id=numbered,
-            tools=tools,
-            raw=options.raw,
-            begun=begun,
-            # Turns may go and pictures become smaller: then it is not known yet how much is too much.
-            most_tokens=n_ctx - 1 if refuse and n_ctx and not (options.context_shift or options.fit) else None,
-        )
 
-    def told() -> str:
-        few = [*(message for message in conversation if message.role == "system"), Message("user", ("?",))]
-        return share_of_tools(lambda tools: build(few, [], None, tools), options.tools)
+def _numbers_pictures(conversation: Sequence[Message], options: PromptOptions, slicing: SlicingConfig) -> bool:
+    if options.use_image_id is not None:
+        return options.use_image_id
+    has_video = any(isinstance(part, FramePart) for part in iter_images(conversation))
+    return slicing.use_image_id and not has_video
 
-    fitted: int | None = None
-    if refuse or options.fit:
-        budget = Budget(
-            slicing, n_queries, options.max_slices, options.pixel_limit, options.fit, options.context_shift
-        )
-        conversation, fitted = budget.settle(conversation, times, build, n_ctx, room, told)
-        parts = list(iter_images(conversation))
 
+def _max_tokens(options: PromptOptions, n_ctx: int) -> int | None:
+    """Tokens that a prompt may have. Turns may go and pictures become smaller: then it is not known yet."""
+    return None if not n_ctx or options.context_shift or options.fit else n_ctx - 1
+
+
+def _fit_cells(
+    conversation: Sequence[Message], times: Sequence[Sequence[int]], writer: _PromptWriter, reserve_tokens: int
+) -> tuple[Sequence[Message], int | None]:
+    """Hold the conversation against the context; with `fit`, its pictures are cut into fewer cells until it fits."""
+    options, model = writer.options, writer.model
+    budget = Budget(
+        model.slicing, model.n_queries, options.max_slices, options.pixel_limit, options.fit, options.context_shift
+    )
+    return budget.fit_slices(
+        conversation, times, writer.prompt, model.n_ctx, reserve_tokens, lambda: writer.share_of_tools(conversation)
+    )
+
+
+def _place_pictures(
+    conversation: Sequence[Message],
+    times: Sequence[Sequence[int]],
+    options: PromptOptions,
+    slicing: SlicingConfig,
+    on_image: Callable[[int, int], None],
+) -> tuple[list[Placed], list[list[int]]]:
+    """Decode and cut all pictures: what stands for each placeholder, and the sizes of all pictures."""
+    parts = list(iter_images(conversation))
     placed: list[Placed] = []
     pictures: list[list[int]] = []
     done = 0
@@ -201,58 +243,62 @@ def prepare(
         pictures += sizes
         done += len(ids)
         on_image(done, len(parts))
+    return placed, pictures
 
-    left: Sequence[Placed] = placed
-    if options.context_shift:
-        prompt, left, n_dropped = fit(build, conversation, placed, n_ctx, room)
+
+def _write_prompt(
+    conversation: Sequence[Message], placed: Sequence[Placed], writer: _PromptWriter, reserve_tokens: int
+) -> tuple[Prompt, Sequence[Placed], int]:
+    """The prompt, the placeholders that are left in it, and how many turns were left out."""
+    left, n_dropped = placed, 0
+    if writer.options.context_shift:
+        prompt, left, n_dropped = fit(writer.prompt, conversation, placed, writer.model.n_ctx, reserve_tokens)
     else:
-        prompt, n_dropped = build(conversation, placed), 0
+        prompt = writer.prompt(conversation, placed)
     if not prompt.ids:
         raise MessageError(
             "The prompt is empty: the model's chat template makes nothing of these messages; expected text for the "
             "model to go on with. Use a file with the official template, or send a raw prompt."
         )
-    if refuse and options.tools:
-        check_room_beside_tools(prompt, n_ctx, told)
-    known = conversation if begun is None else conversation[:-1]
-    shared = 0
-    if beginnings is not None and not options.raw:
-        shared = beginnings.length(
-            prompt.ids,
-            conversation,
-            options.tools,
-            lambda opening: build(opening, [], None),
-            options.thinking,
-            numbered,
-        )
-    groups = [group for item in left for group in item.groups]
-    n_left = sum(item.layout.frames for item in left)
+    return prompt, left, n_dropped
+
+
+def _prepared(prompt: Prompt, placed: Sequence[Placed], pictures: Sequence[list[int]]) -> Prepared:
+    """A prompt with all that stands behind its placeholders.
+
+    Parameters
+    ----------
+    pictures : sizes of all pictures; those of turns that were left out come first.
+    """
+    groups = [group for item in placed for group in item.groups]
+    n_left = sum(item.layout.frames for item in placed)
     return Prepared(
         prompt,
         groups,
-        [group_digest(group) for group in groups],
-        [size for item in left for size in item.sizes],
-        pictures[len(pictures) - n_left :],
-        [clip.facts() for clip in dict.fromkeys(item.clip for item in left) if clip is not None],
-        n_dropped,
-        fitted,
-        begun,
-        None if n_dropped or options.raw else lambda more: build([*known, *more], placed, None),
-        shared,
+        digests=[group_digest(group) for group in groups],
+        slices=[size for item in placed for size in item.sizes],
+        pictures=[*pictures[len(pictures) - n_left :]],
+        videos=[clip.facts() for clip in dict.fromkeys(item.clip for item in placed) if clip is not None],
     )
 
 
-def _prompt_of_ids(options: PromptOptions, tokenizer: Tokenizer) -> Prompt:
-    """A prompt that was given in tokens."""
-    ids, n = options.prompt_ids, len(tokenizer.tokens)
-    if not options.raw:
-        raise MessageError("prompt_ids was given without raw=True, but the chat template makes its own tokens.")
-    if not isinstance(ids, list | tuple) or not ids:
-        raise MessageError("The prompt's tokens are no list, or an empty one; expected token ids.")
-    for number, token_id in enumerate(ids):
-        if type(token_id) is not int or not 0 <= token_id < n:
-            raise MessageError(f"Token {number} of the prompt is {token_id!r}; expected a number from 0 to {n - 1}.")
-    return Prompt(b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace"), [*ids], [])
+def _with_more(
+    conversation: Sequence[Message], placed: Sequence[Placed], writer: _PromptWriter
+) -> Callable[[Sequence[Message]], Prompt]:
+    known = conversation if writer.begun is None else conversation[:-1]
+    return lambda more: writer.new_turn([*known, *more], placed)
+
+
+def _shared_positions(
+    prompt: Prompt, conversation: Sequence[Message], writer: _PromptWriter, beginnings: Beginnings | None
+) -> int:
+    """Positions at the beginning of the prompt that other chats have, too."""
+    options = writer.options
+    if beginnings is None or options.raw:
+        return 0
+    return beginnings.length(
+        prompt.ids, conversation, options.tools, writer.new_turn, options.thinking, writer.numbered
+    )
 
 
 def _place(

@@ -70,14 +70,14 @@ class Whole:
 
     def forget(self) -> None:
         """Empty the KV cache and the cache of visual tokens."""
-        decoder, scheduler = self.model._decoder, self.model.engine.scheduler
+        decoder, scheduler = self.model.engine.decoder, self.model.engine.scheduler
 
         def empty() -> None:
             for sequence in range(decoder.n_sequences + 1):
                 decoder.rewind(sequence)
             scheduler.encoding.visual_tokens = type(scheduler.encoding.visual_tokens)()
 
-        self.model.engine.call(empty)
+        self.model.engine.run(empty)
 
     def prompts(self, count: int, n_tokens: int) -> list[str]:
         """Different questions whose prompts have `n_tokens` tokens each, template included."""
@@ -122,7 +122,7 @@ class Whole:
         -------
         facts : `inside_s` and `outside_s`, one for each token; `answer_s` from the first to the last piece.
         """
-        decoder = self.model._decoder
+        decoder = self.model.engine.decoder
         calls = Calls(decoder._lib)
         decoder._lib = calls
         try:

@@ -6,7 +6,7 @@ tensor becomes which), `recipes` and `overrides` (which type each gets), `plan` 
 `adapter`, `importance` and `calibrate` (what else can be made or taken), `convert` (the whole flow).
 """
 
-from edge_converters.convert import convert_checkpoint
+from edge_converters.convert import ConversionOptions, convert_checkpoint
 from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES
 
-__all__ = ["DECODER_TYPES", "VISION_TYPES", "convert_checkpoint"]
+__all__ = ["DECODER_TYPES", "VISION_TYPES", "ConversionOptions", "convert_checkpoint"]

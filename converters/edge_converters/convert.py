@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from gguf import GGUFWriter
 
@@ -64,32 +65,14 @@ class Plan:
         self.adapter_tensors = [] if self.lora is None else plan_adapter(self.lora, self.checkpoint)
 
 
-def convert_checkpoint(
-    source: str | Path,
-    folder: str | Path,
-    *,
-    decoder_type: str | None = None,
-    vision_type: str = recipes.DEFAULT_VISION,
-    lora: str | Path | None = None,
-    lora_adapter: str | Path | None = None,
-    pictures: str | Path | None = None,
-    imatrix: str | Path | None = None,
-    tensor_types: Sequence[str] = (),
-    vision_tensor_types: Sequence[str] = (),
-    report: bool = False,
-    force: bool = False,
-    progress: Progress = lambda what, done, total: None,
-) -> Converted:
-    """Convert a MiniCPM-V 4.5 checkpoint into a decoder and an mmproj GGUF file.
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """Every option of `convert_checkpoint`, which takes them as keyword arguments.
 
     Parameters
     ----------
-    source : folder with the checkpoint in the official layout: bfloat16, float16 or float32, bitsandbytes' 4 bits, or
-        AutoAWQ's.
-    folder : where the files go; made if needed. They are named `ggml-model-<TYPE>.gguf` and
-        `mmproj-model-<vtype>.gguf`.
-    decoder_type : a key of `DECODER_TYPES`; by default q4_k_m, and q4_1 for AWQ checkpoints, whose integers it keeps.
-    vision_type : a key of `VISION_TYPES`.
+    decoder_type : a key of `DECODER_TYPES`. Default: q4_k_m, and q4_1 for AWQ checkpoints, whose integers it keeps.
+    vision_type : a key of `VISION_TYPES`. Default: q8_0.
     lora : LoRA folder to be merged, in decoder and vision part.
     lora_adapter : LoRA folder whose decoder part becomes a file of its own, `adapter-<NAME>.gguf`; its vision part is
         merged, since an adapter cannot hold it.
@@ -99,24 +82,77 @@ def convert_checkpoint(
     tensor_types, vision_tensor_types : `PATTERN=TYPE` for tensors of the two files; see `choose_types`.
     report : measure what the types cost, tensor by tensor.
     force : replace existing files.
-    progress : called while working.
+    progress : called while working, with what is done, how much of it, and how much there is.
+    """
+
+    decoder_type: str | None = None
+    vision_type: str = recipes.DEFAULT_VISION
+    lora: str | Path | None = None
+    lora_adapter: str | Path | None = None
+    pictures: str | Path | None = None
+    imatrix: str | Path | None = None
+    tensor_types: Sequence[str] = ()
+    vision_tensor_types: Sequence[str] = ()
+    report: bool = False
+    force: bool = False
+    progress: Progress = lambda what, done, total: None
+
+
+class ConversionKeywords(TypedDict, total=False):
+    """Keyword arguments of `convert_checkpoint`, documented in `ConversionOptions`."""
+
+    decoder_type: str | None
+    vision_type: str
+    lora: str | Path | None
+    lora_adapter: str | Path | None
+    pictures: str | Path | None
+    imatrix: str | Path | None
+    tensor_types: Sequence[str]
+    vision_tensor_types: Sequence[str]
+    report: bool
+    force: bool
+    progress: Progress
+
+
+def convert_checkpoint(source: str | Path, folder: str | Path, **options: Unpack[ConversionKeywords]) -> Converted:
+    """Convert a MiniCPM-V 4.5 checkpoint into a decoder and an mmproj GGUF file.
+
+    Parameters
+    ----------
+    source : folder with the checkpoint in the official layout: bfloat16, float16 or float32, bitsandbytes' 4 bits, or
+        AutoAWQ's.
+    folder : where the files go; made if needed. They are named `ggml-model-<TYPE>.gguf` and
+        `mmproj-model-<vtype>.gguf`.
+    options : decoder_type, vision_type, lora, lora_adapter, pictures, imatrix, tensor_types, vision_tensor_types,
+        report, force, progress; `help(edge_converters.ConversionOptions)` explains each.
 
     Raises
     ------
     CheckpointError
         When the checkpoint cannot be converted or the files cannot be written. Nothing is left behind then.
+    TypeError
+        When there is no such option.
     """
-    checkpoint = Checkpoint(source)
-    plan = _plan(checkpoint, decoder_type, vision_type, lora, lora_adapter, imatrix)
-    plan = _with_types(plan, tensor_types, vision_tensor_types)
+    unknown = sorted(options.keys() - ConversionOptions.__dataclass_fields__.keys())
+    if unknown:
+        raise TypeError(f"convert_checkpoint() got an unexpected keyword argument {unknown[0]!r}")
+    asked = ConversionOptions(**options)
+    plan = _plan(Checkpoint(source), asked)
+    plan = _with_types(plan, asked.tensor_types, asked.vision_tensor_types)
     _weigh(plan)
+    return _write_files(plan, Path(folder), asked)
+
+
+def _write_files(plan: Plan, folder: Path, options: ConversionOptions) -> Converted:
+    """Write all files beside their final places, and move them there when the last one is whole."""
+    pictures, progress = options.pictures, options.progress
     result = Converted(
-        Path(folder) / f"ggml-model-{plan.recipe.label}.gguf",
-        Path(folder) / f"mmproj-model-{vision_type}.gguf",
-        Path(folder) / f"{ADAPTER_PREFIX}{plan.lora.name}.gguf" if plan.lora else None,
+        folder / f"ggml-model-{plan.recipe.label}.gguf",
+        folder / f"mmproj-model-{options.vision_type}.gguf",
+        folder / f"{ADAPTER_PREFIX}{plan.lora.name}.gguf" if plan.lora else None,
     )
     paths = [path for path in (result.decoder, result.mmproj, result.adapter) if path is not None]
-    with replacing(paths, force=force) as (decoder, mmproj, *adapters):
+    with replacing(paths, force=options.force) as (decoder, mmproj, *adapters):
         _write_vision(plan, mmproj, result.mmproj, pictures, progress)
         _write_decoder(plan, decoder, result.decoder, progress, mmproj, pictures)
         for adapter in adapters:
@@ -127,42 +163,35 @@ def convert_checkpoint(
                 _write(adapter, "qwen3", metadata, plan.adapter_tensors, "adapter", progress)
             verify_gguf(adapter, plan.adapter_tensors, result.adapter.name, types_may_differ=False)
         reports = []
-        if report:
+        if options.report:
             files = ((decoder, plan.tensors, result.decoder), (mmproj, plan.vision_tensors, result.mmproj))
             reports = [report_file(path, tensors, final.name, progress) for path, tensors, final in files]
     return replace(result, reports=tuple(reports), notes=tuple(plan.notes))
 
 
-def _plan(
-    checkpoint: Checkpoint,
-    decoder_type: str | None,
-    vision_type: str,
-    lora: str | Path | None,
-    lora_adapter: str | Path | None,
-    imatrix: str | Path | None,
-) -> Plan:
+def _plan(checkpoint: Checkpoint, options: ConversionOptions) -> Plan:
     """Check everything before a byte is written: the reasons to refuse should not come after minutes."""
-    decoder_type = decoder_type or _suitable_type(checkpoint)
+    decoder_type, vision_type = options.decoder_type or _suitable_type(checkpoint), options.vision_type
     if decoder_type not in DECODER_TYPES or vision_type not in VISION_TYPES:
         raise CheckpointError(
             f"The types {decoder_type!r} and {vision_type!r} were asked for; expected one of "
             f"{', '.join(DECODER_TYPES)} for the decoder "
             f"and one of {', '.join(VISION_TYPES)} for the vision part."
         )
-    if lora is not None and lora_adapter is not None:
+    if options.lora is not None and options.lora_adapter is not None:
         raise CheckpointError("A LoRA can be merged or become an adapter, not both; give --lora or --lora-adapter.")
     refuse_unknown_tensors(checkpoint)
     beside, notes = None, []
-    if lora is not None:
-        checkpoint.add_lora(lora)
-    if lora_adapter is not None:
-        beside = checkpoint.add_lora(lora_adapter, decoder=False)
+    if options.lora is not None:
+        checkpoint.add_lora(options.lora)
+    if options.lora_adapter is not None:
+        beside = checkpoint.add_lora(options.lora_adapter, decoder=False)
         if beside.touches_vision():
             notes.append(
                 "The LoRA changes the vision part too, which no adapter can hold: it is merged into the mmproj file, "
                 "which belongs with the adapter now."
             )
-    importance = None if imatrix is None else read_importance(Path(imatrix))
+    importance = None if options.imatrix is None else read_importance(Path(options.imatrix))
     plan = Plan(
         checkpoint, DECODER_TYPES[decoder_type], VISION_TYPES[vision_type], beside, importance=importance, notes=notes
     )

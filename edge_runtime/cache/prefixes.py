@@ -1,14 +1,14 @@
-"""Beginnings of conversations on disk: what a KV cache held of them, found again by what stands at each position.
+"""Prefixes of conversations on disk: what a KV cache held of them, found again by what stands at each position.
 
-A beginning is kept in blocks of 32 positions, each an entry of its own. The name of a block is a digest of the name
+A prefix is kept in blocks of 32 positions, each an entry of its own. The name of a block is a digest of the name
 of the block before it and of the keys inside: token ids, and for visual tokens the fingerprint of their pixels. So
-the longest beginning that is known is found by asking for names until one is missing, without reading anything; and a
-conversation that goes on, or another question about the same picture, adds its own blocks alone. The first name
+the longest prefix that is known is found by asking for names until one is missing, without reading anything; and a
+conversation that continues, or another question about the same picture, adds its own blocks alone. The first name
 stands for everything else the numbers depend on: the model's files, the type of the KV cache, the arithmetic, the
 adapter. A block whose predecessors were deleted is of no use, so predecessors count as used later.
 
-One entry more, the record, holds the token ids of the beginnings that chats of the model share (system prompt and
-tools, see `beginnings`): they are computed again at the next start. No other text is kept as such.
+One entry more, the record, holds the token ids of the prefixes that chats of the model share (system prompt and
+tools, see `shared_prefixes`): they are computed again at the next start. No other text is kept as such.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ BLOCK = 32
 """Positions per entry: at full size 4.7 MB, a second of prefill."""
 PIECE = 512
 """Positions that are copied out of the KV cache at a time."""
-MOST_RECORDED = 8
-"""Beginnings in the record that are read, whatever it says."""
+MAX_RECORDED = 8
+"""Prefixes in the record that are read, whatever it says."""
 
 logger = logging.getLogger("edge_runtime")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A beginning that was found."""
+    """A prefix that was found."""
 
     blocks: list[KVRows] = field(default_factory=list)
     """Mapped, not in memory yet."""
@@ -58,7 +58,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A beginning that chats share."""
+    """A prefix that chats share."""
 
     ids: list[int]
     adapter: bytes = b""
@@ -66,7 +66,7 @@ class Recorded:
 
 
 class SavedPrefixes:
-    """Saves and finds beginnings of conversations.
+    """Saves and finds prefixes of conversations.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class SavedPrefixes:
         self._is_usable = True
 
     def names(self, keys: Sequence[Hashable], adapter: bytes = b"") -> list[str]:
-        """Names of all whole blocks of a beginning."""
+        """Names of all whole blocks of a prefix."""
         names, previous = [], hashlib.blake2b(self._root + b"adapter " + adapter, digest_size=16).digest()
         for start in range(0, len(keys) - BLOCK + 1, BLOCK):
             digest = hashlib.blake2b(previous, digest_size=16)
@@ -89,7 +89,7 @@ class SavedPrefixes:
         return names
 
     def find(self, keys: Sequence[Hashable], adapter: bytes = b"", known: int = 0) -> Saved:
-        """The longest beginning that was saved, checked; from any thread.
+        """The longest prefix that was saved, checked; from any thread.
 
         Parameters
         ----------
@@ -136,7 +136,7 @@ class SavedPrefixes:
 
         Parameters
         ----------
-        keys : of a beginning that the sequence holds.
+        keys : of a prefix that the sequence holds.
 
         Returns
         -------
@@ -170,31 +170,32 @@ class SavedPrefixes:
     # --- what chats share ----------------------------------------------------------------------------------------
 
     @property
-    def _record(self) -> str:
+    def record_name(self) -> str:
+        """Name of the entry that `record` writes."""
         return hashlib.blake2b(self._root + b"shared beginnings", digest_size=16).hexdigest()
 
     def record(self, beginnings: Sequence[Recorded]) -> None:
         """Write down what is to be computed at the next start, in place of what was written before."""
         facts = {"beginnings": [[len(each.ids), each.adapter.hex()] for each in beginnings]}
         content = np.array([i for each in beginnings for i in each.ids], "<i8").tobytes()
-        self._cache.put(self._record, facts, lambda: content, len(content), replace=True)
+        self._cache.put(self.record_name, facts, lambda: content, len(content), replace=True)
 
     def touch_record(self) -> None:
         """Say that the record is still true."""
-        self._cache.touch([self._record])
+        self._cache.touch([self.record_name])
 
     def recorded(self) -> list[Recorded]:
         """What was written down last; nothing where that cannot be read."""
-        entry = self._cache.get(self._record)
+        entry = self._cache.get(self.record_name)
         if entry is None:
             return []
         try:
             ids, found, at = entry.content.view("<i8"), [], 0
-            for n, adapter in entry.facts["beginnings"][:MOST_RECORDED]:
+            for n, adapter in entry.facts["beginnings"][:MAX_RECORDED]:
                 found.append(Recorded([int(i) for i in ids[at : at + n]], bytes.fromhex(adapter)))
                 at += n
         except (KeyError, TypeError, ValueError):
-            self._cache.forget(self._record)
+            self._cache.forget(self.record_name)
             return []
         return found
 
@@ -207,7 +208,7 @@ def _serialise(key: Hashable) -> bytes:
 
 
 class PromptSaver:
-    """Has prompts written that were computed; what there is no room for waits. Used by the inference thread alone."""
+    """Has computed prompts written; what the queue does not take waits. Used by the inference thread alone."""
 
     def __init__(self, decoder: Decoder, prefixes: SavedPrefixes | None) -> None:
         self._decoder, self._prefixes = decoder, prefixes
@@ -215,7 +216,7 @@ class PromptSaver:
         """Sequence to keys and adapter of what is to be kept on disk when nobody asks."""
 
     def save(self, sequence: int, keys: list[Hashable], adapter: bytes) -> None:
-        """Have what a sequence holds of a prompt written, or note that some of it is still to be."""
+        """Have what a sequence holds of a prompt written, or remember that some of it is still to be."""
         self.unsaved.pop(sequence, None)
         if self._prefixes is None:
             return
@@ -227,7 +228,7 @@ class PromptSaver:
             logger.warning("A prompt could not be kept on disk; it will be computed again.", exc_info=True)
 
     def save_more(self) -> bool:
-        """Save what there was no room for before; whether it is worth coming again."""
+        """Save what the queue did not take before; whether it is worth coming again."""
         for sequence in [*self.unsaved]:
             self.save(sequence, *self.unsaved[sequence])
         return bool(self.unsaved)

@@ -1,9 +1,9 @@
-"""What chats of one model have in common: the system prompt and the tools, held in the KV cache for the next chat.
+"""The prefix that chats of one model share: system prompt and tools, held in the KV cache for the next chat.
 
 A client such as Open WebUI sends the same tools with every chat, thousands of tokens before the first word of the
 person. `Beginnings` tells how long that part of a prompt is; `HeldBeginnings` keeps it in sequences of its own, which
-share their positions with the chats that are at work, so holding costs nothing while they are. It is forgotten after
-all that nobody uses, and only where that gives room.
+share their cells with the chats that are at work, so holding costs nothing while they are. It is given up after all
+idle sequences, and only where that frees cells.
 
 Two of them are held. Which one leaves for another is decided as GreedyDual-Size with frequency does (Cao and Irani,
 1997; Cherkasova, 1998): each is worth its length times the number of its uses, counted from a clock that moves on to
@@ -27,12 +27,12 @@ from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.inputs.messages import Message, parse_messages
 from edge_runtime.prompt.build import Prompt
 
-LEAST = 64
+MIN_SHARED = 64
 """Positions; fewer are computed as fast as they are looked for."""
 QUESTIONS = ("What", "And how")
 """They begin differently: behind what their prompts share stands the conversation."""
-MOST_KNOWN = 32
-MOST_USES = 16
+MAX_KNOWN = 32
+MAX_USES = 16
 """That count: what was used for years may leave after some days, too."""
 
 
@@ -66,7 +66,7 @@ class Beginnings:
         opening = [*takewhile(lambda message: message.role == "system", conversation)]
         written = [[str(part) for part in message.parts] for message in opening]
         name = json.dumps([written, [*tools], repr(more)], sort_keys=True, default=str)
-        if len(name) < LEAST:  # no token is shorter than a character
+        if len(name) < MIN_SHARED:  # no token is shorter than a character
             return 0
         with self._lock:
             found = self._known.get(name)
@@ -78,10 +78,10 @@ class Beginnings:
             found = one[: common_beginning(one, other)]
             with self._lock:
                 self._known[name] = found
-                while len(self._known) > MOST_KNOWN:
+                while len(self._known) > MAX_KNOWN:
                     self._known.popitem(last=False)
         n = common_beginning(found, ids)  # less than expected where a template looks at the conversation's end first
-        return n if n >= LEAST else 0
+        return n if n >= MIN_SHARED else 0
 
 
 @dataclass
@@ -115,11 +115,11 @@ class HeldBeginnings:
         sequence : that holds them from now on; None where they were held already, or are not.
         """
         keys = self._decoder.keys(source)[:n]
-        if len(keys) < max(n, LEAST):
+        if len(keys) < max(n, MIN_SHARED):
             return None
         for sequence, held in self._held.items():
             if held.adapter == adapter and self._decoder.keys(sequence) == keys:
-                held.uses = min(held.uses + 1, MOST_USES)
+                held.uses = min(held.uses + 1, MAX_USES)
                 held.worth = self._clock + held.uses * n
                 return None
         free = [sequence for sequence in self._decoder.holding if sequence not in self._held]
@@ -135,7 +135,7 @@ class HeldBeginnings:
         return free[0]
 
     def give_up(self, used: Sequence[int]) -> bool:
-        """Forget the one that is worth least among those that give room; False if none does.
+        """Give up the one that is worth least among those that free cells; False if none does.
 
         Parameters
         ----------

@@ -80,6 +80,11 @@ class VisualTokenCache:
         if self._saved is not None:
             self._saved.put(digest, tokens)
 
+    def clear(self) -> None:
+        """Forget the tokens in memory."""
+        self._tokens.clear()
+        self.n_bytes = 0
+
     def _keep(self, digest: bytes, tokens: Float32) -> None:
         if digest in self._tokens or tokens.nbytes > self._limit:
             return

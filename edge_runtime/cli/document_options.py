@@ -164,7 +164,7 @@ def answer_pages(
     Ends the program with 1 when a page could not be read, with 130 when it was stopped.
     """
     from edge_runtime.cli import terminal as console
-    from edge_runtime.each_page import PageAnswer, asked_options, join_pages, pages_asked, without_fence
+    from edge_runtime.page_by_page import PageAnswer, asked_options, join_pages, pages_asked, without_fence
 
     files = [part["image"] if isinstance(part, dict) else part for part in content if not isinstance(part, str)]
     pages: list[PageAnswer] = []

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cli.command import INTERRUPTED, Command, set_up_streams
 from edge_runtime.cli.document_options import (
+    Asked,
     SliceLimits,
     answer_fields,
     answer_pages,
@@ -28,8 +29,8 @@ from edge_runtime.cli.document_options import (
     note_fitted,
     take_documents,
 )
-from edge_runtime.cli.piped import STDIN, Piped
-from edge_runtime.cli.run_checks import check_kept, check_stdin, check_system, note_before, read_schema
+from edge_runtime.cli.piped import Piped
+from edge_runtime.cli.run_checks import check_output, check_stdin, check_system, is_chat, note_before, read_schema
 from edge_runtime.cli.serve import serve
 from edge_runtime.cli.store import COMMANDS, announce
 from edge_runtime.cli.video_options import take_video, video_options, with_videos
@@ -37,6 +38,9 @@ from edge_runtime.cli.words import parse_arguments
 from edge_runtime.inputs.image import PIXEL_LIMIT
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from edge_runtime.answers import Answer
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -195,48 +199,29 @@ def run(
     pdftotext report.pdf - | edge-runtime run - "Summarise this."
     """
     from edge_runtime.cli import terminal as console
-    from edge_runtime.generation.grounding import check_drawing
     from edge_runtime.model import Model
 
     video = take_video(options)
     check_stdin(arguments, options["schema"])
     check_system(system)
     content = with_videos([*parse_arguments(arguments), *prompt], video)
-    chatting = not any(isinstance(part, str) for part in content) and options["preset"] is None
-    if chatting and any(word in STDIN for word in arguments):
-        raise click.UsageError("A chat reads its questions from stdin, which '-' uses: add a question.")
+    chatting = is_chat(arguments, content, options["preset"])
     each_page = take_documents(options, content, others=draw is not None)
-    if as_json and chatting:
-        raise click.UsageError("--json needs a question: add it as the last argument.")
-    if logprobs is not None and not as_json:
-        raise click.UsageError("--logprobs are printed as JSON: add --json.")
-    if draw is not None:
-        seen = [part for part in content if not isinstance(part, str)]
-        if chatting or not seen or isinstance(seen[-1], VideoPart):
-            raise click.UsageError("--draw needs a picture and a question.")
-        check_drawing(draw)
-    for option, target in (("--draw", draw), ("--storyboard", storyboard)):
-        check_kept(option, target, content)
+    check_output(content, chatting=chatting, as_json=as_json, logprobs=logprobs, draw=draw, storyboard=storyboard)
+    files = [part for part in content if not isinstance(part, str)]
     if storyboard is not None:
-        console.draw_storyboard([part for part in content if isinstance(part, VideoPart)], storyboard)
+        console.draw_storyboard([part for part in files if isinstance(part, VideoPart)], storyboard)
     if options["schema"] is not None:
         options["schema"] = read_schema(options["schema"])
     name, setup, adapter = take_setup(options)
     parts = limit_slices(content, options, chatting=chatting)
-    request = {
-        "adapter": adapter,
-        "thinking": options.pop("think"),
-        "pixel_limit": options.pop("max_pixels"),
-        "logprobs": logprobs is not None,
-        "top_logprobs": logprobs or 0,
-        **options,
-    }
+    request = take_request(options, adapter, logprobs)
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
     with Model.load(name, **setup) as model:
         if chatting:
             from edge_runtime.cli.chat import Chat
 
-            Chat(model, messages, request, video).loop([part for part in content if not isinstance(part, str)])
+            Chat(model, messages, request, video).loop(files)
             return
         note_before(model, content, chatting=chatting)
         if each_page:
@@ -244,15 +229,35 @@ def run(
             return
         messages.append({"role": "user", "content": parts})
         answer = console.answer(model, messages, request, quiet=as_json)
-        note_fitted(answer.fitted_slices)
-        if as_json:
-            click.echo(json.dumps(answer_fields(answer), ensure_ascii=False))
-        if draw is not None:
-            console.draw_places(
-                answer, [part for part in content if isinstance(part, Path | Piped)][-1], draw, request
-            )
+    finish_run(answer, content, request, as_json=as_json, draw=draw)
+
+
+def finish_run(
+    answer: Answer, content: Sequence[Asked], request: dict[str, Any], *, as_json: bool, draw: Path | None
+) -> None:
+    """Print and draw what is wanted of a finished answer besides its text; ends the program when it was stopped."""
+    from edge_runtime.cli import terminal as console
+
+    note_fitted(answer.fitted_slices)
+    if as_json:
+        click.echo(json.dumps(answer_fields(answer), ensure_ascii=False))
+    if draw is not None:
+        files = [part for part in content if isinstance(part, Path | Piped)]
+        console.draw_places(answer, files[-1], draw, request)
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
+
+
+def take_request(options: dict[str, Any], adapter: str | None, logprobs: int | None) -> dict[str, Any]:
+    """Take the values of `request_options` and what else is left of a command's options: keywords of `Model.chat`."""
+    return {
+        "adapter": adapter,
+        "thinking": options.pop("think"),
+        "pixel_limit": options.pop("max_pixels"),
+        "logprobs": logprobs is not None,
+        "top_logprobs": logprobs or 0,
+        **options,
+    }
 
 
 def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:

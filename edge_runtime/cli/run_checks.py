@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_runtime.cli.document_options import Asked
 from edge_runtime.cli.file_names import find_named
 from edge_runtime.cli.piped import STDIN, Piped, read_pipe, waits_unread
 from edge_runtime.cli.words import looks_like_file
@@ -32,7 +34,40 @@ def check_system(system: str | None) -> None:
         )
 
 
-def check_kept(option: str, target: Path | None, content: list[Any]) -> None:
+def is_chat(arguments: Sequence[str], content: Sequence[Asked], preset: str | None) -> bool:
+    """Whether there is no question, so that a chat starts; refused if it could not read its questions."""
+    chatting = not any(isinstance(part, str) for part in content) and preset is None
+    if chatting and any(word in STDIN for word in arguments):
+        raise click.UsageError("A chat reads its questions from stdin, which '-' uses: add a question.")
+    return chatting
+
+
+def check_output(
+    content: Sequence[Asked],
+    *,
+    chatting: bool,
+    as_json: bool,
+    logprobs: int | None,
+    draw: Path | None,
+    storyboard: Path | None,
+) -> None:
+    """Refuse what cannot be printed or drawn."""
+    if as_json and chatting:
+        raise click.UsageError("--json needs a question: add it as the last argument.")
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs are printed as JSON: add --json.")
+    if draw is not None:
+        from edge_runtime.generation.grounding import check_drawing
+
+        seen = [part for part in content if not isinstance(part, str)]
+        if chatting or not seen or isinstance(seen[-1], VideoPart):
+            raise click.UsageError("--draw needs a picture and a question.")
+        check_drawing(draw)
+    for option, target in (("--draw", draw), ("--storyboard", storyboard)):
+        check_kept(option, target, content)
+
+
+def check_kept(option: str, target: Path | None, content: Sequence[Asked]) -> None:
     """Refuse to overwrite one of the files that are asked about."""
     sources = [part.source if isinstance(part, VideoPart) else part for part in content]
     if target is None or not target.exists():

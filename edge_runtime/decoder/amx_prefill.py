@@ -69,7 +69,7 @@ def supports_amx_prefill(file: GGUFFile) -> bool:
     Its matrices must have types that can be unpacked, and nothing may be in the file that is not computed here.
     """
     from edge_kernels.linear.gguf_blocks import IS_POSSIBLE
-    from edge_kernels.simd.gguf_blocks import SIDE
+    from edge_kernels.simd.amx import SIDE
 
     layers = range(file.get("qwen3.block_count", int))
     matrices = [f"blk.{n}.{name}.weight" for n in layers for name in _MATRICES]

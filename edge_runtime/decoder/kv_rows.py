@@ -1,8 +1,8 @@
 """llama.cpp's saved sequence ↔ rows of keys and values, one per position and layer.
 
-Whoever fills a sequence without computing it in llama.cpp makes `KVRows` and hands them to `Decoder.append_rows`:
-the cache on disk does, and a second implementation of the prefill can. The bytes for `llama_state_seq_set_data` are
-made here from arrays alone, so their structure is sound whatever the arrays hold; nothing from a file gets there.
+Whoever fills a sequence without computing it in llama.cpp makes `KVRows` and hands them to `append_rows`: the cache
+on disk does, and so does the prefill on AMX. The bytes for `llama_state_seq_set_data` are made here from arrays
+alone, so their structure is sound whatever the arrays hold; nothing from a file gets there.
 
 Source: `llama_kv_cache::state_write` of the llama.cpp in llama-cpp-python 0.3.36, little endian:
 

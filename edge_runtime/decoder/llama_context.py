@@ -26,7 +26,7 @@ from edge_runtime.errors import CacheFull, ModelFileError
 from edge_runtime.system.bus_errors import watch_memory
 from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
-from edge_runtime.weights.memory_map import Region, let_go_of_region, watched
+from edge_runtime.weights.memory_map import Region, release_region, watched
 
 ROWS_AT_A_TIME = 128
 """Positions that are handed to the KV cache together: they are copied for it."""
@@ -77,7 +77,7 @@ def load_model(file: GGUFFile, *, repack: bool) -> _Loaded:
     if "output.weight" in file.tensors:
         # llama.cpp reads in the whole file. Of this table, 350 MB of a full-size one, a prompt needs a few rows.
         table = file.tensors["token_embd.weight"]
-        let_go_of_region(region, table.offset, table.offset + table.n_bytes)
+        release_region(region, table.offset, table.offset + table.n_bytes)
     return _Loaded(model, region, watch_memory(region.begin, region.end - region.begin, file.path))
 
 

@@ -1,7 +1,7 @@
 """The one door to llama.cpp: llama-cpp-python's ctypes layer, loaded once, with its log in our hands.
 
 llama.cpp reports errors only as log lines, so the last of them are kept to be quoted in exceptions; nothing is
-printed unless EDGE_RUNTIME_LLAMA_LOG=1. The high-level `Llama` class is not used (see ARCHITECTURE.md).
+printed unless EDGE_RUNTIME_LLAMA_LOG=1. The high-level `Llama` class is not used (see docs/dependencies.md).
 """
 
 from __future__ import annotations

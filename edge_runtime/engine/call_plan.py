@@ -42,7 +42,7 @@ class CallPlan:
     @property
     def adapter(self) -> str | None:
         """The LoRA adapter that all of it is computed with."""
-        return self.tasks[0].request.adapter
+        return self.tasks[0].request.options.adapter
 
     @property
     def n_rows(self) -> int:
@@ -128,12 +128,12 @@ class CallPlanner:
 
     def _of_one_adapter(self, ready: list[Task]) -> list[Task]:
         """Tasks that one step can compute together: adapters alternate."""
-        names = [*dict.fromkeys(task.request.adapter for task in ready)]
+        names = [*dict.fromkeys(task.request.options.adapter for task in ready)]
         if len(names) < 2:
             return ready
         at = names.index(self._last_adapter) + 1 if self._last_adapter in names else 0
         self._last_adapter = names[at % len(names)]
-        return [task for task in ready if task.request.adapter == self._last_adapter]
+        return [task for task in ready if task.request.options.adapter == self._last_adapter]
 
     def _prompt_chunk(self, task: Task, n: int, *, whole: bool) -> SequenceChunk:
         first = self._decoder.held(task.sequence)

@@ -123,27 +123,27 @@ def _checked(event: Any) -> Any:
 class Engine:
     """Owns encoder and decoder, and the thread that runs them.
 
-    Tests and benchmarks look inside through `scheduler`, `inbox` and `caches`, and run code on the inference thread
-    by `call`; none of that is stable.
+    Tests and benchmarks look inside through `encoder`, `decoder`, `scheduler`, `inbox`, `caches` and `thread`, and
+    run code on the inference thread by `run`; none of that is stable.
     """
 
     def __init__(
         self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, caches: Caches | None = None
     ) -> None:
-        self._decoder = decoder
+        self.encoder, self.decoder = encoder, decoder
         self.caches = caches or Caches()
         self._open: weakref.WeakSet[Task] = weakref.WeakSet()
         self._opening = threading.Lock()
         self.inbox = _Inbox()
         self._stopping = threading.Event()
         self.scheduler = Scheduler(encoder, decoder, tokenizer, self.caches)
-        self._thread = threading.Thread(
+        self.thread = threading.Thread(
             target=_work, args=(self.inbox, self.scheduler), name="edge-runtime inference", daemon=True
         )
-        self._thread.start()
+        self.thread.start()
         # Runs at exit too: a thread inside llama.cpp while the interpreter goes down would crash it.
         self._close = weakref.finalize(
-            self, only_here(_shut_down), self.inbox, self._stopping, self._thread, decoder, self.caches
+            self, only_here(_shut_down), self.inbox, self._stopping, self.thread, decoder, self.caches
         )
 
     def check_open(self) -> None:
@@ -161,8 +161,8 @@ class Engine:
             When too many requests wait already.
         """
         self.check_open()
-        self._decoder.check_length(len(request.prompt.ids))
-        self._decoder.adapters.check(request.adapter)
+        self.decoder.check_length(len(request.prompt.ids))
+        self.decoder.adapters.check(request.options.adapter)
         cancelled, stopping = threading.Event(), self._stopping
         task = Task(request, lambda: cancelled.is_set() or stopping.is_set(), keys=request.keys())
         with self._opening:
@@ -170,8 +170,8 @@ class Engine:
             if waiting >= MAX_REQUESTS:
                 raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
             self._open.add(task)
-        if self.caches.prefixes is not None and request.reuse and not request.scores_prompt:
-            adapter = self._decoder.adapters.identities[request.adapter]
+        if self.caches.prefixes is not None and request.options.reuse and not request.scores_prompt:
+            adapter = self.decoder.adapters.identities[request.options.adapter]
             task.saved = self.caches.prefixes.find(task.keys, adapter, self.scheduler.remembered(task))
         self.inbox.put(task)
         return Running(task, cancelled)
@@ -186,7 +186,7 @@ class Engine:
         PromptTooLongError
             When the prompt does not fit.
         """
-        self._decoder.check_length(len(request.prompt.ids))
+        self.decoder.check_length(len(request.prompt.ids))
         cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self.inbox, self.scheduler
         task = Task(
             request,
@@ -201,8 +201,8 @@ class Engine:
         prefixes = self.caches.prefixes
         if prefixes is None or not prefixes.is_usable:
             return
-        adapters = {identity: name for name, identity in self._decoder.adapters.identities.items()}
-        n_ctx, inbox, scheduler = self._decoder.n_ctx, self.inbox, self.scheduler
+        adapters = {identity: name for name, identity in self.decoder.adapters.identities.items()}
+        n_ctx, inbox, scheduler = self.decoder.n_ctx, self.inbox, self.scheduler
 
         def look() -> None:
             """What lies on disk is checked here, beside requests; what of it is used is up to the scheduler."""
@@ -229,7 +229,7 @@ class Engine:
         """What goes on now."""
         return self.scheduler.activity
 
-    def call(self, function: Callable[[], R]) -> R:
+    def run(self, function: Callable[[], R]) -> R:
         """Run a function on the inference thread and return its result; for work outside a request."""
         call = _Call(function)
         self.inbox.put(call)
@@ -272,7 +272,7 @@ def _add(task: Task, scheduler: Scheduler) -> None:
 
 
 def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
-    """Wait for something to do; when nothing comes for a moment, do what can wait, and rest."""
+    """Wait for something to do; when nothing comes for a moment, do what can wait, and give memory back."""
     try:
         return inbox.get(timeout=IDLE_AFTER_S)
     except queue.Empty:

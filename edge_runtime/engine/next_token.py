@@ -42,7 +42,7 @@ def advance(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer)
         decoding = task.start_decoding(tokenizer, decoder)
     return (
         _search(task, decoding, rows, decoder, tokenizer)
-        if task.request.n_beams > 1
+        if task.request.options.n_beams > 1
         else _sample(task, decoding, rows[0], decoder, tokenizer)
     )
 
@@ -76,9 +76,9 @@ def _sample(task: Task, decoding: Decoding, row: int, decoder: Decoder, tokenize
         task.keys.append(token_id)
         if stream.stopped or (decoding.constraint is not None and decoding.constraint.ended):
             reason = "stop"
-        elif task.request.repetition_check and _repeats(decoding, token_id):
+        elif task.request.options.repetition_check and _repeats(decoding, token_id):
             reason = "repetition"
-        elif task.n_tokens >= task.request.max_tokens or len(task.keys) >= decoder.n_ctx:
+        elif task.n_tokens >= task.request.options.max_tokens or len(task.keys) >= decoder.n_ctx:
             reason = "length"
     if reason:
         for piece in stream.finish():
@@ -99,7 +99,7 @@ def _next_token(task: Task, decoding: Decoding, row: int, decoder: Decoder, toke
     """Sample a token, or end reasoning that has used up its budget."""
     sampler, constraint = decoding.sampler, decoding.constraint
     assert sampler is not None
-    budget, think_end = task.request.thinking_budget, tokenizer.special_ids.get(THINK_END)
+    budget, think_end = task.request.options.thinking_budget, tokenizer.special_ids.get(THINK_END)
     if think_end is not None and decoding.stream.is_reasoning:
         is_over = decoding.must_answer or (budget is not None and task.n_tokens >= budget)
         token_id = think_end if is_over else _free_token(task, sampler, row, decoder, tokenizer)
@@ -111,7 +111,7 @@ def _next_token(task: Task, decoding: Decoding, row: int, decoder: Decoder, toke
     if constraint is None:
         return _free_token(task, sampler, row, decoder, tokenizer)
     logits = decoder.logits(row)
-    n_left = min(task.request.max_tokens - task.n_tokens, decoder.n_ctx - len(task.keys))
+    n_left = min(task.request.options.max_tokens - task.n_tokens, decoder.n_ctx - len(task.keys))
     token_id = constraint.next_token(n_left, lambda ids: sampler.choose(ids, logits))
     sampler.accept(token_id)
     return token_id

@@ -83,7 +83,7 @@ class Scheduler:
             if task.is_cancelled():
                 self._end(task, "cancelled")
         for task in [*self.waiting]:
-            if len(self.sequences.idle) < task.request.n_beams or (self._admission_paused and self.active):
+            if len(self.sequences.idle) < task.request.options.n_beams or (self._admission_paused and self.active):
                 break
             if task.is_scoring or not self.sequences.waits_for_prefix(task):
                 self._alone(self._admit, task)
@@ -244,7 +244,7 @@ class Scheduler:
             if task.request.is_prefetch and is_whole:
                 self.sequences.hold_shared(task)
                 self._end(task, "stop")
-            elif not task.request.max_tokens and is_whole:
+            elif not task.request.options.max_tokens and is_whole:
                 task.laps.end("prefill")
                 self._end(task, "length")  # the prompt was all that was wanted
             elif chunk.wants_logits and not task.is_cancelled():

@@ -54,9 +54,9 @@ class Sequences:
 
     def _common(self, sequence: int, task: Task) -> int:
         """Positions that a task may take over from a sequence."""
-        if self._adapters.get(sequence) != task.request.adapter or task.is_scoring:
+        if self._adapters.get(sequence) != task.request.options.adapter or task.is_scoring:
             return 0  # what was computed before has no logits
-        if not task.request.reuse:
+        if not task.request.options.reuse:
             holder = self._holders.get(sequence)
             if holder is None or not task.may_take(holder):
                 return 0
@@ -69,7 +69,11 @@ class Sequences:
             return True
         known = max(self.remembered(task), task.saved.n)
         for other in dict.fromkeys(self._holders.values()):
-            if other.n_tokens or other.request.adapter != task.request.adapter or not task.may_take(other):
+            if (
+                other.n_tokens
+                or other.request.options.adapter != task.request.options.adapter
+                or not task.may_take(other)
+            ):
                 continue
             common = common_beginning(task.keys, other.keys)
             # The same prompt, as with several answers to it, is worth waiting for however short it is.
@@ -101,13 +105,13 @@ class Sequences:
             decoder.rewind(best, n)
         else:
             decoder.share(source, best, n)
-        others = [sequence for sequence in self.idle if sequence != best][: task.request.n_beams - 1]
+        others = [sequence for sequence in self.idle if sequence != best][: task.request.options.n_beams - 1]
         for sequence in others:
             decoder.rewind(sequence)
         task.sequences = [best, *others]
         self.idle = [sequence for sequence in self.idle if sequence not in task.sequences]
         self._holders |= dict.fromkeys(task.sequences, task)
-        self._adapters |= dict.fromkeys(task.sequences, task.request.adapter)
+        self._adapters |= dict.fromkeys(task.sequences, task.request.options.adapter)
         return n
 
     def restore(self, task: Task, n: int) -> int:
@@ -155,9 +159,9 @@ class Sequences:
 
     def hold_shared(self, task: Task) -> None:
         """Hold the prefix that a task, whose prompt is computed, shares with other chats, and record that on disk."""
-        held = self.shared.hold(task.sequence, task.request.shared, task.request.adapter)
+        held = self.shared.hold(task.sequence, task.request.shared, task.request.options.adapter)
         if held is not None:
-            self._adapters[held] = task.request.adapter
+            self._adapters[held] = task.request.options.adapter
         if self._prefixes is None or not task.request.shared:
             return
         if held is None:
@@ -172,4 +176,4 @@ class Sequences:
         if self._prefixes is None:
             return
         n = min(self._decoder.held(sequence), len(task.request.prompt.ids))
-        self.saver.save(sequence, task.keys[:n], self._decoder.adapters.identities[task.request.adapter])
+        self.saver.save(sequence, task.keys[:n], self._decoder.adapters.identities[task.request.options.adapter])

@@ -108,15 +108,17 @@ class Decoding:
         """Set up what a request asks for."""
         stream = TextStream(
             tokenizer,
-            thinking=request.thinking,
-            stop=request.stop,
-            stop_in_reasoning=request.stop_in_reasoning,
+            thinking=request.options.thinking,
+            stop=request.options.stop,
+            stop_in_reasoning=request.options.stop_in_reasoning,
             tools=request.tools,
             goes_on=request.begun is not None and request.begun.is_reasoning,
         )
-        constraint = None if request.form is None else request.form.start(thinking=request.thinking)
+        constraint = None if request.form is None else request.form.start(thinking=request.options.thinking)
         sampler = (
-            Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx) if request.n_beams == 1 else None
+            Sampler(request.sampling, decoder.config.vocabulary, decoder.n_ctx)
+            if request.options.n_beams == 1
+            else None
         )
         return cls(stream, constraint, sampler)
 
@@ -217,7 +219,7 @@ class Task:
 
     def may_take(self, other: Task) -> bool:
         """Whether it may begin with what another task computes: without reuse, another answer to its own prompt."""
-        return self.request.reuse or other.request.prompt is self.request.prompt
+        return self.request.options.reuse or other.request.prompt is self.request.prompt
 
     def start_decoding(self, tokenizer: Tokenizer, decoder: Decoder) -> Decoding:
         """Set up what turns logits into text, once the prompt is computed."""
@@ -229,9 +231,9 @@ class Task:
         """Set up a beam search behind the prompt."""
         request = self.request
         search = BeamSearch(
-            request.n_beams,
+            request.options.n_beams,
             stop_ids=stop_ids,
-            most_tokens=min(request.max_tokens, decoder.n_ctx - len(self.keys)),
+            most_tokens=min(request.options.max_tokens, decoder.n_ctx - len(self.keys)),
             repetition_penalty=request.sampling.repetition_penalty,
             logit_bias=request.sampling.logit_bias,
             n_alternatives=request.n_alternatives,

@@ -10,7 +10,7 @@ from edge_runtime.cache.prefixes import Saved, SavedPrefixes
 from edge_runtime.engine.events import FinishReason
 from edge_runtime.engine.request import Request
 from edge_runtime.engine.task import Task
-from edge_runtime.generation.sampling import SamplingOptions
+from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.build import Prompt
 
 
@@ -38,10 +38,7 @@ def expected_prefixes(prefixes: SavedPrefixes, adapters: Mapping[bytes, str | No
                 Prompt("", each.ids, []),
                 groups=[],
                 digests=[],
-                sampling=SamplingOptions(temperature=0.0),
-                thinking=False,
-                max_tokens=0,
-                adapter=adapters[each.adapter],
+                options=GenerationOptions(max_tokens=0, adapter=adapters[each.adapter]),
                 is_prefetch=True,
                 shared=len(each.ids),
             )

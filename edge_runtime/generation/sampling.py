@@ -9,14 +9,12 @@ from __future__ import annotations
 import ctypes
 import math
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edge_runtime.decoder import llama_cpp as llama
-from edge_runtime.errors import MessageError
 
 if TYPE_CHECKING:
     from edge_runtime.decoder.decoder import Decoder
@@ -24,13 +22,12 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 2048  # official default
 OFFICIAL_BEAMS = 3
 LARGEST_BIAS = 100.0
-SEARCH_OPTIONS = frozenset({"repetition_penalty", "logit_bias", "seed"})  # a search makes no use of its seed
 MAX_SEED = 2**32 - 1  # llama.cpp takes this one for "choose at random"
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen; the official values come from `official`."""
+    """How tokens are chosen; the official values come from `official`, checks are in `option_checks`."""
 
     temperature: float
     """0 takes the most probable token."""
@@ -78,86 +75,9 @@ class SamplingOptions:
         """Options of the i-th of several answers: seed + i, or a random one."""
         return self if self.seed is None else replace(self, seed=(self.seed + i) % MAX_SEED)
 
-    def checked(self) -> SamplingOptions:
-        """Return these options when every value is in range.
 
-        Raises
-        ------
-        MessageError
-            Naming the option that is not.
-        """
-        ranges = {
-            "temperature": (self.temperature, 0.0, 100.0),
-            "top_k": (self.top_k, 0, 1 << 30),
-            "top_p": (self.top_p, 0.0, 1.0),
-            "repetition_penalty": (self.repetition_penalty, 1e-3, 100.0),
-            "min_p": (self.min_p, 0.0, 1.0),
-            "typical_p": (self.typical_p, 0.0, 1.0),
-            "presence_penalty": (self.presence_penalty, -100.0, 100.0),
-            "frequency_penalty": (self.frequency_penalty, -100.0, 100.0),
-            "seed": (self.seed or 0, 0, MAX_SEED - 1),
-        }
-        for name, (value, low, high) in ranges.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise MessageError(f"{name} is {value!r}; expected a number from {low} to {high}.")
-        return self
-
-
-def choose_options(
-    thinking: bool, *, greedy: bool = False, searching: bool = False, n_vocab: int | None = None, **given: Any
-) -> SamplingOptions:
-    """Official defaults with the caller's values over them.
-
-    Parameters
-    ----------
-    greedy : the most probable token, without penalties. So does temperature=0.
-    searching : for the official `sampling=False`, or a beam search.
-    n_vocab : tokens there are, for the check of `logit_bias`; None does not check.
-    given : fields of `SamplingOptions`; None keeps the default. `logit_bias` may be a mapping.
-
-    Raises
-    ------
-    MessageError
-        Naming the option that is out of range, or that a search has no use for.
-    """
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if "logit_bias" in chosen:
-        chosen["logit_bias"] = _checked_bias(chosen["logit_bias"], n_vocab)
-    if searching:
-        useless = sorted(({"greedy"} if greedy else set()) | chosen.keys() - SEARCH_OPTIONS)
-        if useless:
-            raise MessageError(
-                f"{useless[0]} was given together with a beam search (beams, or sampling=False), which draws "
-                f"nothing; leave one of them out. It takes {', '.join(sorted(SEARCH_OPTIONS - {'seed'}))}."
-            )
-        return replace(SamplingOptions.official_search(), **chosen).checked()
-    if greedy:
-        chosen["temperature"] = 0.0
-    base = SamplingOptions.official(thinking)
-    if chosen.get("temperature") == 0:
-        base = SamplingOptions(temperature=0.0)
-    return replace(base, **chosen).checked()
-
-
-def _checked_bias(bias: Any, n_vocab: int | None) -> tuple[tuple[int, float], ...]:
-    """Pairs of a mapping; ids may be strings of digits, as JSON has them."""
-    if not isinstance(bias, Mapping):
-        raise MessageError(f"logit_bias is {bias!r}; expected a mapping of token ids to numbers.")
-    pairs: dict[int, float] = {}
-    for key, value in bias.items():
-        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
-        if type(token_id) is not int or not 0 <= token_id < (n_vocab or token_id + 1):
-            raise MessageError(
-                f"logit_bias has the token id {key!r}; expected a number from 0 to {(n_vocab or 1) - 1}."
-            )
-        if type(value) not in (int, float) or not abs(value) <= LARGEST_BIAS:
-            raise MessageError(
-                f"logit_bias of token {token_id} is {value!r}; expected a number from {-LARGEST_BIAS} to "
-                f"{LARGEST_BIAS}."
-            )
-        pairs[token_id] = float(value)
-    return tuple(sorted(pairs.items()))
-
+GREEDY = SamplingOptions(temperature=0.0)
+"""The most probable token, without penalties."""
 
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """llama_token_data"""

@@ -1,5 +1,5 @@
-"""Whatever clients send → slices the vision tower can take.
+"""Whatever clients send → slices that the vision tower takes.
 
-Messages, pictures, documents and videos enter; upright RGB pictures, slices and groups of them leave.
-It knows no tokens, no kernels and no llama.cpp.
+Enter: messages, pictures, documents and videos. Leave: upright RGB pictures, slices and groups of slices.
+Knows no tokens, no kernels and no llama.cpp.
 """

@@ -1,8 +1,8 @@
-"""Parts of a message that hold a document → what `messages.DocumentPart` is made of.
+"""Parts of a message that hold a document → the fields of a `messages.DocumentPart`.
 
-Accepted are `{"type": "pdf", "pdf": ...}` with a path, bytes, an open file or a `data:` URI, and, where wanted,
-`pages`, `dpi`, `password` and `max_slices` beside it; OpenAI's `{"type": "file", "file": {"file_data": "data:..."}}`
-of chats, and its `{"type": "input_file", "file_data": "data:..."}` of responses.
+Accepted are `{"type": "pdf", "pdf": ...}` with a path, bytes, an open file or a `data:` URI, optionally with `pages`,
+`dpi`, `password` and `max_slices`; OpenAI's `{"type": "file", "file": {"file_data": "data:..."}}` (chats), and its
+`{"type": "input_file", "file_data": "data:..."}` (responses).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KINDS = ("pdf", "file", "input_file")
 
 
 def document_fields(part: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of a `DocumentPart`, but for its limit of cells.
+    """Arguments of a `DocumentPart`, except its limit of cells.
 
     Raises
     ------
@@ -61,5 +61,5 @@ def _file_data(holder: Any, where: str) -> str | bytes:
             return decode_base64(data)
     raise MessageError(
         f"{where} has a file whose file_data is {str(data)[:40]!r}; expected a data: URI "
-        "(data:application/pdf;base64,...), no file id is known and nothing is fetched."
+        "(data:application/pdf;base64,...); file ids are not supported and nothing is fetched."
     )

@@ -1,12 +1,12 @@
-"""A video in a message → frames in groups, which stand in the prompt as pictures and are decoded when encoded.
+"""A video in a message → groups of frames, which the prompt treats as pictures and which are decoded when encoded.
 
-A message with a video becomes one with a part per frame; the first of a group brings the group's temporal ids. Of
-frames the prompt needs only their size, so nothing is decoded here but the first one.
+A message with a video becomes one with a part per frame; the first of a group carries the group's temporal ids. The
+prompt needs only the size of frames, so nothing but the first one is decoded here.
 
-A group's fingerprint is that of the video's packets (or picture files), the frames' positions, how they are cut, and
-their ids: not of pixels, as for pictures. So a second question about a video neither decodes nor encodes what the KV
-cache or the cache of visual tokens still has, and at no time are more than a few groups in memory: keeping the slices
-themselves would take 0.6 MB per frame, 650 MB for the longest videos.
+A group's fingerprint covers the video's packets (or picture files), the positions of the frames, how they are cut,
+and their ids, but not pixels, as for pictures. So a second question about a video neither decodes nor encodes what is
+still in the KV cache or the cache of visual tokens, and only a few groups are in memory at any time: keeping all
+slices would take 0.6 MB per frame, 650 MB for the longest videos.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from edge_runtime.weights.config import SlicingConfig
 
 @dataclass(frozen=True)
 class Chosen:
-    """Frames of a video that are looked at."""
+    """The chosen frames of a video."""
 
     source: FrameSource
     choice: FrameChoice
@@ -62,16 +62,16 @@ def _open_here(source: VideoSource, limits: VideoLimits, watch: Watch, rate: flo
 def choose(
     part: VideoPart, limits: VideoLimits, watch: Watch = lambda share: None, open_video: OpenVideo = _open_here
 ) -> Chosen:
-    """Look at a video and choose frames.
+    """Open a video and choose frames.
 
     Parameters
     ----------
-    open_video : what opens it, with (source, limits, watch, rate of pictures).
+    open_video : opens it, called with (source, limits, watch, rate of pictures).
 
     Raises
     ------
     VideoError
-        When it cannot be decoded, is larger than was allowed, or has nothing in the part that is wanted.
+        When it cannot be decoded, is larger than allowed, or has no frames in the wanted part.
     BackendUnavailable
         When it needs PyAV and that is not installed.
     """
@@ -80,8 +80,8 @@ def choose(
     end_s = source.times[STILL] + 1 / source.rate
     if source.missing_s and (options.end is None or options.end > end_s):
         raise VideoError(
-            f"{source.name} is cut short: {source.missing_s:.1f} s are missing behind the first {end_s:.1f} s; get "
-            f"it again, or look at what is there with the option end ({math.floor(10 * end_s) / 10:g} or less)."
+            f"{source.name} is cut short: {source.missing_s:.1f} s are missing after the first {end_s:.1f} s; get it "
+            f"again, or use what is there with the option end ({math.floor(10 * end_s) / 10:g} or less)."
         )
     wanted = frames_between(source.times, options.start, options.end)
     if not wanted:
@@ -94,7 +94,7 @@ def choose(
 
 
 class Clip:
-    """Chosen frames of one video, and what becomes of them.
+    """Chosen frames of one video, their parts in a message and their groups of slices.
 
     Parameters
     ----------
@@ -114,12 +114,12 @@ class Clip:
         self.reader = FrameReader(chosen.source, chosen.groups, cut)
 
     def cut_into(self, most: int) -> Clip:
-        """The same frames in at most so many cells each."""
+        """The same frames, cut into at most `most` cells each."""
         return Clip(self.chosen, replace(self.options, max_slices=most), self.slicing)
 
     @cached_property
     def n_frames(self) -> int:
-        """Frames that are looked at."""
+        """Number of chosen frames."""
         return len(self.chosen.choice.indices)
 
     def group(self, number: int) -> list[FrameGroup]:
@@ -127,7 +127,7 @@ class Clip:
         return [FrameGroup(self, number, j) for j in range(self.plan.n_slices)]
 
     def parts(self) -> list[str | ImagePart]:
-        """What stands in a message for the video."""
+        """The parts of a message that replace the video."""
         parts: list[str | ImagePart] = []
         times = self.chosen.times_s
         for number, ids in enumerate(self.chosen.choice.temporal_ids):
@@ -138,7 +138,7 @@ class Clip:
         return parts
 
     def facts(self) -> dict[str, Any]:
-        """What is told with an answer."""
+        """What an answer reports about the video."""
         source, choice = self.chosen.source, self.chosen.choice
         return {
             **facts_of(source),
@@ -155,14 +155,14 @@ class FramePart(ImagePart):
 
     clip: Clip = field(kw_only=True)
     number: int = field(kw_only=True)
-    """Of its group."""
+    """Number of its group."""
     ids: tuple[int, ...] = ()
-    """Temporal ids of the group; of its first frame alone."""
+    """Temporal ids of the group; only on its first frame."""
 
 
 @dataclass(frozen=True)
 class FrameGroup(LazyGroup):
-    """One slice of all frames of a group, decoded when it is needed."""
+    """One slice of all frames of a group, decoded when needed."""
 
     clip: Clip
     number: int
@@ -192,19 +192,19 @@ class FrameGroup(LazyGroup):
 
     @property
     def reading(self) -> tuple[int, int]:
-        """Frames of the video that were decoded, and those that are looked at."""
+        """Number of decoded frames of the video, and of chosen ones."""
         return min(self.clip.reader.n_read, self.clip.n_frames), self.clip.n_frames
 
     def ask(self) -> bool:
-        """Have it decoded; True when `load` will not wait."""
+        """Request decoding; True if `load` will not wait."""
         return self.clip.reader.ask(self.number)
 
     def wait(self, timeout_s: float) -> None:
-        """Wait until it is decoded, or the time is up."""
+        """Wait until it is decoded, or until the timeout."""
         self.clip.reader.wait(self.number, timeout_s)
 
     def load(self) -> LoadedGroup:
-        """Slices with their temporal ids; waits for them."""
+        """Slices with their temporal ids; waits until they are decoded."""
         last = self.slice_number == self.clip.plan.n_slices - 1
         frames = self.clip.reader.take(self.number, last=last)
         return [
@@ -213,7 +213,7 @@ class FrameGroup(LazyGroup):
         ]
 
     def release(self) -> None:
-        """Nobody needs it: stop decoding."""
+        """Stop decoding: nobody needs it."""
         self.clip.reader.release()
 
 
@@ -224,12 +224,12 @@ def expand_videos(
     on_look: Callable[[float], None],
     open_video: OpenVideo = _open_here,
 ) -> list[Message]:
-    """The conversation with a part for each frame in the place of videos.
+    """The conversation with videos replaced by a part for each frame.
 
     Parameters
     ----------
-    on_look : called with the share of the videos that was looked at; what it raises ends the work.
-    open_video : as of `choose`.
+    on_look : called with the share of the videos that was indexed; what it raises ends the work.
+    open_video : as in `choose`.
 
     Raises
     ------
@@ -256,22 +256,22 @@ def expand_videos(
 
 
 def group_ids(parts: Sequence[ImagePart], given: Sequence[Sequence[int]] | None) -> Sequence[Sequence[int]]:
-    """Temporal ids of all pictures of a conversation in order, in groups; stills are groups of their own.
+    """Temporal ids of all pictures of a conversation in order, in groups; each still picture is its own group.
 
     Parameters
     ----------
-    given : ids by the caller.
+    given : ids from the caller.
 
     Raises
     ------
     MessageError
-        When a caller gives ids for videos, which bring their own.
+        When a caller gives ids for videos, which have their own.
     """
     frames = [part for part in parts if isinstance(part, FramePart)]
     if given is not None:
         if frames:
             raise MessageError(
-                "temporal_ids were given for a conversation with a video, which brings its own; send the frames as "
+                "temporal_ids were given for a conversation with a video, which has its own; send the frames as "
                 "pictures, or leave temporal_ids out."
             )
         return given

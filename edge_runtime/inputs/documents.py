@@ -1,8 +1,7 @@
 """Messages with documents → messages with a picture for each page, none of them drawn yet.
 
-A document is a PDF file, or a TIFF file of several pages. It is told from a picture by its first bytes, so a path,
-bytes or a `data:` URI may be either wherever a picture is accepted. How a page becomes a picture is not known here
-(`pdf`, `tiff`).
+A document is a PDF file, or a TIFF file of several pages. Its first bytes distinguish it from a picture, so a path,
+bytes or a `data:` URI may be either wherever a picture is accepted. `pdf` and `tiff` turn a page into a picture.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ FILE_LIMIT_BYTES = 1 << 30
 """Default for the largest document."""
 
 DETAIL = 2
-"""Pixels of a page per pixel that its slices have: room for the stretching to whole patches, and no more.
+"""Pixels of a page per pixel of its slices: enough for stretching to whole patches, and no more.
 
-With nine cells a page of A4 is drawn at 193 dots per inch; the recipe of the model's makers has 200."""
+With nine cells an A4 page is drawn at 193 dots per inch; the model's official recipe uses 200."""
 
 
 @dataclass(frozen=True)
 class DocumentOptions:
-    """How documents are read, where a part of a message does not say it."""
+    """How documents are read, unless a part of a message says otherwise."""
 
     pages: PageChoice | None = None
     dpi: float | None = None
@@ -59,11 +58,11 @@ def open_part(part: ImagePart, options: DocumentOptions, pixels: int) -> tuple[b
 
     Parameters
     ----------
-    pixels : of a page of a PDF, where no resolution was asked for.
+    pixels : pixels of a PDF page, if no resolution was asked for.
 
     Returns
     -------
-    is_document, sources : the pages that are wanted; or the picture, not opened yet.
+    is_document, sources : the chosen pages; or the picture, not opened yet.
 
     Raises
     ------
@@ -81,12 +80,12 @@ def with_pages(
     max_slices: int | None = None,
     open_part: Callable[[ImagePart, DocumentOptions, int], tuple[bool, Sequence[ImageSource]]] = open_part,
 ) -> list[Message]:
-    """Put the pages of every document in its place.
+    """Replace every document by its pages.
 
     Parameters
     ----------
-    max_slices : most cells per picture, where a part has no limit of its own; None takes the model's.
-    open_part : what opens a part.
+    max_slices : maximum number of cells per picture, where a part has no limit of its own; None takes the model's.
+    open_part : opens a part.
 
     Raises
     ------
@@ -119,7 +118,7 @@ def with_pages(
 
 
 def read(part: ImagePart, options: DocumentOptions) -> ImagePart:
-    """A part with the bytes of its open file, which may be read once only, and no more of them than allowed."""
+    """A part with the bytes of its open file, which may be readable only once; no more bytes than allowed."""
     if isinstance(part.source, Image.Image | str | Path | bytes | Page):
         return part
     data = read_file_object(part.source, options.file_limit_bytes + 1)
@@ -128,7 +127,7 @@ def read(part: ImagePart, options: DocumentOptions) -> ImagePart:
 
 
 def page_numbers(part: ImagePart, options: DocumentOptions) -> list[int] | None:
-    """Numbers, counted from 1, of a document's pages that are wanted; None for a picture. Errors as `with_pages`."""
+    """Numbers, counted from 1, of a document's chosen pages; None for a picture. Errors as `with_pages`."""
     document = _open(part, options)
     return None if document is None else [index + 1 for index in document.indices(part, options)]
 
@@ -145,7 +144,7 @@ def describe(source: Path | bytes, options: Mapping[str, Any]) -> str | None:
 
 
 def last_picture(source: Path | bytes, options: Mapping[str, Any], size: tuple[int, int]) -> Path | bytes | Page:
-    """A picture as it is, or the last of a document's pages that were looked at.
+    """A picture as it is, or the last of a document's chosen pages.
 
     Parameters
     ----------
@@ -184,12 +183,12 @@ class _Document:
 
 
 def checked_dpi(dpi: Any) -> float | None:
-    """Return a resolution when it is one, or None.
+    """Return a valid resolution, or None.
 
     Raises
     ------
     MessageError
-        When it is no number from 1 to 4800.
+        When it is not a number from 1 to 4800.
     """
     if dpi is not None and (isinstance(dpi, bool) or not isinstance(dpi, int | float) or not 1 <= dpi <= 4800):
         raise MessageError(f"dpi is {dpi!r}; expected dots per inch from 1 to 4800.")
@@ -197,7 +196,7 @@ def checked_dpi(dpi: Any) -> float | None:
 
 
 def _open(part: ImagePart, options: DocumentOptions) -> _Document | None:
-    """Open a part if it is a document; None when it is a picture, or nothing that can be read: that is told later."""
+    """Open a part if it is a document; None if it is a picture, or unreadable, which is reported later."""
     source = part.source
     must_be_pdf = isinstance(part, DocumentPart) and part.must_be_pdf
     if isinstance(source, Image.Image | Page):
@@ -209,7 +208,7 @@ def _open(part: ImagePart, options: DocumentOptions) -> _Document | None:
     if not is_document and not head.startswith(TIFF_HEADS):
         if must_be_pdf:
             _, name = _content(source, options.file_limit_bytes)
-            raise ImageError(f"{name[:200]} is no PDF: it does not begin as one does; expected a PDF file.")
+            raise ImageError(f"{name[:200]} is not a PDF: it does not start like one; expected a PDF file.")
         return None
     content, name = _content(source, options.file_limit_bytes)
     if is_document:
@@ -224,7 +223,7 @@ def _open(part: ImagePart, options: DocumentOptions) -> _Document | None:
 
 
 def _head(source: ImageSource) -> bytes:
-    """The first bytes of a file; none where it cannot be read."""
+    """The first bytes of a file; empty if it cannot be read."""
     if isinstance(source, bytes):
         return source[:HEAD_BYTES]
     if is_data_uri(source):
@@ -233,7 +232,7 @@ def _head(source: ImageSource) -> bytes:
 
 
 def _content(source: Any, limit: int) -> tuple[Path | bytes, str]:
-    """What a document is read from, and its name; nothing larger than allowed."""
+    """The file or bytes of a document, and its name; refuses those larger than allowed."""
     if is_data_uri(source):
         check_file_bytes("The document", data_uri_size(source), limit)
         source = decode_data_uri(source)
@@ -247,7 +246,7 @@ def _content(source: Any, limit: int) -> tuple[Path | bytes, str]:
 
 
 def check_file_bytes(name: str, n_bytes: int, limit: int) -> None:
-    """Hold the size of a file against the limit."""
+    """Check the size of a file against the limit."""
     if n_bytes > limit:
         raise ImageError(
             f"{name} has {n_bytes} bytes, at most {limit} are read; split it, or raise file_limit_bytes."

@@ -1,7 +1,7 @@
-"""First and last bytes of a file that is no picture Pillow reads → what it is, and what to do with it.
+"""First and last bytes of a file that Pillow cannot read → what it is, and what to do with it.
 
-A refusal that says "this is a Git LFS pointer" saves the search that "unknown format" begins. Nothing is decoded, and
-nothing here decides whether a file is read.
+An error that says "this is a Git LFS pointer" saves the search that "unknown format" would start. Nothing is decoded,
+and nothing here decides whether a file is read.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import zlib
 from contextlib import suppress
 
-LOOKED_AT = 64 * 1024
-"""Bytes at either end of a file that may tell what it is; archives list what they hold at theirs."""
+SNIFFED_BYTES = 64 * 1024
+"""Bytes at each end of a file that may show what it is; archives list their contents at the end."""
 
 _EXPORT = "export it as PNG or JPEG"
-_RAW = "develop it, or export it as JPEG or PNG: the preview inside is not taken for it"
-_VIDEO = "give it as a video, under a name that ends as videos do (.mp4) or in a part of type 'video'"
+_RAW = "develop it, or export it as JPEG or PNG: the preview inside is not used"
+_VIDEO = "give it as a video, with a video's suffix (.mp4) or in a part of type 'video'"
 _PRINT = "print or export it as PDF, then ask about that"
 _UNPACK = "unpack it, and name the files inside"
 _AS_TEXT = "put its text into the question, or give a picture"
@@ -66,8 +66,8 @@ _HEADS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"OggS", "an Ogg file (video or sound)", _VIDEO),
     (4, b"moov", "a QuickTime video", _VIDEO),
     (4, b"mdat", "a QuickTime video", _VIDEO),
-    (0, b"ID3", "a sound file (MP3)", "give a picture: sound is not heard"),
-    (0, b"fLaC", "a sound file (FLAC)", "give a picture: sound is not heard"),
+    (0, b"ID3", "a sound file (MP3)", "give a picture: sound is not supported"),
+    (0, b"fLaC", "a sound file (FLAC)", "give a picture: sound is not supported"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", _UNPACK),
     (0, b"Rar!\x1a\x07", "a RAR archive", _UNPACK),
     (0, b"BZh", "a bzip2 archive", _UNPACK),
@@ -88,7 +88,7 @@ _HEADS: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"#!", "a script", _AS_TEXT),
     (0, b"bplist00", "a property list (a link of macOS, or a web archive)", _AGAIN),
     (0, b"L\0\0\0\x01\x14\x02\0", "a link of Windows", _AGAIN),
-    (0, b"\0\x05\x16\x07", "what macOS keeps beside a file (its name begins with ._)", _AGAIN),
+    (0, b"\0\x05\x16\x07", "what macOS stores next to a file (its name starts with ._)", _AGAIN),
     (0, b"book\0\0\0\0mark", "an alias of macOS", _AGAIN),
     (0, b"[InternetShortcut]", "a link to a web page", "get the picture itself"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not the picture", "run 'git lfs pull' to get it"),
@@ -117,11 +117,11 @@ _RIFF_KINDS = {b"AVI ": "an AVI video", b"WAVE": "a sound file (WAV)", b"CDR6": 
 
 
 def kind_of(head: bytes, tail: bytes = b"") -> tuple[str, str] | None:
-    """What a file is, with its article, and what to do with it; None when that is not known.
+    """What a file is, with its article, and what to do with it; None if unknown.
 
     Parameters
     ----------
-    head, tail : the first and the last `LOOKED_AT` bytes of it, or as many as there are; 1024 bytes tell most.
+    head, tail : its first and last `SNIFFED_BYTES` bytes, or as many as there are; 1024 bytes are enough for most.
     """
     for place, magic, what, advice in _HEADS:
         if head.startswith(magic, place):
@@ -140,7 +140,7 @@ def kind_of(head: bytes, tail: bytes = b"") -> tuple[str, str] | None:
         place = head.find(magic, 1, 1024)
         if place > 0:
             return (
-                f"{what} behind {place} bytes that do not belong to it",
+                f"{what} after {place} bytes that do not belong to it",
                 "cut those off (an upload's head, perhaps)",
             )
     if not head.strip(b"\0"):
@@ -166,7 +166,7 @@ def _gzip_kind(head: bytes) -> tuple[str, str]:
 
 
 def _text_kind(head: bytes) -> tuple[str, str] | None:
-    """Text of some kind; None where it is no text."""
+    """A kind of text; None if it is not text."""
     encoding = "utf-16" if head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
     text = head.decode(encoding, "replace").removeprefix("\ufeff")
     odd = sum(character == "\ufffd" or (character < " " and character not in "\t\r\n\f\x1b") for character in text)

@@ -1,9 +1,9 @@
 """File, bytes, Pillow picture or page → upright RGB picture, or one clear sentence why not.
 
-Size is checked from the header, before a pixel is decoded. RGB conversion is the official one (palettes looked up,
-first frame of an animation) with four wanted departures, all for pictures the official code gets wrong: EXIF
-orientation is applied, transparency is composed onto white (`transparency`), grey of more than 8 bits is scaled
-instead of being clipped to white (`samples`), and oblong pixels of faxes are squared (`pixel_aspect`).
+The size is checked from the header, before a pixel is decoded. RGB conversion is the official one (palettes looked
+up, first frame of an animation) with four deliberate exceptions, all for pictures that the official code gets wrong:
+EXIF orientation is applied, transparency is composed onto white (`transparency`), grey of more than 8 bits is scaled
+instead of clipped to white (`sample_depths`), and non-square pixels of faxes are squared (`pixel_aspect`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.inputs import pixel_aspect, tiff_directories
-from edge_runtime.inputs.file_kinds import LOOKED_AT
+from edge_runtime.inputs.file_kinds import SNIFFED_BYTES
 from edge_runtime.inputs.libtiff_notes import silence_libtiff
 from edge_runtime.inputs.pages import Page
 from edge_runtime.inputs.picture_formats import prepare_format, unknown_format
@@ -51,7 +51,7 @@ ImageSource = Image.Image | str | Path | bytes | IO[bytes] | Page
 
 
 class NamedBytes(bytes):
-    """Bytes of a file that was read elsewhere, with the name by which errors call it."""
+    """Bytes of a file that was read elsewhere, with its name for errors."""
 
     name: str | None = None
 
@@ -59,10 +59,10 @@ class NamedBytes(bytes):
 _pillow_lock = threading.Lock()
 
 _PROGRAMS = frozenset({"EPS"})
-"""Formats that Pillow has another program draw (Ghostscript): no place for bytes from anybody."""
+"""Formats that Pillow renders with another program (Ghostscript): unsafe for untrusted bytes."""
 
 _NAMED_ALONE = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
-"""Formats of which Pillow knows the name, and reads nothing."""
+"""Formats that Pillow recognises but cannot read."""
 
 
 def load_image(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> Image.Image:
@@ -71,7 +71,7 @@ def load_image(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> Image.
     Parameters
     ----------
     source : see `ImageSource`.
-    pixel_limit : most pixels; larger pictures are refused before they are decoded.
+    pixel_limit : maximum number of pixels; larger pictures are refused before they are decoded.
 
     Returns
     -------
@@ -80,7 +80,7 @@ def load_image(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> Image.
     Raises
     ------
     ImageError
-        When there is no file, it is no picture, it is cut short, or it is too large.
+        When there is no file, or it is not a picture, is cut short, or is too large.
     """
     if isinstance(source, Page):
         return source.render(pixel_limit)
@@ -98,7 +98,7 @@ def picture_size(source: ImageSource, *, pixel_limit: int = PIXEL_LIMIT) -> tupl
 
 @contextmanager
 def opened_picture(source: ImageSource, pixel_limit: int) -> Iterator[tuple[Image.Image, str]]:
-    """A picture whose header is read, and its name; errors as of `load_image`, of what is done with it, too."""
+    """A picture whose header is read, and its name; errors as `load_image`, also for what is done with it."""
     if isinstance(source, Image.Image):
         with explained("The picture", pixel_limit):
             yield source, "The picture"
@@ -120,7 +120,7 @@ def opened_picture(source: ImageSource, pixel_limit: int) -> Iterator[tuple[Imag
 
 
 def name_of(source: Path | bytes, otherwise: str) -> str:
-    """What errors call a file: its path or name, or something else where it has none."""
+    """What errors call a file: its path or name, or `otherwise` if it has none."""
     name = getattr(source, "name", None) if isinstance(source, bytes) else str(source)
     return name or otherwise
 
@@ -138,31 +138,31 @@ def refuse_raw(data: Path | bytes, name: str) -> None:
     if kind is not None:
         what = "a raw photograph" if kind == "raw" else f"a raw photograph ({kind})"
         raise ImageError(
-            f"{name} is {what}, which is not read; develop it, or export it as JPEG or PNG: the preview inside is "
-            "not taken for it."
+            f"{name} is {what}, which cannot be read; develop it, or export it as JPEG or PNG: the preview inside is "
+            "not used."
         )
 
 
 def ends(source: Path | bytes) -> tuple[bytes, bytes]:
-    """The first and last bytes of a file, which tell what it is; none where it cannot be read."""
+    """The first and last bytes of a file, which show what it is; empty if it cannot be read."""
     if isinstance(source, bytes):
-        return source[:LOOKED_AT], source[-LOOKED_AT:]
+        return source[:SNIFFED_BYTES], source[-SNIFFED_BYTES:]
     try:
         with source.open("rb") as file:
-            head = file.read(LOOKED_AT)
-            file.seek(max(0, source.stat().st_size - LOOKED_AT))
-            return head, file.read(LOOKED_AT)
+            head = file.read(SNIFFED_BYTES)
+            file.seek(max(0, source.stat().st_size - SNIFFED_BYTES))
+            return head, file.read(SNIFFED_BYTES)
     except (OSError, ValueError):
         return b"", b""
 
 
 def encoded(source: ImageSource) -> bytes | Path:
-    """Bytes of an encoded picture, or the file they lie in.
+    """Bytes of an encoded picture, or the file that holds them.
 
     Raises
     ------
     ImageError
-        When there is no such file, or nothing in it.
+        When there is no such file, or it is empty.
     """
     if base64_data.is_data_uri(source):
         source = decode_data_uri(source)
@@ -179,11 +179,11 @@ def encoded(source: ImageSource) -> bytes | Path:
 
 
 HEAD_BYTES = 1024 + 8
-"""Bytes at the beginning of a file that tell what it is: PDF may begin within 1024."""
+"""Bytes at the start of a file that show what it is: PDF may start within 1024."""
 
 
 def read_head(path: str | Path) -> bytes:
-    """The first bytes of a file; none where it cannot be read, which is told when it must be."""
+    """The first bytes of a file; empty if it cannot be read, which is reported when it is needed."""
     try:
         with Path(path).open("rb") as file:
             return file.read(HEAD_BYTES)
@@ -192,11 +192,11 @@ def read_head(path: str | Path) -> bytes:
 
 
 def read_file_object(file: IO[bytes], limit: int = -1) -> bytes:
-    """Bytes of an open file, from its beginning where it can be wound back: the next turn asks for them again.
+    """Bytes of an open file, from its start if it is seekable: the next turn reads them again.
 
     Parameters
     ----------
-    limit : most bytes to be read; -1 reads all.
+    limit : maximum number of bytes to read; -1 reads all.
 
     Raises
     ------
@@ -215,11 +215,11 @@ def read_file_object(file: IO[bytes], limit: int = -1) -> bytes:
 
 
 def existing_file(path: str | Path, kind: str = "picture") -> Path:
-    """The path of a file that is there and holds something.
+    """The path of a file that exists and is not empty.
 
     Parameters
     ----------
-    kind : what is expected of it, for errors.
+    kind : what is expected, for errors.
 
     Raises
     ------
@@ -248,7 +248,7 @@ def decode_data_uri(uri: str) -> bytes:
     Raises
     ------
     ImageError
-        When its base64 is none.
+        When its base64 is invalid.
     """
     try:
         return base64_data.decode_data_uri(uri)
@@ -259,7 +259,7 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def upright_size(picture: Image.Image, name: str, pixel_limit: int) -> tuple[int, int]:
-    """(width, height) once turned upright; refuses what is empty, too large or a program."""
+    """(width, height) once upright; refuses what is empty, too large or a program."""
     _check_size(picture, name, pixel_limit)
     size, turn, density = picture.size, _orientation(picture), pixel_aspect.dots(picture)
     if turn in _SIDEWAYS and not _is_turned(picture):
@@ -280,9 +280,9 @@ def _check_size(picture: Image.Image, name: str, pixel_limit: int) -> None:
 
 
 def _orientation(picture: Image.Image) -> int:
-    """How a picture is to be turned, 1 to 8; 1 where it does not say so, or where what says so is damaged."""
+    """EXIF orientation of a picture, 1 to 8; 1 if it has none, or a damaged one."""
     if picture.format == "PNG" and "exif" not in picture.info:
-        picture = loaded(picture)  # it may stand behind the pixels, whose damage is not to be passed over
+        picture = loaded(picture)  # it may come after the pixels, whose damage must not be ignored
     try:
         value = picture.getexif().get(EXIF_ORIENTATION, 1)
         return int(value) if value in _TURNS else 1
@@ -291,15 +291,15 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _is_turned(picture: Image.Image) -> bool:
-    """Whether Pillow has turned the size already, as its TIFF reader does; it turns the pixels when it loads them."""
+    """Whether Pillow has already turned the size, as its TIFF reader does; it turns the pixels when it loads them."""
     stored = getattr(picture, "tag_v2", {}) if picture.format == "TIFF" else {}
     return bool(stored) and picture.size == (stored.get(TIFF_HEIGHT), stored.get(TIFF_WIDTH))
 
 
 def to_rgb(picture: Image.Image, name: str, pixel_limit: int) -> Image.Image:
-    """The upright RGB picture of an opened one, inside `explained`; errors as of `load_image`."""
+    """The upright RGB version of an opened picture, inside `explained`; errors as `load_image`."""
     _check_size(picture, name, pixel_limit)
-    # What the header tells: most of it is gone when the pixels are decoded, and a TIFF is turned by then.
+    # Facts of the header: most are gone once the pixels are decoded, and a TIFF is turned by then.
     kind, density, form, key = picture.format, pixel_aspect.dots(picture), sample_format(picture), colour_key(picture)
     sample = picture.info.get("transparency")
     is_sideways = kind == "TIFF" and _orientation(picture) in _SIDEWAYS
@@ -308,7 +308,7 @@ def to_rgb(picture: Image.Image, name: str, pixel_limit: int) -> Image.Image:
         raise ImageError(
             f"{name} holds floating-point samples, whose white is not defined; save it with 8 or 16 bits per sample."
         )
-    # Pillow's exif_transpose would write the EXIF data anew, and fail where they are damaged.
+    # Pillow's exif_transpose would rewrite the EXIF data, and fail if they are damaged.
     turn = _orientation(picture)
     if picture.mode in SIXTEEN_BIT or (form.signed and picture.mode == "L"):
         grey, alpha = to_grey(picture, form, name, sample)
@@ -336,9 +336,9 @@ def _over_limit(name: str, found: str, pixel_limit: int) -> str:
 def explained(name: str, pixel_limit: int, source: Path | bytes = b"") -> Iterator[None]:
     """Turn whatever Pillow raises into a sentence, with its guard against decompression bombs set to our limit.
 
-    The guard is a module global, hence the lock; it also covers pictures inside pictures (icons), whose size no
-    header tells. Pillow's warnings (lost transparency, odd EXIF) concern what the official code does silently, and
-    libtiff's own notes about damage become our sentence. `source` is what the picture is read from.
+    The guard is a module global, hence the lock; it also covers pictures inside pictures (icons), whose size is in no
+    header. Pillow's warnings (lost transparency, odd EXIF) are about what the official code does silently, and
+    libtiff's own messages about damage become our sentence. `source` is where the picture is read from.
     """
     with _pillow_lock, warnings.catch_warnings():
         silence_libtiff()

@@ -1,7 +1,7 @@
-"""libtiff's notes about damage, kept from stderr.
+"""Keeps libtiff's messages about damage off stderr.
 
-libtiff writes them there itself, past Python, unless the program gives it another place; Pillow gives none for
-errors. What is wrong is told by our own sentence. Its handlers are global, so this holds for the process.
+libtiff writes them there itself, bypassing Python, unless the program sets a handler; Pillow sets none for errors.
+Our own sentence says what is wrong. Its handlers are global, so this affects the whole process.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import PIL
 
 @cache
 def silence_libtiff() -> None:
-    """Have libtiff say nothing; does nothing where the library that Pillow uses is not found."""
+    """Make libtiff silent; does nothing if the library that Pillow uses is not found."""
     from PIL import features
 
     if not features.check("libtiff"):
@@ -34,7 +34,7 @@ def silence_libtiff() -> None:
 
 
 def _libraries() -> Iterator[str]:
-    """Paths of libtiff as Pillow has loaded it: a wheel brings its own, a system's Pillow uses the system's."""
+    """Paths of the libtiff that Pillow has loaded: a wheel brings its own, a system's Pillow uses the system's."""
     maps = Path("/proc/self/maps")
     if sys.platform == "linux" and maps.exists():
         found = (line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "libtiff" in line)

@@ -1,15 +1,15 @@
-"""Whatever clients call a message → `Message`.
+"""Messages in any form that clients send → `Message`.
 
 Accepted content: a string; a list of pictures and strings in order (the official form); OpenAI parts (`text`,
 `image_url`, `input_text`, `input_image`) with `data:` URIs or base64; `{"image": ...}` and
-`{"type": "image", "image": ...}` as in Hugging Face chats; and Ollama's `images` beside the content: they stand where
-the text has `[img]` or `[img-N]` for them, the others first. A part with a picture may carry `max_slices`.
+`{"type": "image", "image": ...}` as in Hugging Face chats; and Ollama's `images` next to the content: they go where
+the text has `[img]` or `[img-N]`, the others first. A part with a picture may have `max_slices`.
 
-Documents are told from pictures by `documents`; parts that must be one are read in `attachments`.
+`documents` distinguishes documents from pictures; parts that must be a document are read in `attachments`.
 
 Videos: `{"type": "video", "video": ..., **options}` with a path (of a file, or a folder of frames), bytes, a file
 object, a `data:` URI or a list of frames; `{"type": "video_url", "video_url": {"url": "data:..."}, **options}`; and
-paths whose suffix is a video's. Options are those of `video.VideoOptions`.
+paths with a video's suffix. Options are those of `video.frame_choice.VideoOptions`.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class DocumentPart(ImagePart):
-    """A document inside a message; a picture for each page takes its place (`documents.with_pages`)."""
+    """A document inside a message, replaced by a picture for each page (`documents.with_pages`)."""
 
     must_be_pdf: bool = False
     """Otherwise it may be a picture as well."""
     pages: PageChoice | None = None
-    """Those that are wanted; None takes the request's choice, as for the rest."""
+    """Chosen pages; None takes the request's choice, as for the following fields."""
     dpi: float | None = None
     password: str | None = None
 
@@ -82,7 +82,7 @@ class Message:
     reasoning: str | None = None
     tool_calls: list[Any] = field(default_factory=list)
     has_thought: bool = False
-    """Whether the text itself ended the reasoning with `</think>`; that is taken out of it."""
+    """Whether the text itself ended the reasoning with `</think>`, which was removed from it."""
 
 
 def parse_messages(messages: str | Sequence[Any]) -> list[Message]:
@@ -95,7 +95,7 @@ def parse_messages(messages: str | Sequence[Any]) -> list[Message]:
     Raises
     ------
     MessageError
-        Naming the message that has the wrong form.
+        Naming the message with the wrong form.
     """
     if isinstance(messages, str):
         return [Message("user", (messages,))]
@@ -114,7 +114,7 @@ def parse_messages(messages: str | Sequence[Any]) -> list[Message]:
 
 
 def _parse(entry: Any, number: int, n_images: int) -> Message:
-    """Read one message, before which there were so many pictures."""
+    """Parse one message, after `n_images` pictures."""
     where = f"Message {number}"
     if isinstance(entry, Message):
         return entry
@@ -150,15 +150,15 @@ def _reasoning(entry: Mapping[str, Any], where: str) -> str | None:
 
 
 def _placed(images: Sequence[ImagePart], parts: Sequence[Part], n_before: int) -> list[Part]:
-    """Ollama's `images` among the parts: each where its mark is, the others first.
+    """Put Ollama's `images` among the parts: each at its mark, the others first.
 
-    `[img-N]` is the picture N of the conversation, counted from 0, as Ollama writes it; where a message has none with
-    such a number, of the message. Then each picture in turn takes the next `[img]`. A mark that no picture takes is
-    text.
+    `[img-N]` is picture N of the conversation, counted from 0, as Ollama writes it; or, if a message has no picture
+    with such a number, of the message. Then each remaining picture takes the next `[img]`. A mark without a picture
+    is text.
 
     Parameters
     ----------
-    n_before : pictures of earlier messages.
+    n_before : number of pictures in earlier messages.
     """
     if not images:
         return [*parts]
@@ -177,7 +177,7 @@ def _placed(images: Sequence[ImagePart], parts: Sequence[Part], n_before: int) -
 
 
 def _with_pictures(pieces: Sequence[Part], pictures: Sequence[ImagePart | None]) -> list[Part]:
-    """Pieces of one part, some of which are pictures. These stand on lines of their own, as between parts."""
+    """Pieces of one part, some of which are pictures, on lines of their own, as between parts."""
     parts: list[Part] = [""]
     for piece, picture in zip(pieces, pictures, strict=True):
         if picture is not None:
@@ -202,20 +202,20 @@ def _list(entry: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 
 def _without_reasoning(reasoning: Any, parts: list[Part], where: str) -> tuple[str | None, list[Part], bool]:
-    """Take the reasoning out of an earlier answer, as the template does, so that the rest can be guarded as text.
+    """Remove the reasoning from an earlier answer, as the template does, so that the rest can be guarded as text.
 
-    Pictures behind it stay where they are.
+    Pictures after it stay where they are.
 
     Returns
     -------
-    reasoning, parts, has_thought : the last says whether the text held the end of any.
+    reasoning, parts, has_thought : the last says whether the text held the end of reasoning.
     """
     n_before = max((i for i, part in enumerate(parts) if isinstance(part, str) and THINK_END in part), default=-1) + 1
     if not n_before:
         return reasoning, parts, False
     if not all(isinstance(part, str) for part in parts[:n_before]):
         raise MessageError(
-            f"{where} has a picture in its reasoning, which is left out of prompts; put it behind {THINK_END}."
+            f"{where} has a picture in its reasoning, which prompts leave out; put it after {THINK_END}."
         )
     written, answer = split_reasoning("\n".join(str(part) for part in parts[:n_before]))
     left = [*([answer] if answer or n_before == len(parts) else []), *parts[n_before:]]
@@ -223,7 +223,7 @@ def _without_reasoning(reasoning: Any, parts: list[Part], where: str) -> tuple[s
 
 
 def split_reasoning(text: str) -> tuple[str | None, str]:
-    """Cut an earlier answer into (reasoning, answer) as the official template does; reasoning is None without one."""
+    """Split an earlier answer into (reasoning, answer) like the official template; reasoning is None without any."""
     if THINK_END not in text:
         return None, text
     before, answer = text.split(THINK_END)[0], text.split(THINK_END)[-1]
@@ -283,12 +283,12 @@ def _parse_part(part: Any, where: str) -> Part:
 
 
 def _is_picture(value: Any) -> bool:
-    """Whether a value is a picture wherever it stands: all of `ImageSource` but strings, which may be text."""
+    """Whether a value is always a picture: any `ImageSource` except strings, which may be text."""
     return isinstance(value, Image.Image | Path | bytes | Page) or hasattr(value, "read")
 
 
 def _max_slices(part: Mapping[str, Any]) -> int | None:
-    """The limit of cells of one picture; `max_slice_nums` is its official name."""
+    """The limit of cells for one picture; `max_slice_nums` is its official name."""
     return checked_max_slices(part.get("max_slices", part.get("max_slice_nums")))
 
 
@@ -306,12 +306,12 @@ def _parse_video(part: Mapping[str, Any], where: str) -> VideoPart:
 
 
 def checked_max_slices(value: Any) -> int | None:
-    """Return a limit of cells per picture when it is one, or None.
+    """Return a valid limit of cells per picture, or None.
 
     Raises
     ------
     MessageError
-        When it is no positive whole number.
+        When it is not a positive whole number.
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise MessageError(f"max_slices is {value!r}; expected 1 (never cut) or a larger whole number.")
@@ -319,7 +319,7 @@ def checked_max_slices(value: Any) -> int | None:
 
 
 def _checked_url(url: Any, where: str, what: str = "image", kind: str = "image/png") -> str | bytes:
-    """A data URI, or bytes of base64: an address or path in a message must never make us read or fetch something."""
+    """A data URI, or bytes of base64: an address or path in a message must never make us read or fetch anything."""
     if is_data_uri(url):
         return url
     if looks_like_base64(url):

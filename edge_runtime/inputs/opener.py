@@ -1,6 +1,6 @@
-"""Where foreign files are opened: in this process, or in workers (`decoding_pool`); the pipeline does not know.
+"""Where untrusted files are opened: in this process, or in workers (`workers.pool`); the pipeline does not know.
 
-What enters: parts of messages. What leaves: pictures, or pages that become pictures, and videos that were looked at.
+Enter: parts of messages. Leave: pictures, or pages that become pictures, and opened videos.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from edge_runtime.weights.config import SlicingConfig
 
 
 class Opener(Protocol):
-    """Opens what messages bring; errors as of the functions named."""
+    """Opens what messages contain; errors as in the functions that are named."""
 
     def part(self, part: ImagePart, options: DocumentOptions, pixels: int) -> tuple[bool, Sequence[ImageSource]]:
         """As `documents.open_part`."""
 
     def video(self, source: VideoSource, limits: VideoLimits, watch: Watch, rate: float | None) -> FrameSource:
-        """As `video_frames.open_video`."""
+        """As `video.open.open_video`."""
 
 
 class InThisProcess:
-    """Decodes where it is asked to."""
+    """Decodes in this process."""
 
     def part(self, part: ImagePart, options: DocumentOptions, pixels: int) -> tuple[bool, Sequence[ImageSource]]:
         """As `documents.open_part`."""
         return open_part(part, options, pixels)
 
     def video(self, source: VideoSource, limits: VideoLimits, watch: Watch, rate: float | None) -> FrameSource:
-        """As `video_frames.open_video`."""
+        """As `video.open.open_video`."""
         return open_video(source, limits, watch, rate=rate)
 
 
 def cut_source(
     source: ImageSource, pixel_limit: int, config: SlicingConfig, max_slices: int | None
 ) -> tuple[Size, list[npt.NDArray[np.uint8]]]:
-    """Size of a picture and pixels of its slices; errors as of `image.load_image` and `slicing.check_plan`."""
+    """Size of a picture and pixels of its slices; errors as in `image.load_image` and `slicing.check_plan`."""
     if isinstance(source, Page):
         return source.cut(pixel_limit, config, max_slices)
     picture = load_image(source, pixel_limit=pixel_limit)

@@ -1,4 +1,4 @@
-"""Which pages of a document are looked at, and what a page is before it becomes a picture."""
+"""Which pages of a document are used, and what a page is before it becomes a picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edge_runtime.inputs.slicing import Size, cut_whole
 from edge_runtime.weights.config import SlicingConfig
 
 PAGE_LIMIT = 2000
-"""Default for the most pages of one document."""
+"""Default for the maximum number of pages of one document."""
 
 PageChoice = str | int | Sequence[int]
 """Pages counted from 1: `"1-3,7"`, `"5-"` (to the end), a number, or numbers in order."""
@@ -27,7 +27,7 @@ _RANGE = re.compile(r"(\d{1,9})(?:(-)(\d{1,9})?)?", re.ASCII)
 
 
 class Page(ABC):
-    """A page of a document, or a picture somewhere else, which becomes one here only while it is looked at."""
+    """A page of a document, or a picture elsewhere, which is decoded here only while it is used."""
 
     @abstractmethod
     def size(self, pixel_limit: int) -> tuple[int, int]:
@@ -52,33 +52,33 @@ class Page(ABC):
 
 
 def choose_pages(choice: PageChoice | None, counted: Callable[[int], int], name: str, page_limit: int) -> list[int]:
-    """Indices, counted from 0, of the pages that are wanted, in the order in which they were named.
+    """Indices, counted from 0, of the chosen pages, in the order in which they were named.
 
     Parameters
     ----------
     choice : see `PageChoice`; None takes all.
-    counted : tells how many pages there are. It need not count beyond the number it is given: to count may be to
-        walk through the file.
+    counted : returns the number of pages. It need not count beyond the number it is given, as counting may mean
+        walking through the file.
     name : the document's, for errors.
-    page_limit : most pages to be taken.
+    page_limit : maximum number of pages.
 
     Raises
     ------
     MessageError
-        When the choice has the wrong form, or names a page that is not there.
+        When the choice has the wrong form, or names a page that does not exist.
     ImageError
-        When it has more pages than `page_limit`.
+        When it names more pages than `page_limit`.
     """
     chosen = _numbers("1-" if choice is None else choice, counted)
     found = list(islice(_checked(chosen, counted, name), page_limit + 1))
     if len(found) > page_limit:
-        what = f"is to be read on more than {page_limit} pages"
+        what = f"is asked for more than {page_limit} pages"
         if choice is None:
             beyond = page_limit + 2
             n_pages = counted(beyond)
             what = f"has {n_pages if n_pages != beyond else f'more than {page_limit}'} pages"
         raise ImageError(
-            f"{name} {what}, at most {page_limit} are looked at; choose some with --pages, or raise the limit with "
+            f"{name} {what}, at most {page_limit} are read; choose some with --pages, or raise the limit with "
             "--max-pages."
         )
     return found
@@ -96,7 +96,7 @@ def _checked(numbers: Iterator[int], counted: Callable[[int], int], name: str) -
 
 
 def _numbers(choice: PageChoice, counted: Callable[[int], int]) -> Iterator[int]:
-    """Numbers that a choice names, one after the other: a range may be as long as it likes."""
+    """Numbers that a choice names, one after the other: a range may be of any length."""
     if isinstance(choice, str):
         for part in choice.split(","):
             match = _RANGE.fullmatch(part.strip())

@@ -1,8 +1,8 @@
-"""PDF file → number and sizes of its pages, and pages as pictures, one at a time; by pdfium.
+"""PDF file → number and sizes of its pages, and pages as pictures, one at a time; with pdfium.
 
-pdfium may be entered by one thread of a process at a time, whichever file it works on, so every call is made under
-one lock, closing included. A page is drawn as it is printed: with annotations and with what was filled into forms, on
-white. No script in a document is run, nothing that it refers to is fetched.
+Only one thread of a process may use pdfium at a time, whichever file it works on, so every call is made under one
+lock, including closing. A page is drawn as it would be printed: with annotations and filled-in form fields, on white.
+Scripts in a document are not run, and nothing that it refers to is fetched.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from PIL import Image
 
 from edge_runtime.errors import BackendUnavailable, ImageError
 from edge_runtime.inputs.pages import Page
-from edge_runtime.inputs.pdf_forms import why_pages_are_not_it
+from edge_runtime.inputs.pdf_forms import why_pages_are_not_the_content
 
 POINTS_PER_INCH = 72
-LONGEST_SIDE = 32_767  # pixels; beyond it pdfium's arithmetic is not meant to hold
+MAX_SIDE = 32_767  # pixels; pdfium's arithmetic is not made for more
 
 _ERR_PASSWORD, _ERR_SECURITY = 4, 5  # FPDF_GetLastError
 
@@ -52,8 +52,8 @@ class PdfFile:
     Raises
     ------
     ImageError
-        When it is no PDF, too damaged to be repaired, or encrypted and the password does not open it; also when its
-        pages only say that they are to be opened elsewhere (an XFA form, a portfolio).
+        When it is not a PDF, is too damaged to be repaired, or is encrypted and the password does not open it; also
+        when its pages only say that it must be opened elsewhere (an XFA form, a portfolio).
     BackendUnavailable
         When pypdfium2 is not installed.
     """
@@ -66,7 +66,8 @@ class PdfFile:
                 self._document: Any = pdfium.PdfDocument(source, password=password)
             except pdfium.PdfiumError as error:
                 raise ImageError(_why_not_opened(name, error, password)) from None
-            # Forgotten files are closed under the lock too. At exit it must happen before pdfium itself is ended.
+            # Files that are garbage-collected are closed under the lock, too. At exit that must happen before pdfium
+            # itself shuts down.
             self._close = weakref.finalize(self, _close, self._document)
             self._close.atexit = False
             _open_files.add(self)
@@ -75,13 +76,13 @@ class PdfFile:
             except pdfium.PdfiumError:  # a damaged form: the page is drawn without it
                 self._document.close_forms()
             self.n_pages = len(self._document)
-            reason = why_pages_are_not_it(self._document, source, name)
+            reason = why_pages_are_not_the_content(self._document, source, name)
         if reason is not None:
             self.close()
             raise ImageError(reason)
 
     def counted(self, most: int) -> int:
-        """Pages; all of them, for a PDF file tells their number."""
+        """Number of all pages, as a PDF file states it."""
         return self.n_pages
 
     def size(self, index: int) -> tuple[float, float]:
@@ -94,7 +95,7 @@ class PdfFile:
         return width, height
 
     def draw(self, index: int, scale: float) -> Image.Image:
-        """A page as RGB picture with `scale` pixels per point, sides rounded up.
+        """A page as an RGB picture with `scale` pixels per point, sides rounded up.
 
         Raises
         ------
@@ -124,7 +125,7 @@ class PdfFile:
 
     def _unreadable(self, index: int) -> str:
         return (
-            f"Page {index + 1} of {self.name} cannot be read, it is damaged; get the file again, or leave that page "
+            f"Page {index + 1} of {self.name} cannot be read: it is damaged; get the file again, or leave that page "
             "out with --pages."
         )
 
@@ -142,7 +143,7 @@ class PdfPage(Page):
         return self._plan(pixel_limit)[1]
 
     def render(self, pixel_limit: int) -> Image.Image:
-        """The page as picture."""
+        """The page as a picture."""
         return self.file.draw(self.index, self._plan(pixel_limit)[0])
 
     def _plan(self, pixel_limit: int) -> tuple[float, tuple[int, int]]:
@@ -154,13 +155,13 @@ class PdfPage(Page):
         dpi = self.resolution.dpi
         pixels = min(self.resolution.pixels, pixel_limit)
         scale = math.sqrt(pixels / (width * height)) if dpi is None else dpi / POINTS_PER_INCH
-        if dpi is None:  # a page that is a thin strip keeps to the limit by its length
-            scale = min(scale, (LONGEST_SIDE - 1) / max(width, height))
+        if dpi is None:  # the length of a thin strip is limited, too
+            scale = min(scale, (MAX_SIDE - 1) / max(width, height))
         size = max(1, math.ceil(width * scale)), max(1, math.ceil(height * scale))
-        if dpi is not None and (size[0] * size[1] > pixel_limit or max(size) > LONGEST_SIDE):
+        if dpi is not None and (size[0] * size[1] > pixel_limit or max(size) > MAX_SIDE):
             raise ImageError(
                 f"{where} would have {size[0]} x {size[1]} = {size[0] * size[1]} pixels at {dpi:g} dots per inch, at "
-                f"most {pixel_limit} (and {LONGEST_SIDE} a side) are drawn; lower --dpi or raise --max-pixels."
+                f"most {pixel_limit} (and {MAX_SIDE} a side) are drawn; lower --dpi or raise --max-pixels."
             )
         return scale, size
 
@@ -170,10 +171,10 @@ def _pdfium(name: str) -> Any:
         import pypdfium2
     except ImportError:
         raise BackendUnavailable(
-            f"{name} is a PDF document, which pypdfium2 reads, and that is not installed; run "
+            f"{name} is a PDF document, which needs pypdfium2, and that is not installed; run "
             "pip install 'edge-runtime[pdf]'."
         ) from None
-    # What it says of XFA in static forms is about a build of its own; damage is told by our sentences.
+    # What it logs about XFA in static forms concerns its own build; our sentences report damage.
     logging.getLogger("pypdfium2").setLevel(logging.CRITICAL)
     _close_at_exit()
     return pypdfium2
@@ -181,7 +182,7 @@ def _pdfium(name: str) -> Any:
 
 @cache
 def _close_at_exit() -> None:
-    """Close what is still open when the program ends: registered after pypdfium2's own end, so done before it."""
+    """Close open files when the program ends: registered after pypdfium2's own clean-up, so run before it."""
     atexit.register(_close_open_files)
 
 
@@ -202,4 +203,4 @@ def _why_not_opened(name: str, error: Any, password: str | None) -> str:
         return f"{name} is encrypted, and the password that was given does not open it; check it."
     if error.err_code == _ERR_SECURITY:
         return f"{name} is encrypted in a way that pdfium does not know; save it without encryption."
-    return f"{name} is no PDF that can be opened, or has no pages; it is damaged or cut short: get the file again."
+    return f"{name} is not a readable PDF, or has no pages; it is damaged or cut short: get the file again."

@@ -1,13 +1,12 @@
-"""An open PDF file → why its pages are not what it holds, where that is so.
+"""An open PDF file → why its pages are not its content, if that is so.
 
-Two kinds of files have pages that say "open this in Acrobat" and nothing else: dynamic XFA forms, whose content is an
-XML description that a viewer lays out anew, and portfolios, which are a cover around attached files. Answered from
-their pages they would be answered wrongly. A static XFA form has its pages and its fields drawn in PDF as well, and a
-document with attachments that is no portfolio (an invoice with its XML) is one like any other: both are read. Forms
-say which kind they are (NeedsRendering); of one that does not, a single page without fields that sends its reader to
-Adobe tells.
+Two kinds of files have pages that only say "open this in Acrobat": dynamic XFA forms, whose content is an XML
+description that a viewer lays out, and portfolios, which are a cover around attached files. Answers from their pages
+would be wrong. A static XFA form has its pages and fields in PDF as well, and a document with attachments that is not
+a portfolio (an invoice with its XML) is like any other: both are read. Forms say which kind they are
+(NeedsRendering); if one does not, a single page without fields that sends its reader to Adobe shows it.
 
-For the caller that holds pdfium's lock.
+The caller must hold pdfium's lock.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-_PAGES_LOOKED_AT = 20
-_MOST_BYTES = 256 << 20
-_MOST_UNPACKED = 64 << 20  # bytes of object streams, all together
+_PAGES_CHECKED = 20
+_MAX_BYTES = 256 << 20
+_MAX_UNPACKED = 64 << 20  # bytes of object streams, all together
 _COLLECTION = re.compile(rb"/Collection\s*(?:<<|\d+\s+\d+\s+R)")
 _OBJECT_STREAM = re.compile(rb"/Type\s*/ObjStm\b")
 _STREAM = re.compile(rb"stream\r?\n")
 
 
-def why_pages_are_not_it(document: Any, source: Path | bytes, name: str) -> str | None:
-    """A sentence for whoever asks about it, or None.
+def why_pages_are_not_the_content(document: Any, source: Path | bytes, name: str) -> str | None:
+    """The reason as a sentence, or None.
 
     Parameters
     ----------
@@ -55,7 +54,7 @@ def why_pages_are_not_it(document: Any, source: Path | bytes, name: str) -> str 
 
 
 def _is_placeholder(document: Any) -> bool:
-    """Whether the only page says what Adobe's placeholder says, in whichever language: it names Adobe Reader."""
+    """Whether the only page says what Adobe's placeholder says, in any language: it names Adobe Reader."""
     import pypdfium2.raw as pdfium
 
     page = pdfium.FPDF_LoadPage(document, 0) if len(document) == 1 else None
@@ -76,10 +75,10 @@ def _is_placeholder(document: Any) -> bool:
 
 
 def _has_fields(document: Any) -> bool:
-    """Whether one of the first pages shows a field of a form; a page that cannot be read may."""
+    """Whether one of the first pages shows a form field; a page that cannot be read counts as such."""
     import pypdfium2.raw as pdfium
 
-    for index in range(min(len(document), _PAGES_LOOKED_AT)):
+    for index in range(min(len(document), _PAGES_CHECKED)):
         page = pdfium.FPDF_LoadPage(document, index)
         if not page:
             return True
@@ -98,14 +97,14 @@ def _has_fields(document: Any) -> bool:
 
 
 def _is_portfolio(source: Path | bytes) -> bool:
-    """Whether the catalog has a collection. pdfium has no question for it: looked for where objects are written."""
+    """Whether the catalog has a collection. pdfium has no function for this, so the file's objects are searched."""
     try:
         data = source if isinstance(source, bytes) else _read(source)
     except OSError:
         return False
     if _COLLECTION.search(data):
         return True
-    left = _MOST_UNPACKED
+    left = _MAX_UNPACKED
     for found in _OBJECT_STREAM.finditer(data):
         start = _STREAM.search(data, found.end(), found.end() + 4096)
         if start is None or left <= 0:
@@ -122,4 +121,4 @@ def _is_portfolio(source: Path | bytes) -> bool:
 
 def _read(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(_MOST_BYTES)
+        return file.read(_MAX_BYTES)

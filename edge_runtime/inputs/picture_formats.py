@@ -1,7 +1,7 @@
 """First bytes of a file → what to do before Pillow can read it, or why it cannot.
 
-Pillow knows most formats by itself. HEIC needs a plugin of its own (extra `heif`), and some files that people take
-for pictures are none.
+Pillow knows most formats itself. HEIC needs a plugin (the extra `heif`), and some files that people take for pictures
+are not pictures.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _SEQUENCE_BRANDS = (b"avis", b"hevc", b"hevx", b"hevm", b"hevs", b"msf1")
 PDF_MARK = b"%PDF-"
 PDF_WITHIN = 1024
 _PICTURES = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"8BPS")
-"""First bytes of pictures that may carry texts, which may speak of PDF."""
+"""First bytes of pictures that may contain texts, which may mention PDF."""
 
 
 def prepare_format(head: bytes, name: str) -> None:
-    """Teach Pillow the format of a file, where that is needed.
+    """Register the format of a file with Pillow, where needed.
 
     Parameters
     ----------
-    head : the file's first bytes, 1024 of them or as many as there are.
-    name : what the file is called in errors.
+    head : the file's first 1024 bytes, or as many as there are.
+    name : the file's name, for errors.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def prepare_format(head: bytes, name: str) -> None:
     brands = _brands(head)
     if brands & _HEIF_BRANDS and not brands & _AVIF_BRANDS and not _register_heif():
         raise BackendUnavailable(
-            f"{name} is a HEIC picture, which pillow-heif reads, and that is not installed; run "
+            f"{name} is a HEIC picture, which needs pillow-heif, and that is not installed; run "
             "pip install 'edge-runtime[heif]', or save it as JPEG."
         )
     if _is_svg(head):
@@ -50,16 +50,16 @@ def prepare_format(head: bytes, name: str) -> None:
 
 
 def is_pdf(head: bytes) -> bool:
-    """Whether a file is a PDF document: its mark is within the first 1024 bytes, and no picture's stands before it.
+    """Whether a file is a PDF document: its mark is within the first 1024 bytes, with no picture's mark before it.
 
-    Source: ISO 32000-1, annex H.3, note 13: readers take the mark there, since form data and mail heads precede it.
+    Source: ISO 32000-1, annex H.3, note 13: readers accept the mark there, as form data and mail headers precede it.
     """
     place = head[: PDF_WITHIN + len(PDF_MARK)].find(PDF_MARK)
     return place == 0 or (place > 0 and not head.startswith(_PICTURES) and not _brands(head))
 
 
 def is_sequence(head: bytes) -> bool:
-    """Whether a HEIF or AVIF file says that it is first of all a sequence of frames, which is a video."""
+    """Whether a HEIF or AVIF file says that it is primarily a sequence of frames, which is a video."""
     return head[4:8] == b"ftyp" and head[8:12] in _SEQUENCE_BRANDS
 
 
@@ -74,19 +74,19 @@ def unknown_format(head: bytes, tail: bytes, name: str) -> str:
         from PIL import __version__
 
         return (
-            f"{name} is an AVIF picture, or begins like one, which Pillow {__version__} does not read; install "
+            f"{name} is an AVIF picture, or starts like one, which Pillow {__version__} cannot read; install "
             "Pillow 11.3 or newer, or save it as JPEG."
         )
     kind = kind_of(head, tail)
     if name.lower().endswith(".pdf"):
         found = f"; it is {kind[0]}" if kind is not None else ""
-        return f"{name} is no PDF: it does not begin as one does{found}; get the file again."
+        return f"{name} is not a PDF: it does not start like one{found}; get the file again."
     if kind is not None:
         return f"{name} is not a picture in a known format, but {kind[0]}; {kind[1]}."
     if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         return (
-            f"{name} is not a picture in a known format, but a TIFF file whose samples or compression Pillow does "
-            "not read, or a damaged one; save it with 8 bits per sample and LZW compression, or as PNG."
+            f"{name} is not a picture in a known format, but a TIFF file whose samples or compression Pillow cannot "
+            "read, or a damaged one; save it with 8 bits per sample and LZW compression, or as PNG."
         )
     return (
         f"{name} is not a picture in a known format; expected JPEG, PNG, WebP, AVIF, HEIC, GIF, BMP, TIFF or another "
@@ -95,7 +95,7 @@ def unknown_format(head: bytes, tail: bytes, name: str) -> str:
 
 
 def _brands(head: bytes) -> set[bytes]:
-    """Brands of an ISO base media file (HEIC, AVIF and MP4 are such): the major one and the compatible ones."""
+    """Brands of an ISO base media file (such as HEIC, AVIF and MP4): the major one and the compatible ones."""
     if head[4:8] != b"ftyp":
         return set()
     end = min(int.from_bytes(head[:4], "big"), len(head))
@@ -103,7 +103,7 @@ def _brands(head: bytes) -> set[bytes]:
 
 
 def _is_svg(head: bytes) -> bool:
-    """Whether XML or a comment leads to an `svg` element; a picture's own format never begins with `<`."""
+    """Whether XML or a comment leads to an `svg` element; no picture format starts with `<`."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         head = head.decode("utf-16", "replace").encode()
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

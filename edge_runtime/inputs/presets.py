@@ -1,8 +1,8 @@
 """Questions with a name: `ocr`, `markdown`, `table` and `caption`.
 
 `ocr` and the form of `markdown` (a role, what to keep, nothing but the text, all of it before the pages) follow the
-recipes that the model's makers publish for MiniCPM-V 4.5 (MiniCPM-V-CookBook, "OCR" and "PDF parsing"), which for the
-rest use `chat` as it is. For tables and captions there is no recipe of theirs; those are ours.
+official recipes for MiniCPM-V 4.5 (MiniCPM-V-CookBook, "OCR" and "PDF parsing"), which otherwise use `chat` as it is.
+There is no official recipe for tables and captions; those are ours.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Preset:
 
     text: str
     stands_first: bool = False
-    """Whether it stands before the pictures. Pages that are asked about one by one then share their beginning."""
+    """Whether it comes before the pictures. Pages that are asked about one by one then share a prefix."""
 
 
 PRESETS = {
@@ -43,20 +43,32 @@ PRESETS = {
 }
 
 
-def with_preset(conversation: Sequence[Message], name: str) -> list[Message]:
-    """Ask a preset's question in the last message of the user; what that says besides is kept, behind it.
+def preset_named(name: str) -> Preset:
+    """The preset of a name.
 
     Raises
     ------
     MessageError
-        When there is no such preset, or nobody asks anything.
+        When there is none.
     """
     preset = PRESETS.get(name)
     if preset is None:
         raise MessageError(f"There is no preset {name!r}; expected one of {', '.join(PRESETS)}.")
+    return preset
+
+
+def with_preset(conversation: Sequence[Message], name: str) -> list[Message]:
+    """Ask a preset's question in the user's last message; other text in that message is kept, after it.
+
+    Raises
+    ------
+    MessageError
+        When there is no such preset, or no message of the user.
+    """
+    preset = preset_named(name)
     last = max((i for i, message in enumerate(conversation) if message.role == "user"), default=None)
     if last is None:
-        raise MessageError(f"The preset {name} asks about a message of the user, but there is none; add a picture.")
+        raise MessageError(f"The preset {name} needs a message of the user, but there is none; add a picture.")
     parts = conversation[last].parts
     texts = tuple(part for part in parts if isinstance(part, str))
     first_text = next((i for i, part in enumerate(parts) if isinstance(part, str)), len(parts))

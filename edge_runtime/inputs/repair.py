@@ -1,11 +1,10 @@
-"""Pictures with damage that costs nothing to be seen → opened and decoded; the others fail as Pillow lets them fail.
+"""Pictures with damage that does not affect their pixels → opened and decoded; others fail as in Pillow.
 
-Two kinds are mended, in a copy in memory. Notes beside the picture (EXIF, XMP, profiles, comments) may be damaged so
-that Pillow does not open the file: they are left out. And the end may be missing: a JPEG's end marker, a GIF's
-trailer, the padding of WebP. Whether all pixels are there is then tried out: the file is decoded with two different
-continuations, and where a pixel is missing, they differ. So a picture with rows missing stays refused, also a JPEG
-whose rest is zeros, as unfinished downloads have it, or an end marker that was put behind the cut; Pillow fills those
-with grey.
+Two kinds are repaired, in a copy in memory. Metadata (EXIF, XMP, profiles, comments) may be damaged so that Pillow
+does not open the file: it is left out. And the end may be missing: a JPEG's end marker, a GIF's trailer, the padding
+of WebP. Whether all pixels are there is then tested: the file is decoded with two different continuations, and the
+results differ if a pixel is missing. So a picture with missing rows is still refused, including a JPEG that ends in
+zeros, like unfinished downloads, or with an end marker after the cut; Pillow fills those rows with grey.
 """
 
 from __future__ import annotations
@@ -19,28 +18,28 @@ from typing import IO
 
 from PIL import Image
 
-MOST_BYTES = 1 << 30
-"""A larger file is not mended."""
+MAX_BYTES = 1 << 30
+"""Larger files are not repaired."""
 
 DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, MemoryError, struct.error, zlib.error),
     # Its parsers of rarer formats trip over damaged headers with these (measured on 120,000 damaged files).
     *(RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
 )
-"""What Pillow raises at damage."""
+"""What Pillow raises on damage."""
 
 _FILLS = (b"\0", b"\xaa")
 _FILL_BYTES = 1024
 _JPEG, _PNG, _GIF = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF8"
 _END_OF_IMAGE = b"\xff\xd9"
 _EXIF_ITEM = re.compile(rb"(infe.{8})Exif", re.DOTALL)
-_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # inside a scan, zeros and restarts are none
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # inside a scan, zeros and restarts are not markers
 _KEPT_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"pHYs", b"acTL", b"fcTL", b"fdAT")
-_GREY = range(96, 161)  # libjpeg leaves 128 where blocks are missing, and something near it beside others
+_GREY = range(96, 161)  # libjpeg leaves 128 where blocks are missing, and values near it next to others
 
 
 def open_picture(file: Path | IO[bytes]) -> Image.Image:
-    """`Image.open`, which goes on without damaged notes or a missing end; its errors where that does not help."""
+    """`Image.open`, tried again without damaged metadata or with a missing end; its errors if that does not help."""
     try:
         return Image.open(file)
     except DAMAGE as error:
@@ -56,12 +55,12 @@ def open_picture(file: Path | IO[bytes]) -> Image.Image:
 
 
 def loaded(picture: Image.Image) -> Image.Image:
-    """The picture with its pixels decoded: itself, or where its end is missing, another one with the same pixels.
+    """The picture with its pixels decoded: itself, or if its end is missing, another one with the same pixels.
 
     Raises
     ------
     OSError and others
-        What Pillow raises at damage; OSError also when rows are missing.
+        What Pillow raises on damage; OSError also when rows are missing.
     """
     is_jpeg = picture.format in ("JPEG", "MPO") and picture.tell() == 0
     suspect = _jpeg_data(picture) if is_jpeg else None
@@ -82,7 +81,7 @@ def loaded(picture: Image.Image) -> Image.Image:
 
 
 def _data(file: Path | str | IO[bytes] | None) -> bytes:
-    """A file's bytes; none where there are too many, or it is closed."""
+    """A file's bytes; empty if there are too many, or it is closed."""
     try:
         if file is None:
             return b""
@@ -91,18 +90,18 @@ def _data(file: Path | str | IO[bytes] | None) -> bytes:
                 return _data(opened)
         place = file.tell()
         file.seek(0)
-        data = file.read(MOST_BYTES + 1)
+        data = file.read(MAX_BYTES + 1)
         file.seek(place)
     except (OSError, ValueError):
         return b""
-    return data if len(data) <= MOST_BYTES else b""
+    return data if len(data) <= MAX_BYTES else b""
 
 
-# --- an end that is missing ------------------------------------------------------------------------------------
+# --- missing end -----------------------------------------------------------------------------------------------
 
 
 def _whole(data: bytes, frame: int) -> Image.Image | None:
-    """The picture in a file whose notes are damaged or whose end is missing; None when pixels are missing, too."""
+    """The picture in a file with damaged metadata or a missing end; None if pixels are missing, too."""
     bare = _without_notes(data)
     found = None if bare is None else _if_same([bare], frame)
     if found is not None:
@@ -112,7 +111,7 @@ def _whole(data: bytes, frame: int) -> Image.Image | None:
 
 
 def _if_same(files: list[bytes], frame: int = 0) -> Image.Image | None:
-    """The picture in all files, when they show the same one."""
+    """The picture in all files, if they show the same one."""
     found: list[Image.Image] = []
     for data in files:
         try:
@@ -128,7 +127,7 @@ def _if_same(files: list[bytes], frame: int = 0) -> Image.Image | None:
 
 
 def _padded_webp(data: bytes) -> bytes | None:
-    """A WebP file with the zero behind a last chunk of odd length, which some writers leave out."""
+    """A WebP file with the zero after a last chunk of odd length, which some writers omit."""
     if not data.startswith(b"RIFF") or data[8:12] != b"WEBP" or len(data) % 2 == 0:
         return None
     place = 12
@@ -144,7 +143,7 @@ def _padded_webp(data: bytes) -> bytes | None:
 
 
 def _jpeg_data(picture: Image.Image) -> bytes | None:
-    """Bytes of a JPEG that may lack its end; None when its end marker is there."""
+    """Bytes of a JPEG that may lack its end; None if its end marker is there."""
     file = getattr(picture, "fp", None)
     if file is None:
         return None
@@ -161,13 +160,13 @@ def _jpeg_data(picture: Image.Image) -> bytes | None:
 
 
 def _ends_grey(picture: Image.Image) -> bool:
-    """Whether the last pixel may be the grey that stands for missing ones; to be looked into, no more."""
+    """Whether the last pixel may be the grey of missing ones, which only means that the file must be checked."""
     last = picture.getpixel((picture.width - 1, picture.height - 1))
     return all(value in _GREY for value in (last if isinstance(last, tuple) else (last,)))
 
 
 def _whole_jpeg(data: bytes) -> Image.Image | None:
-    """The picture of a JPEG whose end is missing or in doubt; None when scans or rows are missing."""
+    """The picture of a JPEG whose end is missing or in doubt; None if scans or rows are missing."""
     found = _scans(data)
     if found is not None:
         end, has_marker, is_complete = found
@@ -185,11 +184,11 @@ def _whole_jpeg(data: bytes) -> Image.Image | None:
 
 
 def _without_filling(data: bytes) -> list[bytes]:
-    """What a JPEG without end marker may consist of, where zeros or half a marker stand at its end."""
+    """Possible contents of a JPEG without end marker that ends in zeros or half a marker."""
     if data.endswith(b"\xff"):
         return [data[:-1], data + b"\0"]
     start = data.rstrip(b"\0")
-    # A scan may end with a zero or a few; more of them are what an unfinished download has.
+    # A scan may end with a few zeros; more of them come from an unfinished download.
     return [start + b"\0" * n for n in range(min(len(data) - len(start), 4) + 1)]
 
 
@@ -198,12 +197,12 @@ def _scans(data: bytes) -> tuple[int, bool, bool] | None:
 
     Returns
     -------
-    end : where the data of the last scan end.
+    end : where the data of the last scan ends.
     has_marker : whether the end marker is there.
-    is_complete : whether scans give every coefficient of every component in full.
+    is_complete : whether the scans hold every coefficient of every component in full.
     """
     place, end = 2, 0
-    left: dict[int, list[int]] = {}  # bits that are still to come, for each component and coefficient
+    left: dict[int, list[int]] = {}  # bits still to come, for each component and coefficient
     is_progressive = False
     while True:
         marker = _MARKER.search(data, place)
@@ -238,18 +237,18 @@ def _scans(data: bytes) -> tuple[int, bool, bool] | None:
     return None if not end else (end, False, not any(map(any, left.values())))
 
 
-# --- notes that are damaged ------------------------------------------------------------------------------------
+# --- damaged metadata ------------------------------------------------------------------------------------------
 
 
 def _without_notes(data: bytes) -> bytes | None:
-    """A file without what stands beside its picture; None for formats that are not known here."""
+    """A file without its metadata; None for formats that are not known here."""
     if data.startswith(_JPEG):
         return _jpeg_without_notes(data)
     if data.startswith(_PNG):
         return _png_without_notes(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _webp_without_notes(data)
-    if data[4:8] == b"ftyp":  # HEIC, AVIF: the item of EXIF data is called something that nobody knows
+    if data[4:8] == b"ftyp":  # HEIC, AVIF: the item of EXIF data is given an unknown name
         return _EXIF_ITEM.sub(rb"\1note", data, count=1)
     return None
 
@@ -277,7 +276,7 @@ def _png_without_notes(data: bytes) -> bytes:
     while place + 8 <= len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
         name, chunk = data[place + 4 : place + 8], data[place:end]
-        # Only the pixels' own chunks; those that refine them (tRNS, pHYs) where they are sound.
+        # Only the pixels' own chunks; those that refine them (tRNS, pHYs) only if they are intact.
         is_sound = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
         if name in _KEPT_CHUNKS and (is_sound or name[:1].isupper()):
             kept.append(chunk)

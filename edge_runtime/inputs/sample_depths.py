@@ -1,8 +1,8 @@
-"""Grey samples of more than 8 bits, or of less than their container, → 8 bits.
+"""Grey samples of more than 8 bits, or of fewer bits than their container → 8 bits.
 
-The official recipe clips at 255, which makes every such picture white. Here they are scaled, from the black to the
-white that the file means. TIFF keeps 10, 12 or 14 bits of a camera or scanner in 16, and tells it in tags that are
-often missing: then the largest sample tells how many bits are used.
+The official recipe clips at 255, which makes every such picture white. Here they are scaled from the file's black to
+its white. TIFF keeps 10, 12 or 14 bits of a camera or scanner in 16, and says so in tags that are often missing: then
+the largest sample shows how many bits are used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WHITE_IS_ZERO, _SIGNED = 0, 2
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """What a TIFF page says of its samples; the defaults hold for other files."""
+    """What a TIFF page says about its samples; the defaults are for other files."""
 
     bits: int = 16
     may_be_fewer: bool = False
@@ -33,13 +33,13 @@ class SampleFormat:
     white_is_zero: bool = False
     signed: bool = False
     largest: int = 0
-    """The largest sample, as the file tells it; 0 where it does not."""
+    """The largest sample according to the file; 0 if it does not say."""
     range: tuple[int, int] | None = None
-    """Black and white, as the file tells them."""
+    """Black and white according to the file."""
 
 
 def sample_format(picture: Image.Image) -> SampleFormat:
-    """What an opened picture says of its samples."""
+    """What an opened picture says about its samples."""
     if picture.format != "TIFF":
         return SampleFormat()
     tags = getattr(picture, "tag_v2", {})
@@ -70,14 +70,14 @@ def to_grey(picture: Image.Image, form: SampleFormat, name: str, key: Any = None
     Raises
     ------
     ImageError
-        When nothing tells which sample is black and which is white.
+        When nothing says which sample is black and which is white.
     """
     values = np.asarray(picture)
     if form.signed and values.dtype == np.uint8:
         values = values.view(np.int8)
     low, high = int(values.min()), int(values.max())
     black, white = _black_and_white(low, high, form, name)
-    # A table of what occurs: a picture of 200 million pixels is not held eight bytes each.
+    # A table of the values that occur: a picture of 200 million pixels must not take eight bytes each.
     steps = np.clip(np.arange(low, high + 1, dtype=np.int64), black, white) - black
     table = ((steps * 510 + (white - black)) // (2 * (white - black))).astype(np.uint8)
     if form.white_is_zero:
@@ -90,12 +90,12 @@ def to_grey(picture: Image.Image, form: SampleFormat, name: str, key: Any = None
 
 
 def refuse_hidden_bits(picture: Image.Image, form: SampleFormat, name: str) -> None:
-    """Refuse colours of which Pillow has kept the upper 8 of 16 bits, where only lower ones are in use.
+    """Refuse colours of 16 bits, of which Pillow keeps the upper 8, if only lower ones are in use.
 
     Raises
     ------
     ImageError
-        When it is so.
+        When only lower bits are in use.
     """
     if not form.may_be_fewer or picture.mode not in ("RGB", "RGBA", "CMYK"):
         return
@@ -126,7 +126,7 @@ def _black_and_white(low: int, high: int, form: SampleFormat, name: str) -> tupl
 
 
 def _number(tags: Any, tag: int) -> int | None:
-    """A tag's value, or its first one; None when it is absent, damaged or no whole number."""
+    """A tag's value, or its first one; None if it is absent, damaged or not a whole number."""
     try:
         value = tags.get(tag)
         value = value[0] if isinstance(value, tuple) else value

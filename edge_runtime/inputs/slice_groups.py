@@ -1,4 +1,4 @@
-"""Slices that share one set of queries: what the encoder takes, already made or made when it is asked for."""
+"""Slices that share one set of queries: the encoder's input, already made or made on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LoadedGroup = list[tuple[Slice, int]]
 
 
 class LazyGroup(ABC):
-    """A group whose slices are made when they are needed."""
+    """A group whose slices are made on demand."""
 
     @property
     @abstractmethod
@@ -26,19 +26,19 @@ class LazyGroup(ABC):
     @property
     @abstractmethod
     def reading(self) -> tuple[int, int]:
-        """Pictures that were read, and those that are to be: of all that is read together with this one."""
+        """Number of pictures read so far, and in all, of those that are read together with this one."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Slices."""
+        """Number of slices."""
 
     @abstractmethod
     def ask(self) -> bool:
-        """Have it made; True when `load` will not wait."""
+        """Request it; True if `load` will not wait."""
 
     @abstractmethod
     def wait(self, timeout_s: float) -> None:
-        """Wait until it is made, or the time is up."""
+        """Wait until it is made, or until the timeout."""
 
     @abstractmethod
     def load(self) -> LoadedGroup:
@@ -46,7 +46,7 @@ class LazyGroup(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """It is needed no more: stop making it."""
+        """Stop making it: it is no longer needed."""
 
 
 Group = LoadedGroup | LazyGroup

@@ -4,7 +4,7 @@ A picture of any size becomes an overview (`source`) and, when its area exceeds 
 refined picture. Knows neither files nor models: sizes come in a `SlicingConfig`.
 
 Source: the slicing of LLaVA-UHD as in MiniCPM-V's image_processing_minicpmv.py; all arithmetic in double precision,
-`int()` truncates and `round()` takes ties to the even number, because the official code is Python too.
+`int()` truncates and `round()` rounds ties to even, because the official code is Python, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """How a picture is cut; (0, 0) where there is none."""
+    """How a picture is cut; (0, 0) for sizes that do not apply."""
 
     grid: Size
     """(columns, rows) of cells."""
@@ -71,7 +71,7 @@ class Slice:
     def patches(self) -> npt.NDArray[np.float32]:
         """Normalised pixels: ndarray [shape=(P, 3, patch_size, patch_size), float32], row by row over the slice.
 
-        Made when it is asked for: four times the pixels, and of a picture whose visual tokens are there, for nothing.
+        Made on demand: they are four times as large as the pixels, and useless if the visual tokens are cached.
         """
         (rows, cols), p = self.tgt_size, self.config.patch_size
         mean, std = np.asarray(self.config.mean, np.float32), np.asarray(self.config.std, np.float32)
@@ -120,7 +120,7 @@ def plan_slices(width: int, height: int, config: SlicingConfig, max_slices: int 
 
     Parameters
     ----------
-    max_slices : most cells; None takes the model's own limit, 1 never cuts (as for video frames).
+    max_slices : maximum number of cells; None takes the model's own limit, 1 never cuts (as for video frames).
     """
     grid = _best_grid(width, height, config, config.max_slice_nums if max_slices is None else max_slices)
     if grid is None:
@@ -138,8 +138,8 @@ def check_plan(width: int, height: int, plan: SlicePlan, config: SlicingConfig) 
     ------
     ImageError
         When a slice has more than `MAX_SLICE_PATCHES` patches, or the picture is so narrow that the official
-        arithmetic shrinks its short side to nothing (it would then be squeezed into one patch, and the answer be
-        about noise).
+        arithmetic shrinks its short side to nothing (it would then be squeezed into one patch, and the answer would
+        be about noise).
     """
     largest = max(w * h for w, h in plan.sizes) // config.patch_size**2
     if largest > MAX_SLICE_PATCHES:
@@ -156,7 +156,7 @@ def check_plan(width: int, height: int, plan: SlicePlan, config: SlicingConfig) 
 
 
 def cut_whole(picture: Image.Image, config: SlicingConfig, max_slices: int | None) -> list[npt.NDArray[np.uint8]]:
-    """Pixels of the slices of an RGB picture, as `cut_picture`, by the plan of its size.
+    """Pixels of the slices of an RGB picture, as in `cut_picture`, with the plan for its size.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Which frames of a video go into which group, as one picture: to see what the model will see, without running it."""
+"""One picture of the frames of a video and their groups: shows what the model will see, without running it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw_storyboard(chosen: Chosen, watch: Callable[[float], None] = lambda shar
 
     Parameters
     ----------
-    watch : called with the share that is done; what it raises ends the work.
+    watch : called with the finished share; what it raises ends the work.
 
     Raises
     ------

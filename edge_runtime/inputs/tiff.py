@@ -1,4 +1,4 @@
-"""TIFF file of several pages → each as upright RGB picture, read when it is looked at."""
+"""TIFF file of several pages → upright RGB pictures, each read when it is used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TiffFile:
         self._places: list[int] = []
 
     def counted(self, most: int) -> int:
-        """Pages, without previews, masks and overviews, counted no further than `most`.
+        """Number of pages, without previews, masks and overviews, counted no further than `most`.
 
         Pillow's own count would follow a chain of directories to its end, however many there are.
 
@@ -67,7 +67,7 @@ class TiffFile:
             return upright_size(self._picture, self._page_name(index), pixel_limit)
 
     def read(self, index: int, pixel_limit: int) -> Image.Image:
-        """A page as RGB picture."""
+        """A page as an RGB picture."""
         with self._lock, explained(self._page_name(index), pixel_limit):
             self._go_to(index)
             return to_rgb(self._picture, self._page_name(index), pixel_limit)
@@ -92,5 +92,5 @@ class TiffPage(Page):
         return self.file.size(self.index, pixel_limit)
 
     def render(self, pixel_limit: int) -> Image.Image:
-        """The page as picture."""
+        """The page as a picture."""
         return self.file.read(self.index, pixel_limit)

@@ -1,8 +1,8 @@
 """Directories of a TIFF file → which of them are pages, and whether the file is a raw photograph.
 
-A file may hold previews, masks and overviews beside its pages, marked by NewSubfileType (254) or, in old files,
-SubfileType (255); overviews may also lie in SubIFDs (330), which nothing here counts as pages. Raw photographs are
-TIFF files, too: the first directory is a small preview there, and the sensor's values lie elsewhere.
+A file may hold previews, masks and overviews besides its pages, marked by NewSubfileType (254) or, in old files,
+SubfileType (255); overviews may also be in SubIFDs (330), which never count as pages. Raw photographs are TIFF files,
+too: their first directory is a small preview, and the sensor's values are elsewhere.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from edge_runtime.errors import ImageError
 HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """First bytes of TIFF and BigTIFF."""
 DIRECTORY_LIMIT = 1 << 16
-"""Pages and whatever lies between them: TIFF numbers pages (tag 297) with 16 bits."""
+"""Pages and everything between them: TIFF numbers pages (tag 297) with 16 bits."""
 _NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _COMPRESSION, _PHOTOMETRIC, _MAKE, _SUB_IFDS = 254, 255, 259, 262, 271, 330
 _PLANES, _DNG_VERSION, _CR2_SLICES = 284, 50706, 50752
-_LOOKED_AT = (_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _COMPRESSION, _PHOTOMETRIC, _MAKE, _DNG_VERSION, _CR2_SLICES)
+_TAGS_READ = (_NEW_SUBFILE_TYPE, _SUBFILE_TYPE, _COMPRESSION, _PHOTOMETRIC, _MAKE, _DNG_VERSION, _CR2_SLICES)
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType
 _OLD_REDUCED = 2
 _SENSOR = (32803, 34892)  # photometric: colour filter array, linear raw
 _SENSOR_COMPRESSION = (32767, 32769, 32770, 34713, 65000, 65535)  # Sony, packed, Samsung, Nikon, Kodak, Pentax
-_MOST_DIRECTORIES = 64  # looked at for raw photographs
+_MAX_DIRECTORIES = 64  # searched for signs of raw photographs
 _RAW_SUFFIXES = (
     *(".3fr", ".ari", ".arw", ".cr2", ".dcr", ".dng", ".erf", ".fff", ".gpr", ".iiq", ".k25", ".kdc", ".mef"),
     *(".mos", ".nef", ".nrw", ".pef", ".raw", ".rwl", ".sr2", ".srf", ".srw"),
@@ -49,12 +49,12 @@ _DAMAGE = (OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticE
 
 
 def raw_kind(file: IO[bytes], name: str) -> str | None:
-    """What kind of raw photograph a TIFF file is ("DNG"), or "raw" where that is not told; None when it is none.
+    """The kind of raw photograph that a TIFF file is ("DNG"), or "raw" if unknown; None if it is not raw.
 
     Parameters
     ----------
     file : at any position, which is kept.
-    name : the file's, whose suffix counts.
+    name : the file's name, whose suffix counts.
     """
     suffix = PurePath(name).suffix.lower()
     place = file.tell()
@@ -79,19 +79,19 @@ def raw_kind(file: IO[bytes], name: str) -> str | None:
 
 
 def first_page(picture: Image.Image, name: str) -> None:
-    """Go to the first page of an opened file, past what is none.
+    """Go to the first page of an opened file, past everything that is not a page.
 
     Raises
     ------
     ImageError
-        When all that can be read is a preview of what lies in a SubIFD.
+        When only a preview of a picture in a SubIFD can be read.
     """
     if is_page(picture):
         read_planes(picture)
         return
     if any(is_page(tags) for tags in _sub_directories(picture)):
         raise ImageError(
-            f"{name} begins with a preview, and its picture lies in a SubIFD, which is not read; save it as a plain "
+            f"{name} starts with a preview, and its picture is in a SubIFD, which cannot be read; save it as a plain "
             "TIFF or PNG."
         )
     page = next(pages(picture, name))
@@ -100,14 +100,14 @@ def first_page(picture: Image.Image, name: str) -> None:
 
 
 def pages(picture: Image.Image, name: str) -> Iterator[int]:
-    """Positions of an opened file's pages, found one by one; the first directory where none is a page.
+    """Positions of an opened file's pages, found one by one; the first directory if none is a page.
 
-    Moves to other directories; in between others may do so, too.
+    Moves to other directories; between two pages the caller may do so, too.
 
     Raises
     ------
     ImageError
-        When pages are looked for behind more directories than a file may have.
+        When a file has more directories than allowed.
     """
     any_found = False
     for index in range(DIRECTORY_LIMIT):
@@ -119,13 +119,13 @@ def pages(picture: Image.Image, name: str) -> Iterator[int]:
             any_found = True
             yield index
     else:
-        raise ImageError(f"{name} has more than {DIRECTORY_LIMIT} directories, which are not read; split it.")
+        raise ImageError(f"{name} has more than {DIRECTORY_LIMIT} directories, which is the limit; split it.")
     if not any_found:
         yield 0
 
 
 def is_page(holder: Any) -> bool:
-    """Whether the directory that a picture is at, or one by itself, is no preview, mask or overview."""
+    """Whether a directory, or a picture's current one, is a page and not a preview, mask or overview."""
     tags = getattr(holder, "tag_v2", holder)
     kind = _first(tags, _NEW_SUBFILE_TYPE)
     if isinstance(kind, int):
@@ -134,7 +134,7 @@ def is_page(holder: Any) -> bool:
 
 
 def read_planes(picture: Image.Image) -> None:
-    """Have libtiff read colours that lie in planes: by itself Pillow takes 16 bits of one for 8 bits of two."""
+    """Let libtiff read colours stored in planes: Pillow itself takes 16 bits of one sample for 8 bits of two."""
     tile = getattr(picture, "tile", None)
     if not tile or tile[0][0] != "raw" or _first(getattr(picture, "tag_v2", {}), _PLANES) != 2:
         return
@@ -160,20 +160,20 @@ def _sub_directories(picture: Image.Image) -> list[Any]:
 
 
 def _directories(file: IO[bytes], *, sub_only: bool = False) -> Iterator[Any]:
-    """Directories of a file: those of the chain, each followed by its SubIFDs; or the first one's SubIFDs alone."""
+    """Directories of a file: those of the chain, each followed by its SubIFDs; or only the first one's SubIFDs."""
     file.seek(0)
     head = file.read(16)
     tags = TiffImagePlugin.ImageFileDirectory_v2(head if 43 in head[2:4] else head[:8])
     waiting: list[int] = [tags.next or 0]
     seen: set[int] = set()
-    while waiting and len(seen) < _MOST_DIRECTORIES:
+    while waiting and len(seen) < _MAX_DIRECTORIES:
         offset = waiting.pop(0)
         if not offset or offset in seen:
             continue
         seen.add(offset)
         file.seek(offset)
         tags.load(file)
-        found = {tag: value for tag in _LOOKED_AT if (value := _first(tags, tag)) is not None}
+        found = {tag: value for tag in _TAGS_READ if (value := _first(tags, tag)) is not None}
         if not sub_only or len(seen) > 1:
             yield found
         following, subs = tags.next, tags.get(_SUB_IFDS, ())
@@ -183,7 +183,7 @@ def _directories(file: IO[bytes], *, sub_only: bool = False) -> Iterator[Any]:
 
 
 def _first(tags: Any, tag: int) -> Any:
-    """A tag's value, or its first one; None when it is absent or damaged."""
+    """A tag's value, or its first one; None if it is absent or damaged."""
     try:
         value = tags.get(tag)
     except _DAMAGE:

@@ -1,8 +1,8 @@
-"""Picture with transparency → RGB in front of white.
+"""Picture with transparency → RGB on white.
 
-The official recipe drops alpha, which shows the colours stored where nothing is to be seen: black letters on nothing
-become black on black. White is what a page, a browser's tab and a printer put behind them. Opaque pixels keep their
-values to the byte, and a picture without a transparent pixel is exactly what `convert("RGB")` makes of it.
+The official recipe drops alpha, which reveals the colours stored in transparent pixels: black letters on a
+transparent background become black on black. Pages, browsers and printers show such pictures on white. Opaque pixels
+keep their exact values, and a picture without transparent pixels equals `convert("RGB")`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 _UNUSED_ALPHA = ("BMP", "DIB", "ICO", "CUR", "TGA")
-"""Formats whose fourth byte is often left at 0; there, alpha without an opaque pixel is none."""
+"""Formats whose fourth byte is often left at 0; there, alpha without an opaque pixel is ignored."""
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 
@@ -23,8 +23,8 @@ def on_white(picture: Image.Image, key: Any = None, kind: str | None = None) -> 
     Parameters
     ----------
     picture : 8 bits per sample or fewer; frames of videos as modes RGBA, RGBa, LA or La.
-    key : colour that is transparent, as `colour_key` gives it; for pictures without alpha.
-    kind : Pillow's name of the format that it comes from.
+    key : the transparent colour, as from `colour_key`; for pictures without alpha.
+    kind : Pillow's name for the original format.
 
     Returns
     -------
@@ -51,9 +51,9 @@ def on_white(picture: Image.Image, key: Any = None, kind: str | None = None) -> 
 
 
 def colour_key(picture: Image.Image) -> Any:
-    """The transparent colour of an opened picture without alpha and palette, as its 8-bit RGB values; None without.
+    """The transparent colour of an opened picture without alpha and palette, as 8-bit RGB values; None without one.
 
-    To be asked for before the pixels are decoded: PNG tells it in the depth of the file.
+    Must be called before the pixels are decoded: PNG gives it in the depth of the file.
     """
     key = picture.info.get("transparency")
     tile = getattr(picture, "tile", None)

@@ -41,7 +41,7 @@ class LoadOptions:
     needs_cache: bool = True
     """Whether an unusable cache folder is an error; otherwise it is a warning, and nothing is cached on disk."""
     warms_up: bool = False
-    """Compute the prefixes that recent chats shared (`beginnings`) as soon as the model is loaded and idle."""
+    """Compute the prefixes that recent chats shared (`cache.shared_prefixes`) once the model is loaded and idle."""
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     tuned: bool = True
 

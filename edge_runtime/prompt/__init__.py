@@ -1,5 +1,5 @@
 """Messages and the shapes of their pictures → prompt text and token ids that fit the context.
 
-Messages enter; ids and the places of visual tokens leave.
-It knows no pixels, no kernels and no llama.cpp.
+Enter: messages. Leave: token ids and the places of visual tokens.
+Knows no pixels, no kernels and no llama.cpp.
 """

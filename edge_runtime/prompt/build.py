@@ -1,10 +1,10 @@
 """Messages and the shapes of their pictures → prompt text, token ids and the places of the visual tokens.
 
 Three steps: `templates.render` (chat template in a sandbox), `expand` (image placeholders), `tokenize`. Knows
-pictures only by their slice grids; where their embeddings come from is not its business.
+pictures only by their slice grids, not where their embeddings come from.
 
 What the user typed stays text: special tokens in messages are guarded by a mark character before the template sees
-them (see `Tokenizer.guard`), so no `<|im_end|>` or `<image>` of a user, a document or a tool can end a turn or move
+them (see `Tokenizer.guard`), so no `<|im_end|>` or `<image>` from a user, a document or a tool can end a turn or move
 a picture.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
 from edge_runtime.inputs.messages import ImagePart, Message
-from edge_runtime.prompt.continuation import Begun, ask_to_go_on
+from edge_runtime.prompt.continuation import BegunTurn, render_continuation
 from edge_runtime.prompt.templates import render
 from edge_runtime.prompt.tokenizer import Tokenizer
 
@@ -28,14 +28,14 @@ PLACEHOLDER = "(<image>./</image>)"
 UNK, IMAGE, IMAGE_END = "<unk>", "<image>", "</image>"
 SLICE, SLICE_END, ID, ID_END = "<slice>", "</slice>", "<image_id>", "</image_id>"
 
-# What a model may have said in an earlier turn and meant: reasoning, tool calls, grounding boxes. Turn and picture
-# boundaries are not among them, whoever wrote the message.
+# Markup that the model may have written in an earlier turn: reasoning, tool calls, grounding boxes. Boundaries of
+# turns and pictures are not among it, whoever wrote the message.
 _ASSISTANT_MAY_WRITE = frozenset(
     f"<{slash}{name}>"
     for name in ("tool_call", "tool_response", "ref", "box", "quad", "point")
     for slash in ("", "/")
 )
-# The official way to ask for a place is to name it in `<ref>`; no turn and no picture begins or ends with these.
+# The official way to ask where something is: name it in `<ref>`. These tags never start or end a turn or a picture.
 _USER_MAY_WRITE = frozenset(f"<{slash}{name}>" for name in ("ref", "box", "quad", "point") for slash in ("", "/"))
 _MAY_WRITE = {"assistant": _ASSISTANT_MAY_WRITE, "user": _USER_MAY_WRITE}
 _PRIVATE_USE = range(0xE000, 0xF900)
@@ -75,8 +75,8 @@ def build_prompt(
     use_image_id: bool,
     tools: Sequence[dict[str, Any]] = (),
     raw: bool = False,
-    begun: Begun | None = None,
-    most_tokens: int | None = None,
+    begun: BegunTurn | None = None,
+    max_prompt_tokens: int | None = None,
 ) -> Prompt:
     """Build the prompt of a conversation.
 
@@ -86,47 +86,47 @@ def build_prompt(
     n_queries : visual tokens per slice.
     template : the chat template (Jinja).
     thinking : whether the answer starts with reasoning.
-    raw : the messages' text is the prompt as it stands, without the template; special tokens in it are meant, but
-        for those that hold pictures.
-    begun : the last message, when the prompt is to end inside of it.
-    most_tokens : tokens that a prompt may have; text that is sure to become more is not tokenised.
+    raw : use the messages' text as the prompt, without the template; special tokens in it count, except those that
+        mark pictures.
+    begun : the last message, if the prompt is to end inside it.
+    max_prompt_tokens : limit of the prompt; text that is certain to exceed it is not tokenised.
 
     Raises
     ------
     PromptTooLongError
-        When the text alone is longer than `most_tokens` of the longest tokens; a shorter one may be too long, too.
+        When the text has more than `max_prompt_tokens` even of the longest tokens; other text may be too long, too.
     MessageError
         When the template refuses the conversation, or pictures and layouts do not match.
     ModelFileError
-        When the vocabulary lacks the tokens that hold pictures, or the template is broken.
+        When the vocabulary lacks the tokens that mark pictures, or the template is broken.
     """
     mark = _unused_character(messages, tools)
     text = (
-        _as_it_stands(messages, tokenizer, mark)
+        _raw_text(messages, tokenizer, mark)
         if raw
         else _render(messages, tokenizer, mark, template, thinking, tools, begun)
     )
-    rendered = _whole_characters(text)
+    rendered = _replace_surrogates(text)
     marked = _expand(rendered, layouts, n_queries, use_image_id, mark)
-    if most_tokens is not None and (least := tokenizer.least_tokens(marked, mark)) > most_tokens:
+    if max_prompt_tokens is not None and (least := tokenizer.min_n_tokens(marked, mark)) > max_prompt_tokens:
         raise PromptTooLongError(
             f"The prompt has at least {least} tokens of text ({len(marked)} characters), but the context holds "
-            f"{most_tokens + 1}, one of them for the answer; use a shorter text, or a larger --ctx."
+            f"{max_prompt_tokens + 1}, one of them for the answer; use a shorter text, or a larger --ctx."
         )
     ids = tokenizer.encode_special(marked, mark)
     return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
 
 
-def _as_it_stands(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) -> str:
-    """The text of all messages, a placeholder for each picture in it."""
+def _raw_text(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) -> str:
+    """The text of all messages, with a placeholder for each picture."""
     if not any(part for message in messages for part in message.parts):
-        raise MessageError("The raw prompt is empty; expected text for the model to go on with.")
+        raise MessageError("The raw prompt is empty; expected text for the model to continue.")
     holders = {UNK, IMAGE, IMAGE_END, SLICE, SLICE_END, ID, ID_END}
     allowed = frozenset(tokenizer.special_ids) - holders
     parts = (part for message in messages for part in message.parts)
-    # Texts side by side are one text, in which `<ima` and `ge>` are a special token.
+    # Adjacent texts are one text, in which `<ima` and `ge>` form a special token.
     runs = [(is_text, list(run)) for is_text, run in groupby(parts, lambda part: isinstance(part, str))]
-    # Pictures before all text stand on lines of their own, as in the template; between texts, just where they are.
+    # Pictures before all text get lines of their own, as in the template; between texts they stay where they are.
     before = (PLACEHOLDER + "\n") * len(runs.pop(0)[1]) if not runs[0][0] else ""
     return before + "".join(
         tokenizer.guard("".join(map(str, run)), mark, allowed) if is_text else PLACEHOLDER * len(run)
@@ -134,8 +134,8 @@ def _as_it_stands(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) 
     )
 
 
-def _whole_characters(text: str) -> str:
-    """Replace halves of surrogate pairs, which terminals and JSON can bring and no tokenizer takes, by U+FFFD."""
+def _replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which terminals and JSON can produce and no tokenizer accepts, with U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -158,7 +158,7 @@ def _render(
     template: str,
     thinking: bool,
     tools: Sequence[Any],
-    begun: Begun | None,
+    begun: BegunTurn | None,
 ) -> str:
     guarded = [_template_message(message, tokenizer, mark) for message in messages]
     guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]
@@ -172,16 +172,16 @@ def _render(
         }
         return render(template, context)
 
-    return rendered(guarded, True) if begun is None else ask_to_go_on(begun, guarded, rendered, mark)
+    return rendered(guarded, True) if begun is None else render_continuation(begun, guarded, rendered, mark)
 
 
 def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
-    """One message as templates expect it: content is a string with a placeholder for each picture."""
+    """One message as templates expect it: its content is a string with a placeholder for each picture."""
     allowed = _MAY_WRITE.get(message.role, frozenset())
     texts = [tokenizer.guard(part, mark, allowed) if isinstance(part, str) else PLACEHOLDER for part in message.parts]
     entry: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
     if message.reasoning is not None:
-        # The model wrote both: officially tags are markup in both, and its own ids come back as they were.
+        # The model wrote both: officially, tags are markup in both, and the ids are those that it generated.
         entry["reasoning_content"] = tokenizer.guard(message.reasoning, mark, allowed)
     if message.tool_calls:
         entry["tool_calls"] = _guard_all(message.tool_calls, tokenizer, mark)
@@ -204,7 +204,7 @@ def _guard_all(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
 def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool, mark: str) -> str:
     """Replace each placeholder. Further frames of a group lose theirs, and the text before it is stripped.
 
-    Texts that meet there have a mark between them: `<ima` and `ge>` were guarded apart, and are no special token.
+    A mark separates texts that become adjacent: `<ima` and `ge>` were guarded separately and form no special token.
     """
     chunks = rendered.split(PLACEHOLDER)
     if len(chunks) - 1 != sum(layout.frames for layout in layouts):
@@ -240,7 +240,7 @@ def _find_bounds(
     missing = [text for text in (UNK, IMAGE, IMAGE_END, SLICE, SLICE_END) if text not in tokenizer.special_ids]
     if missing:
         raise ModelFileError(
-            f"The vocabulary lacks the tokens {', '.join(missing)}, which hold pictures; use the decoder file of "
+            f"The vocabulary lacks the tokens {', '.join(missing)}, which mark pictures; use the decoder file of "
             "MiniCPM-V 4.5."
         )
     opening = {tokenizer.special_ids[IMAGE], tokenizer.special_ids[SLICE]}

@@ -1,13 +1,13 @@
-"""A conversation that has outgrown the context → what is left of it when its oldest turns are left out.
+"""A conversation that has outgrown the context → the same without its oldest turns.
 
-Only done when asked for, and before anything is computed: a turn goes as a whole, its pictures with it, and the
-rest is a prompt like any other. System prompts stay, wherever they stand. Shifting positions inside the KV cache
-instead, as llama.cpp can, would be cheaper once an answer runs against the end, but what remains would still have
-been computed with what was dropped in sight, and positions that several sequences share have one number each. So an
-answer that reaches the end of the context ends.
+Only done on request, and before anything is computed: turns are dropped whole, with their pictures, and the rest is
+a prompt like any other. System messages stay, wherever they are. Shifting positions inside the KV cache instead, as
+llama.cpp can, would be cheaper when an answer reaches the end, but what remains would still have been computed with
+the dropped turns in view, and positions that several sequences share have one number each. So an answer that reaches
+the end of the context ends.
 
-More is dropped than must be, a quarter of the context at a time: the same turns are missing then for a while, and the
-KV cache serves the prompts in between.
+More is dropped than necessary, a quarter of the context at a time: then the same turns stay dropped for a while, and
+the KV cache serves the prompts in between.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from edge_runtime.inputs.slice_groups import Group
 from edge_runtime.prompt.build import ImageLayout, Prompt
 
 STEPS = 4
-"""Parts of the context; one of them is also kept free for the answer, unless the answer is to be shorter."""
+"""Parts of the context; one of them is kept free for the answer, or less if the answer is limited to less."""
 
 
 @dataclass(frozen=True)
 class Placed:
-    """What stands for one placeholder: a picture, or a group of video frames."""
+    """What replaces one placeholder: a picture, or a group of video frames."""
 
     layout: ImageLayout
     groups: list[Group]
     sizes: list[list[int]]
     """[width, height] of every slice."""
     clip: Clip | None = None
-    """The video that the frames are of."""
+    """The video that the frames belong to."""
 
 
 Build = Callable[[Sequence[Message], Sequence[Placed]], Prompt]
 
 
 def turns(conversation: Sequence[Message], placed: Sequence[Placed] = ()) -> list[int]:
-    """First message of every turn: of a question with all that follows it until the next one.
+    """First message of every turn: a question and everything after it until the next one.
 
-    System messages at the beginning belong to no turn; frames of one group are never in different ones.
+    Leading system messages belong to no turn; frames of one group are never in different turns.
     """
     roles = [message.role for message in conversation]
     opening = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
@@ -51,9 +51,9 @@ def turns(conversation: Sequence[Message], placed: Sequence[Placed] = ()) -> lis
 
 
 def cuts(conversation: Sequence[Message], placed: Sequence[Placed] = ()) -> list[int]:
-    """The `turns`, and the further messages of a user who opens the last one with several.
+    """The `turns`, and the further messages of a user who starts the last turn with several.
 
-    Those before the last of them can go, too, when the last turn does not fit otherwise.
+    All but the last of these can be dropped, too, when the last turn does not fit otherwise.
     """
     starts = turns(conversation, placed)
     end = starts[-1] + 1 if starts else 0
@@ -73,7 +73,7 @@ def _between_groups(starts: Iterable[int], conversation: Sequence[Message], plac
 def without_oldest(
     conversation: Sequence[Message], placed: Sequence[Placed], n_turns: int
 ) -> tuple[list[Message], list[Placed]]:
-    """The conversation without its first turns (or `cuts`), and the pictures that are left, numbered anew."""
+    """The conversation without its first turns (or `cuts`), and the remaining pictures, renumbered."""
     starts = cuts(conversation, placed)
     dropped = conversation[starts[0] : starts[n_turns]]
     system = [message for message in dropped if message.role == "system"]
@@ -83,23 +83,23 @@ def without_oldest(
 
 
 def fit(
-    build: Build, conversation: Sequence[Message], placed: Sequence[Placed], n_ctx: int, room: int
+    build: Build, conversation: Sequence[Message], placed: Sequence[Placed], n_ctx: int, reserve_tokens: int
 ) -> tuple[Prompt, Sequence[Placed], int]:
     """Build the prompt, without the oldest turns if it does not fit with them.
 
     Parameters
     ----------
     n_ctx : positions of the context.
-    room : positions to be kept free for the answer.
+    reserve_tokens : positions to keep free for the answer.
 
     Returns
     -------
-    prompt, placed, n_turns : the prompt, its pictures, and the number of turns that were left out. The last turn
-        never is, or at least not the last message of the user in it: where that does not fit alone, the prompt is
+    prompt, placed, n_turns : the prompt, its pictures, and the number of turns that were dropped. The last turn is
+        never dropped, or at least not the user's last message in it: where that does not fit alone, the prompt is
         too long.
     """
     prompt = build(conversation, placed)
-    limit, step = n_ctx - min(room, n_ctx // STEPS), max(1, n_ctx // STEPS)
+    limit, step = n_ctx - min(reserve_tokens, n_ctx // STEPS), max(1, n_ctx // STEPS)
     excess = len(prompt.ids) - limit
     if excess <= 0:
         return prompt, placed, 0
@@ -108,7 +108,7 @@ def fit(
     n_whole = len(turns(conversation, placed))
     for n_turns in range(1, len(cuts(conversation, placed))):
         if n_turns >= n_whole and len(found[0].ids) <= limit:
-            break  # a turn is cut into only where nothing else helps
+            break  # a turn is split only where nothing else helps
         messages, left = without_oldest(conversation, placed, n_turns)
         shorter = build(messages, left)
         if len(found[0].ids) > limit:

@@ -1,16 +1,16 @@
-"""A conversation that ends with the assistant's turn → what its answer begins with.
+"""A conversation that ends with the assistant's turn → a prompt that the answer continues.
 
-The answer goes on with that turn, as in llama-server, vLLM, Ollama and Anthropic's API (where it is called
-prefill): the prompt is what the template writes to ask for an answer, and the turn's text behind it. Nothing is
-rendered for the turn itself, so no template can close it, cut it or move it.
+The answer continues that turn, as in llama-server, vLLM, Ollama and Anthropic's API (where it is called prefill): the
+prompt is what the template writes to ask for an answer, followed by the turn's text. The turn itself is not rendered,
+so no template can close it, cut it or move it.
 
-- Text: the answer goes on behind it. Reasoning that stands beside it is written in front, closed; without any there
-  is none, whether or not the model is asked to think, for its time is over.
-- Reasoning alone: it is gone on with where the model thinks; otherwise it is closed, and the answer begins.
+- Text: the answer continues it. Reasoning that comes with it is written before it, closed; without reasoning none is
+  generated, whether or not the model is asked to think, because thinking comes first.
+- Reasoning only: it is continued if the model thinks; otherwise it is closed, and the answer starts.
 - Nothing: the turn is left out.
 
-Of two such turns it is not clear which is gone on with, and where the first one ends; as llama-server does, they are
-refused, unless the last one is asked for (`continue_final_message`).
+With two such turns it is not clear which one to continue and where the first one ends; like llama-server, we refuse
+them, unless the last one is asked for (`continue_final_message`).
 """
 
 from __future__ import annotations
@@ -28,70 +28,69 @@ _BLOCK_AT_END = re.compile(rf"{re.escape(THINK)}\s*(?:{re.escape(THINK_END)}\s*)
 
 
 @dataclass(frozen=True)
-class Begun:
-    """The turn that an answer goes on with."""
+class BegunTurn:
+    """The turn that an answer continues."""
 
     content: str
     reasoning: str = ""
     is_reasoning: bool = False
-    """Whether it goes on inside the reasoning."""
+    """Whether the answer continues inside the reasoning."""
     has_thought: bool = False
-    """Whether the turn says that reasoning is over, be it empty."""
+    """Whether the turn says that reasoning has ended, even if it is empty."""
 
 
-def find_begun(
+def find_begun_turn(
     conversation: Sequence[Message], wanted: bool | None, *, thinking: bool, raw: bool = False
-) -> tuple[list[Message], Begun | None]:
-    """Find the turn that the answer goes on with.
+) -> tuple[list[Message], BegunTurn | None]:
+    """Find the turn that the answer continues.
 
     Parameters
     ----------
     wanted : see `pipeline.PromptOptions.continue_final_message`.
     thinking : whether the model is asked to reason.
-    raw : whether the text is taken as the prompt; there are no turns then.
+    raw : whether the text is the prompt itself; then there are no turns.
 
     Returns
     -------
-    conversation, begun : the turn is the last of the messages, which then hold its text as one part; None where there
-        is none.
+    conversation, begun : the turn, or None, is the last of the messages, which then holds its text as one part.
 
     Raises
     ------
     MessageError
-        When there is nothing to go on with.
+        When there is nothing to continue.
     """
     messages = list(conversation)
     last = messages[-1]
     if raw:
         if wanted:
             raise MessageError(
-                "continue_final_message was given for a raw prompt, which has no turns; the answer goes on with it "
+                "continue_final_message was given for a raw prompt, which has no turns; the answer continues it "
                 "anyway: leave one of the two out."
             )
         return messages, None
     if last.role != ASSISTANT:
         if wanted:
             raise MessageError(
-                f"continue_final_message was given, but the last message is of the role {last.role}; expected the "
-                "assistant's, with the beginning of its answer."
+                f"continue_final_message was given, but the last message has the role {last.role}; expected the "
+                "assistant's, with the start of its answer."
             )
         return messages, None
     if wanted is False:
         return messages, None
     if wanted is None and [message.role for message in messages[-2:]] == [ASSISTANT, ASSISTANT]:
         raise MessageError(
-            "Cannot have 2 or more assistant messages at the end of the list: an answer goes on with one. Join them, "
-            "or ask something behind them."
+            "Cannot have 2 or more assistant messages at the end of the list: an answer continues one. Join them, or "
+            "add a question after them."
         )
     if last.tool_calls:
         raise MessageError(
-            "The last message is the assistant's and holds tool calls, behind which no answer can go on; append "
-            "their results (role tool), or begin a new turn with continue_final_message=False."
+            "The last message is the assistant's and holds tool calls, after which no answer can continue; append "
+            "their results (role tool), or start a new turn with continue_final_message=False."
         )
     if not all(isinstance(part, str) for part in last.parts):
         raise MessageError(
-            "The last message is the assistant's, which the answer goes on with, and holds a picture or a document; "
-            "expected text, or continue_final_message=False to begin a new turn behind it."
+            "The last message is the assistant's, which the answer continues, and holds a picture or a document; "
+            "expected text, or continue_final_message=False to start a new turn after it."
         )
     begun = _begun(last, thinking)
     if begun is None:
@@ -101,26 +100,26 @@ def find_begun(
     return [*messages[:-1], replace(last, parts=(begun.content,), reasoning=begun.reasoning or None)], begun
 
 
-def _begun(last: Message, thinking: bool) -> Begun | None:
-    """What a turn of text begins; None when it is empty."""
+def _begun(last: Message, thinking: bool) -> BegunTurn | None:
+    """The start of an answer in a turn of text; None when it is empty."""
     content, reasoning = "".join(str(part) for part in last.parts), last.reasoning or ""
     has_thought = last.has_thought
     opening = content.lstrip()
     if not reasoning and not has_thought and opening.startswith(THINK):
         if not thinking:
             raise MessageError(
-                f"The last message begins reasoning with {THINK} and does not end it, but thinking is off; ask for "
-                f"thinking, or end it with {THINK_END}."
+                f"The last message starts reasoning with {THINK} and does not end it, but thinking is off; turn "
+                f"thinking on, or end the reasoning with {THINK_END}."
             )
         content, reasoning = "", opening.removeprefix(THINK).lstrip("\n")
     if not content and not reasoning and not has_thought:
         return None
     is_reasoning = thinking and not content and not has_thought
-    return Begun(content, reasoning, is_reasoning, has_thought)
+    return BegunTurn(content, reasoning, is_reasoning, has_thought)
 
 
-def ask_to_go_on(
-    begun: Begun,
+def render_continuation(
+    begun: BegunTurn,
     messages: Sequence[dict[str, Any]],
     render: Callable[[Sequence[dict[str, Any]], bool], str],
     mark: str,
@@ -129,9 +128,9 @@ def ask_to_go_on(
 
     Parameters
     ----------
-    messages : as the template takes them, the turn with them; its guarded text is what is written.
-    render : applies the template to messages; told whether to ask for an answer behind them.
-    mark : a character that occurs in nobody's text.
+    messages : as the template takes them, including the turn, whose guarded text is written.
+    render : applies the template to messages; its second argument says whether to ask for an answer after them.
+    mark : a character that occurs nowhere in the conversation.
 
     Raises
     ------
@@ -152,11 +151,11 @@ def ask_to_go_on(
 
 
 def _lone_opening(render: Callable[[Sequence[dict[str, Any]], bool], str], mark: str) -> str:
-    """How a template asks for the first turn; most look at the first message, so there must be one."""
+    """How a template asks for the first turn; most templates read the first message, so there must be one."""
     place = mark + mark
     before, found, _ = render([{"role": ASSISTANT, "content": place}], False).partition(place)
     if not found:
-        raise MessageError("The model's chat template drops the assistant's message; put a question before it.")
+        raise MessageError("The model's chat template drops the assistant's message; add a question before it.")
     block = _BLOCK_AT_END.search(before)
     asked = _BLOCK_AT_END.search(render([{"role": "user", "content": place}], True))
     return before[: block.start() if block else None] + (asked[0] if asked else "")

@@ -1,12 +1,12 @@
-"""A chat template in Jinja's immutable sandbox: the rendering itself, here or as a process of its own.
+"""Renders a chat template in Jinja's immutable sandbox, in this process or as a process of its own.
 
 The sandbox keeps a template from reaching anything, but not from computing: three nested loops, or a number to the
-power of another, take for ever without writing a character. So templates of model files are rendered in a process
-that `templates` can end, with limits of memory and processor time of its own in case nobody is left to do it.
+power of another, can run for ever without writing a character. So templates from model files are rendered in a
+process that `templates` can end, with its own limits on memory and CPU time in case nobody is left to end it.
 
-It runs as a module, in its `sandbox`: each line on stdin is a request, `{"template": ...,
-"context": {...}}`, each line on stdout what became of it, `{"text": ...}` or `{"fault": "template" | "conversation",
-"error": ...}`; the first line says that it is ready.
+It runs as a module, in its `sandbox`: each line on stdin is a request, `{"template": ..., "context": {...}}`, each
+line on stdout its result, `{"text": ...}` or `{"fault": "template" | "conversation", "error": ...}`; the first line
+says that it is ready.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, Literal
 from edge_runtime.system import sandbox
 
 MAX_RENDERED_CHARACTERS = 16 << 20
-MOST_S = 5.0
-"""For one rendering; the official template takes a millisecond."""
-MOST_BYTES = 1 << 30
+MAX_S = 5.0
+"""Per rendering; the official template takes a millisecond."""
+MAX_BYTES = 1 << 30
 
 
-class TemplateFault(Exception):  # noqa: N818 - says whose, too
-    """A template that cannot be rendered, and whose fault that is."""
+class TemplateFault(Exception):  # noqa: N818 - a fault of one of two
+    """A template that cannot be rendered, and whether the template or the conversation is at fault."""
 
     def __init__(self, fault: Literal["template", "conversation"], message: str) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class TemplateFault(Exception):  # noqa: N818 - says whose, too
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> Any:
-    """Compile a template from a model file: foreign code, so only in Jinja's immutable sandbox."""
+    """Compile a template from a model file: untrusted code, so only in Jinja's immutable sandbox."""
     from jinja2 import TemplateSyntaxError
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -44,13 +44,13 @@ def _compile(template: str) -> Any:
         raise TemplateError(message)
 
     def to_json(value: Any, indent: int | None = None) -> str:
-        # As transformers has it: Jinja's own tojson escapes <, > and & for HTML.
+        # As in transformers: Jinja's own tojson escapes <, > and & for HTML.
         return json.dumps(value, ensure_ascii=False, indent=indent)
 
     def strftime_now(form: str) -> str:
         return datetime.now().astimezone().strftime(form)
 
-    # Filters, functions and loop controls are those that transformers gives to templates; llama.cpp has them, too.
+    # The filters, functions and loop controls that transformers offers to templates; llama.cpp has them, too.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, autoescape=False, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -90,16 +90,16 @@ def render(template: str, context: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Answer requests until there are none."""
-    import jinja2.sandbox  # noqa: F401 - before files are given up
+    """Answer requests until stdin ends."""
+    import jinja2.sandbox  # noqa: F401 - before access to files is given up
 
-    sandbox.limit_resources(MOST_BYTES)
+    sandbox.limit_resources(MAX_BYTES)
     sandbox.give_up_files()
     sandbox.give_up_system_calls()
     print("{}", flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        sandbox.limit_time(MOST_S)
+        sandbox.limit_time(MAX_S)
         try:
             reply = {"text": render(request["template"], request["context"])}
         except TemplateFault as error:

@@ -1,8 +1,8 @@
 """Chat template and conversation → rendered text, within limits of time, memory and output.
 
-The official template comes with this package and is rendered here. Any other came in a model file, from anybody: it
-is rendered by `template_process`, in a process that is ended when it takes too long, and begun anew for the next one.
-That costs a tenth of a second the first time, and a millisecond after that.
+The official template comes with this package and is rendered here. Any other comes from a model file, so anybody may
+have written it: `template_process` renders it in a process that is ended when it takes too long and started again for
+the next one. That costs a tenth of a second the first time, and a millisecond after that.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.prompt import template_process
-from edge_runtime.prompt.template_process import MOST_BYTES, MOST_S, TemplateFault
+from edge_runtime.prompt.template_process import MAX_BYTES, MAX_S, TemplateFault
 from edge_runtime.system.forks import only_here
 
 OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime.prompt").joinpath("chat_template.jinja").read_text("utf-8")
-"""The chat template of MiniCPM-V 4.5, for files that carry none."""
+"""The chat template of MiniCPM-V 4.5, for files without one."""
 START_S = 60.0
-"""For the process to begin, on a machine that is busy."""
+"""Time for the process to start on a busy machine."""
 
 
 def render(template: str, context: dict[str, Any]) -> str:
@@ -34,19 +34,19 @@ def render(template: str, context: dict[str, Any]) -> str:
 
     Parameters
     ----------
-    context : what it sees; of JSON's kinds.
+    context : its variables, of JSON types.
 
     Raises
     ------
     MessageError
         When the template refuses the conversation.
     ModelFileError
-        When it is no template, or exceeds a limit.
+        When it is not a template, or exceeds a limit.
     """
     try:
         if template == OFFICIAL_CHAT_TEMPLATE:
             return template_process.render(template, context)
-        return _renderer().render(template, context)
+        return shared_renderer().render(template, context)
     except TemplateFault as error:
         if error.fault == "template":
             raise ModelFileError(f"The model's chat template {error}.") from None
@@ -57,7 +57,8 @@ def render(template: str, context: dict[str, Any]) -> str:
 
 
 @cache
-def _renderer() -> Renderer:
+def shared_renderer() -> Renderer:
+    """The one of this process, started when it is first needed."""
     renderer = Renderer()
     atexit.register(only_here(renderer.close))
     return renderer
@@ -66,18 +67,18 @@ def _renderer() -> Renderer:
 if hasattr(
     os, "register_at_fork"
 ):  # the process is the parent's, and its lock may be held by a thread that is not here
-    os.register_at_fork(after_in_child=_renderer.cache_clear)
+    os.register_at_fork(after_in_child=shared_renderer.cache_clear)
 
 
 class Renderer:
-    """The process that renders, and its replacement when it had to be ended. One rendering at a time."""
+    """The process that renders, replaced after it had to be ended. One rendering at a time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, template: str, context: dict[str, Any]) -> str:
-        """Render a template; the same as `template_process.render`, but not for longer than `MOST_S`.
+        """Render a template like `template_process.render`, but for at most `MAX_S`.
 
         Raises
         ------
@@ -93,9 +94,9 @@ class Renderer:
                 raise TemplateFault(
                     "template",
                     (
-                        f"took longer than {MOST_S:g} s"
+                        f"took longer than {MAX_S:g} s"
                         if is_late
-                        else f"ended the process that renders it, which may take {MOST_BYTES >> 20} MB"
+                        else f"ended the process that renders it, which may take {MAX_BYTES >> 20} MB"
                     )
                     + "; use a file with the official template",
                 )
@@ -110,14 +111,14 @@ class Renderer:
             process.kill()
             for stream in (process.stdin, process.stdout):
                 assert stream is not None
-                with contextlib.suppress(OSError):  # what was not written yet has nobody to read it
+                with contextlib.suppress(OSError):  # nobody is left to read what was not written yet
                     stream.close()
             process.wait()
 
     def _start(self) -> None:
         self.close()
-        # Nothing of the environment: a template that got out of the sandbox would find no keys. This interpreter's
-        # own paths, so that it finds the same Jinja.
+        # An empty environment: a template that escaped from the sandbox would find no keys. Only this interpreter's
+        # paths, so that it finds the same Jinja.
         environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         environment |= {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
         try:
@@ -134,7 +135,7 @@ class Renderer:
             ) from None
         if self._answer(START_S)[0] is None:
             self.close()
-            raise TemplateFault("template", "needs a process of its own, which did not start; see if memory is short")
+            raise TemplateFault("template", "needs a process of its own, which did not start; check free memory")
 
     def _ask(self, request: bytes) -> tuple[dict[str, Any] | None, bool]:
         assert self._process is not None
@@ -144,10 +145,10 @@ class Renderer:
             self._process.stdin.flush()
         except OSError:  # it died while idle
             return None, False
-        return self._answer(MOST_S)
+        return self._answer(MAX_S)
 
     def _answer(self, timeout_s: float) -> tuple[dict[str, Any] | None, bool]:
-        """The next line of the process, or None and whether time was up."""
+        """The next line of the process, or None and whether it ran out of time."""
         process = self._process
         assert process is not None
         assert process.stdout is not None

@@ -1,8 +1,8 @@
 """Text ↔ token ids, from the vocabulary in a decoder file.
 
-Byte-level BPE of Qwen2 through the `tokenizers` library, which is what the official code uses. llama.cpp's
-tokenizer is not used: it does not normalise to NFC, and it matches `<think>` or `<tool_call>` in user text even
-when told not to. Special tokens are never found by `encode`; who wants one names its id (see `prompt`).
+Byte-level BPE of Qwen2 through the `tokenizers` library, which the official code uses, too. llama.cpp's tokenizer is
+not used: it does not normalise to NFC, and it matches `<think>` or `<tool_call>` in user text even when asked not to.
+`encode` never finds special tokens; callers that want one use its id (see `prompt.build`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from edge_runtime.weights.config import Vocabulary, read_vocabulary
 from edge_runtime.weights.gguf_file import GGUFFile
 
 LONG_TEXT = 10_000  # characters
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one gain nothing, and warn of forks
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one gain nothing, and forks cause warnings
 
-NORMALIZER_KEY = "edge_runtime.prompt.tokenizer.normalizer"
+NORMALIZER_KEY = "edge_runtime.tokenizer.normalizer"
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -31,7 +31,7 @@ STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 def special_tokens(vocabulary: Vocabulary) -> dict[str, int]:
-    """Text to id of the tokens that are no text: control tokens, and those added beside them."""
+    """Text → id of the tokens that are not text: control tokens and user-defined ones."""
     kinds = enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
     return {text: i for i, (text, kind) in kinds if kind in (CONTROL, USER_DEFINED)}
 
@@ -65,7 +65,7 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self) -> Bpe:
-        """Built at the first use: 150,000 merges take a moment."""
+        """Built on first use: 150,000 merges take a moment."""
         pairs = []
         for merge in self._merges:
             left, blank, right = merge.partition(" ")
@@ -99,21 +99,21 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text: `<|im_end|>` and the like are ordinary characters here, halves of pairs are U+FFFD."""
+        """Ids of plain text: `<|im_end|>` and the like are ordinary characters here, lone surrogates are U+FFFD."""
         if not text:
             return []
         if not text.isascii():
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if len(text) > LONG_TEXT:  # a batch is worked on without the interpreter's lock, a single text is not
+        if len(text) > LONG_TEXT:  # a batch is processed without the GIL, a single text is not
             return list(self._bpe.encode_batch([text], add_special_tokens=False)[0].ids)
         return list(self._bpe.encode(text, add_special_tokens=False).ids)
 
     def guard(self, text: str, mark: str, allowed: frozenset[str] = frozenset()) -> str:
-        """Make special tokens in `text` ordinary text, by a `mark` after their first character.
+        """Turn special tokens in `text` into ordinary text, by a `mark` after their first character.
 
         Parameters
         ----------
-        mark : a character that occurs nowhere in the conversation; `encode_special` takes it out again.
+        mark : a character that occurs nowhere in the conversation; `encode_special` removes it.
         allowed : special tokens left as they are.
         """
         return self._special_pattern.sub(lambda m: m[0] if m[0] in allowed else m[0][0] + mark + m[0][1:], text)
@@ -121,8 +121,8 @@ class Tokenizer:
     def encode_special(self, text: str, mark: str) -> list[int]:
         """Ids of a rendered prompt, in which special tokens count unless they were guarded.
 
-        The text is cut at the special tokens only; each run between two of them is tokenised whole, so that merges
-        across the seam between template and user text are the official ones.
+        The text is split only at special tokens; each run between two of them is tokenised whole, so that merges
+        across the border between template and user text are the official ones.
         """
         ids, position = [], 0
         for match in self._special_pattern.finditer(text):
@@ -133,16 +133,16 @@ class Tokenizer:
 
     @cached_property
     def _longest(self) -> int | None:
-        """Bytes of the longest token of plain text; None where a byte has no token, and leaves none in the ids."""
+        """Bytes of the longest token of plain text; None if some byte has no token and so none in the ids."""
         if not all(character in self.ids for character in _bytes_to_unicode().values()):
             return None
-        return max(map(len, self.ids))  # a character stands for a byte; tokens that are none are longer, if anything
+        return max(map(len, self.ids))  # a character stands for a byte; special tokens can only make it longer
 
-    def least_tokens(self, text: str, mark: str) -> int:
-        """Tokens that the plain text of a rendered prompt becomes at least, without tokenising it.
+    def min_n_tokens(self, text: str, mark: str) -> int:
+        """Lower bound of the tokens in the plain text of a rendered prompt, without tokenising it.
 
-        No token stands for more bytes than the longest one. Bytes are those behind the normalisation, which may make
-        text shorter. Special tokens are not counted.
+        No token stands for more bytes than the longest one. Bytes are counted after normalisation, which may shorten
+        text. Special tokens are not counted.
         """
         if self._longest is None:
             return 0
@@ -155,7 +155,7 @@ class Tokenizer:
         return n_tokens
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; nothing for rows without a token."""
+        """The bytes a token stands for; empty for rows without a token."""
         kind, text = self.types[token_id], self.tokens[token_id]
         if kind == UNUSED:
             return b""
@@ -174,7 +174,7 @@ def _check_kind(file: GGUFFile) -> None:
 
 
 def _bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte: itself where printable, else a character from 256 on."""
+    """GPT-2's printable stand-in for each byte: the byte itself if printable, else a character from 256 on."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -22,7 +22,7 @@ from edge_runtime.store.download import RemoteFile, download, part_of, storing
 from edge_runtime.store.hubs import Choice, Listing, choose, endpoint_of, list_files
 from edge_runtime.store.library import Entry, Library, StoredFile
 from edge_runtime.store.names import Source, parse_source, visible
-from edge_runtime.system.addresses import Allowed, Door, through
+from edge_runtime.system.addresses import Allowed, FetchPolicy, enforced
 from edge_runtime.system.atomic_files import make_folder
 from edge_runtime.weights.config import check_mmproj, decoder_config, resampler_config, slicing_config, vision_config
 from edge_runtime.weights.gguf_file import GGUFFile
@@ -78,12 +78,12 @@ def pull(
         When the name is or leads to a forbidden address; nothing was sent there.
     """
     source, library = _source(name), library or Library()
-    door = None if allowed is None else Door(tuple(allowed), endpoint_of(source))
+    policy = None if allowed is None else FetchPolicy(tuple(allowed), endpoint_of(source))
     if source.kind == "ollama":
         if mmproj is not None:
             raise ModelFileError(f"{name} has its own mmproj file; expected no --mmproj here: pass it to 'run'.")
         return _link(source, library, progress)
-    with through(door):
+    with enforced(policy):
         listing = list_files(source, mmproj)
         choice = choose(source, listing, mmproj if source.kind != "url" else None)
         entry = _describe(source, listing, choice)

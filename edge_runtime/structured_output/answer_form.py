@@ -1,4 +1,4 @@
-"""What a caller asks of an answer's form (a schema, JSON, tools) → the form that the scheduler enforces."""
+"""The form that a caller asks for (a schema, JSON, tools) → the form that the scheduler enforces."""
 
 from __future__ import annotations
 
@@ -36,29 +36,27 @@ def choose_form(
     vocabulary: Callable[[], GrammarVocabulary],
     effort: Effort | None = None,
 ) -> AnswerForm | None:
-    """Form of an answer; None where it is free.
+    """Form of an answer; None if it is free.
 
     Parameters
     ----------
-    thinking : whether the model reasons first; the form begins behind that.
-    vocabulary : called only where there is something to enforce.
-    effort : what may be done for it, all schemas together.
+    thinking : whether the model reasons first; the form starts after that.
+    vocabulary : called only if there is something to enforce.
+    effort : limits the work for all schemas together.
 
     Raises
     ------
     MessageError
-        When the wishes contradict each other, cannot be enforced, or take too much work.
+        When what is asked for cannot be enforced, or takes too much work.
     """
     effort = effort or Effort()
     names = chosen_functions(tools, tool_choice)
-    if schema is not None and json:
-        raise MessageError("Both a schema and json=True were given; expected one of them: a schema says it all.")
     if schema is None and not json and names is None:
         return None
     if thinking and THINK_END not in tokenizer.special_ids:
         raise MessageError(
-            f"The vocabulary lacks the token {THINK_END}, so nobody can tell where the reasoning ends and the answer "
-            "begins; ask without thinking, or use MiniCPM-V 4.5."
+            f"The vocabulary lacks the token {THINK_END}, so nothing marks where the reasoning ends and the answer "
+            "starts; ask without thinking, or use MiniCPM-V 4.5."
         )
     form: AnswerForm | None = None
     if schema is not None or json:  # checked even where a call must be made
@@ -70,7 +68,7 @@ def choose_form(
         form = replace(
             form, call=_call_form(tools, function_names(tools), tokenizer, vocabulary, effort, must_call=False)
         )
-    _tell(form.notes)
+    _log_notes(form.notes)
     return replace(form, separator=tuple(tokenizer.encode("\n\n")))
 
 
@@ -100,17 +98,17 @@ def _call_form(
     )
 
 
-def _tell(notes: Sequence[str]) -> None:
+def _log_notes(notes: Sequence[str]) -> None:
     for note in notes:
-        _warn(note)
+        warn_once(note)
 
 
 @lru_cache(maxsize=1024)
-def _warn(note: str) -> None:
+def warn_once(note: str) -> None:
     """Log a note, once for all requests with the same schema."""
     logger.warning("Schema: %s", note)
 
 
 def _budget(grammar: Grammar) -> int | None:
-    """Tokens of an answer that nothing else bounds; never so few that the shortest one would hardly fit."""
+    """Token limit of an answer that nothing else bounds; at least twice the shortest answer."""
     return max(DEFAULT_BUDGET, 2 * grammar.n_shortest) if grammar.is_open else None

@@ -1,4 +1,4 @@
-"""A schema → the text of a llguidance grammar, and the reason where there is none. Imports llguidance when asked."""
+"""A schema → the text of an llguidance grammar, or the reason why there is none. Imports llguidance on first use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from edge_runtime.errors import BackendUnavailable, MessageError
 from edge_runtime.structured_output.effort import Effort
 
 OPTIONS: dict[str, Any] = {
-    # One blank at most: an answer of blanks would be valid without end.
+    # One blank at most: endless blanks would be valid otherwise.
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
@@ -19,12 +19,12 @@ LIMITS: dict[str, Any] = {
     "max_lexer_states": 100_000,
     "verbose_errors": False,
 }
-"""What differs from llguidance's own limits of a compilation and of a look at the vocabulary (60 ms, when used up).
+"""Differences from llguidance's own limits for compiling and for computing one mask (60 ms when exhausted).
 
-A state of its automaton takes 1 to 2 kB, for every answer that is at work. Beyond a limit the matcher has failed.
+A state of its automaton takes 1 to 2 kB, for every answer in progress. Beyond a limit the matcher fails.
 """
 OVERLAPPING = "oneOf"
-"""How llguidance's message begins when it cannot see that the branches of a oneOf exclude one another."""
+"""Start of llguidance's message when it cannot see that the branches of a oneOf exclude one another."""
 
 
 def load_llguidance() -> Any:
@@ -46,42 +46,42 @@ def load_llguidance() -> Any:
 
 
 def grammar_text(schema: str, *, one_of_is_any_of: bool = False) -> str:
-    """The grammar of a schema that was checked and bounded.
+    """The grammar of a checked and bounded schema.
 
     Raises
     ------
     MessageError
-        When it is nested more deeply than its reader goes.
+        When it is nested more deeply than llguidance can read.
     """
     options = {**OPTIONS, "coerce_one_of": one_of_is_any_of}
     try:
         text: str = load_llguidance().LLMatcher.grammar_from_json_schema(schema, overrides=options)
     except ValueError as error:
         raise MessageError(
-            f"The schema cannot be read ({str(error)[:100]}); expected fewer lists and objects inside of each other."
+            f"The schema cannot be read ({str(error)[:100]}); expected fewer nested lists and objects."
         ) from None
     return text
 
 
 def compiled(tokenizer: Any, grammar: str, effort: Effort) -> Any:
-    """A grammar's matcher (llguidance's `LLMatcher`), which may have failed; compiled without the interpreter's lock.
+    """A grammar's matcher (llguidance's `LLMatcher`), which may have failed; compiled without the GIL.
 
     Raises
     ------
     TooMuchWorkError
-        When there is no time left for it, or it took too long.
+        When no time is left, or it took too long.
     """
     llguidance = load_llguidance()
-    effort.look()
+    effort.check_time()
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
-    effort.look()
+    effort.check_time()
     return matcher
 
 
 def fault(schema: dict[str, Any], effort: Effort | None = None) -> str:
-    """Why a schema cannot be compiled, in a few words; empty if it can. Contradictions are such reasons, too."""
+    """Why a schema cannot be compiled, in a few words; empty if it can. Contradictions count as reasons."""
     if effort is not None:
-        effort.look()
+        effort.check_time()
     return _fault(json.dumps(schema, sort_keys=True))
 
 
@@ -92,7 +92,7 @@ def _fault(schema: str) -> str:
 
 
 def reason(message: str) -> str:
-    """The part of a message of llguidance that tells people something."""
+    """The part of llguidance's message that is useful to people."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if not lines:
         return ""
@@ -101,5 +101,5 @@ def reason(message: str) -> str:
 
 
 def too_complex(message: str) -> str:
-    """What an error of llguidance in the middle of a text means, as a sentence."""
-    return f"The schema is too complex: {reason(message)}. Use fewer branches and properties, and plainer patterns."
+    """A sentence for an error of llguidance in the middle of a text."""
+    return f"The schema is too complex: {reason(message)}. Use fewer branches and properties, and simpler patterns."

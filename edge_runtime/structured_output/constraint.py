@@ -1,7 +1,7 @@
-"""An answer that must be JSON of a schema: which token comes next, and how it comes to its end in time.
+"""An answer that must be JSON of a schema: which token comes next, and how the answer ends in time.
 
-The grammar says what may follow, the sampler chooses among that. Before the tokens run out the answer is brought to
-its end on the shortest way the grammar has, so it is whole JSON in any case in which that fits at all.
+The grammar says what may follow, and the sampler chooses among that. Before the tokens run out, the answer is
+completed with the fewest tokens that the grammar allows, so it is always whole JSON if that fits at all.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from edge_runtime.structured_output.compiling import too_complex
 from edge_runtime.structured_output.effort import AnswerEffort, TooMuchWorkError
 from edge_runtime.structured_output.grammar import Grammar, allowed_ids
 from edge_runtime.structured_output.json_position import without_blanks
-from edge_runtime.structured_output.shortest_completion import has_new_item, has_new_key, is_end, shortest_end
+from edge_runtime.structured_output.shortest_completion import has_new_item, has_new_key, is_end, shortest_completion
 
 DEFAULT_BUDGET = 1024
-"""Tokens of an answer whose schema leaves open how long it gets; more where it requires more."""
-LOOK_EVERY = 32  # tokens between two looks at the shortest way, while the end is far
+"""Token limit of an answer whose schema does not limit its length; more where it requires more."""
+CHECK_EVERY = 32  # tokens between two searches for the shortest completion, while the limit is far
 
 Ids = npt.NDArray[np.int64]
 Choose = Callable[[Ids], int]
@@ -30,56 +30,56 @@ Choose = Callable[[Ids], int]
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What an answer must look like, from its first token behind the reasoning to its last."""
+    """What an answer must look like, from its first token after the reasoning to its last."""
 
     grammar: Grammar
     budget: int | None = None
-    """Tokens after which the answer is brought to its end; None: as many as the request allows."""
+    """Tokens after which the answer is completed; None: as many as the request allows."""
     before: tuple[int, ...] = ()
-    """Tokens ahead of the JSON text."""
+    """Tokens before the JSON text."""
     after: tuple[int, ...] = ()
-    """Tokens behind the JSON text."""
+    """Tokens after the JSON text."""
     separator: tuple[int, ...] = ()
     """Tokens between the reasoning and the answer."""
     call: AnswerForm | None = None
-    """What the answer may be instead, known by its first token: a call of a tool."""
+    """What the answer may be instead, recognised by its first token: a tool call."""
     begun: tuple[int, ...] = ()
-    """Beginning of the JSON text that the prompt holds already."""
+    """Start of the JSON text, if the prompt already holds it."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the schemas is left out or read in another way, in sentences."""
+        """What is ignored or read differently in the schemas, in sentences."""
         return (*self.grammar.notes, *(self.call.notes if self.call is not None else ()))
 
     @property
     def n_shortest(self) -> int:
-        """Tokens of the shortest answer, with what stands around the JSON text."""
+        """Tokens of the shortest answer, including those around the JSON text."""
         own = len(self.before) + self.grammar.n_shortest + len(self.after)
         return own if self.call is None else max(own, self.call.n_shortest)
 
-    def limit_reasoning(self, budget: int | None, room: int) -> int:
-        """Tokens of reasoning that leave the answer its own: its budget, or half of the room where that is less.
+    def limit_reasoning(self, budget: int | None, n_left: int) -> int:
+        """Tokens of reasoning that leave enough for the answer: its budget, or half of all tokens if that is less.
 
-        The shortest answer always has its place, as long as it fits at all.
+        The shortest answer always gets its tokens, as long as it fits at all.
 
         Parameters
         ----------
-        budget : tokens of reasoning that are wished for; None: no limit.
-        room : tokens that reasoning and answer may have together.
+        budget : tokens of reasoning that were asked for; None: no limit.
+        n_left : tokens for reasoning and answer together.
         """
         least = 1 + len(self.separator) + self.n_shortest  # 1: the token that ends the reasoning
-        most = max(0, room - max(least, min(self.budget or DEFAULT_BUDGET, room // 2)))
+        most = max(0, n_left - max(least, min(self.budget or DEFAULT_BUDGET, n_left // 2)))
         return most if budget is None else min(budget, most)
 
-    def behind(self, text: str) -> AnswerForm:
-        """The form of an answer that goes on with a text.
+    def continuing(self, text: str) -> AnswerForm:
+        """The form of an answer that continues a text.
 
-        Blanks between the parts of JSON in it are no part of what is matched. A call begins on a new line behind it.
+        Blanks between the parts of its JSON are not matched. A call starts on a new line after it.
 
         Raises
         ------
         MessageError
-            When no answer of this form begins with the text.
+            When no answer of this form starts with the text.
         """
         if not text:
             return self
@@ -91,41 +91,41 @@ class AnswerForm:
         if not ids or (matcher.try_consume_tokens(ids) == len(ids) and position.feed(self._bytes(ids))):
             return replace(self, begun=tuple(ids), call=None if ids else self.call)
         raise MessageError(
-            f"The answer goes on with the last message, but no JSON of its form begins with {text[:60]!r}; correct "
-            "that message, or leave it out."
+            f"The answer continues the last message, but no JSON of its form starts with {text[:60]!r}; correct that "
+            "message, or leave it out."
         )
 
     def _bytes(self, ids: Sequence[int]) -> bytes:
         return b"".join(self.grammar.vocabulary.token_bytes[i] for i in ids)
 
     def start(self, *, thinking: bool = False) -> Constraint:
-        """A new answer, behind reasoning or not."""
+        """A new answer, after reasoning or not."""
         return Constraint(self, self.separator if thinking else ())
 
 
 class Constraint:
-    """One answer on its way; see `AnswerForm`."""
+    """One answer in progress; see `AnswerForm`."""
 
     def __init__(self, form: AnswerForm, separator: Sequence[int] = ()) -> None:
         self._forced = deque(separator)
-        self._first_way: list[int] = []
-        """Where nothing is written yet: the shortest way to the end."""
+        self._known_completion: list[int] = []
+        """While nothing is written yet: the shortest answer."""
         self._take(form)
         self._call = form.call
-        """As long as it is open whether the answer is one."""
+        """While it is open whether the answer is a call."""
         self._is_complete = False
-        """Whether nothing but what is forced is to come."""
-        self._way: list[int] | None = None
-        """Once the end is near: the shortest way to it, which still fits."""
-        self._look_at: int | None = None
-        """So many tokens ahead of the last the shortest way is looked for next; None: at once."""
+        """Whether only forced tokens are to come."""
+        self._completion: list[int] | None = None
+        """Once the limit is near: the shortest completion, which still fits."""
+        self._search_at: int | None = None
+        """With so many tokens left the shortest completion is searched for next; None: at once."""
         self.shortened = False
-        """Whether the answer was brought to its end because tokens ran out."""
+        """Whether the answer was cut short because tokens ran out."""
         self._effort = AnswerEffort()
         if form.begun:
             self._matcher.consume_tokens([*form.begun])
             self._position.feed(b"".join(self._vocabulary.token_bytes[i] for i in form.begun))
-            self._first_way = []
+            self._known_completion = []
             self._end_if_complete()
 
     def _take(self, form: AnswerForm) -> None:
@@ -133,7 +133,7 @@ class Constraint:
         self._forced.extend(form.before)
         self._left = form.budget
         self._matcher, self._position = form.grammar.matcher(), form.grammar.position()
-        self._first_way = [*form.grammar.shortest]
+        self._known_completion = [*form.grammar.shortest]
 
     @property
     def ended(self) -> bool:
@@ -151,13 +151,13 @@ class Constraint:
         Raises
         ------
         MessageError
-            When the schema turns out to ask for too much: of the grammar, or of work (`TooMuchWorkError`).
+            When the schema turns out to be too complex, or to take too much work (`TooMuchWorkError`).
         """
         with self._effort.step():
             return self._next_token(remaining, choose)
 
     def _next_token(self, remaining: int, choose: Choose) -> int:
-        if self.ended:  # the prompt held the whole of it
+        if self.ended:  # the prompt held the whole answer
             return min(self._vocabulary.stop_ids)
         if self._call is not None and not self._forced:
             call, self._call = self._call, None
@@ -173,37 +173,37 @@ class Constraint:
         return self._forced.popleft() if self._forced else min(self._vocabulary.stop_ids)
 
     def _is_call(self, call: AnswerForm, remaining: int, choose: Choose) -> bool:
-        """Whether a call begins here rather than the answer itself."""
+        """Whether a call starts here instead of the answer itself."""
         if call.n_shortest > remaining:
             return False
         ids = allowed_ids(self._matcher, len(self._vocabulary.continues_number))
         return choose(np.sort(np.append(ids, call.before[0]))) == call.before[0]
 
     def _choose(self, wanted: int, remaining: int, choose: Choose) -> int | None:
-        """A token that the grammar allows; None when the way to the end must be taken instead.
+        """A token that the grammar allows; None when the answer must be completed instead.
 
         Parameters
         ----------
         wanted, remaining : tokens that the answer should, and can, still have.
         """
-        way = self._way_to_the_end(wanted, remaining)
-        if way is not None and len(way) >= wanted:
-            self._close(way)
+        completion = self._near_completion(wanted, remaining)
+        if completion is not None and len(completion) >= wanted:
+            self._close(completion)
             return None
         try:
             token = self._sampled(choose)
             if token in self._vocabulary.stop_ids:
                 return token
-            rest = self._way_behind(token, way) if way is not None else None
+            rest = self._completion_after(token, completion) if completion is not None else None
         except TooMuchWorkError:
-            if way is None:
+            if completion is None:
                 raise
             rest = None
-        if way is not None:
+        if completion is not None:
             if rest is None or len(rest) >= wanted:
-                self._close(way)  # one token further on, no way to the end would fit, or be found: it is not taken
+                self._close(completion)  # after this token no completion would fit, or be found: it is not taken
                 return None
-            self._way = rest
+            self._completion = rest
         self._end_if_complete()
         return token
 
@@ -213,14 +213,14 @@ class Constraint:
             self._is_complete = True
 
     def _sampled(self, choose: Choose) -> int:
-        """A token that the sampler takes from what the grammar allows, and go over it unless it is an end token."""
+        """A token that the sampler chooses among those that the grammar allows; accepted unless an end token."""
         ids = allowed_ids(self._matcher, len(self._vocabulary.continues_number))
         if self._matcher.is_error():
             raise MessageError(too_complex(self._matcher.get_error()))
         for group in self._preferred(ids):
             while len(group):
                 token = choose(group)
-                if token in self._vocabulary.stop_ids or self._leads_on(token):
+                if token in self._vocabulary.stop_ids or self._accept(token):
                     return token
                 group = group[group != token]
         raise MessageError(
@@ -228,8 +228,8 @@ class Constraint:
             "correct it."
         )
 
-    def _leads_on(self, token: int) -> bool:
-        """Go over a token; false where an object would get a key, or an array an item, twice: nothing moves then."""
+    def _accept(self, token: int) -> bool:
+        """Move over a token; false, without moving, if an object would get a key, or an array an item, twice."""
         position = self._position.copy()
         if not position.feed(self._vocabulary.token_bytes[token]):
             return False
@@ -243,34 +243,34 @@ class Constraint:
         self._position = position
         return True
 
-    def _way_to_the_end(self, wanted: int, remaining: int) -> list[int] | None:
-        """The shortest way to the end, when it is so near that it must be known; None too where it does not fit."""
-        if self._way is None and (self._look_at is None or wanted <= self._look_at):
-            known, self._first_way = self._first_way, []
-            way = known or shortest_end(self._matcher, self._position, self._vocabulary, self._effort)
-            self._look_at = wanted - LOOK_EVERY
-            if way is not None and len(way) <= remaining:
-                near = len(way) + self._grammar.most_forced
+    def _near_completion(self, wanted: int, remaining: int) -> list[int] | None:
+        """The shortest completion, if the limit is so near that it must be known; None also if it does not fit."""
+        if self._completion is None and (self._search_at is None or wanted <= self._search_at):
+            known, self._known_completion = self._known_completion, []
+            completion = known or shortest_completion(self._matcher, self._position, self._vocabulary, self._effort)
+            self._search_at = wanted - CHECK_EVERY
+            if completion is not None and len(completion) <= remaining:
+                near = len(completion) + self._grammar.max_forced
                 if wanted <= near:
-                    self._way = way
+                    self._completion = completion
                 else:
-                    self._look_at = max(near, self._look_at)
-        return self._way
+                    self._search_at = max(near, self._search_at)
+        return self._completion
 
-    def _way_behind(self, token: int, way: list[int]) -> list[int] | None:
-        """The way to the end behind a token that was just taken; inside a string it mostly stays the same."""
-        if way[:1] == [token]:
-            return way[1:]
-        if is_end(way, self._matcher, self._position, self._vocabulary):
-            return way
-        return shortest_end(self._matcher, self._position, self._vocabulary, self._effort)
+    def _completion_after(self, token: int, completion: list[int]) -> list[int] | None:
+        """The shortest completion after a token that was just accepted; inside a string it mostly stays the same."""
+        if completion[:1] == [token]:
+            return completion[1:]
+        if is_end(completion, self._matcher, self._position, self._vocabulary):
+            return completion
+        return shortest_completion(self._matcher, self._position, self._vocabulary, self._effort)
 
-    def _close(self, way: Sequence[int]) -> None:
-        self._forced.extend([*way, *self._after])
+    def _close(self, completion: Sequence[int]) -> None:
+        self._forced.extend([*completion, *self._after])
         self._is_complete = self.shortened = True
 
     def _preferred(self, ids: Ids) -> list[Ids]:
-        """Tokens in groups, the better ones first: what lengthens a long number or key comes last."""
+        """Tokens in groups, preferred ones first: those that lengthen a long number or key come last."""
         if self._position.number_is_long:
             is_late = self._vocabulary.continues_number[ids]
         elif self._position.key_is_long:

@@ -1,8 +1,8 @@
 """A schema as people and their tools write it → one that says the same with the keywords that are enforced.
 
-Old drafts, OpenAPI and what generators add are brought into one form; conditions without a keyword of their own are
-said with others (`if`, `contains`, `dependentRequired`, …), at most narrower than they were. What says nothing about
-validity is left out, with a note; what binds and cannot be kept is an error with its path.
+Old drafts, OpenAPI and what generators add are brought into one form; conditions without an enforced keyword (`if`,
+`contains`, `dependentRequired`, …) are expressed with others, at most narrower than they were. What says nothing
+about validity is dropped with a note; what is binding and cannot be enforced is an error with its path.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from edge_runtime.structured_output.effort import Effort
 from edge_runtime.structured_output.formats import BY_GRAMMAR, PATTERNS, RANGES, WHERE_IT_FITS
 from edge_runtime.structured_output.keywords import BINDING, KEYWORDS, QUIET, REWRITTEN, TYPES, meant_word
 from edge_runtime.structured_output.rewriting import (
-    are_apart,
+    are_disjoint,
     conditional,
-    counted,
-    named_by,
+    modernized,
     negated,
-    older,
     unevaluated,
     with_contained,
     with_dependents,
+    with_property_counts,
+    with_property_names,
 )
-from edge_runtime.structured_output.schema_size import LONGEST_PATTERN, check_text
+from edge_runtime.structured_output.schema_size import MAX_PATTERN, check_text
 
 MAX_DEPTH = 64  # of the schema itself, so that no walk over it exhausts the stack
 
 
 class CannotEnforceError(MessageError):
-    """A part of a schema that binds and cannot be kept; beside others in an anyOf it may fall."""
+    """A part of a schema that is binding and cannot be enforced; as one branch of an anyOf it may be dropped."""
 
 
 class Dialect:
@@ -45,20 +45,20 @@ class Dialect:
     Parameters
     ----------
     root : as JSON data; it is not changed.
-    effort : what may be done for it.
+    effort : limits the work.
     """
 
     def __init__(self, root: dict[str, Any], effort: Effort) -> None:
         self._root, self._effort = root, effort
         self._definitions: dict[str, Any] = {}
-        """Name in the rewritten schema → what stands there."""
+        """Name in the rewritten schema → definition."""
         self._names: dict[str, str] = {}
         """Reference in the given schema → name."""
         self._notes: list[str] = []
         self._passed: dict[str, list[str]] = {}
         """Annotation → paths."""
         self._n_exact = 0
-        """Conditions that this is inside of: what is excluded or asked there must not become narrower."""
+        """Number of conditions around this place: what they exclude or ask for must not become narrower."""
 
     def rewritten(self) -> dict[str, Any]:
         """The schema.
@@ -66,7 +66,7 @@ class Dialect:
         Raises
         ------
         MessageError
-            Naming the JSON path of what has a wrong value or cannot be kept.
+            Naming the JSON path of what has a wrong value or cannot be enforced.
         """
         made = self._schema(self._root, "$", 0)
         if made is False:
@@ -76,11 +76,11 @@ class Dialect:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out or read in another way, in sentences."""
+        """What was ignored or read differently, in sentences."""
         passed = []
         for name, paths in self._passed.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            passed.append(f"{paths[0]}{more}: {name!r} says nothing about which values are valid; it is passed over.")
+            passed.append(f"{paths[0]}{more}: {name!r} says nothing about which values are valid; it is ignored.")
         return tuple(dict.fromkeys([*passed, *self._notes]))
 
     # --- one schema ---------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ class Dialect:
         if depth > MAX_DEPTH:
             raise MessageError(f"{path} is nested more than {MAX_DEPTH} deep; expected a flatter schema.")
         self._effort.spend(1 + len(schema) // 16)
-        made = older(self._checked(schema, path, depth))
+        made = modernized(self._checked(schema, path, depth))
         is_nullable = made.pop("nullable", False)
         self._format(made, path)
         for name in ("if", "not"):
@@ -110,7 +110,7 @@ class Dialect:
         for name in ("anyOf", "oneOf"):
             if name in made:
                 made[name] = self._branches(made[name], path + step(name), depth)
-        if "anyOf" not in made and "oneOf" in made and are_apart(made["oneOf"], self._resolved, self._effort):
+        if "anyOf" not in made and "oneOf" in made and are_disjoint(made["oneOf"], self._resolved, self._effort):
             made["anyOf"] = made.pop("oneOf")
         if "$ref" in made:
             made["$ref"] = self._reference(made["$ref"], path + step("$ref"), depth)
@@ -118,13 +118,13 @@ class Dialect:
         return {"anyOf": [changed, {"type": "null"}]} if is_nullable and changed is not True else changed
 
     def _checked(self, schema: dict[str, Any], path: str, depth: int) -> dict[str, Any]:
-        """What binds in a schema."""
+        """The binding keywords of a schema."""
         made: dict[str, Any] = {}
         for name, value in schema.items():
             where = path + step(name)
             if name == "$id" and depth:
                 raise MessageError(
-                    f"{where} cannot be enforced: schemas inside a schema have no $id here; use $defs."
+                    f"{where} cannot be enforced: schemas inside a schema cannot have an $id; use $defs."
                 )
             if name in KEYWORDS or name in REWRITTEN:
                 fits, expected = KEYWORDS.get(name) or REWRITTEN[name]
@@ -133,8 +133,8 @@ class Dialect:
                 made[name] = copy.copy(value)
             elif name in BINDING:
                 raise CannotEnforceError(
-                    f"{where} cannot be enforced: the keyword {name[:40]!r} is not supported. Leave it out, or say "
-                    f"it with these: {', '.join(KEYWORDS)}."
+                    f"{where} cannot be enforced: the keyword {name[:40]!r} is not supported. Leave it out, or "
+                    f"express it with these: {', '.join(KEYWORDS)}."
                 )
             elif name not in QUIET:
                 meant = None if name.startswith("x-") else meant_word(name)
@@ -152,7 +152,7 @@ class Dialect:
         where, value = path + step(name), made[name]
         if name == "patternProperties":
             for pattern in value:
-                check_text(pattern, LONGEST_PATTERN)
+                check_text(pattern, MAX_PATTERN)
                 if why := fault({"type": "string", "pattern": pattern}, self._effort):
                     raise CannotEnforceError(f"{where}{step(pattern)} cannot be enforced: {why}.")
         if name in ("properties", "patternProperties", "dependentSchemas"):
@@ -163,7 +163,7 @@ class Dialect:
             made[name] = self._schema(value, where, depth + 1)
 
     def _branches(self, branches: list[Any], path: str, depth: int) -> list[Any]:
-        """Branches of which one is to hold, without those that cannot be enforced, if others remain."""
+        """Alternative branches, without those that cannot be enforced, if others remain."""
         made: list[Any] = []
         fallen: list[CannotEnforceError] = []
         for i, branch in enumerate(branches):
@@ -177,7 +177,7 @@ class Dialect:
         return made
 
     def _reference(self, reference: str, where: str, depth: int) -> str:
-        """The name of what is referred to, which is rewritten at its first mention."""
+        """The name of the target of a reference, which is rewritten when it is first referred to."""
         if reference == "#":
             return reference
         if reference not in self._names:
@@ -212,21 +212,19 @@ class Dialect:
     # --- keywords -----------------------------------------------------------------------------------------------
 
     def _format(self, made: dict[str, Any], path: str) -> None:
-        """Enforce a format and a pattern as far as there is an expression for them."""
+        """Enforce a format and a pattern as far as there is an expression for the format."""
         name, where = made.pop("format", None), path + step("format")
         pattern, types = made.get("pattern"), made.get("type", [*TYPES])
         types = types if isinstance(types, list) else [types]
         if pattern is not None:
-            check_text(pattern, LONGEST_PATTERN)
+            check_text(pattern, MAX_PATTERN)
         why = fault({"type": "string", "pattern": pattern}, self._effort) if pattern is not None else ""
         expression = PATTERNS.get(name or "")
         if expression is None and (pattern is None or why) and _fits(made, WHERE_IT_FITS.get(name or "")):
             expression = WHERE_IT_FITS[name or ""]
         if why and (expression or name in BY_GRAMMAR):
             del made["pattern"]
-            self._notes.append(
-                f"{path}.pattern cannot be enforced ({why}); the format {name!r} beside it is enforced in its place."
-            )
+            self._notes.append(f"{path}.pattern cannot be enforced ({why}); the format {name!r} is enforced instead.")
         elif why:
             raise CannotEnforceError(f"{path}.pattern cannot be enforced: {why}.")
         if expression is not None and "pattern" not in made:
@@ -240,13 +238,13 @@ class Dialect:
             made["minimum"] = max(made.get("minimum", low), low)
             made["maximum"] = min(made.get("maximum", high), high)
         elif name is not None and "pattern" not in made:
-            self._notes.append(f"{where} is {name[:40]!r}, which is not enforced; any value of the type is taken.")
+            self._notes.append(f"{where} is {name[:40]!r}, which is not enforced; any value of the type is accepted.")
 
     def _conditions(self, made: dict[str, Any], path: str) -> Any:
-        """Say with other keywords what has none that is enforced."""
+        """Express with other keywords what has no enforced keyword."""
         resolve = self._resolved
         rules: tuple[tuple[str, Callable[[], Any]], ...] = (
-            ("propertyNames", lambda: named_by(made, made.pop("propertyNames"), resolve)),
+            ("propertyNames", lambda: with_property_names(made, made.pop("propertyNames"), resolve)),
             ("contains", lambda: with_contained(made)),
             ("unevaluatedProperties", lambda: unevaluated(made, "unevaluatedProperties", "additionalProperties")),
             ("unevaluatedItems", lambda: unevaluated(made, "unevaluatedItems", "items")),
@@ -254,8 +252,8 @@ class Dialect:
             ("dependentRequired", lambda: with_dependents(made)),
             ("dependentSchemas", lambda: with_dependents(made)),
             ("if", lambda: conditional(made, resolve)),
-            ("minProperties", lambda: counted(made)),
-            ("maxProperties", lambda: counted(made)),
+            ("minProperties", lambda: with_property_counts(made)),
+            ("maxProperties", lambda: with_property_counts(made)),
         )
         for name in ("minContains", "maxContains"):
             if "contains" not in made:
@@ -271,18 +269,18 @@ class Dialect:
             if changed is None:
                 raise CannotEnforceError(
                     f"{path}{step(name)} cannot be enforced: the keyword {name!r} is supported in simple forms only. "
-                    f"Leave it out, or say it with these: {', '.join(KEYWORDS)}."
+                    f"Leave it out, or express it with these: {', '.join(KEYWORDS)}."
                 )
             if changed is not made:  # the schema is inside another one now
                 if any(left in made for left, _ in rules if left != name):
                     raise CannotEnforceError(
-                        f"{path}{step(name)} cannot be enforced beside other conditions of its kind."
+                        f"{path}{step(name)} cannot be enforced together with other conditions of its kind."
                     )
                 break
         return changed
 
     def _resolved(self, schema: Any) -> Any:
-        """A schema behind its references, as it was rewritten."""
+        """A schema with its references followed, as rewritten."""
         for _ in range(MAX_DEPTH):
             if not isinstance(schema, dict) or [*schema] != ["$ref"] or schema["$ref"] == "#":
                 break
@@ -291,7 +289,7 @@ class Dialect:
 
 
 def _fits(made: dict[str, Any], expression: str | None) -> bool:
-    """Whether strings of an expression may have the lengths that a schema wants."""
+    """Whether strings that match an expression can have the lengths that a schema asks for."""
     lengths: dict[str, Any] = {name: made[name] for name in ("minLength", "maxLength") if name in made}
     return expression is not None and not fault({"type": "string", "pattern": expression, **lengths})
 
@@ -302,6 +300,6 @@ def step(name: str) -> str:
 
 
 def short(value: Any) -> str:
-    """A value as it is shown in an error."""
+    """A value as an error shows it."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:60] + "…"

@@ -1,7 +1,7 @@
-"""Values of `format` → regular expressions that llguidance can enforce, and what is only an annotation.
+"""Values of `format` → regular expressions that llguidance can enforce, or mere annotations.
 
-llguidance's own expressions let through what readers refuse (30 February, the year 0, the second 60, a domain without
-a dot), so those here are narrower: every string that matches is valid for strict readers, too.
+llguidance's own expressions accept what readers refuse (30 February, the year 0, the second 60, a domain without a
+dot), so those here are narrower: every string that matches is valid for strict readers, too.
 
 Sources: JSON Schema 2020-12 Validation section 7.3, RFC 3339, RFC 5321, RFC 6901, RFC 4648;
 OpenAPI's format registry.
@@ -56,7 +56,7 @@ BY_GRAMMAR = {
     "uri-reference": "uri",
     "iri-reference": "uri",
 }
-"""Formats of JSON Schema that llguidance enforces under this name; what it makes is valid for the wider ones, too."""
+"""Formats of JSON Schema that llguidance enforces under this name; its strings are valid for the wider ones, too."""
 
 KNOWN = (*PATTERNS, *BY_GRAMMAR)
 
@@ -72,7 +72,7 @@ WHERE_IT_FITS = {
     "guid": f"^{_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}$",
     **{f"uuid{version}": _uuid(version) for version in range(1, 9)},
 }
-"""Formats of other tools (pydantic, OpenAPI, zod): enforced where no other keyword contradicts, else passed over."""
+"""Formats of other tools (pydantic, OpenAPI, zod): enforced unless another keyword contradicts, else ignored."""
 
 RANGES = {
     "int8": (-(2**7), 2**7 - 1),
@@ -83,4 +83,4 @@ RANGES = {
     "uint32": (0, 2**32 - 1),
     "uint64": (0, 2**53 - 1),
 }
-"""Formats of integers (OpenAPI) and what fits into them."""
+"""Formats of integers (OpenAPI) and their ranges."""

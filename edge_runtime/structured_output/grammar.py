@@ -1,8 +1,8 @@
 """Schemas and vocabularies for llguidance: which tokens may follow, so that an answer is valid JSON of one schema.
 
 Chosen over llama.cpp's grammars: its converter ignores keywords it does not know (multipleOf, limits of numbers,
-patternProperties, minProperties, uniqueItems), it refuses long repetitions, and a look at 151,748 tokens took it
-29 ms where llguidance takes 0.1 to 0.2. Imported at the first schema, not before.
+patternProperties, minProperties, uniqueItems), it refuses long repetitions, and checking 151,748 tokens took it
+29 ms, where llguidance takes 0.1 to 0.2. Imported at the first schema, not before.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from edge_runtime.structured_output.effort import Effort, TooMuchWorkError
 from edge_runtime.structured_output.json_position import JsonPosition
 from edge_runtime.structured_output.places import Place
 from edge_runtime.structured_output.schema import DEFAULT_MAX_LENGTH, bound_schema
-from edge_runtime.structured_output.shortest_completion import LONGEST_END, shortest_end
+from edge_runtime.structured_output.shortest_completion import MAX_END, shortest_completion
 from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 CULPRIT_S = 1.0
-"""For the search for the part of a schema that is to blame."""
+"""Time limit of the search for the part of a schema that is to blame."""
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 """The schema of free JSON."""
 
@@ -38,7 +38,7 @@ class Grammar:
     Parameters
     ----------
     schema : JSON schema, or None for any JSON object.
-    effort : what may be done for it.
+    effort : limits the work.
 
     Raises
     ------
@@ -58,7 +58,7 @@ class Grammar:
             bounded = bound_schema(given, pattern_max_length=DEFAULT_MAX_LENGTH, effort=self._effort)
             self._matcher = self._compile(bounded.text)
         self.notes = bounded.notes
-        """What of the schema is left out or read in another way, in sentences."""
+        """What is ignored or read differently in the schema, in sentences."""
         if self._matcher.get_error().startswith(OVERLAPPING):
             self._matcher = self._compile(bounded.text, one_of_is_any_of=True)
             self.notes += (
@@ -69,23 +69,23 @@ class Grammar:
             why = reason(self._matcher.get_error())
             raise MessageError(f"{self._culprit(json.loads(bounded.text), why)} cannot be enforced: {why}.")
         self._place = Place.of(bounded.root) if bounded.has_unique_items else None
-        shortest = shortest_end(self._matcher, self.position(), vocabulary, self._effort)
+        shortest = shortest_completion(self._matcher, self.position(), vocabulary, self._effort)
         if shortest is None:
             raise MessageError(
-                f"The schema has no answer that ends, or none of at most {LONGEST_END} tokens; check its references "
+                f"The schema has no answer that ends, or none of at most {MAX_END} tokens; check its references "
                 "for endless recursion, how many items and characters it asks for, and whether its patterns and "
                 "enums allow as many different keys and unique items as it asks for."
             )
         self.is_open = bounded.is_open
-        """Whether the schema leaves open how long an answer gets."""
+        """Whether the schema does not limit the length of an answer."""
         self.limits_keys = '"patternProperties"' in bounded.text
-        """Whether an object may run out of keys that it does not have yet."""
+        """Whether an object may run out of new keys."""
         self.shortest = tuple(shortest)
         """The shortest answer."""
         self.n_shortest = len(shortest)
-        """Its tokens."""
-        self.most_forced = len(shortest) + len(bounded.text)
-        """Tokens that one token may bring with it at most: a bracket opens what the schema requires inside."""
+        """Its number of tokens."""
+        self.max_forced = len(shortest) + len(bounded.text)
+        """Maximum number of tokens that one token may force: a bracket opens what the schema requires inside."""
 
     def matcher(self) -> LLMatcher:
         """A new match, before the first token."""
@@ -103,7 +103,7 @@ class Grammar:
     def _culprit(self, root: dict[str, Any], why: str) -> str:
         """JSON path of the innermost schema that cannot be compiled by itself, for the same reason.
 
-        A large schema has many inner ones: a path further out is told where the search takes too much work.
+        A large schema has many inner ones: if the search takes too much work, the path is that of an outer one.
         """
         path, schema, self._effort = "$", root, Effort(seconds=CULPRIT_S)
         definitions = {name: root[name] for name in ("$defs",) if name in root}

@@ -1,7 +1,7 @@
-"""Where in a JSON text one stands, byte by byte: inside a string or number, and which keys the open objects have.
+"""The position in a JSON text, byte by byte: inside a string or number, and which keys the open objects have.
 
-A grammar knows this too, but does not tell; it lets an object have the same key twice, and an array that must not the
-same item. Trusts its input to be the beginning of a JSON text.
+A grammar knows this too, but does not expose it; it allows duplicate keys in objects, and duplicate items in arrays
+of unique items. Trusts its input to be the start of a JSON text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ OPEN_OBJECT, CLOSE_OBJECT, OPEN_ARRAY, CLOSE_ARRAY = b"{}[]"
 DIGITS = frozenset(b"0123456789")
 NUMBER_BYTES = frozenset(b"0123456789+-.eE")
 
-MOST_DIGITS = 15  # a float tells decimals apart as long as they have no more
-MOST_EXPONENT_DIGITS = 2  # 15 digits and e99 are far from overflow
-MOST_KEY_BYTES = 64
+MAX_DIGITS = 15  # a float distinguishes decimals of up to this many digits
+MAX_EXPONENT_DIGITS = 2  # 15 digits and e99 are far from overflow
+MAX_KEY_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,26 @@ class _Open:
 
     place: Place
     start: int
-    """Where in the noted text the current item begins; of arrays with unique items."""
+    """Where the current item starts in the recorded text; for arrays with unique items."""
     n_items: int = 0
-    """Complete ones of an array."""
+    """Complete items of an array."""
     key: str = ""
-    """The last one of an object."""
+    """The last key of an object."""
     seen: frozenset[str] | None = None
-    """Of an array with unique items: those that are complete, each in its canonical spelling."""
+    """For an array with unique items: its complete items, each in canonical spelling."""
     written: tuple[bytes, ...] = ()
     """The same items without blanks."""
     number: int = 0
-    """Brackets that were opened before it."""
+    """Number of brackets that were opened before it."""
 
 
 @dataclass
 class JsonPosition:
-    """A place in a JSON text; starts before its first byte.
+    """A position in a JSON text; starts before its first byte.
 
     Parameters
     ----------
-    root : what is known of the whole text's schema; None where the grammar keeps all of it.
+    root : what is known about the schema of the whole text; None if the grammar enforces all of it.
     """
 
     root: Place | None = None
@@ -56,7 +56,7 @@ class JsonPosition:
     length: int = 0
     """Bytes so far of the string or number."""
     _objects: tuple[frozenset[bytes] | None, ...] = ()
-    """Open brackets from outside in: the keys so far of an object, None for an array."""
+    """Open brackets, outermost first: the keys so far of an object, None for an array."""
     _is_key: bool = False
     _key_follows: bool = False
     _escaped: bool = False
@@ -65,16 +65,16 @@ class JsonPosition:
     _exponent_digits: int = -1
     """-1 before the exponent."""
     _opened: tuple[_Open, ...] = ()
-    """Open brackets from outside in, where schemas are followed."""
+    """Open brackets, outermost first, where schemas are followed."""
     _n_unique: int = 0
-    """Of them, arrays with unique items."""
+    """How many of them are arrays with unique items."""
     _n_opened: int = 0
     """Brackets so far, where schemas are followed."""
     _text: bytes = b""
-    """What was written since the outermost of those was opened, without blanks."""
+    """What was written since the outermost of those arrays was opened, without blanks."""
 
     def copy(self) -> JsonPosition:
-        """Another one at the same place."""
+        """A copy, at the same position."""
         other = object.__new__(JsonPosition)  # a third of the time that `copy.copy` takes
         other.__dict__.update(self.__dict__)
         return other
@@ -82,17 +82,17 @@ class JsonPosition:
     @property
     def number_is_long(self) -> bool:
         """Whether a number has all the digits that make a difference."""
-        return self.in_number and (self._digits >= MOST_DIGITS or self._exponent_digits >= MOST_EXPONENT_DIGITS)
+        return self.in_number and (self._digits >= MAX_DIGITS or self._exponent_digits >= MAX_EXPONENT_DIGITS)
 
     @property
     def is_at_key(self) -> bool:
-        """Whether this is inside a key, or where one may begin."""
+        """Whether this is inside a key, or where one may start."""
         return self._is_key if self.in_string else self._key_follows
 
     @property
     def key_is_long(self) -> bool:
         """Whether this is a key that should end."""
-        return self.in_string and self._is_key and len(self._key) >= MOST_KEY_BYTES
+        return self.in_string and self._is_key and len(self._key) >= MAX_KEY_BYTES
 
     @property
     def key_may_repeat(self) -> bool:
@@ -104,7 +104,7 @@ class JsonPosition:
 
     @property
     def next_of_keys(self) -> set[int]:
-        """Bytes with which this would go on like a key that its object has."""
+        """Bytes that would continue this like a key that its object already has."""
         keys = self._objects[-1] or () if self._objects else ()
         return _next_bytes(keys, self._key, QUOTE)
 
@@ -115,7 +115,7 @@ class JsonPosition:
 
     @property
     def may_repeat(self) -> bool:
-        """Whether the item of an open array could become one that is there already."""
+        """Whether the item of an open array could become a duplicate."""
         if not self._n_unique:
             return False
         if any(opened.seen is not None and opened.place.is_scarce for opened in self._opened):
@@ -128,7 +128,7 @@ class JsonPosition:
 
     @property
     def next_of_items(self) -> set[int]:
-        """Bytes with which this would go on like an item that an open array has."""
+        """Bytes that would continue this like an item that an open array already has."""
         opened = self._outer
         return set() if opened is None else _next_bytes(opened.written, self._text[opened.start :], COMMA)
 
@@ -154,7 +154,7 @@ class JsonPosition:
         return 0 if opened is None else len(opened.written)
 
     def feed(self, data: bytes) -> bool:
-        """Move on over `data`; False when an object gets a key that it has, or an array an item that it must not."""
+        """Move over `data`; False when an object gets a duplicate key, or an array of unique items a duplicate."""
         for byte in data:
             if self.root is not None and not self._follow(byte):
                 return False
@@ -168,7 +168,7 @@ class JsonPosition:
         return True
 
     def _follow(self, byte: int) -> bool:
-        """Follow the schemas over a byte, ahead of all else."""
+        """Follow the schemas over a byte, before anything else."""
         if not self.in_string and self._opened:
             innermost = self._opened[-1]
             if byte in (COMMA, CLOSE_ARRAY) and innermost.seen is not None:
@@ -203,7 +203,7 @@ class JsonPosition:
         self._n_opened += 1
 
     def _end_item(self, array: _Open) -> bool:
-        """Note a complete item; False when it is there already."""
+        """Record a complete item; False if it is a duplicate."""
         item = self._text[array.start :]
         if not item:
             return True
@@ -216,12 +216,12 @@ class JsonPosition:
         return True
 
     def _leaves_none(self) -> bool:
-        """Whether an array that goes on with a comma has taken what a later item needs."""
+        """Whether an array that continues with a comma has used up a value that a later item needs."""
         array = self._opened[-1]
         return array.seen is not None and not array.place.leaves_enough(array.n_items, array.seen)
 
     def _repeats_item(self) -> bool:
-        """Whether a string, object or array that has just ended is an item that its array has."""
+        """Whether a string, object or array that has just ended duplicates an item of its array."""
         if not self._opened or self._opened[-1].seen is None:
             return False
         array = self._opened[-1]
@@ -285,14 +285,14 @@ class JsonPosition:
             self._digits += 1
 
 
-def _next_bytes(texts: Iterable[bytes], beginning: bytes, behind: int) -> set[int]:
-    """Bytes with which texts go on behind a beginning of theirs, or what stands behind the whole of one."""
-    n = len(beginning)
-    return {text[n] if len(text) > n else behind for text in texts if text.startswith(beginning)}
+def _next_bytes(texts: Iterable[bytes], prefix: bytes, after: int) -> set[int]:
+    """Next bytes of the texts that start with a prefix; `after` for one that is the prefix itself."""
+    n = len(prefix)
+    return {text[n] if len(text) > n else after for text in texts if text.startswith(prefix)}
 
 
 def without_blanks(text: str) -> str:
-    """Leave out the blanks between the parts of a JSON text, which say nothing; one that parts two words stays."""
+    """Drop the meaningless blanks between the parts of a JSON text; one that separates two words stays."""
     kept: list[str] = []
     in_string = escaped = after_blank = False
     for char in text + "\0":

@@ -1,6 +1,6 @@
-"""The words of JSON Schema: which are enforced, which are rewritten into those, and which say nothing about validity.
+"""The keywords of JSON Schema: which are enforced, which are rewritten, and which say nothing about validity.
 
-Sources: JSON Schema drafts 4 to 2020-12, OpenAPI 3.0 and 3.1, and what generators write beside them.
+Sources: JSON Schema drafts 4 to 2020-12, OpenAPI 3.0 and 3.1, and what generators add to them.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ KEYWORDS: dict[str, Check] = {
     "exclusiveMaximum": _LIMIT,
     "multipleOf": (lambda value: _is_number(value) and value > 0, "a number above 0"),
 }
-"""Every keyword that is enforced as it stands, with what its value must be."""
+"""Every keyword that is enforced as it is, with a check of its value."""
 
 REWRITTEN: dict[str, Check] = {
     "nullable": _FLAG,
@@ -105,7 +105,7 @@ REWRITTEN: dict[str, Check] = {
     "unevaluatedProperties": _SCHEMA,
     "unevaluatedItems": _SCHEMA,
 }
-"""Keywords that are said with others where that can be done; see `dialects`."""
+"""Keywords that are expressed with others where possible; see `dialects`."""
 
 QUIET = frozenset(
     (
@@ -113,7 +113,7 @@ QUIET = frozenset(
         *("deprecated", "$defs", "definitions", "$anchor", "$vocabulary"),
     )
 )
-"""Annotations of JSON Schema itself, which nobody takes for a condition."""
+"""Annotations of JSON Schema itself, which nobody mistakes for a condition."""
 
 BINDING = frozenset(
     (
@@ -124,11 +124,11 @@ BINDING = frozenset(
         *("optionalProperties", "elements", "minExclusive", "maxExclusive"),
     )
 )
-"""Words that bind in older drafts, in other schema languages or in validators' extensions."""
+"""Words that are binding in older drafts, in other schema languages or in validators' extensions."""
 
 
 def meant_word(name: str) -> str | None:
-    """The keyword that an unknown word seems to be a misspelling of: `max_length`, `requird`, `maxLenght`."""
+    """The keyword that an unknown word seems to misspell: `max_length`, `requird`, `maxLenght`."""
     plain = _plain(name)
     for word in (*KEYWORDS, *REWRITTEN):
         known = _plain(word)

@@ -1,7 +1,7 @@
-"""Which schemas hold at a place of a JSON text, as far as the grammar cannot keep all they say (`uniqueItems`).
+"""Which schemas apply at a place in a JSON text, for what the grammar cannot enforce (`uniqueItems`).
 
 A place stands for every schema that may apply there: where there are several (`anyOf`), each of them counts, so that
-what is checked is at most narrower than what was asked for.
+the check is at most narrower than what was asked for.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-MOST_SCARCE = 64
-"""Items of an array that are looked at together, and values that they may have."""
+MAX_SCARCE = 64
+"""Items of an array that are considered together, and values that they may have."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Place:
 
     @classmethod
     def _at(cls, root: dict[str, Any], found: Iterable[Any]) -> Place:
-        """With whatever is combined or referred to."""
+        """With all schemas that are combined or referred to."""
         left, known = [schema for schema in found if isinstance(schema, dict)], {}
         while left:
             schema = left.pop()
@@ -52,33 +52,33 @@ class Place:
 
     @property
     def n_first(self) -> int:
-        """Items of an array here that have schemas of their own."""
+        """Number of items of an array here that have schemas of their own."""
         return max((len(schema.get("prefixItems", ())) for schema in self.schemas), default=0)
 
     @cached_property
     def _scarce(self) -> list[frozenset[str] | None]:
-        """Values that the items may have which an array here must hold; None where they are many.
+        """Possible values of each required item of an array here; None where there are many.
 
-        Empty where they all draw on the same, or where several schemas may apply.
+        Empty if all items share the same values, or if several schemas may apply.
         """
         arrays = [schema for schema in self.schemas if {"items", "prefixItems", "uniqueItems"} & schema.keys()]
         if len(arrays) != 1 or not self.has_unique_items or "prefixItems" not in arrays[0]:
             return []
         first, rest = arrays[0]["prefixItems"], arrays[0].get("items", True)
-        n = min(int(arrays[0].get("minItems", 0)), MOST_SCARCE)
+        n = min(int(arrays[0].get("minItems", 0)), MAX_SCARCE)
         return [_few_values(self.root, first[i] if i < len(first) else rest, 0) for i in range(n)]
 
     @property
     def is_scarce(self) -> bool:
-        """Whether an item that is new may still leave none for a later one."""
+        """Whether even a new item may leave no value for a later one."""
         return any(values is not None for values in self._scarce)
 
     def leaves_enough(self, n_items: int, seen: frozenset[str]) -> bool:
-        """Whether the items that must follow can all be new, and differ from one another.
+        """Whether the items that must follow can all be new and distinct.
 
         Parameters
         ----------
-        n_items, seen : of the array so far: how many, and the items in their canonical spelling.
+        n_items, seen : number of items of the array so far, and the items in canonical spelling.
         """
         return _can_differ([values - seen for values in self._scarce[n_items:] if values is not None])
 
@@ -103,8 +103,8 @@ class Place:
 
 
 def _few_values(root: dict[str, Any], schema: Any, depth: int) -> frozenset[str] | None:
-    """The values that are valid under a schema, each in its canonical spelling; None where they are not listed."""
-    if not isinstance(schema, dict) or depth > MOST_SCARCE or {"allOf", "not"} & schema.keys():
+    """The values that are valid under a schema, in canonical spelling; None if they are not listed."""
+    if not isinstance(schema, dict) or depth > MAX_SCARCE or {"allOf", "not"} & schema.keys():
         return None
     if "enum" in schema or "const" in schema:
         listed: list[Any] = schema["enum"] if "enum" in schema else [schema["const"]]
@@ -113,7 +113,7 @@ def _few_values(root: dict[str, Any], schema: Any, depth: int) -> frozenset[str]
         return frozenset(("true", "false") if schema["type"] == "boolean" else ("null",))
     if schema.get("type") == "integer" and {"minimum", "maximum"} <= schema.keys():
         low, high = math.ceil(schema["minimum"]), math.floor(schema["maximum"])
-        return frozenset(map(str, range(low, high + 1))) if high - low < MOST_SCARCE else None
+        return frozenset(map(str, range(low, high + 1))) if high - low < MAX_SCARCE else None
     branches: list[Any] = schema.get("anyOf") or schema.get("oneOf") or []
     if "$ref" in schema:
         branches = [*branches, _target(root, schema["$ref"])]
@@ -124,7 +124,7 @@ def _few_values(root: dict[str, Any], schema: Any, depth: int) -> frozenset[str]
 
 
 def _can_differ(choices: list[frozenset[str]]) -> bool:
-    """Whether one value can be taken from each of several sets, no value twice: a matching in a bipartite graph."""
+    """Whether one value can be chosen from each of several sets, none twice: a matching in a bipartite graph."""
     taken_by: dict[str, int] = {}
 
     def place(i: int, tried: set[str]) -> bool:
@@ -150,7 +150,7 @@ def _target(root: dict[str, Any], reference: str) -> Any:
 
 
 def canonical(text: bytes) -> str:
-    """One spelling for all JSON texts of the same value, as JSON Schema compares them: 1 is 1.0, but not true."""
+    """The same spelling for all JSON texts of equal values, as JSON Schema compares them: 1 is 1.0, but not true."""
     return json.dumps(_plain(json.loads(text)), sort_keys=True)
 
 

@@ -1,8 +1,8 @@
-"""Conditions of JSON Schema that no grammar has → the same conditions said with other keywords.
+"""Conditions of JSON Schema that no grammar has → the same conditions expressed with other keywords.
 
-Every function gets a schema (`made`) whose inner ones are rewritten already, may change it, and returns what stands
-in its place: the same mapping, another schema, false where nothing is valid, or None where it is not one of the
-simple forms that can be said otherwise. `resolve` follows references.
+Every function gets a schema (`made`) whose inner schemas are already rewritten, may change it, and returns its
+replacement: the same mapping, another schema, false if nothing is valid, or None if it is not one of the simple forms
+that can be expressed otherwise. `resolve` follows references.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from edge_runtime.structured_output.places import canonical
 Schema = dict[str, Any]
 Resolve = Callable[[Any], Any]
 
-MOST_TRIGGERS = 4  # 2 to the power of this many variants of an object
-MOST_CONTAINED = 64
-MOST_VARIANTS = 128
-MOST_EXCLUDED = 500  # characters of strings that are not to be written
+MAX_TRIGGERS = 4  # 2 to the power of this many variants of an object
+MAX_CONTAINED = 64
+MAX_VARIANTS = 128
+MAX_EXCLUDED = 500  # characters of strings that are not to be written
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
 
-def older(made: Schema) -> Schema:
+def modernized(made: Schema) -> Schema:
     """Bring drafts 4 to 7 into the form of 2020-12."""
     for name, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if isinstance(made.get(name), bool) and made.pop(name) and limit in made:
@@ -48,8 +48,8 @@ def older(made: Schema) -> Schema:
     return made
 
 
-def named_by(made: Schema, names: Any, resolve: Resolve) -> Any:
-    """Say `propertyNames` with patterns or properties."""
+def with_property_names(made: Schema, names: Any, resolve: Resolve) -> Any:
+    """Express `propertyNames` with patterns or properties."""
     names = resolve(names)
     if names is True or names == {} or names == {"type": "string"}:
         return made
@@ -80,17 +80,17 @@ def named_by(made: Schema, names: Any, resolve: Resolve) -> Any:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a branch says of its values, as far as that tells it from others."""
+    """What a branch says about its values, as far as that distinguishes it from others."""
 
     values: frozenset[str] | None
-    """Those that are listed, each in one spelling."""
+    """Listed values, in canonical spelling."""
     types: set[str]
     named: dict[str, frozenset[str]]
     """Properties whose values are listed."""
     required: frozenset[str]
 
 
-def are_apart(branches: Sequence[Any], resolve: Resolve, effort: Effort) -> bool:
+def are_disjoint(branches: Sequence[Any], resolve: Resolve, effort: Effort) -> bool:
     """Whether no value can be valid under two of several schemas: by type, by value, or by a property's value."""
     kinds = []
     for branch in map(resolve, branches):
@@ -98,11 +98,11 @@ def are_apart(branches: Sequence[Any], resolve: Resolve, effort: Effort) -> bool
             return len(branches) < 2
         if isinstance(branch, dict):
             kinds.append(_kind(branch, resolve))
-    if _told_by_one_property(kinds):
+    if _differ_by_one_property(kinds):
         return True
     for one, other in combinations(kinds, 2):
         effort.spend()
-        if not _is_apart(one, other):
+        if not _are_disjoint(one, other):
             return False
     return True
 
@@ -113,8 +113,8 @@ def _kind(schema: Schema, resolve: Resolve) -> _Kind:
     return _Kind(_values(schema), _types(schema), listed, frozenset(schema.get("required", [])))
 
 
-def _told_by_one_property(kinds: Sequence[_Kind]) -> bool:
-    """Whether all are objects that a property tells apart which each must have; many branches mostly are such."""
+def _differ_by_one_property(kinds: Sequence[_Kind]) -> bool:
+    """Whether all are objects that differ in one required property; large sets of branches mostly do."""
     if not kinds or any(kind.types != {"object"} for kind in kinds):
         return False
     common = frozenset.intersection(*(kind.required.intersection(kind.named) for kind in kinds))
@@ -122,7 +122,7 @@ def _told_by_one_property(kinds: Sequence[_Kind]) -> bool:
     return any(sum(map(len, values)) == len(frozenset[str]().union(*values)) for values in listed)
 
 
-def _is_apart(one: _Kind, other: _Kind) -> bool:
+def _are_disjoint(one: _Kind, other: _Kind) -> bool:
     if one.values is not None and other.values is not None:
         return one.values.isdisjoint(other.values)
     if one.types.isdisjoint(other.types):
@@ -134,7 +134,7 @@ def _is_apart(one: _Kind, other: _Kind) -> bool:
 
 
 def _values(schema: Any) -> frozenset[str] | None:
-    """The values that a schema lists, each in one spelling."""
+    """The values that a schema lists, in canonical spelling."""
     if not isinstance(schema, dict):
         return None
     listed: list[Any] | None = schema.get("enum", [schema["const"]] if "const" in schema else None)
@@ -148,9 +148,9 @@ def _types(schema: Schema) -> set[str]:
 
 
 def with_contained(made: Schema) -> Any:
-    """Say `contains` of the first items: narrower, as any place would do."""
+    """Apply `contains` to the first items: narrower, as any item would do."""
     contained, least, most = made.pop("contains"), made.pop("minContains", 1), made.pop("maxContains", None)
-    if most is not None or least > MOST_CONTAINED:
+    if most is not None or least > MAX_CONTAINED:
         return None
     least = int(least)
     first: list[Any] = list(made.get("prefixItems", []))
@@ -165,7 +165,7 @@ def with_contained(made: Schema) -> Any:
 
 
 def unevaluated(made: Schema, name: str, plain: str) -> Any:
-    """Say `unevaluatedProperties` or `unevaluatedItems` with what they are where nothing is combined."""
+    """Replace `unevaluatedProperties` or `unevaluatedItems` by their plain equivalents where nothing is combined."""
     value = made.pop(name)
     if value is True or plain in made:
         return made
@@ -176,7 +176,7 @@ def unevaluated(made: Schema, name: str, plain: str) -> Any:
 
 
 def negated(made: Schema, excluded: Any, resolve: Resolve) -> Any:
-    """Say `not` of values, of types, of required properties, and of several of these."""
+    """Express `not` of values, of types, of required properties, and of several of these."""
     if isinstance(excluded, dict) and "$ref" in excluded:
         excluded = resolve(excluded)
         if isinstance(excluded, dict) and not {"const", "enum"} & set(excluded):
@@ -222,7 +222,7 @@ def _without_values(made: Schema, values: Sequence[Any]) -> Any:
         made["enum"] = rest
         return made if rest else False
     texts = {value for value in values if isinstance(value, str)}
-    if any(isinstance(value, list | dict) for value in values) or sum(map(len, texts)) > MOST_EXCLUDED:
+    if any(isinstance(value, list | dict) for value in values) or sum(map(len, texts)) > MAX_EXCLUDED:
         return None
     for value in values:
         if value is None:
@@ -238,7 +238,7 @@ def _without_values(made: Schema, values: Sequence[Any]) -> Any:
 
 
 def _none_of(texts: set[str]) -> str:
-    """Regular expression, without look-around, of all strings but these."""
+    """Regular expression, without look-around, for all strings except these."""
     heads = sorted({text[0] for text in texts if text})
     others = f"[^{''.join(map(_escaped, heads))}](?s:.)*" if heads else "(?s:.)+"
     parts = [others] if "" in texts else ["", others]
@@ -251,18 +251,18 @@ def _escaped(character: str) -> str:
 
 
 def _spelled(value: Any) -> str:
-    """One spelling for all that JSON Schema takes for the same value."""
+    """Canonical spelling of a value."""
     return canonical(json.dumps(value).encode())
 
 
 def with_dependents(made: Schema) -> Any:
-    """Say `dependentRequired` and `dependentSchemas` as variants of the object: with the property, and without."""
+    """Express `dependentRequired` and `dependentSchemas` as variants of the object: with the property and without."""
     names: dict[str, list[str]] = made.pop("dependentRequired", {})
     schemas: dict[str, Any] = made.pop("dependentSchemas", {})
     required = set(made.get("required", []))
     triggers = [name for name in {**names, **schemas} if names.get(name) != []]
     open_ones = [name for name in triggers if name not in required]
-    if len(open_ones) > MOST_TRIGGERS:
+    if len(open_ones) > MAX_TRIGGERS:
         return None
     variants = []
     for chosen in product((True, False), repeat=len(open_ones)):
@@ -289,11 +289,11 @@ def _variant(made: Schema, required: set[str], properties: Mapping[str, Any], co
     return variant
 
 
-def counted(made: Schema) -> Any:
-    """Say `minProperties` and `maxProperties` beside optional names as variants: which names are there.
+def with_property_counts(made: Schema) -> Any:
+    """Express `minProperties` and `maxProperties` with optional names as variants, one per set of present names.
 
-    Narrower: no other properties than the named ones, where those are enough. The grammar counts by itself where all
-    names are required, or none is given.
+    Narrower: only the named properties, if they are enough. The grammar counts by itself if all names are required,
+    or none is given.
     """
     named, required = made.get("properties", {}), [*dict.fromkeys(made.get("required", []))]
     low, high = int(made.get("minProperties", 0)), made.get("maxProperties")
@@ -306,14 +306,14 @@ def counted(made: Schema) -> Any:
         return False
     if least > most:
         return False if made.get("additionalProperties") is False else None
-    if math.comb(len(optional), most) * math.comb(most, least) > MOST_VARIANTS:
+    if math.comb(len(optional), most) * math.comb(most, least) > MAX_VARIANTS:
         return None
     for name in ("minProperties", "maxProperties"):
         made.pop(name, None)
     rest, variants = {**made, "additionalProperties": False}, []
     for left in combinations(optional, most):
         for first in combinations(left, least):
-            # The first so many that are there: names between them are not, so that no object has two variants.
+            # The first names that are present: those between them are absent, so that no object has two variants.
             skipped = left[: left.index(first[-1]) + 1] if first else ()
             absent = [name for name in optional if name not in left or (name in skipped and name not in first)]
             variants.append(_variant(rest, {*required, *first}, dict.fromkeys(absent, False), made.get("allOf", [])))
@@ -321,7 +321,7 @@ def counted(made: Schema) -> Any:
 
 
 def conditional(made: Schema, resolve: Resolve) -> Any:
-    """Say `if`, `then`, `else` as variants, where the condition is about an object's properties."""
+    """Express `if`, `then`, `else` as variants, if the condition is about an object's properties."""
     condition, then, other = resolve(made.pop("if")), made.pop("then", True), made.pop("else", True)
     if isinstance(condition, bool) or not condition:
         return _also(made, {"allOf": [then if condition is not False else other]})

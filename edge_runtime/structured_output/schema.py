@@ -1,11 +1,10 @@
 """JSON schema → the same schema, checked and bounded, ready to be compiled into a grammar.
 
-A keyword that binds and cannot be enforced is an error with its path, never ignored (`dialects`). What the schema
-leaves without an end gets one: strings and arrays a default bound, objects no other properties than those named.
-Every answer within the narrower schema is valid under the given one. Knows nothing of tokens; see `grammar` for what
-follows.
+A binding keyword that cannot be enforced is an error with its path, never ignored (`dialects`). What the schema
+leaves unbounded gets a bound: strings and arrays a default length, objects only the named properties. Every answer
+within the narrower schema is valid under the given one. Knows nothing about tokens; see `grammar` for what follows.
 
-Source of the keywords' meaning: JSON Schema 2020-12, Core and Validation.
+Source for the meaning of keywords: JSON Schema 2020-12, Core and Validation.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from edge_runtime.structured_output.keywords import COMBINATORS, KEYWORDS, TYPES
 from edge_runtime.structured_output.schema_size import check_size
 
 DEFAULT_MAX_LENGTH = 1024  # characters of a string without maxLength
-PATTERN_MAX_LENGTH = 128  # the same, where a pattern or format may not let a string end at once
+PATTERN_MAX_LENGTH = 128  # the same, where a pattern or format may not allow a string to end at once
 DEFAULT_MAX_ITEMS = 64
-LARGEST_INTEGER = 2**53 - 1  # JSON readers that know only floats still tell all up to this apart
+MAX_INTEGER = 2**53 - 1  # the largest that JSON readers with floats only can distinguish from its neighbours
 MAX_SCHEMA_BYTES = 1 << 20
-MOST_DIGITS = 300  # of a whole number
+MAX_DIGITS = 300  # of a whole number
 
 
 @dataclass(frozen=True)
@@ -35,27 +34,27 @@ class BoundedSchema:
     """A schema that can be compiled."""
 
     text: str
-    """The schema as JSON, without what grammars cannot keep (`uniqueItems`)."""
+    """The schema as JSON, without what grammars cannot enforce (`uniqueItems`)."""
     root: dict[str, Any]
-    """The schema with that."""
+    """The schema including that."""
     has_unique_items: bool
-    """Whether there is any of it."""
+    """Whether there is any `uniqueItems`."""
     is_open: bool
-    """Whether it left something without a bound, so that the longest answer says nothing about what is wanted."""
+    """Whether it left something unbounded, so that the longest answer says nothing about what is wanted."""
     notes: tuple[str, ...] = ()
-    """What was left out or is read in another way, in sentences."""
+    """What is ignored or read differently, in sentences."""
 
 
 def bound_schema(
     schema: Mapping[str, Any], *, pattern_max_length: int = PATTERN_MAX_LENGTH, effort: Effort | None = None
 ) -> BoundedSchema:
-    """Check a schema and bound what it leaves open.
+    """Check a schema and bound what it leaves unbounded.
 
     Parameters
     ----------
     schema : as JSON data; it is not changed.
     pattern_max_length : bound of strings that have a pattern or format and no maxLength.
-    effort : what may be done for it.
+    effort : limits the work.
 
     Raises
     ------
@@ -67,7 +66,7 @@ def bound_schema(
         raise MessageError(f"The schema is of type {type(schema).__name__}; expected a JSON schema as a mapping.")
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
-        text.encode()  # halves of surrogate pairs are no characters
+        text.encode()  # lone surrogates are not characters
         root = json.loads(text, parse_int=_finite)
     except (TypeError, ValueError, RecursionError) as error:
         raise MessageError(
@@ -86,21 +85,21 @@ def bound_schema(
     for array in walk.unique:
         del array["uniqueItems"]
     text = json.dumps(root, ensure_ascii=False)
-    effort.look()
+    effort.check_time()
     for array in walk.unique:
         array["uniqueItems"] = True
     return BoundedSchema(text, root, bool(walk.unique), walk.is_open, dialect.notes)
 
 
 def _finite(digits: str) -> int:
-    """Read a whole number that a float can come near, as readers of JSON want it."""
-    if len(digits) > MOST_DIGITS:
+    """Read a whole number within the range of floats, as readers of JSON expect it."""
+    if len(digits) > MAX_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits is beyond any float")
     return int(digits)
 
 
 class _Walk:
-    """Visits every schema that the root makes use of, and writes bounds into it."""
+    """Visits every schema that the root uses, and writes bounds into it."""
 
     def __init__(self, root: dict[str, Any], pattern_max_length: int) -> None:
         self._root, self._pattern_max_length = root, pattern_max_length
@@ -111,12 +110,12 @@ class _Walk:
         """Those with `uniqueItems`."""
 
     def visit(self, schema: Any, *, combined: bool) -> None:
-        """Bound one schema and what is inside.
+        """Bound one schema and those inside it.
 
         Parameters
         ----------
-        combined : whether it is, or is inside, a schema that is intersected with another: a bound written here could
-            contradict that one.
+        combined : whether it is, or is inside, a schema that is intersected with another, which a bound here could
+            contradict.
         """
         if isinstance(schema, bool):
             self.is_open |= schema
@@ -176,17 +175,17 @@ class _Walk:
 
 
 def _bound_number(schema: dict[str, Any]) -> None:
-    """Give a number an end where digits could be appended for ever; floats always may end, see `json_position`."""
+    """Bound a number to which digits could be appended for ever; floats can always end, see `json_position`."""
     highest = max(schema.get(name, -math.inf) for name in ("minimum", "exclusiveMinimum"))
     lowest = min(schema.get(name, math.inf) for name in ("maximum", "exclusiveMaximum"))
-    if lowest == math.inf and highest < LARGEST_INTEGER:
-        schema["maximum"] = LARGEST_INTEGER
-    if highest == -math.inf and lowest > -LARGEST_INTEGER:
-        schema["minimum"] = -LARGEST_INTEGER
+    if lowest == math.inf and highest < MAX_INTEGER:
+        schema["maximum"] = MAX_INTEGER
+    if highest == -math.inf and lowest > -MAX_INTEGER:
+        schema["minimum"] = -MAX_INTEGER
 
 
 def _names_all_it_wants(schema: dict[str, Any]) -> bool:
-    """Whether an object schema makes sense without any other properties than the named ones."""
+    """Whether an object schema makes sense with only the named properties."""
     named = schema.get("properties", {})
     return (
         "properties" in schema
@@ -197,14 +196,14 @@ def _names_all_it_wants(schema: dict[str, Any]) -> bool:
 
 
 def _is_mixed(schema: dict[str, Any]) -> bool:
-    """Whether a schema has a combinator and says more than that, so that both are intersected."""
+    """Whether a schema has a combinator and other keywords, so that both are intersected."""
     return sum(name in KEYWORDS for name in schema) > 1 and any(name in schema for name in COMBINATORS)
 
 
 def _has_combined_reference(root: Any) -> bool:
-    """Whether a reference is intersected with something: it stands beside other keywords or below such a schema.
+    """Whether a reference is intersected with something: it has keywords next to it or is inside such a schema.
 
-    What it refers to may then be intersected anywhere. Properties that are named like keywords count as such.
+    Its target may then be intersected anywhere. Properties that are named like keywords count as keywords.
     """
     stack = [(root, False)]
     while stack:

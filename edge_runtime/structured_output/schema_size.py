@@ -1,7 +1,7 @@
 """How large a rewritten schema may be, so that compiling it takes seconds at most.
 
-What is measured is the schema as it is written out: parts that stand at several places count at each. Limits are
-those of one schema, or of all tools of a request.
+The schema is measured written out: parts that are used in several places count in each. Limits are per schema, or for
+all tools of a request.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 
 from edge_runtime.errors import MessageError
 
-MOST_VALUES = 100_000
-"""JSON values, of which an object or array (a schema, or a value of an enum) counts as `COMPOSITE`."""
+MAX_VALUES = 100_000
+"""JSON values; an object or array (a schema, or a value of an enum) counts as `COMPOSITE`."""
 COMPOSITE = 10
-MOST_PROPERTIES = 1000
-"""Of one object: every look at the vocabulary goes through all that may follow."""
-LONGEST_TEXT, LONGEST_PATTERN = 1 << 15, 1 << 18
-"""Characters of one name or value, which is tokenised as a whole; and of a pattern."""
-MOST_TOGETHER = 8
-"""Patterns that may have to hold for one text: the states of their automata are multiplied."""
-MOST_MULTIPLE = 200_000
+MAX_PROPERTIES = 1000
+"""Per object: every mask of the vocabulary goes through all properties that may follow."""
+MAX_TEXT, MAX_PATTERN = 1 << 15, 1 << 18
+"""Characters of one name or value, which is tokenised whole; and of a pattern."""
+MAX_TOGETHER = 8
+"""Patterns that may apply to one text together: the states of their automata multiply."""
+MAX_MULTIPLE = 200_000
 """Of `multipleOf` without its decimal point: its automaton has a state for every remainder."""
 
 
 def check_size(root: dict[str, Any]) -> None:
-    """Check the size of a schema; its parts may be shared, but not hold themselves.
+    """Check the size of a schema; its parts may be shared, but must not contain themselves.
 
     Raises
     ------
@@ -34,21 +34,21 @@ def check_size(root: dict[str, Any]) -> None:
         When it is too large to be compiled.
     """
     sizes = _Sizes()
-    if sizes.of(root) > MOST_VALUES:
+    if sizes.of(root) > MAX_VALUES:
         raise MessageError(
-            f"The schema has more than {MOST_VALUES} values, each mapping and list counted as {COMPOSITE}, once its "
+            f"The schema has more than {MAX_VALUES} values, each mapping and list counted as {COMPOSITE}, once its "
             "conditions are written out; use fewer branches, enum values, conditions inside one another, or tools."
         )
-    if _Together(root).most > MOST_TOGETHER:
+    if _Together(root).most > MAX_TOGETHER:
         raise MessageError(
-            f"The schema has an allOf of more than {MOST_TOGETHER} schemas with patterns or formats, which is the "
-            "limit; say it with fewer patterns."
+            f"The schema has an allOf of more than {MAX_TOGETHER} schemas with patterns or formats, which is the "
+            "limit; use fewer patterns."
         )
     numerators = sizes.multiples if not sizes.combines else {math.lcm(*sizes.multiples)}
-    if max(numerators, default=1) > MOST_MULTIPLE:
+    if max(numerators, default=1) > MAX_MULTIPLE:
         raise MessageError(
-            f"The schema asks for multiples of {max(numerators)} (decimal points left out), expected at most "
-            f"{MOST_MULTIPLE}; use a smaller or rounder multipleOf."
+            f"The schema asks for multiples of {max(numerators)} (without decimal points), expected at most "
+            f"{MAX_MULTIPLE}; use a smaller or rounder multipleOf."
         )
 
 
@@ -58,11 +58,11 @@ class _Sizes:
         self.multiples: set[int] = set()
         """Numerators of all `multipleOf`."""
         self.combines = False
-        """Whether several of them may hold for one number."""
+        """Whether several of them may apply to one number."""
 
     def of(self, value: Any, *, is_pattern: bool = False) -> int:
         if isinstance(value, str):
-            check_text(value, LONGEST_PATTERN if is_pattern else LONGEST_TEXT)
+            check_text(value, MAX_PATTERN if is_pattern else MAX_TEXT)
         if not isinstance(value, dict | list):
             return 1
         if id(value) not in self._known:
@@ -73,13 +73,13 @@ class _Sizes:
         if isinstance(value, list):
             return sum(map(self.of, value))
         for name in value:
-            check_text(name, LONGEST_PATTERN)
+            check_text(name, MAX_PATTERN)
         named = value.get("properties")
         for name in named if isinstance(named, dict) else ():
             check_text(name)
-        if isinstance(named, dict) and len(named) > MOST_PROPERTIES:
+        if isinstance(named, dict) and len(named) > MAX_PROPERTIES:
             raise MessageError(
-                f"The schema has an object of {len(named)} properties, expected at most {MOST_PROPERTIES}; use "
+                f"The schema has an object of {len(named)} properties, expected at most {MAX_PROPERTIES}; use "
                 "patternProperties, or objects inside one another."
             )
         self.combines |= "allOf" in value or ("multipleOf" in value and len(_REFERRING & value.keys()) > 0)
@@ -93,7 +93,7 @@ _REFERRING = {"$ref", "anyOf", "oneOf"}
 _PATTERNS = frozenset(("pattern", "patternProperties", "format"))
 
 
-def check_text(text: str, most: int = LONGEST_TEXT) -> None:
+def check_text(text: str, most: int = MAX_TEXT) -> None:
     """Check one text of a schema.
 
     Raises
@@ -108,7 +108,7 @@ def check_text(text: str, most: int = LONGEST_TEXT) -> None:
 
 
 class _Together:
-    """Counts how many schemas with a pattern hold together in one place, references followed.
+    """Counts how many schemas with a pattern apply together in one place, references followed.
 
     Parameters
     ----------
@@ -134,11 +134,11 @@ class _Together:
             stack += value.values() if isinstance(value, dict) else value
 
     def _together(self, schema: Any) -> int:
-        """Schemas with a pattern, at any depth, that hold together with this one."""
+        """Number of schemas with a pattern, at any depth, that apply together with this one."""
         if not isinstance(schema, dict):
             return 0
         if id(schema) not in self._known:
-            self._known[id(schema)] = 0  # for what refers to itself
+            self._known[id(schema)] = 0  # for recursive references
             branches = schema.get("allOf", [])
             own = [value for name, value in schema.items() if name not in ("allOf", "$defs")]
             has_pattern = not _PATTERNS.isdisjoint(schema) or any(map(self._has_pattern, own))

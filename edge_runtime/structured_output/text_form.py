@@ -1,8 +1,8 @@
-"""Answers that are a text of some form, other than JSON of a schema: one of several texts, a pattern, a grammar.
+"""Answers of a form other than JSON of a schema: one of several texts, a pattern, a grammar.
 
-llguidance tells what may follow; the sampler chooses among that. Such an answer ends where its form ends. One that
-runs out of tokens before is cut, which its finish reason tells (`length`): unlike JSON (`constraint`), a grammar has
-no end that could be looked for.
+llguidance says what may follow; the sampler chooses among that. Such an answer ends where its form ends. If it runs
+out of tokens before, it is cut, with the finish reason `length`: unlike for JSON (`constraint`), no completion is
+searched for.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from edge_runtime.errors import MessageError
 from edge_runtime.structured_output.compiling import compiled
-from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, AnswerForm, Choose
+from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, Choose
 from edge_runtime.structured_output.effort import AnswerEffort, Effort
 from edge_runtime.structured_output.grammar import allowed_ids
-from edge_runtime.structured_output.schema_size import MOST_TOGETHER, check_size
+from edge_runtime.structured_output.schema_size import MAX_TOGETHER, check_size
 from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-MOST_CHOICES = 1000
-MOST_CHARACTERS = 100_000
-"""Of a pattern, a grammar, or all choices together."""
-
 
 @dataclass(frozen=True)
 class TextForm:
-    """What an answer must look like; stands where `AnswerForm` does."""
+    """What an answer must look like; an alternative to `AnswerForm`."""
 
     vocabulary: GrammarVocabulary
     start_matcher: LLMatcher
@@ -41,37 +37,37 @@ class TextForm:
     separator: tuple[int, ...] = ()
     """Tokens between the reasoning and the answer."""
 
-    def limit_reasoning(self, budget: int | None, room: int) -> int:
-        """Tokens of reasoning that leave the answer half of the room, or what most answers need."""
-        most = room - min(DEFAULT_BUDGET, room // 2)
+    def limit_reasoning(self, budget: int | None, n_left: int) -> int:
+        """Tokens of reasoning that leave the answer half of all tokens, or what most answers need."""
+        most = n_left - min(DEFAULT_BUDGET, n_left // 2)
         return most if budget is None else min(budget, most)
 
-    def behind(self, text: str) -> TextForm:
-        """The form of an answer that goes on with a text.
+    def continuing(self, text: str) -> TextForm:
+        """The form of an answer that continues a text.
 
         Raises
         ------
         MessageError
-            When no answer of this form begins with the text.
+            When no answer of this form starts with the text.
         """
         ids, matcher = self.vocabulary(text), self.start_matcher.deep_copy()
         if ids and matcher.try_consume_tokens(ids) < len(ids):
             raise MessageError(
-                f"The answer goes on with the last message, but no text of its form begins with {text[:60]!r}; "
-                "correct that message, or leave it out."
+                f"The answer continues the last message, but no text of its form starts with {text[:60]!r}; correct "
+                "that message, or leave it out."
             )
         return replace(self, start_matcher=matcher)
 
     def start(self, *, thinking: bool = False) -> TextConstraint:
-        """A new answer, behind reasoning or not."""
+        """A new answer, after reasoning or not."""
         return TextConstraint(self, self.separator if thinking else ())
 
 
 class TextConstraint:
-    """One answer on its way; see `TextForm`."""
+    """One answer in progress; see `TextForm`."""
 
     shortened = False
-    """It never is: an answer that has no room left is cut."""
+    """Always false: an answer that runs out of tokens is cut."""
 
     def __init__(self, form: TextForm, separator: Sequence[int] = ()) -> None:
         self._vocabulary, self._matcher = form.vocabulary, form.start_matcher.deep_copy()
@@ -87,18 +83,18 @@ class TextConstraint:
         """Choose the next token, or an end token; see `Constraint.next_token`."""
         with self._effort.step():
             token = self._next_token(choose)
-            self._effort.look()
+            self._effort.check_time()
             return token
 
     def _next_token(self, choose: Choose) -> int:
         if self._forced:
             return self._forced.popleft()
-        if self.ended:  # the prompt held the whole of it
+        if self.ended:  # the prompt held the whole answer
             return min(self._vocabulary.stop_ids)
         ids = allowed_ids(self._matcher, len(self._vocabulary.continues_number))
         if self._matcher.is_error() or not len(ids):
             raise MessageError(
-                "The grammar leads nowhere behind what was written "
+                "The grammar allows nothing after what was written "
                 f"({_reason(self._matcher) or 'no token may follow'}); correct it."
             )
         token = choose(ids)
@@ -108,35 +104,24 @@ class TextConstraint:
 
 
 def choose_text_form(
-    given: Mapping[str, Any],
-    form: AnswerForm | None,
-    has_tools: bool,
-    vocabulary: Callable[[], GrammarVocabulary],
-    effort: Effort | None = None,
-) -> AnswerForm | TextForm | None:
-    """Form of an answer: the one that it has already, or that of a text.
+    given: Mapping[str, Any], vocabulary: Callable[[], GrammarVocabulary], effort: Effort | None = None
+) -> TextForm | None:
+    """Form of an answer that is a text; None where it is free.
 
     Parameters
     ----------
-    given : `choices`, `regex` and `grammar`, None where they are not wanted.
-    form : what a schema, JSON or the choice of a tool asks for.
-    has_tools : whether the model may call some.
+    given : the one of `choices`, `regex` and `grammar` that is wanted; see `GenerationOptions.text_forms`.
     vocabulary : called only where there is something to enforce.
     effort : what may be done for it.
 
     Raises
     ------
     MessageError
-        When the wishes contradict each other or cannot be enforced.
+        When it cannot be enforced.
     """
-    wanted = [name for name, value in given.items() if value is not None]
-    if not wanted:
-        return form
-    if len(wanted) > 1 or form is not None or has_tools:
-        others = f"{wanted[1]} was given, too" if len(wanted) > 1 else "so was a schema, JSON, or tools"
-        raise MessageError(f"{wanted[0]} was given and {others}; expected one of them: an answer has one form.")
-    (name,) = wanted
-    _check(name, given[name])
+    if not given:
+        return None
+    (name,) = given
     words = vocabulary()
     matcher = _compile(name, given[name], words, effort or Effort())
     reason = _reason(matcher)
@@ -150,29 +135,14 @@ def choose_text_form(
     return TextForm(words, matcher, tuple(words("\n\n")))
 
 
-def _check(name: str, value: Any) -> None:
-    texts = value if name == "choices" else [value]
-    if (
-        not isinstance(texts, list | tuple)
-        or not 0 < len(texts) <= MOST_CHOICES
-        or not all(isinstance(text, str) and text for text in texts)
-    ):
-        expected = f"a list of 1 to {MOST_CHOICES} texts" if name == "choices" else "a text"
-        raise MessageError(f"{name} is {str(value)[:60]!r}; expected {expected}, not empty.")
-    if name != "choices" and any("\ud800" <= character <= "\udfff" for text in texts for character in text):
-        raise MessageError(f"{name} has half of a surrogate pair, which is no character; expected whole ones.")
-    if sum(map(len, texts)) > MOST_CHARACTERS:
-        raise MessageError(f"{name} has more than {MOST_CHARACTERS} characters, which is the limit.")
-
-
 def _compile(name: str, value: Any, vocabulary: GrammarVocabulary, effort: Effort) -> LLMatcher:
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
     if name == "choices":
-        grammar = LLMatcher.grammar_from_regex("|".join(map(_literal, dict.fromkeys(value))))
+        grammar = LLMatcher.grammar_from_regex("|".join(map(literal_pattern, dict.fromkeys(value))))
     elif name == "regex":
-        grammar = LLMatcher.grammar_from_regex(_without_anchors(value))
+        grammar = LLMatcher.grammar_from_regex(without_anchors(value))
     else:
         try:
             grammar = LLMatcher.grammar_from_lark(any_to_lark(value))
@@ -188,14 +158,12 @@ def _compile(name: str, value: Any, vocabulary: GrammarVocabulary, effort: Effor
 
 
 def _check_lark(grammar: str) -> None:
-    """Check what of a grammar llguidance has no limits for: intersections, and schemas inside."""
+    """Check what llguidance does not limit in a grammar: intersections, and schemas inside."""
     n_and = _IN_QUOTES.sub("", grammar).count("&")
-    if n_and >= MOST_TOGETHER:
-        raise MessageError(
-            f"grammar has {n_and} intersections (&), expected fewer than {MOST_TOGETHER}; simplify it."
-        )
+    if n_and >= MAX_TOGETHER:
+        raise MessageError(f"grammar has {n_and} intersections (&), expected fewer than {MAX_TOGETHER}; simplify it.")
     for place in re.finditer(r"%json\s*", grammar):
-        with suppress(ValueError, RecursionError):  # what is no JSON, llguidance refuses
+        with suppress(ValueError, RecursionError):  # llguidance refuses what is not JSON
             schema, _ = json.JSONDecoder().raw_decode(grammar, place.end())
             check_size(schema if isinstance(schema, dict) else {})
 
@@ -203,14 +171,14 @@ def _check_lark(grammar: str) -> None:
 _IN_QUOTES = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/')
 
 
-def _literal(text: str) -> str:
+def literal_pattern(text: str) -> str:
     """A pattern that matches a text and nothing else."""
     clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in clean)
 
 
-def _without_anchors(pattern: str) -> str:
-    """A pattern without `^` and `$` at its ends, which say what is so anyway: the whole answer must match."""
+def without_anchors(pattern: str) -> str:
+    """A pattern without `^` and `$` at its ends, which are implied: the whole answer must match."""
     pattern = pattern.removeprefix("^")
     slashes = len(pattern.removesuffix("$")) - len(pattern.removesuffix("$").rstrip("\\"))
     return pattern[:-1] if pattern.endswith("$") and slashes % 2 == 0 else pattern

@@ -1,6 +1,6 @@
-"""Functions that a model may call: what an answer with a call must look like, and what a written call says.
+"""Functions that a model may call: what an answer with a call must look like, and how to parse one.
 
-Calls are written as Qwen3 does, which is what the chat template shows the model:
+Calls are written as in Qwen3, as the chat template shows the model:
 
     <tool_call>
     {"name": "NAME", "arguments": {...}}
@@ -40,10 +40,10 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class MalformedCall:
-    """What stood between the tags of a call and is none."""
+    """Text between the tags of a call that is not a call."""
 
     text: str
-    """The whole of it, with its tags."""
+    """The whole text, with its tags."""
     reason: str
     """A sentence."""
 
@@ -60,26 +60,26 @@ def function_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
     counts = Counter(names)
     twice = next((name for name in sorted(counts) if counts[name] > 1), None)
     if twice is not None:
-        raise MessageError(f"The tools describe {twice!r} more than once; expected one description for each.")
+        raise MessageError(f"The tools describe {twice!r} more than once; expected one description per function.")
     return names
 
 
 def checked_tools(tools: Any, choice: Any) -> list[dict[str, Any]]:
-    """Return the functions that the model is told of: those given, unless none may be called.
+    """Return the functions that the prompt describes: those given, unless none may be called.
 
     Raises
     ------
     MessageError
-        When they are no list of descriptions.
+        When they are not a list of descriptions.
     """
     if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
-        raise MessageError("The tools are no list of mappings; expected function descriptions in OpenAI's form.")
+        raise MessageError("The tools are not a list of mappings; expected function descriptions in OpenAI's form.")
     function_names(tools)
     return [] if choice == "none" else [*tools]
 
 
 def _function(tool: Mapping[str, Any], number: int) -> Mapping[str, Any]:
-    """The function of a description in OpenAI's form, or bare as Qwen's templates take it too."""
+    """The function of a description in OpenAI's form, or bare, which Qwen's templates accept, too."""
     function = tool.get("function", tool)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise MessageError(
@@ -90,7 +90,7 @@ def _function(tool: Mapping[str, Any], number: int) -> Mapping[str, Any]:
 
 
 def chosen_functions(tools: Sequence[Mapping[str, Any]], choice: Any) -> list[str] | None:
-    """Names among which the model must choose; None where it may also answer without a call.
+    """Names among which the model must choose; None if it may also answer without a call.
 
     Parameters
     ----------
@@ -127,9 +127,9 @@ def call_schema(
 
     Parameters
     ----------
-    must_hold : whether parameters that cannot be enforced are an error. Otherwise any arguments are taken for them,
-        as where a call is made freely.
-    effort : what may be done for it.
+    must_hold : whether parameters that cannot be enforced are an error. Otherwise any arguments are accepted, as in a
+        call that is not enforced.
+    effort : limits the work.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def _call_of(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rebased(schema: Any, place: str) -> Any:
-    """A schema whose references into itself still hold when it is put at `place` of another one."""
+    """A schema whose references into itself are still valid when it is put at `place` in another one."""
     if isinstance(schema, list | tuple):
         return [_rebased(item, place) for item in schema]
     if not isinstance(schema, Mapping):
@@ -175,11 +175,11 @@ def _rebased(schema: Any, place: str) -> Any:
 
 
 def parse_call(text: str, names: Sequence[str]) -> ToolCall | str:
-    """Read a call; where it is none, the reason as a sentence.
+    """Parse a call; if it is not a call, the reason as a sentence.
 
     Parameters
     ----------
-    text : what stands between the tags.
+    text : the text between the tags.
     names : functions that were offered.
     """
     try:
@@ -202,16 +202,16 @@ def parse_call(text: str, names: Sequence[str]) -> ToolCall | str:
 
 
 def _plain_json(text: str) -> Any:
-    """Read JSON, of which everything can be written as JSON again.
+    """Read JSON that can be written as JSON again.
 
     Raises
     ------
     ValueError
-        When it is none: Python's own reader takes NaN, numbers beyond any float, and halves of surrogate pairs.
+        When it is not JSON: Python's own reader accepts NaN, numbers beyond any float, and lone surrogates.
     """
 
     def refused(constant: str) -> Any:
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not a JSON number")
 
     def finite(number: str) -> float:
         value = float(number)
@@ -221,5 +221,5 @@ def _plain_json(text: str) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair is no character") from None
+        raise ValueError("half of a surrogate pair is not a character") from None
     return value

@@ -1,7 +1,7 @@
-"""A way through a grammar that is tried and taken back: where a text stands, in the grammar and in its JSON.
+"""A path through a grammar that is tried and rolled back: the position of a text in the grammar and in its JSON.
 
-The grammar's matcher is moved and moved back rather than copied: copies take a millisecond once its automaton is
-large. Knows nothing of what is looked for; see `ending`.
+The grammar's matcher is moved and rolled back rather than copied: copies take a millisecond once its automaton is
+large. Does not know what is searched for; see `shortest_completion`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 
 BYTES_A_STEP = 32
-"""Of one look into the grammar, which count as one step of an effort."""
+"""Bytes of one check against the grammar that count as one step of an effort."""
 STEPS_OF_MASK = 8
-"""What a look at the whole vocabulary counts for."""
+"""Steps that a mask of the whole vocabulary counts for."""
 
 
 class Trail:
-    """A place in an answer, and the tokens that led there from where it began.
+    """A place in an answer, and the tokens that led there from the start of the trail.
 
     Parameters
     ----------
-    matcher, position : where it begins. The matcher is moved; `taking_back` leaves it where it was.
-    effort : what may be done on the way.
+    matcher, position : the start. The matcher is moved; `rolled_back` leaves it where it was.
+    effort : limits the work.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Trail:
         self.position, self.ids = position, list[int]()
         self._matcher, self._vocabulary, self._effort = matcher, vocabulary, effort
         self._before: list[tuple[int, JsonPosition]] = []
-        """For every step: how many tokens there were, and the place."""
+        """For every step: the number of tokens and the position before it."""
 
     def __len__(self) -> int:
         """Steps so far."""
@@ -55,36 +55,36 @@ class Trail:
         return bool(self._matcher.is_accepting())
 
     def allows(self, *data: int) -> bool:
-        """Whether the grammar lets these bytes follow."""
+        """Whether the grammar allows these bytes to follow."""
         self._effort.spend(1 + len(data) // BYTES_A_STEP)
         return self._allows([self._vocabulary.byte_tokens[byte] for byte in data])
 
     def n_allowed(self, *data: int) -> int:
-        """How many of these bytes the grammar lets follow."""
+        """How many of these bytes the grammar allows to follow."""
         self._effort.spend(1 + len(data) // BYTES_A_STEP)
         return int(self._matcher.validate_tokens([self._vocabulary.byte_tokens[byte] for byte in data]))
 
-    def may_end_behind(self, byte: int) -> bool:
-        """Whether the grammar lets a byte follow, and then the end of the text."""
+    def may_end_after(self, byte: int) -> bool:
+        """Whether the grammar allows a byte, and then the end of the text."""
         self._effort.spend()
         return self._allows([self._vocabulary.byte_tokens[byte], self._vocabulary.eos_token_id])
 
     def allowed_among(self, order: bytes) -> list[int]:
-        """The bytes of an order that the grammar lets follow. For more than a few, quicker than to ask for each."""
+        """The bytes of an order that the grammar allows to follow. For more than a few, faster than checking each."""
         self._effort.spend(STEPS_OF_MASK)
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            self._complain()
+            self._raise_too_complex()
         ids = self._vocabulary.ids_of_bytes[np.frombuffer(order, np.uint8)]
         return [order[i] for i in np.flatnonzero(mask[ids >> 3] >> (ids & 7) & 1)]
 
     def _allows(self, ids: Sequence[int]) -> bool:
         allowed = self._matcher.validate_tokens([*ids]) == len(ids)
         if not allowed and self._matcher.is_error():
-            self._complain()
+            self._raise_too_complex()
         return allowed
 
-    def _complain(self) -> None:
+    def _raise_too_complex(self) -> None:
         raise MessageError(too_complex(self._matcher.get_error()))
 
     def forced(self) -> list[int]:
@@ -94,7 +94,7 @@ class Trail:
         return ids
 
     def step(self, ids: Sequence[int]) -> bool:
-        """Go over some tokens; false where an object would get a key, or an array an item, twice: nothing moves then.
+        """Move over tokens; false, without moving, if an object would get a key, or an array an item, twice.
 
         Raises
         ------
@@ -107,7 +107,7 @@ class Trail:
         if not self._allows(ids) or not position.feed(data):
             return False
         if not self._matcher.consume_tokens([*ids]):
-            self._complain()
+            self._raise_too_complex()
         self._before.append((len(self.ids), self.position))
         self.ids += ids
         self.position = position
@@ -118,28 +118,28 @@ class Trail:
         return [self._vocabulary.byte_tokens[byte]]
 
     def step_bytes(self, data: bytes) -> bool:
-        """Go over bytes, each as a token; otherwise as `step`."""
+        """Move over bytes, each as a token; otherwise like `step`."""
         return self.step([self._vocabulary.byte_tokens[byte] for byte in data])
 
     def step_byte(self, byte: int) -> bool:
-        """Go over one byte; otherwise as `step`."""
+        """Move over one byte; otherwise like `step`."""
         return self.step(self.ids_of(byte))
 
-    def back_to(self, n_steps: int) -> None:
-        """Take back all steps but the first so many."""
+    def rollback_to(self, n_steps: int) -> None:
+        """Roll back all steps but the first `n_steps`."""
         if n_steps < len(self._before):
             n_ids, position = self._before[n_steps]
             if not self._matcher.rollback(len(self.ids) - n_ids):
-                self._complain()
+                self._raise_too_complex()
             del self._before[n_steps:], self.ids[n_ids:]
             self.position = position
 
     @contextmanager
-    def taking_back(self) -> Iterator[Trail]:
-        """Whatever is done inside is taken back."""
+    def rolled_back(self) -> Iterator[Trail]:
+        """Roll back all steps taken inside the block."""
         n_steps = len(self)
         try:
             yield self
         finally:
             if not self._matcher.is_error():
-                self.back_to(n_steps)
+                self.rollback_to(n_steps)

@@ -14,11 +14,11 @@ from edge_runtime.structured_output.json_position import NUMBER_BYTES, QUOTE
 if TYPE_CHECKING:
     pass
 
-SPECIAL_MARK = b"\xff"  # llguidance's mark for a token that is no text
+SPECIAL_MARK = b"\xff"  # llguidance's mark for a token that is not text
 
 
 class GrammarVocabulary:
-    """A decoder's vocabulary as grammars need it; made once per model, which takes half a second at full size."""
+    """A decoder's vocabulary as grammars need it; built once per model, which takes half a second at full size."""
 
     def __init__(self, tokenizer: Tokenizer, n_rows: int) -> None:
         llguidance = load_llguidance()
@@ -26,7 +26,7 @@ class GrammarVocabulary:
         special = [kind in (CONTROL, USER_DEFINED, UNUSED) for kind in tokenizer.types]
         text = [b"" if special[i] else tokenizer.token_bytes(i) for i in range(len(special))]
         self.token_bytes = text
-        """Text of every token; none for special ones."""
+        """Text of every token; empty for special ones."""
         self.byte_tokens = {token[0]: i for i, token in enumerate(text) if len(token) == 1}
         """Token of a single byte."""
         self.ids_of_bytes = np.array([self.byte_tokens.get(byte, 0) for byte in range(256)])

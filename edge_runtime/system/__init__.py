@@ -1,5 +1,5 @@
-"""What the operating system offers: files that appear whole, sandboxes, forks, shared memory, addresses.
+"""What the operating system offers: atomic files, sandboxes, forks, shared memory, addresses.
 
-Paths, bytes and processes enter; the same leave, or an error that says why not.
-It knows no models and no requests.
+Enter: paths, bytes and processes. Leave: the same, or an error that says why not.
+Knows neither models nor requests.
 """

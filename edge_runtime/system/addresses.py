@@ -1,8 +1,8 @@
-"""Which addresses may be reached because somebody else says so: a client's picture or model, a hub's redirect.
+"""Which addresses may be fetched when somebody else supplies them: a client's picture or model, a hub's redirect.
 
-Such an address could make this machine talk to its own services, to the router, or to a cloud's metadata. So every
-hop has to be of a host and port that are allowed, and the connection goes to the public internet or to what the owner
-named: that is looked at when the connection is made, for a name may resolve to something else each time.
+Such an address could make this machine talk to its own services, to the router, or to a cloud's metadata (SSRF). So
+every hop must be to an allowed host and port, and the connection must go to the public internet or to an address that
+the owner named. The latter is checked when the connection is made, as a name may resolve differently each time.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Address = IPv4Address | IPv6Address
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address belongs to one machine of the public internet.
+    """Whether an address belongs to a machine on the public internet.
 
-    Not so: this machine, private and link-local networks, carrier-grade NAT, multicast, what is reserved, and IPv6
-    addresses that carry such an IPv4 address (mapped, 6to4, NAT64).
+    Not public: this machine, private and link-local networks, carrier-grade NAT, multicast, reserved addresses, and
+    IPv6 addresses that carry such an IPv4 address (mapped, 6to4, NAT64).
     """
     if isinstance(address, IPv6Address):
         inside = address.ipv4_mapped or address.sixtofour
@@ -45,9 +45,9 @@ def is_public(address: Address) -> bool:
 
 @dataclass(frozen=True)
 class Allowed:
-    """One `--allow-url`: HOST, *.DOMAIN or *, each with :PORT if it is not the scheme's own.
+    """One `--allow-url`: HOST, *.DOMAIN or *, each with :PORT if it is not the scheme's default.
 
-    Where HOST is written as an address, that very address may be connected to, public or not.
+    Where HOST is an IP address, connections to that address are allowed, public or not.
     """
 
     host: str
@@ -55,12 +55,12 @@ class Allowed:
 
     @classmethod
     def parse(cls, text: str) -> Allowed:
-        """Read it as the owner wrote it.
+        """Parse what the owner wrote.
 
         Raises
         ------
         MessageError
-            When it is an address with a path, or no host.
+            When it has a path, or is not a host.
         """
         host, colon, port = text.rpartition(":") if not text.endswith("]") else (text, "", "")
         if not colon:
@@ -75,7 +75,7 @@ class Allowed:
         return cls(wildcard + name, int(port) if colon else None)
 
     def covers(self, url: httpx2.URL) -> bool:
-        """Whether an address is of this host and port."""
+        """Whether a URL has this host and port."""
         if (url.port or PORTS[url.scheme]) != (self.port or PORTS[url.scheme]):
             return False
         host = host_of(url)
@@ -84,7 +84,7 @@ class Allowed:
         return host.endswith(self.host[1:]) if self.host.startswith("*.") else host == self.host
 
     def names(self, address: Address, port: int) -> bool:
-        """Whether the owner wrote this address, as one, with this port."""
+        """Whether the owner wrote this IP address, with this port."""
         try:
             return ip_address(self.host) == address and port in ((self.port,) if self.port else PORTS.values())
         except ValueError:
@@ -92,26 +92,26 @@ class Allowed:
 
 
 def host_of(url: httpx2.URL) -> str:
-    """The host of an address in its one spelling; of IPv6 without brackets."""
+    """The host of a URL in its canonical spelling; IPv6 without brackets."""
     return url.raw_host.decode("ascii").lower().rstrip(".")
 
 
 @dataclass(frozen=True)
-class Door:
-    """What a download may reach that a client asked for.
+class FetchPolicy:
+    """What a download on a client's behalf may reach.
 
     Parameters
     ----------
     allowed : by the owner.
-    endpoint : address of the hub that is asked, which the owner chose, wherever it is; it may send on to any public
-        host at the standard port, and to the machine that it is itself. Empty: what is allowed alone.
+    endpoint : address of the hub, which the owner chose, wherever it is; it may redirect to any public host at the
+        standard port, and to its own machine. Empty: only what is allowed.
     """
 
     allowed: tuple[Allowed, ...] = ()
     endpoint: str = ""
 
     def check(self, address: str) -> None:
-        """Look at the address of one hop, before anything is resolved.
+        """Check the address of one hop, before anything is resolved.
 
         Raises
         ------
@@ -123,7 +123,7 @@ class Door:
         except (httpx2.InvalidURL, ValueError, TypeError):
             is_address = False
         if not is_address:
-            raise AddressRefused("The download leads to something that is no web address; nothing was fetched.")
+            raise AddressRefused("The download leads to something that is not a web address; nothing was fetched.")
         if any(allowed.covers(url) for allowed in self.allowed):
             return
         if self.endpoint:
@@ -137,7 +137,7 @@ class Door:
         )
 
     def check_peer(self, host: str, address: Address, port: int) -> None:
-        """Look at the machine that a connection leads to.
+        """Check the machine that a connection leads to.
 
         Raises
         ------
@@ -148,7 +148,7 @@ class Door:
         if self._is_endpoint(address, port) or _is_proxy(host, port):
             return
         raise AddressRefused(
-            f"The download leads to {host[:80]!r}, port {port}, which is not of the public internet; the server's "
+            f"The download leads to {host[:80]!r}, port {port}, which is not on the public internet; the server's "
             "owner can allow it by its number with --allow-url ADDRESS:PORT."
         )
 
@@ -162,7 +162,7 @@ class Door:
         return address in found or (address.is_loopback and any(each.is_loopback for each in found))
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
-        """Look at each connection before a byte goes through it: httpcore's extension of this name."""
+        """Check each connection before a byte goes through it: httpcore's extension of this name."""
         if event == "connection.connect_tcp.started":
             for address in _resolved(info["host"], info["port"]):
                 self.check_peer(str(info["host"]), address, info["port"])
@@ -180,12 +180,12 @@ def _resolved(host: str, port: int) -> list[Address]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        return []  # connecting will say so
+        return []  # connecting will report it
     return list(dict.fromkeys(ip_address(entry[4][0]) for entry in found))
 
 
 def _is_proxy(host: str, port: int) -> bool:
-    """Whether the owner's environment names this as a proxy, which then decides what is reached through it."""
+    """Whether the owner's environment names this as a proxy, which then decides what may be reached."""
     for address in getproxies().values():
         with contextlib.suppress(ValueError):
             parts = urlsplit(address if "://" in address else f"http://{address}")
@@ -196,29 +196,29 @@ def _is_proxy(host: str, port: int) -> bool:
     return False
 
 
-_DOOR: ContextVar[Door | None] = ContextVar("edge_runtime_door", default=None)
+_POLICY: ContextVar[FetchPolicy | None] = ContextVar("edge_runtime_fetch_policy", default=None)
 
 
 @contextlib.contextmanager
-def through(door: Door | None) -> Iterator[None]:
-    """Let all requests of `checked` clients in this context pass a door; None lets them go where they want."""
-    before = _DOOR.set(door)
+def enforced(policy: FetchPolicy | None) -> Iterator[None]:
+    """Apply a policy to all requests of `checked` clients in this context; None allows everything."""
+    before = _POLICY.set(policy)
     try:
         yield
     finally:
-        _DOOR.reset(before)
+        _POLICY.reset(before)
 
 
 def checked(client: httpx2.Client) -> httpx2.Client:
-    """Return a client all of whose requests, redirects included, pass the door of their context, if it has one."""
-    hooks = client.event_hooks if _DOOR.get() is not None else None
-    if hooks is not None and _look not in hooks["request"]:
-        client.event_hooks = {**hooks, "request": [*hooks["request"], _look]}
+    """Return a client whose requests, redirects included, are checked by the policy of their context, if any."""
+    hooks = client.event_hooks if _POLICY.get() is not None else None
+    if hooks is not None and _check not in hooks["request"]:
+        client.event_hooks = {**hooks, "request": [*hooks["request"], _check]}
     return client
 
 
-def _look(request: httpx2.Request) -> None:
-    door = _DOOR.get()
-    if door is not None:
-        door.check(str(request.url))
-        request.extensions = {**request.extensions, "trace": door.trace}
+def _check(request: httpx2.Request) -> None:
+    policy = _POLICY.get()
+    if policy is not None:
+        policy.check(str(request.url))
+        request.extensions = {**request.extensions, "trace": policy.trace}

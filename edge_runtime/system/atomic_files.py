@@ -1,11 +1,11 @@
-"""A file is written under a hidden name and gets its own when it is whole; what killed processes left is removed.
+"""Atomic writes: a file is written under a hidden name, then renamed; leftovers of killed processes are removed.
 
-Whoever writes holds a lock on the hidden file, which the system takes back when the process ends, however it ends. So
-the next one who comes by can tell what is being worked on from what was abandoned, whatever clocks say. Names are
-drawn at random: two containers that share a disk may have one process number. Where locks are not to be had (Windows,
-some network drives), the age decides.
+The writer holds a lock on the hidden file, which the system releases when the process ends, however it ends. So the
+next process can distinguish files in progress from abandoned ones, whatever clocks say. Names are random: two
+containers that share a disk may have the same process number. Where there are no locks (Windows, some network
+drives), age decides.
 
-What is made here is never writable for others, whatever the umask.
+What is made here is never writable by others, whatever the umask.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ else:
     HAS_LOCKS = True
 
 ABANDONED_S = 3600.0
-"""Without a byte written, where only the age tells."""
-MOST_TRIES = 100
+"""Since the last byte was written, where only age decides."""
+MAX_TRIES = 100
 FILE_MODE, FOLDER_MODE = 0o644, 0o755
 FULL = frozenset({errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)})
-"""No room: on the disk, in what a user may have of it, or in a file of that file system."""
+"""No space: on the disk, in the user's quota, or because the file would be too large."""
 _HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
 
 
 def make_folder(path: Path, mode: int = FOLDER_MODE) -> None:
-    """Make a folder and what is missing above it, writable for its owner alone.
+    """Make a folder and its missing parents, writable by their owner only.
 
     Raises
     ------
@@ -49,17 +49,17 @@ def make_folder(path: Path, mode: int = FOLDER_MODE) -> None:
 
 
 def open_for_owner(path: str, flags: int) -> int:
-    """Opener for `open`: what is made is readable for all and writable for its owner."""
+    """Opener for `open`: new files are readable by all and writable by their owner."""
     return os.open(path, flags, FILE_MODE)
 
 
 @contextlib.contextmanager
 def unfinished(name: Callable[[str], Path], mode: int = FILE_MODE) -> Iterator[Path]:
-    """A new and empty file, locked while the block lasts, and then removed if it still has its name.
+    """A new, empty file, locked while the block runs, then removed unless it was renamed.
 
     Parameters
     ----------
-    name : what it is called, made of 16 hexadecimal digits.
+    name : makes its path from 16 random hexadecimal digits.
 
     Raises
     ------
@@ -76,23 +76,23 @@ def unfinished(name: Callable[[str], Path], mode: int = FILE_MODE) -> Iterator[P
 
 
 def _made(name: Callable[[str], Path], mode: int) -> tuple[Path, int | None]:
-    for _ in range(MOST_TRIES):
+    for _ in range(MAX_TRIES):
         path = name(secrets.token_hex(8))
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), mode)
         except FileExistsError:
             continue
-        if not HAS_LOCKS:  # what is open could not be renamed
+        if not HAS_LOCKS:  # an open file could not be renamed
             os.close(handle)
             return path, None
         if _lock(handle) is not False and os.fstat(handle).st_nlink:
             return path, handle
-        os.close(handle)  # somebody who tidies up was faster than the lock: it is gone, or about to be
+        os.close(handle)  # a process that cleans up was faster than the lock: the file is gone, or about to be
     raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock an open file: whether that was to be had; None where nobody can tell."""
+    """Try to lock an open file; None where the file system has no locks."""
     if not HAS_LOCKS:
         return None
     try:
@@ -103,12 +103,12 @@ def _lock(handle: int) -> bool | None:
 
 
 def write_whole(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
-    """Write a small file, in one step for whoever reads it; of what was begun and abandoned nothing is left.
+    """Write a small file atomically, and remove abandoned attempts to write it.
 
     Raises
     ------
     OSError
-        The file is as before then.
+        The file is unchanged.
     """
     make_folder(path.parent)
     remove_abandoned(path.parent.glob(f".{glob.escape(path.name)}.*.unfinished"))
@@ -121,7 +121,7 @@ def write_whole(path: Path, data: bytes, mode: int = FILE_MODE) -> None:
 
 
 def remove_abandoned(paths: Iterable[Path]) -> None:
-    """Remove those of some unfinished files that nobody writes any more."""
+    """Remove those unfinished files that no process is writing any more."""
     for path in paths:
         with contextlib.suppress(OSError):
             _remove_if_abandoned(path)
@@ -131,7 +131,7 @@ def _remove_if_abandoned(path: Path) -> None:
     handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW) if HAS_LOCKS else None
     try:
         is_free = None if handle is None else _lock(handle)
-        # In the future: then nothing is known of its age.
+        # A time in the future says nothing about its age.
         if is_free or (is_free is None and time.time() - path.stat().st_mtime > ABANDONED_S):
             path.unlink()
     finally:
@@ -140,12 +140,12 @@ def _remove_if_abandoned(path: Path) -> None:
 
 
 def why_not_written(error: OSError, path: Path) -> str:
-    """Beginning of a sentence about a file that cannot be written, with what is free."""
+    """Start of a sentence about a file that cannot be written, with the free space."""
     return f"{path} cannot be written: {reason_of(error, path)}"
 
 
 def reason_of(error: OSError, path: Path) -> str:
-    """Why a file cannot be written, with what is free where that may be it."""
+    """Why a file cannot be written, with the free space where that may be the reason."""
     if error.errno not in FULL:
         return error.strerror or str(error)
     free = ""
@@ -153,7 +153,7 @@ def reason_of(error: OSError, path: Path) -> str:
         folder = next(parent for parent in path.absolute().parents if parent.is_dir())
         free = f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB are free)"
     if error.errno == errno.EFBIG:
-        return f"files may not be so large there, by its file system or by a limit (ulimit -f){free}"
+        return f"the file system or a limit (ulimit -f) does not allow files of this size{free}"
     if error.errno == errno.ENOSPC:
         return f"the disk is full{free}"
     return f"the quota on this disk is used up{free}"
@@ -161,9 +161,9 @@ def reason_of(error: OSError, path: Path) -> str:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
-    """Hold a folder while the block lasts: whether nobody else does so. Leaves no file behind.
+    """Lock a folder while the block runs; yields whether nobody else holds it. Leaves no file behind.
 
-    Yields True where nobody can tell.
+    Yields True where the file system has no locks.
     """
     handle = None
     if HAS_LOCKS:

@@ -1,10 +1,10 @@
 """Base64 and `data:` URIs, as clients write them → bytes, or a ValueError that says what is wrong.
 
-The one decoder for all doors. Clients wrap lines (MIME, `base64 FILE`, Java's and Python's encoders), leave the
-padding off, or write the alphabet for URLs; none of that makes the bytes ambiguous. What does is refused: other
-characters, both alphabets in one text, padding in the middle, a length that no bytes have.
+The only decoder, for the library and all servers. Clients wrap lines (MIME, `base64 FILE`, Java's and Python's
+encoders), omit the padding, or use the URL-safe alphabet; none of that makes the bytes ambiguous. What does is
+refused: other characters, both alphabets in one text, padding in the middle, an impossible length.
 
-Knows nothing of pictures, files or addresses.
+Knows nothing about pictures, files or addresses.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ import re
 from typing import TypeGuard
 from urllib.parse import unquote_to_bytes
 
-LEAST_BASE64 = 16
-"""Characters of base64 without a `data:` in front: any file has more, and a shorter word is a name of something."""
+MIN_BASE64 = 16
+"""Characters of base64 without a `data:` prefix: every file has more, and anything shorter is a name."""
 
 _BLANKS = b" \t\r\n\f\v"
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
 _FOR_URLS = bytes.maketrans(b"-_", b"+/")
-_LONGEST_HEADER = 1024  # characters of a data: URI before its comma
+_MAX_HEADER = 1024  # characters of a data: URI before its comma
 _HEADER = re.compile(r'data:((?:"[^"]*"|[^,"])*),', re.IGNORECASE)
 """What describes the data, up to the first comma that is not quoted (RFC 2397)."""
 _IS_BASE64 = re.compile(r".*; *base64 *", re.IGNORECASE | re.DOTALL)
 
 
 def decode_base64(text: str | bytes) -> bytes:
-    """Bytes that base64 stands for (RFC 4648, sections 4 and 5).
+    """Decode base64 (RFC 4648, sections 4 and 5).
 
-    Blanks and line ends are passed over, the alphabet may be the one for URLs, and padding may be left off.
+    Blanks and line ends are ignored, the alphabet may be the URL-safe one, and padding may be missing.
 
     Raises
     ------
     ValueError
-        Otherwise; its text is the end of a sentence about the data.
+        When it is anything else; its text is the end of a sentence about the data.
     """
     try:
         data = (text.encode("ascii") if isinstance(text, str) else text).translate(None, _BLANKS)
@@ -42,7 +42,7 @@ def decode_base64(text: str | bytes) -> bytes:
         raise ValueError("it holds characters that are not base64") from None
     if b"-" in data or b"_" in data:
         if b"+" in data or b"/" in data:
-            raise ValueError("it mixes both alphabets of base64")
+            raise ValueError("it mixes the two alphabets of base64")
         data = data.translate(_FOR_URLS)
     body = data.rstrip(b"=")
     padding = -len(body) % 4
@@ -57,17 +57,17 @@ def decode_base64(text: str | bytes) -> bytes:
 
 
 def looks_like_base64(text: object) -> TypeGuard[str]:
-    """Whether a text without `data:` in front is written as base64 is, and long enough to be more than a name.
+    """Whether a text without a `data:` prefix is written like base64, and too long to be a name.
 
-    Decoding may still fail; this is for doors that hand the text on.
+    Decoding may still fail; this is for callers that pass the text on.
     """
-    if not isinstance(text, str) or len(text) < LEAST_BASE64 or not text.isascii():
+    if not isinstance(text, str) or len(text) < MIN_BASE64 or not text.isascii():
         return False
     return text.encode().translate(None, _ALPHABET + _BLANKS) in (b"", b"=", b"==")
 
 
 def is_data_uri(value: object) -> TypeGuard[str]:
-    """Whether something is a text that begins with `data:`, in capitals or not."""
+    """Whether a value is a text that starts with `data:`, in capitals or not."""
     return isinstance(value, str) and value[:5].lower() == "data:"
 
 
@@ -77,7 +77,7 @@ def decode_data_uri(uri: str) -> bytes:
     Raises
     ------
     ValueError
-        When there is no comma, or the base64 is none.
+        When there is no comma, or the base64 is invalid.
     """
     body, is_base64 = _cut(uri)
     if not is_base64:
@@ -88,7 +88,7 @@ def decode_data_uri(uri: str) -> bytes:
 
 
 def data_uri_head(uri: str, n_bytes: int) -> bytes:
-    """The first bytes of a `data:` URI, without decoding the rest; none where it is damaged."""
+    """The first bytes of a `data:` URI, without decoding the rest; empty if it is damaged."""
     try:
         body, is_base64 = _cut(uri)
         if not is_base64:
@@ -103,7 +103,7 @@ def data_uri_head(uri: str, n_bytes: int) -> bytes:
 
 
 def data_uri_size(uri: str) -> int:
-    """Bytes that a `data:` URI holds, before it is decoded, or a few more."""
+    """Size in bytes of the data in a `data:` URI, or a few more, without decoding it."""
     try:
         body, is_base64 = _cut(uri)
     except ValueError:
@@ -121,7 +121,7 @@ def as_data_uri(text: str, kind: str = "application/octet-stream") -> str:
 
 def _cut(uri: str) -> tuple[str, bool]:
     """What follows the comma of a `data:` URI, and whether it is base64."""
-    header = _HEADER.match(uri[:_LONGEST_HEADER])
+    header = _HEADER.match(uri[:_MAX_HEADER])
     if header is None:
-        raise ValueError("it has no comma between what it is and its bytes")
+        raise ValueError("it has no comma between its media type and its data")
     return uri[header.end() :], _IS_BASE64.fullmatch(header[1]) is not None

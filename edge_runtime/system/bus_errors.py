@@ -1,13 +1,13 @@
-"""A mapped file that is cut short while it is read → a sentence on stderr before the process ends.
+"""A mapped file that is truncated while it is read → a sentence on stderr before the process ends.
 
-Whoever reads a page of a mapped file that is not there any more gets SIGBUS, which ends the process without a word.
-Python cannot handle it: its handlers run between two of its instructions, and the one at work never ends. Nor may a
-handler wait for the interpreter's lock, as the thread that was hit may be one of a kernel whose caller holds it. So
-the handler is a few instructions of machine code, made by llvmlite, which numba brings: it looks the address up in a
-table, writes a text that was prepared, puts the handler from before back and returns; the same instruction then ends
-the process as ever. It calls nothing but `write`, `sigaction` and `raise`, which POSIX allows there.
+Reading a page of a mapped file that is no longer there raises SIGBUS, which ends the process without a word. Python
+cannot handle it: its handlers run between two bytecode instructions, and the current one never ends. Nor may a
+handler wait for the GIL, as the thread that was hit may belong to a kernel whose caller holds it. So the handler is a
+few instructions of machine code, compiled with llvmlite, which numba brings: it looks up the address in a table,
+writes a prepared text, restores the previous handler and returns; the same instruction then ends the process as
+usual. It calls nothing but `write`, `sigaction` and `raise`, which POSIX allows there.
 
-Linux and macOS. Windows lets nobody cut a file that is mapped.
+Linux and macOS. Windows does not let anybody truncate a mapped file.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-MOST_RANGES = 512
-"""Of memory that the table holds; what comes beyond gets the text for all."""
+MAX_RANGES = 512
+"""Memory ranges that the table holds; any more get the general text."""
 KEPT_TEXTS = 4
-"""Of each range: a handler may still be reading the one before."""
+"""For each range: a handler may still be reading the previous one."""
 _LOST = "was cut short while it was in use, or its disk fails"
 _SI_CODE = 8  # bytes into siginfo_t, on both systems
 _SI_ADDR = 24 if sys.platform == "darwin" else 16 if ctypes.sizeof(ctypes.c_void_p) == 8 else 12
@@ -49,7 +49,7 @@ class _Range(ctypes.Structure):
 
 
 class _Action(ctypes.Structure):
-    """`struct sigaction`, with room for more than any system has."""
+    """`struct sigaction`, with space for more than any system has."""
 
     _fields_ = (
         [
@@ -70,17 +70,17 @@ class _Action(ctypes.Structure):
 
 
 class _Watch:
-    """The table, the handler, and what must stay where it is as long as the process lives."""
+    """The table, the handler, and what must stay at its address as long as the process lives."""
 
     def __init__(self) -> None:
-        self.ranges = (_Range * (MOST_RANGES + 1))()
-        """The last one is of no range: its text is for addresses that no other holds."""
-        self.names: list[str] = [""] * MOST_RANGES
+        self.ranges = (_Range * (MAX_RANGES + 1))()
+        """The last one has no range: its text is for addresses that no other contains."""
+        self.names: list[str] = [""] * MAX_RANGES
         self.before, self.is_told = _Action(), ctypes.c_uint32(0)
         self.models: dict[int, str] = {}
-        """Those that the text for all names."""
-        self.texts = [deque[bytes](maxlen=KEPT_TEXTS) for _ in range(MOST_RANGES + 1)]
-        self.lock = threading.RLock()  # forgetting may come from the collector at any place
+        """Model files that the general text names."""
+        self.texts = [deque[bytes](maxlen=KEPT_TEXTS) for _ in range(MAX_RANGES + 1)]
+        self.lock = threading.RLock()  # the garbage collector may call `remove` at any point
         self.engine, address = _machine_code(self.ranges, self.before, self.is_told)
         self.action = _Action(handler=address, flags=_FLAGS)
         self.sigaction = _libc().sigaction
@@ -90,7 +90,7 @@ class _Watch:
         self.lock = threading.RLock()
 
     def install(self) -> None:
-        """Take the signal; whatever handles it now comes after."""
+        """Take over the signal; the current handler is called afterwards."""
         now = _Action()
         self.sigaction(signal.SIGBUS, None, ctypes.byref(now))
         if now.handler != self.action.handler:
@@ -98,7 +98,7 @@ class _Watch:
             self.sigaction(signal.SIGBUS, ctypes.byref(self.action), None)
 
     def add(self, begin: int, n_bytes: int, path: Path, advice: str) -> int | None:
-        """Enter a range; returns its place."""
+        """Add a range; returns its place."""
         with self.lock:
             place = next((i for i, name in enumerate(self.names) if not name), None)
             if place is not None:
@@ -112,7 +112,7 @@ class _Watch:
             return place
 
     def remove(self, place: int) -> None:
-        """Forget a range."""
+        """Remove a range."""
         with self.lock:
             self.ranges[place].end = 0
             self.names[place] = ""
@@ -122,15 +122,15 @@ class _Watch:
     def _tell_all(self) -> None:
         names = sorted({*self.models.values()})
         files = f"one of {', '.join(names)} {_LOST}, or " if names else ""
-        what = f"memory is gone that was in use: {files}there is no room for shared memory; the process ends."
-        self._write(MOST_RANGES, what)
+        what = f"memory that was in use is gone: {files}there is no space for shared memory; the process ends."
+        self._write(MAX_RANGES, what)
 
     def _write(self, place: int, what: str) -> None:
         text, entry = f"\nedge-runtime: {what}\n".encode("utf-8", "replace"), self.ranges[place]
         self.texts[place].append(text)
         address = ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p).value
         assert address is not None
-        entry.n = min(entry.n, len(text))  # never more than there is, whichever of the two a handler sees
+        entry.n = min(entry.n, len(text))  # never past the end, whichever of the two texts a handler sees
         entry.text, entry.n = address, len(text)
 
 
@@ -149,7 +149,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _machine_code(ranges: Any, before: _Action, is_told: ctypes.c_uint32) -> tuple[Any, int]:
-    """The handler: (whatever keeps its code in memory, its address)."""
+    """The handler: (the object that keeps its code in memory, its address)."""
     import llvmlite.binding as llvm
     from llvmlite import ir
 
@@ -159,7 +159,7 @@ def _machine_code(ranges: Any, before: _Action, is_told: ctypes.c_uint32) -> tup
     kind = ir.FunctionType(ir.VoidType(), [ir.IntType(32), pointer, pointer])
     handler = ir.Function(module, kind, "edge_runtime_on_bus_error")
     _write_handler(ir, handler, ctypes.addressof(ranges), ctypes.addressof(before), ctypes.addressof(is_told))
-    with contextlib.suppress(RuntimeError):  # newer ones have it done
+    with contextlib.suppress(RuntimeError):  # newer versions do it themselves
         llvm.initialize()
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -191,7 +191,7 @@ def _write_handler(ir: Any, handler: Any, ranges: int, before: int, is_told: int
     info = build.ptrtoint(handler.args[1], word)
     code = build.load(at(build.add(info, word(_SI_CODE)), i32))
     address = build.load(at(build.add(info, word(_SI_ADDR)), word))
-    # On macOS the code does not tell whether somebody sent the signal.
+    # On macOS the code does not say whether somebody sent the signal.
     was_sent = ir.Constant(ir.IntType(1), 0) if sys.platform == "darwin" else build.icmp_signed("<=", code, i32(0))
     build.cbranch(was_sent, leave, looking)
 
@@ -201,13 +201,13 @@ def _write_handler(ir: Any, handler: Any, ranges: int, before: int, is_told: int
     is_inside = build.and_(
         build.icmp_unsigned("<=", member(0), address), build.icmp_unsigned("<", address, member(1))
     )
-    build.cbranch(build.or_(is_inside, build.icmp_unsigned("==", i, word(MOST_RANGES))), found, next_one)
+    build.cbranch(build.or_(is_inside, build.icmp_unsigned("==", i, word(MAX_RANGES))), found, next_one)
     build.position_at_end(next_one)
     i.add_incoming(word(0), entry)
     i.add_incoming(build.add(i, word(1)), next_one)
     build.branch(looking)
 
-    # Of several threads one tells; the others are hit again until the old handler is back.
+    # One of several threads reports; the others are hit again until the old handler is back.
     build.position_at_end(found)
     was_told = build.atomic_rmw("xchg", at(word(is_told), i32), i32(1), "seq_cst")
     build.cbranch(build.icmp_unsigned("==", was_told, i32(0)), tell, end)
@@ -218,7 +218,7 @@ def _write_handler(ir: Any, handler: Any, ranges: int, before: int, is_told: int
     build.position_at_end(leave)
     call("sigaction", i32, number, at(word(before), i8), ir.Constant(i8.as_pointer(), None))
     build.cbranch(was_sent, again, end)
-    build.position_at_end(again)  # what somebody sent does not come again by itself
+    build.position_at_end(again)  # a signal that somebody sent does not come again by itself
     call("raise", i32, number)
     build.branch(end)
     build.position_at_end(end)
@@ -226,25 +226,26 @@ def _write_handler(ir: Any, handler: Any, ranges: int, before: int, is_told: int
 
 
 @cache
-def _watch() -> _Watch | None:
+def shared_watch() -> _Watch | None:
+    """The one of this process; None where the system has no such signal."""
     if sys.platform not in ("linux", "darwin"):
         return None
     return _Watch()
 
 
 def watch_memory(begin: int, n_bytes: int, path: Path, advice: str = RESTORE) -> Callable[[], None]:
-    """Have it told on stderr when a file turns out to be cut short while it is read through memory.
+    """Report on stderr when a mapped file turns out to be cut short while it is read.
 
     Parameters
     ----------
     begin, n_bytes : where it is mapped.
     path : named in the sentence.
-    advice : ends it.
+    advice : the end of the sentence.
 
     Returns
     -------
-    forget : to be called before that memory is something else.
+    forget : to be called before that memory is used for something else.
     """
-    watch = _watch()
+    watch = shared_watch()
     place = None if watch is None else watch.add(begin, n_bytes, path, advice)
     return (lambda: None) if watch is None or place is None else lambda: watch.remove(place)

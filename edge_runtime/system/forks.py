@@ -1,7 +1,7 @@
-"""What a process that was forked off must not touch: threads it does not have, processes and files of its parent.
+"""What a forked process must not touch: threads it does not have, and its parent's processes and files.
 
-`os.fork`, and multiprocessing where it forks, copy memory and the thread that calls, and no other thread. Whoever
-waits for one of those waits for ever, and what ends things at exit would end the parent's.
+`os.fork`, and multiprocessing where it forks, copy memory and the calling thread, but no other thread. Waiting for
+one of those never ends, and clean-up at exit would clean up what belongs to the parent.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Home:
 
     @property
     def is_here(self) -> bool:
-        """Whether that is this process."""
+        """Whether it is this process."""
         return os.getpid() == self._pid
 
     def check(self) -> None:
-        """Refuse the work of a thread that is not here.
+        """Refuse work that needs a thread of another process.
 
         Raises
         ------
@@ -34,7 +34,7 @@ class Home:
         """
         if not self.is_here:
             raise EdgeRuntimeError(
-                "The model was loaded by another process, of which this one is a fork, and forks have no threads; "
+                "The model was loaded before this process was forked, and a fork does not have the model's threads; "
                 "load models after the fork, in each process, or start processes with multiprocessing's 'spawn'."
             )
 
@@ -43,7 +43,7 @@ _loaded_in: Home | None = None
 
 
 def begin_loading() -> None:
-    """Refuse to load a model where the threads of an earlier one's kernels were lost.
+    """Refuse to load a model in a fork of a process that had loaded one, as its kernels' threads are lost.
 
     OpenMP ends a fork of a process that has used it, at the first kernel and without an error that could be caught.
 
@@ -61,7 +61,7 @@ def begin_loading() -> None:
 
 
 def only_here(function: Callable[..., Any]) -> Callable[..., None]:
-    """Wrap what is done at an end so that it is done in this process alone, not in forks of it."""
+    """Wrap a clean-up function so that it runs only in this process, not in forks of it."""
     home = Home()
 
     @functools.wraps(function)

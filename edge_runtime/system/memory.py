@@ -1,4 +1,4 @@
-"""Memory of this machine: how much can be had, and giving back what was freed."""
+"""Memory of this machine: how much is available, and giving back what was freed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(root: Path = CGROUP) -> int:
-    """Memory that can be had without swapping: the machine's, or what the control group has left if that is less."""
+    """Memory available without swapping: the machine's, or what the control group has left if that is less."""
     free = int(psutil.virtual_memory().available)
     for folder, limit, used in ((root, "max", "current"), (root / "memory", "limit_in_bytes", "usage_in_bytes")):
         try:
@@ -35,9 +35,9 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def give_back() -> None:
-    """Give memory that was freed back to the system, where the C library would keep it for itself.
+    """Return freed memory to the system, where the C library would keep it.
 
-    Batches of slices of changing sizes leave glibc with free pieces as large as all that is in use.
+    Batches of slices of varying sizes leave glibc with as much free memory as is in use.
     """
     trim = _malloc_trim()
     if trim is not None:

@@ -1,4 +1,4 @@
-"""Files of a store or a cache, opened only if they are files: no link that leads out, no pipe that never answers."""
+"""Files of a store or a cache, opened only if they are regular files: no link out of it, no pipe that blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 
 
 
 def is_plain(path: Path) -> bool:
-    """Whether this is a file, and no link to one."""
+    """Whether this is a regular file, not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except (OSError, ValueError):
@@ -25,14 +25,14 @@ def open_plain(path: Path) -> BinaryIO:
     Raises
     ------
     OSError
-        When there is none, or it is something else: a link, a folder, a pipe or a device.
+        When it does not exist, or is something else: a link, a folder, a pipe or a device.
     """
     if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
         raise OSError(errno.ELOOP, "is a link", str(path))
     number = os.open(path, _FLAGS | getattr(os, "O_CLOEXEC", 0))
     try:
         if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise OSError(errno.EINVAL, "is no plain file", str(path))
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
         return os.fdopen(number, "rb")
     except BaseException:
         os.close(number)

@@ -1,11 +1,11 @@
-"""What a process for foreign files and templates gives up before it sees the first: memory, network, files, programs.
+"""What a process for untrusted files and templates gives up before it reads any: memory, network, files, programs.
 
-Limits of memory hold on Linux (and as far as macOS keeps them), the rest on Linux alone, with its two ways for
-processes without privileges: a seccomp filter refuses system calls (sockets, programs, other processes), Landlock
-(Linux 5.13) leaves the files of Python and the system to be read, and none to be written. Where the kernel has one of
-them not, the other holds. Sources: seccomp(2), landlock(7), linux/{audit,filter,seccomp,landlock}.h.
+Memory limits apply on Linux (and as far as macOS enforces them), everything else on Linux only, with its two
+mechanisms for unprivileged processes: a seccomp filter refuses system calls (sockets, programs, other processes), and
+Landlock (Linux 5.13) allows reading the files of Python and the system, and writing none. Where the kernel lacks one
+of them, the other still applies. Sources: seccomp(2), landlock(7), linux/{audit,filter,seccomp,landlock}.h.
 
-This file imports nothing of the package.
+This file imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""As the kernel names them to a filter."""
+"""As the kernel identifies them to a filter."""
 
-# System calls that are refused, by their numbers on x86-64 and ARM64; None where there is no such call.
+# Refused system calls, with their numbers on x86-64 and ARM64; None where there is no such call.
 _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "socket": (41, 198),
     "socketpair": (53, 199),
@@ -53,7 +53,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    # A shared buffer that is cut while it is read would end the reader.
+    # A shared buffer that is truncated while it is read would end the reader.
     "truncate": (76, 45),
     "ftruncate": (77, 46),
     "fallocate": (285, 47),
@@ -63,33 +63,33 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
 }
 _CLONE, _CLONE3 = (56, 220), 435
 _CLONE_THREAD = 0x10000
-_X32 = 0x40000000  # x86-64's other numbering, which would pass by the list
+_X32 = 0x40000000  # x86-64's other numbering, which would bypass the list
 
 _SYSTEM = (
     *("/usr", "/lib", "/lib64", "/etc/fonts", "/etc/localtime", "/sys/devices/system/cpu"),
     *("/dev/null", "/dev/urandom"),
 )
-"""What libraries read while they work: fonts that a PDF does not bring, the time zone, the number of processors."""
+"""What libraries read at run time: fonts that a PDF does not embed, the time zone, the number of CPUs."""
 
 
-def limit_resources(most_bytes: int) -> bool:
-    """Limit the address space of this process, and write no file; whether the system does that."""
+def limit_resources(max_bytes: int) -> bool:
+    """Limit the address space of this process and forbid writing files; returns whether the system can."""
     try:
         import resource
     except ImportError:  # Windows
         return False
-    for name, most in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, most_bytes)):
+    for name, most in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_AS, max_bytes)):
         hard = resource.getrlimit(name)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         try:
             resource.setrlimit(name, (most, most))
-        except (OSError, ValueError):  # macOS takes no limit below what is in use
+        except (OSError, ValueError):  # macOS accepts no limit below what is in use
             return False
     return True
 
 
 def limit_time(seconds: float) -> None:
-    """End this process when it has taken so much more processor time, in case nobody is left to end it."""
+    """End this process after so much more CPU time, in case nobody is left to end it."""
     try:
         import resource
     except ImportError:
@@ -102,9 +102,9 @@ def limit_time(seconds: float) -> None:
 
 @contextmanager
 def ended_with(descriptor: int) -> Iterator[None]:
-    """End this process when the other end of a pipe is closed: nobody is left to read what is computed here.
+    """End this process when the other end of a pipe is closed: nobody is left to read its results.
 
-    The kernel sends SIGIO then, whatever a library is doing; also when something is written into the pipe.
+    The kernel then sends SIGIO, whatever a library is doing; also when something is written to the pipe.
     """
     try:
         import fcntl
@@ -121,8 +121,8 @@ def ended_with(descriptor: int) -> Iterator[None]:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
 
 
-def be_ended_first() -> None:
-    """Have the kernel take this process where memory runs out, rather than the one that it works for."""
+def be_killed_first() -> None:
+    """Have the kernel kill this process when memory runs out, rather than the one that it works for."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
     except OSError:
@@ -130,7 +130,7 @@ def be_ended_first() -> None:
 
 
 def give_up_system_calls() -> bool:
-    """Refuse network, programs and other processes to this one, for good; whether the system does that."""
+    """Give up network, programs and other processes, for good; returns whether the system can."""
     machine = platform.machine()
     if sys.platform != "linux" or machine not in _ARCHITECTURES or struct.calcsize("P") != 8:
         return False
@@ -172,7 +172,7 @@ def _program(architecture: int, column: int) -> list[bytes]:
             program += [step(jump_equal, number, 0, 1), step(leave, not_permitted)]
     return [
         *program,
-        # glibc begins threads with clone3, whose flags lie in memory, out of a filter's sight; then with clone.
+        # glibc starts threads with clone3, whose flags lie in memory, which a filter cannot see; then with clone.
         step(jump_equal, _CLONE3, 0, 1),
         step(leave, not_there),
         step(jump_equal, _CLONE[column], 0, 3),
@@ -184,11 +184,11 @@ def _program(architecture: int, column: int) -> list[bytes]:
 
 
 def give_up_files(readable: Sequence[str] = ()) -> bool:
-    """Leave Python's own files and the system's to be read, and no other, for good; whether the system does that.
+    """Allow reading only Python's own files and the system's, for good; returns whether the system can.
 
     Parameters
     ----------
-    readable : further files and folders.
+    readable : further files and folders that may be read.
     """
     if sys.platform != "linux":
         return False

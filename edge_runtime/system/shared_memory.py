@@ -1,8 +1,8 @@
-"""Memory that two processes see: bytes of files go one way through it, pixels the other.
+"""Memory shared by two processes: bytes of files go one way through it, pixels the other.
 
-The one that makes it also chooses its size; the other only maps it. On POSIX it is a file without a name (on Linux
-in memory alone) whose descriptor the other process inherits; on Windows a mapping with a random name, another one for
-each size. Both keep their mapping: a fresh one would cost a page fault for each 4 KB, as much as copying the pixels.
+The process that creates it also sets its size; the other only maps it. On POSIX it is a file without a name (on Linux
+in memory only) whose descriptor the other process inherits; on Windows a mapping with a random name, a new one for
+each size. Both keep their mapping: a new one would cost a page fault for each 4 KB, as much as copying the pixels.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import sys
 import tempfile
 
 USUAL_BYTES = 8 << 20
-"""Room for the slices of a picture. What nobody has written to takes no memory."""
+"""Enough for the slices of a picture. Untouched pages take no memory."""
 
 
 class SharedBuffer:
-    """A buffer that this process makes and sizes."""
+    """A buffer that this process creates and sizes."""
 
     def __init__(self) -> None:
         self._tag = ""
         self._descriptor = -1 if sys.platform == "win32" else _unnamed_file()
         self.memory = self._sized(USUAL_BYTES)
-        """The memory; another object after each change of its size."""
+        """The memory; a new object after each change of its size."""
 
     @property
     def n_bytes(self) -> int:
-        """Size."""
+        """Size in bytes."""
         return len(self.memory)
 
     @property
@@ -42,7 +42,7 @@ class SharedBuffer:
         return () if self._descriptor < 0 else (self._descriptor,)
 
     def resize(self, n_bytes: int) -> None:
-        """Change the size, not below `USUAL_BYTES`; what was in it is lost, and its memory free."""
+        """Change the size, not below `USUAL_BYTES`; its contents are lost and their memory is freed."""
         n_bytes = max(n_bytes, USUAL_BYTES)
         if n_bytes != self.n_bytes:
             self.memory.close()
@@ -57,7 +57,7 @@ class SharedBuffer:
         return mmap.mmap(self._descriptor, n_bytes)
 
     def close(self) -> None:
-        """Free the memory, as far as the other process has not mapped it."""
+        """Free the memory, unless the other process still maps it."""
         self.memory.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -72,14 +72,14 @@ def _unnamed_file() -> int:
 
 
 class Mapped:
-    """A buffer that another process has made."""
+    """A buffer that another process has created."""
 
     def __init__(self) -> None:
         self._where: tuple[str, int] | None = None
         self._memory: mmap.mmap | None = None
 
     def memory(self, address: str, n_bytes: int) -> mmap.mmap:
-        """Its memory, at the size that it has now."""
+        """Its memory, at its current size."""
         if self._memory is None or self._where != (address, n_bytes):
             if self._memory is not None:
                 self._memory.close()

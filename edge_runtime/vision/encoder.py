@@ -88,7 +88,7 @@ class ImageEncoder:
             tokens += self.resampler.resample(
                 [[GroupItem(next(features), item.tgt_size, time) for item, time in group] for group in batch]
             )
-        self.file.let_go()  # the resampler's, too: what is packed would count twice while the decoder works
+        self.file.release_pages()  # the resampler's, too: what is packed would count twice while the decoder works
         return tokens
 
     def _features(self, slices: Sequence[Slice], on_layer: OnLayer) -> list[Float32]:

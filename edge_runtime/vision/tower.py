@@ -120,13 +120,18 @@ class VisionTower:
     def _affine(self, name: str) -> Affine:
         return Affine(self._file.array(f"{name}.weight"), self._file.array(f"{name}.bias"))
 
-    def _layers(self, on_layer: OnLayer = no_report) -> Iterator[_Layer]:
+    @property
+    def is_loaded(self) -> bool:
+        """Whether weights of layers are in memory."""
+        return bool(self._loaded)
+
+    def layers(self, on_layer: OnLayer = no_report) -> Iterator[_Layer]:
         """Layers in order, read and packed when they are first needed."""
         for n in range(self.config.layers):
             on_layer(n, self.config.layers)
             if n == len(self._loaded):
                 self._loaded.append(self._layer(n))
-                self._file.let_go()  # packed weights are copies
+                self._file.release_pages()  # packed weights are copies
             yield self._loaded[n]
         on_layer(self.config.layers, self.config.layers)
 
@@ -157,7 +162,7 @@ class VisionTower:
 
     def load(self) -> None:
         """Read and pack all weights now rather than at the first picture."""
-        _ = self._embedding, list(self._layers()), self._post_norm
+        _ = self._embedding, list(self.layers()), self._post_norm
 
     def unload(self) -> None:
         """Drop all weights; the next picture reads them again."""
@@ -193,7 +198,7 @@ class VisionTower:
         # Learned positions stay in the file: of 4,900 a slice needs a fifth.
         positions = self._file.rows("v.position_embd.weight", ids)
         x = patch_embed(pixels, kernel, bias, positions, np.arange(len(ids)))  # (P, width), P over all slices
-        for layer in self._layers(on_layer):
+        for layer in self.layers(on_layer):
             x = layer.out(layer.attend(layer.norm1(x), offsets), residual=x, out=x)
             x = layer.mlp(layer.norm2(x), x)
         x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)

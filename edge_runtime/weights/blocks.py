@@ -1,7 +1,7 @@
-"""Stored rows of a tensor → float32, or → the integers and scales inside them; knows block layouts, no files.
+"""Stored rows of a tensor → float32, or the integers and scales inside them; knows block layouts but no files.
 
-The types that a vision tower is stored in are read here, in few passes over memory, because half a billion values of
-them stand between a start and the first picture. The others, of which single rows are looked up, are gguf-py's.
+The types that vision towers are stored in are read here, in few passes over memory, because half a billion values
+have to be read between start-up and the first picture. gguf-py reads the others, of which only single rows are used.
 
 Source: ggml's `block_q8_0` (float16 scale, 32 int8) and `block_q4_0` (float16 scale, 16 bytes: the low halves are
 values 0 to 15, the high halves 16 to 31, each plus 8).
@@ -30,7 +30,7 @@ _LOW_HALVES = np.uint64(0x0F0F0F0F0F0F0F0F)
 
 
 class BlockParts(NamedTuple):
-    """The insides of blocks as views: nothing is copied."""
+    """The parts of blocks, as views: nothing is copied."""
 
     scales: npt.NDArray[np.float16]
     """ndarray [shape=(rows, blocks per row), float16]; value = scale · integer."""
@@ -40,7 +40,7 @@ class BlockParts(NamedTuple):
 
 
 def parts(rows: Bytes, kind: GGMLQuantizationType) -> BlockParts:
-    """Take stored blocks apart.
+    """Split stored blocks into scales and integers.
 
     Parameters
     ----------
@@ -66,11 +66,11 @@ def dequantize(rows: Bytes, kind: GGMLQuantizationType, columns: int | None = No
     Parameters
     ----------
     rows : ndarray [shape=(rows, bytes per row), uint8, C-contiguous]
-    columns : how many values of each row are wanted, of a type in blocks; None for all.
+    columns : values wanted from each row, for block types; None for all.
 
     Returns
     -------
-    values : ndarray [shape=(rows, columns), float32, C-contiguous]; of F32 a view
+    values : ndarray [shape=(rows, columns), float32, C-contiguous]; a view if `kind` is F32
 
     Raises
     ------
@@ -93,8 +93,9 @@ def dequantize(rows: Bytes, kind: GGMLQuantizationType, columns: int | None = No
 def _from_float16(values: npt.NDArray[np.float16]) -> Float32:
     """float16 → float32 exactly, at three times the speed of NumPy's conversion.
 
-    Exponent and fraction go to their places in a float32, whose exponent is then 112 too small: a multiplication
-    puts that right, subnormals included. Infinities and NaN come out as 65536 and more, and are left to NumPy.
+    Exponent and fraction are shifted to their places in a float32, whose exponent is then 112 too small; a
+    multiplication corrects that, subnormals included. Infinities and NaN come out as 65536 or more; NumPy converts
+    those.
     """
     result = np.empty(values.shape, np.float32)
     flat, bits = result.reshape(-1), values.reshape(-1).view(np.int16)
@@ -115,7 +116,7 @@ def _from_float16(values: npt.NDArray[np.float16]) -> Float32:
 
 
 def _for_chunks(total: int, step: int, work: Callable[[slice], None]) -> None:
-    """Call `work` for slices of a range, side by side where there are many: NumPy lets go of the interpreter."""
+    """Call `work` for slices of a range, in threads where there are many: NumPy releases the GIL."""
     chunks = [slice(start, min(start + step, total)) for start in range(0, total, step)]
     threads = min(len(chunks) // CHUNKS_PER_THREAD, _cpus())
     if threads < 2:
@@ -127,7 +128,7 @@ def _for_chunks(total: int, step: int, work: Callable[[slice], None]) -> None:
 
 
 def _cpus() -> int:
-    """Processors that this process may use."""
+    """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -141,7 +142,7 @@ def _from_blocks(blocks: BlockParts, kind: GGMLQuantizationType, columns: int | 
         integers = blocks.integers[chunk]
         integers = integers if kind == GGMLQuantizationType.Q8_0 else _four_bit_integers(integers)
         target = values[chunk] if whole else np.empty((len(integers), n_stored), np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; what computes finds the infinities
+        with np.errstate(over="ignore", invalid="ignore"):  # damaged scales; the computation finds the infinities
             np.multiply(integers, scales[chunk], out=target.reshape(integers.shape))
         if not whole:
             values[chunk] = target[:, :columns]
@@ -153,7 +154,7 @@ def _from_blocks(blocks: BlockParts, kind: GGMLQuantizationType, columns: int | 
 def _four_bit_integers(halves: npt.NDArray[np.uint8 | np.int8]) -> npt.NDArray[np.int8]:
     """Integers of Q4_0 blocks: ndarray [shape=(rows, blocks, 32), int8], -8 to 7.
 
-    Everything moves in items of 8 or 16 bytes, which NumPy copies ten times faster than runs of as many bytes.
+    Everything is moved in items of 8 or 16 bytes, which NumPy copies ten times faster than as many single bytes.
     """
     n_rows, n_blocks, _ = halves.shape
     words = np.ascontiguousarray(halves.view("V16")).view(np.uint64)

@@ -1,10 +1,10 @@
 """Every number of a model, read from its GGUF metadata and checked.
 
-No constant of MiniCPM-V 4.5's size is typed elsewhere.
+Sizes of MiniCPM-V 4.5 are written nowhere else.
 
-Keys of ours, in the mmproj file, which other programs ignore (defaults apply to files that lack them):
+Our own keys in the mmproj file, which other programs ignore (files without them get the defaults):
 
-    edge_runtime.max_slice_nums   uint32   most cells a picture is cut into (9)
+    edge_runtime.max_slice_nums   uint32   maximum number of cells that a picture is cut into (9)
     edge_runtime.use_image_id     bool     whether `<image_id>I</image_id>` precedes each picture (true)
 
     edge_runtime.row_length.TENSOR   uint32   see `weights`; a file that has it may name its projector
@@ -12,10 +12,10 @@ Keys of ours, in the mmproj file, which other programs ignore (defaults apply to
 
 and in the decoder file:
 
-    edge_runtime.prompt.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
+    edge_runtime.tokenizer.normalizer   string   `nfc` (default) or `none`: what happens to text before it is
     tokenised
-    edge_runtime.toy                    bool     whether the model is a toy, whose answers say nothing outside of what
-    it was trained for (false)
+    edge_runtime.toy                    bool     whether the model is a toy, whose answers mean nothing beyond what it
+    was trained for (false)
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ NORM = (0.5, 0.5, 0.5)
 RESAMPLER_HEAD_DIM = 128  # resampler heads = hidden / 128, in the official code too
 RESAMPLER_EPSILON = 1e-6
 PROJECTOR = "resampler"  # llama.cpp's name
-OWN_PROJECTOR = "edge_runtime.vision.resampler"  # the same, in a file that llama.cpp could not compute with
+OWN_PROJECTOR = "edge_runtime.resampler"  # the same, in a file that llama.cpp could not compute with
 MINICPMV_VERSION = 6  # llama.cpp's number of this resampler
 LIMIT = 1 << 24  # above any real size; keeps products of two sizes harmless
 
-# llama.cpp obeys every key of the architecture, and ends the process over many values it did not expect. So a
-# decoder may hold these alone, and each of them is checked.
+# llama.cpp obeys every key of the architecture, and aborts the process on many unexpected values. So a decoder file
+# may hold only these keys, and each of them is checked.
 DECODER_SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 DECODER_KEYS = frozenset(
     f"qwen3.{name}"
@@ -67,7 +67,7 @@ DECODER_KEYS = frozenset(
 )
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 MAX_LAYERS = 512  # llama.cpp's
-NOT_FOR_WEIGHTS = frozenset({"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"})  # llama.cpp has no product for them
+NOT_FOR_WEIGHTS = frozenset({"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"})  # llama.cpp cannot multiply them
 NORMAL_TOKEN = 1  # token type of GGUF
 
 
@@ -111,7 +111,7 @@ class ResamplerConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What the runtime must know of the decoder; the rest is llama.cpp's."""
+    """What the runtime must know about the decoder; llama.cpp reads the rest."""
 
     hidden: int
     vocabulary: int
@@ -153,7 +153,7 @@ def _triple(file: GGUFFile, key: str) -> tuple[float, float, float]:
 
 
 def refuse_split(file: GGUFFile) -> None:
-    """Refuse one part of several; all but the first have no other keys than those of the split."""
+    """Refuse one part of a split model; all but the first hold only the keys of the split."""
     if file.get("split.count", int, 0) > 1:
         raise UnsupportedModelError(
             f"{file.path.name} is one part of a split model, expected a single file; {JOIN_PARTS}."
@@ -161,7 +161,7 @@ def refuse_split(file: GGUFFile) -> None:
 
 
 def check_mmproj(file: GGUFFile) -> None:
-    """Refuse a file that is no MiniCPM-V 4.5 mmproj."""
+    """Refuse a file that is not a MiniCPM-V 4.5 mmproj file."""
     refuse_split(file)
     architecture = file.get("general.architecture", str)
     if architecture != "clip":
@@ -173,7 +173,7 @@ def check_mmproj(file: GGUFFile) -> None:
     version = file.get("clip.minicpmv_version", int, 0)
     if projector not in (PROJECTOR, OWN_PROJECTOR) or version != MINICPMV_VERSION:
         raise UnsupportedModelError(
-            f"{file.path.name} holds the projector {projector or 'of no name'!r} of MiniCPM-V version {version}, "
+            f"{file.path.name} holds the projector {projector or 'unnamed'!r} of MiniCPM-V version {version}, "
             "expected 'resampler' version "
             f"{MINICPMV_VERSION} (MiniCPM-V 4.5); use the mmproj file of that model."
         )
@@ -241,7 +241,7 @@ def resampler_config(file: GGUFFile) -> ResamplerConfig:
 
 
 def decoder_config(file: GGUFFile) -> DecoderConfig:
-    """Check a decoder file as far as llama.cpp would not, and read what the runtime needs."""
+    """Check what llama.cpp would not check in a decoder file, and read what the runtime needs."""
     refuse_split(file)
     architecture = file.get("general.architecture", str)
     if architecture != "qwen3":
@@ -309,7 +309,7 @@ def _check_decoder_types(file: GGUFFile) -> None:
                 f"{file.path.name}: the tensor {info.name!r} is stored as {info.type.name}, expected {expected}; "
                 "convert the file again."
             )
-    file.rows("token_embd.weight", slice(0, 1))  # our own look-up must know its type too
+    file.rows("token_embd.weight", slice(0, 1))  # our own look-up must support its type too
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ class Vocabulary:
     """The tokens of a decoder file."""
 
     tokens: list[str]
-    """All different, none empty."""
+    """Distinct, none empty."""
     types: Sequence[int]
     """Token types of GGUF."""
     eos: int

@@ -1,15 +1,15 @@
 """Memory-mapped GGUF reader: a file enters; metadata and tensors, as float32 or as stored blocks, leave.
 
 Every number of the header is checked against the length of the file before anything is allocated, mapped or handed
-to llama.cpp, which trusts its input and would read past the end or abort the process. A damaged file is a
-`ModelFileError`. Knows nothing of models: what the keys and tensors mean is said in `config`.
+to llama.cpp, which trusts its input and would read past the end or abort the process. A damaged file raises
+`ModelFileError`. Knows nothing about models: `config` knows what the keys and tensors mean.
 
-One thing goes beyond the format: where the rows of a matrix do not fit the blocks of its type, they are stored with
+One thing goes beyond the format: rows whose length is not a multiple of the block size of their type are stored with
 zeros up to the end of their last block, and a key
 
     edge_runtime.row_length.<TENSOR>   uint32   values per row that count, less than a block below the stored length
 
-says so. `TensorInfo.shape`, `array` and `rows` know the values that count alone; other programs see the longer rows.
+says so. `TensorInfo.shape`, `array` and `rows` show only the values that count; other programs see the longer rows.
 
 Source: the GGUF specification of ggml (docs/gguf.md) and ggml's own loader, whose limits are kept: at most 4
 dimensions, names shorter than 64 bytes, alignment a power of two, little endian, versions 2 and 3.
@@ -32,7 +32,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
 from edge_runtime.weights import blocks
 from edge_runtime.weights.blocks import BlockParts, Bytes
-from edge_runtime.weights.memory_map import Region, check_unchanged, let_go, map_file, region_bytes
+from edge_runtime.weights.memory_map import Region, check_unchanged, map_file, region_bytes, release_pages
 
 Float32 = blocks.Float32
 
@@ -88,7 +88,7 @@ class TensorInfo:
     """Bytes from the start of the file."""
     n_bytes: int
     padding: int = 0
-    """Stored values after each row's own, all zero."""
+    """Number of zeros stored after each row's own values."""
 
     @property
     def n_rows(self) -> int:
@@ -110,14 +110,14 @@ class GGUFFile:
 
     Attributes
     ----------
-    metadata : key to value; arrays of numbers are ndarrays, arrays of strings are lists.
-    kinds : key to GGUF's number of its type.
-    tensors : name to `TensorInfo`, in file order.
+    metadata : key → value; arrays of numbers are ndarrays, arrays of strings are lists.
+    kinds : key → GGUF's number for its type.
+    tensors : name → `TensorInfo`, in file order.
 
     Raises
     ------
     ModelFileError
-        When the file is missing, is no GGUF, is cut short, or contradicts itself.
+        When the file is missing, is not a GGUF file, is cut short, or contradicts itself.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -133,7 +133,7 @@ class GGUFFile:
     @overload
     def get(self, key: str, kind: type[T], default: T) -> T: ...
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """Metadata value of `key` as `kind`; missing without a default, or of another type, is a `ModelFileError`."""
+        """Metadata value of `key` as `kind`; `ModelFileError` if it is missing or of another type."""
         value = self.metadata.get(key, default)
         if value is None:
             raise ModelFileError(
@@ -154,16 +154,16 @@ class GGUFFile:
         """Metadata array of strings."""
         value = self.get(key, list)
         if not all(isinstance(item, str) for item in value):
-            raise ModelFileError(f"{self.path.name}: the key {key} is no list of strings; convert the file again.")
+            raise ModelFileError(f"{self.path.name}: the key {key} is not a list of strings; convert the file again.")
         return value
 
     def tensor(self, name: str, shape: Sequence[int] | None = None) -> TensorInfo:
-        """Look up a tensor, optionally holding its shape against the one the configuration asks for."""
+        """Look up a tensor, optionally checking its shape against the one the configuration asks for."""
         info = self.tensors.get(name)
         if info is None:
             raise ModelFileError(
-                f"{self.path.name}: the tensor {name} is missing; the file is incomplete or of another model; "
-                "convert or download it again."
+                f"{self.path.name}: the tensor {name} is missing; the file is incomplete or belongs to another "
+                "model; convert or download it again."
             )
         if shape is not None and info.shape != tuple(shape):
             raise ModelFileError(
@@ -186,7 +186,7 @@ class GGUFFile:
         UnsupportedModelError
             When the tensor is of another type.
         ModelFileError
-            When padded rows go on where they should have ended.
+            When the padding of rows is not zero.
         """
         info, stored = self.tensor(name), self.blocks(name)
         self._check_padding(info, stored)
@@ -211,7 +211,7 @@ class GGUFFile:
         UnsupportedModelError
             When the tensor's type has no dequantiser.
         ModelFileError
-            When padded rows go on where they should have ended.
+            When the padding of rows is not zero.
         """
         info = self.tensor(name)
         chosen = np.ascontiguousarray(self.blocks(name)[index])
@@ -227,14 +227,14 @@ class GGUFFile:
             ) from None
 
     def _check_padding(self, info: TensorInfo, stored: Bytes) -> None:
-        """Refuse rows whose padding holds something: values that are then missing from the row."""
+        """Refuse rows whose padding is not zero: those values would be missing from the row."""
         if not info.padding:
             return
         last = np.ascontiguousarray(stored[:, -GGML_QUANT_SIZES[info.type][1] :])
         if blocks.dequantize(last, info.type)[:, -info.padding :].any():
             raise ModelFileError(
-                f"{self.path.name}: rows of {info.name} go on after their {info.shape[-1]} values, expected zeros "
-                "there; the file is damaged: download or convert it again."
+                f"{self.path.name}: rows of {info.name} hold more after their {info.shape[-1]} values, expected "
+                "zeros there; the file is damaged: download or convert it again."
             )
 
     @cached_property
@@ -243,11 +243,11 @@ class GGUFFile:
         return int(self._data.size)
 
     def tensor_bytes(self, region: Region | None) -> tuple[Bytes, int]:
-        """Bytes of all tensors, from a region of the file that somebody else has mapped where it has them all.
+        """Bytes of all tensors, from another mapping of the file if that region holds them all.
 
         Returns
         -------
-        data, first : ndarray [shape=(n,), uint8], and where in the file it begins.
+        data, first : ndarray [shape=(n,), uint8], and its offset in the file.
         """
         first = min(info.offset for info in self.tensors.values())
         end = max(info.offset + info.n_bytes for info in self.tensors.values())
@@ -255,21 +255,21 @@ class GGUFFile:
         return (self._data[first:end] if found is None else found), first
 
     def check_unchanged(self) -> None:
-        """Raise `ModelFileError` when somebody has written into the file since it was opened."""
+        """Raise `ModelFileError` when the file was written to since it was opened."""
         check_unchanged(self._data, self.path)
 
-    def let_go(self) -> None:
-        """Give the pages that were read back to the system; whoever reads on gets them from the file again."""
-        let_go(self._data)
+    def release_pages(self) -> None:
+        """Give the pages that were read back to the system; the next access reads them from the file again."""
+        release_pages(self._data)
 
 
 def _printable(text: str) -> str:
-    """Names from a damaged file may be long or hold control characters, which no terminal should get."""
+    """A name from a damaged file, which may be long or hold control characters, made fit for a terminal."""
     return "".join(c if c.isprintable() else "�" for c in text[:300])
 
 
 class _Header:
-    """One pass over the header, holding every count and length against what is left of the file."""
+    """One pass over the header, checking every count and length against what is left of the file."""
 
     def __init__(self, path: Path, data: npt.NDArray[np.uint8]) -> None:
         self.path, self.size, self.position = path, int(data.size), 0
@@ -326,7 +326,7 @@ class _Header:
         if version not in VERSIONS:
             raise self.broken(f"it has version {version}, versions 2 and 3 (little endian) can be read")
         n_tensors, n_keys = self.u64("the tensor count"), self.u64("the key count")
-        # A tensor entry takes at least 24 bytes and a key at least 13: absurd counts stop here, not after hours.
+        # A tensor entry takes at least 24 bytes and a key at least 13: absurd counts fail here, not after hours.
         if n_tensors * 24 + n_keys * 13 > self.size:
             raise self.broken(f"it announces {n_tensors} tensors and {n_keys} keys in {self.size} bytes")
         return n_tensors, n_keys
@@ -367,7 +367,7 @@ class _Header:
         return np.frombuffer(raw, dtype)
 
     def _strings(self, count: int, what: str) -> list[str]:
-        """`count` strings; written out flat because vocabularies have 300,000 of them."""
+        """`count` strings; inlined because vocabularies have 300,000 of them."""
         view, size, position, unpack = self.view, self.size, self.position, _U64.unpack_from
         items = []
         try:
@@ -399,7 +399,7 @@ class _Header:
         return name, shape, self.u32(f"the type of {name}"), self.u64(f"the offset of {name}")
 
     def _place(self, name: str, shape: tuple[int, ...], kind: int, start: int, offset: int) -> None:
-        """Check one tensor's type, shape and bounds, and enter it. Python's integers cannot overflow."""
+        """Check one tensor's type, shape and bounds, and add it. Python's integers cannot overflow."""
         if name in self.tensors:
             raise self.broken(f"the tensor {name} occurs twice")
         if 0 in shape or math.prod(shape) > MAX_ELEMENTS:
@@ -429,7 +429,7 @@ class _Header:
         self.tensors[name] = TensorInfo(name, shape, tensor_type, start + offset, n_bytes, padding)
 
     def _padding(self, name: str, stored: int, block: int) -> int:
-        """Stored values of each row that do not count."""
+        """Number of stored values of each row that do not count."""
         if KEY_ROW_LENGTH + name not in self.metadata:
             return 0
         length = self.metadata[KEY_ROW_LENGTH + name]

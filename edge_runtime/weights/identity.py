@@ -1,4 +1,4 @@
-"""Which file: what was computed with one must not be used with another."""
+"""Identity of a model file: what was computed with one file must not be used with another."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 from edge_runtime.weights.gguf_file import GGUFFile
 
-SAMPLE_BYTES = 4096  # of each tensor: a page, so that a file that is not in memory yet is not read as a whole
+SAMPLE_BYTES = 4096  # of each tensor: a page, so that a file that is not in the page cache yet is not read as a whole
 
 
 def file_identity(file: GGUFFile) -> bytes:
-    """16 bytes that tell a model file from every other, in milliseconds.
+    """16 bytes that identify a model file, computed in milliseconds.
 
-    Made of its length and time of change, all of its header, and a page out of the middle of every tensor: files
-    that were unpacked with a fixed time and differ in weights alone are still two files.
+    A digest of its length, its modification time, its whole header, and a page from the middle of every tensor: files
+    that were unpacked with a fixed time and differ only in their weights still get different identities.
     """
     status = file.path.stat()
     digest = hashlib.blake2b(f"{status.st_size} {status.st_mtime_ns}".encode(), digest_size=16)

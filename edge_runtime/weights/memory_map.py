@@ -1,4 +1,4 @@
-"""A file in memory without reading it: mapped, with a sentence for everything that may be wrong with it."""
+"""Memory-mapped model files, with an error sentence for everything that may be wrong with one."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class _Mapped(NamedTuple):
-    """A file that is mapped."""
+    """A mapped file."""
 
     handle: int
-    """Of the file itself, which may have another name by now, or none."""
+    """Descriptor of the file itself, which may have another name by now, or none."""
     size: int
     changed_ns: int
     forget: Callable[[], None]
 
 
 _own: dict[int, _Mapped] = {}
-"""What `map_file` has mapped and is still there, by its address."""
+"""What `map_file` has mapped and is still mapped, by address."""
 _one_at_a_time = threading.Lock()
 
 
 def map_file(path: Path) -> Bytes:
-    """Map a file read-only, with a sentence for everything that may be wrong with the path."""
+    """Map a file read-only, with an error sentence for everything that may be wrong with the path."""
     try:
         if path.is_dir():
             raise ModelFileError(f"{path} is a folder, expected a GGUF file; name the file inside it.")
@@ -69,9 +69,9 @@ def _forget(address: int) -> None:
 
 
 def check_unchanged(data: Bytes, path: Path) -> None:
-    """Refuse a mapped file that was written to since: what is in memory is neither the old file nor the new one.
+    """Refuse a mapped file that was written to: what is in memory is neither the old file nor the new one.
 
-    A file that has taken its name is another one, and changes nothing here.
+    A new file under the same name is another file, and changes nothing here.
 
     Parameters
     ----------
@@ -91,8 +91,8 @@ def check_unchanged(data: Bytes, path: Path) -> None:
         )
 
 
-def let_go(data: Bytes) -> None:
-    """Take the pages of a mapped file out of this process, where the system can; the file stays in its cache.
+def release_pages(data: Bytes) -> None:
+    """Drop the pages of a mapped file from this process, where the system can; they stay in the page cache.
 
     Parameters
     ----------
@@ -103,16 +103,16 @@ def let_go(data: Bytes) -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def let_go_of_region(region: Region, first: int, end: int) -> None:
-    """Take the pages of bytes `first` to `end` - 1 of the file whose region this is out of this process.
+def release_region(region: Region, first: int, end: int) -> None:
+    """Drop the pages of bytes `first` to `end` - 1 of the file that this region maps from this process.
 
-    They stay in the system's cache, and come back when they are read. What else is in a page stays too.
+    They stay in the page cache, and come back when they are read. Pages that hold other bytes too are kept.
     """
     page = mmap.PAGESIZE
     begin = -(-(region.begin + first - region.offset) // page) * page
     stop = (region.begin + end - region.offset) // page * page
     if region.begin <= begin < stop <= region.end:
-        # Regions are found on Linux only. A refusal (of pages that are locked) changes nothing.
+        # Regions are found on Linux only. A refusal (locked pages) changes nothing.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(stop - begin), mmap.MADV_DONTNEED)
 
 
@@ -122,11 +122,11 @@ class Region(NamedTuple):
     begin: int
     end: int
     offset: int
-    """Of its first byte in the file."""
+    """Of the region's first byte in the file."""
 
 
 def foreign_regions(path: Path) -> set[Region]:
-    """Where others in this process than `map_file` have mapped a file; nothing where the system does not tell."""
+    """Where code other than `map_file` has mapped a file in this process; empty where the system does not say."""
     try:
         inode = path.stat().st_ino
         lines = Path("/proc/self/maps").read_text("utf-8", "replace").splitlines()
@@ -143,11 +143,11 @@ def foreign_regions(path: Path) -> set[Region]:
 
 @contextmanager
 def watched(path: Path) -> Iterator[list[Region]]:
-    """Find out what is mapped of a file while the block lasts: the list holds it afterwards, if it is one region.
+    """Find which region of a file is mapped while the block runs: the list holds it afterwards, if it is exactly one.
 
-    Two mappings of a file are one in memory, but each page of each is a fault to bring in, and counts again in what
-    the system tells of this process. So we read weights where llama.cpp has mapped them. Which mapping is its, and
-    will be there for as long as its model is, only the moment tells at which it appears; where two do, none is taken.
+    Two mappings of a file share memory, but every page of each costs a page fault and counts again in what the system
+    reports for this process. So we read weights where llama.cpp has mapped them. Only the moment at which a mapping
+    appears shows that it is llama.cpp's and lasts as long as its model; where two appear, neither is used.
     """
     found: list[Region] = []
     with _one_at_a_time:
@@ -159,11 +159,11 @@ def watched(path: Path) -> Iterator[list[Region]]:
 
 
 def region_bytes(region: Region, first: int, end: int) -> Bytes | None:
-    """Bytes `first` to `end` - 1 of the file whose region this is; None where they are not all in it.
+    """Bytes `first` to `end` - 1 of the file that this region maps; None if the region does not hold them all.
 
     Returns
     -------
-    data : ndarray [shape=(end - first,), uint8], not to be written to, nor to be used once the region is unmapped.
+    data : ndarray [shape=(end - first,), uint8], read-only, not to be used once the region is unmapped.
     """
     place = region.begin + first - region.offset
     if first < region.offset or place + end - first > region.end:

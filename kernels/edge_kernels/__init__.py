@@ -1,25 +1,30 @@
-"""Numerical kernels of a vision transformer: arrays in, arrays out.
+"""Numerical kernels of a vision transformer and of a decoder's prompts: arrays in, arrays out.
 
-This package knows no model, no file and no configuration. Every operation exists twice under one name: in
-`reference` as plain NumPy, which defines it (attention with rounded operands in `reference_attention`), and in the
-module of its family as compiled code, which is what a program calls. Shape letters: P rows (patches), E width,
-N outputs, K inputs, H heads, D head width, S sequences.
+This package knows no model, no file and no configuration. Every operation exists twice: in `reference/` as plain
+NumPy, which defines it, and in the module of its family as compiled code, which is what a program calls. Shape
+letters: P rows (patches), E width, M rows, N outputs, K inputs, H heads, D head width, S sequences.
 
-    linear.pack_weight    [N, K] weight → panels, once at load
-    linear.linear         [M, K] → [M, N]: x @ weight.T + bias, then tanh-GELU and a residual where asked for
-    norm.layer_norm       [M, E] → [M, E]: rows to mean 0 and variance 1, then gain and bias
-    attention.attention   q [Mq, H·D], k, v [Mk, H·D] → [Mq, H·D]: full softmax attention per sequence
-    patch_embed.patch_embed   [P, K] patches → [P, E]: linear plus the position rows of the patches
-    linear_int8.pack_weight_int8       [N, K] weight → int8 per output, once at load
-    rows_int8.quantize_rows            [M, K] → int8 with scale and offset per row, for one or more products
-    rows_int8.layer_norm_quantized     the same after LayerNorm without gain and bias, in one pass
-    linear_int8.linear_int8            `linear` with int8 products and int32 sums
-    linear_int8.linear_int8_quantized  the same, its result quantised for the next product, in groups of columns
-    attention_int16.attention_int16    `attention` with int16 products and int32 sums
-    attention_bf16.attention_bf16      `attention` in bfloat16 with float32 sums, on AMX
-    self_attention.pack_heads          weights of queries, keys and values, head by head, once at load
-    self_attention.self_attention      quantised → attended rows: products and attention in one pass, on AMX
-    reference.gelu_tanh   the activation by itself (compiled code has it inside `linear`)
+    linear/     products of rows with weights, [M, K] → [M, N]: x @ weight.T + bias, then tanh-GELU and a residual
+      float32       pack_weight, linear: any machine
+      bf16_split    pack_split, linear_split: as exact, out of three bfloat16 for each float32; AMX
+      dispatch      pack_float_weight, linear_float: the one of these two that is faster here
+      int8_rows     quantize_rows, layer_norm_quantized: rows → int8 with scale and offset, for one or more products
+      int8          pack_weight_int8, linear_int8; linear_int8_quantized, whose result is int8 rows again
+      gguf_blocks   pack_rows, pack_gated, linear_blocks: weights that stay in ggml's blocks; AMX
+      tasks         how all of these are shared out among workers
+    attention/  q [Mq, H·D], k, v [Mk, H·D] → [Mq, H·D]
+      float32       attention: full softmax attention within each of several sequences
+      int16         attention_int16: the same with integer products
+      bf16          attention_bf16: the same in bfloat16 with float32 sums; AMX
+      qkv_fused     pack_heads, self_attention: projections and attention in one pass; AMX
+      causal        attention_causal: of a prompt's new positions to a KV cache and themselves; AMX
+      blocks        how queries and keys are cut into blocks
+    rows/       what is done to each row by itself
+      norm          layer_norm
+      patch_embed   patch_embed: a product plus the position rows of the patches
+      decoder_rows  rms_norm, norm_and_rotate
+    simd/       what stands inside the loops of all of these, as LLVM IR: loads, tiles, epilogues. Start at `simd.ir`
+    reference/  operations, attention, decoder, gguf_blocks: the definitions
 
 Contracts shared by all of them:
 
@@ -30,11 +35,10 @@ Contracts shared by all of them:
   every run on a machine.
 - NaN and infinity propagate as in the reference; in the int8 family they make their whole row NaN. Arguments
   are not validated: that is done at the border, by the caller.
-- Calls may come from any thread, but run one at a time (`compile.parallel_region` says why). The GIL is
-  released.
+- Calls may come from any thread, but run one at a time (`threads.parallel_region` says why). The GIL is released.
 
-`compile` is the only home of compiler flags, cache location, threads and the choice of the instruction set
-(EDGE_RUNTIME_ISA forces one); `simd`, `simd_rows`, `simd_int8`, `simd_int16`, `simd_amx` and `simd_bf16` of vector
-code and of the tables that say which instruction set gets which register tile. Importing this package imports neither
-numba nor any of its modules.
+`machine` tells processor, instruction set (EDGE_RUNTIME_ISA forces one) and cores; `threads` how many run;
+`compile` is the only home of compiler flags and of the cache of machine code; `arrays` brings arguments into the
+form that kernels take. Tables say which instruction set gets which register tile: `simd.ir.TILES` (float32),
+`simd.int8.DOT_TILES`, `simd.int16.PAIR_TILES`. Importing this package imports neither numba nor any of its modules.
 """

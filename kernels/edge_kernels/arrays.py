@@ -5,12 +5,19 @@ What enters: any NumPy array. What leaves: views of it where that is possible, c
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.compile import helper
+
+
+class Rows(NamedTuple):
+    """Rows of a matrix in a flat array, and the distance of one row from the next in elements."""
+
+    data: NDArray[np.float32]
+    stride: int
 
 
 class _Memory:
@@ -39,7 +46,7 @@ def vector_view(x: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(_Memory(x, x.size))
 
 
-def rows_view(x: NDArray[Any]) -> tuple[NDArray[np.float32], int]:
+def rows_view(x: NDArray[Any]) -> Rows:
     """View a matrix as a vector (see `vector_view`) and the distance of its rows in elements.
 
     Rows that lie apart but are contiguous themselves, as in a column slice, are taken as they are.
@@ -50,9 +57,9 @@ def rows_view(x: NDArray[Any]) -> tuple[NDArray[np.float32], int]:
         and x.strides[1] == 4 and x.strides[0] >= 4 * n and x.strides[0] % 4 == 0
     )  # fmt: skip
     if not in_place or x.flags.c_contiguous:
-        return vector_view(x), n
+        return Rows(vector_view(x), n)
     stride = x.strides[0] // 4
-    return np.asarray(_Memory(x, (m - 1) * stride + n)), stride
+    return Rows(np.asarray(_Memory(x, (m - 1) * stride + n)), stride)
 
 
 def aligned_empty(length: int) -> NDArray[np.float32]:

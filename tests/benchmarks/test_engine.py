@@ -64,7 +64,7 @@ def test_the_rest_of_a_token_is_what_llama_decode_does_not_take(whole):
     steps = sum(sample["inside_s"]) + sum(sample["outside_s"])
     assert 0.3 * steps < sample["answer_s"] < 3 * steps
     assert decode.share({"inside_s": [0.3, 0.4], "outside_s": [0.1, 0.2]}) == pytest.approx(30)
-    assert type(whole.model._decoder._lib).__name__ == "module", "the clock was left in"
+    assert type(whole.model.engine.decoder._lib).__name__ == "module", "the clock was left in"
 
 
 @pytest.mark.slow

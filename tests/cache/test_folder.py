@@ -35,9 +35,11 @@ def count_encoded(monkeypatch):
     """Count the slices that a model's vision tower gets from now on."""
 
     def watch(model: Model) -> list[int]:
-        batches, encode = [], model._encoder.tower.encode
+        batches, encode = [], model.engine.encoder.tower.encode
         monkeypatch.setattr(
-            model._encoder.tower, "encode", lambda slices, *more: batches.append(len(slices)) or encode(slices, *more)
+            model.engine.encoder.tower,
+            "encode",
+            lambda slices, *more: batches.append(len(slices)) or encode(slices, *more),
         )
         return batches
 
@@ -64,9 +66,11 @@ def test_logits_after_a_restart_are_those_of_a_fresh_run(exact_folder, folder, i
     seen = []
 
     def logits_of(model: Model) -> np.ndarray:
-        view = type(model._decoder).logits_view
+        view = type(model.engine.decoder).logits_view
         monkeypatch.setattr(
-            type(model._decoder), "logits_view", lambda self, row=-1: seen.append(view(self, row).copy()) or seen[-1]
+            type(model.engine.decoder),
+            "logits_view",
+            lambda self, row=-1: seen.append(view(self, row).copy()) or seen[-1],
         )
         ask(model, images["wide"], ANOTHER)
         monkeypatch.undo()
@@ -155,7 +159,7 @@ def test_damaged_entries_are_computed_again_and_never_reach_llama_cpp(exact_fold
 def test_one_damaged_block_leaves_what_precedes_it(exact_folder, folder, images):
     with load(exact_folder, folder) as model:
         ask(model, images["wide"], QUESTION)
-        keys = model.engine.scheduler._decoder._held[0]
+        keys = model.engine.decoder.keys(0)
         names = model.engine.caches.prefixes.names(keys)
         model.engine.caches.disk.flush()
         cache = model.engine.caches.disk
@@ -172,7 +176,7 @@ def test_the_folder_never_grows_beyond_its_limit(exact_folder, folder, images):
         for number in range(12):
             picture = Image.open(images["square"]).convert("RGB").rotate(number)
             ask(model, picture, QUESTION)
-            model.engine.call(model.engine.caches.disk.flush)  # after the answer, on the same thread as the saving
+            model.engine.run(model.engine.caches.disk.flush)  # after the answer, on the same thread as the saving
             assert sum(path.stat().st_size for path in folder.iterdir()) <= limit
         assert any(folder.iterdir())
 

@@ -11,7 +11,7 @@ import pytest
 from decoder.test_adapters import make_adapter
 from edge_runtime import Model, PromptTooLongError
 from edge_runtime.cache.prefixes import BLOCK, Recorded, Saved
-from edge_runtime.cache.shared_prefixes import LEAST, Beginnings, HeldBeginnings
+from edge_runtime.cache.shared_prefixes import MIN_SHARED, Beginnings, HeldBeginnings
 from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.store.find import find_model
 from many_tools import many_tools
@@ -57,7 +57,7 @@ def wait_until_warm(model: Model, n: int = 1) -> None:
 
 def crowd_out(model: Model) -> None:
     """Fill the KV cache with other chats, one after the other, until none of the first is left in a sequence."""
-    for number in range(2 * model._decoder.n_sequences):
+    for number in range(2 * model.engine.decoder.n_sequences):
         model.chat(f"{number} " + "tell me of it. " * 30, **GREEDY)
 
 
@@ -100,7 +100,7 @@ def test_single_chats_do_not_drive_it_out(exact_folder):
         assert chat(model, "Why?").cached_tokens == 0
         crowd_out(model)
         again = chat(model, "How?")
-        assert again.cached_tokens >= shared_by(model) > LEAST
+        assert again.cached_tokens >= shared_by(model) > MIN_SHARED
         with load(exact_folder) as fresh:
             assert str(again) == str(chat(fresh, "How?"))
 
@@ -125,11 +125,11 @@ def test_what_is_at_work_is_not_given_up_for_nothing(exact_folder):
     with load(exact_folder) as model:
         chat(model, "Why?")
         (held,) = model.engine.scheduler.sequences.shared
-        sequence = next(s for s in range(8) if model._decoder.held(s) > model._decoder.held(held))
+        sequence = next(s for s in range(8) if model.engine.decoder.held(s) > model.engine.decoder.held(held))
         beginnings = model.engine.scheduler.sequences.shared
-        assert model.engine.call(lambda: beginnings.give_up([sequence])) is False
-        assert model.engine.call(lambda: beginnings.give_up([])) is True
-        assert model._decoder.held(held) == 0
+        assert model.engine.run(lambda: beginnings.give_up([sequence])) is False
+        assert model.engine.run(lambda: beginnings.give_up([])) is True
+        assert model.engine.decoder.held(held) == 0
 
 
 def test_two_are_held_and_short_ones_do_not_drive_out_long_ones(exact_folder):
@@ -166,7 +166,7 @@ def test_after_a_restart_it_is_computed_while_nobody_asks(exact_folder, tmp_path
     cache = tmp_path / "cache"
     with load(exact_folder, cache) as model:
         chat(model, "Why?")
-        n, record = shared_by(model), model.engine.caches.prefixes._record
+        n, record = shared_by(model), model.engine.caches.prefixes.record_name
     for path in cache.iterdir():
         if path.stem != record:
             path.unlink()
@@ -189,7 +189,7 @@ def test_a_record_that_is_not_one_is_passed_over(exact_folder, tmp_path):
     with load(exact_folder, tmp_path) as model:
         prefixes = model.engine.caches.prefixes
         for facts in ({}, {"beginnings": 5}, {"beginnings": [[3]]}, {"beginnings": [[1, "xyz"]]}):
-            prefixes._cache.put(prefixes._record, facts, lambda: b"12345678", 8, replace=True)
+            prefixes._cache.put(prefixes.record_name, facts, lambda: b"12345678", 8, replace=True)
             prefixes.flush()
             assert prefixes.recorded() == []
         prefixes.record([Recorded([10**6], b"gone")])
@@ -201,13 +201,13 @@ def test_a_record_that_is_not_one_is_passed_over(exact_folder, tmp_path):
 def test_a_request_during_the_warm_up_waits_for_one_chunk_only(exact_folder, tmp_path, monkeypatch):
     with load(exact_folder, tmp_path, n_ctx=4096) as model:
         chat(model, "Why?", SYSTEM * 6)
-        n, record = shared_by(model, SYSTEM * 6), model.engine.caches.prefixes._record
+        n, record = shared_by(model, SYSTEM * 6), model.engine.caches.prefixes.record_name
     for path in tmp_path.iterdir():
         if path.stem != record:
             path.unlink()
     with load(exact_folder, tmp_path, n_ctx=4096) as model:
         calls: list[tuple[int, bool]] = []
-        step = model._decoder.step
+        step = model.engine.decoder.step
 
         def slow(parts, cancelled=lambda: False, adapter=None):
             rows = step(parts, cancelled, adapter)
@@ -215,14 +215,14 @@ def test_a_request_during_the_warm_up_waits_for_one_chunk_only(exact_folder, tmp
             time.sleep(0.1)
             return rows
 
-        monkeypatch.setattr(model._decoder, "step", slow)
+        monkeypatch.setattr(model.engine.decoder, "step", slow)
         model.warm_up()
         while not calls:
             time.sleep(0.005)
         answer = model.chat("Hello", **GREEDY)
         begun = [is_empty for _, is_empty in calls]
         assert begun.count(False) <= 1, "chunks were begun although somebody asked"
-        assert answer.cached_tokens < LEAST
+        assert answer.cached_tokens < MIN_SHARED
         monkeypatch.undo()
         wait_until_warm(model)  # it goes on when nobody asks
         assert chat(model, "How?", SYSTEM * 6).cached_tokens >= n
@@ -235,14 +235,14 @@ def test_what_lies_on_disk_is_brought_in_in_pieces_that_a_request_interrupts(exa
         n = shared_by(model, SYSTEM * 6)
     with load(exact_folder, tmp_path, n_ctx=4096) as model:
         seen: list[bool] = []
-        append_rows = model._decoder.append_rows
+        append_rows = model.engine.decoder.append_rows
 
         def slow(*args):
             seen.append(model.engine.inbox.empty())
             time.sleep(0.1)
             append_rows(*args)
 
-        monkeypatch.setattr(model._decoder, "append_rows", slow)
+        monkeypatch.setattr(model.engine.decoder, "append_rows", slow)
         model.warm_up()
         while not seen:
             time.sleep(0.005)
@@ -337,7 +337,7 @@ def test_the_worth_of_what_is_held():
     for turn in range(200):
         held.hold(1 + turn % 3, 100, None)
     assert 0 not in names()
-    assert held.hold(1, LEAST - 1, None) is None
+    assert held.hold(1, MIN_SHARED - 1, None) is None
     decoder.held[1] = decoder.held[1][:50]
     assert held.hold(1, 100, None) is None  # it holds less than that
 
@@ -349,7 +349,7 @@ def test_an_adapter_computes_beginnings_of_its_own(exact_folder, tmp_path):
     with load(exact_folder, tmp_path / "cache", **options) as model:
         chat(model, "Why?", adapter="one")
         crowd_out(model)
-        assert chat(model, "Why?").cached_tokens < LEAST
+        assert chat(model, "Why?").cached_tokens < MIN_SHARED
         assert chat(model, "How?", adapter="one").cached_tokens >= shared_by(model)
     with load(exact_folder, tmp_path / "cache", adapters={"uno": path}) as model:  # the file counts, not its name
         model.warm_up()

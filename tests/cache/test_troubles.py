@@ -17,8 +17,8 @@ from edge_runtime.cache.disk import DiskCache, usable_folder
 from edge_runtime.cache.prefixes import SavedPrefixes
 from edge_runtime.engine.request import Request
 from edge_runtime.engine.task import Task
-from edge_runtime.generation.sampling import SamplingOptions
 from edge_runtime.loading.load import LoadOptions
+from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.store.find import find_model
 
@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_read_any_more_fails_nobody(exact_folder, tmp_pa
         assert [answer.finish_reason for answer in answers] == ["length"] * 3
         assert str(answers[0]) == expected
         assert caplog.text.count("nothing further is kept there") == 1
-        assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+        assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_an_error_while_an_answer_is_saved_is_nobodys(exact_folder, tmp_path, mo
         monkeypatch.setattr(SavedPrefixes, "save", fail)
         streams = [endless(model, name, 8) for name in ("one", "two", "three")]
         assert [stream.result().finish_reason for stream in streams] == ["length"] * 3
-        model.engine.call(lambda: None)
+        model.engine.run(lambda: None)
     assert "could not be kept on disk" in caplog.text
 
 
@@ -216,7 +216,7 @@ def test_a_request_that_is_submitted_while_the_engine_closes_ends(exact_folder, 
     asking.join(30)
     assert not asking.is_alive()
     assert "was closed" in str(outcome[0])
-    for late in (lambda: model.chat("Why?"), lambda: model.engine.call(lambda: 1)):
+    for late in (lambda: model.chat("Why?"), lambda: model.engine.run(lambda: 1)):
         with pytest.raises(EdgeRuntimeError, match="was closed"):
             late()
     model.warm_up()  # there is nothing left to be warmed
@@ -224,7 +224,7 @@ def test_a_request_that_is_submitted_while_the_engine_closes_ends(exact_folder, 
 
 def test_a_task_that_cannot_be_taken_in_fails_alone(exact_folder, tmp_path):
     with load(exact_folder, tmp_path) as model:
-        request = Request(Prompt("", [1, 2, 3], [(0, 2)]), [], [], SamplingOptions(0.0), False, 1)
+        request = Request(Prompt("", [1, 2, 3], [(0, 2)]), [], [], GenerationOptions(max_tokens=1))
         with pytest.raises(MessageError, match="1 places for visual tokens, expected 0"):
             model.engine.submit(request)
         task = Task(request, lambda: False)
@@ -234,6 +234,6 @@ def test_a_task_that_cannot_be_taken_in_fails_alone(exact_folder, tmp_path):
 
 
 def test_progress_of_a_prompt_of_nothing():
-    task = Task(Request(Prompt("", [], []), [], [], SamplingOptions(0.0), False, 1), lambda: False)
+    task = Task(Request(Prompt("", [], []), [], [], GenerationOptions(max_tokens=1)), lambda: False)
     task.report_prefill(0)
     assert task.events.get().share == 0.0

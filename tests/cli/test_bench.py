@@ -29,7 +29,7 @@ def data_folder(tmp_path: Path, monkeypatch) -> Path:
 
 @pytest.fixture
 def decoder(demo: Model) -> GGUFFile:
-    return demo._decoder.file
+    return demo.engine.decoder.file
 
 
 def run(*arguments: str) -> list[str]:
@@ -247,7 +247,7 @@ def test_a_trial_measures_in_its_own_process(decoder):
 
 def test_samples_end_at_the_same_place(demo):
     """So that attention has as much to look at however many tokens are measured; all but those are computed once."""
-    decoder, computed = demo._decoder, []
+    decoder, computed = demo.engine.decoder, []
     step = decoder.step
     sampling = Sampling(decoder)
     try:

@@ -116,7 +116,7 @@ def test_wrong_usage_is_told(folder, monkeypatch, arguments, reason):
         (["sound.mp4", "Hi"], "has no pictures"),
         (["no.mkv", "Hi"], "does not exist"),
         (["clip.mp4", "Hi", "--start", "1:00"], "has no frame from 60 s to"),
-        (["clip.mp4", "Hi", "--start", "2", "--end", "1"], "an end behind its start"),
+        (["clip.mp4", "Hi", "--start", "2", "--end", "1"], "an end after its start"),
         (["clip.mp4", "Hi", "--storyboard", "a.doc"], "suffix"),
     ],
 )

@@ -39,7 +39,7 @@ DECODER_KEYS = {
     "tokenizer.ggml.padding_token_id": 577,
     "tokenizer.ggml.unknown_token_id": 496,
     "tokenizer.ggml.add_bos_token": False,
-    "edge_runtime.prompt.tokenizer.normalizer": "nfc",
+    "edge_runtime.tokenizer.normalizer": "nfc",
 }
 LONG_DECODER_KEYS = {
     "general.file_type",
@@ -153,7 +153,7 @@ def test_decoder_keys(converted: Callable[[str, str], Converted], kind: str) -> 
 def test_vision_keys(converted: Callable[[str, str], Converted], kind: str) -> None:
     metadata = plain(GGUFFile(converted("f32", kind).mmproj).metadata)
     ours_alone = {
-        "clip.projector_type": "edge_runtime.vision.resampler",
+        "clip.projector_type": "edge_runtime.resampler",
         **{f"edge_runtime.row_length.v.blk.{n}.ffn_up.weight": VISION_MLP for n in range(N_LAYERS)},
     }
     expected = VISION_KEYS | {"general.file_type": FILE_TYPES[kind]}

@@ -77,9 +77,9 @@ def named(adapter: Path | None) -> dict[str, Any]:
 def text_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
     ids = golden("chat_text_fast")["ids"]
     with Model.load(folder, exact=True, **named(lora)) as model:
-        embeddings = model._decoder.embed(ids)
-        model.engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
-        return model.engine.call(model._decoder.logits)
+        embeddings = model.engine.decoder.embed(ids)
+        model.engine.run(lambda: model.engine.decoder.prefill(embeddings, lora and "signs"))
+        return model.engine.run(model.engine.decoder.logits)
 
 
 def picture_logits(folder: Path, picture: Path, lora: Path | None = None) -> np.ndarray:

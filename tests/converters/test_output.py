@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from checkpoint_copies import CheckpointCopy
 from edge_converters import convert_checkpoint
-from edge_converters.convert import Converted
+from edge_converters.convert import ConversionKeywords, ConversionOptions, Converted
 from edge_converters.output import gguf_writer as writer
 from edge_runtime.cli.program import main
 from edge_runtime.errors import CheckpointError
@@ -43,6 +43,14 @@ def fail_in(stage: str, error: BaseException) -> Any:
             raise error
 
     return progress
+
+
+def test_every_option_has_a_keyword_of_its_type_and_others_are_refused(checkpoint, tmp_path):
+    assert get_type_hints(ConversionKeywords) == get_type_hints(ConversionOptions)
+    assert all(name in ConversionOptions.__doc__ for name in get_type_hints(ConversionOptions))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'decoder'"):
+        convert_checkpoint(checkpoint, tmp_path / "out", decoder="f16")
+    assert not (tmp_path / "out").exists()
 
 
 # --- where the files go ---------------------------------------------------------------------------------------
@@ -155,7 +163,7 @@ def test_a_file_that_cannot_grow(checkpoint: Path, tmp_path: Path, file_size_lim
     file_size_limit(1 << 20)
     with pytest.raises(
         CheckpointError,
-        match=r"mmproj-model-q8_0.gguf cannot be written: files may not be so large there.* \(.* MB are free\)",
+        match=r"mmproj-model-q8_0.gguf cannot be written: does not allow files of this size.* \(.* MB are free\)",
     ):
         convert_checkpoint(checkpoint, tmp_path)
     assert names(tmp_path) == []

@@ -111,9 +111,9 @@ def test_logits_are_those_of_the_formula_in_double_precision(
     convert_checkpoint(source, tmp_path, decoder_type="f32", vision_type="f32")
     ids = golden("chat_text_fast")["ids"]
     with Model.load(tmp_path, exact=True) as model:
-        embeddings = model._decoder.embed(ids)
-        model.engine.call(lambda: model._decoder.prefill(embeddings))
-        ours = model.engine.call(model._decoder.logits)
+        embeddings = model.engine.decoder.embed(ids)
+        model.engine.run(lambda: model.engine.decoder.prefill(embeddings))
+        ours = model.engine.run(model.engine.decoder.logits)
     expected = naive.logits(plain.tensors["llm.model.embed_tokens.weight"].values[ids])
     np.testing.assert_allclose(ours, expected, rtol=0, atol=LOGITS)
 

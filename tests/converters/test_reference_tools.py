@@ -55,7 +55,7 @@ DECODER_EXCEPTIONS = {
     "tokenizer.ggml.add_eos_token": "false by default; the script writes it if the tokenizer's files do",
     "tokenizer.ggml.token_type": "special is what the tokenizer says is; the script guesses by the look",
     "tokenizer.chat_template": "the official one where the checkpoint brings none; without it nobody can chat",
-    "edge_runtime.prompt.tokenizer.normalizer": "ours",
+    "edge_runtime.tokenizer.normalizer": "ours",
     "edge_runtime.toy": "ours",
 }
 VISION_EXCEPTIONS = {
@@ -277,9 +277,9 @@ LORAS: dict[str, dict[str, Any]] = {
 def our_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
     adapters = {} if lora is None else {"signs": lora}
     with Model.load(folder, exact=True, adapters=adapters) as model:
-        embeddings = model._decoder.embed(np.arange(3, 60, 2))
-        model.engine.call(lambda: model._decoder.prefill(embeddings, lora and "signs"))
-        return model.engine.call(model._decoder.logits)
+        embeddings = model.engine.decoder.embed(np.arange(3, 60, 2))
+        model.engine.run(lambda: model.engine.decoder.prefill(embeddings, lora and "signs"))
+        return model.engine.run(model.engine.decoder.logits)
 
 
 @pytest.fixture(scope="module")

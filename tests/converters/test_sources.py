@@ -109,7 +109,7 @@ def test_a_tokenizer_without_nfc_is_marked_so(copy: CheckpointCopy, tmp_path: Pa
     del copy.files["vocab.json"]
     copy.files["tokenizer.json"]["normalizer"] = None
     file = decoder_of(copy, tmp_path)
-    assert file.metadata["edge_runtime.prompt.tokenizer.normalizer"] == "none"
+    assert file.metadata["edge_runtime.tokenizer.normalizer"] == "none"
     assert Tokenizer(file).encode("e\u0301") != Tokenizer(file).encode("\u00e9")
 
 

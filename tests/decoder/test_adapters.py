@@ -106,8 +106,8 @@ def test_requests_with_different_adapters_run_side_by_side_and_apart(model, imag
     alone = []
     with Model.load(exact_folder, exact=True, adapters=adapters) as fresh:
         for one, name in requests:
-            for sequence in range(fresh._decoder.n_sequences):
-                fresh.engine.call(lambda sequence=sequence: fresh._decoder.rewind(sequence))
+            for sequence in range(fresh.engine.decoder.n_sequences):
+                fresh.engine.run(lambda sequence=sequence: fresh.engine.decoder.rewind(sequence))
             alone.append(str(ask(fresh, *one, adapter=name).result()))
     assert together == alone
     assert len(set(together[:3])) == 3, "these adapters do not change the answer"

@@ -29,7 +29,7 @@ from edge_runtime.errors import CacheFull
 from edge_runtime.loading.memory_needs import estimate_memory
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile
-from edge_runtime.weights.memory_map import Region, foreign_regions, let_go_of_region, map_file, region_bytes, watched
+from edge_runtime.weights.memory_map import Region, foreign_regions, map_file, region_bytes, release_region, watched
 from plain_decoder import PlainDecoder
 
 DEMO = Path(__file__).parents[2] / "edge_runtime" / "demo" / "ggml-model-Q4_K_M.gguf"
@@ -335,7 +335,7 @@ def pair(amx: str) -> Iterator[Callable[..., list[Any]]]:
     with Model.load("demo", n_ctx=1024) as mine, pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "MIN_FILE_BYTES", 1 << 60)
         with Model.load("demo", n_ctx=1024) as other:
-            assert (mine._decoder.uses_amx_prefill, other._decoder.uses_amx_prefill) == (True, False)
+            assert (mine.engine.decoder.uses_amx_prefill, other.engine.decoder.uses_amx_prefill) == (True, False)
 
             def ask(*arguments: Any, **options: Any) -> list[Any]:
                 return [model.chat(*arguments, **options) for model in (mine, other)]
@@ -431,10 +431,10 @@ def test_a_part_of_a_mapping_leaves_memory_and_comes_back(tmp_path: Path) -> Non
     (region,) = found
     assert mapped[:] == content
     assert resident_pages(region) == 8
-    let_go_of_region(region, page + 1, 6 * page - 1)  # two pages of it in part
+    release_region(region, page + 1, 6 * page - 1)  # two pages of it in part
     assert resident_pages(region) == 5
     for first, end in ((page, 99 * page), (3 * page - 5, 3 * page + 5), (-9 * page, page)):
-        let_go_of_region(region, first, end)  # not within it, or no whole page
+        release_region(region, first, end)  # not within it, or no whole page
     assert resident_pages(region) == 5
     assert mapped[:] == content
     assert resident_pages(region) == 8

@@ -96,6 +96,6 @@ def test_errors_are_raised_where_the_answer_is_awaited(model, images, monkeypatc
     def fail(groups, *more):
         raise ModelFileError("broken")
 
-    monkeypatch.setattr(model._encoder, "encode", fail)
+    monkeypatch.setattr(model.engine.encoder, "encode", fail)
     with pytest.raises(ModelFileError, match="broken"):
         asyncio.run(ask([images["wide"], "What is it?"]))

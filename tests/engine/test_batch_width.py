@@ -53,13 +53,13 @@ def test_answers_are_the_same_whatever_the_width(exact_folder, monkeypatch):
     with Model.load(exact_folder, exact=True, n_ctx=1024, n_threads=1) as model:
         alone = [str(model.chat(question, **options)) for question in questions]
         widths: list[int] = []
-        step = model._decoder.step
+        step = model.engine.decoder.step
 
         def seen(parts, *more):
             widths.append(sum(len(part.keys) for part in parts))
             return step(parts, *more)
 
-        monkeypatch.setattr(model._decoder, "step", seen)
+        monkeypatch.setattr(model.engine.decoder, "step", seen)
         monkeypatch.setattr("edge_runtime.engine.batch_width.BatchWidth.choose", lambda self, n: min(n, 7))
         streams = [model.chat(question, stream=True, **options) for question in questions]
         assert [str(stream.result()) for stream in streams] == alone
@@ -70,9 +70,9 @@ def test_requests_that_come_together_share_their_first_call(exact_folder, monkey
     """A first request waits for others a little, by the time that its prompt takes."""
     calls: list[int] = []
     with Model.load(exact_folder, exact=True, n_ctx=1024, n_threads=1) as model:
-        step, scheduler = model._decoder.step, model.engine.scheduler
+        step, scheduler = model.engine.decoder.step, model.engine.scheduler
         monkeypatch.setattr(
-            model._decoder, "step", lambda parts, *more: calls.append(len(parts)) or step(parts, *more)
+            model.engine.decoder, "step", lambda parts, *more: calls.append(len(parts)) or step(parts, *more)
         )
         monkeypatch.setattr("edge_runtime.engine.engine.BATCH_WINDOW_MAX_S", 0.5)
         model.chat("Hello", max_tokens=1)  # what is built at the first request takes its time

@@ -16,8 +16,9 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type, kv_bytes
 from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.decoder.sequence_chunk import Cancelled, SequenceChunk
-from edge_runtime.loading import memory_needs as memory
 from edge_runtime.loading.memory_needs import estimate_memory
+from edge_runtime.system import memory
+from edge_runtime.vision.encoder import BATCH_PATCHES
 from edge_runtime.weights.gguf_file import GGUFFile
 from support.gguf_maker import U32, mini_decoder
 
@@ -38,7 +39,7 @@ def stream(model: Model, *content, **options):
 @pytest.fixture
 def slow_layers(model, monkeypatch):
     """Make every layer of the tower take a tenth of a second; returns when each of them ended."""
-    ended, layers = [], model._encoder.tower._layers
+    ended, layers = [], model.engine.encoder.tower.layers
 
     def slow(*more):
         for layer in layers(*more):
@@ -46,14 +47,14 @@ def slow_layers(model, monkeypatch):
             ended.append(time.perf_counter())
             yield layer
 
-    monkeypatch.setattr(model._encoder.tower, "_layers", slow)
+    monkeypatch.setattr(model.engine.encoder.tower, "layers", slow)
     return ended
 
 
 def wait_until_free(model: Model) -> float:
     """Seconds until no request is left and all sequences are free."""
     started, scheduler = time.perf_counter(), model.engine.scheduler
-    while scheduler.n_tasks or len(scheduler.sequences.idle) < model._decoder.n_sequences:
+    while scheduler.n_tasks or len(scheduler.sequences.idle) < model.engine.decoder.n_sequences:
         time.sleep(0.005)
         assert time.perf_counter() - started < 30
     return time.perf_counter() - started
@@ -72,7 +73,7 @@ def test_cancelled_in_encoding_it_ends_at_once_and_is_left_between_two_layers(mo
     assert running.result().finish_reason == "cancelled"
     assert time.perf_counter() - cancelled_at[0] < LAYER_S / 2
     assert wait_until_free(model) < 0.5
-    n_layers, n_batches = model._encoder.tower.config.layers, 2
+    n_layers, n_batches = model.engine.encoder.tower.config.layers, 2
     assert len(slow_layers) < n_layers * n_batches
     time.sleep(3 * LAYER_S)
     assert slow_layers[-1] < cancelled_at[0] + 2 * LAYER_S
@@ -127,24 +128,51 @@ def test_progress_is_told_layer_by_layer(model, images):
     encode = [progress.share for progress in told if progress.stage == "encode"]
     assert encode == sorted(encode)
     assert (encode[0], encode[-1]) == (0.0, 1.0)
-    assert len(set(encode)) > model._encoder.tower.config.layers
+    assert len(set(encode)) > model.engine.encoder.tower.config.layers
     assert [progress.share for progress in told if progress.stage == "prefill"][-1] == 1.0
+
+
+def test_layers_of_a_batch_that_is_cut_into_runs_are_counted_together(model, images):
+    """A group of many frames goes through the tower in several runs; whoever listens is an argument of each call."""
+    (one,) = model.slices(images["square"], 1)
+    slices = [one] * (BATCH_PATCHES // one.n_patches + 1)
+    told: list[tuple[int, int]] = []
+    encoder, layers = model.engine.encoder, model.engine.encoder.tower.config.layers
+    tokens = model.engine.run(
+        lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]], lambda *how: told.append(how))
+    )
+    total = told[-1][1]
+    assert total % layers == 0
+    assert total > layers, "this group was not cut into runs"
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert (told[0], told[-1]) == ((0, total), (total, total))
+    told.clear()
+    again = model.engine.run(lambda: encoder.encode([[(item, n) for n, item in enumerate(slices)]]))
+    assert (again[0] == tokens[0]).all()
+    assert not told, "a listener of one call heard of another"
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        model.engine.run(lambda: encoder.encode([[(slices[0], -1)]], stop))
 
 
 def test_low_memory_drops_the_vision_weights_and_changes_no_answer(exact_folder: Path, images):
     with Model.load(exact_folder, exact=True) as usual:
         expected = [str(stream(usual, images[name], "What is it?").result()) for name in ("tiny", "square")]
         tokens = usual.encode_image(images["tiny"])
-        assert usual._encoder.tower._loaded
+        assert usual.engine.encoder.tower.is_loaded
     with Model.load(exact_folder, exact=True, low_memory=True) as model:
         for name, answer in zip(("tiny", "square"), expected, strict=True):
             assert str(stream(model, images[name], "What is it?").result()) == answer
-            tower, resampler = model._encoder.tower, model._encoder.resampler
-            assert not tower._loaded
+            tower, resampler = model.engine.encoder.tower, model.engine.encoder.resampler
+            assert not tower.is_loaded
             assert not {"_embedding", "_post_norm"} & tower.__dict__.keys()
             assert "_weights" not in resampler.__dict__
         assert (model.encode_image(images["tiny"])[0] == tokens[0]).all()
-        assert not tower._loaded
+        assert not tower.is_loaded
 
 
 @pytest.mark.parametrize("kv_type", ["f16", "q8_0", "q4_0"])
@@ -153,15 +181,15 @@ def test_kv_types_answer_and_take_the_memory_they_should(kv_type):
         answer = stream(model, EXAMPLE, "What does it say?").result()
         assert str(answer) == "CAFE" or kv_type == "q4_0"
         assert answer.completion_tokens > 0
-        rows = model.engine.call(lambda: model._decoder.read_rows(answer_sequence(model), 0, 10))
+        rows = model.engine.run(lambda: model.engine.decoder.read_rows(answer_sequence(model), 0, 10))
         layers, heads, width = 3, 2, 64
         assert rows.form.position_bytes == 2 * layers * kv_bytes(kv_type, heads * width)
-        needs = estimate_memory(model._decoder.file, model._encoder, 1000, exact=False, kv_type=kv_type)
+        needs = estimate_memory(model.engine.decoder.file, model.engine.encoder, 1000, exact=False, kv_type=kv_type)
         assert needs.kv_cache == 1000 * rows.form.position_bytes
 
 
 def answer_sequence(model: Model) -> int:
-    return next(s for s in range(model._decoder.n_sequences) if model._decoder.held(s))
+    return next(s for s in range(model.engine.decoder.n_sequences) if model.engine.decoder.held(s))
 
 
 def test_bytes_of_a_kv_cache():
@@ -190,7 +218,7 @@ def test_heads_that_do_not_fit_the_blocks_of_a_kv_type_are_told(tmp_path):
 
 
 def test_vision_and_decoder_take_turns_in_low_memory(exact_model):
-    file, encoder = exact_model._decoder.file, exact_model._encoder
+    file, encoder = exact_model.engine.decoder.file, exact_model.engine.encoder
     usual, low = (estimate_memory(file, encoder, 1000, exact=False, low_memory=low) for low in (False, True))
     assert usual.total - low.total == min(usual.weights, usual.vision)
 
@@ -201,10 +229,10 @@ def test_low_memory_drops_them_after_a_cancelled_request_too(exact_folder: Path,
         running.on_progress = lambda progress: running.cancel() if progress.share > 0 else None
         assert running.result().finish_reason == "cancelled"
         for _ in range(100):
-            if not model._encoder.tower._loaded:
+            if not model.engine.encoder.tower.is_loaded:
                 break
             time.sleep(0.05)
-        assert not model._encoder.tower._loaded
+        assert not model.engine.encoder.tower.is_loaded
 
 
 def test_a_cancelled_reader_may_not_be_kept_waiting_by_a_full_house(model, monkeypatch):
@@ -244,7 +272,7 @@ def test_pages_of_the_vision_file_do_not_stay_beside_the_packed_weights(tmp_path
         return found
 
     with Model.load(tmp_path, exact=True, n_ctx=256) as model:
-        model._encoder.file.blocks("v.post_ln.weight").sum()
+        model.engine.encoder.file.blocks("v.post_ln.weight").sum()
         assert resident_kb() > 0
         tokens = model.encode_image(images["tiny"])
         assert resident_kb() == 0

@@ -22,9 +22,11 @@ def model(exact_folder: Path):
 @pytest.fixture
 def encoded(model: Model, monkeypatch) -> list[int]:
     """Slices of every batch that goes through the vision tower from now on."""
-    batches, encode = [], model._encoder.tower.encode
+    batches, encode = [], model.engine.encoder.tower.encode
     monkeypatch.setattr(
-        model._encoder.tower, "encode", lambda slices, *more: batches.append(len(slices)) or encode(slices, *more)
+        model.engine.encoder.tower,
+        "encode",
+        lambda slices, *more: batches.append(len(slices)) or encode(slices, *more),
     )
     return batches
 
@@ -81,9 +83,9 @@ def test_answers_to_one_prompt_compute_it_once_and_take_nothing_from_others(mode
     question = "Is this a longer question than most, whose prompt is worth waiting for?"
     asked = model.chat(question, greedy=True, max_tokens=4)
     rows = []
-    step = model._decoder.step
+    step = model.engine.decoder.step
     monkeypatch.setattr(
-        model._decoder,
+        model.engine.decoder,
         "step",
         lambda parts, *more: rows.append(sum(len(p.keys) for p in parts)) or step(parts, *more),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from edge_runtime import EngineBusy, Model, ModelFileError, PromptTooLongError
+from edge_runtime import CacheFull, EngineBusy, Model, ModelFileError, PromptTooLongError
 from edge_runtime.engine.scheduler import Scheduler
 from edge_runtime.engine.sequences import Sequences
 
@@ -79,9 +79,9 @@ def test_more_requests_than_sequences_wait_their_turn(model):
 
 
 def test_a_picture_that_many_ask_about_is_encoded_and_prefilled_once(model, images, monkeypatch):
-    batches, encode = [], model._encoder.encode
+    batches, encode = [], model.engine.encoder.encode
     monkeypatch.setattr(
-        model._encoder, "encode", lambda groups, *more: batches.append(len(groups)) or encode(groups, *more)
+        model.engine.encoder, "encode", lambda groups, *more: batches.append(len(groups)) or encode(groups, *more)
     )
     picture = Image.open(images["wide"]).convert("RGB").transpose(Image.Transpose.ROTATE_180)
     answers = [one.result() for one in [stream(model, picture, question) for question in QUESTIONS[:6]]]
@@ -122,6 +122,33 @@ def test_a_full_cache_preempts_requests_and_changes_no_answer(exact_folder, imag
     assert len(fitting) > 1
 
 
+def test_a_cache_that_nothing_can_empty_is_told_by_an_error_of_its_own(model, monkeypatch):
+    """Idle sequences are given up first, one in each step; then there is nothing left but to say so."""
+    str(stream(model, "Something to be remembered.").result())
+    given_up, calls = [], []
+    give_up_one = model.engine.scheduler.sequences.give_up_one
+
+    def full(*_: object, **__: object) -> None:
+        calls.append(1)
+        raise CacheFull
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine.decoder, "step", full)
+        patch.setattr(
+            model.engine.scheduler.sequences, "give_up_one", lambda: given_up.append(give_up_one()) or given_up[-1]
+        )
+        with pytest.raises(CacheFull, match=r"The KV cache is full; load the model with a larger --ctx\."):
+            stream(model, "Why?").result()
+        with pytest.raises(CacheFull, match="larger --ctx"):
+            model.trace("Why?", 1)  # outside any request, too
+    assert given_up.count(True) >= 1
+    assert given_up[-1] is False
+    assert len(calls) == len(given_up) + 1
+    assert model.engine.scheduler.n_tasks == 0
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
+    assert str(stream(model, "Why?").result())
+
+
 def _user(*content):
     return [{"role": "user", "content": [*content]}]
 
@@ -138,14 +165,14 @@ def test_prompts_that_are_together_longer_than_a_small_context_are_computed_in_p
 
 
 def test_a_failing_request_does_not_touch_the_others(model, images, monkeypatch):
-    encode = model._encoder.encode
+    encode = model.engine.encoder.encode
 
     def fail_on_wide(groups, *more):
         if any(item.tgt_size[1] > item.tgt_size[0] for group in groups for item, _ in group):
             raise ModelFileError("broken")
         return encode(groups, *more)
 
-    monkeypatch.setattr(model._encoder, "encode", fail_on_wide)
+    monkeypatch.setattr(model.engine.encoder, "encode", fail_on_wide)
     text_only = stream(model, "Tell me a story.", max_tokens=30)
     next(text_only)  # while an answer is running, pictures are encoded one by one
     new = {name: Image.open(images[name]).convert("RGB").transpose(FLIP) for name in ("wide", "square")}
@@ -209,7 +236,7 @@ def test_an_error_nobody_expected_reaches_everybody_and_the_thread_goes_on(model
             with pytest.raises(RuntimeError, match="unexpected"):
                 one.result()
     assert str(stream(model, QUESTIONS[0]).result())
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
 
 
 @pytest.mark.slow
@@ -266,4 +293,4 @@ def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(model, im
         time.sleep(0.05)
     scheduler = model.engine.scheduler
     assert scheduler.n_tasks == 0
-    assert sorted(scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))

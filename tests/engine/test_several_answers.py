@@ -119,14 +119,14 @@ def test_the_ith_of_several_answers_is_that_of_the_ith_seed(model):
 def test_several_answers_share_pictures_and_prompt(exact_folder, images, monkeypatch, n, long):
     with Model.load(exact_folder, exact=True) as fresh:
         rows, encoded = [], []
-        step, encode = fresh._decoder.step, fresh._encoder.encode
+        step, encode = fresh.engine.decoder.step, fresh.engine.encoder.encode
         monkeypatch.setattr(
-            fresh._decoder,
+            fresh.engine.decoder,
             "step",
             lambda parts, *rest: rows.append([len(p.keys) for p in parts]) or step(parts, *rest),
         )
         monkeypatch.setattr(
-            fresh._encoder, "encode", lambda groups, *more: encoded.append(len(groups)) or encode(groups, *more)
+            fresh.engine.encoder, "encode", lambda groups, *more: encoded.append(len(groups)) or encode(groups, *more)
         )
         content = [images["wide"], "What is it?"] if long else ["Why?"]
         answers = fresh.chat_n([{"role": "user", "content": content}], n, max_tokens=5, temperature=1.0, seed=1)
@@ -186,4 +186,4 @@ def test_several_answers_are_begun_all_or_none(model, monkeypatch):
     with pytest.raises(EngineBusy):
         model.chat_n("Tell me a story.", 5, max_tokens=2000)
     _wait_until_idle(model)
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))

@@ -31,17 +31,17 @@ def model(exact_folder: Path):
 
 def full_prefill(model: Model, messages):
     """A function from generated ids to the next logits that computes everything anew, without a shared cache."""
-    prepared = model._prepare(messages)
-    prompt = model.engine.call(lambda: model._embeddings(prepared))
+    prepared = model.prepare(messages)
+    prompt = model.engine.run(lambda: model.embeddings(prepared))
 
     def logits_after(ids):
-        rows = embed(model._decoder, np.array(ids, np.int64), {}) if ids else prompt[:0]
+        rows = embed(model.engine.decoder, np.array(ids, np.int64), {}) if ids else prompt[:0]
 
         def compute():
-            model._decoder.prefill(np.concatenate([prompt, rows]))
-            return model._decoder.logits()
+            model.engine.decoder.prefill(np.concatenate([prompt, rows]))
+            return model.engine.decoder.logits()
 
-        return model.engine.call(compute)
+        return model.engine.run(compute)
 
     return logits_after
 
@@ -111,13 +111,15 @@ def test_a_search_among_other_requests_finds_the_same(model, images):
     answers = [str(answer) for answer in begin()]
     assert answers[len(QUESTIONS) : -1] == alone
     assert answers[: len(QUESTIONS)] == [str(model.chat(q, greedy=True, max_tokens=40)) for q in QUESTIONS]
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
 
 
 def test_the_prompt_is_computed_once_and_held_once(model, monkeypatch):
-    rows, step = [], model._decoder.step
+    rows, step = [], model.engine.decoder.step
     monkeypatch.setattr(
-        model._decoder, "step", lambda parts, *rest: rows.append([len(p.keys) for p in parts]) or step(parts, *rest)
+        model.engine.decoder,
+        "step",
+        lambda parts, *rest: rows.append([len(p.keys) for p in parts]) or step(parts, *rest),
     )
     answer = model.chat("A question that nobody has asked before.", beams=3, max_tokens=10)
     assert sum(rows[0]) == answer.prompt_tokens - answer.cached_tokens
@@ -138,7 +140,7 @@ def test_a_full_cache_preempts_a_search_and_changes_no_answer(exact_folder, monk
         assert [str(one.result()) for one in searches] == alone
         assert long.result().finish_reason in ("stop", "length")
         assert sum(run is not None for run in thrown[ends:]) > len(searches), "no search was preempted"
-        assert sorted(scheduler.sequences.idle) == list(range(small._decoder.n_sequences))
+        assert sorted(scheduler.sequences.idle) == list(range(small.engine.decoder.n_sequences))
 
 
 def test_beams_that_fill_the_cache_alone_end_with_length(exact_folder):
@@ -158,7 +160,7 @@ def test_a_search_can_be_cancelled(model):
     assert stream.result().finish_reason == "cancelled"
     while model.engine.scheduler.is_busy:  # the reader is told at once, the sequences are free after the step at work
         time.sleep(0.01)
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
 
 
 def test_stop_strings_and_reasoning(model):

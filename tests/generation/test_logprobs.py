@@ -74,17 +74,17 @@ def test_they_are_those_of_the_models_own_distribution(model, options):
     answer = model.chat(question, max_tokens=10, logprobs=True, top_logprobs=4, **options)
     plain = model.chat(question, max_tokens=10, **options)
     assert (plain.answer, plain.logprobs) == (answer.answer, None)
-    prepared = model._prepare(question)
+    prepared = model.prepare(question)
 
     def compute() -> list[np.ndarray]:
-        model._decoder.prefill(model._embeddings(prepared))
-        found = [model._decoder.logits()]
+        model.engine.decoder.prefill(model.embeddings(prepared))
+        found = [model.engine.decoder.logits()]
         for token in answer.logprobs:
-            model._decoder.decode(token.id)
-            found.append(model._decoder.logits())
+            model.engine.decoder.decode(token.id)
+            found.append(model.engine.decoder.logits())
         return found
 
-    for token, logits in zip(answer.logprobs, model.engine.call(compute), strict=False):
+    for token, logits in zip(answer.logprobs, model.engine.run(compute), strict=False):
         want = definition(logits)
         assert token.logprob == pytest.approx(want[token.id], abs=1e-4)
         assert [other.id for other in token.top_logprobs] == np.argsort(-want)[:4].tolist()

@@ -18,7 +18,7 @@ def expected(model: Model, ids: list[int]) -> list[float]:
     """Of every token but the first, from logits behind each beginning."""
 
     def compute() -> list[float]:
-        decoder = model._decoder
+        decoder = model.engine.decoder
         decoder.prefill(decoder.embed(np.array(ids[:1])))
         found = []
         for token_id in ids[1:]:
@@ -26,7 +26,7 @@ def expected(model: Model, ids: list[int]) -> list[float]:
             decoder.decode(token_id)
         return found
 
-    return model.engine.call(compute)
+    return model.engine.run(compute)
 
 
 def scores(model: Model, **options: object) -> list[tuple[int, float]]:

@@ -10,11 +10,20 @@ import pytest
 
 from edge_runtime import MessageError, Model
 from edge_runtime.decoder import llama_cpp as llama
-from edge_runtime.generation.sampling import Sampler, SamplingOptions, choose_options
+from edge_runtime.generation.sampling import Sampler, SamplingOptions
+from edge_runtime.option_checks import check_sampling
+from edge_runtime.options import GenerationOptions
 
 N_VOCAB = 300
 DRAWS = 20_000
 LEAST_EXPECTED = 5.0  # draws of a bin; rarer tokens share one, or chi-square is not what its name says
+
+
+def chosen(**given) -> SamplingOptions:
+    """What a request samples with."""
+    options = GenerationOptions(**given)
+    check_sampling(options, N_VOCAB)
+    return options.sampling_options()
 
 
 def official_distribution(logits, options: SamplingOptions, generated=()) -> np.ndarray:
@@ -126,7 +135,7 @@ def test_a_penalty_holds_for_the_whole_answer(name):
     n_ctx, said, fresh = 1000, 7, 8
     logits = np.zeros(N_VOCAB, np.float32)
     logits[[said, fresh]] = 3.0, 2.9
-    sampler = Sampler(choose_options(thinking=False, greedy=True, **{name: 1.5}), N_VOCAB, n_ctx)
+    sampler = Sampler(chosen(greedy=True, **{name: 1.5}), N_VOCAB, n_ctx)
     ids = np.arange(N_VOCAB)
     assert sampler.choose(ids, logits) == said
     sampler.accept(said)
@@ -165,21 +174,21 @@ def test_a_ban_of_minus_100_is_one_and_a_bias_comes_before_everything_else():
 
 def test_temperature_zero_is_the_most_probable_token():
     logits = np.random.default_rng(2).normal(0, 1, N_VOCAB).astype(np.float32)
-    counts = draw(logits, choose_options(thinking=False, temperature=0.0), 3)
+    counts = draw(logits, chosen(temperature=0.0), 3)
     assert counts[np.argmax(logits)] == 3
 
 
 def test_defaults_are_the_official_ones():
-    assert choose_options(thinking=False) == SamplingOptions(0.7, 100, 0.8, 1.03)
-    assert choose_options(thinking=True) == SamplingOptions(0.7, 50, 1.0, 1.0)
-    assert choose_options(thinking=False, top_p=0.5) == SamplingOptions(0.7, 100, 0.5, 1.03)
+    assert chosen() == SamplingOptions(0.7, 100, 0.8, 1.03)
+    assert chosen(thinking=True) == SamplingOptions(0.7, 50, 1.0, 1.0)
+    assert chosen(top_p=0.5) == SamplingOptions(0.7, 100, 0.5, 1.03)
 
 
 @pytest.mark.parametrize("thinking", [True, False])
 def test_greedy_has_no_penalty_unless_given(thinking):
-    assert choose_options(thinking, greedy=True).repetition_penalty == 1.0
-    assert choose_options(thinking, temperature=0).top_k == 0
-    assert choose_options(thinking, greedy=True, repetition_penalty=1.2).repetition_penalty == 1.2
+    assert chosen(thinking=thinking, greedy=True).repetition_penalty == 1.0
+    assert chosen(thinking=thinking, temperature=0).top_k == 0
+    assert chosen(thinking=thinking, greedy=True, repetition_penalty=1.2).repetition_penalty == 1.2
 
 
 @pytest.mark.parametrize(
@@ -201,18 +210,18 @@ def test_greedy_has_no_penalty_unless_given(thinking):
 )
 def test_values_out_of_range_are_named(given):
     with pytest.raises(MessageError, match=next(iter(given))):
-        choose_options(thinking=False, n_vocab=N_VOCAB, **given)
+        chosen(**given)
 
 
 def test_a_bias_may_have_ids_as_json_has_them():
-    assert choose_options(False, logit_bias={"7": 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1.0))
+    assert chosen(logit_bias={"7": 1, 3: -2.5}).logit_bias == ((3, -2.5), (7, 1.0))
 
 
 @pytest.mark.parametrize("given", [{"greedy": True}, {"temperature": 0.5}, {"top_k": 4}, {"presence_penalty": 1.0}])
 def test_a_search_refuses_what_it_would_not_use(given):
     with pytest.raises(MessageError, match=f"{next(iter(given))} .*leave one of them out"):
-        choose_options(thinking=False, searching=True, **given)
-    assert choose_options(thinking=False, searching=True, seed=3).repetition_penalty == 1.2
+        chosen(sampling=False, **given)
+    assert chosen(sampling=False, seed=3).repetition_penalty == 1.2
 
 
 def test_a_seed_repeats_an_answer(exact_model: Model):

@@ -1,4 +1,4 @@
-"""Damage that hides nothing costs nothing: notes beside a picture, its missing end. Missing rows are told."""
+"""Damage that does not affect pixels is tolerated: metadata, a missing end. Missing rows are reported."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_jpeg_without_its_end_marker(what: str, way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("what", ["noise", "grey", "CMYK"])
 def test_a_jpeg_with_rows_missing(what: str, way: str) -> None:
-    """Also where the rest is zeros, or an end marker was put behind the cut, which Pillow passes with grey rows."""
+    """Also if the rest is zeros, or an end marker follows the cut, which Pillow accepts with grey rows."""
     data = encoded(PICTURES[what], **WAYS[way])
     for share in (0.5, 0.8, 0.95):
         cut = data[: int(len(data) * share)]
@@ -80,7 +80,7 @@ def test_a_jpeg_with_rows_missing(what: str, way: str) -> None:
 
 
 def test_scans_that_are_missing_are_missing() -> None:
-    """Without its last scans a progressive JPEG has all rows, and none of their details."""
+    """Without its last scans a progressive JPEG has all rows, but not their details."""
     data = encoded(WORD, progressive=True)
     for place in [i for i in range(len(data)) if data.startswith(b"\xff\xda", i)][1:]:
         with pytest.raises(ImageError, match="truncated"):
@@ -96,7 +96,7 @@ def test_pictures_in_one_jpeg_file() -> None:
         load_image(data[: len(data) // 3])
 
 
-def test_grey_that_is_meant() -> None:
+def test_intentional_grey() -> None:
     """The colour of missing rows is no proof that rows are missing."""
     grey = NOISE.copy()
     grey.paste((128, 128, 128), (0, 32, 96, 64))
@@ -213,7 +213,7 @@ def test_damaged_exif_costs_the_orientation(kind: str, damage: str) -> None:
     ],
 )
 def test_odd_orientations_of_a_tiff(value: bytes) -> None:
-    """Text and numbers that name no turn change nothing; of several values the first counts."""
+    """Text and invalid numbers change nothing; of several values the first counts."""
     data = encoded(NOISE, "TIFF", tiffinfo={EXIF_ORIENTATION: 1})
     entry = struct.pack("<HHIHH", EXIF_ORIENTATION, 3, 1, 1, 0)
     assert data.count(entry) == 1
@@ -235,7 +235,7 @@ NOTES = {
 
 
 @pytest.mark.parametrize("kind", NOTES)
-def test_damaged_chunks_beside_a_png(kind: str) -> None:
+def test_damaged_metadata_chunks_of_a_png(kind: str) -> None:
     data = encoded(NOISE, "PNG")
     for note in NOTES[kind]:
         same(data[:33] + note + data[33:], data)
@@ -243,7 +243,7 @@ def test_damaged_chunks_beside_a_png(kind: str) -> None:
         load_image(data[:33].replace(b"IHDR", b"IHDX") + data[33:])
 
 
-def test_damaged_segments_beside_a_jpeg() -> None:
+def test_damaged_metadata_segments_of_a_jpeg() -> None:
     data = encoded(NOISE)
     for kind, body in [
         (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation='?'"),
@@ -286,7 +286,7 @@ for path in sys.argv[1:]:
 
 
 def test_no_library_writes_to_stderr(tmp_path: Path) -> None:
-    """libtiff, libjpeg, libwebp, libheif, pdfium and Pillow's warnings, each with files that make it speak."""
+    """libtiff, libjpeg, libwebp, libheif, pdfium and Pillow's warnings, each with files that make it complain."""
     generator = np.random.default_rng(7)
     made: list[bytes] = []
     for compression in ("tiff_lzw", "tiff_deflate", "jpeg", "packbits", "group4", "zstd"):

@@ -1,4 +1,4 @@
-"""A fingerprint of a group stands for all that decides its visual tokens: one thing changed, another fingerprint."""
+"""A group's fingerprint covers all that decides its visual tokens: any change gives another fingerprint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("one, other", CHANGES.values(), ids=CHANGES)
-def test_one_thing_changed_is_another_fingerprint(one, other):
+def test_any_change_gives_another_fingerprint(one, other):
     assert group_digest(one) != group_digest(other)
 
 

@@ -1,4 +1,4 @@
-"""Documents, PDF files above all: the right pages in the right size and order, within limits."""
+"""Documents, mainly PDF files: the right pages in the right size and order, within limits."""
 
 from __future__ import annotations
 
@@ -66,27 +66,27 @@ def test_pages_are_chosen_in_the_order_in_which_they_are_named(choice: Any, expe
 @pytest.mark.parametrize(
     "choice", ["", "a", "1-2-3", "-3", "3-1", "1,,2", "1.5", "٣", [], [1.5], [True], [None], {}, 2.0, "9" * 10]
 )
-def test_choices_that_are_none(choice: Any) -> None:
+def test_invalid_choices(choice: Any) -> None:
     with pytest.raises(MessageError, match="expected numbers and ranges such as 1-3,7"):
         choose_pages(choice, lambda most: 8, "a.pdf", 100)
 
 
 @pytest.mark.parametrize("choice, page", [("9", 9), ("7-9", 9), (0, 0), ([-1], -1), ("0-2", 0), ("12-", 12)])
-def test_pages_that_are_not_there(choice: Any, page: int) -> None:
+def test_pages_that_do_not_exist(choice: Any, page: int) -> None:
     with pytest.raises(MessageError, match=rf"Page {page} was asked for, but a.pdf has 8 pages"):
         choose_pages(choice, lambda most: 8, "a.pdf", 100)
 
 
 def test_more_pages_than_allowed() -> None:
     assert len(choose_pages(None, lambda most: 8, "a.pdf", 8)) == 8
-    with pytest.raises(ImageError, match=r"a.pdf has 8 pages, at most 7 are looked at.*--pages.*--max-pages"):
+    with pytest.raises(ImageError, match=r"a.pdf has 8 pages, at most 7 are read.*--pages.*--max-pages"):
         choose_pages(None, lambda most: 8, "a.pdf", 7)
     with pytest.raises(ImageError, match=r"read on more than 7 pages, at most 7"):
         choose_pages("1-8", lambda most: 999_999_999, "a.pdf", 7)
     with pytest.raises(ImageError, match="at most 7"):  # without counting to the end first
         choose_pages("1-999999999", lambda most: 999_999_999, "a.pdf", 7)
     for n_pages, said in ((9, "more than 7"), (12, "12")):
-        with pytest.raises(ImageError, match=rf"a.pdf has {said} pages, at most 7 are looked at"):
+        with pytest.raises(ImageError, match=rf"a.pdf has {said} pages, at most 7 are read"):
             choose_pages(None, lambda most, there=n_pages: there, "a.pdf", 7)
 
 
@@ -134,7 +134,7 @@ def test_openai_s_files(prefix: str) -> None:
     assert colours(pictures([{"type": "file", "file": {"file_data": data}}])) == [BLUE]
 
 
-def test_what_a_part_says_counts_more_than_what_the_request_says() -> None:
+def test_options_of_a_part_override_those_of_the_request() -> None:
     part = {"type": "pdf", "pdf": PDF, "pages": "3,1", "dpi": 72, "max_slices": 2}
     found = pictures([part, {"type": "pdf", "pdf": PDF}], pages=[2], dpi=36)
     assert colours(found) == [BLUE, RED, GREEN]
@@ -198,7 +198,7 @@ def test_a_thousand_pages_are_counted_at_once_and_one_of_them_is_drawn(tmp_path:
     path.write_bytes(written_pdf([b"%d 0 0 rg 0 0 200 100 re f" % (i == 776) for i in range(1000)]))
     assert PdfFile(path, "book").n_pages == 1000
     assert colours(pictures([path], pages="777")) == [RED]
-    with pytest.raises(ImageError, match=r"book.pdf has 1000 pages, at most 999 are looked at"):
+    with pytest.raises(ImageError, match=r"book.pdf has 1000 pages, at most 999 are read"):
         pictures([path], page_limit=999)
 
 
@@ -240,13 +240,13 @@ def test_bytes_of_a_document_are_limited(tmp_path: Path) -> None:
         ({"type": "pdf", "pdf": PDF, "password": 5}, "password of type int"),
         ({"type": "pdf", "pdf": PDF, "max_slices": 0}, "max_slices is 0"),
         ({"type": "pdf", "pdf": PDF, "pages": "x"}, "The pages are 'x'"),
-        ({"type": "pdf", "pdf": b"hello"}, "is no PDF"),
+        ({"type": "pdf", "pdf": b"hello"}, "is not a PDF"),
         ({"type": "pdf", "pdf": "absent.pdf"}, "does not exist"),
         ({"type": "pdf", "pdf": "https://host/a.pdf"}, "nothing is fetched"),
-        ({"type": "pdf", "pdf": "data:application/pdf;base64,JVBERi0xLjc@"}, "not valid base64|is no PDF"),
+        ({"type": "pdf", "pdf": "data:application/pdf;base64,JVBERi0xLjc@"}, "not valid base64|is not a PDF"),
         ({"type": "pdf", "pdf": io.StringIO("text")}, "opened for text"),
-        ({"type": "file"}, "no file id is known and nothing is fetched"),
-        ({"type": "file", "file": {"file_id": "file-1"}}, "no file id is known"),
+        ({"type": "file"}, "file ids are not supported and nothing is fetched"),
+        ({"type": "file", "file": {"file_id": "file-1"}}, "file ids are not supported"),
         ({"type": "file", "file": {"file_data": "/etc/passwd"}}, "nothing is fetched"),
         ({"type": "file", "file": {"file_data": "https://host/a.pdf"}}, "nothing is fetched"),
         ({"type": "input_file", "file_url": "https://host/a.pdf"}, "nothing is fetched"),
@@ -265,14 +265,14 @@ def test_pages_of_pictures_are_refused() -> None:
     assert pictures(["no picture at all"], pages="2") == []
 
 
-def test_a_document_is_no_picture_of_a_system_prompt() -> None:
+def test_a_system_message_cannot_hold_a_document() -> None:
     with pytest.raises(MessageError, match="system prompt"):
         parse_messages([{"role": "system", "content": [{"type": "pdf", "pdf": PDF}]}])
     (message,) = parse_messages([{"role": "user", "content": [{"type": "pdf", "pdf": PDF}]}])
     assert isinstance(message.parts[0], DocumentPart)
 
 
-def test_without_the_library_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pypdfium2", None)
     with pytest.raises(BackendUnavailable, match=r"pip install 'edge-runtime\[pdf\]'"):
         pictures([PDF])
@@ -282,7 +282,7 @@ def test_without_the_library_it_is_said_how_to_get_it(monkeypatch: pytest.Monkey
 
 
 def test_many_threads_read_many_files_at_once() -> None:
-    """Without its lock pdfium would crash; forgotten files are closed in between, by any of them."""
+    """Without its lock pdfium would crash; garbage-collected files are closed meanwhile, by any thread."""
     found: list[list[tuple[int, ...]]] = []
 
     def work() -> None:
@@ -315,7 +315,7 @@ def test_the_demo_model_reads_pages_of_a_pdf_in_their_order(demo: Model) -> None
         assert str(demo.chat([{"role": "user", "content": content}], greedy=True)) == word
 
 
-def test_progress_of_pages_and_ending_it(demo: Model) -> None:
+def test_progress_of_pages_and_cancelling(demo: Model) -> None:
     seen: list[tuple[int, int]] = []
     message = {"role": "user", "content": [PDF, "What?"]}
     demo.chat([message], max_tokens=1, max_slices=1, on_image=lambda *counts: seen.append(counts))

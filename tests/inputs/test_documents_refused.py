@@ -1,4 +1,4 @@
-"""Documents that are locked, damaged, or whose pages are not what they hold: read, or refused in one sentence."""
+"""Documents that are encrypted, damaged, or whose pages are not their content: read, or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_a_file_that_only_its_owner_may_change_opens_without_a_password() -> Non
 
 
 BROKEN: dict[str, tuple[bytes, str]] = {
-    "a header alone": (b"%PDF-1.7\n", "no PDF that can be opened"),
-    "noise behind the header": (b"%PDF-1.7\n" + np.random.default_rng(0).bytes(5000), "no PDF that can be opened"),
-    "no pages": (written_pdf([]), "no PDF that can be opened, or has no pages"),
-    "its first quarter": (words_pdf(["CAFE"] * 9)[:500], "no PDF that can be opened"),
+    "a header alone": (b"%PDF-1.7\n", "not a readable PDF"),
+    "noise behind the header": (b"%PDF-1.7\n" + np.random.default_rng(0).bytes(5000), "not a readable PDF"),
+    "no pages": (written_pdf([]), "not a readable PDF, or has no pages"),
+    "its first quarter": (words_pdf(["CAFE"] * 9)[:500], "not a readable PDF"),
 }
 
 
@@ -93,7 +93,7 @@ def test_damaged_files_by_the_hundred_are_read_or_refused(kind: str) -> None:
 def test_a_damaged_page_is_named_and_the_others_can_be_read() -> None:
     data = written_pdf([b"1 0 0 rg 0 0 200 100 re f"] * 3).replace(b"5 0 obj<</Type/Page/", b"5 0 obj<</Type/None/")
     assert colours(pictures([data], pages="1,3")) == [RED, RED]
-    with pytest.raises(ImageError, match=r"Page 2 of The document cannot be read, it is damaged"):
+    with pytest.raises(ImageError, match=r"Page 2 of The document cannot be read: it is damaged"):
         pictures([data])
 
 
@@ -166,13 +166,13 @@ def test_portfolios_are_refused_with_the_names_of_their_files(packed: bool, tmp_
             pictures([source])
 
 
-def test_attachments_alone_make_no_portfolio() -> None:
-    """An invoice carries its XML along."""
+def test_attachments_alone_are_not_a_portfolio() -> None:
+    """An invoice has its XML attached."""
     assert len(pictures([portfolio(collection=False)])) == 1
     assert len(pictures([portfolio(n_files=0)])) == 1
 
 
-def test_pdfium_says_nothing_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_pdfium_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pictures([form("CAFE", fields=True)])
     with pytest.raises(ImageError):
         pictures([form(WAIT, dynamic=True)])

@@ -1,4 +1,4 @@
-"""What a file is, is said when it is refused: by its bytes, whatever its name, with what to do."""
+"""A refusal says what the file is: by its bytes, whatever its name, with what to do."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ KINDS: dict[str, tuple[bytes, str]] = {
     "script": (b"#!/bin/sh\necho\n", "script"),
     "link": (b"[InternetShortcut]\r\nURL=https://example.org/a.png\r\n", "link to a web page"),
     "macOS": (b"\0\x05\x16\x07\0\x02\0\0Mac OS X" + bytes(99), r"\._"),
-    "PNG behind a form's head": (b"--x\r\n\r\n\x89PNG\r\n\x1a\n" + bytes(99), "PNG picture behind 7 bytes"),
+    "PNG behind a form's head": (b"--x\r\n\r\n\x89PNG\r\n\x1a\n" + bytes(99), "PNG picture after 7 bytes"),
     "zeros": (bytes(5000), "nothing but zeros"),
     "program": (b"\x7fELF\x02\x01\x01" + bytes(99), "program"),
     "font": (b"OTTO\0\x0c" + bytes(99), "font"),
@@ -112,7 +112,7 @@ KINDS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_file_is_is_named(kind: str, tmp_path: Path) -> None:
+def test_the_kind_of_a_file_is_named(kind: str, tmp_path: Path) -> None:
     data, reason = KINDS[kind]
     path = tmp_path / "picture.png"
     path.write_bytes(data)
@@ -126,7 +126,7 @@ def test_what_a_file_is_is_named(kind: str, tmp_path: Path) -> None:
             assert len(text) < 400 + len(str(path))
 
 
-def test_nothing_is_said_of_what_is_not_known() -> None:
+def test_unknown_files_get_no_kind() -> None:
     noise = np.random.default_rng(0).integers(0, 256, 5000, np.uint8).tobytes()
     assert kind_of(b"\x05" + noise) is None
     with pytest.raises(ImageError, match="not a picture in a known format; expected JPEG"):
@@ -134,14 +134,14 @@ def test_nothing_is_said_of_what_is_not_known() -> None:
 
 
 def test_pictures_that_pillow_reads_are_read_whatever_they_hold() -> None:
-    """No name in this table may stand before a format that is read."""
+    """No entry of this table may match a format that is read."""
     for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM", "TGA", "ICO", "JPEG2000", "SGI", "PCX"):
         out = io.BytesIO()
         Image.new("RGB", (32, 32), "red").save(out, kind)
         assert load_image(out.getvalue()).size == (32, 32)
 
 
-def test_sequences_are_told_from_pictures() -> None:
+def test_sequences_are_distinguished_from_pictures() -> None:
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "green")]
     out = io.BytesIO()
     frames[0].save(out, "AVIF", save_all=True, append_images=frames[1:])
@@ -183,7 +183,7 @@ def test_bytes_before_a_pdf_are_skipped(n_bytes: int, fill: bytes, tmp_path: Pat
         load_image(data)
 
 
-def test_a_picture_that_speaks_of_pdf_is_a_picture() -> None:
+def test_a_picture_that_mentions_pdf_is_a_picture() -> None:
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
@@ -195,6 +195,6 @@ def test_a_picture_that_speaks_of_pdf_is_a_picture() -> None:
     assert [found.size for found in pictures([out.getvalue()])] == [(9, 9)]
 
 
-def test_a_mark_too_far_inside_is_none() -> None:
+def test_a_mark_too_far_inside_does_not_count() -> None:
     with pytest.raises(ImageError, match="not a picture in a known format"):
         pictures([b"x" * 1100 + words_pdf(["CAFE"])])

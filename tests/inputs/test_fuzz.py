@@ -34,7 +34,7 @@ SLOWEST_CASE_S = 1.0
 
 
 def damaged(rng: random.Random) -> bytes:
-    """A sound file with one to three wounds in its header."""
+    """A sound file with one to three damaged places in its header."""
     which = rng.randrange(2)
     data, header = bytearray(WHOLE[which]), HEADERS[which]
     for _ in range(rng.randint(1, 3)):
@@ -60,7 +60,7 @@ def damaged(rng: random.Random) -> bytes:
 
 
 def read_everything(path: Path) -> None:
-    """All that the runtime reads of a file before llama.cpp or a kernel gets it."""
+    """Everything that the runtime reads from a file before llama.cpp or a kernel gets it."""
     file = GGUFFile(path)
     for name in file.tensors:
         file.blocks(name).max()  # touches every byte: a wrong bound would end the process
@@ -112,7 +112,7 @@ def test_damaged_files_raise_only_our_errors(tmp_path: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """Most memory this process ever had; macOS counts bytes, Linux kilobytes."""
+    """Peak memory of this process; macOS counts bytes, Linux kilobytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -128,7 +128,7 @@ def test_the_files_are_sound_before_they_are_damaged(tmp_path: Path) -> None:
 
 
 def sound_pictures() -> list[bytes]:
-    """One small picture in every format whose parser has its own way of failing."""
+    """One small picture in every format whose parser fails in its own way."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -144,7 +144,7 @@ def sound_pictures() -> list[bytes]:
 
 
 def test_damaged_pictures_raise_only_our_errors() -> None:
-    """Pillow lets out RuntimeError, struct.error, AttributeError and more; we do not."""
+    """Pillow raises RuntimeError, struct.error, AttributeError and more; we do not."""
     rng, pictures, outcomes = random.Random(0), sound_pictures(), {"decoded": 0, "refused": 0}
     for _ in range(10_000):
         data = bytearray(rng.choice(pictures))
@@ -182,7 +182,7 @@ def random_value(rng: random.Random, kind: int) -> bytes:
 
 
 def altered_decoder(seed: int) -> bytes:
-    """A decoder that is well formed as a file and odd in meaning: the part that llama.cpp trusts."""
+    """A decoder that is a well-formed file with odd contents: the part that llama.cpp trusts."""
     rng, file = random.Random(seed), mini_decoder()
     key, tensor = rng.choice(list(file.keys)), rng.choice(list(file.tensors.values()))
     kind = file.keys[key][0]

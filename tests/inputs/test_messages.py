@@ -1,4 +1,4 @@
-"""Every form in which clients send messages, and the refusal of all others."""
+"""Every form in which clients send messages; all others are refused."""
 
 from __future__ import annotations
 

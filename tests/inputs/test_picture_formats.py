@@ -106,7 +106,7 @@ def test_svg_is_refused_by_name(data: bytes, tmp_path: Path) -> None:
     refused(["run", str(path), "What is it?"], r"logo.svg is an SVG drawing")
 
 
-def test_html_with_a_drawing_far_inside_is_no_svg() -> None:
+def test_html_with_a_drawing_far_inside_is_not_svg() -> None:
     with pytest.raises(ImageError, match="not a picture in a known format"):
         load_image(b"<html>" + b" " * 2000 + SVG.encode())
 
@@ -116,10 +116,10 @@ def test_a_document_where_only_a_picture_will_do() -> None:
         load_image(b"%PDF-1.7\n...")
 
 
-def test_what_is_named_a_pdf_file_and_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_named_pdf_but_is_not(tmp_path: Path) -> None:
     path = tmp_path / "scan.PDF"
     path.write_bytes(b"<html>Your session has ended.</html>")
-    refused(["run", str(path), "What is it?"], r"scan\.PDF is no PDF: it does not begin as one does")
+    refused(["run", str(path), "What is it?"], r"scan\.PDF is not a PDF: it does not start like one")
 
 
 def test_open_files_are_pictures_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures: odd ones are answered with the right pixels, bad ones are refused with one sentence, at every door."""
+"""Pictures: odd ones are answered with the right pixels, bad ones are refused with one sentence, everywhere."""
 
 from __future__ import annotations
 
@@ -193,12 +193,12 @@ def test_pillow_s_own_lower_limit_does_not_count() -> None:
 
 
 def icon(inner: bytes) -> bytes:
-    """An icon whose directory says 16 x 16 pixels and which holds any picture."""
+    """An icon whose directory says 16 x 16 pixels, with any picture inside."""
     return struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22) + inner
 
 
-def test_pictures_inside_of_icons_are_held_to_the_limit() -> None:
-    """Their size stands in no header of the icon: Pillow's own guard, moved to our limit, is what refuses them."""
+def test_pictures_inside_icons_count_against_the_limit() -> None:
+    """Their size is in no header of the icon: Pillow's own guard, set to our limit, refuses them."""
     assert load_image(icon(encoded(Image.new("RGBA", (300, 200)))), pixel_limit=60_000).size == (300, 200)
     hollow = icon(png_header(300, 200))  # who decodes it says so
     for limit in (59_999, 20_000):  # over a limit Pillow warns, over twice as much it refuses
@@ -252,7 +252,7 @@ def test_bad_pictures_are_refused_by_the_library_and_the_command(case: str, tmp_
 
 
 def test_a_picture_that_is_all_right_is_not_refused(tmp_path: Path, demo: Model) -> None:
-    """Without this the refusals above might all have another cause."""
+    """Without this, the refusals above might all have another cause."""
     path = tmp_path / "good.jpg"
     path.write_bytes(JPEG)
     assert demo.slices(path)
@@ -288,7 +288,7 @@ def test_the_pixel_limit_of_the_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, reason", [("absent.png", "does not exist"), ("http://a.b/c.png", "nothing is fetched")]
 )
-def test_names_that_are_no_file(name: str, reason: str) -> None:
+def test_names_that_are_not_files(name: str, reason: str) -> None:
     refused(["run", name, "What?"], reason)
 
 
@@ -312,7 +312,7 @@ def test_names_that_are_no_file(name: str, reason: str) -> None:
         (7, "int"),
     ],
 )
-def test_sources_that_are_no_picture(source: Any, reason: str) -> None:
+def test_sources_that_are_not_pictures(source: Any, reason: str) -> None:
     with pytest.raises(ImageError, match=reason) as refusal:
         load_image(source)
     assert "\n" not in str(refusal.value)

@@ -1,4 +1,4 @@
-"""Slice plans and slices: against the goldens, the definition's table, and properties that hold for every size."""
+"""Slice plans and slices: compared with the goldens and the definition's table; properties for every size."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_cells_come_row_by_row():
 
 
 def test_columns_are_resized_before_rows():
-    """Pillow 13 would begin with the rows here, which gives other bytes; the official version never does."""
+    """Pillow 13 would start with the rows here, which gives other bytes; the official version never does."""
     rng = np.random.default_rng(5)
     picture = Image.fromarray(rng.integers(0, 256, (1500, 460, 3), dtype=np.uint8))
     plan = plan_slices(460, 1500, OFFICIAL, 1)

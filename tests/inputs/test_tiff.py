@@ -74,7 +74,7 @@ def test_pages_of_a_tiff_are_turned_upright_each_by_its_own_tag() -> None:
 
 def test_limits_of_a_tiff() -> None:
     data = pages_tiff(blocks([(40, 20), (30, 30), (20, 50)]))
-    with pytest.raises(ImageError, match="at most 2 are looked at"):
+    with pytest.raises(ImageError, match="at most 2 are read"):
         pictures([data], page_limit=2)
     with pytest.raises(ImageError, match="bytes, at most 100 are read"):
         pictures([data], file_limit_bytes=100)
@@ -86,8 +86,8 @@ def test_limits_of_a_tiff() -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiff", "pdf"])
-def test_pages_behind_the_limit_exist(kind: str) -> None:
-    """The limit bounds how many are looked at, not which; a TIFF file is walked through no further than needed."""
+def test_pages_beyond_the_limit_exist(kind: str) -> None:
+    """The limit bounds how many pages are read, not which; a TIFF file is walked no further than needed."""
     pages = [Image.new("RGB", (40 + i, 40)) for i in range(6)]
     file = io.BytesIO()
     pages[0].save(file, kind, save_all=True, append_images=pages[1:])
@@ -100,9 +100,9 @@ def test_pages_behind_the_limit_exist(kind: str) -> None:
     ]
     assert numbers(None, 6) == numbers("1-", 6) == [1, 2, 3, 4, 5, 6]
     for choice in ("3-", "4-6", "1,5-", "4,5-"):
-        with pytest.raises(ImageError, match="to be read on more than 2 pages, at most 2 are looked at"):
+        with pytest.raises(ImageError, match="asked for more than 2 pages, at most 2 are read"):
             numbers(choice)
-    with pytest.raises(ImageError, match=r"has (6|more than 2) pages, at most 2 are looked at"):
+    with pytest.raises(ImageError, match=r"has (6|more than 2) pages, at most 2 are read"):
         numbers(None)
     for choice in ("7-", "7", [7], "6-7"):
         with pytest.raises(MessageError, match="Page 7 was asked for, but The document has 6 pages"):
@@ -118,7 +118,7 @@ def test_directories_of_a_tiff_are_limited(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(pictures([data], pages="1-3")) == 3
     for choice in (None, "4", "3-"):
         with pytest.raises(
-            ImageError, match=r"The document has more than 8 directories, which are not read; split it"
+            ImageError, match=r"The document has more than 8 directories, which is the limit; split it"
         ):
             pictures([data], pages=choice)
 
@@ -141,7 +141,7 @@ SMALL = np.full((10, 15), 9, np.uint8)
     [{254: 1}, {254: 4}, {254: 5}, {254: 65537}, {255: 2}, {254: [1, 0]}],
     ids=["preview", "mask", "mask of a preview", "DNG's other preview", "old tag", "two values"],
 )
-def test_previews_masks_and_overviews_are_no_pages(tags: dict[int, Any]) -> None:
+def test_previews_masks_and_overviews_are_not_pages(tags: dict[int, Any]) -> None:
     page, other = directory(GREY, {254: 0}), directory(SMALL, tags)
     for data in (tiff(page, other), tiff(other, page), tiff(page, other, other, other)):
         assert [found.size for found in pictures([data])] == [(60, 40)]
@@ -162,20 +162,20 @@ def test_pages_by_the_old_tag() -> None:
     assert len(pictures([data])) == 2
 
 
-def test_overviews_in_sub_directories_are_no_pages() -> None:
+def test_overviews_in_sub_directories_are_not_pages() -> None:
     data = tiff(directory(GREY), subs=[directory(SMALL, {254: 1}), directory(SMALL)])
     assert np.array_equal(np.asarray(load_image(data))[..., 0], GREY)
     assert len(pictures([data])) == 1
 
 
-def test_a_preview_of_what_is_not_read_is_not_taken_for_it() -> None:
+def test_a_preview_is_not_used_for_an_unreadable_picture() -> None:
     data = tiff(directory(SMALL, {254: 1}), subs=[directory(GREY, {254: 0})])
     for read in (load_image, picture_size, lambda source: pictures([source])):
-        with pytest.raises(ImageError, match="preview, and its picture lies in a SubIFD"):
+        with pytest.raises(ImageError, match="preview, and its picture is in a SubIFD"):
             read(data)
 
 
-def test_a_file_of_previews_alone_is_one_picture() -> None:
+def test_a_file_of_only_previews_is_one_picture() -> None:
     data = tiff(directory(SMALL, {254: 1}), directory(SMALL, {254: 1}))
     assert [found.size for found in pictures([data])] == [(15, 10)]
 
@@ -226,7 +226,7 @@ def test_faxes_in_one_bit() -> None:
 
 
 def test_densities_of_other_formats_are_about_paper() -> None:
-    """No viewer applies dots per inch; an aspect of pixels, as pHYs and JFIF name it with unit 0, is meant."""
+    """No viewer applies dots per inch; an aspect of pixels, as pHYs and JFIF give it with unit 0, counts."""
     picture = Image.fromarray(GREY)
     for kind in ("PNG", "JPEG"):
         out = io.BytesIO()
@@ -268,7 +268,7 @@ def test_white_is_zero_in_16_bits() -> None:
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
 def test_fewer_bits_in_16(bits: int) -> None:
-    """As cameras, scanners and microscopes write them; a tag tells, or the largest sample."""
+    """As cameras, scanners and microscopes write them; a tag, or the largest sample, shows it."""
     values = (DEEP >> (16 - bits)).astype(np.uint16)
     most = (1 << bits) - 1
     expected = np.rint(values / most * 255)
@@ -344,7 +344,7 @@ def test_float_stays_refused() -> None:
     with pytest.raises(ImageError, match="floating-point samples, whose white is not defined"):
         load_image(tiff(directory(GREY.astype(np.float32), {339: 3})))
     for dtype in (np.float16, np.float64):
-        with pytest.raises(ImageError, match="a TIFF file whose samples or compression Pillow does not read"):
+        with pytest.raises(ImageError, match="a TIFF file whose samples or compression Pillow cannot read"):
             load_image(tiff(directory(GREY.astype(dtype), {339: 3})))
 
 
@@ -373,7 +373,9 @@ def test_raw_photographs_are_not_answered_from_their_preview(
         path = tmp_path / f"photo{suffix}"
         path.write_bytes(data)
         for read in (load_image, picture_size, lambda source: pictures([source])):
-            with pytest.raises(ImageError, match=r"photo.* is a raw photograph \([A-Z0-9]{3}\), which is not read"):
+            with pytest.raises(
+                ImageError, match=r"photo.* is a raw photograph \([A-Z0-9]{3}\), which cannot be read"
+            ):
                 read(path)
         if sensor:
             with pytest.raises(ImageError, match=r"The (picture|document) is a raw photograph"):

@@ -1,4 +1,4 @@
-"""What is transparent is seen in front of white, in every mode and format that has alpha; the rest stays as it is."""
+"""Transparency is composed onto white, in every mode and format with alpha; the rest stays as it is."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ from edge_kernels import machine
 from edge_kernels.attention.int16 import GAINS, QUERY_BLOCK, attention_int16
 from edge_kernels.reference import attention as reference_attention
 from edge_kernels.reference.attention import KEYS_PER_BLOCK, LARGEST_POWER, LARGEST_VALUE, score_limit
-from edge_kernels.simd import float32 as simd
 from edge_kernels.simd import int16 as simd_int16
 from edge_kernels.simd.int16 import PAIR_NR
+from edge_kernels.simd.ir import TILES
 from edge_kernels.threads import set_threads
 from kernel_checks import U, offsets, random
 
@@ -355,7 +355,7 @@ def test_every_instruction_set_has_its_pair_tile():
     for name, tile in simd_int16.PAIR_TILES.items():
         registers = 32 if name.startswith(("amx", "avx512", "neon")) else 16
         assert tile.rows * tile.vectors + tile.vectors + 2 <= registers
-        assert tile.width == simd.TILES[name].width, "float32 and int32 vectors are one size"
+        assert tile.width == TILES[name].width, "float32 and int32 vectors are one size"
 
 
 def assembly(name, triple, features):

@@ -27,9 +27,9 @@ from edge_kernels.linear.int8 import (
 )
 from edge_kernels.linear.int8_rows import ROW_ZERO, QuantizedRows, layer_norm_quantized, quantize_rows
 from edge_kernels.reference import operations as reference
-from edge_kernels.simd import float32 as simd
 from edge_kernels.simd import int8 as simd_int8
 from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, n_cells
+from edge_kernels.simd.ir import TILES
 from edge_kernels.threads import set_threads
 from kernel_checks import U, random
 
@@ -341,7 +341,7 @@ def test_int8_results_do_not_depend_on_the_number_of_threads():
 
 
 def test_every_instruction_set_has_its_tiles():
-    assert set(machine.ISAS) == set(simd.TILES) == set(simd_int8.DOT_TILES)
+    assert set(machine.ISAS) == set(TILES) == set(simd_int8.DOT_TILES)
     for name, tile in simd_int8.DOT_TILES.items():
         if tile.instruction == "tdpbssd":  # has registers of its own
             continue

@@ -12,7 +12,7 @@ from edge_kernels.linear import float32 as blocks
 from edge_kernels.linear.bf16_split import IS_POSSIBLE, linear_split, pack_split
 from edge_kernels.linear.float32 import linear, pack_weight
 from edge_kernels.reference import operations as reference
-from edge_kernels.simd import float32 as simd
+from edge_kernels.simd.ir import MR, NR
 from kernel_checks import check, linear_tolerance, random
 
 needs_amx = pytest.mark.skipif(
@@ -56,8 +56,8 @@ def test_linear_epilogue_against_reference(pack, multiply, with_bias, gelu, with
 @each_product
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    m=st.integers(1, 2 * simd.MR + 1),
-    n=st.integers(1, 2 * simd.NR + 1),
+    m=st.integers(1, 2 * MR + 1),
+    n=st.integers(1, 2 * NR + 1),
     k=st.integers(1, 40),
     flags=st.tuples(st.booleans(), st.booleans(), st.booleans()),
 )

@@ -19,6 +19,7 @@ from edge_kernels.reference import operations as reference
 from edge_kernels.rows.norm import layer_norm
 from edge_kernels.rows.patch_embed import patch_embed
 from edge_kernels.simd import float32 as simd
+from edge_kernels.simd.ir import TILES
 from edge_kernels.threads import set_threads
 from kernel_checks import (
     ATTENTION_PER_VALUE,
@@ -239,7 +240,7 @@ def test_calls_from_several_python_threads_wait_for_each_other():
 
 
 def test_register_tiles_fit_the_registers():
-    for name, tile in simd.TILES.items():
+    for name, tile in TILES.items():
         available = 32 if name.startswith(("amx", "avx512", "neon")) else 16
         assert tile.rows * tile.vectors + tile.vectors + 1 <= available
 

@@ -50,9 +50,12 @@ SIZES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "Q8_0": 272}
 
 # Public functions that compute nothing: they choose blocks, check arguments, allocate.
 PLUMBING = {
-    "linear.float32.even_block",
-    "linear.float32.task_blocks",
-    "linear.float32.result_rows",
+    "linear.tasks.even_block",
+    "linear.tasks.product_worker",
+    "linear.tasks.what_follows",
+    "attention.blocks.plan",
+    "linear.tasks.task_grid",
+    "linear.tasks.result_rows",
     "linear.int8_rows.empty_panels",
 }
 

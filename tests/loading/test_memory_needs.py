@@ -21,7 +21,9 @@ def needs(n_ctx: int) -> Needs:
 @pytest.fixture
 def free(monkeypatch):
     """Set the free memory."""
-    return lambda n_bytes: monkeypatch.setattr("edge_runtime.system.memory.available_bytes", lambda: int(n_bytes))
+    return lambda n_bytes: monkeypatch.setattr(
+        "edge_runtime.loading.memory_needs.available_bytes", lambda: int(n_bytes)
+    )
 
 
 def test_the_default_context_shrinks_with_the_memory(free):
@@ -52,7 +54,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(exact_folder, 
 
 
 def test_the_reckoning_grows_with_what_it_should(exact_model):
-    file, encoder = exact_model._decoder.file, exact_model._encoder
+    file, encoder = exact_model.engine.decoder.file, exact_model.engine.encoder
     small, large = (estimate_memory(file, encoder, n, exact=False) for n in (1000, 2000))
     assert large.kv_cache == 2 * small.kv_cache
     assert estimate_memory(file, encoder, 1000, exact=True).kv_cache == 2 * small.kv_cache

@@ -44,13 +44,13 @@ def test_embeddings_decode_like_tokens(exact_model: Model):
     first = exact_model.trace("Say something.", 0).logits
 
     def by_tokens() -> np.ndarray:
-        decoder = exact_model._decoder
+        decoder = exact_model.engine.decoder
         decoder.prefill(decoder.embed(np.array(ids[:1])))
         for token in ids[1:]:
             decoder.decode(token)
         return decoder.logits()
 
-    np.testing.assert_allclose(exact_model.engine.call(by_tokens), first, rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(exact_model.engine.run(by_tokens), first, rtol=0, atol=LOGITS)
 
 
 def test_the_demo_model_reads(demo: Model):
@@ -178,7 +178,7 @@ def test_a_forgotten_model_frees_its_memory(exact_folder: Path):
     model = Model.load(exact_folder)
     model.chat("Hi", max_tokens=1)
     engine = weakref.ref(model.engine)
-    thread = model.engine._thread
+    thread = model.engine.thread
     del model
     gc.collect()
     assert engine() is None
@@ -211,7 +211,7 @@ def test_weights_that_are_not_numbers_are_an_error_not_an_answer(exact_folder: P
         for file in exact_folder.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
         with Model.load(exact_folder) as good:
-            reader = good._encoder.file if "mmproj" in name else good._decoder.file
+            reader = good.engine.encoder.file if "mmproj" in name else good.engine.decoder.file
             info = reader.tensors[tensor]
         with (folder / name).open("rb+") as file:
             file.seek(info.offset)

@@ -66,11 +66,11 @@ def test_whoever_asks_does_not_wait_for_it(model, images, monkeypatch):
     monkeypatch.setattr(call_plan, "PREFETCH_CHUNK", 1)
     alone = str(model.chat("Why?", **GREEDY))
     seen: list[int] = []
-    step = model._decoder.step
+    step = model.engine.decoder.step
 
     def slow(parts, cancelled=lambda: False, adapter=None):
         if len(parts) == 1 and not parts[0].wants_logits:
-            seen.append(model._decoder.held(parts[0].sequence))
+            seen.append(model.engine.decoder.held(parts[0].sequence))
             deadline = time.monotonic() + (0.05 if len(seen) < 4 else 20)
             while time.monotonic() < deadline:
                 if cancelled():
@@ -78,7 +78,7 @@ def test_whoever_asks_does_not_wait_for_it(model, images, monkeypatch):
                 time.sleep(0.001)
         return step(parts, cancelled, adapter)
 
-    monkeypatch.setattr(model._decoder, "step", slow)
+    monkeypatch.setattr(model.engine.decoder, "step", slow)
     before = model.chat(first_turn(images["wide"]), follow_up=True, **GREEDY)
     while len(seen) < 4:
         time.sleep(0.005)
@@ -86,7 +86,7 @@ def test_whoever_asks_does_not_wait_for_it(model, images, monkeypatch):
     assert str(model.chat("Why?", **GREEDY)) == alone
     assert time.monotonic() - started < 5
     wait_until_idle(model)
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
     after = model.chat(second_turn(images["wide"], before.answer), **GREEDY)
     assert after.cached_tokens == seen[-1]
 
@@ -106,13 +106,13 @@ def test_pictures_that_were_forgotten_are_not_encoded_for_it(model, images, monk
     request = _request(model, second_turn(images["wide"], before.answer))
 
     def forget() -> None:
-        for sequence in range(model._decoder.n_sequences):
-            model._decoder.rewind(sequence)
-        model.engine.scheduler.encoding.visual_tokens._tokens.clear()
+        for sequence in range(model.engine.decoder.n_sequences):
+            model.engine.decoder.rewind(sequence)
+        model.engine.scheduler.encoding.visual_tokens.clear()
 
-    model.engine.call(forget)
+    model.engine.run(forget)
     encoded: list[int] = []
-    monkeypatch.setattr(model._encoder, "encode", lambda groups, *more: encoded.append(len(groups)))
+    monkeypatch.setattr(model.engine.encoder, "encode", lambda groups, *more: encoded.append(len(groups)))
     running = model.engine.prefetch(request)
     assert running.next_event().reason == "cancelled"
     assert not encoded
@@ -140,7 +140,7 @@ def test_a_conversation_that_fills_the_context_has_no_next_turn(exact_folder):
 
 
 def test_the_beginning_is_what_all_questions_share(model):
-    prepared = model._prepare(QUESTIONS[0])
+    prepared = model.prepare(QUESTIONS[0])
     answer = SimpleNamespace(message=lambda: {"role": "assistant", "content": "A house."})
     beginning = next_beginning(prepared.with_more, answer)
     for question in ("Who?", "Is it red?", "1"):
@@ -183,8 +183,8 @@ def test_the_others_of_a_call_that_was_left_are_computed_again(model, monkeypatc
     """One of two prompts that share a call is cancelled in it: the call ends at once, the other answer is whole."""
     questions = ["a " * 150, "b " * 150]
     alone = str(model.chat(questions[1], **GREEDY))
-    model.engine.call(lambda: [model._decoder.rewind(s) for s in range(model._decoder.n_sequences)])
-    step, left = model._decoder.step, []
+    model.engine.run(lambda: [model.engine.decoder.rewind(s) for s in range(model.engine.decoder.n_sequences)])
+    step, left = model.engine.decoder.step, []
     streams: list[Any] = []
 
     def cancel_inside(parts, cancelled=lambda: False, adapter=None):
@@ -196,7 +196,7 @@ def test_the_others_of_a_call_that_was_left_are_computed_again(model, monkeypatc
                 raise Cancelled
         return step(parts, cancelled, adapter)
 
-    monkeypatch.setattr(model._decoder, "step", cancel_inside)
+    monkeypatch.setattr(model.engine.decoder, "step", cancel_inside)
     monkeypatch.setattr("edge_runtime.engine.call_plan.MAX_PREFILL_S", 1e9)
     model.engine.scheduler.planner.row_s = 1.0  # so that little of the call seems to have passed
     gate = _hold(model)
@@ -206,7 +206,7 @@ def test_the_others_of_a_call_that_was_left_are_computed_again(model, monkeypatc
     assert left == [True]
     assert streams[0].result().finish_reason == "cancelled"
     wait_until_idle(model)
-    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model._decoder.n_sequences))
+    assert sorted(model.engine.scheduler.sequences.idle) == list(range(model.engine.decoder.n_sequences))
 
 
 def _hold(model: Model):
@@ -214,5 +214,5 @@ def _hold(model: Model):
     import threading
 
     gate = threading.Event()
-    threading.Thread(target=lambda: model.engine.call(lambda: gate.wait(20)), daemon=True).start()
+    threading.Thread(target=lambda: model.engine.run(lambda: gate.wait(20)), daemon=True).start()
     return gate

@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from contextlib import chdir
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -90,6 +91,32 @@ def test_front_pages_stay_short(name, most):
     assert len((ROOT / name).read_text("utf-8").splitlines()) <= most
 
 
+def test_paths_that_documents_name_exist():
+    """`room/module.py`, `module.py` and `room/` in text, below a package, the project or the document's folder."""
+    folders = ("edge_runtime", "kernels", "converters", "benchmarks", "tests", "tools")
+    modules = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    inside = [
+        ROOT,
+        *(ROOT / place for place in ("edge_runtime", "kernels/edge_kernels", "converters/edge_converters")),
+    ]
+    own = [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+    named = set()
+    for path in [*own, *(ROOT / "docs").rglob("*.md")]:
+        text = path.read_text("utf-8")
+        for script in re.findall(r"\b(?:benchmarks|demo|tests|tools)/[\w/]+\.py\b", text):
+            assert (ROOT / script).exists(), f"{name_of(path)}: there is no {script}"
+        for code in re.findall(r"`([^`\n]*)`", FENCE.sub("", text)):
+            if re.fullmatch(r"[\w-]+\.py", code):
+                assert code in modules, f"{name_of(path)}: there is no {code}"
+            elif re.fullmatch(r"[\w.-]+(/[\w.-]+)*(/|\.py|/[\w.]+\.json)", code):
+                places = (*inside, path.parent)
+                assert any((place / code).exists() for place in places), f"{name_of(path)}: there is no {code}"
+            else:
+                continue
+            named.add(code)
+    assert {"engine/scheduler.py", "weights/blocks.py", "peers/", "benchmarks/results/turns.json"} <= named
+
+
 def test_decisions_have_one_form():
     files = sorted(DECISIONS.glob("[0-9]*.md"))
     index = (DECISIONS / "README.md").read_text("utf-8")
@@ -115,6 +142,60 @@ def test_the_package_page_and_the_source_distribution_have_what_the_readme_links
     for link in relative_links(ROOT / "README.md"):
         target = link.partition("#")[0].rstrip("/")
         assert target in names or any(name.startswith(f"{target}/") for name in names), f"the sdist lacks {target}"
+
+
+# --- numbers ------------------------------------------------------------------------------------------------
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
+
+
+def row_of(begin: str) -> list[str]:
+    """Cells of the README's one table row that begins so."""
+    (row,) = (line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith(begin))
+    return [cell.strip().strip("*") for cell in row.strip("|").split("|")]
+
+
+def test_the_readmes_speed_is_that_of_the_kept_results():
+    one = next(found for found in result("vision.json")["results"] if found["scenario"] == "slice")
+    first, forced = result("first_token.json"), result("vision_avx2.json")["results"][0]
+    peer = one["peers_s"]["mtmd-f16"]
+    _, ours, theirs, ours_first, theirs_first, _ = row_of("| AMX")
+    assert (ours, theirs) == (f"{one['ours_s']:.2f} s", f"{peer:.1f} s ({peer / one['ours_s']:.1f} times)")
+    assert ours_first == f"{first['ours_s']['first_token']:.1f} s"
+    assert theirs_first == f"{first['peers_s']['llama-mtmd-cli']:.1f} s ({first['ratio']:.1f} times)"
+    ratio = forced["peers_s"]["mtmd-f16"] / forced["ours_s"]
+    assert f"{ratio:.2f} times" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readmes_quantisation_is_that_of_the_kept_result():
+    rows = {(row["decoder"], row["vision"], row["arithmetic"]): row for row in result("quality.json")["rows"]}
+    written = result("conversion.json")["written_bytes"]
+    of_peer = result("conversion.json")["peer"]["written_bytes"]
+    sizes = {
+        ("decoder", "q4_k_m"): f"{written['ggml-model-Q4_K_M.gguf'] / 1e9:.1f} GB",
+        ("vision", "f16"): f"{of_peer['mmproj-model-f16.gguf'] / 1e6:,.0f} MB",
+        ("vision", "q8_0"): f"{written['mmproj-model-q8_0.gguf'] / 1e6:,.0f} MB",
+        ("vision", "int4"): "324 MB",
+    }
+    assert "int4 (324 MB)" in (ROOT / "CHANGELOG.md").read_text("utf-8"), "where it was measured is told there alone"
+    file, seen = "", set()
+    for line in (ROOT / "README.md").read_text("utf-8").splitlines():
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and (cells[0] in ("decoder", "vision") or (file and not cells[0])):
+            file, kind = cells[0] or file, cells[1]
+            row = rows[(kind, "f32", "exact") if file == "decoder" else ("f32", kind, "int8")]
+            assert cells[3:6] == [
+                sizes.get((file, kind), "–"),
+                f"{row['average']:.2%}".replace("%", " %"),
+                f"{row['loss']:.4f}",
+            ]
+            seen.add((file, kind))
+    assert seen >= set(sizes)
+    assert len(seen) == 13
+    shipped = rows["q4_k_m", "q8_0", "int8"]["average"]
+    assert f"{shipped:.2%}".replace("%", " %") in (ROOT / "README.md").read_text("utf-8")
 
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -152,8 +233,9 @@ def command_lines() -> list[tuple[str, str]]:
 
 def words_of(line: str) -> list[str]:
     """The words of one command of ours, without what a shell takes for itself."""
-    ours = line[line.index("edge-runtime ") :]
-    return shlex.split(re.split(r" [<>|]|  #", ours)[0])[1:]
+    reader = shlex.shlex(line[line.index("edge-runtime ") :], posix=True, punctuation_chars="<>|")
+    reader.whitespace_split = True
+    return list(takewhile(lambda word: word not in {"<", ">", "|"}, reader))[1:]
 
 
 def parse(words: list[str]) -> None:
@@ -163,15 +245,15 @@ def parse(words: list[str]) -> None:
     ------
     click.UsageError
     """
-    command: click.Command = main
     context = main.make_context("edge-runtime", list(words), resilient_parsing=True)
+    command: click.Command = main
     while isinstance(command, click.Group):
-        name, found, words = command.resolve_command(context, words)
-        assert found is not None
+        name, *words = words or [""]
+        found = command.get_command(context, name)
+        if found is None:
+            raise click.UsageError(f"No such command {name!r}.")
         command = found
-        context = found.make_context(
-            name, list(words), context, **({"resilient_parsing": True} if isinstance(found, click.Group) else {})
-        )
+        context = command.make_context(name, list(words), context, resilient_parsing=isinstance(command, click.Group))
 
 
 def test_command_lines_can_be_read():
@@ -201,28 +283,35 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def runnable() -> Iterator[tuple[str, str]]:
-    """Questions that documents ask of files, and facts they look up: what needs no download and no terminal."""
-    for document, line in command_lines():
-        words = words_of(line)
-        asks = words[0] == "run" and any(" " in word for word in words[1:]) and "--lora" not in words
-        if (asks and not re.search(r"[|<]", line)) or words[0] == "list" or words in (["info"], ["info", "demo"]):
-            yield document, line
+def runnable(line: str) -> bool:
+    """Whether a command needs neither a download nor a terminal: questions about files, and what is here."""
+    words = words_of(line)
+    if words[0] != "run":
+        return words in (["list"], ["info"], ["info", "demo"])
+    asks = "--preset" in words or any(" " in word for word in words)
+    return asks and "--lora" not in words and "pdftotext" not in line
 
 
 @pytest.mark.slow
 def test_questions_of_the_documents_are_answered(workplace, monkeypatch):
     """The demo stands in for every other model, and says little."""
     monkeypatch.setenv("EDGE_RUNTIME_MODELS", str(workplace / "store"))
-    lines = list(dict.fromkeys(line for _, line in runnable()))
+    monkeypatch.setenv("PATH", os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    lines = {
+        re.sub(r"-m (minicpm-v-4\.5|models/minicpm-v) ", "", line) for _, line in command_lines() if runnable(line)
+    }
     assert len(lines) > 15
     with chdir(workplace):
-        for line in lines:
-            words = words_of(re.sub(r"-m (minicpm-v-4\.5|models/minicpm-v) ", "", line))
-            few = ["--max-tokens", "16"] if words[0] == "run" else []
-            result = CliRunner().invoke(main, [*words, *few], prog_name="edge-runtime")
-            assert result.exit_code == 0, f"{line}: {result.stderr}"
-            assert result.stdout.strip() or words[0] == "list", line
+        for line in sorted(lines):
+            if re.search(r" < \S+$", line):
+                done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+                code, said, notes = done.returncode, done.stdout, done.stderr
+            else:
+                few = ["--max-tokens", "16"] if " run " in line else []
+                result = CliRunner().invoke(main, [*words_of(line), *few], prog_name="edge-runtime")
+                code, said, notes = result.exit_code, result.stdout, result.stderr
+            assert code == 0, f"{line}: {notes}"
+            assert said.strip() or "--think" in line or line.endswith(" list"), line  # no answer in so few tokens
         first = CliRunner().invoke(main, ["run", "examples/sign.png", "What does it say?", "--greedy"])
     assert first.stdout == "CAFE\n", "what the README prints as the first answer"
     assert first.stderr.split("\n")[0] in re.sub(r"\n {4}", " ", (ROOT / "README.md").read_text("utf-8"))
@@ -234,7 +323,7 @@ RUN_BLOCKS = """\
 import json, sys
 from edge_runtime import Model
 for name, source in json.load(sys.stdin):
-    print("##", name, flush=True)
+    print("\\n##", name, flush=True)
     names = {"__name__": "__main__"}
     if "model = Model.load" not in source and "model." in source:
         names["model"] = Model.load("demo")
@@ -270,7 +359,7 @@ def test_python_blocks_run(workplace, tmp_path, monkeypatch):
             input=json.dumps(given),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
     assert done.returncode == 0, done.stderr
     said = dict(zip(programs, re.split(r"^## .*\n", done.stdout, flags=re.MULTILINE)[1:], strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,13 +21,14 @@ LEVELS = {
         inputs decoder
         prompt vision
         structured_output cache
-        generation pipeline
+        generation
+        options
+        option_checks pipeline
         engine store
-        loading answers options
+        loading answers
         next_turn
-        internals
         model
-        each_page server
+        page_by_page server
         cli
     """,
     "edge_kernels": """
@@ -160,6 +162,11 @@ def test_imports_point_down(package):
                 if below != room and level[below] >= level[room]:
                     wrong.append(f"{name} imports {target}")
     assert wrong == []
+
+
+def test_the_architecture_shows_the_table():
+    table = textwrap.indent(textwrap.dedent(LEVELS["edge_runtime"]).strip(), " " * 4)
+    assert f"\n\n{table}\n\n" in (ROOT / "ARCHITECTURE.md").read_text("utf-8")
 
 
 def test_packages_point_one_way():

@@ -1,4 +1,4 @@
-"""Prompts: equal to the goldens, deaf to markup in user text, right for groups of frames and several pictures."""
+"""Prompts: equal to the goldens, immune to markup in user text, right for groups of frames and several pictures."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_prompts_equal_the_goldens(exact_model: Model, images, name):
 @pytest.mark.parametrize("special", SPECIAL)
 @pytest.mark.parametrize("role", ["user", "system", "tool"])
 def test_markup_typed_by_anybody_stays_text(exact_model: Model, special, role):
-    """The same prompt as with a harmless word in its place, as far as special tokens go."""
+    """The prompt has the same special tokens as with a harmless word in its place."""
 
     def specials(word: str) -> list[int]:
         messages = [{"role": role, "content": f"say {word} now"}, {"role": "user", "content": f"{word}?"}]
@@ -86,7 +86,7 @@ def test_a_placeholder_typed_by_the_user_holds_no_picture(exact_model: Model):
     assert "what is (<image>./</image>)?" in prompt.text
 
 
-def test_what_the_assistant_meant_as_markup_stays_markup(exact_model: Model):
+def test_markup_that_the_assistant_wrote_stays_markup(exact_model: Model):
     """Earlier answers may hold tool calls and boxes, but cannot end their turn or hold pictures."""
     ids = exact_model.tokenizer.special_ids
     answer = "<tool_call>\n{}\n</tool_call> <box>1 2 3 4</box> <|im_end|> <image>"
@@ -129,8 +129,8 @@ def test_rendering_equals_plain_jinja_on_harmless_conversations(exact_model: Mod
         assert exact_model.build_prompt(messages, tools=tools, thinking=thinking).text == want
 
 
-def test_text_that_is_no_unicode_is_shown_as_such(exact_model: Model):
-    """Python strings may hold half a surrogate pair: from a terminal's odd bytes, or from JSON."""
+def test_lone_surrogates_become_replacement_characters(exact_model: Model):
+    """Python strings may hold half a surrogate pair: from invalid bytes in a terminal, or from JSON."""
     assert "user\na \ufffd b \U0001f600<" in exact_model.build_prompt("a \udcff b \ud83d\ude00").text
 
 
@@ -198,14 +198,14 @@ def test_frames_cut_differently_cannot_share_a_group(exact_model: Model):
         ("{{ messages.append(1) }}", MessageError),
         ("{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", ModelFileError),  # endless output
         ("no picture here", MessageError),
-        ("{{ 'x' * 10 ** 11 }}", ModelFileError),  # more than there is memory, and at compile time already
+        ("{{ 'x' * 10 ** 11 }}", ModelFileError),  # more than there is memory, already at compile time
         (
             "{% set ns = namespace(x='x' * 99) %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
             ModelFileError,
         ),
     ],
 )
-def test_templates_are_foreign_code(exact_model: Model, template, error):
+def test_templates_are_untrusted_code(exact_model: Model, template, error):
     messages = parse_messages([{"role": "user", "content": [Image.new("RGB", (9, 9)), "q"]}])
     with pytest.raises(error):
         build_prompt(
@@ -220,7 +220,7 @@ def test_templates_are_foreign_code(exact_model: Model, template, error):
 
 
 def test_templates_have_what_transformers_gives_them():
-    """Without it, those of Llama 3 would tell another date, and those of Command R would not be rendered at all."""
+    """Without it, Llama 3's would show another date, and Command R's would not render at all."""
     template = (
         "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}{% endif %}{{ i }}"
         "{% endfor %} {{ strftime_now('%d %b %Y') }} {{ messages[0].content | tojson }}"
@@ -239,15 +239,15 @@ def test_templates_have_what_transformers_gives_them():
     ],
 )
 def test_a_template_that_computes_for_ever_is_ended(template, monkeypatch):
-    """And the next one is rendered, in a new process."""
-    monkeypatch.setattr(templates, "MOST_S", 0.3)
+    """The next one is rendered in a new process."""
+    monkeypatch.setattr(templates, "MAX_S", 0.3)
     with pytest.raises(ModelFileError, match=r"longer than 0\.3 s"):
         templates.render(template, {})
     assert templates.render("{{ 1 + 1 }}", {}) == "2"
 
 
 def test_a_template_of_a_file_finds_no_keys_in_its_process(monkeypatch):
-    """The sandbox lets nothing out; should that fail one day, there is nothing to be found."""
+    """The sandbox lets nothing out; should that fail one day, there is nothing to find."""
     monkeypatch.setenv("HF_TOKEN", "secret")
     renderer = templates.Renderer()
     try:
@@ -272,6 +272,6 @@ def test_a_renderer_that_was_killed_is_replaced():
 
 
 def test_the_official_template_needs_no_process(monkeypatch):
-    monkeypatch.setattr(templates, "_renderer", lambda: pytest.fail("a process was asked for"))
+    monkeypatch.setattr(templates, "shared_renderer", lambda: pytest.fail("a process was asked for"))
     context = {"messages": [{"role": "user", "content": "q"}], "tools": None, "add_generation_prompt": True}
     assert "user\nq" in templates.render(OFFICIAL_CHAT_TEMPLATE, context)

@@ -1,4 +1,4 @@
-"""Many pictures: what they will take is known before they are decoded; too many are refused, or fitted."""
+"""Many pictures: their tokens are known before they are decoded; too many are refused, or fitted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from edge_runtime import MessageError, Model, PromptTooLongError, pipeline
 from edge_runtime.cli.program import main
-from edge_runtime.prompt.context_budget import Measured, Reckoning, Room
+from edge_runtime.prompt.context_budget import ContextLimits, Measured, TokenBudget
 from edge_runtime.weights.config import SlicingConfig
 
 SLICING = SlicingConfig(448, 14, 9, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -34,28 +34,28 @@ def asked(content: list[Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("most", range(1, 10))
-def test_the_reckoning_is_what_the_prompt_then_has(demo: Model, most: int) -> None:
+def test_the_budget_equals_the_tokens_of_the_prompt(demo: Model, most: int) -> None:
     messages = asked(many())
-    slicing, n_queries = demo._encoder.slicing, demo._encoder.n_queries
+    slicing, n_queries = demo.engine.encoder.slicing, demo.engine.encoder.n_queries
     n_text = len(demo.build_prompt(messages, max_slices=1).ids)
-    reckoning = Reckoning([Measured(size, 9) for size in SIZES], slicing, n_queries, n_text)
+    budget = TokenBudget([Measured(size, 9) for size in SIZES], slicing, n_queries, n_text)
     prompt = demo.build_prompt(messages, max_slices=most)
-    assert reckoning.total(most) == len(prompt.ids)
-    assert sum(reckoning.visual(most)) == sum(end - first for first, end in prompt.bounds)
+    assert budget.total(most) == len(prompt.ids)
+    assert sum(budget.visual(most)) == sum(end - first for first, end in prompt.bounds)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=5))
 def test_fewer_cells_never_take_more(sizes: list[tuple[int, int]]) -> None:
-    """So the most cells that fit are the best answer, and one is the least there is."""
-    reckoning = Reckoning([Measured(size, 9) for size in sizes], SLICING, 64, 100)
-    totals = [reckoning.total(most) for most in range(1, 10)]
+    """So the largest number of cells that fits is the best answer, and one is the minimum."""
+    budget = TokenBudget([Measured(size, 9) for size in sizes], SLICING, 64, 100)
+    totals = [budget.total(most) for most in range(1, 10)]
     assert totals == sorted(totals)
 
 
-def test_too_many_pictures_are_refused_with_what_each_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pictures_are_refused_with_the_size_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     with Model.load("demo", n_ctx=512) as model:
-        n = model._encoder.n_queries
+        n = model.engine.encoder.n_queries
         messages = asked([picture(), picture(), picture((60, 60)), *(picture() for _ in range(30))])
         total = len(model.build_prompt(messages).ids)
         monkeypatch.setattr(pipeline, "cut_source", lambda *_, **__: pytest.fail("a picture was decoded"))
@@ -68,7 +68,7 @@ def test_too_many_pictures_are_refused_with_what_each_takes(monkeypatch: pytest.
     assert "--max-slices" in text or "--each-page" in text
 
 
-def test_the_advice_holds() -> None:
+def test_the_advice_works() -> None:
     messages = asked([picture(shade=i) for i in range(5)])
     with Model.load("demo") as large:
         whole, uncut = (len(large.build_prompt(messages, max_slices=n).ids) for n in (9, 1))
@@ -88,7 +88,7 @@ def test_the_advice_holds() -> None:
             model.chat(messages, max_tokens=1, max_slices=most + 1)
 
 
-def test_pictures_with_limits_of_their_own_are_not_told_of_one_for_all() -> None:
+def test_pictures_with_limits_of_their_own_get_no_advice_about_a_common_one() -> None:
     messages = asked([{"type": "image", "image": picture(shade=i), "max_slices": 9} for i in range(3)])
     with Model.load("demo", n_ctx=320) as model:
         with pytest.raises(PromptTooLongError, match=r"They fit with --fit; as they are"):
@@ -105,8 +105,8 @@ def test_fit_leaves_alone_what_fits(demo: Model) -> None:
     assert fitted.slices == whole.slices
 
 
-def test_a_budget_of_tokens_is_kept_by_all_pictures_alike(demo: Model) -> None:
-    n = demo._encoder.n_queries
+def test_a_budget_of_tokens_cuts_all_pictures_alike(demo: Model) -> None:
+    n = demo.engine.encoder.n_queries
     messages = asked([picture(shade=i) for i in range(3)])
     per_picture = demo.chat(messages, max_tokens=1).visual_tokens // 3
     assert per_picture > 3 * n
@@ -117,7 +117,7 @@ def test_a_budget_of_tokens_is_kept_by_all_pictures_alike(demo: Model) -> None:
         assert len(set(map(str, answer.slices[:: len(answer.slices) // 3]))) == 1
     least = demo.chat(messages, max_tokens=1, fit=3 * n)
     assert (least.visual_tokens, least.fitted_slices) == (3 * n, 1)
-    with pytest.raises(PromptTooLongError, match=rf"are to take {3 * n - 1} at most.*Uncut they take {3 * n}"):
+    with pytest.raises(PromptTooLongError, match=rf"may take {3 * n - 1} at most.*Uncut they take {3 * n}"):
         demo.chat(messages, fit=3 * n - 1)
     for wrong in (0, -1, "yes", 1.5):
         with pytest.raises(MessageError, match="fit is"):
@@ -125,7 +125,7 @@ def test_a_budget_of_tokens_is_kept_by_all_pictures_alike(demo: Model) -> None:
 
 
 def test_a_picture_s_own_limit_stays(demo: Model) -> None:
-    n = demo._encoder.n_queries
+    n = demo.engine.encoder.n_queries
     content = [{"image": picture(), "max_slices": 1}, "and", {"type": "image", "image": picture(), "max_slices": 4}]
     free = demo.chat(asked(content), max_tokens=1)
     assert len(free.slices) == 1 + 5
@@ -148,13 +148,13 @@ def test_where_turns_may_be_dropped_only_the_last_one_is_fitted() -> None:
         assert alone.fitted_slices is not None
 
 
-def test_room_keeps_something_for_the_answer() -> None:
-    assert Room(1000, 2000).prompt == 750
-    assert Room(1000, 100).prompt == 900
-    assert Room(1000, 0).prompt == 999
+def test_limits_keep_something_for_the_answer() -> None:
+    assert ContextLimits(1000, 2000).prompt == 750
+    assert ContextLimits(1000, 100).prompt == 900
+    assert ContextLimits(1000, 0).prompt == 999
 
 
-# --- the command ------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_limits_for_single_files(files: list[str]) -> None:
     assert len(each["slices"]) == 1 + 3 + 5
 
 
-def test_fitting_is_told(files: list[str]) -> None:
+def test_fitting_is_reported(files: list[str]) -> None:
     result = run(*files, "What?", "--ctx", "320", "--fit")
     assert result.exit_code == 0
     assert "each was cut into at most" in result.stderr
@@ -188,7 +188,7 @@ def test_fitting_is_told(files: list[str]) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "a", "1,,2", "1,x", "-1", "1.5"])
-def test_wrong_limits_are_wrong_usage(files: list[str], value: str) -> None:
+def test_wrong_limits_are_usage_errors(files: list[str], value: str) -> None:
     assert run(*files, "What?", f"--max-slices={value}").exit_code == 2
 
 

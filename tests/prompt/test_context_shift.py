@@ -1,4 +1,4 @@
-"""Conversations that outgrow the context: refused, or without their oldest turns when that was asked for."""
+"""Conversations that outgrow the context: refused, or cut at their oldest turns on request."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ def test_the_answer_is_that_of_the_conversation_without_its_oldest_turns(model):
     shorter = [messages[0], *messages[1 + 2 * n :]]
     expected = ask(model, shorter)
     assert (str(answer), answer.prompt_tokens) == (str(expected), expected.prompt_tokens)
-    assert answer.visual_tokens == (9 - n) * model._encoder.n_queries  # no picture is cut in half
+    assert answer.visual_tokens == (9 - n) * model.engine.encoder.n_queries  # no picture is cut in half
     assert len(answer.slices) == 9 - n
     assert answer.prompt_tokens + 8 <= N_CTX
     prompt = model.build_prompt(messages, context_shift=True)
     assert "Be brief." in prompt.text
     assert "number 0?" not in prompt.text
-    assert prompt.text.count("<image_id>0</image_id>") == 1  # numbered anew
+    assert prompt.text.count("<image_id>0</image_id>") == 1  # renumbered
     with pytest.raises(PromptTooLongError):
         ask(model, messages[:1] + messages[1 + 2 * (n - 1) :] + conversation(9)[1:], context_shift=False)
 
 
-def test_what_fits_is_left_whole(model):
+def test_a_conversation_that_fits_stays_whole(model):
     assert ask(model, conversation(3)).dropped_turns == 0
 
 
-def test_the_same_turns_are_missing_for_a_while_so_that_the_cache_serves(model):
+def test_the_same_turns_stay_dropped_for_a_while_so_that_the_cache_serves(model):
     dropped = [ask(model, conversation(n)) for n in range(5, 16)]
     counts = [answer.dropped_turns for answer in dropped]
     assert counts == sorted(counts)
@@ -98,7 +98,7 @@ def parsed(*roles: str) -> list[Message]:
         ("system", []),
     ],
 )
-def test_turns_begin_with_questions(roles, starts):
+def test_turns_start_with_questions(roles, starts):
     assert turns(parsed(*roles.split())) == starts
 
 
@@ -120,21 +120,21 @@ def test_frames_of_one_group_stay_together():
     assert pictures[0].sizes == [[2, 1]]
 
 
-def test_no_more_is_dropped_than_a_quarter_where_turns_are_small():
+def test_no_more_than_a_quarter_is_dropped_where_turns_are_small():
     messages = parsed(*["user", "assistant"] * 50, "user")
 
     def build(kept, pictures):
         return Prompt("", [0] * (10 * len(kept)), [])
 
     for n_ctx in (400, 640, 900):
-        prompt, _, n_turns = fit(build, messages, [], n_ctx, room=8)
+        prompt, _, n_turns = fit(build, messages, [], n_ctx, reserve_tokens=8)
         assert n_turns > 0
         assert n_ctx // 2 - 20 <= len(prompt.ids) <= n_ctx - 8
-    prompt, _, n_turns = fit(build, messages, [], 30, room=8)
+    prompt, _, n_turns = fit(build, messages, [], 30, reserve_tokens=8)
     assert (len(prompt.ids), n_turns) == (10, 50)
 
 
-def test_system_prompts_stay_wherever_they_stand():
+def test_system_messages_stay_wherever_they_are():
     turn = ["user", "assistant"]
     messages = parsed("system", *turn, "system", *turn, "user", "system", "assistant", "user")
     left, _ = without_oldest(messages, [], 3)
@@ -151,11 +151,11 @@ def test_system_prompts_stay_wherever_they_stand():
         ("u:90 u:30 u:30", 100, "u:30 u:30"),
         ("u:90 a:5 u:50 u:30", 100, "u:50 u:30"),  # the older turn is enough
         ("s:10 u:90 a:5 u:90 u:30", 100, "s:10 u:30"),
-        ("u:90 u:30 a:10", 100, "u:30 a:10"),  # an answer to be gone on with
-        ("u:90 a:10 t:30", 100, "u:90 a:10 t:30"),  # a question is not taken from its tools' results
+        ("u:90 u:30 a:10", 100, "u:30 a:10"),  # an answer to be continued
+        ("u:90 a:10 t:30", 100, "u:90 a:10 t:30"),  # a question is not separated from its tools' results
     ],
 )
-def test_of_several_messages_of_a_user_the_oldest_go_where_nothing_else_helps(messages, n_ctx, left):
+def test_of_several_user_messages_the_oldest_are_dropped_where_nothing_else_helps(messages, n_ctx, left):
     roles = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
     sizes = [each.split(":") for each in messages.split()]
     parsed_messages = parse_messages([{"role": roles[role], "content": "x" * int(n)} for role, n in sizes])
@@ -167,6 +167,6 @@ def test_of_several_messages_of_a_user_the_oldest_go_where_nothing_else_helps(me
             [],
         )
 
-    prompt, _, n_turns = fit(build, parsed_messages, [], n_ctx, room=4)
+    prompt, _, n_turns = fit(build, parsed_messages, [], n_ctx, reserve_tokens=4)
     assert prompt.text == left
     assert (n_turns == 0) == (left == messages)

@@ -1,4 +1,4 @@
-"""Conversations that end with the assistant's turn: the answer goes on with it, whatever else is asked for."""
+"""Conversations that end with the assistant's turn: the answer continues it, whatever else is asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edge_runtime.generation.text_stream import TextStream
 from edge_runtime.inputs.messages import parse_messages
 from edge_runtime.next_turn import next_beginning
 from edge_runtime.prompt.build import build_prompt
-from edge_runtime.prompt.continuation import Begun, find_begun
+from edge_runtime.prompt.continuation import BegunTurn, find_begun_turn
 from edge_runtime.structured_output.json_position import without_blanks
 
 ASKED = {"role": "user", "content": "Hello there"}
@@ -30,7 +30,7 @@ TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type":
 
 
 def begun(content: Any, **more: Any) -> list[dict[str, Any]]:
-    """A conversation whose last turn was begun by the assistant."""
+    """A conversation whose last turn the assistant has started."""
     return [ASKED, {"role": "assistant", "content": content, **more}]
 
 
@@ -67,7 +67,7 @@ def test_the_prompt_ends_inside_the_turn(exact_model: Model, last, thinking, exp
         assert prompt.ids == exact_model.build_prompt(HEAD + expected, raw=True).ids
 
 
-def test_what_is_not_to_go_on_is_closed(exact_model: Model):
+def test_a_turn_that_is_not_to_be_continued_is_closed(exact_model: Model):
     prompt = exact_model.build_prompt(begun("x"), continue_final_message=False)
     assert prompt.text == f"{HEAD}{OFF}x<|im_end|>\n<|im_start|>assistant\n{OFF}"
 
@@ -77,7 +77,7 @@ def test_markup_in_the_turn_ends_nothing(exact_model: Model):
     ids, special = prompt.ids, exact_model.tokenizer.special_ids
     assert prompt.text.endswith("<think>\n</think> <|im_start|>\n</think>\n\na<|im_end|>\n<image>")
     assert [ids.count(special[tag]) for tag in ("<|im_end|>", "<|im_start|>", "</think>", "<image>")] == [1, 2, 1, 0]
-    # Parts are put together before anything is looked for in them.
+    # Parts are joined before they are searched.
     split = exact_model.build_prompt(begun(["<|im_", "end|>"]))
     assert split.ids.count(special["<|im_end|>"]) == 1
 
@@ -110,12 +110,12 @@ def test_pictures_of_earlier_turns_stay_where_they_are(exact_model: Model):
             True,
             "Hello there>The <b> ",
         ),
-        # Begins all turns alike and needs nothing to begin an answer.
+        # Starts all turns alike and needs nothing to start an answer.
         ("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}", False, "<s>Hello there</s>The <b> "),
     ],
 )
-def test_templates_of_others_go_on_too(exact_model: Model, template, thinking, expected):
-    conversation, found = find_begun(parse_messages(begun("The <b> ")), None, thinking=thinking)
+def test_other_templates_continue_too(exact_model: Model, template, thinking, expected):
+    conversation, found = find_begun_turn(parse_messages(begun("The <b> ")), None, thinking=thinking)
     prompt = build_prompt(
         conversation,
         [],
@@ -129,20 +129,20 @@ def test_templates_of_others_go_on_too(exact_model: Model, template, thinking, e
     assert prompt.text == expected
 
 
-def test_a_turn_without_any_before_it_goes_on_too(exact_model: Model):
+def test_a_turn_without_any_before_it_is_continued_too(exact_model: Model):
     lone = [{"role": "assistant", "content": "Once"}]
     assert exact_model.build_prompt(lone).text == f"<|im_start|>assistant\n{OFF}Once"
     assert exact_model.build_prompt(lone, thinking=True).text == f"<|im_start|>assistant\n{OFF}Once"
-    told = exact_model.build_prompt(lone, tools=[TOOL]).text
-    assert told.startswith("<|im_start|>system\n# Tools")
-    assert told.endswith(f"<|im_end|>\n<|im_start|>assistant\n{OFF}Once")
+    text = exact_model.build_prompt(lone, tools=[TOOL]).text
+    assert text.startswith("<|im_start|>system\n# Tools")
+    assert text.endswith(f"<|im_end|>\n<|im_start|>assistant\n{OFF}Once")
 
 
 @pytest.mark.parametrize(
     ("messages", "options", "message"),
     [
-        ([ASKED], {"continue_final_message": True}, "of the role user; expected the assistant's"),
-        ("Hello", {"continue_final_message": True}, "of the role user"),
+        ([ASKED], {"continue_final_message": True}, "has the role user; expected the assistant's"),
+        ("Hello", {"continue_final_message": True}, "has the role user"),
         ("Hello", {"continue_final_message": True, "raw": True}, "raw prompt, which has no turns"),
         (begun("x", tool_calls=[{"function": {"name": "f", "arguments": {}}}]), {}, "holds tool calls"),
         (begun(["x", Image.new("RGB", (9, 9))]), {}, "holds a picture"),
@@ -153,15 +153,15 @@ def test_a_turn_without_any_before_it_goes_on_too(exact_model: Model):
         ([*begun("x"), *begun("y")[1:] * 2], {}, "Cannot have 2 or more assistant messages"),
     ],
 )
-def test_what_cannot_go_on_is_refused(exact_model: Model, messages, options, message):
+def test_what_cannot_be_continued_is_refused(exact_model: Model, messages, options, message):
     with pytest.raises(MessageError, match=message):
         exact_model.build_prompt(messages, **options)
     if options.get("continue_final_message") is None and messages[1:]:
         exact_model.build_prompt(messages, continue_final_message=False)
 
 
-def test_the_last_of_two_turns_goes_on_where_that_is_said(exact_model: Model):
-    """Two turns elsewhere, or with another's words behind them, are nobody's mistake."""
+def test_the_last_of_two_turns_is_continued_on_request(exact_model: Model):
+    """Two turns elsewhere, or with somebody else's message after them, are not a mistake."""
     two = [*begun("One"), {"role": "assistant", "content": "Two"}]
     text = exact_model.build_prompt(two, continue_final_message=True).text
     assert text.endswith("Two")
@@ -174,15 +174,15 @@ def test_the_last_of_two_turns_goes_on_where_that_is_said(exact_model: Model):
 
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("last", [{"content": "The answer is"}, {"reasoning_content": "Let me see"}])
-def test_the_answer_is_that_of_the_same_prompt_as_it_stands(exact_model: Model, last, thinking):
+def test_the_answer_is_that_of_the_same_raw_prompt(exact_model: Model, last, thinking):
     messages = [ASKED, {"role": "assistant", **last}]
     options: dict[str, Any] = {"greedy": True, "max_tokens": 12, "repetition_check": False}
     answer = exact_model.chat(messages, thinking=thinking, **options)
     text = exact_model.build_prompt(messages, thinking=thinking).text
-    as_it_stands = exact_model.chat(text, raw=True, **options)
-    goes_on_thinking = thinking and "content" not in last
-    assert (answer.reasoning if goes_on_thinking else answer.answer) == as_it_stands.answer
-    assert answer.prompt_tokens == as_it_stands.prompt_tokens
+    raw = exact_model.chat(text, raw=True, **options)
+    continues_thinking = thinking and "content" not in last
+    assert (answer.reasoning if continues_thinking else answer.answer) == raw.answer
+    assert answer.prompt_tokens == raw.prompt_tokens
     assert (answer.prefix, answer.reasoning_prefix) == (last.get("content", ""), last.get("reasoning_content", ""))
     searched = exact_model.chat(messages, thinking=thinking, beams=2, max_tokens=6)
     assert searched.prompt_tokens == answer.prompt_tokens
@@ -201,9 +201,9 @@ def test_the_whole_turn_is_the_message_of_the_answer(exact_model: Model):
     assert f"assistant\nThe <box>{answer.answer}<|im_end|>" in exact_model.build_prompt(follow).text
 
 
-def test_the_next_turn_is_read_ahead_with_the_whole_turn(exact_model: Model):
+def test_the_next_turn_is_prefetched_with_the_whole_turn(exact_model: Model):
     messages = begun("The answer is")
-    prepared = exact_model._prepare(messages)
+    prepared = exact_model.prepare(messages)
     answer = exact_model.chat(messages, greedy=True, max_tokens=6, follow_up=True)
     assert prepared.with_more is not None
     beginning = next_beginning(prepared.with_more, answer)
@@ -212,13 +212,13 @@ def test_the_next_turn_is_read_ahead_with_the_whole_turn(exact_model: Model):
     assert len(beginning.ids) > answer.prompt_tokens
 
 
-def test_places_may_begin_in_the_prefix(exact_model: Model):
+def test_boxes_may_start_in_the_prefix(exact_model: Model):
     picture = [{"role": "user", "content": [Image.new("RGB", (100, 50)), "Where?"]}]
     answer = exact_model.chat([*picture, {"role": "assistant", "content": "<box>0 0 500 500</box>"}], max_tokens=1)
     assert answer.boxes()[0].points[0] == (0, 0)
 
 
-def test_stops_seeds_numbers_and_log_probabilities_are_of_what_is_new(exact_model: Model):
+def test_stops_seeds_counts_and_log_probabilities_cover_only_the_new_text(exact_model: Model):
     messages = begun("stop here and")
     options: dict[str, Any] = {"max_tokens": 8, "seed": 3, "temperature": 1.0, "repetition_check": False}
     answer = exact_model.chat(messages, stop=["stop", "here"], logprobs=True, **options)
@@ -241,7 +241,7 @@ class Letters:
 
 
 @pytest.mark.parametrize(("goes_on", "expected"), [(True, "\nso"), (False, "so")])
-def test_a_line_break_behind_the_beginning_of_reasoning_belongs_to_it(goes_on, expected):
+def test_a_line_break_after_the_start_of_reasoning_belongs_to_it(goes_on, expected):
     stream = TextStream(Letters(), thinking=True, goes_on=goes_on)  # type: ignore[arg-type]
     pieces = [piece for char in "\nso\x02\n\nyes" for piece in stream.feed(ord(char))] + stream.finish()
     assert "".join(piece.text for piece in pieces if piece.kind == "reasoning") == expected
@@ -267,7 +267,7 @@ def test_a_schema_starts_from_the_prefix(exact_model: Model, prefix, thinking):
         assert (answer.answer, answer.finish_reason) == ("", "stop")
 
 
-def test_a_schema_behind_reasoning_that_goes_on(exact_model: Model):
+def test_a_schema_after_continued_reasoning(exact_model: Model):
     messages = [ASKED, {"role": "assistant", "reasoning_content": "Let me see"}]
     answer = exact_model.chat(messages, schema=SCHEMA, thinking=True, thinking_budget=4, max_tokens=80)
     jsonschema.validate(json.loads(answer.answer), SCHEMA)
@@ -278,17 +278,17 @@ def test_a_schema_behind_reasoning_that_goes_on(exact_model: Model):
     "prefix", ["The answer: ", "```json\n{", '{"c"', '{"a": 1, "a"', '{"a": "', '{"a": 1 2', "[", '{"a":1}']
 )
 def test_a_prefix_that_no_answer_of_the_schema_has_is_refused(exact_model: Model, prefix):
-    with pytest.raises(MessageError, match="no JSON of its form begins with"):
+    with pytest.raises(MessageError, match="no JSON of its form starts with"):
         exact_model.chat(begun(prefix), schema=SCHEMA, max_tokens=60)
 
 
-def test_any_json_goes_on_too(exact_model: Model):
+def test_any_json_is_continued_too(exact_model: Model):
     answer = exact_model.chat(begun('{"list": [1, {"x'), json=True, max_tokens=60)
     assert json.loads('{"list": [1, {"x' + answer.answer)["list"][0] == 1
 
 
 @pytest.mark.parametrize("prefix", ["I will look.", "I will look.\n"])
-def test_a_call_is_made_behind_the_prefix(exact_model: Model, prefix):
+def test_a_call_is_made_after_the_prefix(exact_model: Model, prefix):
     answer = exact_model.chat(begun(prefix), tools=[TOOL], tool_choice="required", max_tokens=60)
     assert [call.name for call in answer.tool_calls] == ["clock"]
     assert answer.answer == ""
@@ -300,7 +300,7 @@ def test_a_call_is_made_behind_the_prefix(exact_model: Model, prefix):
     assert text.count('<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>') == 1
 
 
-def test_a_call_is_not_gone_on_with(exact_model: Model):
+def test_a_call_is_not_continued(exact_model: Model):
     inside = begun('<tool_call>\n{"name": "cl')
     with pytest.raises(MessageError, match="ends inside a <tool_call>"):
         exact_model.chat(inside, tools=[TOOL], max_tokens=5)
@@ -322,11 +322,11 @@ def test_a_call_is_not_gone_on_with(exact_model: Model):
         ("  ", ""),
     ],
 )
-def test_blanks_between_parts_of_json_say_nothing(text, expected):
+def test_blanks_between_parts_of_json_are_ignored(text, expected):
     assert without_blanks(text) == expected
 
 
-def test_what_is_begun_is_known_to_whoever_prepares(exact_model: Model):
-    assert exact_model._prepare(begun("x")).begun == Begun("x")
-    assert exact_model._prepare([ASKED]).begun is None
-    assert exact_model._prepare(begun("")).begun is None
+def test_a_prepared_request_knows_the_turn_it_continues(exact_model: Model):
+    assert exact_model.prepare(begun("x")).begun == BegunTurn("x")
+    assert exact_model.prepare([ASKED]).begun is None
+    assert exact_model.prepare(begun("")).begun is None

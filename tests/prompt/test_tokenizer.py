@@ -63,7 +63,7 @@ def test_plain_text_survives_the_round_trip(tokenizer: Tokenizer, text):
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|endoftext|>"])
 def test_either_token_of_the_official_configuration_ends_an_answer(exact_model: Model, token):
-    """Both stand in `generation_config.json`; the vocabulary names but one of them as its end."""
+    """Both are in `generation_config.json`; the vocabulary names only one of them as its end."""
     tokenizer = exact_model.tokenizer
     token_id = tokenizer.special_ids[token]
     assert tokenizer.stop_ids == {tokenizer.special_ids["<|im_end|>"], tokenizer.special_ids["<|endoftext|>"]}
@@ -80,7 +80,7 @@ def test_guarded_special_tokens_are_text(tokenizer: Tokenizer, special):
 
 
 def test_runs_between_special_tokens_are_tokenised_whole(tokenizer: Tokenizer):
-    """The seam between the template's newline and the user's text merges as it would in one string."""
+    """The template's newline and the user's text merge as they would in one string."""
     begin = tokenizer.special_ids["<|im_start|>"]
     assert tokenizer.encode_special("<|im_start|>user\n\n the<think>", MARK) == [
         begin,
@@ -94,18 +94,18 @@ def test_runs_between_special_tokens_are_tokenised_whole(tokenizer: Tokenizer):
         alphabet=st.one_of(st.characters(), st.sampled_from("ae\u0301\u0308\u1100\u1161\u11a8<>")), max_size=400
     )
 )
-def test_text_becomes_no_fewer_tokens_than_is_said(demo: Model, text: str):
-    """Normalisation makes text shorter: three bytes of a syllable may have been nine of its letters."""
+def test_text_becomes_no_fewer_tokens_than_the_lower_bound(demo: Model, text: str):
+    """Normalisation shortens text: a syllable's three bytes may have been nine bytes of letters."""
     found = demo.tokenizer
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace(MARK, "")
     marked = f"<|im_start|>{found.guard(text, MARK)}<|im_end|>"
-    assert found.least_tokens(marked, MARK) <= len(found.encode_special(marked, MARK)) - 2
+    assert found.min_n_tokens(marked, MARK) <= len(found.encode_special(marked, MARK)) - 2
 
 
 def test_long_text_is_the_same_tokens_and_its_bound_is_exact(demo: Model):
     found = demo.tokenizer
     word = max((t for t in found.tokens if t.isascii() and t.isalpha()), key=len)
-    assert found.least_tokens(word * 10, MARK) * found._longest >= len(word) * 10
+    assert found.min_n_tokens(word * 10, MARK) * found._longest >= len(word) * 10
     text = "an apple, 7 pears; " * 2000
     pieces = [found.encode(text[i : i + 19]) for i in range(0, len(text), 19)]
     assert found.token_bytes(found.encode(text)[0])
@@ -113,8 +113,8 @@ def test_long_text_is_the_same_tokens_and_its_bound_is_exact(demo: Model):
     assert len(found.encode(text)) <= sum(map(len, pieces))
 
 
-def test_long_text_leaves_other_threads_their_turn(demo: Model):
-    """Tokenised as a single text, it held the interpreter's lock for seconds."""
+def test_long_text_does_not_block_other_threads(demo: Model):
+    """Tokenised as a single text, it held the GIL for seconds."""
     demo.tokenizer.encode("warm")
     working = threading.Thread(target=demo.tokenizer.encode, args=("a " * 700_000,))
     working.start()

@@ -171,8 +171,8 @@ def test_a_copy_takes_no_alias(own, alias):
 
 def test_an_alias_in_capitals_is_the_alias(catalog):
     for alias in ALIASES:
-        assert catalog.spelled(alias.upper()) == alias
-    assert catalog.spelled("HF:A/B") == "hf:A/B"
+        assert catalog.pulled.spelled(alias.upper()) == alias
+    assert catalog.pulled.spelled("HF:A/B") == "hf:A/B"
     assert plain_name("HF.co/A/B:latest") == "hf:A/B"
     assert Library(catalog.library.root).entries() == []
     assert find_model("demo").name == "demo"

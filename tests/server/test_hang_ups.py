@@ -177,7 +177,7 @@ def test_clients_leave_at_every_point(hub: Hub, serve, honest):
     (slot,) = served.state.registry.loaded()
     assert slot.users == 0
     scheduler = slot.model.engine.scheduler
-    assert sorted(scheduler.sequences.idle) == list(range(slot.model._decoder.n_sequences)), (
+    assert sorted(scheduler.sequences.idle) == list(range(slot.model.engine.decoder.n_sequences)), (
         "a sequence was not given back"
     )
 

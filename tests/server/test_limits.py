@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from edge_runtime.server.middleware import bodies as limits
-from edge_runtime.server.middleware import gate
+from edge_runtime.server.middleware import gate, stack, time_limit
 from edge_runtime.server.middleware.gate import host_name, is_own_name
 from edge_runtime.server.middleware.stack import warnings_for
 from edge_runtime.server.settings import Settings
@@ -39,7 +39,7 @@ def app_with(settings: Settings, **more: Any) -> Starlette:
 
     routes = [Route("/api/size", size, methods=["GET", "POST"]), Route("/api/careless", careless, methods=["POST"])]
     routes += [Route(path, call, methods=["GET", "POST"]) for path, call in more.items()]
-    return Starlette(routes=routes, middleware=limits.middleware(settings))
+    return Starlette(routes=routes, middleware=stack.middleware(settings))
 
 
 def ask(
@@ -121,7 +121,7 @@ def test_a_body_that_stops_and_one_that_drips():
 
 
 def test_work_that_takes_too_long(monkeypatch):
-    monkeypatch.setattr(limits, "SPARE_S", 0.0)
+    monkeypatch.setattr(time_limit, "SPARE_S", 0.0)
     ended = []
 
     async def slow(request: Request) -> Response:
@@ -178,7 +178,7 @@ def test_the_time_of_work_counts_from_the_end_of_the_body(work_s, status, n_piec
         return PlainTextResponse(str(got))
 
     app = app_with(Settings(request_timeout_s=100.0, body_timeout_s=60.0), **{"/v1/work": work})
-    assert limits.SPARE_S == 5.0
+    assert time_limit.SPARE_S == 5.0
 
     async def go() -> httpx.Response:
         transport = httpx.ASGITransport(app)

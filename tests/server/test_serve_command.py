@@ -117,7 +117,7 @@ IN_PYTHON = "[None for _ in iter(int, 1)]"
 STUCK = {
     "a decoder in C": ("edge_runtime.model.Model.submit", IN_C),
     "a decoder in Python": ("edge_runtime.model.Model.submit", IN_PYTHON),
-    "the engine": ("edge_runtime.engine.scheduler.Scheduler.turn", IN_C),
+    "the engine": ("edge_runtime.engine.scheduler.Scheduler.step", IN_C),
     "unloading": ("edge_runtime.model.Model.close", IN_C),
     "the event loop": ("edge_runtime.server.inference.Inference._admit", IN_C),
 }

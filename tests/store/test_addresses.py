@@ -16,7 +16,7 @@ from edge_runtime.errors import AddressRefused, StoreFull
 from edge_runtime.store.library import Library
 from edge_runtime.store.pull import pull
 from edge_runtime.system import addresses
-from edge_runtime.system.addresses import Allowed, Door, checked, through
+from edge_runtime.system.addresses import Allowed, FetchPolicy, checked, enforced
 from edge_runtime.system.plain_files import is_plain, open_plain
 from store.conftest import DECODER
 from support.hub_server import Fault
@@ -128,7 +128,7 @@ def test_a_name_that_leads_elsewhere_when_it_is_connected_to(hub, store, inside,
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     leads_to(hub, f"http://rebind.example:{inside.port}/model.gguf")
-    with pytest.raises(AddressRefused, match="not of the public internet"):
+    with pytest.raises(AddressRefused, match="not on the public internet"):
         pull(PAIR, allowed=allow(f"rebind.example:{inside.port}"))
     assert len(asked) == 2
     assert inside.heard in ([], [b""])
@@ -158,30 +158,30 @@ def test_how_much_clients_may_fetch(hub, store):
 
 
 def test_a_proxy_of_the_owner_may_be_anywhere(inside, monkeypatch):
-    door = Door(endpoint="https://huggingface.co")
+    policy = FetchPolicy(endpoint="https://huggingface.co")
     inner = ip_address("127.0.0.1")
     with pytest.raises(AddressRefused):
-        door.check_peer("proxy.example", inner, inside.port)
+        policy.check_peer("proxy.example", inner, inside.port)
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{inside.port}")
-    door.check_peer("127.0.0.1", inner, inside.port)
+    policy.check_peer("127.0.0.1", inner, inside.port)
     with pytest.raises(AddressRefused):
-        door.check_peer("127.0.0.1", inner, inside.port + 1)
+        policy.check_peer("127.0.0.1", inner, inside.port + 1)
 
 
 def test_clients_are_checked_in_their_context_alone(inside):
     with httpx2.Client(trust_env=False) as client:
         checked(client)
         assert client.event_hooks["request"] == []
-        with through(Door()):
+        with enforced(FetchPolicy()):
             checked(checked(client))
         assert len(client.event_hooks["request"]) == 1
         address = f"http://127.0.0.1:{inside.port}/"
         assert client.get(address).text == "secret"
-        with through(Door()), pytest.raises(AddressRefused):
+        with enforced(FetchPolicy()), pytest.raises(AddressRefused):
             client.get(address)
-        with through(Door((Allowed.parse(f"127.0.0.1:{inside.port}"),))):
+        with enforced(FetchPolicy((Allowed.parse(f"127.0.0.1:{inside.port}"),))):
             assert client.get(address).text == "secret"
-    assert addresses._DOOR.get() is None
+    assert addresses._POLICY.get() is None
 
 
 def test_plain_files(tmp_path):

@@ -41,7 +41,7 @@ def test_a_schema_is_given_as_text_or_file(tmp_path):
         (EXAMPLE, "cannot be read: 'utf-8'"),
     ],
 )
-def test_a_schema_that_is_none_is_refused(source, reason):
+def test_an_invalid_schema_is_refused(source, reason):
     refused(["run", "Hi", "--schema", source], reason)
 
 
@@ -52,7 +52,7 @@ def test_a_schema_that_is_none_is_refused(source, reason):
         ('{"const": NaN}', "not JSON data"),
     ],
 )
-def test_a_schema_that_cannot_be_kept_is_refused_by_the_model(source, reason):
+def test_a_schema_that_cannot_be_enforced_is_refused_by_the_model(source, reason):
     refused(["run", "Hi", "--schema", source], reason, after_notes=True)  # that the demo is a toy
 
 

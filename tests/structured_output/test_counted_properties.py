@@ -1,4 +1,4 @@
-"""`minProperties` and `maxProperties` beside names that are optional."""
+"""`minProperties` and `maxProperties` with optional names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def flags(n: int, **more: Any) -> dict[str, Any]:
 
 
 def names_of(writer: RandomAnswers, schema: dict[str, Any], seeds: int = 200) -> set[tuple[str, ...]]:
-    """The sets of names that answers have, each of them valid."""
+    """The sets of names in answers, each of them valid."""
     form, found = writer.form(schema), set()
     for seed in range(seeds):
         value = json.loads(writer.text(form, seed))
@@ -49,7 +49,7 @@ def test_required_names_count(writer):
     assert all(len(names) >= 4 for names in names_of(writer, flags(3, required=["p0", "p1", "p2"], minProperties=4)))
 
 
-def test_inside_of_others(writer):
+def test_inside_other_schemas(writer):
     inner = flags(3, minProperties=1)
     for schema in (
         {"type": "object", "properties": {"a": inner}, "required": ["a"]},
@@ -62,8 +62,8 @@ def test_inside_of_others(writer):
             jsonschema.Draft202012Validator(schema).validate(json.loads(writer.text(form, seed)))
 
 
-def test_what_cannot_be_said_is_refused(writer):
-    with pytest.raises(MessageError, match="beside other conditions"):
+def test_what_cannot_be_expressed_is_refused(writer):
+    with pytest.raises(MessageError, match="together with other conditions"):
         writer.form(flags(3, minProperties=1, dependentRequired={"p0": ["p1"]}))
     with pytest.raises(MessageError, match="minProperties"):
         writer.form(flags(30, minProperties=15))

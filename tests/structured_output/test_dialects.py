@@ -1,4 +1,4 @@
-"""Schemas as people and their tools write them: what is kept, what is passed over with a note, what is refused."""
+"""Schemas as people and their tools write them: what is kept, what is ignored with a note, what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_runtime import MessageError
-from edge_runtime.structured_output.answer_form import _warn
+from edge_runtime.structured_output.answer_form import warn_once
 from edge_runtime.structured_output.formats import KNOWN
 from edge_runtime.structured_output.keywords import KEYWORDS, REWRITTEN, meant_word
 from edge_runtime.structured_output.schema import bound_schema
@@ -104,13 +104,13 @@ def test_a_misspelt_keyword_is_refused(name, data):
 
 
 def test_a_note_is_logged_once(writer, caplog):
-    _warn.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="edge_runtime"):
         for _ in range(3):
             form = writer.form(an_object(a={"type": "null", "x-a": 1}, b={"type": "null", "x-a": 2}))
     assert [record.message for record in caplog.records] == [f"Schema: {note}" for note in form.notes]
     assert form.notes == (
-        "$.properties.a['x-a'] and 1 more: 'x-a' says nothing about which values are valid; it is passed over.",
+        "$.properties.a['x-a'] and 1 more: 'x-a' says nothing about which values are valid; it is ignored.",
     )
 
 
@@ -192,19 +192,19 @@ LOOK_AROUND = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_.]*)[A-Za-z0-9_]@[a-z]+\.[a-z]{2,}$
 def test_a_known_format_replaces_a_pattern_that_cannot_be_enforced(writer):
     for name in KNOWN:
         schema = {"type": "string", "format": name, "pattern": r"(?=.)\b.*"}
-        assert f"the format {name!r} beside it" in notes(schema)
+        assert f"the format {name!r} is enforced instead" in notes(schema)
         values(writer, schema, 1)
     with pytest.raises(MessageError, match=r"\$\.pattern cannot be enforced: regex parse error.*look-around"):
         bound_schema({"type": "string", "format": "password", "pattern": LOOK_AROUND})
 
 
-def test_a_pattern_says_enough_beside_a_format_of_a_tool(writer):
+def test_a_pattern_takes_precedence_over_a_format_of_a_tool(writer):
     schema = {"type": "string", "format": "nanoid", "pattern": "^[a-z]{3}$"}
     valid(values(writer, schema), schema)
     assert not notes(schema)
 
 
-def test_a_pattern_that_can_be_enforced_holds_beside_its_format(writer):
+def test_a_pattern_that_can_be_enforced_applies_with_its_format(writer):
     schema = {"type": "string", "format": "date", "pattern": "^20[0-9]{2}-"}
     assert all(text.startswith("20") for text in valid(values(writer, schema), schema))
     assert not notes(schema)
@@ -214,7 +214,7 @@ def test_a_pattern_that_can_be_enforced_holds_beside_its_format(writer):
 
 
 @pytest.mark.parametrize("word", ["anyOf", "oneOf"])
-def test_a_branch_that_cannot_be_enforced_falls(writer, word):
+def test_a_branch_that_cannot_be_enforced_is_dropped(writer, word):
     schema = {word: [{"type": "string", "pattern": r"^(?!a)\d+$"}, {"type": "integer"}, {"$ref": "#/$defs/b"}]}
     schema["$defs"] = {"b": {"type": "object", "properties": {"x": {"pattern": "(?=a)"}}}}
     assert all(isinstance(value, int) for value in valid(values(writer, schema), schema))
@@ -222,7 +222,7 @@ def test_a_branch_that_cannot_be_enforced_falls(writer, word):
     assert "The other branches remain." in notes(schema)
 
 
-def test_a_branch_does_not_fall_where_that_would_widen(writer):
+def test_a_branch_is_not_dropped_where_that_would_widen(writer):
     with pytest.raises(MessageError, match=r"\$\.not\.anyOf\[0\]\.pattern cannot"):
         bound_schema({"not": {"anyOf": [{"pattern": "(?=a)"}, {"const": 1}]}})
 
@@ -251,7 +251,7 @@ CAT, DOG = (
 
 
 @pytest.mark.parametrize(
-    ("branches", "are_apart"),
+    ("branches", "are_disjoint"),
     [
         ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}], True),
         ([{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/cat"}], False),
@@ -264,15 +264,15 @@ CAT, DOG = (
         ([{}, {"type": "null"}], False),
     ],
 )
-def test_branches_that_exclude_one_another_need_no_note(writer, branches, are_apart):
+def test_branches_that_exclude_one_another_need_no_note(writer, branches, are_disjoint):
     schema = {"oneOf": branches, "$defs": {"cat": CAT, "dog": DOG}}
     form = writer.form(schema)
-    assert (not form.notes) == are_apart
-    if are_apart:
+    assert (not form.notes) == are_disjoint
+    if are_disjoint:
         valid([json.loads(writer.text(form, seed)) for seed in range(5)], schema)
 
 
-# --- conditions that are said otherwise --------------------------------------------------------------------------
+# --- conditions expressed with other keywords --------------------------------------------------------------------
 
 SHORT = {"type": "string", "maxLength": 2}
 REWRITTEN_SCHEMAS: list[dict[str, Any]] = [

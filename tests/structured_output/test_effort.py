@@ -1,4 +1,4 @@
-"""Schemas and grammars that ask for endless work: refused in time with a sentence, and given up when nobody waits."""
+"""Schemas and grammars that ask for endless work: refused in time with a sentence, abandoned when nobody waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from edge_runtime import MessageError, Model
 from edge_runtime.structured_output import effort
 from edge_runtime.structured_output.answer_form import choose_form
-from edge_runtime.structured_output.effort import MOST_SECONDS, AnswerEffort, Effort, TooMuchWorkError
+from edge_runtime.structured_output.effort import MAX_SECONDS, AnswerEffort, Effort, TooMuchWorkError
 from edge_runtime.structured_output.grammar import Grammar
 from edge_runtime.structured_output.text_form import choose_text_form
 from random_answers import RandomAnswers
@@ -28,7 +28,7 @@ def string(**more: Any) -> dict[str, Any]:
 
 
 def keys(n: int, length: int) -> dict[str, Any]:
-    """An object that needs each of some long keys."""
+    """An object with several long required keys."""
     names = [f"k{i:02d}" + "x" * (length - 3) for i in range(n)]
     return {"type": "object", "propertyNames": {"enum": names}, "minProperties": n}
 
@@ -38,7 +38,7 @@ def properties(n: int, **more: Any) -> dict[str, Any]:
 
 
 def references(depth: int, width: int) -> dict[str, Any]:
-    """A schema of which the shortest value has width to the power of depth parts."""
+    """A schema whose shortest value has width to the power of depth parts."""
     names = [f"p{i}" for i in range(width)]
     made: dict[str, Any] = {f"d{depth}": {"type": "integer"}}
     for i in range(depth):
@@ -48,7 +48,7 @@ def references(depth: int, width: int) -> dict[str, Any]:
 
 
 def conditions(depth: int) -> dict[str, Any]:
-    """Conditions inside one another: written out, each level is three times as large as the one inside."""
+    """Nested conditions: written out, each level is three times as large as the one inside it."""
     made: dict[str, Any] = {"required": ["z"]}
     for i in range(depth):
         made = {"if": {"required": [f"a{i}", f"b{i}", f"c{i}"]}, "then": {"required": ["y"]}, "else": made}
@@ -122,7 +122,7 @@ class GoneError(Exception):
     pass
 
 
-def form_of(writer: RandomAnswers, seconds: float = MOST_SECONDS, **options: Any) -> Any:
+def form_of(writer: RandomAnswers, seconds: float = MAX_SECONDS, **options: Any) -> Any:
     """The form, found within the time that is allowed, and a moment for what cannot be interrupted."""
     began, work = time.thread_time(), Effort(seconds=seconds)
     try:
@@ -136,14 +136,14 @@ def form_of(writer: RandomAnswers, seconds: float = MOST_SECONDS, **options: Any
             lambda: writer.vocabulary,
             work,
         )
-        texts = {name: options.get(name) for name in ("choices", "regex", "grammar")}
-        return choose_text_form(texts, form, False, lambda: writer.vocabulary, work)
+        texts = {name: options[name] for name in ("choices", "regex", "grammar") if name in options}
+        return form or choose_text_form(texts, lambda: writer.vocabulary, work)
     finally:
         assert time.thread_time() - began < seconds + 3
 
 
 @pytest.mark.parametrize("name", FITTING)
-def test_large_schemas_are_kept(writer, name):
+def test_large_schemas_are_enforced(writer, name):
     schema = FITTING[name]
     text = writer.text(form_of(writer, schema=schema), max_tokens=5000)
     jsonschema.Draft202012Validator(schema).validate(json.loads(text))
@@ -167,11 +167,11 @@ def test_hundreds_of_tools_share_one_effort(writer):
     tools = [function(i) for i in range(200)]
     form = form_of(writer, tools=tools, tool_choice="required")
     assert form.n_shortest > 0
-    with pytest.raises(TooMuchWorkError, match="processor time"):
+    with pytest.raises(TooMuchWorkError, match="CPU time"):
         form_of(writer, seconds=0.01, tools=tools, tool_choice="required")
 
 
-def test_nobody_waits_any_more(writer):
+def test_work_ends_when_nobody_waits_any_more(writer):
     looks = 0
 
     def look() -> None:
@@ -185,7 +185,7 @@ def test_nobody_waits_any_more(writer):
     assert looks == 30
 
 
-def test_a_cancelled_request_gives_its_schema_up(demo: Model):
+def test_a_cancelled_request_abandons_its_schema(demo: Model):
     def gone() -> None:
         raise GoneError
 
@@ -196,14 +196,14 @@ def test_a_cancelled_request_gives_its_schema_up(demo: Model):
 # --- while the answer is written -----------------------------------------------------------------------------------
 
 
-def test_a_step_that_takes_too_long_fails_its_answer_alone(writer, monkeypatch):
+def test_a_step_that_takes_too_long_fails_only_its_answer(writer, monkeypatch):
     form = writer.form({**unique({"enum": [f"v{i}" for i in range(60)]}, 60), "maxItems": 60})  # its end is far
     monkeypatch.setattr(effort, "ANSWER_SAVED_S", 0.0)
     with pytest.raises(TooMuchWorkError, match="for every token"):
         writer.text(form, max_tokens=5000)
 
 
-def test_where_the_end_is_known_it_is_taken_instead(writer, monkeypatch):
+def test_a_known_completion_is_used_instead(writer, monkeypatch):
     schema = unique({"enum": [f"v{i}" for i in range(40)]}, 40)
     form = writer.form(schema)
     monkeypatch.setattr(effort, "ANSWER_SAVED_S", 0.0)
@@ -211,7 +211,7 @@ def test_where_the_end_is_known_it_is_taken_instead(writer, monkeypatch):
     jsonschema.Draft202012Validator(schema).validate(json.loads(text))
 
 
-def test_what_is_saved_is_bounded():
+def test_saved_time_is_bounded():
     work = AnswerEffort()
     for _ in range(100):
         with work.step():
@@ -221,4 +221,4 @@ def test_what_is_saved_is_bounded():
         while time.thread_time() - began < effort.ANSWER_SAVED_S + 0.1:
             pass
         with pytest.raises(TooMuchWorkError):
-            work.spend(effort.LOOK_EVERY)
+            work.spend(effort.CHECK_EVERY)

@@ -1,4 +1,4 @@
-"""The place in a JSON text, against Python's own reader."""
+"""The position in a JSON text, compared with Python's own reader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_runtime.structured_output.json_position import MOST_DIGITS, JsonPosition
+from edge_runtime.structured_output.json_position import MAX_DIGITS, JsonPosition
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -23,7 +23,7 @@ def at(text: str) -> JsonPosition:
 
 
 @given(VALUES, st.booleans(), st.sampled_from([None, 1]))
-def test_a_whole_text_ends_outside_of_everything(value, ascii_only, indent):
+def test_a_whole_text_ends_outside_everything(value, ascii_only, indent):
     position = at(json.dumps(value, ensure_ascii=ascii_only, indent=indent))
     assert not position.in_string
     assert not position.is_at_key
@@ -53,7 +53,7 @@ def test_strings_end_where_they_end(text, ascii_only):
         ('{"":1, "": 2}', False),
     ],
 )
-def test_a_key_that_comes_twice_is_noticed(text, is_unique):
+def test_a_duplicate_key_is_noticed(text, is_unique):
     assert JsonPosition().feed(text.encode()) == is_unique
 
 
@@ -69,16 +69,16 @@ def test_a_key_that_comes_twice_is_noticed(text, is_unique):
         ("[", False),
     ],
 )
-def test_keys_are_told_from_values(text, at_key):
+def test_keys_are_distinguished_from_values(text, at_key):
     assert at(text).is_at_key == at_key
 
 
 @pytest.mark.parametrize(
     ("text", "is_long"),
     [
-        ("1" * MOST_DIGITS, True),
-        ("-0." + "1" * (MOST_DIGITS - 1), True),
-        ("1" * (MOST_DIGITS - 1), False),
+        ("1" * MAX_DIGITS, True),
+        ("-0." + "1" * (MAX_DIGITS - 1), True),
+        ("1" * (MAX_DIGITS - 1), False),
         ("1e12", True),
         ("1.5e-1", False),
         (f"[{'1' * 20},2", False),

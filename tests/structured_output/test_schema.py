@@ -16,7 +16,7 @@ from edge_runtime.generation.sampling import Sampler
 from edge_runtime.structured_output.grammar import Grammar, allowed_ids
 from edge_runtime.structured_output.keywords import KEYWORDS
 from edge_runtime.structured_output.schema import bound_schema
-from edge_runtime.structured_output.shortest_completion import shortest_end
+from edge_runtime.structured_output.shortest_completion import shortest_completion
 from edge_runtime.structured_output.vocabulary import GrammarVocabulary
 from schema_maker import SchemaMaker, depth, keywords
 
@@ -33,7 +33,7 @@ def model(exact_folder: Path):
 
 @pytest.fixture(scope="module")
 def vocabulary(model: Model) -> GrammarVocabulary:
-    return model._grammar_vocabulary
+    return model.grammar_vocabulary
 
 
 def ask(model: Model, **options: Any):
@@ -86,7 +86,7 @@ def test_every_answer_is_json_of_any_kind_when_that_is_asked_for(model):
         assert isinstance(json.loads(made.answer), dict)
 
 
-def test_the_vocabulary_of_the_demo_model_does_as_well(demo):
+def test_the_vocabulary_of_the_demo_model_works_too(demo):
     schema = {"type": "object", "properties": {"word": {"type": "string", "maxLength": 9}}, "required": ["word"]}
     for thinking in (False, True):
         answer(demo, schema, thinking=thinking)
@@ -99,7 +99,7 @@ def test_without_penalties_and_draws_the_most_probable_allowed_token_is_taken(mo
 
 
 def test_a_seed_repeats_its_answer_among_others(exact_folder):
-    """In float32: with a KV cache in float16, company moves logits far enough to turn a draw now and then."""
+    """In float32: with a KV cache in float16, batching moves logits enough to change a draw now and then."""
     with Model.load(exact_folder, n_ctx=16384, exact=True) as model:
         repeat_among_others(model)
 
@@ -142,7 +142,7 @@ def test_an_answer_is_whole_in_a_context_that_ends_early(exact_folder):
             assert made.prompt_tokens + made.completion_tokens <= 101
 
 
-def test_without_an_end_of_reasoning_there_is_no_form_behind_it(model, monkeypatch):
+def test_without_an_end_of_reasoning_there_is_no_form_after_it(model, monkeypatch):
     known = {text: i for text, i in model.tokenizer.special_ids.items() if text != "</think>"}
     monkeypatch.setattr(model.tokenizer, "special_ids", known)
     with pytest.raises(MessageError, match="lacks the token </think>"):
@@ -174,20 +174,20 @@ def test_a_bracket_that_would_not_close_in_time_is_not_opened(model):
     assert endings == {True, False}
 
 
-def test_reasoning_leaves_room_for_the_answer(model):
+def test_reasoning_leaves_tokens_for_the_answer(model):
     for budget in (None, 10, 5000):
         made = answer(model, LONG, thinking=True, thinking_budget=budget, max_tokens=120, seed=2)
         assert made.completion_tokens <= 120
     assert len(made.reasoning) > 10
 
 
-def test_an_end_token_in_the_reasoning_begins_the_answer(model, monkeypatch):
+def test_an_end_token_in_the_reasoning_starts_the_answer(model, monkeypatch):
     monkeypatch.setattr(Sampler, "sample", lambda self, context, row: min(model.tokenizer.stop_ids))
     made = ask(model, schema={"const": "x"}, thinking=True).result()
     assert (made.answer, made.reasoning) == ('"x"', None)
 
 
-def test_circles_are_no_reason_to_end(model):
+def test_repetition_is_no_reason_to_end(model):
     schema = {"type": "array", "items": {"const": 0}, "minItems": 300, "maxItems": 300}
     assert json.loads(answer(model, schema).answer) == [0] * 300
 
@@ -260,7 +260,7 @@ def test_special_tokens_are_never_allowed(vocabulary):
 def test_the_shortest_end_is_an_end(vocabulary):
     for seed in range(60):
         grammar = Grammar(SchemaMaker(seed).schema(), vocabulary)
-        ids = shortest_end(grammar.matcher(), grammar.position(), vocabulary)
+        ids = shortest_completion(grammar.matcher(), grammar.position(), vocabulary)
         assert ids is not None
         text = b"".join(vocabulary.token_bytes[i] for i in ids)
         jsonschema.Draft202012Validator(SchemaMaker(seed).schema()).validate(json.loads(text))
@@ -323,7 +323,7 @@ def test_what_cannot_be_enforced_is_named(model, schema, message):
 
 
 def test_the_id_of_the_whole_schema_changes_nothing(model):
-    """Nested ones would: references inside count from them."""
+    """Nested ones would: they are the base of references inside them."""
     schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]}
     schema |= {"additionalProperties": False, "$defs": {"a": {"const": "b"}}}
     made = ask(model, schema={**schema, "$id": "https://a.example/b", "$schema": "https://json-schema.org/draft-07"})
@@ -352,7 +352,7 @@ def bounded(schema: dict[str, Any]) -> dict[str, Any]:
     return json.loads(bound_schema(schema).text)
 
 
-def test_what_has_no_bound_gets_one():
+def test_what_is_unbounded_gets_a_bound():
     made = bounded({"type": "object", "properties": {"s": {"type": "string"}, "l": {"items": {"type": "integer"}}}})
     assert made["additionalProperties"] is False
     assert made["properties"]["s"]["maxLength"] > 0

@@ -7,8 +7,10 @@ import re
 import pytest
 
 from edge_runtime.errors import MessageError
-from edge_runtime.generation.token_rules import TokenRules, choose_rules
-from edge_runtime.structured_output.text_form import _literal, _without_anchors
+from edge_runtime.generation.token_rules import TokenRules
+from edge_runtime.option_checks import checked_options
+from edge_runtime.options import GenerationOptions
+from edge_runtime.structured_output.text_form import literal_pattern, without_anchors
 
 WARM = {"temperature": 5.0, "top_p": 1.0, "max_tokens": 60}
 
@@ -39,13 +41,13 @@ def test_grammars_in_both_notations(exact_model):
         assert re.fullmatch("[ab]+!?", answer.answer)
 
 
-def test_a_form_behind_what_was_begun(exact_model):
+def test_a_form_after_the_start_of_an_answer(exact_model):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "al"}]
     assert exact_model.chat(messages, choices=["alpha", "beta"], **WARM).answer == "pha"
     messages[1]["content"] = "alpha"
     assert exact_model.chat(messages, choices=["alpha", "beta"], **WARM).answer == ""
     messages[1]["content"] = "gamma"
-    with pytest.raises(MessageError, match="begins with 'gamma'"):
+    with pytest.raises(MessageError, match="starts with 'gamma'"):
         exact_model.chat(messages, choices=["alpha", "beta"], **WARM)
 
 
@@ -80,23 +82,25 @@ def test_a_form_behind_what_was_begun(exact_model):
         {"stop_token_ids": [5] * 5000},
     ],
 )
-def test_what_cannot_be_kept_is_refused(demo, options):
+def test_what_cannot_be_enforced_is_refused(demo, options):
     with pytest.raises(MessageError) as error:
         demo.chat("Hi", max_tokens=2, **options)
     assert any(name in str(error.value) for name in options)
 
 
-def test_literals_match_themselves_alone():
+def testliteral_patterns_match_themselves_alone():
     for text in ("a.b", "\\", "(", "é\n", "x" * 3):
-        pattern = re.sub(r"\\x\{([0-9a-f]+)\}", lambda found: re.escape(chr(int(found[1], 16))), _literal(text))
+        pattern = re.sub(
+            r"\\x\{([0-9a-f]+)\}", lambda found: re.escape(chr(int(found[1], 16))), literal_pattern(text)
+        )
         assert re.fullmatch(pattern, text)
 
 
 @pytest.mark.parametrize(
     ("given", "found"), [("^a$", "a"), ("a\\$", "a\\$"), ("a\\\\$", "a\\\\"), ("a", "a"), ("$", ""), ("^a|b$", "a|b")]
 )
-def test_anchors_say_what_is_so_anyway(given, found):
-    assert _without_anchors(given) == found
+def test_anchors_are_implied(given, found):
+    assert without_anchors(given) == found
 
 
 def test_candidates():
@@ -110,6 +114,7 @@ def test_candidates():
     assert TokenRules(allowed=(1, 7), min_tokens=1).candidates(0, 12, ends).tolist() == [1]
 
 
-def test_ends_of_the_model_are_no_rules_of_their_own(demo):
+def test_the_models_end_tokens_need_no_rules_of_their_own(demo):
     ends = [*demo.tokenizer.stop_ids]
-    assert choose_rules(ends, 0, False, None, tokenizer=demo.tokenizer, is_bound=True, has_stops=True) is None
+    options = GenerationOptions(stop_token_ids=ends, regex="a+", stop=["."])
+    assert checked_options(options, demo.limits).token_rules(demo.tokenizer.stop_ids) is None

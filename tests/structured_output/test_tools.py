@@ -1,4 +1,4 @@
-"""Tool calls: written ones are read, wanted ones are enforced, results find their way back into the prompt."""
+"""Tool calls: written ones are parsed, wanted ones are enforced, results go back into the prompt."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_required_may_choose(model):
     assert names == {"weather", "clock"}
 
 
-def test_the_budget_brings_a_call_to_its_end_too(model):
+def test_the_budget_completes_calls_too(model):
     wide = {
         "name": "wide",
         "parameters": {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]},
@@ -189,7 +189,7 @@ def test_none_hides_the_tools_and_auto_shows_them(model):
         ({"tools": [], "tool_choice": "required"}, "there are no tools"),
         ({"tools": [{"type": "function"}]}, "Tool 0 has no name"),
         ({"tools": [CLOCK, CLOCK]}, "more than once"),
-        ({"tools": "weather"}, "no list of mappings"),
+        ({"tools": "weather"}, "not a list of mappings"),
         ({"schema": {"type": "text"}, "tool_choice": "required"}, r"\$\.type is"),
         ({"schema": {"type": "object"}, "json": True}, "Both a schema and json=True"),
         (
@@ -198,7 +198,7 @@ def test_none_hides_the_tools_and_auto_shows_them(model):
         ),
     ],
 )
-def test_impossible_wishes_are_refused(model, options, message):
+def test_contradicting_options_are_refused(model, options, message):
     with pytest.raises(MessageError, match=message):
         ask(model, **options)
 
@@ -206,7 +206,7 @@ def test_impossible_wishes_are_refused(model, options, message):
 @pytest.mark.parametrize(
     "value", ["NaN", "-Infinity", "1e999", "-1e400", '"\\ud800"', '{"\\udfff": 1}', "[1, [NaN]]", "1" * 5000]
 )
-def test_what_cannot_be_written_as_json_again_is_no_call(value):
+def test_what_cannot_be_written_as_json_again_is_not_a_call(value):
     for arguments in (f'{{"x": {value}}}', json.dumps(f'{{"x": {value}}}')):
         found = parse_call(f'{{"name": "clock", "arguments": {arguments}}}', ["clock"])
         assert isinstance(found, str)
@@ -217,7 +217,7 @@ def test_what_cannot_be_written_as_json_again_is_no_call(value):
 
 @pytest.fixture(scope="module")
 def tagless(exact_folder: Path, tmp_path_factory):
-    """The tiny model with a vocabulary in which the tags of calls are no tokens."""
+    """The tiny model with a vocabulary in which the tags of calls are not tokens."""
     folder = tmp_path_factory.mktemp("tagless")
     for file in exact_folder.iterdir():
         (folder / file.name).write_bytes(
@@ -234,7 +234,7 @@ def test_a_model_without_the_tags_cannot_be_made_to_call(tagless):
 
 
 def test_tools_that_cannot_be_enforced_may_be_offered_freely(model):
-    """The model is told of them as they are, and what it calls them with is its own; enforced they cannot be."""
+    """The prompt describes them as they are, and the model chooses the arguments; they cannot be enforced."""
     odd = {"name": "f", "description": "Odd.", "parameters": {"not": {"pattern": "a"}}}
     question, tools = "What is the weather in Rome?", [odd, CLOCK]
     prompt = model.build_prompt(question, tools=tools)
@@ -278,7 +278,7 @@ def test_calls_and_results_go_back_in_the_official_form(model):
     model.chat(conversation, tools=TOOLS, max_tokens=3)
 
 
-def test_the_message_of_an_answer_with_reasoning_has_it(model):
+def test_the_message_of_an_answer_keeps_its_reasoning(model):
     answer = ask(model, tool_choice="clock", thinking=True, thinking_budget=5).result()
     message = answer.message()
     assert message["reasoning_content"] == answer.reasoning
@@ -292,7 +292,7 @@ def test_answers_with_calls_are_json(model):
     assert json.loads(json.dumps(asdict(answer)))["tool_calls"] == [{"name": "clock", "arguments": {}}]
 
 
-def test_free_answers_among_enforced_ones_are_those_they_would_be_alone(model):
+def test_free_answers_among_enforced_ones_are_the_same_as_alone(model):
     alone = model.chat("Hello", greedy=True, max_tokens=20).answer
     calls = [ask(model, tool_choice="required", seed=seed) for seed in range(4)]
     assert model.chat("Hello", greedy=True, max_tokens=20).answer == alone
@@ -329,7 +329,7 @@ def test_what_a_model_claims_is_what_its_vocabulary_has(demo: Model, model: Mode
     assert model.capabilities == ["completion", "vision", "tools", "thinking"]
     assert tagless.capabilities == ["completion", "vision", "thinking"]
     assert "<tool_call>" in tagless.template
-    assert demo.capabilities == ["completion", "vision"]  # a toy: what it would call is of no use
+    assert demo.capabilities == ["completion", "vision"]  # a toy: its calls are of no use
 
 
 def test_answers_of_a_toy_say_so(demo: Model, model: Model):

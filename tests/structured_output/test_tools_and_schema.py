@@ -35,7 +35,7 @@ def writer(exact_folder: Path) -> RandomAnswers:
 
 
 def ask(model: Model, *, call: bool | None = None, **options: Any):
-    """Ask for either; `call` says what the model would rather."""
+    """Ask for either; `call` says which one the model prefers."""
     bias = {} if call is None else {model.tokenizer.special_ids[TOOL_CALL]: 100.0 if call else -100.0}
     options = {"tools": TOOLS, "schema": SCHEMA, "seed": 3, "max_tokens": 200, "logit_bias": bias} | options
     return model.chat("What is the weather in Rome?", stream=True, **options)
@@ -44,7 +44,7 @@ def ask(model: Model, *, call: bool | None = None, **options: Any):
 @pytest.mark.parametrize("thinking", [False, True])
 def test_the_answer_is_a_call_or_json(model, thinking):
     for call in (True, False):
-        # In reasoning the tag is text; a call begins behind it only.
+        # In reasoning the tag is text; a call can only start after it.
         stream = ask(model, call=call, thinking=thinking, thinking_budget=9 if thinking else None)
         pieces = [*stream]
         made = stream.result()
@@ -98,7 +98,7 @@ def test_both_are_drawn_and_whole(writer):
                 jsonschema.validate(json.loads(text), SCHEMA)
 
 
-def test_a_call_that_would_not_fit_is_not_begun(writer):
+def test_a_call_that_would_not_fit_is_not_started(writer):
     long = {"type": "object", "properties": {"text": {"type": "string", "minLength": 300}}, "required": ["text"]}
     form = writer.form(SCHEMA, tools=[{"name": "long", "parameters": long}])
     for seed in range(10):
@@ -120,7 +120,7 @@ def test_a_vocabulary_without_the_tags_says_so(model, monkeypatch):
         model.chat("Hi", tools=TOOLS, schema=SCHEMA)
 
 
-def test_json_that_is_begun_goes_on_and_is_no_call(model):
+def test_started_json_continues_and_is_not_a_call(model):
     begun = [{"role": "user", "content": "?"}, {"role": "assistant", "content": '{"degrees": 12'}]
     bias = {model.tokenizer.special_ids[TOOL_CALL]: 100.0}
     made = model.chat(begun, tools=TOOLS, schema=SCHEMA, logit_bias=bias, max_tokens=60, continue_final_message=True)
@@ -131,7 +131,7 @@ def test_json_that_is_begun_goes_on_and_is_no_call(model):
 
 
 @pytest.mark.parametrize("tools", [(), TOOLS])
-def test_reasoning_leaves_a_closed_schema_its_place(model, tools):
+def test_reasoning_leaves_tokens_for_a_closed_schema(model, tools):
     closed = {
         "type": "object",
         "properties": {"a": {"const": "x" * 60}, "b": {"enum": ["y" * 60]}},

@@ -1,4 +1,4 @@
-"""Arrays with `uniqueItems`: no item twice, and an end in time."""
+"""Arrays with `uniqueItems`: no duplicates, and an end in time."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def test_every_order_of_a_small_enum_is_possible(writer):
     assert len({tuple(json.loads(writer.text(form, seed))) for seed in range(60)}) == 6
 
 
-def test_arrays_beside_it_may_repeat_themselves(writer):
+def test_other_arrays_may_repeat_items(writer):
     twice = {"type": "array", "items": {"const": "x"}, "minItems": 2, "maxItems": 2}
     schema = {"type": "object", "properties": {"s": unique({"enum": ["x", "y"]}), "l": twice}, "required": ["s", "l"]}
     assert json.loads(writer.text(writer.form(schema)))["l"] == ["x", "x"]
 
 
-def test_false_says_nothing(writer):
+def test_false_has_no_effect(writer):
     schema = {"type": "array", "items": {"const": 1}, "minItems": 2, "maxItems": 2, "uniqueItems": False}
     assert json.loads(writer.text(writer.form(schema))) == [1, 1]
 
@@ -111,7 +111,7 @@ VALUES = st.recursive(
 
 
 def has_twice(value: Any) -> bool:
-    """Whether an array in a value holds the same twice, by jsonschema's own rule."""
+    """Whether an array in a value holds duplicates, by jsonschema's own rule."""
     if isinstance(value, dict):
         return any(map(has_twice, value.values()))
     if not isinstance(value, list):

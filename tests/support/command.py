@@ -1,4 +1,4 @@
-"""The command in this process: what it refuses must end with one sentence, and nothing else."""
+"""The command in this process: a refusal must be one sentence, and nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge_runtime.cli.program import main
 
 
 def refused(arguments: Sequence[str], reason: str, *, after_notes: bool = False) -> str:
-    """Run `edge-runtime` and hold its refusal against the house rules; returns the sentence.
+    """Run `edge-runtime` and check its refusal against the house rules; returns the sentence.
 
     One line on stderr (the last one, with `after_notes`) that begins with `edge-runtime: ` and matches `reason`,
     nothing on stdout, exit code 1, and no exception but the exit. The demo may have said before that it is a toy.

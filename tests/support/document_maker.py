@@ -1,4 +1,4 @@
-"""Documents made for a test, PDF files with reportlab, TIFF files with Pillow; and the pictures that they become."""
+"""Documents for tests, PDF files with reportlab and TIFF files with Pillow; and the pictures made from them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def coloured_pdf(colours: Sequence[tuple[int, int, int]], size: tuple[float, flo
 
 
 def scanned_pdf(n_pages: int, side: int = 300, seed: int = 0) -> bytes:
-    """Pages that are photographs, every one another: `side` x `side` pixels of noise, about 90 kB."""
+    """Pages that are different photographs: `side` x `side` pixels of noise, about 90 kB each."""
     generator, out = np.random.default_rng(seed), io.BytesIO()
     canvas = Canvas(out, pagesize=(200, 200), invariant=True)
     for _ in range(n_pages):

@@ -1,4 +1,4 @@
-"""GGUF files made byte by byte: sound tiny models, and every way of being broken.
+"""GGUF files made byte by byte: sound tiny models, and broken ones of every kind.
 
 `Gguf` writes what it is told, checks nothing and so can contradict itself, which `gguf.GGUFWriter` refuses to do.
 """
@@ -31,7 +31,7 @@ def text(value: str | bytes) -> bytes:
 
 
 def scalar(kind: int, value: Any) -> bytes:
-    """A value of any kind but an array."""
+    """A value of any type except an array."""
     return text(value) if kind == STRING else struct.pack("<" + CODES[kind], value)
 
 
@@ -54,7 +54,7 @@ class Tensor:
 
 @dataclass
 class Gguf:
-    """A file in parts; change what you like, then `build`."""
+    """A file in parts; change any of them, then `build`."""
 
     keys: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -189,7 +189,7 @@ def mini_mmproj(hidden: int = HIDDEN) -> Gguf:
     width, mlp, patch, matrix = 32, 40, 4, Type.Q4_0
     file = Gguf()
     file.key("general.architecture", STRING, "clip")
-    file.key("clip.projector_type", STRING, "edge_runtime.vision.resampler")
+    file.key("clip.projector_type", STRING, "edge_runtime.resampler")
     for name, value in {
         "minicpmv_version": 6,
         "vision.image_size": 8,

@@ -1,4 +1,4 @@
-"""A hub on the loopback: it speaks the Hugging Face hub's protocol (and ModelScope's), and fails when told to.
+"""A hub on the loopback: it speaks the Hugging Face hub's protocol (and ModelScope's), and fails on request.
 
 Large files are redirected to `localhost`, another host than the `127.0.0.1` of the hub, as the real one does with its
 storage. Each fault is used up by one request for a file's bytes.
@@ -23,7 +23,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Fault:
-    """What goes wrong with one answer."""
+    """What goes wrong with one response."""
 
     status: int = 0
     """Answer this instead."""
@@ -36,7 +36,7 @@ class Fault:
     """Change a byte."""
     ignore_range: bool = False
     shift_range: bool = False
-    """Begin elsewhere than asked, and say so."""
+    """Start elsewhere than asked, and say so."""
     stall_after: int = -1
     """Send so many bytes, then wait until `Hub.released`."""
 
@@ -46,7 +46,7 @@ class Hub:
     """What the server holds and what it was asked."""
 
     files: dict[str, bytes] = field(default_factory=dict)
-    """`ORG/REPO/PATH` to contents."""
+    """`ORG/REPO/PATH` → contents."""
     large: int = 10_000
     """Files from this size are in large-file storage."""
     tags: list[str] = field(default_factory=lambda: ["license:apache-2.0"])
@@ -55,9 +55,9 @@ class Hub:
     listing: Any = None
     """Answer this to every request for a list, instead of the truth."""
     bare: bool = False
-    """List names alone, as some mirrors do."""
+    """List only names, as some mirrors do."""
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
-    """(method, path, headers), headers with small letters."""
+    """(method, path, headers), headers in lower case."""
     released: threading.Event = field(default_factory=threading.Event)
     stalled: threading.Event = field(default_factory=threading.Event)
     port: int = 0
@@ -84,7 +84,7 @@ class _QuietServer(ThreadingHTTPServer):
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    """Run the server while the block lasts."""
+    """Run the server while the block runs."""
     server = _QuietServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
     hub.port = server.server_address[1]
@@ -239,5 +239,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def git_id(data: bytes) -> str:
-    """What git calls a file."""
+    """Git's id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

@@ -1,4 +1,4 @@
-"""Small files that take for ever, or gigabytes, to decode: one of each kind of decoder that can be held up."""
+"""Small files that take for ever, or gigabytes, to decode: one for each kind of decoder that can be stalled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stream(facts: bytes, data: bytes) -> bytes:
 
 
 def tiny_tiles() -> bytes:
-    """A page that is filled with tiles of a millionth of a point each."""
+    """A page filled with tiles of a millionth of a point each."""
     tile = stream(
         b"/Type/Pattern/PatternType 1/PaintType 1/TilingType 1/BBox[0 0 1 1]/XStep 0.001/YStep 0.001/Resources<<>>",
         b"0 0 1 1 re f",
@@ -60,7 +60,7 @@ def large_image() -> bytes:
 
 
 def many_scans() -> bytes:
-    """A progressive JPEG whose last scan is there a thousand times."""
+    """A progressive JPEG whose last scan is repeated a thousand times."""
     out = io.BytesIO()
     Image.new("L", (8000, 7900)).save(out, "JPEG", progressive=True, quality=10)
     whole = out.getvalue()

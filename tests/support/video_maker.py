@@ -25,7 +25,7 @@ def numbered(number: int) -> np.ndarray:
 
 
 def number_of(picture: Image.Image) -> int:
-    """What a frame shows, however large it was made."""
+    """The number that a frame shows, at any size."""
     grey = np.asarray(picture.convert("L").resize(SIZE))
     centres = grey[SIDE // 2 :: SIDE, SIDE // 2 :: SIDE].ravel() > 127
     return int(sum(1 << i for i, bit in enumerate(centres) if bit))
@@ -92,7 +92,7 @@ def silence() -> av.AudioFrame:
 
 
 def make_sound() -> bytes:
-    """A file with sound alone."""
+    """A file with only sound."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4") as container:
         voice = container.add_stream("aac", rate=8000)

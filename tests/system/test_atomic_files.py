@@ -1,4 +1,4 @@
-"""Files that are being written: whole or not there, whoever is killed; nothing stays, nothing is taken away."""
+"""Files that are being written: whole or absent, whichever process is killed; no leftovers, no losses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from edge_runtime.system.atomic_files import (
     write_whole,
 )
 
-needs_locks = pytest.mark.skipif(not module.HAS_LOCKS, reason="this system has no such locks")
+needs_locks = pytest.mark.skipif(not module.HAS_LOCKS, reason="this system has no file locks")
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_whole_or_as_before(tmp_path):
+def test_a_file_is_whole_or_unchanged(tmp_path):
     path = tmp_path / "deeper" / "file"
     write_whole(path, b"one")
     write_whole(path, b"two")
@@ -57,8 +57,8 @@ while True:
 """
 
 
-def test_killed_writers_leave_whole_files_and_the_next_one_tidies_up(tmp_path):
-    """Three at once into one name, killed at any moment."""
+def test_killed_writers_leave_whole_files_and_the_next_one_cleans_up(tmp_path):
+    """Three at once write to one name and are killed at any moment."""
     path = tmp_path / "file"
     for _ in range(3):
         children = [subprocess.Popen([sys.executable, "-c", WRITING, str(path)], env=ENVIRONMENT) for _ in range(3)]
@@ -80,7 +80,7 @@ def test_killed_writers_leave_whole_files_and_the_next_one_tidies_up(tmp_path):
 
 
 @needs_locks
-def test_who_tidies_up_takes_nothing_from_who_writes(tmp_path):
+def test_clean_up_removes_nothing_that_is_being_written(tmp_path):
     """However fast both are."""
     over, pattern = threading.Event(), ".file.*.unfinished"
 
@@ -103,7 +103,7 @@ def test_who_tidies_up_takes_nothing_from_who_writes(tmp_path):
 
 
 @pytest.mark.parametrize("years", [-30, 0, 30])
-def test_where_there_are_no_locks_the_age_decides(tmp_path, monkeypatch, years):
+def test_without_locks_the_age_decides(tmp_path, monkeypatch, years):
     monkeypatch.setattr(module, "HAS_LOCKS", False)
     old, fresh, future = (tmp_path / name for name in ("old", "fresh", "future"))
     now = time.time() + years * 365 * 86400
@@ -118,7 +118,7 @@ def test_where_there_are_no_locks_the_age_decides(tmp_path, monkeypatch, years):
 
 
 @needs_locks
-def test_locks_that_the_file_system_does_not_have(tmp_path, monkeypatch):
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -132,7 +132,7 @@ def test_locks_that_the_file_system_does_not_have(tmp_path, monkeypatch):
 
 
 @needs_locks
-def test_a_folder_is_held_by_one(tmp_path):
+def test_a_folder_is_locked_by_one_holder(tmp_path):
     with alone_in(tmp_path) as first:
         assert first
         with alone_in(tmp_path) as second:
@@ -163,13 +163,13 @@ def test_nobody_else_can_write_to_what_is_made(tmp_path, umask):
     [
         (errno.ENOSPC, "the disk is full ("),
         (getattr(errno, "EDQUOT", errno.ENOSPC), "("),
-        (errno.EFBIG, "files may not be so large there, by its file system or by a limit (ulimit -f) ("),
+        (errno.EFBIG, "the file system or a limit (ulimit -f) does not allow files of this size ("),
         (errno.EACCES, "Permission denied"),
         (errno.EROFS, "Read-only file system"),
     ],
 )
 def test_why_a_file_is_not_written(tmp_path, code, words):
-    """With the file, and what is free where that is the reason; also in a folder that is not there."""
+    """Names the file, and the free space where that is the reason; also in a folder that does not exist."""
     found = why_not_written(OSError(code, os.strerror(code)), tmp_path / "none" / "file")
     assert found.startswith(f"{tmp_path / 'none' / 'file'} cannot be written: ")
     assert words in found

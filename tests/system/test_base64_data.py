@@ -1,4 +1,4 @@
-"""Base64 as clients write it: one decoder, the same bytes at every door, and sentences for what is none."""
+"""Base64 as clients write it: one decoder, the same bytes everywhere, and a sentence for what is not base64."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_data_without_base64_is_escaped_characters(data: bytes) -> None:
         "iVBORw0KGgo\\nAAAA",
     ],
 )
-def test_what_is_no_base64_is_refused(text: str) -> None:
+def test_what_is_not_base64_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="base64"):
         decode_base64(text)
     with pytest.raises(ValueError, match="base64"):
@@ -111,7 +111,7 @@ def test_what_is_no_base64_is_refused(text: str) -> None:
         ("data:image/png;base64;x=1," + base64.b64encode(png()).decode(), "lacks ';base64'"),
     ],
 )
-def test_data_uris_that_are_none(uri: str, reason: str) -> None:
+def test_invalid_data_uris(uri: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         decode_data_uri(uri)
     assert base64.b64decode(b"iVBORw0KGgo=") not in data_uri_head(uri, 10)
@@ -119,14 +119,14 @@ def test_data_uris_that_are_none(uri: str, reason: str) -> None:
         load_image(uri)
 
 
-def test_a_comma_in_quotes_ends_no_header() -> None:
+def test_a_quoted_comma_does_not_end_the_header() -> None:
     text = base64.b64encode(png()).decode()
     assert decode_data_uri(f'data:image/png;name="a, b.png";base64,{text}') == png()
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,", "DATA:image/PNG;Base64,"])
-def test_every_door_of_the_library_takes_it(way: str, prefix: str) -> None:
+def test_every_kind_of_part_accepts_it(way: str, prefix: str) -> None:
     text = prefix + WAYS[way](png())
     parts: list[Any] = [
         {"type": "image_url", "image_url": {"url": text}},
@@ -156,6 +156,6 @@ def test_documents_too(way: str) -> None:
 @pytest.mark.parametrize(
     "text", ["photo", "/etc/passwd", "a.png", "photos/2024/cat.jpg", "", "A" * 17, "https://h/a"]
 )
-def test_names_are_no_base64(text: str) -> None:
+def test_names_are_not_base64(text: str) -> None:
     with pytest.raises(MessageError, match="nothing is fetched"):
         pictures([{"type": "image_url", "image_url": {"url": text}}])

@@ -1,4 +1,4 @@
-"""A model file that is cut, or written to, while it is in use: said before it is computed with, or at the end."""
+"""A model file that is truncated, or written to, while in use: reported before it is used, or as the process ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from edge_runtime import Model, ModelFileError
-from edge_runtime.system.bus_errors import MOST_RANGES, _watch, watch_memory
+from edge_runtime.system.bus_errors import MAX_RANGES, shared_watch, watch_memory
 from edge_runtime.weights.gguf_file import GGUFFile
 
 has_bus_errors = pytest.mark.skipif(sys.platform not in ("linux", "darwin"), reason="mapped files cannot be cut here")
@@ -25,7 +25,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in
 
 @pytest.fixture
 def folder(exact_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model that may be spoilt."""
+    """A copy of the tiny model that may be damaged."""
     return Path(shutil.copytree(exact_folder, tmp_path / "model"))
 
 
@@ -51,7 +51,7 @@ def rewrite(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [cut, rewrite])
 @pytest.mark.parametrize("choose", [decoder_of, mmproj_of])
-def test_a_file_that_was_written_to_is_not_computed_with(folder, spoil, choose):
+def test_a_file_that_was_written_to_is_refused(folder, spoil, choose):
     with Model.load(folder, exact=True, n_threads=1) as model:
         model.chat("Why?", max_tokens=1)
         spoil(choose(folder))
@@ -61,7 +61,7 @@ def test_a_file_that_was_written_to_is_not_computed_with(folder, spoil, choose):
             model.chat("Why?", max_tokens=1)
 
 
-def test_a_file_that_was_replaced_or_deleted_is_as_it_was(folder, tmp_path):
+def test_a_file_that_was_replaced_or_deleted_stays_in_use(folder, tmp_path):
     with Model.load(folder, exact=True, n_threads=1) as model:
         expected = str(model.chat("Why?", max_tokens=5, greedy=True))
         (tmp_path / "new").write_bytes(b"GGUF")
@@ -77,7 +77,7 @@ def test_no_handle_is_left(folder):
         GGUFFile(decoder_of(folder))
     if count is not None:
         assert len([*Path("/proc/self/fd").iterdir()]) <= count
-    if (watch := _watch()) is not None:
+    if (watch := shared_watch()) is not None:
         assert str(decoder_of(folder)) not in watch.names
 
 
@@ -141,7 +141,7 @@ print(data.sum())
 @has_bus_errors
 @pytest.mark.parametrize("how", ["alone", "many", "faulthandler", "forked"])
 def test_a_file_that_is_cut_while_it_is_read_is_named_once(folder, how):
-    """Whoever reads it: who holds the interpreter's lock, several at once, one with a handler before ours."""
+    """Whichever thread reads it: one that holds the GIL, several at once, one with a handler before ours."""
     path = mmproj_of(folder)
     done = ended(READ, str(path), how)
     assert done.returncode == -signal.SIGBUS, done.stderr
@@ -156,7 +156,7 @@ def test_a_signal_that_somebody_sends_ends_the_process_without_blame(folder):
     script = READ.replace("print(data.sum())", "os.kill(os.getpid(), 7 if sys.platform == 'linux' else 10)")
     done = ended(script, str(mmproj_of(folder)), "sent")
     assert done.returncode == -signal.SIGBUS
-    if sys.platform == "linux":  # elsewhere the two cannot be told apart
+    if sys.platform == "linux":  # elsewhere the two are indistinguishable
         assert "edge-runtime" not in done.stderr
 
 
@@ -174,10 +174,10 @@ print(data[1 << 15])
 
 
 @has_bus_errors
-def test_memory_of_others_gets_a_general_word(folder, tmp_path):
+def test_memory_of_others_gets_the_general_text(folder, tmp_path):
     done = ended(OTHERS, str(mmproj_of(folder)), str(tmp_path / "theirs"))
     assert done.returncode == -signal.SIGBUS
-    assert "edge-runtime: memory is gone that was in use: one of" in done.stderr
+    assert "edge-runtime: memory that was in use is gone: one of" in done.stderr
     assert mmproj_of(folder).name in done.stderr
 
 
@@ -185,14 +185,14 @@ def test_memory_of_others_gets_a_general_word(folder, tmp_path):
 def test_more_ranges_than_the_table_holds(tmp_path):
     memory = mmap.mmap(-1, mmap.PAGESIZE)
     address = np.frombuffer(memory, np.uint8).ctypes.data
-    watch = _watch()
+    watch = shared_watch()
     assert watch is not None
     before = sum(map(bool, watch.names))
-    forgets = [watch_memory(address, 1, tmp_path / "x") for _ in range(MOST_RANGES + 10)]
-    assert sum(map(bool, watch.names)) == MOST_RANGES
+    forgets = [watch_memory(address, 1, tmp_path / "x") for _ in range(MAX_RANGES + 10)]
+    assert sum(map(bool, watch.names)) == MAX_RANGES
     for forget in forgets:
         forget()
-    for number in range(2000):  # as entries of a cache come and go: nothing of them is kept
+    for number in range(2000):  # as entries of a cache come and go: none of them is kept
         watch_memory(address, 1, tmp_path / str(number))()
-    assert sum(map(len, watch.texts)) <= 4 * (MOST_RANGES + 1)
+    assert sum(map(len, watch.texts)) <= 4 * (MAX_RANGES + 1)
     assert sum(map(bool, watch.names)) == before

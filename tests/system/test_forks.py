@@ -1,4 +1,4 @@
-"""A process that is forked off where a model was loaded: refused with a sentence, never waiting, ending nothing."""
+"""A fork of a process that has loaded a model: refused with a sentence, without hanging, without ending anything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATE = "{{ messages }}"
 
 
 def in_a_fork(work: Callable[[], Any], *, leave: Callable[[int], Any] = os._exit) -> str:
-    """What becomes of it in a child: the text of its result or error, within a minute."""
+    """Run it in a child: the text of its result or error, within a minute."""
 
     def run(end: Any) -> None:
         try:
@@ -71,8 +71,8 @@ def test_what_needs_threads_is_refused_in_a_fork(exact_folder):
         assert str(model.chat("Why?", max_tokens=3, greedy=True)) == expected
 
 
-def test_a_fork_that_leaves_by_the_usual_way_ends_nothing_of_its_parent(exact_folder, tmp_path):
-    """With all that is registered for the exit: the engine, the process that renders templates, temporary files."""
+def test_a_fork_that_exits_normally_ends_nothing_of_its_parent(exact_folder, tmp_path):
+    """With everything registered for exit: the engine, the process that renders templates, temporary files."""
     file = tmp_path / "temporary"
     file.touch()
     remove = only_here(file.unlink)
@@ -102,9 +102,9 @@ def test_a_fork_that_leaves_by_the_usual_way_ends_nothing_of_its_parent(exact_fo
 
 
 def test_templates_are_rendered_in_forks_too(exact_folder):
-    from edge_runtime.prompt.templates import _renderer, render
+    from edge_runtime.prompt.templates import render, shared_renderer
 
     assert render(TEMPLATE, {"messages": 1}) == "1"
-    with _renderer()._lock:  # as if another thread were rendering at that moment
+    with shared_renderer()._lock:  # as if another thread were rendering at that moment
         assert in_a_fork(lambda: render(TEMPLATE, {"messages": 2})) == "2"
     assert render(TEMPLATE, {"messages": 3}) == "3"

@@ -1,4 +1,4 @@
-"""JSON and text with the marks that editors and shells of Windows write, wherever a person's file is read."""
+"""JSON and text with the byte order marks that Windows editors and shells write, wherever a person's file is read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_a_schema_is_read_in_any_of_these(tmp_path, encoding):
+def test_a_schema_is_read_in_any_encoding(tmp_path, encoding):
     text = json.dumps(SCHEMA, ensure_ascii=False)
     (tmp_path / "s.json").write_bytes(text.encode(encoding))
     assert read_schema(str(tmp_path / "s.json")) == SCHEMA
@@ -29,12 +29,12 @@ def test_a_schema_is_read_in_any_of_these(tmp_path, encoding):
 
 
 @pytest.mark.parametrize("mark", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
-def test_both_orders_of_bytes(mark):
+def test_both_byte_orders(mark):
     assert decode_text(("\ufeff" + "ä€").encode(mark)) == "ä€"
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfe{", b"\xef\xbb\xbf", b"{\xe9}", b"", b"[" * 100_000, b"\xff\xfe\0\0\x01"])
-def test_what_is_no_json_is_one_sentence(tmp_path, raw):
+def test_invalid_json_is_refused_in_one_sentence(tmp_path, raw):
     (tmp_path / "s.json").write_bytes(raw)
     with pytest.raises(MessageError, match=r"is not valid JSON|cannot be read: .* can't decode"):
         read_schema(str(tmp_path / "s.json"))
@@ -46,7 +46,7 @@ def test_a_schema_is_found_under_a_name_that_looks_the_same(tmp_path):
 
 
 def marked_copy(source: Path, target: Path, encoding: str) -> Path:
-    """A copy of a folder whose JSON and text files were saved by an editor of Windows."""
+    """A copy of a folder whose JSON and text files were saved by a Windows editor."""
     shutil.copytree(source, target)
     for path in (*target.glob("*.json"), *target.glob("*.txt"), *target.glob("*.jinja")):
         path.write_bytes(path.read_text("utf-8").replace("\n", "\r\n").encode(encoding))

@@ -81,7 +81,7 @@ def test_packed_frames_equal_the_goldens(exact_model: Model, images: dict[str, P
 
 def naive_resample(model: Model, frames, ids) -> np.ndarray:
     """One group by the formula, frame after frame, in plain NumPy."""
-    resampler = model._encoder.resampler
+    resampler = model.engine.encoder.resampler
     file, config = resampler._file, resampler.config
 
     def array(name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Model files that are missing, damaged or of another model: one sentence from the library and from the command."""
+"""Model files that are missing, damaged or of another model: one sentence from the library and the command line."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         decoder(lambda f: f.key("tokenizer.ggml.model", make.STRING, "llama")),
         "tokenizer of kind llama/qwen2, expected gpt2/qwen2",
     ),
-    # decoders on which llama.cpp would end the process
+    # decoders over which llama.cpp would abort the process
     "token twice": (tokens((3, "t9")), "the token 't9' more than once"),
     "empty token": (tokens((3, "")), r"an empty token \(id 3\)"),
     "tokens equal up to a zero byte": (tokens((3, "t9\0a")), r"with a zero byte \(id 3\)"),
@@ -263,7 +263,7 @@ def test_bad_models_are_refused_by_the_library_and_the_command(case: str, folder
 
 
 def test_the_unchanged_model_answers(folder: Path) -> None:
-    """Without this the refusals above might all have another cause."""
+    """Without this, the refusals above might all have another cause."""
     with Model.load(folder) as model:
         assert model.chat("an apple", greedy=True, max_tokens=3).completion_tokens
 
@@ -317,13 +317,13 @@ def test_a_merge_that_joins_nothing(merge: str, folder: Path) -> None:
 
 
 def test_an_unknown_normalizer(folder: Path) -> None:
-    decoder(lambda f: f.key("edge_runtime.prompt.tokenizer.normalizer", make.STRING, "nfd"))(folder)
+    decoder(lambda f: f.key("edge_runtime.tokenizer.normalizer", make.STRING, "nfd"))(folder)
     with pytest.raises(UnsupportedModelError, match="is 'nfd', expected 'nfc' or 'none'"):
         Model.load(folder)
 
 
 def test_a_failed_load_can_be_repeated(folder: Path) -> None:
-    """Nothing of a refused model stays behind that hinders the next one."""
+    """A refused model leaves nothing behind that affects the next one."""
     whole = (folder / DECODER).read_bytes()
     for _ in range(3):
         drop("blk.0.ffn_up.weight")(folder)
@@ -336,7 +336,7 @@ def test_a_failed_load_can_be_repeated(folder: Path) -> None:
 
 @pytest.mark.parametrize("template", ["{{ '' }}", "{# nothing #}", "{% for m in [] %}x{% endfor %}"])
 def test_a_template_that_renders_to_nothing(folder: Path, template: str) -> None:
-    """A prompt of no tokens is refused before anybody divides by their number; raw prompts are answered."""
+    """A prompt of no tokens is refused before anything divides by their number; raw prompts are answered."""
     mini_decoder().key("tokenizer.chat_template", make.STRING, template).write(folder / DECODER)
     with Model.load(folder) as model:
         for ask in (model.chat, model.build_prompt):

@@ -1,4 +1,4 @@
-"""The GGUF reader: every way a header can be wrong is refused with its reason; what is sound is read exactly."""
+"""The GGUF reader: every kind of wrong header is refused with its reason; sound files are read exactly."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[Callable[[], Gguf], str]] = {
         lambda: small().key("edge_runtime.row_length.b", make.STRING, "31"),
         "row_length.b holds 31",
     ),
-    "row length as truth": (
+    "row length as bool": (
         lambda: small().key("edge_runtime.row_length.b", make.BOOL, 1),
         "row_length.b holds True",
     ),
@@ -196,14 +196,14 @@ def test_a_wrong_header_is_refused_with_its_reason(case: str, tmp_path: Path) ->
 
 
 def test_the_unchanged_file_is_sound(tmp_path: Path) -> None:
-    """Without this the refusals above might all have another cause."""
+    """Without this, the refusals above might all have another cause."""
     file = GGUFFile(small().write(tmp_path / "good.gguf"))
     assert list(file.tensors) == ["a", "b"]
     assert file.metadata["general.architecture"] == "test"
 
 
 def test_every_shorter_file_is_refused(tmp_path: Path) -> None:
-    """Only the padding after the last tensor may be missing; some writers leave it out."""
+    """Only the padding after the last tensor may be missing; some writers omit it."""
     whole = small().build()
     n_padding = -len(small().tensors["b"].data) % 32
     for length in range(len(whole) + 1):
@@ -220,7 +220,7 @@ def test_every_shorter_file_is_refused(tmp_path: Path) -> None:
     "name, reason",
     [("absent.gguf", "does not exist"), (".", "is a folder"), ("a\0b", "null byte"), ("n" * 5000, "too long")],
 )
-def test_a_path_that_is_no_file_is_refused(name: str, reason: str, tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_file_is_refused(name: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=reason):
         GGUFFile(f"{tmp_path}/{name}")
 
@@ -381,8 +381,8 @@ def test_padded_rows_end_where_the_file_says(kind: Type, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q4_0])
 @pytest.mark.parametrize("tail", [1.0, -0.5, np.inf, np.nan])
-def test_padding_that_holds_something_is_refused(kind: Type, tail: float, tmp_path: Path) -> None:
-    """A zero is exact in every block type, so nothing else may stand there."""
+def test_padding_that_is_not_zero_is_refused(kind: Type, tail: float, tmp_path: Path) -> None:
+    """Zero is exact in every block type, so nothing else may be there."""
     file = padded(kind, tail if np.isfinite(tail) else 1.0)
     if not np.isfinite(tail):
         raw, row_bytes = bytearray(file.tensors["w"].data), len(file.tensors["w"].data) // 4
@@ -392,7 +392,9 @@ def test_padding_that_holds_something_is_refused(kind: Type, tail: float, tmp_pa
     read = GGUFFile(file.write(tmp_path / "w.gguf"))
     assert read.rows("w", np.array([0, 1, 3])).shape == (3, 40), "the other rows are sound"
     for ask in (lambda: read.array("w"), lambda: read.rows("w", slice(2, 3)), lambda: read.parts("w")):
-        with pytest.raises(ModelFileError, match=r"w.gguf: rows of w go on after their 40 values, expected zeros"):
+        with pytest.raises(
+            ModelFileError, match=r"w.gguf: rows of w hold more after their 40 values, expected zeros"
+        ):
             ask()
 
 
@@ -403,7 +405,7 @@ def test_a_type_without_dequantiser_is_refused_when_it_is_read(tmp_path: Path) -
         read.array("a")
 
 
-def test_lookups_name_what_is_wrong(tmp_path: Path) -> None:
+def test_lookups_say_what_is_wrong(tmp_path: Path) -> None:
     file = GGUFFile(small().key("size", make.U32, 7).key("flag", make.BOOL, 1).write(tmp_path / "m.gguf"))
     assert file.get("size", int) == 7
     assert file.get("size", float) == 7.0

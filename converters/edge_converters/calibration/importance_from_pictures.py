@@ -24,7 +24,8 @@ from edge_converters.calibration.importance import Importance
 from edge_converters.calibration.smoothing import SUFFIXES as PICTURE_SUFFIXES
 from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.errors import BackendUnavailable, CheckpointError, ImageError
-from edge_runtime.pipeline import PromptOptions, prepare
+from edge_runtime.options import PromptOptions
+from edge_runtime.pipeline import InputFormat, prepare
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.system.text_files import decode_text
@@ -123,17 +124,11 @@ def _about_pictures(
     decoder: GGUFFile, tokenizer: Tokenizer, encoder: ImageEncoder, pictures: Sequence[Path]
 ) -> Iterator[Float32]:
     template = decoder.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
+    form = InputFormat(encoder.slicing, tokenizer, encoder.n_queries, template)
     for number, picture in enumerate(pictures):
         message = {"role": "user", "content": [picture, QUESTIONS[number % len(QUESTIONS)]]}
         try:
-            prepared = prepare(
-                [message],
-                PromptOptions(),
-                slicing=encoder.slicing,
-                tokenizer=tokenizer,
-                n_queries=encoder.n_queries,
-                template=template,
-            )
+            prepared = prepare([message], PromptOptions(), form)
         except ImageError:
             continue
         rows = np.array(decoder.rows("token_embd.weight", np.asarray(prepared.prompt.ids, np.int64)))

@@ -1,5 +1,5 @@
 """Videos → frames.
 
-A file, a folder or pictures enter; chosen frames leave, upright and in RGB.
-It knows no messages and no prompts.
+Enter: a file, a folder or pictures. Leave: chosen frames, upright and in RGB.
+Knows no messages and no prompts.
 """

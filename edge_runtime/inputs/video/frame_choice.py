@@ -1,4 +1,4 @@
-"""Which frames of a video are looked at, and how they are packed: numbers in, numbers out.
+"""Which frames of a video are used, and how they are packed: numbers in, numbers out.
 
 Source: the recipe of the official model card of MiniCPM-V 4.5 (choose_fps, packing, temporal ids with their
 truncation).
@@ -16,36 +16,36 @@ from edge_runtime.errors import MessageError
 
 MAX_NUM_FRAMES = 180
 MAX_NUM_PACKING = 3  # frames per group unless the caller allows more
-PACKING_LIMIT = 6  # most frames the resampler was trained to take at once
+PACKING_LIMIT = 6  # maximum number of frames that the resampler was trained to take at once
 TIME_SCALE = 0.1  # seconds per temporal id
 DEFAULT_CHOOSE_FPS = 3
 
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """What is looked at of one video; None takes the recipe's value.
+    """Which part of a video is used; None takes the recipe's value.
 
     Raises
     ------
     MessageError
-        When a value is out of its range.
+        When a value is out of range.
     """
 
     fps: float | None = None
-    """Frames per second that are chosen (the recipe's choose_fps: 3); of pictures in a folder or a list, which are
-    all taken, the rate at which they were made (1)."""
+    """Frames per second to choose (the recipe's choose_fps: 3); for pictures in a folder or a list, which are all
+    used, the rate at which they were made (1)."""
     max_frames: int | None = None
-    """The recipe's MAX_NUM_FRAMES (180): most frames, times the packing where a video is long."""
+    """The recipe's MAX_NUM_FRAMES (180): maximum number of frames, times the packing for long videos."""
     packing: int | None = None
-    """Frames that share one set of visual tokens, 1 to 6 (the recipe: 1 to 3, by the length)."""
+    """Frames that share one set of visual tokens, 1 to 6 (the recipe: 1 to 3, depending on the length)."""
     start: float | None = None
-    """Seconds before which nothing is looked at; ids count from here, as in a file that was cut."""
+    """Seconds at which the used part starts; ids count from here, as in a file that was cut."""
     end: float | None = None
-    """Seconds from which on nothing is looked at."""
+    """Seconds at which the used part ends."""
     timestamps: bool = False
     """Write the time of its first frame before each group."""
     max_slices: int = 1
-    """Most cells per frame; officially frames are not cut."""
+    """Maximum number of cells per frame; officially, frames are not cut."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "start", "end"):
@@ -62,8 +62,8 @@ class VideoOptions:
             raise MessageError(f"timestamps of a video is {self.timestamps!r}; expected true or false.")
         if self.end is not None and self.end <= (self.start or 0):
             raise MessageError(
-                f"The part of a video from {self.start or 0:g} to {self.end:g} s is empty; expected an end behind "
-                "its start."
+                f"The part of a video from {self.start or 0:g} to {self.end:g} s is empty; expected an end after its "
+                "start."
             )
 
     @classmethod
@@ -73,7 +73,7 @@ class VideoOptions:
         Raises
         ------
         MessageError
-            When a key is none of them, or a value is out of its range.
+            When a key is not an option, or a value is out of range.
         """
         known = [field.name for field in fields(cls)]
         for name in values:
@@ -84,13 +84,13 @@ class VideoOptions:
     def choose(self, n_frames: int, rate: float, *, sampled: bool = False) -> FrameChoice:
         """Frames of a video, or of the part between `start` and `end`, that has `n_frames` at `rate` per second.
 
-        As the recipe has it, but for two cases in which it would look at a frame more than once, or at one frame in
-        all: frames that somebody chose already are all taken, and so are those of a recording that has fewer than
-        the recipe would choose (a picture every five seconds).
+        As in the recipe, except for two cases in which it would use a frame more than once, or only one frame: frames
+        that somebody has already chosen are all used, and so are those of a recording with fewer frames than the
+        recipe would choose (a picture every five seconds).
 
         Parameters
         ----------
-        sampled : the frames were chosen already: all of them are taken, as far as `max_frames` allows.
+        sampled : the frames were already chosen: all of them are used, as far as `max_frames` allows.
         """
         max_frames, max_packing = self.max_frames or MAX_NUM_FRAMES, self.packing or MAX_NUM_PACKING
         choose_fps = rate if sampled else self.fps or DEFAULT_CHOOSE_FPS
@@ -115,7 +115,7 @@ def _is_count(value: object, most: int | None) -> bool:
 
 
 def clock(seconds: float) -> str:
-    """A time as people write it: `0:05.3`, `1:02:03.0`."""
+    """A time for people: `0:05.3`, `1:02:03.0`."""
     tenths = round(10 * seconds)
     hours, minutes = divmod(tenths // 600, 60)
     rest = f"{tenths % 600 / 10:04.1f}"
@@ -124,14 +124,14 @@ def clock(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """What is refused; for videos of people one does not know."""
+    """Limits for untrusted videos."""
 
     most_bytes: int | None = None
-    """Of a file."""
+    """Size of a file."""
     most_seconds: float | None = None
-    """Of a video."""
+    """Length of a video."""
     most_pixels: int = 8192 * 4320
-    """Of one decoded frame; a decoder holds up to twenty of them."""
+    """Pixels of one decoded frame; a decoder holds up to twenty frames."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,7 @@ def choose_frames(
         count = round(duration * choose_fps)
         if packing > max_packing:
             packing, count = max_packing, max_frames * max_packing
-    # The recipe divides by zero for clips shorter than half a frame of choose_fps; one frame is what its author
-    # would expect.
+    # The recipe divides by zero for clips shorter than half a frame of choose_fps; its author would expect one frame.
     count = max(1, count)
     if force_packing:
         packing = max(1, min(force_packing, max_packing))
@@ -187,14 +186,14 @@ def _spread(count: int, n_frames: int) -> list[int]:
 
 
 def _grouped(indices: list[int], fps: float, n_frames: int, packing: int) -> FrameChoice:
-    """Frames with their temporal ids, `packing` of them in a group."""
+    """Frames with their temporal ids, in groups of `packing`."""
     n_marks = math.ceil(n_frames / fps / TIME_SCALE)  # as numpy.arange(0, duration, TIME_SCALE) has
     ids = [_temporal_id(index / fps, n_marks) for index in indices]
     return FrameChoice(indices, [ids[i : i + packing] for i in range(0, len(ids), packing)])
 
 
 def _temporal_id(time_s: float, n_marks: int) -> int:
-    """Nearest mark of k * TIME_SCALE, the lower at a tie, divided by TIME_SCALE and truncated.
+    """Nearest mark k * TIME_SCALE, the lower one for ties, divided by TIME_SCALE and truncated.
 
     The truncation is official and visible: 43 * 0.1 / 0.1 is below 43 in doubles, which gives 42.
     """
@@ -205,7 +204,7 @@ def _temporal_id(time_s: float, n_marks: int) -> int:
 
 
 def check_groups(temporal_ids: Sequence[Sequence[int]], n_images: int) -> None:
-    """Hold a request's groups against its pictures.
+    """Check a request's groups against its pictures.
 
     Raises
     ------
@@ -226,5 +225,5 @@ def check_groups(temporal_ids: Sequence[Sequence[int]], n_images: int) -> None:
 
 
 def _lists(value: object) -> Sequence[object]:
-    """Return a list as it is, and anything else as one value that is no number."""
+    """Return a list as it is, and anything else as one value that is not a number."""
     return value if isinstance(value, list | tuple) else ["not a list"]

@@ -1,8 +1,8 @@
-"""A decoded frame → the upright RGB picture that a player shows: turned, with square pixels, in a screen's light.
+"""A decoded frame → the upright RGB picture that a player shows: turned, with square pixels, tone-mapped.
 
-Four departures from the official recipe, which takes the stored samples as they are (decord knows none of them):
-the display matrix turns the picture, oblong pixels are squared, HDR (PQ, HLG) is tone-mapped, and what is transparent
-lies on white. Knows libav's frames and Pillow's pictures; no files.
+Four exceptions to the official recipe, which uses the stored samples as they are (decord does none of this): the
+display matrix turns the picture, non-square pixels are squared, HDR (PQ, HLG) is tone-mapped, and transparency is
+composed onto white. Knows libav's frames and Pillow's pictures, but no files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import av
 
 DOLBY_VISION = 15
-"""The colour space IPT-C2: what is stored is no YCbCr, and libav does not turn it into RGB."""
+"""The colour space IPT-C2: samples are not YCbCr, and libav does not convert them to RGB."""
 WITH_ALPHA = (
     "yuva",
     "rgba",
@@ -41,8 +41,8 @@ WITH_ALPHA = (
     "rgba64",
     "bgra64",
 )
-MOST_OBLONG = 16
-"""Width of a pixel by its height, or the other way round, beyond which a file is taken to lie."""
+MAX_ASPECT = 16
+"""Width of a pixel divided by its height, or the inverse, beyond which the header is assumed to be wrong."""
 
 # Display matrix, rounded (a, b, c, d): (x, y) goes to (ax + cy, bx + dy). Source: libavutil/display.h.
 TURNS = {
@@ -58,17 +58,17 @@ TURNS = {
 
 @dataclass(frozen=True)
 class Look:
-    """How the samples of a frame become what is seen."""
+    """How the samples of a frame are to be shown."""
 
     form: str
-    """Its pixel format, colour space and range, for fingerprints."""
+    """Pixel format, colour space and range, for fingerprints."""
     turned: tuple[int, int, int, int]
     curve: int
     """Transfer characteristics."""
     peak: float
-    """cd/m² of the brightest pixel; of HDR."""
+    """cd/m² of the brightest pixel; for HDR."""
     aspect: Fraction
-    """Width of a pixel by its height."""
+    """Width of a pixel divided by its height."""
 
     @property
     def tone_mapped(self) -> str | None:
@@ -77,16 +77,16 @@ class Look:
 
     @property
     def pixel_aspect(self) -> list[int] | None:
-        """[width, height] of oblong pixels that were squared."""
+        """[width, height] of non-square pixels that were squared."""
         return None if self.aspect == 1 else [self.aspect.numerator, self.aspect.denominator]
 
 
 def look_of(frame: av.VideoFrame, aspect: Fraction | None) -> Look:
-    """What a frame tells of itself.
+    """What a frame says about how to show it.
 
     Parameters
     ----------
-    aspect : of a pixel, as the stream tells it; None or 0 where it does not.
+    aspect : of a pixel, according to the stream; None or 0 if it does not say.
     """
     # PyAV before 15 has neither attribute.
     curve, primaries = (int(getattr(frame, name, 2)) for name in ("color_trc", "color_primaries"))
@@ -96,17 +96,17 @@ def look_of(frame: av.VideoFrame, aspect: Fraction | None) -> Look:
 
 
 def shown_size(name: str, width: int, height: int, look: Look, limits: VideoLimits) -> Size:
-    """(width, height) with square pixels, before it is turned: the shorter side of a pixel grows, so no row is lost.
+    """(width, height) with square pixels, before turning: the shorter side of a pixel grows, so no row is lost.
 
     Raises
     ------
     VideoError
-        When that is larger than was allowed, or nobody would have pixels of this shape.
+        When that is larger than allowed, or pixels of this shape are implausible.
     """
-    if not 1 / MOST_OBLONG <= look.aspect <= MOST_OBLONG:
+    if not 1 / MAX_ASPECT <= look.aspect <= MAX_ASPECT:
         raise VideoError(
-            f"{name} tells of pixels that are {look.aspect.numerator} by {look.aspect.denominator} in shape; its "
-            "header is damaged: convert it to MP4."
+            f"{name} has pixels of the shape {look.aspect.numerator} by {look.aspect.denominator}; its header is "
+            "damaged: convert it to MP4."
         )
     if look.aspect > 1:
         width = round(width * look.aspect)
@@ -117,18 +117,18 @@ def shown_size(name: str, width: int, height: int, look: Look, limits: VideoLimi
 
 
 def picture_of(frame: av.VideoFrame, look: Look, size: Size, name: str) -> Image.Image:
-    """A frame in RGB, brought to a size and turned.
+    """A frame in RGB, scaled and turned.
 
     Raises
     ------
     VideoError
-        When its colours are of a kind that nothing here reads.
+        When its colours are of an unsupported kind.
     ValueError, av.error.FFmpegError
-        When libav cannot turn it into RGB.
+        When libav cannot convert it to RGB.
     """
     if frame.colorspace == DOLBY_VISION:
         raise VideoError(
-            f"{name} is in Dolby Vision without an HDR10 or HLG layer, whose colours are not read here; convert it "
+            f"{name} is in Dolby Vision without an HDR10 or HLG layer, whose colours are not supported; convert it "
             "to H.264."
         )
     wanted: dict[str, Any] = {"width": size[0], "height": size[1]}
@@ -146,8 +146,8 @@ def picture_of(frame: av.VideoFrame, look: Look, size: Size, name: str) -> Image
 def _side_data(frame: av.VideoFrame, kind: str) -> Any:
     """Side data of a frame, or None.
 
-    Not by `frame.side_data`: that refers back to the frame, which is then never freed (PyAV 18.1: 3 MB for each frame
-    in full HD).
+    Not `frame.side_data`: that refers back to the frame, which is then never freed (PyAV 18.1: 3 MB for each full HD
+    frame).
     """
     from av.sidedata.sidedata import SideDataContainer
 
@@ -155,14 +155,14 @@ def _side_data(frame: av.VideoFrame, kind: str) -> Any:
 
 
 def _peak(frame: av.VideoFrame) -> float:
-    """The brightest pixel of the whole video in cd/m² (MaxCLL), where the file tells it."""
+    """The brightest pixel of the whole video in cd/m² (MaxCLL), or a default."""
     found = _side_data(frame, "CONTENT_LIGHT_LEVEL")
     most = 0 if found is None else int(np.frombuffer(cast("memoryview", found), np.uint32)[0])
     return float(most) if most else PEAK
 
 
 def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """The display matrix of a frame without its shifts, rounded to whole turns."""
+    """The display matrix of a frame without translation, rounded to quarter turns."""
     found = _side_data(frame, "DISPLAYMATRIX")
     if found is None:
         return 1, 0, 0, 1

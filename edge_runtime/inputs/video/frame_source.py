@@ -1,4 +1,4 @@
-"""What every kind of video offers: how many frames, when, and frame after frame."""
+"""The interface of every kind of video: number and times of its frames, and one frame after the other."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from PIL import Image
 from edge_runtime.inputs.slicing import Size
 
 Watch = Callable[[float], None]
-"""Called often with the share that is done, from 0 to 1; what it raises ends the work."""
+"""Called often with the finished share, from 0 to 1; what it raises ends the work."""
 
 
 class FrameCursor(Protocol):
-    """Decodes frames of one source; for one thread at a time."""
+    """Decodes frames of one source; used by one thread at a time."""
 
     def read(self, index: int, watch: Watch) -> Image.Image:
         """The frame at a position: mode RGB, upright. Cheapest when positions ascend.
@@ -31,37 +31,37 @@ class FrameCursor(Protocol):
 
 
 class FrameSource(Protocol):
-    """A video that was looked at."""
+    """An opened video."""
 
     name: str
     size: Size
-    """Of its frames, upright."""
+    """Size of its frames, upright."""
     rate: float
     """Frames per second, on average."""
     times: Sequence[float]
     """Seconds from the first frame to each, ascending."""
     sampled: bool
-    """Whether somebody chose these frames already, so that all of them are to be taken."""
+    """Whether these frames were already chosen, so that all of them are used."""
     missing_s: float
-    """Seconds at the end that were promised and are not there."""
+    """Promised seconds that are missing at the end."""
     facts: Mapping[str, Any]
-    """What was done to its frames to show them: `tone_mapped` and `pixel_aspect`."""
+    """How its frames were processed to show them: `tone_mapped` and `pixel_aspect`."""
 
     def identity(self, index: int) -> bytes:
-        """Fingerprint of all that decides how a frame looks."""
+        """Fingerprint of everything that decides how a frame looks."""
 
     def open(self) -> FrameCursor:
-        """Begin to decode."""
+        """Start decoding."""
 
 
 class FileFrames(FrameSource, Protocol):
-    """A video that is one file, which another process may go on to decode."""
+    """A video that is one file, which another process may decode."""
 
     digest: bytes
-    """Fingerprint of all that decides how its frames look; with the position of one, its identity."""
+    """Fingerprint of everything that decides how its frames look; with a position, a frame's identity."""
 
     def state(self) -> dict[str, Any]:
-        """What a cursor needs besides the file, of JSON's kinds; empty for an animation."""
+        """What a cursor needs besides the file, as JSON types; empty for an animation."""
 
 
 def file_identity(digest: bytes, index: int) -> bytes:
@@ -70,13 +70,13 @@ def file_identity(digest: bytes, index: int) -> bytes:
 
 
 def frames_between(times: Sequence[float], start: float | None, end: float | None) -> range:
-    """Positions of the frames from `start` on and before `end`, in seconds."""
+    """Positions of the frames from `start` to before `end`, in seconds."""
     first = bisect_left(times, start) if start else 0
     return range(first, len(times) if end is None else bisect_left(times, end))
 
 
 def facts_of(source: FrameSource) -> dict[str, Any]:
-    """What is told of a source."""
+    """What an answer reports about a source."""
     return {
         "size": [*source.size],
         "fps": round(source.rate, 6),

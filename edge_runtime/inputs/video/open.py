@@ -28,7 +28,7 @@ def open_video(
     *,
     rate: float | None = None,
 ) -> FrameSource:
-    """Look at a video: count its frames, decode the first.
+    """Open a video: count its frames, decode the first.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ def open_video(
     Raises
     ------
     VideoError
-        When there is none, it cannot be decoded, or it is larger than was allowed.
+        When there is no video, it cannot be decoded, or it is larger than allowed.
     BackendUnavailable
         When it needs PyAV and that is not installed.
     """
@@ -50,7 +50,7 @@ def open_video(
 
 
 def open_file(content: Content, limits: VideoLimits, watch: Watch) -> FileFrames:
-    """Look at a video that is one file; errors as of `open_video`."""
+    """Open a video that is one file; errors as in `open_video`."""
     with content.open() as file:
         head = file.read(16)
     if _is_animation(head):
@@ -61,11 +61,11 @@ def open_file(content: Content, limits: VideoLimits, watch: Watch) -> FileFrames
 
 
 def open_cursor(content: Content, limits: VideoLimits, state: Mapping[str, Any]) -> FrameCursor:
-    """Begin to decode a file that was looked at in another process.
+    """Start decoding a file that was opened in another process.
 
     Parameters
     ----------
-    state : what `FileFrames.state` gave there.
+    state : what `FileFrames.state` returned there.
     """
     if not state:
         return AnimationCursor(content, limits)
@@ -75,7 +75,7 @@ def open_cursor(content: Content, limits: VideoLimits, state: Mapping[str, Any])
 
 
 def _is_animation(head: bytes) -> bool:
-    """Whether Pillow reads the frames of a file: GIF, APNG, WebP, and AVIF where it was built with it."""
+    """Whether Pillow reads the frames of a file: GIF, APNG, WebP, and AVIF if it was built with it."""
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
         return bool(features.check("avif"))
     return head.startswith((b"GIF8", b"\x89PNG")) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP")

@@ -1,8 +1,7 @@
-"""What all kinds of videos offer: how many frames, when, and frame after frame; and two kinds that Pillow reads.
+"""Videos that Pillow reads: pictures in order (a folder, or a list) and animations (GIF, WebP, APNG, AVIF).
 
-Those are pictures in order (a folder, or a list) and animations (GIF, WebP, APNG, AVIF). Files that need PyAV are
-read by `video_file`. A source is looked at once, when it is made; cursors then decode frames, one after the other, in
-any thread, and hold no more than the frame they are at.
+`container` reads files that need PyAV. A source is indexed once, when it is made; cursors then decode frames, one
+after the other, in any thread, and hold only the current frame.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from edge_runtime.inputs.video.frame_choice import VideoLimits
 from edge_runtime.inputs.video.frame_source import Watch, file_identity
 from edge_runtime.inputs.video.source import Content, check_pixels, check_seconds
 
-FOLDER_RATE = 1.0  # pictures per second, unless it is told
+FOLDER_RATE = 1.0  # pictures per second, unless given
 UNTIMED_FRAME_S = 0.1  # of animations whose frames have no duration, as browsers show them
 AS_STORED: Mapping[str, Any] = {"tone_mapped": None, "pixel_aspect": None}
-MOST_ANIMATION_FRAMES = 20_000  # each costs a composed picture to get past, however small the file
+MAX_ANIMATION_FRAMES = 20_000  # skipping one means composing it, however small the file
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Pictures of a folder in the order of their names, with numbers in them counted: 2 before 10.
+    """Pictures of a folder, sorted by name with numbers compared as numbers: 2 before 10.
 
     Raises
     ------
@@ -47,7 +46,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def _parts(name: str) -> list[str]:
-    """Text and numbers in turns, so that like is compared with like."""
+    """Text and numbers alternately, so that like is compared with like."""
     return [part.lstrip("0") if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -63,12 +62,12 @@ class PictureFrames:
 
     Parameters
     ----------
-    load : decodes one, with (picture, pixel limit, what is called while it waits).
+    load : decodes one, called with (picture, pixel limit, function to call while it waits).
 
     Raises
     ------
     VideoError
-        When there is none.
+        When there are no pictures.
     """
 
     sampled, missing_s, facts = True, 0.0, AS_STORED
@@ -86,14 +85,14 @@ class PictureFrames:
         self.size = self._read(0)[0].size
 
     def identity(self, index: int) -> bytes:
-        """Fingerprint of the picture, as a file where it is one."""
+        """Fingerprint of the picture: of its file, if it is one."""
         if index not in self._digests:
             data = self._data(index)
             self._digests[index] = _pixel_digest(self._load(index)) if data is None else _file_digest(data)
         return self._digests[index]
 
     def open(self) -> PictureFrames:
-        """Begin to decode; nothing is held open."""
+        """Start decoding; nothing is held open."""
         return self
 
     def read(self, index: int, watch: Watch) -> Image.Image:
@@ -101,16 +100,16 @@ class PictureFrames:
         watch(0.0)
         picture, digest = self._read(index, lambda: watch(0.0))
         if digest != self._digests.setdefault(index, digest):
-            raise VideoError(f"Frame {index} of {self.name} has changed while it was read; ask again.")
+            raise VideoError(f"Frame {index} of {self.name} changed while it was read; ask again.")
         if picture.size != self.size:
             raise VideoError(
                 f"Frame {index} of {self.name} has {picture.width} x {picture.height} pixels and the first one has "
-                f"{self.size[0]} x {self.size[1]}; bring all frames to one size, or send them as pictures."
+                f"{self.size[0]} x {self.size[1]}; scale all frames to one size, or send them as pictures."
             )
         return picture
 
     def _data(self, index: int) -> bytes | None:
-        """Bytes of the file that a picture lies in; None of pictures that come decoded, or are drawn."""
+        """Bytes of a picture's file; None for pictures that are already decoded, or drawn."""
         picture = self._pictures[index]
         return picture.read_bytes() if isinstance(picture, Path) else picture if isinstance(picture, bytes) else None
 
@@ -121,11 +120,11 @@ class PictureFrames:
     def _read(self, index: int, check: Callable[[], None] = lambda: None) -> tuple[Image.Image, bytes]:
         """A picture and its fingerprint.
 
-        Of a file that is its bytes. A Pillow picture has more than its samples (a palette, an orientation, a
-        profile), and only the pixels that come of all that tell whether two look the same.
+        A file's fingerprint is that of its bytes. A Pillow picture has more than its samples (a palette, an
+        orientation, a profile), and only the resulting pixels show whether two look the same.
         """
         data = self._data(index)
-        picture = self._load(index, data, check)  # of the very bytes that are fingerprinted
+        picture = self._load(index, data, check)  # from the same bytes that are fingerprinted
         return picture, _pixel_digest(picture) if data is None else _file_digest(data)
 
     def close(self) -> None:
@@ -133,7 +132,7 @@ class PictureFrames:
 
 
 def _held(source: ImageSource) -> Image.Image | Page | bytes | Path:
-    """A picture, or the file it lies in; what is read once only (an open file) is read now."""
+    """A picture, or its file; what can be read only once (an open file) is read now."""
     return source if isinstance(source, Image.Image | Page) else encoded(source)
 
 
@@ -146,7 +145,7 @@ def _pixel_digest(picture: Image.Image) -> bytes:
 
 
 def _guard(limits: VideoLimits) -> int:
-    """Limit for Pillow, which is to let pass what is refused here with the right words."""
+    """Limit for Pillow, high enough that our own checks refuse a file first, with a better message."""
     return max(PIXEL_LIMIT, limits.most_pixels)
 
 
@@ -156,7 +155,7 @@ class AnimationFrames:
     Raises
     ------
     VideoError
-        When it is damaged or larger than was allowed.
+        When it is damaged or larger than allowed.
     """
 
     sampled, missing_s, facts = False, 0.0, AS_STORED
@@ -172,13 +171,13 @@ class AnimationFrames:
         with content.open() as file, explained(self.name, _guard(limits)), Image.open(file) as picture:
             check_pixels(self.name, *picture.size, limits)
             total = getattr(picture, "n_frames", 1)
-            if total > MOST_ANIMATION_FRAMES:
+            if total > MAX_ANIMATION_FRAMES:
                 raise VideoError(
-                    f"{self.name} has {total} frames, at most {MOST_ANIMATION_FRAMES} of an animation are read; "
+                    f"{self.name} has {total} frames, at most {MAX_ANIMATION_FRAMES} are read from an animation; "
                     "save it as a video (MP4, WebM)."
                 )
             for frame in ImageSequence.Iterator(picture):
-                frame.load()  # WebP tells durations only then
+                frame.load()  # WebP gives durations only then
                 durations.append(frame.info.get("duration", 0) / 1000 or UNTIMED_FRAME_S)
                 watch(len(durations) / total)
             self.size = to_rgb(picture, self.name, _guard(limits)).size
@@ -187,11 +186,11 @@ class AnimationFrames:
         self.rate = len(durations) / sum(durations)
 
     def identity(self, index: int) -> bytes:
-        """Fingerprint of the file, and the place in it."""
+        """Fingerprint of the file, with the position in it."""
         return file_identity(self.digest, index)
 
     def open(self) -> AnimationCursor:
-        """Begin to decode."""
+        """Start decoding."""
         return AnimationCursor(self._content, self._limits)
 
     def state(self) -> dict[str, Any]:
@@ -200,7 +199,7 @@ class AnimationFrames:
 
 
 class AnimationCursor:
-    """Goes through an animation; Pillow composes each frame from the one before it."""
+    """Steps through an animation; Pillow composes each frame from the one before it."""
 
     def __init__(self, content: Content, limits: VideoLimits) -> None:
         self._name, self._limits = content.name, limits
@@ -208,7 +207,7 @@ class AnimationCursor:
         self._picture: Image.Image | None = None
 
     def read(self, index: int, watch: Watch) -> Image.Image:
-        """Go to a frame; earlier ones are reached from the beginning."""
+        """Go to a frame; earlier ones are reached from the start."""
         with explained(self._name, _guard(self._limits)):
             if self._picture is None:
                 self._picture = Image.open(self._file)

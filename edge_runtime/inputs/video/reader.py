@@ -1,8 +1,8 @@
 """Frames of one video, decoded and cut ahead of the encoder: a few groups in memory, whatever the video's length.
 
-The scheduler asks for a group when it is about to need it and goes on with other work until it is there; a thread of
-the reader's own decodes meanwhile. The thread ends when nobody has asked for a while, and begins anew when somebody
-does, so a reader that was forgotten costs nothing.
+The scheduler requests a group shortly before it needs it and does other work until it is ready; the reader's own
+thread decodes meanwhile. The thread ends when nothing has been requested for a while, and the next request starts it
+again, so a forgotten reader costs nothing.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Frames = list[list[Pixels]]
 """Slices of every frame of a group."""
 Cut = Callable[[Image.Image], list[Pixels]]
 
-MOST_KEPT = 8
-"""Groups that were decoded and are not encoded yet: at full size 0.6 MB per frame and slice; usual are three."""
+MAX_KEPT = 8
+"""Groups that are decoded and not yet encoded: at full size 0.6 MB per frame and slice; three are usual."""
 LINGER_S = 30.0
-"""How long a thread waits for the next question; longer than the encoding of a group."""
+"""How long a thread waits for the next request; longer than encoding a group takes."""
 
 logger = logging.getLogger("edge_runtime")
 
 
-class _Stopped(Exception):  # noqa: N818 - ends the thread, and is no error
+class _Stopped(Exception):  # noqa: N818 - ends the thread, not an error
     """Nobody wants these frames any more."""
 
 
 class _Reading:
-    """What a reader shares with its thread; knows nothing of the reader, which can so be collected."""
+    """What a reader shares with its thread; has no reference to the reader, so that it can be garbage-collected."""
 
     def __init__(self, source: FrameSource, groups: Sequence[Sequence[int]], cut: Cut) -> None:
         self.source, self.groups, self.cut = source, groups, cut
@@ -54,30 +54,30 @@ class _Reading:
         self.stop = threading.Event()
 
     def next_wanted(self, stop: threading.Event) -> int | None:
-        """Wait for a question; None when the thread should end."""
+        """Wait for a request; None if the thread should end."""
         with self.changed:
             linger_s = 0.0 if self.last == len(self.groups) - 1 else LINGER_S
             self.changed.wait_for(lambda: self.wanted or stop.is_set(), linger_s)
             if stop.is_set() or not self.wanted:
-                if self.stop is stop:  # not one that was begun since
+                if self.stop is stop:  # not a thread that was started since
                     self.thread = None
                 return None
             self.busy = self.last = self.wanted.popleft()
             return self.busy
 
     def put(self, number: int, found: Frames | Exception, stop: threading.Event) -> None:
-        """Hand over a group, or why there is none."""
+        """Deliver a group, or the error."""
         with self.changed:
             if stop.is_set():
                 return
             self.busy = None
             self.done[number] = found
-            while len(self.done) > MOST_KEPT:
+            while len(self.done) > MAX_KEPT:
                 self.done.popitem(last=False)
             self.changed.notify_all()
 
     def end(self) -> threading.Thread | None:
-        """Tell the thread to stop, and forget what it found; returns the thread."""
+        """Ask the thread to stop, and forget its results; returns the thread."""
         with self.changed:
             self.stop.set()
             self.wanted.clear()
@@ -118,14 +118,14 @@ def _work(reading: _Reading, stop: threading.Event) -> None:
 
 
 def _shut_down(reading: _Reading) -> None:
-    """At exit, too: a thread inside libav while the interpreter goes down would crash it."""
+    """Also called at exit: a thread inside libav would crash the interpreter while it shuts down."""
     thread = reading.end()
     if thread is not None and thread is not threading.current_thread():
         thread.join()
 
 
 class FrameReader:
-    """Decodes groups of frames when they are asked for.
+    """Decodes groups of frames on request.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ class FrameReader:
         return self._reading.n_read
 
     def ask(self, number: int) -> bool:
-        """Have a group decoded; True when it is there, or will not be because of an error."""
+        """Request a group; True if it is ready, or has failed."""
         reading = self._reading
         with reading.changed:
             if number in reading.done:
@@ -160,7 +160,7 @@ class FrameReader:
         return False
 
     def wait(self, number: int, timeout_s: float) -> None:
-        """Wait until a group that was asked for is there, or the time is up."""
+        """Wait until a requested group is ready, or until the timeout."""
         with self._reading.changed:
             self._reading.changed.wait_for(lambda: number in self._reading.done, timeout_s)
 
@@ -169,7 +169,7 @@ class FrameReader:
 
         Parameters
         ----------
-        last : nobody will take them again soon.
+        last : they will not be needed again soon.
 
         Raises
         ------
@@ -189,5 +189,5 @@ class FrameReader:
                 return found
 
     def release(self) -> None:
-        """Stop decoding; what is asked for later begins anew."""
+        """Stop decoding; later requests start again."""
         self._reading.end()

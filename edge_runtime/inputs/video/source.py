@@ -1,4 +1,4 @@
-"""A video wherever it comes from → something that can be opened as a file, more than once and after the call.
+"""A video from any source → content that can be opened as a file, more than once and after the call.
 
 Nothing is fetched, and no address reaches a library that would fetch it: videos are read through Python's files.
 """
@@ -22,10 +22,10 @@ VideoSource = str | Path | bytes | BinaryIO | list[Any] | tuple[Any, ...]
 """A path (of a file, or a folder of frames), encoded bytes, a file object, a `data:` URI, or a list of pictures."""
 
 IN_MEMORY = 32 << 20
-"""Bytes of a file object that are kept in memory; a longer one is copied to a temporary file."""
+"""Bytes of a file object that are kept in memory; longer ones are copied to a temporary file."""
 COPY_BYTES = 1 << 20
 UNNAMED = "The video"
-"""What errors call a video that is no file."""
+"""What errors call a video that is not a file."""
 
 
 class Content:
@@ -34,7 +34,7 @@ class Content:
     Raises
     ------
     VideoError
-        When there is none, it is empty, or larger than was allowed.
+        When there is no file, or it is empty or larger than allowed.
     """
 
     def __init__(self, source: str | Path | bytes | BinaryIO, limits: VideoLimits) -> None:
@@ -63,21 +63,21 @@ class Content:
 
     @property
     def n_bytes(self) -> int:
-        """Size."""
+        """Size in bytes."""
         return self._stamp[0] if self._path is not None else len(self._bytes)
 
     def open(self) -> BinaryIO:
-        """Open it at its beginning.
+        """Open it at its start.
 
         Raises
         ------
         VideoError
-            When it cannot be read, or has changed since it was first looked at.
+            When it cannot be read, or has changed since it was first opened.
         """
         if self._path is None:
             return io.BytesIO(self._bytes)
         if self._look() != self._stamp:
-            raise VideoError(f"{self.name} has changed while it was read; ask again when it is complete.")
+            raise VideoError(f"{self.name} changed while it was read; ask again when it is complete.")
         try:
             return self._path.open("rb")
         except OSError as error:
@@ -86,7 +86,7 @@ class Content:
             ) from None
 
     def _look(self) -> tuple[int, int]:
-        """Size, and when it was written last."""
+        """Size and modification time."""
         if self._path is None:
             return 0, 0
         if str(self._path).startswith(("http:/", "https:/")):
@@ -99,11 +99,11 @@ class Content:
             reason = getattr(error, "strerror", None) or error
             raise VideoError(f"The video {self.name[:80]!r} cannot be read: {reason}; check the path.") from None
         if not self._path.is_file():
-            raise VideoError(f"{self.name} is no file; expected a video, or a folder of frames.")
+            raise VideoError(f"{self.name} is not a file; expected a video, or a folder of frames.")
         return found.st_size, found.st_mtime_ns
 
     def _take(self, source: BinaryIO, limits: VideoLimits) -> None:
-        """Read a file object to its end: whoever gave it may close it once we return."""
+        """Read a file object to its end: the caller may close it once we return."""
         head = _read(source, IN_MEMORY + 1)
         if len(head) <= IN_MEMORY:
             self._bytes = head
@@ -132,16 +132,16 @@ def _remove(name: str) -> None:
 
 
 def check_bytes(name: str, n_bytes: int, limits: VideoLimits) -> None:
-    """Hold a size against the limit."""
+    """Check a size against the limit."""
     if limits.most_bytes is not None and n_bytes > limits.most_bytes:
         raise VideoError(
-            f"{name} has {n_bytes} bytes or more, at most {limits.most_bytes} are allowed; send a shorter or a more "
-            "compressed one."
+            f"{name} has {n_bytes} bytes or more, at most {limits.most_bytes} are allowed; send a shorter or "
+            "smaller one."
         )
 
 
 def check_seconds(name: str, seconds: float, limits: VideoLimits) -> None:
-    """Hold a duration against the limit."""
+    """Check a duration against the limit."""
     if limits.most_seconds is not None and seconds > limits.most_seconds:
         raise VideoError(
             f"{name} takes {seconds:.1f} s, at most {limits.most_seconds:g} s are allowed; send a part of it."
@@ -149,7 +149,7 @@ def check_seconds(name: str, seconds: float, limits: VideoLimits) -> None:
 
 
 def check_pixels(name: str, width: int, height: int, limits: VideoLimits) -> None:
-    """Hold the size of a frame against the limit, before one is decoded."""
+    """Check the size of a frame against the limit, before one is decoded."""
     if width * height > limits.most_pixels:
         raise VideoError(
             f"{name} has frames of {width} x {height} = {width * height} pixels, at most {limits.most_pixels} are "

@@ -1,11 +1,11 @@
-"""HDR pixels → the 8 bits that pictures have. Arrays in, arrays out; knows no files.
+"""HDR pixels → 8-bit SDR pixels. Arrays in, arrays out; knows no files.
 
-A frame in PQ or HLG that is shown as if it were an ordinary one is grey and flat. Here its light is computed, bright
-parts are rolled off with the curve of BT.2390, and what is left is written with the curve of ordinary screens, so
-that text and faces keep the contrast they have on a screen.
+A PQ or HLG frame that is shown like an ordinary one looks grey and flat. Here its light is computed, bright parts are
+rolled off with the curve of BT.2390, and the result is encoded with the curve of ordinary screens, so that text and
+faces keep the contrast they have on a screen.
 
 Sources: SMPTE ST 2084 (PQ), ITU-R BT.2100 (HLG and its OOTF), BT.2390-11 section 5.4 (EETF), BT.2408 (203 cd/m² is
-the white of paper), BT.2087 (from BT.2020's primaries to BT.709's), BT.1886.
+paper white), BT.2087 (from BT.2020's primaries to BT.709's), BT.1886.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 
 PQ, HLG = 16, 18
-"""Numbers of the transfer characteristics in H.273, as libav has them."""
+"""Numbers of the transfer characteristics in H.273, as in libav."""
 CURVES = {PQ: "PQ", HLG: "HLG"}
 
 WHITE = 203.0
-"""cd/m² of a white page: the 1.0 of what leaves."""
+"""cd/m² of a white page: 1.0 in the output."""
 PEAK = 1000.0
-"""cd/m² of the brightest pixel where a file tells none; HLG's reference screen."""
+"""cd/m² of the brightest pixel if the file does not say; HLG's reference screen."""
 BRIGHTEST = 10_000.0
 _CODES = 1 << 12
-_FINE = 1 << 16  # of a table that is looked up by computed light: steps of it must not show
+_FINE = 1 << 16  # entries of a table indexed by computed light: its steps must not be visible
 _M1, _M2 = 2610 / 16384, 2523 / 4096 * 128
 _C1, _C2, _C3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
 _HLG_A, _HLG_B, _HLG_C = 0.17883277, 0.28466892, 0.55991073
@@ -50,19 +50,19 @@ def to_sdr(rgb: npt.NDArray[np.uint16], curve: int, peak: float = PEAK) -> npt.N
 
     Returns
     -------
-    rgb : ndarray [shape=(height, width, 3), uint8], as sRGB pictures are.
+    rgb : ndarray [shape=(height, width, 3), uint8], like sRGB pictures.
     """
     peak = float(np.clip(peak, WHITE, BRIGHTEST))
     out = np.empty(rgb.shape, np.uint8)
-    for row in range(0, len(rgb), 64):  # strips stay in the cache: a third of the time of whole frames
+    for row in range(0, len(rgb), 64):  # strips stay in the CPU cache: a third of the time of whole frames
         out[row : row + 64] = _strip(rgb[row : row + 64], curve, peak)
     return out
 
 
 def _strip(rgb: npt.NDArray[np.uint16], curve: int, peak: float) -> npt.NDArray[np.uint8]:
-    codes = np.moveaxis(rgb >> 4, -1, 0)  # 12 bits, as many as videos have: so tables stay in the cache, too
+    codes = np.moveaxis(rgb >> 4, -1, 0)  # 12 bits, as many as videos have: so tables stay in the CPU cache, too
     light = [_light(curve)[channel] for channel in codes]
-    # The brightest channel decides how much a pixel is dimmed, so that its hue stays.
+    # The brightest channel decides how much a pixel is dimmed, so that its hue is kept.
     if curve == PQ:
         dimming = _dimming(curve, peak)[codes.max(axis=0)]
     else:
@@ -82,7 +82,7 @@ def _strip(rgb: npt.NDArray[np.uint16], curve: int, peak: float) -> npt.NDArray[
 
 @lru_cache(maxsize=4)
 def _light(curve: int) -> Float32:
-    """Light of each code of a channel: of white pages for PQ, of the scene's brightest for HLG."""
+    """Light of each code of a channel: relative to a white page for PQ, to the scene's brightest for HLG."""
     codes = np.linspace(0, 1, _CODES)
     if curve == PQ:
         return (_pq_light(codes) / WHITE).astype(np.float32)
@@ -100,7 +100,7 @@ def _dimming(curve: int, peak: float) -> Float32:
 
 
 def _roll_off(signal: npt.NDArray[np.float64], peak: float) -> npt.NDArray[np.float64]:
-    """BT.2390's EETF: PQ signals up to `peak` → PQ signals up to `WHITE`, the dark ones as they are."""
+    """BT.2390's EETF: PQ signals up to `peak` → PQ signals up to `WHITE`, dark ones unchanged."""
     top, most = _pq_code(np.array(peak)), _pq_code(np.array(WHITE))
     inside, target = np.minimum(signal / top, 1), most / top
     knee = 1.5 * target - 0.5
@@ -128,5 +128,5 @@ def _pq_code(light: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _display() -> npt.NDArray[np.uint8]:
-    """BT.1886: light in 16 bits → 8 bits of a picture."""
+    """BT.1886: 16-bit light → 8-bit sample."""
     return np.round(np.linspace(0, 1, 1 << 16) ** (1 / 2.4) * 255).astype(np.uint8)

@@ -1,5 +1,5 @@
-"""Foreign files, opened in processes of their own.
+"""Untrusted files, opened in processes of their own.
 
-Bytes enter; pictures, pages and frames leave through shared memory, or a sentence about what took too long.
-It knows who waits, not what for.
+Enter: bytes. Leave: pictures, pages and frames through shared memory, or a sentence about what took too long.
+Knows who waits, but not for what.
 """

@@ -1,4 +1,4 @@
-"""Who is next: places for so many at a time, given first to clients who have used them less of late."""
+"""Who is next: a limited number of places, given first to the clients that have used them least recently."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edge_runtime.inputs.workers.worker import LOOK_S
+from edge_runtime.inputs.workers.worker import POLL_S
 
 Check = Callable[[], None]
-"""Called while somebody waits; what it raises ends the waiting."""
+"""Called while a request waits; what it raises ends the wait."""
 HALF_S = 10.0
-"""After which the time that a client has used a place counts half."""
-LEAST_USE_S = 1e-3
-"""Below which it is forgotten."""
+"""Half-life of the time that a client has used a place."""
+MIN_USE_S = 1e-3
+"""Less used time than this is forgotten."""
 
 
 @dataclass(eq=False)
 class _Ticket:
-    """Somebody who waits for a place."""
+    """A request that waits for a place."""
 
     owner: str
 
 
 class Lane:
-    """Places: for clients who have used them less of late first, then in the order in which they were asked for."""
+    """Places, given to the client with the least recent use first, then in the order of requests."""
 
     def __init__(self, n_places: int, changed: threading.Condition) -> None:
         self.n_free, self._changed = n_places, changed
         self.waiting: list[_Ticket] = []
         self._used: dict[str, float] = {}
-        """Client to seconds."""
+        """Client → seconds."""
         self._seen = time.monotonic()
 
     def take(self, owner: str, check: Check) -> float:
-        """Wait for a place; returns when it was given. The condition's lock is not held by the caller."""
+        """Wait for a place; returns the time at which it was given. The caller must not hold the condition's lock."""
         ticket = _Ticket(owner)
         with self._changed:
             self.waiting.append(ticket)
@@ -46,14 +46,14 @@ class Lane:
                     if self._is_next(ticket):
                         self.n_free -= 1
                         return time.monotonic()
-                    self._changed.wait(LOOK_S)
+                    self._changed.wait(POLL_S)
         finally:
             with self._changed:
                 self.waiting.remove(ticket)
                 self._changed.notify_all()
 
     def take_now(self) -> bool:
-        """Take a place if there is one and nobody waits."""
+        """Take a place if one is free and nobody waits."""
         with self._changed:
             if self.waiting or not self.n_free:
                 return False
@@ -61,13 +61,13 @@ class Lane:
             return True
 
     def give_back(self, owner: str, since: float) -> None:
-        """Leave a place that was given at a time."""
+        """Give back a place that was given at the time `since`."""
         now = time.monotonic()
         with self._changed:
             self.n_free += 1
             fade = 0.5 ** ((now - self._seen) / HALF_S)
             self._seen = now
-            used = {name: seconds * fade for name, seconds in self._used.items() if seconds * fade > LEAST_USE_S}
+            used = {name: seconds * fade for name, seconds in self._used.items() if seconds * fade > MIN_USE_S}
             used[owner] = used.get(owner, 0.0) + now - since
             self._used = used
             self._changed.notify_all()

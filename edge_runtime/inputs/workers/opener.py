@@ -1,7 +1,7 @@
-"""What messages bring, opened in a worker: pictures, pages and videos that stand here for those that lie there.
+"""Files of messages, opened in a worker: proxies for the pictures, pages and videos in it.
 
-They are `pages.Page` and `video_frames.FrameSource`, so nothing behind this file knows where decoding happens.
-Sizes that come from a worker are held against the limits again: it has read a foreign file.
+They are `pages.Page` and `video.frame_source.FrameSource`, so nothing outside this file knows where decoding happens.
+Sizes from a worker are checked against the limits again: it has read an untrusted file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from edge_runtime.inputs.image import ImageSource, encoded, load_image, name_of
 from edge_runtime.inputs.messages import DocumentPart, ImagePart
 from edge_runtime.inputs.pages import Page
 from edge_runtime.inputs.slicing import Size, check_plan, plan_slices
-from edge_runtime.inputs.video.container import MOST_THREADS
+from edge_runtime.inputs.video.container import MAX_THREADS
 from edge_runtime.inputs.video.frame_choice import VideoLimits
 from edge_runtime.inputs.video.frame_source import FrameSource, Watch, file_identity
 from edge_runtime.inputs.video.picture_frames import FOLDER_RATE, PictureFrames, pictures_in
@@ -39,16 +39,16 @@ from edge_runtime.weights.config import SlicingConfig
 
 
 def opening(decoders: Decoders | None, check: Check) -> AbstractContextManager[WorkerOpener | None]:
-    """An opener on workers; None where there are no workers."""
+    """An opener with workers; None if there are no workers."""
     return contextlib.nullcontext() if decoders is None else WorkerOpener(decoders, check)
 
 
 class WorkerOpener:
-    """Opens parts of one conversation on one worker, which it takes with the first; a `decoding.Opener`.
+    """Opens parts of one conversation in one worker, which it leases for the first part; an `opener.Opener`.
 
     Parameters
     ----------
-    check : called while something is waited for; what it raises ends the work.
+    check : called while waiting; what it raises ends the work.
     """
 
     def __init__(self, pool: Decoders, check: Check) -> None:
@@ -69,7 +69,7 @@ class WorkerOpener:
 
     @property
     def lease(self) -> Lease:
-        """The worker; waits for one at first."""
+        """The worker; the first access waits for one."""
         if self._taken is None:
             self._taken = self._stack.enter_context(self.pool.lease(self._check))
         return self._taken
@@ -97,7 +97,7 @@ class WorkerOpener:
         return bool(reply["document"]), [WorkerPage(self.lease, int(item), name, number) for item, number in pages]
 
     def video(self, source: VideoSource, limits: VideoLimits, watch: Watch, rate: float | None) -> FrameSource:
-        """As `video_frames.open_video`."""
+        """As `video.open.open_video`."""
         if isinstance(source, str | Path) and not is_data_uri(str(source)) and Path(source).is_dir():
             pictures = pictures_in(Path(source))
             return PictureFrames(str(source), pictures, rate or FOLDER_RATE, limits, _Loader(self))
@@ -107,11 +107,11 @@ class WorkerOpener:
 
 
 class WorkerPage(Page):
-    """A picture, or a page of a document, in a worker; gone when that is given back.
+    """A picture, or a page of a document, in a worker; gone once that is given back.
 
     Parameters
     ----------
-    number : of the page; None: it is a picture.
+    number : of the page; None for a picture.
     """
 
     def __init__(self, lease: Lease, item: int, name: str, number: int | None) -> None:
@@ -147,7 +147,7 @@ class WorkerPage(Page):
 
 
 class WorkerVideo:
-    """A video file whose index was made in a worker; its frames are decoded in another one."""
+    """A video file indexed in a worker; its frames are decoded in another one."""
 
     sampled = False
 
@@ -155,7 +155,7 @@ class WorkerVideo:
         self.name, self.content, self.limits, self.pool = content.name, content, limits, pool
         request = {"op": "video", "limits": asdict(limits), "name": self._path}
         reply = lease.ask(
-            request, self.name, data=self.read(), n_threads=MOST_THREADS, on_share=watch, error=VideoError
+            request, self.name, data=self.read(), n_threads=MAX_THREADS, on_share=watch, error=VideoError
         )
         self.size = _size(reply, limits.most_pixels, self.name)
         self.times: Sequence[float]
@@ -165,14 +165,14 @@ class WorkerVideo:
             self.facts: Mapping[str, Any] = reply["facts"]
             self.digest = bytes.fromhex(reply["digest"])
             self.state: Mapping[str, Any] = reply["state"]
-            """What the worker wants to know when it goes on; only handed back."""
+            """What the worker needs to continue; only passed back to it."""
             is_sound = (
                 len(self.times) and self.rate > 0 and math.isfinite(self.rate + self.missing_s + sum(self.times))
             )
         except (LookupError, TypeError, ValueError):
             is_sound = False
         if not is_sound:
-            raise VideoError(f"{self.name} has an index of no sense; it is damaged: get the file again.")
+            raise VideoError(f"{self.name} has a nonsensical index; it is damaged: get the file again.")
 
     @property
     def _path(self) -> str | None:
@@ -184,16 +184,16 @@ class WorkerVideo:
             return file.read()
 
     def identity(self, index: int) -> bytes:
-        """Fingerprint of the file, and the place in it."""
+        """Fingerprint of the file, with the position in it."""
         return file_identity(self.digest, index)
 
     def open(self) -> WorkerCursor:
-        """Begin to decode."""
+        """Start decoding."""
         return WorkerCursor(self)
 
 
 class WorkerCursor:
-    """Decodes frames on a worker of its own, from the first one that is asked for until it is closed."""
+    """Decodes frames in a worker of its own, from the first requested frame until it is closed."""
 
     def __init__(self, video: WorkerVideo) -> None:
         self._video = video
@@ -216,7 +216,7 @@ class WorkerCursor:
             self._lease = lease
         request = {"op": "frame", "index": index}
         what = f"Frame {index} of "
-        reply = self._lease.ask(request, video.name, what=what, n_threads=MOST_THREADS, error=VideoError)
+        reply = self._lease.ask(request, video.name, what=what, n_threads=MAX_THREADS, error=VideoError)
         return _picture(self._lease, reply, video.limits.most_pixels, video.name)
 
     def close(self) -> None:
@@ -226,7 +226,7 @@ class WorkerCursor:
 
 
 class _Loader:
-    """Decodes pictures of a list in a worker: of the opener's while that has one, of another later."""
+    """Decodes pictures of a list in a worker: the opener's while it is open, another one later."""
 
     def __init__(self, opener: WorkerOpener) -> None:
         self._opener = opener
@@ -266,7 +266,7 @@ def _size(reply: Mapping[str, Any], pixel_limit: int, name: str) -> Size:
 
 
 def _read(source: Any, limit: int) -> tuple[bytes, str | None]:
-    """The bytes of a file, and its path where it has one."""
+    """The bytes of a file, and its path if it has one."""
     found = encoded(source)
     if isinstance(found, bytes):
         check_file_bytes(name_of(found, "The file"), len(found), limit)
@@ -279,7 +279,7 @@ def _read(source: Any, limit: int) -> tuple[bytes, str | None]:
 
 
 def _plain(value: Any) -> Any:
-    """An option as JSON has it; what is of no such kind is refused at the other end by how it looks."""
+    """An option as a JSON type; other types are sent as their repr and refused at the other end."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return [*map(_plain, value)] if isinstance(value, Sequence) and not isinstance(value, bytes) else repr(value)

@@ -1,13 +1,13 @@
-"""Worker processes that decode foreign files: how many, for how long, and who waits for whom.
+"""Worker processes that decode untrusted files: how many, for how long, and who waits for whom.
 
-A file may take long, or for ever, whatever its size. So there are two lanes. A lease begins in the fast one; when one
-of its requests takes longer than `SLOW_AFTER_S`, it moves to the slow one, where one file is worked on at a time, in
-turns and at a lower priority, and the others stand still. So slow files delay each other, and hardly any that decodes
-in the usual time. Frames of videos are decoded on workers of their own, since they are held for as long as a video is
+A file may take long, or for ever, whatever its size. So there are two lanes. A lease starts in the fast one; when one
+of its requests takes longer than `SLOW_AFTER_S`, it moves to the slow one, where one file is processed at a time, in
+turns and at a lower priority, while the others are paused. So slow files delay each other, but hardly any file that
+decodes in the usual time. Frames of videos are decoded in workers of their own, which are held as long as a video is
 encoded.
 
-A worker is ended when a request of its takes too long, when nobody waits for it any more, and when it has become
-large; another one takes its place.
+A worker is ended when one of its requests takes too long, when nobody waits for it any more, and when it has become
+large; another one replaces it.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ from edge_runtime.inputs.workers.worker import Worker, WorkerEnded
 from edge_runtime.system.memory import available_bytes
 
 TIMEOUT_S = 30.0
-"""Default for one page, picture or frame: of processor time where the system tells it, since machines are busy."""
-MOST_WAIT = 4
-"""So many times as long may it take by the clock."""
+"""Default for one page, picture or frame: in CPU time where the system reports it, since machines are busy."""
+MAX_WAIT = 4
+"""It may take this many times as long in wall-clock time."""
 SLOW_AFTER_S = 0.3
-"""As of `TIMEOUT_S`; most files take less: 12 million pixels of JPEG are decoded and cut in 0.4 s."""
+"""Measured like `TIMEOUT_S`; most files take less: 12 million pixels of JPEG are decoded and cut in 0.4 s."""
 TURN_S = 0.5
-"""Of a file in the slow lane, while others wait there."""
+"""Turn of a file in the slow lane, while others wait there."""
 N_SLOW = 1
-"""Slow files that are worked on at once."""
-MOST_SLOW = 16
-"""Slow files that are worked on or stand still, each with its memory."""
+"""Slow files that are processed at once."""
+MAX_SLOW = 16
+"""Slow files that are processed or paused, each with its memory."""
 N_VIDEOS = 2
-LEAST_BYTES, BYTES_PER_PIXEL = 1 << 30, 32
+MIN_BYTES, BYTES_PER_PIXEL = 1 << 30, 32
 """Memory of a worker: libraries and an encoded file, and a picture in 16 bits with alpha, several times."""
 RETIRED_AFTER = 1000
-"""Requests after which a worker makes room for a new one: what a decoder leaks is bounded."""
+"""Requests after which a worker is replaced, so that leaks of decoders are bounded."""
 LARGE_BYTES = 64 << 20
-"""Of one file or its pixels, after which a worker makes room for a new one, since memory is rarely given back."""
+"""Size of one file or its pixels after which a worker is replaced, since memory is rarely given back."""
 
 
 class DecoderPool:
-    """Worker processes, started when they are needed.
+    """Worker processes, started when needed.
 
     Parameters
     ----------
     n_workers : files in the fast lane at once.
-    timeout_s : most seconds for one picture, page or frame, see `TIMEOUT_S`; standing still is not counted.
-    pixel_limit : most pixels of a picture; decides how much memory a worker may take.
+    timeout_s : limit in seconds for one picture, page or frame, see `TIMEOUT_S`; pauses do not count.
+    pixel_limit : maximum number of pixels of a picture; decides how much memory a worker may take.
     """
 
     def __init__(self, n_workers: int = 2, timeout_s: float = TIMEOUT_S, pixel_limit: int = 64_000_000) -> None:
         self.timeout_s = timeout_s
-        self.most_bytes = LEAST_BYTES + BYTES_PER_PIXEL * pixel_limit
-        self.most_bytes = max(LEAST_BYTES, min(self.most_bytes, available_bytes() // 2))
+        self.max_bytes = MIN_BYTES + BYTES_PER_PIXEL * pixel_limit
+        self.max_bytes = max(MIN_BYTES, min(self.max_bytes, available_bytes() // 2))
         self._changed = threading.Condition()
         self.fast = Lane(n_workers, self._changed)
         self.slow = Lane(N_SLOW, self._changed)
@@ -76,7 +76,7 @@ class DecoderPool:
         _end_at_exit(self)
 
     def start(self) -> None:
-        """Have a worker ready for the next picture, also after one was ended; returns at once."""
+        """Keep a worker ready for the next picture, also after one was ended; returns at once."""
         self._is_started = True
 
         def begin() -> None:
@@ -92,7 +92,7 @@ class DecoderPool:
         Parameters
         ----------
         for_frames : whether it is held while frames are encoded.
-        owner : the client whose file it is.
+        owner : the client that sent the file.
 
         Raises
         ------
@@ -109,7 +109,7 @@ class DecoderPool:
             lease.end()
 
     def _worker(self) -> Worker:
-        """One that is idle, or a new one."""
+        """An idle worker, or a new one."""
         while True:
             with self._changed:
                 if self._is_closed:
@@ -118,7 +118,7 @@ class DecoderPool:
                 if worker is not None:
                     self._busy.add(worker)
             if worker is None:
-                worker = Worker(self.most_bytes)
+                worker = Worker(self.max_bytes)
                 with self._changed:
                     self._busy.add(worker)
                     if not self._is_closed:
@@ -128,7 +128,7 @@ class DecoderPool:
             self._forget(worker)
 
     def _put(self, worker: Worker) -> None:
-        """Take a worker back, where it is fit for others."""
+        """Take a worker back, if others can use it."""
         with self._changed:
             is_wanted = not self._is_closed and len(self._idle) < self._n_kept
             if is_wanted and worker.is_alive:
@@ -146,26 +146,26 @@ class DecoderPool:
             self.start()
 
     def close(self) -> None:
-        """End all workers; whoever waits for one is told."""
+        """End all workers; requests that wait for one get an error."""
         with self._changed:
             self._is_closed = True
             idle, self._idle = self._idle, []
             for worker in self._busy:
-                worker.kill()  # whoever has it ends it
+                worker.kill()  # its user ends it
             self._changed.notify_all()
         for worker in idle:
             worker.end()
 
     @property
     def pids(self) -> list[int]:
-        """Numbers of the processes."""
+        """Ids of the processes."""
         with self._changed:
             return [worker.pid for worker in (*self._idle, *self._busy)]
 
 
 @dataclass(frozen=True)
 class ClientsDecoders:
-    """The pool, as one client of a server has it."""
+    """The pool, as one client of a server sees it."""
 
     pool: DecoderPool
     owner: str
@@ -179,7 +179,7 @@ Decoders = DecoderPool | ClientsDecoders
 
 
 class Lease:
-    """A worker that one request has. Made by `DecoderPool.lease`."""
+    """A worker leased to one request. Made by `DecoderPool.lease`."""
 
     worker: Worker
 
@@ -187,7 +187,7 @@ class Lease:
         self.pool, self.check, self._owner = pool, check, owner
         self._lane: Lane | None = lane
         self.since = 0.0
-        """When its place was given."""
+        """Time at which its place was given."""
         self._is_slow = self._is_large = False
 
     def ask(
@@ -201,19 +201,19 @@ class Lease:
         on_share: Callable[[float], None] = lambda share: None,
         error: type[ImageError] = ImageError,
     ) -> dict[str, Any]:
-        """Send a request, with a file or without, and return its reply.
+        """Send a request, with or without a file, and return its reply.
 
         Parameters
         ----------
         name : of the file, for errors.
-        what : of the file is decoded, for errors: `Page 3 of `.
-        n_threads : that the decoder may have.
+        what : the part of the file that is decoded, for errors: `Page 3 of `.
+        n_threads : threads that the decoder may use.
         error : class of the error when the worker fails.
 
         Raises
         ------
         EdgeRuntimeError
-            What was raised there; `error` when it takes too long, or the process ends.
+            What the worker raised; `error` when it takes too long, or the process ends.
         """
         whole = f"{what}{name}"
         if data is not None:
@@ -225,15 +225,15 @@ class Lease:
             if self.pool._is_closed:
                 raise errors.RequestCancelled("The server is shutting down; try again later.") from None
             raise error(
-                f"{whole} ended the process that decodes it, which may take {self.pool.most_bytes >> 20} MB of "
-                "memory; it is damaged, or too large: save it anew, or smaller."
+                f"{whole} ended the process that decodes it, which may take {self.pool.max_bytes >> 20} MB of "
+                "memory; it is damaged, or too large: save it again, or smaller."
             ) from None
         if "error" in reply:
             raise _error(reply, whole, error)
         return reply
 
     def pixels(self, n_bytes: int, name: str) -> bytes:
-        """Pixels that the last request has made."""
+        """Pixels that the last request produced."""
         self._is_large = self._is_large or n_bytes > LARGE_BYTES
         buffer = self.worker.buffer
         if n_bytes > buffer.n_bytes:
@@ -247,7 +247,7 @@ class Lease:
         self.worker.buffer.memory[: len(data)] = data
 
     def become_slow(self, what: str) -> float:
-        """Leave the fast lane; returns the seconds that the worker had to stand still."""
+        """Leave the fast lane; returns the seconds that the worker was paused."""
         if self._is_slow:
             return 0.0
         self._is_slow = True
@@ -257,9 +257,10 @@ class Lease:
             return 0.0
         self._leave()
         with pool._changed:
-            if pool.n_slow >= MOST_SLOW:
+            if pool.n_slow >= MAX_SLOW:
                 raise EngineBusy(
-                    f"{what} takes long to decode, and so do {pool.n_slow} other files now; try again later."
+                    f"{what} takes long to decode, and so do {pool.n_slow} other files at the moment; try again "
+                    "later."
                 )
             pool.n_slow += 1
         if pool.slow.take_now():
@@ -268,7 +269,7 @@ class Lease:
         return self._wait_for_a_turn()
 
     def take_turns(self) -> float:
-        """Let another slow file go on, if one waits; returns the seconds that the worker had to stand still."""
+        """Let another slow file continue, if one waits; returns the seconds that the worker was paused."""
         slow = self.pool.slow
         if self._lane is not slow or not slow.waiting or time.monotonic() - self.since < TURN_S:
             return 0.0
@@ -317,7 +318,7 @@ class Lease:
 
 
 class _Watch:
-    """Looks round while a request is worked on."""
+    """Enforces limits while a request is processed."""
 
     def __init__(self, lease: Lease, what: str, error: type[ImageError], n_threads: int) -> None:
         self._lease, self._what, self._error, self._n_threads = lease, what, error, n_threads
@@ -343,11 +344,11 @@ class _Watch:
         now = self._lease.worker.processor_s
         if now is None or self._before_s is None:
             return seconds > limit
-        return now - self._before_s > limit * self._n_threads or seconds > MOST_WAIT * limit
+        return now - self._before_s > limit * self._n_threads or seconds > MAX_WAIT * limit
 
 
 def _error(reply: Mapping[str, Any], what: str, otherwise: type[ImageError]) -> EdgeRuntimeError:
-    """The error that a worker tells of; those of other kinds are about a file that no decoder was made for."""
+    """The error that a worker reports; unknown kinds come from a file that its decoder could not handle."""
     name, text = str(reply["error"]), " ".join(str(reply.get("text")).split())
     found = getattr(errors, name, None)
     if isinstance(found, type) and issubclass(found, EdgeRuntimeError):

@@ -1,10 +1,10 @@
-"""The process in which foreign files are decoded: what `decoding_pool` starts, and ends when it must.
+"""The process in which untrusted files are decoded; `pool` starts it, and ends it when it must.
 
 Each line on stdin is a request, `{"op": ...}`, each line on stdout a reply, `{...}`, `{"error": class, "text": ...}`,
-or, before it, `{"share": ...}` of a video's index. Bytes of files, and pixels, go through a `shared_buffer`; pixels
-that do not fit into the buffer are fetched in a second step, since only then is it known how large it has to be.
+or, before it, `{"share": ...}` of a video's index. Bytes of files, and pixels, go through a `SharedBuffer`; pixels
+that do not fit into the buffer are fetched in a second step, since only then its required size is known.
 
-Nothing that comes from here is believed more than a client is: replies are JSON.
+Output of this process is trusted no more than a client's: replies are JSON.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from edge_runtime.system import sandbox
 from edge_runtime.system.shared_memory import Mapped
 from edge_runtime.weights.config import SlicingConfig
 
-TELLS_EVERY_S = 0.05
-"""How often the share of a video's index that is made is told."""
+REPORT_EVERY_S = 0.05
+"""How often the finished share of a video's index is reported."""
 
 
 class Session:
-    """What one request has open."""
+    """What one request has opened."""
 
     def __init__(self) -> None:
         self._sources: list[ImageSource] = []
-        """Pictures and pages, by the numbers under which they are asked for."""
+        """Pictures and pages, by the numbers under which they are requested."""
         self._cursor: FrameCursor | None = None
         self._pixels: Sequence[np.ndarray] = ()
 
@@ -65,7 +65,7 @@ class Session:
         }
 
     def picture(self, data: NamedBytes | None, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Decode a picture that is not asked for again."""
+        """Decode a picture that is used only once."""
         assert data is not None
         return self._show(load_image(data, pixel_limit=request["pixel_limit"]))
 
@@ -88,7 +88,7 @@ class Session:
         """Make the index of a video."""
         assert data is not None
         limits = VideoLimits(**request["limits"])
-        source = open_file(Content(data, limits), limits, _teller())
+        source = open_file(Content(data, limits), limits, _reporter())
         return {
             "size": source.size,
             "rate": source.rate,
@@ -100,7 +100,7 @@ class Session:
         }
 
     def cursor(self, data: NamedBytes | None, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Begin to decode frames of a video whose index is known."""
+        """Start decoding frames of a video whose index is known."""
         assert data is not None
         limits = VideoLimits(**request["limits"])
         self._cursor = open_cursor(Content(data, limits), limits, request["state"])
@@ -112,19 +112,19 @@ class Session:
         return self._show(self._cursor.read(request["index"], lambda share: None))
 
     def fetch(self, data: object, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Put the pixels that were made last into the buffer."""
+        """Put the last pixels into the buffer."""
         pixels, self._pixels = self._pixels, ()
         memory, at = _BUFFER.memory(request["buffer"], request["room"]), 0
         for item in pixels:
             place = np.frombuffer(memory, np.uint8, item.nbytes, at).reshape(item.shape)
             place[:] = item
-            del place  # a mapping that somebody looks at cannot be closed
+            del place  # a mapping with views cannot be closed
             at += item.nbytes
         return {}
 
     @property
     def n_pixel_bytes(self) -> int:
-        """Bytes of the pixels that were made last and not fetched."""
+        """Bytes of the last pixels that were not fetched."""
         return sum(item.nbytes for item in self._pixels)
 
     def close(self) -> None:
@@ -154,18 +154,18 @@ OPERATIONS: Mapping[str, Callable[[Session, NamedBytes | None, Mapping[str, Any]
 }
 
 
-def _teller() -> Callable[[float], None]:
-    """A callback that tells the share of a video's index, not too often."""
+def _reporter() -> Callable[[float], None]:
+    """A callback that reports the share of a video's index, not too often."""
     last = time.monotonic()
 
-    def tell(share: float) -> None:
+    def report(share: float) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last > TELLS_EVERY_S:
+        if now - last > REPORT_EVERY_S:
             last = now
             _reply({"share": share})
 
-    return tell
+    return report
 
 
 def _reply(reply: Mapping[str, Any]) -> None:
@@ -174,7 +174,7 @@ def _reply(reply: Mapping[str, Any]) -> None:
 
 
 def _answer(session: Session, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Do what a request says; errors of this package in a form that can be raised again at the other end."""
+    """Execute a request; errors of this package are returned so that the other end can raise them again."""
     data = None
     if "bytes" in request:
         memory = _BUFFER.memory(request["buffer"], request["room"])
@@ -189,22 +189,22 @@ def _answer(session: Session, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": type(error).__name__, "text": str(error)}
     except MemoryError:
         return {"error": "MemoryError", "text": ""}
-    except Exception as error:  # noqa: BLE001 - told at the other end, where the file's name is known
+    except Exception as error:  # noqa: BLE001 - reported at the other end, where the file's name is known
         return {"error": "Exception", "text": f"{type(error).__name__}: {error}"[:500]}
 
 
-def main(most_bytes: int) -> None:
-    """Answer requests until there are none.
+def main(max_bytes: int) -> None:
+    """Answer requests until stdin ends.
 
     Parameters
     ----------
-    most_bytes : of memory.
+    max_bytes : limit of its memory.
     """
     Image.init()
-    silence_libtiff()  # finds the library in /proc, which is closed from here on
-    sandbox.be_ended_first()
+    silence_libtiff()  # finds the library in /proc, which is not accessible from here on
+    sandbox.be_killed_first()
     held = {
-        "memory": sandbox.limit_resources(most_bytes),
+        "memory": sandbox.limit_resources(max_bytes),
         "files": sandbox.give_up_files(),
         "network": sandbox.give_up_system_calls(),
     }
@@ -223,7 +223,7 @@ def main(most_bytes: int) -> None:
 
 
 _BUFFER = Mapped()
-# Replies have a descriptor of their own: what a library prints must not come between them.
+# Replies have a descriptor of their own: a library's output must not get between them.
 _OUT = os.fdopen(os.dup(1), "wb") if __name__ == "__main__" else sys.stdout.buffer
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""One process that decodes foreign files, seen from the process that it works for: started, asked, held, ended.
+"""One process that decodes untrusted files, seen from its parent: started, asked, paused, ended.
 
-Knows how requests and replies are written (`decoding_process`), and nothing of pictures.
+Knows how requests and replies are written (`process`), and nothing about pictures.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from edge_runtime.system.shared_memory import SharedBuffer
 logger = logging.getLogger("edge_runtime")
 
 START_S = 60.0
-"""For the process to begin, on a machine that is busy."""
-LOOK_S = 0.05
-"""How often whoever waits looks round."""
-MOST_REPLY_BYTES = 64 << 20
-"""The times of a video of days; a longer line is no reply."""
+"""Time for the process to start on a busy machine."""
+POLL_S = 0.05
+"""How often a wait is interrupted for checks."""
+MAX_REPLY_BYTES = 64 << 20
+"""Enough for the times of a video of several days; a longer line is not a reply."""
 CLEAR_S = 10.0
-URGENCY, LESS_URGENT = 5, 10  # nice values: running answers go first, and then whatever does not take long
+URGENCY, LESS_URGENT = 5, 10  # nice values: running answers go first, then files that do not take long
 
-Look = Callable[[float], None]
-"""Called now and then with the seconds that a request has taken; what it raises ends the worker."""
+OnWait = Callable[[float], None]
+"""Called regularly with the seconds that a request has taken; what it raises ends the worker."""
 
 
 class WorkerEnded(Exception):  # noqa: N818 - says what happened
-    """The process ended, or wrote what is no reply."""
+    """The process ended, or wrote something that is not a reply."""
 
 
 class Worker:
@@ -46,7 +46,7 @@ class Worker:
 
     Parameters
     ----------
-    most_bytes : of its memory.
+    max_bytes : limit of its memory.
 
     Raises
     ------
@@ -54,28 +54,28 @@ class Worker:
         When it cannot be started.
     """
 
-    def __init__(self, most_bytes: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self.buffer = SharedBuffer()
         self.n_requests = 0
         self.is_less_urgent = False
         self._replies: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "edge_runtime.inputs.workers.process", str(most_bytes)],
+                [sys.executable, "-P", "-m", "edge_runtime.inputs.workers.process", str(max_bytes)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=_environment(),
                 pass_fds=self.buffer.inherited,
-                # Ctrl-C in the terminal is for the process that it works for. Not a session of its own: Linux gives
-                # sessions equal shares of the processor (autogroup), whatever their nice values.
+                # Ctrl-C in the terminal is for its parent only. Not a session of its own: Linux gives sessions equal
+                # shares of the CPU (autogroup), whatever their nice values.
                 process_group=0,
             )
         except OSError as error:
             self.buffer.close()
             raise BackendUnavailable(
-                f"Pictures are decoded in a process of its own, which cannot be started ({error}); see if memory or "
-                "processes are short."
+                f"Pictures are decoded in a separate process, which cannot be started ({error}); check whether "
+                "memory or processes have run out."
             ) from None
         self._set_nice(URGENCY)
         assert self._process.stdout is not None
@@ -84,16 +84,16 @@ class Worker:
         ).start()
         try:
             self.held = self._next(_no_longer_than(START_S))
-            """What the process has given up, see `sandbox`: name to whether the system does that."""
+            """What the process has given up, see `sandbox`: name → whether the system can do that."""
         except (WorkerEnded, TimeoutError):
             self.end()
             raise BackendUnavailable(
-                "Pictures are decoded in a process of its own, which did not start; see if memory is short."
+                "Pictures are decoded in a separate process, which did not start; check free memory."
             ) from None
 
     @property
     def pid(self) -> int:
-        """Number of the process."""
+        """Id of the process."""
         return self._process.pid
 
     @property
@@ -104,7 +104,7 @@ class Worker:
     def ask(
         self,
         request: Mapping[str, Any],
-        look: Look,
+        on_wait: OnWait,
         processor_s: float,
         on_share: Callable[[float], None] = lambda share: None,
     ) -> dict[str, Any]:
@@ -112,8 +112,8 @@ class Worker:
 
         Parameters
         ----------
-        look : what it raises ends the process, and is raised.
-        processor_s : processor time after which the process ends by itself.
+        on_wait : what it raises ends the process, and is raised.
+        processor_s : CPU time after which the process ends by itself.
 
         Raises
         ------
@@ -123,7 +123,7 @@ class Worker:
         try:
             self._send({**request, "processor_s": processor_s})
             while True:
-                reply = self._next(look, on_share)
+                reply = self._next(on_wait, on_share)
                 if reply.get("number") == self.n_requests:
                     return reply
         except OSError:
@@ -134,7 +134,7 @@ class Worker:
             raise
 
     def clear(self) -> None:
-        """Have it forget what it has open; it does so when it comes to it.
+        """Ask it to close everything, without waiting for it.
 
         Raises
         ------
@@ -150,32 +150,32 @@ class Worker:
         self._process.stdin.write(json.dumps({**request, **where}).encode() + b"\n")
         self._process.stdin.flush()
 
-    def _next(self, look: Look, on_share: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
+    def _next(self, on_wait: OnWait, on_share: Callable[[float], None] = lambda share: None) -> dict[str, Any]:
         began = time.monotonic()
         while True:
             try:
-                reply = self._replies.get(timeout=LOOK_S)
+                reply = self._replies.get(timeout=POLL_S)
             except queue.Empty:
-                look(time.monotonic() - began)
+                on_wait(time.monotonic() - began)
                 continue
             if reply is None:
                 raise WorkerEnded
             if "share" not in reply:
                 return reply
             on_share(float(reply["share"]))
-            look(time.monotonic() - began)
+            on_wait(time.monotonic() - began)
 
     @property
     def processor_s(self) -> float | None:
-        """Processor time that the process has taken; None where the system does not tell it."""
+        """CPU time that the process has used; None where the system does not report it."""
         try:
-            told = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-            return (int(told[11]) + int(told[12])) / os.sysconf("SC_CLK_TCK")
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
         except (OSError, IndexError, ValueError):
             return None
 
     def be_less_urgent(self) -> None:
-        """Let others go first from here on: whatever it decodes takes long."""
+        """Let others go first from now on: what it decodes takes long."""
         self.is_less_urgent = True
         self._set_nice(LESS_URGENT)
 
@@ -190,23 +190,23 @@ class Worker:
                 os.setpriority(os.PRIO_PROCESS, thread, value)
 
     def pause(self) -> None:
-        """Stand still, where the system can do that."""
+        """Pause the process, where the system can."""
         if sys.platform != "win32":
             self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Continue after `pause`."""
         if sys.platform != "win32":
             self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End the process at once; whoever waits for a reply is told. For any thread."""
+        """End the process at once; a caller that waits for a reply gets an error. For any thread."""
         self._process.kill()
 
     def end(self) -> None:
-        """End the process at once, whatever it is doing, and free what it shared; for the thread that uses it."""
+        """End the process at once and free the shared memory; for the thread that uses it."""
         self.kill()
-        with contextlib.suppress(OSError):  # what was not written yet has nobody to read it
+        with contextlib.suppress(OSError):  # nobody is left to read what was not written yet
             assert self._process.stdin is not None
             self._process.stdin.close()
         self._process.wait()
@@ -214,31 +214,31 @@ class Worker:
 
 
 def _environment() -> dict[str, str]:
-    """Nothing of ours: there may be keys in it. This interpreter's own paths, so that it finds the same libraries."""
+    """An almost empty environment, as ours may hold keys; only our paths, so that it finds the same libraries."""
     environment = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONDONTWRITEBYTECODE": "1"}
-    # glibc would give a picture's memory back to the system, and take a page fault for each 4 KB of the next one's.
+    # glibc would return a picture's memory to the system, and cause a page fault for each 4 KB of the next one.
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(64 << 20)}
     environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each would reserve address space
     return environment | {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
 
 
 def _read(stream: IO[bytes], replies: queue.SimpleQueue[dict[str, Any] | None]) -> None:
-    """Body of the thread that reads what the process writes; None when there will be no more."""
+    """Body of the thread that reads the process's output; puts None at its end."""
     with stream:
         try:
-            while line := stream.readline(MOST_REPLY_BYTES):
+            while line := stream.readline(MAX_REPLY_BYTES):
                 reply = json.loads(line)
                 if not isinstance(reply, dict):
                     break
                 replies.put(reply)
         except (OSError, ValueError, RecursionError) as error:
-            logger.debug("A decoding process wrote what is no reply: %s", error)
+            logger.debug("A decoding process wrote something that is not a reply: %s", error)
     replies.put(None)
 
 
-def _no_longer_than(seconds: float) -> Look:
-    def look(taken: float) -> None:
+def _no_longer_than(seconds: float) -> OnWait:
+    def on_wait(taken: float) -> None:
         if taken > seconds:
             raise TimeoutError
 
-    return look
+    return on_wait

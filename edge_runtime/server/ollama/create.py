@@ -49,7 +49,7 @@ def pullable(name: str, state: ServerState) -> str:
     NotAllowed
         When it is an address on a host that the owner has not allowed.
     """
-    name = state.catalog.spelled(name)
+    name = state.catalog.pulled.spelled(name)
     try:
         source = parse_source(name)
     except ModelFileError as error:

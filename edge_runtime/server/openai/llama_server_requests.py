@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import Field
 
-from edge_runtime.generation.sampling import SamplingOptions, choose_options
+from edge_runtime.generation.sampling import SamplingOptions
+from edge_runtime.option_checks import check_sampling
+from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.server.content_parts import Part
 from edge_runtime.server.errors import RequestError
@@ -120,10 +122,17 @@ class LlamaCompletionRequest(SamplingFields):
         ]
 
     def settings(self, tokenizer: Tokenizer) -> SamplingOptions:
-        """Sampling settings, defaults included."""
-        wanted = self._options(tokenizer)
-        names = SamplingOptions.__dataclass_fields__
-        return choose_options(False, **{name: value for name, value in wanted.items() if name in names})
+        """Sampling settings, defaults included.
+
+        Raises
+        ------
+        MessageError
+            Names the option that is out of range.
+        """
+        wanted, names = self._options(tokenizer), SamplingOptions.__dataclass_fields__
+        options = GenerationOptions(**{name: value for name, value in wanted.items() if name in names})
+        check_sampling(options)
+        return options.sampling_options()
 
     def texts(self, tokenizer: Tokenizer) -> list[str]:
         """The prompts as text."""

@@ -19,10 +19,11 @@ from edge_runtime.server.errors import ModelNotFound, NotAllowed, RequestError
 from edge_runtime.server.registry.blobs import Blobs
 from edge_runtime.server.registry.names import Names, Record, checked_name
 from edge_runtime.server.registry.parameters import submit_options
+from edge_runtime.server.registry.pulled import PulledModels
 from edge_runtime.server.settings import Settings
 from edge_runtime.store.find import DEMO, ModelPaths, find_model
 from edge_runtime.store.library import Entry, Library
-from edge_runtime.store.names import ALIASES, parse_source, visible
+from edge_runtime.store.names import ALIASES, visible
 from edge_runtime.system.plain_files import is_plain
 
 LATEST = ":latest"
@@ -103,6 +104,7 @@ class Catalog:
 
     def __init__(self, settings: Settings, library: Library | None = None) -> None:
         self.library = library or Library()
+        self.pulled = PulledModels(self.library)
         self.names = Names(self.library.root / FOLDER / "names")
         self.blobs = Blobs(self.library.root / FOLDER / "blobs", settings.max_blob_bytes, self.room)
         self._most_bytes, self._most_names = settings.max_stored_bytes, settings.max_names
@@ -143,7 +145,7 @@ class Catalog:
             listed = self._made(record)
             if listed is not None:
                 found.setdefault(key, listed)
-        for entry in self._pulled():
+        for entry in self.pulled.all():
             if entry.label.lower() not in records and (listed := self._stored(entry)) is not None:
                 found.setdefault(listed.name.lower(), listed)
         return sorted(found.values(), key=lambda listed: listed.name.lower())
@@ -172,7 +174,7 @@ class Catalog:
         record = self.names.get(wanted)
         if record is not None:
             return self._made(record)
-        entry = self._entry(wanted)
+        entry = self.pulled.find(wanted)
         if entry is None or ((hidden := self.names.get(entry.label)) is not None and hidden.hidden):
             return None
         return self._stored(entry)
@@ -198,7 +200,7 @@ class Catalog:
         record = self.names.get(plain_name(name))
         if record is not None and listed.name == record.name:
             return record
-        entry = None if listed.name.lower() in self._owned else self._entry(listed.name)
+        entry = None if listed.name.lower() in self._owned else self.pulled.find(listed.name)
         return Record(listed.name, base=listed.name if entry is None else entry.name)
 
     def put(self, record: Record, name: str) -> Record:
@@ -264,7 +266,7 @@ class Catalog:
             self.names.remove(record.name)
             self._let_go(record)
             return listed
-        entry = self._entry(wanted)
+        entry = self.pulled.find(wanted)
         assert entry is not None, "what is neither the owner's nor created was pulled"
         if any(other.base == entry.name for other in self.names.all()):
             self.names.put(Record(entry.label, base=entry.name, hidden=True, created=_now()))
@@ -291,37 +293,6 @@ class Catalog:
                 self.library.remove(entry)
             for other in of_base:
                 self.names.remove(other.name)
-
-    def _pulled(self) -> list[Entry]:
-        return [entry for entry in self.library.entries() if entry.complete and entry.kind != "checkpoint"]
-
-    def _entry(self, name: str) -> Entry | None:
-        """The pulled model that a name means."""
-        return self._exactly(name) or self._exactly(self.spelled(name))
-
-    def _exactly(self, name: str) -> Entry | None:
-        try:
-            source = parse_source(name)
-            entry = self.library.find(source) if source is not None else None
-        except ModelFileError:
-            return None
-        return entry if entry is not None and entry.complete and entry.kind != "checkpoint" else None
-
-    def spelled(self, name: str) -> str:
-        """A pullable name, in the case of an alias or of what was pulled already."""
-        kind, colon, rest = name.partition(":")
-        if colon and kind.lower() in ("hf", "ms", "ollama"):
-            name = f"{kind.lower()}:{rest}"
-        known = [*ALIASES]
-        for entry in self._pulled():
-            known += [entry.name, f"{entry.source.kind}:{entry.source.place}"]
-        key = name.lower()
-        for each in sorted(known, key=len, reverse=True):
-            if key == each.lower():
-                return each
-            if key.startswith(each.lower() + ":"):
-                return each + name[len(each) :]
-        return name
 
     def _stored(self, entry: Entry) -> Listed | None:
         """A pulled model; None if its files were removed by somebody else."""

@@ -1,6 +1,6 @@
 """The attention of `attention` in bfloat16 with float32 sums, for machines with AMX.
 
-What enters and what leaves: as there, all float32. `reference_attention.attention_bf16` tells what is rounded.
+What enters and what leaves: as there, all float32. `reference.attention.attention_bf16` tells what is rounded.
 
 A task is one head of one sequence: it lays keys and values into tiles and takes 32 queries at a time, with all keys
 at once. Scores are computed transposed, keys down and queries across, as in `attention`; they take 128 bytes per key
@@ -15,12 +15,14 @@ the others are divided by.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned, rows_view
+from edge_kernels.attention.blocks import Operands
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import (
@@ -46,6 +48,14 @@ BLOCK = 2 * LANES  # keys in a step of the second product, queries of a task
 VALUE_BLOCKS = 8  # blocks of keys whose powers, 16 KB of them, are multiplied with values at once
 IS_POSSIBLE = HAS_TILES
 """Whether this machine can run it."""
+
+
+class Shape(NamedTuple):
+    """Width of a head, tiles of a row of queries or keys, columns of values and the one of ones, padded."""
+
+    d: int
+    steps: int
+    columns: int
 
 
 # --- keys and values ----------------------------------------------------------------------------------------
@@ -153,15 +163,14 @@ def first_scores(queries, steps, keys, n_kv, buffers):
 
 
 @leaf
-def attend_block(
-    queries, following, turn, steps, d, columns, keys, values, n_kv, out, out_at, out_stride, n_q, buffers
-):  # fmt: skip
+def attend_block(queries, following, turn, shape, keys, values, n_kv, out, out_at, out_stride, n_q, buffers):
     """Attend with the block of queries number `turn`, whose scores are there, to all keys; all of them in tiles.
 
     The scores of the next block, whose queries are at word `following` (none: -1), are computed on the way: tiles are
     multiplied while powers are taken. What was computed is used while it is in the first cache: scores for maxima one
     block of keys later, powers VALUE_BLOCKS at a time. `out` gets n_q rows of d, `out_stride` apart.
     """
+    d, steps, columns = shape
     scores, powers, sums, maxima = buffers
     n_blocks = (n_kv + BLOCK - 1) // BLOCK
     panel, powers_panel, sums_panel = n_blocks * BLOCK * LANES, n_blocks * TILE_WORDS, columns * LANES
@@ -218,11 +227,19 @@ def attention_buffers(most_keys, columns):
     )
 
 
+class _Heads(NamedTuple):
+    number: int
+    d: int
+    scale: float  # on scores, in units of log2(e)
+    terms: int  # 3 where scores keep the digits that rounding takes, else 1
+    steps: int  # tiles of a row of queries or keys
+    columns: int  # of values and the one of ones, padded
+
+
 @helper
-def _attention_worker(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, factor, terms, steps, columns, tasks, n_tasks, most_keys, out,
-    tickets,
-):  # fmt: skip
+def _attention_worker(operands, heads, tasks, most_keys, out, tickets):
+    q, q_stride, k, k_stride, v, v_stride = operands
+    d, terms, steps, columns, factor = heads.d, heads.terms, heads.steps, heads.columns, np.float32(heads.scale)
     n_blocks = (most_keys + BLOCK - 1) // BLOCK
     buffers, block_words = attention_buffers(most_keys, columns), 2 * steps * TILE_WORDS
     queries = aligned(2 * block_words, np.int32)  # of this block and the next
@@ -235,8 +252,8 @@ def _attention_worker(
     key_halves, value_halves = keys.view(np.int16), values.view(np.int16)
     begin_tiles()
     ticket = take_ticket(tickets)
-    while ticket < n_tasks * heads:
-        task, column = ticket // heads * 4, ticket % heads * d
+    while ticket < tasks.size // 4 * heads.number:
+        task, column = ticket // heads.number * 4, ticket % heads.number * d
         start, n_q, kv_start, n_kv = tasks[task], tasks[task + 1], tasks[task + 2], tasks[task + 3]
         for block in range((n_kv + BLOCK - 1) // BLOCK):
             first = block * BLOCK
@@ -256,23 +273,17 @@ def _attention_worker(
             if turn == 0:
                 first_scores(queries, steps, keys, n_kv, buffers)
             attend_block(
-                queries, following, turn, steps, d, columns, keys, values, n_kv,
-                out, (start + first) * heads * d + column, heads * d, min(BLOCK, n_q - first), buffers,
+                queries, following, turn, Shape(d, steps, columns), keys, values, n_kv,
+                out, (start + first) * heads.number * d + column, heads.number * d, min(BLOCK, n_q - first), buffers,
             )  # fmt: skip
         ticket = take_ticket(tickets)
     end_tiles()
 
 
 @kernel
-def _attention(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, factor, terms, steps, columns, tasks, n_tasks, most_keys, out,
-    tickets, workers,
-):  # fmt: skip
+def _attention(operands, heads, tasks, most_keys, out, tickets, workers):
     for _ in numba.prange(workers):
-        _attention_worker(
-            q, q_stride, k, k_stride, v, v_stride, heads, d, np.float32(factor), terms, steps, columns, tasks,
-            n_tasks, most_keys, out, tickets,
-        )  # fmt: skip
+        _attention_worker(operands, heads, tasks, most_keys, out, tickets)
 
 
 # --- entry --------------------------------------------------------------------------------------------------
@@ -289,7 +300,7 @@ def attention_bf16(
     *,
     fine_scores: bool = False,
 ) -> Float32:
-    """Attend with every query to all keys of its own sequence; `reference_attention.attention_bf16` defines it.
+    """Attend with every query to all keys of its own sequence; `reference.attention.attention_bf16` defines it.
 
     Runs in parallel, on machines with AMX only (`IS_POSSIBLE`). Sums are taken in another order than the reference's.
     A worker has some 700 bytes per key, of its sequence with the most.
@@ -327,8 +338,15 @@ def attention_bf16(
         return out
     with parallel_region() as workers:
         # Scores in units of log2(e), so that softmax is a power of 2.
+        sizes = _Heads(heads, d, scale * math.log2(math.e), terms, steps, columns)
+        operands = Operands(*rows_view(q), *rows_view(k), *rows_view(v))
         _attention(
-            *rows_view(q), *rows_view(k), *rows_view(v), heads, d, scale * math.log2(math.e), terms, steps, columns,
-            tasks.reshape(-1), len(tasks), int(tasks[:, 3].max()), out.reshape(-1), np.zeros(1, np.int64), workers,
-        )  # fmt: skip
+            operands,
+            sizes,
+            tasks.reshape(-1),
+            int(tasks[:, 3].max()),
+            out.reshape(-1),
+            np.zeros(1, np.int64),
+            workers,
+        )
     return out

@@ -16,20 +16,12 @@ from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned, aligned_empty, vector_view
 from edge_kernels.compile import helper, kernel, leaf
-from edge_kernels.linear.float32 import result_rows
 from edge_kernels.linear.gguf_blocks import LOG2_E
-from edge_kernels.simd.amx import begin_tiles, end_tiles
+from edge_kernels.linear.tasks import result_rows
+from edge_kernels.simd.amx import SIDE, STEP, TILE, begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import as_bf16
-from edge_kernels.simd.gguf_blocks import (
-    SIDE,
-    STEP,
-    STEP_ELEMENTS,
-    TILE,
-    blocks_half_tile,
-    blocks_tile,
-    finish_turned,
-    pack_pairs,
-)
+from edge_kernels.simd.epilogue import finish_transposed
+from edge_kernels.simd.gguf_blocks import STEP_ELEMENTS, blocks_half_tile, blocks_tile, pack_pairs
 from edge_kernels.simd.ir import take_ticket
 from edge_kernels.simd.kv_cache import softmax_pairs, split_key, turn_values
 from edge_kernels.threads import parallel_region
@@ -152,7 +144,7 @@ def _task(queries, width, head, group, first, m, past, dims, factor, packed, siz
         for j in range(SIDE):
             for i in range(SIDE):
                 result[j * SIDE + i] /= sums[i]
-        finish_turned(
+        finish_transposed(
             result, 0, result, 0, 0, 0, out, first * width + head * dims + tile * SIDE, width,
             min(SIDE, m - first), SIDE,
         )  # fmt: skip

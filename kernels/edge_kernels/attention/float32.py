@@ -19,12 +19,14 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (201
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.arrays import rows_view
+from edge_kernels.attention.blocks import TASK, Operands, plan
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.simd.float32 import product_tile, scale_panel, softmax_panel
 from edge_kernels.simd.ir import MR, NR, take_ticket
@@ -36,35 +38,39 @@ Int64 = NDArray[np.int64]
 # Keys per block. Fixed, because it decides the order of summation. KEY_BLOCK · NR scores take 12 to 36 KiB.
 KEY_BLOCK = 192
 QUERY_BLOCK = 192 // NR * NR  # queries per task at most: keys are read from memory once for so many
-TASKS_PER_WORKER = 4
 LOG2_E = math.log2(math.e)
 
 
+class _Heads(NamedTuple):
+    number: int
+    d: int
+    scale: float  # on scores, in units of log2(e)
+
+
+class _Buffers(NamedTuple):
+    queries: Float32  # [panel][d][NR], scaled
+    sums: Float32  # [panel][d_padded][NR]
+    scores: Float32  # [KEY_BLOCK + MR][NR]
+    state: Float32  # [panel][3][NR], see `softmax_panel`
+
+
 @leaf
-def _attention_task(
-    q,
-    q_stride,
-    k,
-    k_stride,
-    v,
-    v_stride,
-    d,
-    scale,
-    column,
-    q_start,
-    n_q,
-    kv_start,
-    n_kv,
-    out,
-    out_stride,
-    buffers,
-):
-    d_tiles = (d + MR - 1) // MR
-    d_padded = d_tiles * MR
+def _attention_task(operands, heads, head, q_start, n_q, kv_start, n_kv, out, buffers):
+    """Attend with a block of queries of one head to all keys of its sequence.
+
+    panel of queries [d][NR]        scores [keys][NR]             sums [d][NR]
+    ┌──────────┐                    ┌──────────┐ softmax runs     ┌──────────┐
+    │ q0 q1 …  │   keys · queries   │          │ down             │          │   values transposed · scores
+    │ one      │   ──────────────→  │          │ ↓                │          │   ──────────────→ added here
+    │ each     │                    │          │                  │          │
+    └──────────┘                    └──────────┘                  └──────────┘
+    """
+    q, q_stride, k, k_stride, v, v_stride = operands
+    queries, sums, scores, state = buffers
+    d, column, out_stride = heads.d, head * heads.d, heads.number * heads.d
+    scale = np.float32(heads.scale)
+    d_padded = (d + MR - 1) // MR * MR
     n_panels = (n_q + NR - 1) // NR
-    queries, sums, scores, state = (
-        buffers  # [panel][d][NR], [panel][d_padded][NR], [KEY_BLOCK + MR][NR], [panel][3][NR]
-    )
 
     for p in range(n_panels):
         for j in range(NR):
@@ -104,67 +110,29 @@ def _attention_task(
 
 
 @helper
-def _attention_worker(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, scale, tasks, n_tasks, query_block, out, tickets
-):
-    panels = (query_block + NR - 1) // NR
-    buffers = (
+def _attention_worker(operands, heads, plan, out, tickets):
+    d, panels = heads.d, (plan.query_block + NR - 1) // NR
+    buffers = _Buffers(
         np.empty(panels * d * NR, np.float32),
         np.empty(panels * (d + MR) * NR, np.float32),
         np.empty((KEY_BLOCK + MR) * NR, np.float32),
         np.empty(panels * 3 * NR, np.float32),
     )
+    tasks = plan.queries
     ticket = take_ticket(tickets)
-    while ticket < n_tasks * heads:
+    while ticket < tasks.size // TASK * heads.number:
         # Heads of one block of queries follow each other: their columns lie side by side in the same rows.
-        task, head = ticket // heads * 4, ticket % heads
+        task, head = ticket // heads.number * TASK, ticket % heads.number
         _attention_task(
-            q, q_stride, k, k_stride, v, v_stride, d, scale, head * d,
-            tasks[task], tasks[task + 1], tasks[task + 2], tasks[task + 3], out, heads * d, buffers,
-        )  # fmt: skip
+            operands, heads, head, tasks[task], tasks[task + 1], tasks[task + 2], tasks[task + 3], out, buffers
+        )
         ticket = take_ticket(tickets)
 
 
 @kernel
-def _attention(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, scale, tasks, n_tasks, query_block, out, tickets, workers
-):
+def _attention(operands, heads, plan, out, tickets, workers):
     for _ in numba.prange(workers):
-        _attention_worker(
-            q,
-            q_stride,
-            k,
-            k_stride,
-            v,
-            v_stride,
-            heads,
-            d,
-            np.float32(scale),
-            tasks,
-            n_tasks,
-            query_block,
-            out,
-            tickets,
-        )
-
-
-def _plan(q_offsets: Int64, kv_offsets: Int64, heads: int, workers: int) -> tuple[Int64, int]:
-    """List (first query, queries, first key, keys) of every block of queries, and the largest block.
-
-    Blocks are as large as the caches like, but small enough to keep all workers busy. Rows do not depend on
-    their block.
-    """
-    total = int(q_offsets[-1] - q_offsets[0])
-    wanted = -(-total * heads // (TASKS_PER_WORKER * workers))
-    block = min(QUERY_BLOCK, max(NR, -(-wanted // NR) * NR))
-    tasks = []
-    for s in range(len(q_offsets) - 1):
-        kv_start, n_kv = int(kv_offsets[s]), int(kv_offsets[s + 1] - kv_offsets[s])
-        start, stop = int(q_offsets[s]), int(q_offsets[s + 1])
-        if n_kv == 0:
-            continue
-        tasks += [(first, min(block, stop - first), kv_start, n_kv) for first in range(start, stop, block)]
-    return np.array(tasks, np.int64).reshape(-1), block
+        _attention_worker(operands, heads, plan, out, tickets)
 
 
 def attention(
@@ -176,7 +144,7 @@ def attention(
     q_offsets: Int64,
     kv_offsets: Int64,
 ) -> Float32:
-    """Attend with every query to all keys of its own sequence; `reference.attention` defines it.
+    """Attend with every query to all keys of its own sequence; `reference.operations.attention` defines it.
 
     Runs in parallel. Error against the reference: about 2e-7 of the largest value, plus what rounding of the
     scores makes of it (a score of size s carries s · 1e-7, and the exponential turns that into a relative
@@ -203,12 +171,11 @@ def attention(
     """
     out = np.zeros(q.shape, np.float32)
     with parallel_region() as workers:
-        tasks, query_block = _plan(q_offsets, kv_offsets, heads, workers)
-        if tasks.size == 0:
+        blocks = plan(q_offsets, kv_offsets, heads, workers, panel=NR, most=QUERY_BLOCK, key_block=KEY_BLOCK)
+        if blocks.queries.size == 0:
             return out
         # Scores in units of log2(e), so that softmax is a power of 2.
-        _attention(
-            *rows_view(q), *rows_view(k), *rows_view(v), heads, q.shape[1] // heads, scale * LOG2_E,
-            tasks, tasks.size // 4, query_block, out.reshape(-1), np.zeros(1, np.int64), workers,
-        )  # fmt: skip
+        sizes = _Heads(heads, q.shape[1] // heads, scale * LOG2_E)
+        operands = Operands(*rows_view(q), *rows_view(k), *rows_view(v))
+        _attention(operands, sizes, blocks, out.reshape(-1), np.zeros(1, np.int64), workers)
     return out

@@ -1,6 +1,6 @@
 """The attention of `attention`, with both products in integers: int16 pairs and int32 sums.
 
-What enters and what leaves: as there, all float32. `reference_attention.attention_int16` tells which integers lie
+What enters and what leaves: as there, all float32. `reference.attention.attention_int16` tells which integers lie
 between, and why no sum of them overflows.
 
 A task is one head of one sequence and a block of its queries, which it quantises itself. Keys and values are
@@ -17,12 +17,14 @@ Whether a machine gains by it, GAINS tells; it is right on all of them.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.arrays import rows_view
+from edge_kernels.attention.blocks import TASK, Operands, plan
 from edge_kernels.compile import helper, kernel
 from edge_kernels.reference.attention import KEYS_PER_BLOCK, LARGEST_VALUE, score_limit
 from edge_kernels.simd.int16 import (
@@ -47,18 +49,18 @@ from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 GAINS = PAIR_TILE.gains
 """Whether this is faster than `attention` here."""
 
 QUERY_BLOCK = 192 // PAIR_NR * PAIR_NR  # queries per task at most: keys are read from memory once for so many
-TASKS_PER_WORKER = 4
 
 
 @helper
 def _factor_and_scale(largest, limit):
-    """Return limit / largest and largest / limit, with the exceptions of `reference_attention.attention_int16`."""
+    """Return limit / largest and largest / limit, with the exceptions of `reference.attention.attention_int16`."""
     factor = limit / largest
     if not math.isfinite(largest):
         return np.float32(0.0), np.float32(np.nan)
@@ -67,18 +69,48 @@ def _factor_and_scale(largest, limit):
     return factor, largest / limit
 
 
+class _Heads(NamedTuple):
+    number: int
+    d: int
+    scale: float  # on scores, in units of log2(e)
+    limit: float  # largest integer of queries and keys
+
+
+class _Quantised(NamedTuple):
+    """Keys and values as integers; a part is one head of a block of keys.
+
+    Attributes
+    ----------
+    keys : ndarray [part][KEYS_PER_BLOCK][pairs of d], int32 words
+    values : ndarray [part][pairs of keys][d], int32 words
+    k_scale : ndarray [part][KEYS_PER_BLOCK], float32
+    v_scale : ndarray [part][d], float32
+    """
+
+    keys: Int32
+    values: Int32
+    k_scale: Float32
+    v_scale: Float32
+
+
+class _Buffers(NamedTuple):
+    queries: Int32  # [panel][pairs of d][PAIR_NR]
+    words: Int32  # [pairs of d], one query
+    sums: Float32  # [panel][d_padded][PAIR_NR]
+    scores: Float32  # [KEYS_PER_BLOCK + PAIR_MR][PAIR_NR]
+    powers: Int32  # [pairs of keys][PAIR_NR]
+    state: Float32  # [panel][STATE_ROWS][PAIR_NR]
+
+
 # --- keys and values ----------------------------------------------------------------------------------------
 
 
 @helper
-def _quantize_block(
-    k, k_stride, v, v_stride, d, limit, first, n_keys, column, part, keys, values, k_scale, v_scale
-):  # fmt: skip
-    """Write part number `part`, one head of a block of keys.
-
-    Keys lie [part][KEYS_PER_BLOCK][pairs of d], values [part][pairs of keys][d], scales [part][KEYS_PER_BLOCK] and
-    [part][d].
-    """
+def _quantize_block(operands, heads, head, first, n_keys, part, quantised):
+    """Write part number `part`, one head of a block of keys."""
+    _, _, k, k_stride, v, v_stride = operands
+    keys, values, k_scale, v_scale = quantised
+    d, column, limit = heads.d, head * heads.d, np.float32(heads.limit)
     cells = (d + 1) // 2
     broken = np.float32(0.0)
     for i in range(n_keys):
@@ -102,36 +134,29 @@ def _quantize_block(
 
 
 @helper
-def _quantize_worker(
-    k, k_stride, v, v_stride, heads, d, limit, blocks, n_blocks, keys, values, k_scale, v_scale, tickets
-):  # fmt: skip
+def _quantize_worker(operands, heads, blocks, quantised, tickets):
     ticket = take_ticket(tickets)
-    while ticket < n_blocks * heads:
-        block, head = ticket // heads * 2, ticket % heads
-        _quantize_block(
-            k, k_stride, v, v_stride, d, limit, blocks[block], blocks[block + 1], head * d,
-            ticket, keys, values, k_scale, v_scale,
-        )  # fmt: skip
+    while ticket < blocks.size // 2 * heads.number:
+        block, head = ticket // heads.number * 2, ticket % heads.number
+        _quantize_block(operands, heads, head, blocks[block], blocks[block + 1], ticket, quantised)
         ticket = take_ticket(tickets)
 
 
 @kernel
-def _quantize(
-    k, k_stride, v, v_stride, heads, d, limit, blocks, n_blocks, keys, values, k_scale, v_scale, tickets, workers
-):
+def _quantize(operands, heads, blocks, quantised, tickets, workers):
     for _ in numba.prange(workers):
-        _quantize_worker(
-            k, k_stride, v, v_stride, heads, d, np.float32(limit), blocks, n_blocks,
-            keys, values, k_scale, v_scale, tickets,
-        )  # fmt: skip
+        _quantize_worker(operands, heads, blocks, quantised, tickets)
 
 
 # --- attention ----------------------------------------------------------------------------------------------
 
 
 @helper
-def _quantize_queries(q, q_stride, d, scale, limit, start, n_q, column, queries, state, words):
+def _quantize_queries(operands, heads, head, start, n_q, buffers):
     """Write queries into panels [pairs of d][PAIR_NR], 0 where there is none, and begin their state."""
+    q, q_stride = operands.q, operands.q_stride
+    d, column, scale, limit = heads.d, head * heads.d, np.float32(heads.scale), np.float32(heads.limit)
+    queries, words, state = buffers.queries, buffers.words, buffers.state
     cells = (d + 1) // 2
     for query in range((n_q + PAIR_NR - 1) // PAIR_NR * PAIR_NR):
         p, j = query // PAIR_NR, query % PAIR_NR
@@ -152,8 +177,10 @@ def _quantize_queries(q, q_stride, d, scale, limit, start, n_q, column, queries,
 
 
 @helper
-def _attend(keys, values, k_scale, v_scale, d, part, n_keys, queries, p, state, sums, scores, powers):
+def _attend(quantised, d, part, n_keys, p, buffers):
     """Take a block of keys into the sums of panel p."""
+    keys, values, k_scale, v_scale = quantised
+    queries, _, sums, scores, powers, state = buffers
     cells, pairs = (d + 1) // 2, (n_keys + 1) // 2
     d_padded = (d + PAIR_MR - 1) // PAIR_MR * PAIR_MR
     here = p * STATE_ROWS * PAIR_NR
@@ -177,41 +204,35 @@ def _attend(keys, values, k_scale, v_scale, d, part, n_keys, queries, p, state, 
 
 
 @helper
-def _attention_task(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, scale, limit, ready, keys, values, k_scale, v_scale,
-    head, q_start, n_q, kv_start, n_kv, block, out, buffers,
-):  # fmt: skip
+def _attention_task(operands, heads, head, task, is_ready, quantised, out, buffers):
+    """Attend with a block of queries, a row of `Plan.queries`, of one head to all keys of its sequence."""
+    q_start, n_q, kv_start, n_kv, block = task
+    d, sums, state = heads.d, buffers.sums, buffers.state
     d_padded = (d + PAIR_MR - 1) // PAIR_MR * PAIR_MR
     n_panels = (n_q + PAIR_NR - 1) // PAIR_NR
-    queries, words, sums, scores, powers, state = buffers
-    _quantize_queries(q, q_stride, d, scale, limit, q_start, n_q, head * d, queries, state, words)
+    _quantize_queries(operands, heads, head, q_start, n_q, buffers)
     for i in range(n_panels * d_padded * PAIR_NR):
         sums[i] = 0.0
     for key in range(0, n_kv, KEYS_PER_BLOCK):
         n_keys = min(KEYS_PER_BLOCK, n_kv - key)
-        part = (block + key // KEYS_PER_BLOCK) * heads + head
-        if not ready:
+        part = (block + key // KEYS_PER_BLOCK) * heads.number + head
+        if not is_ready:
             part = 0
-            _quantize_block(
-                k, k_stride, v, v_stride, d, limit, kv_start + key, n_keys, head * d,
-                part, keys, values, k_scale, v_scale,
-            )  # fmt: skip
+            _quantize_block(operands, heads, head, kv_start + key, n_keys, part, quantised)
         for p in range(n_panels):
-            _attend(keys, values, k_scale, v_scale, d, part, n_keys, queries, p, state, sums, scores, powers)
+            _attend(quantised, d, part, n_keys, p, buffers)
     for query in range(n_q):
         p, j = query // PAIR_NR, query % PAIR_NR
         norm = np.float32(1.0) / state[(p * STATE_ROWS + TOTAL) * PAIR_NR + j]
         for i in range(d):
-            out[((q_start + query) * heads + head) * d + i] = sums[(p * d_padded + i) * PAIR_NR + j] * norm
+            at = ((q_start + query) * heads.number + head) * d + i
+            out[at] = sums[(p * d_padded + i) * PAIR_NR + j] * norm
 
 
 @helper
-def _attention_worker(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, scale, limit, ready, keys, values, k_scale, v_scale,
-    tasks, n_tasks, query_block, out, tickets,
-):  # fmt: skip
-    panels, cells = query_block // PAIR_NR, (d + 1) // 2
-    buffers = (
+def _attention_worker(operands, heads, plan, is_ready, quantised, out, tickets):
+    d, panels, cells = heads.d, plan.query_block // PAIR_NR, (heads.d + 1) // 2
+    buffers = _Buffers(
         np.empty(panels * cells * PAIR_NR, np.int32),
         np.zeros(cells, np.int32),
         np.empty(panels * (d + PAIR_MR) * PAIR_NR, np.float32),
@@ -219,61 +240,29 @@ def _attention_worker(
         np.empty(KEYS_PER_BLOCK // 2 * PAIR_NR, np.int32),
         np.empty(panels * STATE_ROWS * PAIR_NR, np.float32),
     )
-    if not ready:
-        keys, values = np.empty(KEYS_PER_BLOCK * cells, np.int32), np.empty(KEYS_PER_BLOCK // 2 * d, np.int32)
-        k_scale, v_scale = np.empty(KEYS_PER_BLOCK, np.float32), np.empty(d, np.float32)
+    if not is_ready:  # room for one part, which every block is quantised into as its turn comes
+        quantised = _Quantised(
+            np.empty(KEYS_PER_BLOCK * cells, np.int32),
+            np.empty(KEYS_PER_BLOCK // 2 * d, np.int32),
+            np.empty(KEYS_PER_BLOCK, np.float32),
+            np.empty(d, np.float32),
+        )
+    tasks = plan.queries
     ticket = take_ticket(tickets)
-    while ticket < n_tasks * heads:
-        task, head = ticket // heads * 5, ticket % heads
-        _attention_task(
-            q, q_stride, k, k_stride, v, v_stride, heads, d, scale, limit, ready, keys, values, k_scale, v_scale,
-            head, tasks[task], tasks[task + 1], tasks[task + 2], tasks[task + 3], tasks[task + 4], out, buffers,
-        )  # fmt: skip
+    while ticket < tasks.size // TASK * heads.number:
+        at, head = ticket // heads.number * TASK, ticket % heads.number
+        task = tasks[at], tasks[at + 1], tasks[at + 2], tasks[at + 3], tasks[at + 4]
+        _attention_task(operands, heads, head, task, is_ready, quantised, out, buffers)
         ticket = take_ticket(tickets)
 
 
 @kernel
-def _attention(
-    q, q_stride, k, k_stride, v, v_stride, heads, d, scale, limit, ready, keys, values, k_scale, v_scale,
-    tasks, n_tasks, query_block, out, tickets, workers,
-):  # fmt: skip
+def _attention(operands, heads, plan, is_ready, quantised, out, tickets, workers):
     for _ in numba.prange(workers):
-        _attention_worker(
-            q, q_stride, k, k_stride, v, v_stride, heads, d, np.float32(scale), np.float32(limit), ready,
-            keys, values, k_scale, v_scale, tasks, n_tasks, query_block, out, tickets,
-        )  # fmt: skip
+        _attention_worker(operands, heads, plan, is_ready, quantised, out, tickets)
 
 
 # --- entry --------------------------------------------------------------------------------------------------
-
-
-def _plan(q_offsets: Int64, kv_offsets: Int64, heads: int, workers: int) -> tuple[Int64, Int64, int]:
-    """Cut keys and queries into blocks.
-
-    Blocks of queries are as large as the caches like, but small enough to keep all workers busy. Rows do not depend
-    on their block.
-
-    Returns
-    -------
-    blocks : (first key, keys) of every block of keys.
-    tasks : (first query, queries, first key of the sequence, its keys, its first block) of every block of queries.
-    query_block : the largest block of queries, in whole panels.
-    """
-    total = int(q_offsets[-1] - q_offsets[0])
-    wanted = -(-total * heads // (TASKS_PER_WORKER * workers))
-    query_block = min(QUERY_BLOCK, max(PAIR_NR, -(-wanted // PAIR_NR) * PAIR_NR))
-    blocks: list[tuple[int, int]] = []
-    tasks: list[tuple[int, int, int, int, int]] = []
-    for s in range(len(q_offsets) - 1):
-        start, stop = int(q_offsets[s]), int(q_offsets[s + 1])
-        kv_start, kv_stop = int(kv_offsets[s]), int(kv_offsets[s + 1])
-        if start == stop or kv_start == kv_stop:
-            continue
-        rest = (kv_start, kv_stop - kv_start, len(blocks))
-        tasks += [(first, min(query_block, stop - first), *rest) for first in range(start, stop, query_block)]
-        starts = range(kv_start, kv_stop, KEYS_PER_BLOCK)
-        blocks += [(first, min(KEYS_PER_BLOCK, kv_stop - first)) for first in starts]
-    return np.array(blocks, np.int64).reshape(-1), np.array(tasks, np.int64).reshape(-1), query_block
 
 
 def attention_int16(
@@ -285,7 +274,7 @@ def attention_int16(
     q_offsets: Int64,
     kv_offsets: Int64,
 ) -> Float32:
-    """Attend with every query to all keys of its own sequence; `reference_attention.attention_int16` defines it.
+    """Attend with every query to all keys of its own sequence; `reference.attention.attention_int16` defines it.
 
     Runs in parallel. Against that reference a power may be off by 1 of LARGEST_POWER, and sums by a few roundings.
     Against `attention`, errors are half a step of each integer: for normal data some 0.1 % of the result, root mean
@@ -323,27 +312,25 @@ def attention_int16(
     limit = score_limit(d)
     out = np.zeros(q.shape, np.float32)
     with parallel_region() as workers:
-        blocks, tasks, query_block = _plan(q_offsets, kv_offsets, heads, workers)
-        n_blocks, n_tasks = blocks.size // 2, tasks.size // 5
+        blocks = plan(
+            q_offsets, kv_offsets, heads, workers, panel=PAIR_NR, most=QUERY_BLOCK, key_block=KEYS_PER_BLOCK
+        )
+        n_tasks = blocks.queries.size // TASK
         if n_tasks == 0 or d == 0:
             return out
-        keys_and_values = *rows_view(k), *rows_view(v)
+        operands = Operands(*rows_view(q), *rows_view(k), *rows_view(v))
+        # Scores in units of log2(e), so that softmax is a power of 2.
+        sizes = _Heads(heads, d, scale * math.log2(math.e), float(limit))
         # Where a sequence's queries are one block, its task quantises keys and values as it comes to them.
-        ready = len(np.unique(tasks[4::5])) < n_tasks
-        parts = n_blocks * heads if ready else 0
-        integers = (
+        is_ready = len(np.unique(blocks.queries[4::TASK])) < n_tasks
+        parts = blocks.keys.size // 2 * heads if is_ready else 0
+        quantised = _Quantised(
             np.empty(parts * KEYS_PER_BLOCK * ((d + 1) // 2), np.int32),
             np.empty(parts * (KEYS_PER_BLOCK // 2) * d, np.int32),
             np.empty(parts * KEYS_PER_BLOCK, np.float32),
             np.empty(parts * d, np.float32),
         )
-        if ready:
-            _quantize(
-                *keys_and_values, heads, d, limit, blocks, n_blocks, *integers, np.zeros(1, np.int64), workers
-            )  # fmt: skip
-        # Scores in units of log2(e), so that softmax is a power of 2.
-        _attention(
-            *rows_view(q), *keys_and_values, heads, d, scale * math.log2(math.e), limit, ready, *integers,
-            tasks, n_tasks, query_block, out.reshape(-1), np.zeros(1, np.int64), workers,
-        )  # fmt: skip
+        if is_ready:
+            _quantize(operands, sizes, blocks.keys, quantised, np.zeros(1, np.int64), workers)
+        _attention(operands, sizes, blocks, is_ready, quantised, out.reshape(-1), np.zeros(1, np.int64), workers)
     return out

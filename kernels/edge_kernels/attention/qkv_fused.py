@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned
-from edge_kernels.attention.bf16 import BLOCK, attend_block, attention_buffers, first_scores, round_in_steps
+from edge_kernels.attention.bf16 import BLOCK, Shape, attend_block, attention_buffers, first_scores, round_in_steps
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.int8 import PackedInt8Weight, pack_weight_int8
 from edge_kernels.linear.int8_rows import QuantizedRows
@@ -31,6 +31,9 @@ from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
+Int8 = NDArray[np.int8]
+Int16 = NDArray[np.int16]
+Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
@@ -82,9 +85,42 @@ def pack_heads(
     return PackedHeads(packed, bias_by_head.reshape(-1), heads, d)
 
 
+class _Rows(NamedTuple):
+    panels: Int8
+    scale: Float32
+    offset: Float32
+    cells: int
+
+
+class _Weight(NamedTuple):
+    panels: Int8
+    scales: Float32
+    sums: Int32
+    shifts: Float32  # scale · sum: what an offset of 1 adds
+    bias: Float32
+
+
+class _Heads(NamedTuple):
+    number: int
+    d: int
+    panels: int  # of a head's outputs: queries, keys, values and the one of ones
+    steps: int  # tiles of a row of queries or keys
+    columns: int  # of values and the one of ones, padded
+    stride: int  # of a line of outputs
+
+
+class _Tiles(NamedTuple):
+    queries: Int32
+    keys: Int16
+    values: Int16
+    words: Int16  # 16 queries, before they are transposed
+
+
 @leaf
-def _lay(lines, stride, d, steps, columns, block, n_rows, queries, keys, values, words):
+def _lay(lines, heads, block, n_rows, tiles):
     """Lay a block of rows, of which n_rows are there, into tiles of queries, keys and values."""
+    _, d, _, steps, columns, stride = heads
+    queries, keys, values, words = tiles
     one, tile = np.float32(1.0), 2 * TILE_WORDS
     lines[n_rows * stride : BLOCK * stride] = 0.0
     for half in range(2):
@@ -104,11 +140,11 @@ def _lay(lines, stride, d, steps, columns, block, n_rows, queries, keys, values,
 
 
 @leaf
-def _project(rows, weight, bias, zeros, head, panels, d, steps, columns, start, stop, stride, lines, sums, tiles):
+def _project(rows, weight, heads, head, start, stop, lines, sums, zeros, tiles):
     """Queries, keys and values of one head of rows start to stop, in tiles."""
     x, x_scale, x_offset, cells = rows
-    w, scales, w_sums, shifts = weight
-    queries, keys, values, words = tiles
+    w, scales, w_sums, shifts, bias = weight
+    panels, stride = heads.panels, heads.stride
     for panel in range(start // DOT_MR, (stop + DOT_MR - 1) // DOT_MR):
         first, last = max(start, panel * DOT_MR), min(stop, (panel + 1) * DOT_MR)
         # Blocks of rows begin where the sequence begins, panels do not: rows may belong to two blocks, one after the
@@ -117,7 +153,7 @@ def _project(rows, weight, bias, zeros, head, panels, d, steps, columns, start, 
         for p in range(panels):
             slab = (head * panels + p) * cells * DOT_NR * GROUP
             dot_tile(x, panel * cells * DOT_MR * GROUP, w, slab, cells, sums, p * DOT_MR * DOT_NR, 0)
-        for p in range(panels):  # not one by one, see `linear_int8`
+        for p in range(panels):  # not one by one, see `linear.int8`
             column = (head * panels + p) * DOT_NR
             scale_tile(
                 sums, (p * DOT_MR + first - panel * DOT_MR) * DOT_NR, last - first,
@@ -127,21 +163,19 @@ def _project(rows, weight, bias, zeros, head, panels, d, steps, columns, start, 
         filled, block = here + last - first, (first - start) // BLOCK
         if filled >= BLOCK or last == stop:
             n = min(filled, BLOCK)
-            _lay(lines, stride, d, steps, columns, block, n, queries, keys, values, words)
+            _lay(lines, heads, block, n, tiles)
         if filled > BLOCK:
             n = filled - BLOCK
             for j in range(n * stride):
                 lines[j] = lines[BLOCK * stride + j]
             if last == stop:
-                _lay(lines, stride, d, steps, columns, block + 1, n, queries, keys, values, words)
+                _lay(lines, heads, block + 1, n, tiles)
 
 
 @helper
-def _worker(
-    x, x_scale, x_offset, cells, w, scales, sums, shifts, bias, heads, d, panels, steps, columns,
-    offsets, most_rows, out, tickets,
-):  # fmt: skip
-    n_blocks, stride = (most_rows + BLOCK - 1) // BLOCK, max(panels * DOT_NR, 2 * d + columns)
+def _worker(rows, weight, heads, offsets, most_rows, out, tickets):
+    _, d, panels, steps, columns, stride = heads
+    n_blocks = (most_rows + BLOCK - 1) // BLOCK
     # Zeros, because what pads is never written: columns behind the values, and those behind queries and keys.
     queries, keys = (
         aligned(n_blocks * 2 * steps * TILE_WORDS, np.int32),
@@ -154,41 +188,34 @@ def _worker(
     lines, words = aligned(2 * BLOCK * stride, np.float32), np.zeros(LANES * steps * BLOCK, np.int16)
     keys[:], lines[:] = 0, 0.0
     zeros, buffers = np.zeros(DOT_NR, np.float32), attention_buffers(most_rows, columns)
-    tiles = queries, keys.view(np.int16), values.view(np.int16), words
-    rows, weight = (x, x_scale, x_offset, cells), (w, scales, sums, shifts)
+    tiles = _Tiles(queries, keys.view(np.int16), values.view(np.int16), words)
     begin_tiles()
     ticket = take_ticket(tickets)
-    while ticket < (offsets.size - 1) * heads:
-        sequence, head = ticket // heads, ticket % heads
+    while ticket < (offsets.size - 1) * heads.number:
+        sequence, head = ticket // heads.number, ticket % heads.number
         start, stop = offsets[sequence], offsets[sequence + 1]
-        _project(rows, weight, bias, zeros, head, panels, d, steps, columns, start, stop, stride, lines, tile, tiles)
+        _project(rows, weight, heads, head, start, stop, lines, tile, zeros, tiles)
         if start < stop:
             first_scores(queries, steps, keys, stop - start, buffers)
         for first in range(start, stop, BLOCK):
             turn = (first - start) // BLOCK
             following = (turn + 1) * 2 * steps * TILE_WORDS if first + BLOCK < stop else -1
             attend_block(
-                queries, following, turn, steps, d, columns, keys, values, stop - start,
-                out, (first * heads + head) * d, heads * d, min(BLOCK, stop - first), buffers,
+                queries, following, turn, Shape(d, steps, columns), keys, values, stop - start,
+                out, (first * heads.number + head) * d, heads.number * d, min(BLOCK, stop - first), buffers,
             )  # fmt: skip
         ticket = take_ticket(tickets)
     end_tiles()
 
 
 @kernel
-def _self_attention(
-    x, x_scale, x_offset, cells, w, scales, sums, shifts, bias, heads, d, panels, steps, columns,
-    offsets, most_rows, out, tickets, workers,
-):  # fmt: skip
+def _self_attention(rows, weight, heads, offsets, most_rows, out, tickets, workers):
     for _ in numba.prange(workers):
-        _worker(
-            x, x_scale, x_offset, cells, w, scales, sums, shifts, bias, heads, d, panels, steps, columns,
-            offsets, most_rows, out, tickets,
-        )  # fmt: skip
+        _worker(rows, weight, heads, offsets, most_rows, out, tickets)
 
 
 def self_attention(x: QuantizedRows, packed: PackedHeads, offsets: Int64) -> Float32:
-    """Attend with every row to all rows of its own sequence; `reference_attention.self_attention` defines it.
+    """Attend with every row to all rows of its own sequence; `reference.attention.self_attention` defines it.
 
     Runs in parallel, on machines with AMX only. 2·M·K·3·H·D operations in int8 and, per sequence of M rows and head,
     4·M²·D in bfloat16; reads the rows once per head.
@@ -212,11 +239,12 @@ def self_attention(x: QuantizedRows, packed: PackedHeads, offsets: Int64) -> Flo
         return out
     steps, columns = -(-d // BLOCK), -(-(d + 1) // BLOCK) * BLOCK
     shifts = weight.scales * weight.sums[0].astype(np.float32)
+    panels = len(weight.scales) // heads // DOT_NR
     with parallel_region() as workers:
         _self_attention(
-            x.panels, x.scale.reshape(-1), x.offset.reshape(-1), n_cells(x.k),
-            weight.panels, weight.scales, weight.sums.reshape(-1), shifts, packed.bias, heads, d,
-            len(weight.scales) // heads // DOT_NR, steps, columns, offsets, most_rows, out.reshape(-1),
-            np.zeros(1, np.int64), workers,
+            _Rows(x.panels, x.scale.reshape(-1), x.offset.reshape(-1), n_cells(x.k)),
+            _Weight(weight.panels, weight.scales, weight.sums.reshape(-1), shifts, packed.bias),
+            _Heads(heads, d, panels, steps, columns, max(panels * DOT_NR, 2 * d + columns)),
+            offsets, most_rows, out.reshape(-1), np.zeros(1, np.int64), workers,
         )  # fmt: skip
     return out

@@ -3,7 +3,7 @@
 What enters and what leaves: as there. What is left out of a product is below 2^-26 of it, a quarter of what rounding
 it to float32 changes, and a sum is rounded six times in 32 products instead of 32 times: the result is as near to the
 true one as `linear`'s. Rows are split in a pass of their own, weights once at load; blocks and tasks are those of
-`linear`.
+`linear.tasks`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -19,18 +19,10 @@ from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned, aligned_empty, rows_view
 from edge_kernels.compile import helper, kernel, leaf
-from edge_kernels.linear.float32 import result_rows, task_blocks
-from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
-from edge_kernels.simd.bf16_split import (
-    PARTS,
-    SPLIT_ROWS,
-    STEP,
-    TILE,
-    finish_tile,
-    split_outputs,
-    split_rows,
-    split_tile,
-)
+from edge_kernels.linear.tasks import After, product_worker, result_rows, task_grid, what_follows
+from edge_kernels.simd.amx import HAS_TILES, SIDE, STEP, TILE
+from edge_kernels.simd.bf16_split import PARTS, split_outputs, split_rows, split_tile
+from edge_kernels.simd.epilogue import finish_square
 from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
@@ -52,7 +44,7 @@ class SplitWeight(NamedTuple):
     Attributes
     ----------
     panels : ndarray [shape=(⌈n/32⌉ · ⌈k/32⌉ · parts · 1024,), int16]
-        bfloat16, in panels of 32 outputs as `simd_split` describes them, padded with zeros. Not for files.
+        bfloat16, in panels of 32 outputs as `simd.bf16_split` describes them, padded with zeros. Not for files.
     parts : int
         3, or 2 where a third one would be 0 everywhere: what a file keeps in float16 or bfloat16.
     n, k : int
@@ -70,8 +62,8 @@ def _split_panel(x, x_stride, m, k, out, panel):
     """Split 32 rows, from row 32 · panel on."""
     steps = (k + STEP - 1) // STEP
     rest, line = k % STEP, np.zeros(STEP, np.float32)
-    for i in range(SPLIT_ROWS):
-        row = panel * SPLIT_ROWS + i
+    for i in range(SIDE):
+        row = panel * SIDE + i
         to = panel * steps * PARTS * 2 * TILE + i // 16 * TILE + i % 16 * STEP
         for step in range(steps):
             at = to + step * PARTS * 2 * TILE
@@ -87,7 +79,7 @@ def _split_panel(x, x_stride, m, k, out, panel):
 def _split(x, x_stride, m, k, out, tickets, workers):
     for _ in numba.prange(workers):
         panel = take_ticket(tickets)
-        while panel * SPLIT_ROWS < m:
+        while panel * SIDE < m:
             _split_panel(x, x_stride, m, k, out, panel)
             panel = take_ticket(tickets)
 
@@ -101,7 +93,7 @@ def _pack_panel(weight, row_stride, n, k, panels, parts, panel):
     for step in range(steps):
         columns = min(STEP, k - step * STEP)
         for half in range(2):
-            first = panel * SPLIT_ROWS + half * 16
+            first = panel * SIDE + half * 16
             for i in range(16):
                 for j in range(STEP):
                     inside = first + i < n and j < columns
@@ -137,7 +129,7 @@ def pack_split(weight: Float32) -> SplitWeight:
     """
     n, k = weight.shape
     rows, row_stride = rows_view(weight)
-    thirds = np.empty(-(-n // SPLIT_ROWS), np.int32)
+    thirds = np.empty(-(-n // SIDE), np.int32)
     first = np.ascontiguousarray(weight[:1], np.float32).view(np.int32)
     for parts in (PARTS,) if np.any(first & 0xFF) else (PARTS - 1, PARTS):  # the first row tells what is worth trying
         panels = aligned_empty(thirds.size * -(-k // STEP) * parts * TILE)
@@ -148,54 +140,62 @@ def pack_split(weight: Float32) -> SplitWeight:
     return SplitWeight(panels.view(np.int16), parts, n, k)
 
 
-@leaf
-def _linear_task(rows, weight, parts, k, after, out, n, block, buffers):
-    """Compute a block of rows × a block of panels; sums: [panel][row tile][32][32]."""
-    bias, with_gelu, residual, residual_stride = after
-    row, n_rows, panel, n_panels = block
-    sums, scratch = buffers
-    row_tiles, steps = (n_rows + SPLIT_ROWS - 1) // SPLIT_ROWS, (k + STEP - 1) // STEP
-    k_blocks, size = (k + K_BLOCK - 1) // K_BLOCK, SPLIT_ROWS * SPLIT_ROWS
-    for b in range(k_blocks):
-        first, last = steps * b // k_blocks, steps * (b + 1) // k_blocks  # equal parts: no short last block
-        # One tile behind: what follows the sums is done while the next are multiplied.
-        for t in range(n_panels * row_tiles + 1):
-            if t < n_panels * row_tiles:
-                p, r = t // row_tiles, t % row_tiles
-                split_tile(
-                    rows, ((row // SPLIT_ROWS + r) * steps + first) * PARTS * 2 * TILE,
-                    weight, ((panel + p) * steps + first) * parts * 2 * TILE, parts, last - first,
-                    scratch, 0, sums, t * size, b,
-                )  # fmt: skip
-            if t > 0 and b == k_blocks - 1:
-                p, i = (t - 1) // row_tiles, (t - 1) % row_tiles * SPLIT_ROWS
-                column = (panel + p) * SPLIT_ROWS
-                finish_tile(
-                    sums, (t - 1) * size, bias, column, with_gelu, residual, (row + i) * residual_stride + column,
-                    residual_stride, out, (row + i) * n + column, n, min(SPLIT_ROWS, n_rows - i),
-                    min(SPLIT_ROWS, n - column),
-                )  # fmt: skip
+class _Weight(NamedTuple):
+    panels: Int16
+    parts: int
+    k: int
+
+
+class _Product(NamedTuple):
+    rows: Int16
+    weight: _Weight
+    after: After
+    out: Float32
 
 
 @helper
-def _worker(rows, weight, parts, k, after, out, m, n, row_block, panel_block, tickets):
-    panels = (n + SPLIT_ROWS - 1) // SPLIT_ROWS
-    row_tasks, panel_tasks = (m + row_block - 1) // row_block, (panels + panel_block - 1) // panel_block
-    tile, scratch = aligned(row_block * panel_block * SPLIT_ROWS, np.float32), aligned(SPLIT_ROWS**2, np.float32)
-    begin_tiles()
-    task = take_ticket(tickets)
-    while task < row_tasks * panel_tasks:
-        row, panel = task % row_tasks * row_block, task // row_tasks * panel_block
-        block = row, min(row_block, m - row), panel, min(panel_block, panels - panel)
-        _linear_task(rows, weight, parts, k, after, out, n, block, (tile, scratch))
-        task = take_ticket(tickets)
-    end_tiles()
+def _allocate(product, grid):
+    """Make room for a task's sums, [panel][row tile][32][32], and for a block of one tile."""
+    sums = aligned(grid.row_block * grid.panel_block * SIDE, np.float32)
+    return sums, aligned(SIDE**2, np.float32)
+
+
+@leaf
+def _linear_task(product, grid, block, buffers):
+    """Compute a block of rows × a block of panels."""
+    rows, (panels, parts, k), after, out = product
+    sums, scratch = buffers
+    row_tiles, steps = (block.n_rows + SIDE - 1) // SIDE, (k + STEP - 1) // STEP
+    k_blocks, size = (k + K_BLOCK - 1) // K_BLOCK, SIDE * SIDE
+    for b in range(k_blocks):
+        first, last = steps * b // k_blocks, steps * (b + 1) // k_blocks  # equal parts: no short last block
+        # One tile behind: what follows the sums is done while the next are multiplied.
+        for t in range(block.n_panels * row_tiles + 1):
+            if t < block.n_panels * row_tiles:
+                p, r = t // row_tiles, t % row_tiles
+                split_tile(
+                    rows, ((block.row // SIDE + r) * steps + first) * PARTS * 2 * TILE,
+                    panels, ((block.panel + p) * steps + first) * parts * 2 * TILE, parts, last - first,
+                    scratch, 0, sums, t * size, b,
+                )  # fmt: skip
+            if t > 0 and b == k_blocks - 1:
+                p, i = (t - 1) // row_tiles, (t - 1) % row_tiles * SIDE
+                row, column = block.row + i, (block.panel + p) * SIDE
+                finish_square(
+                    sums, (t - 1) * size, after.bias, column, after.gelu,
+                    after.residual, row * after.residual_stride + column, after.residual_stride,
+                    out, row * grid.n + column, grid.n, min(SIDE, block.n_rows - i),
+                    min(SIDE, grid.n - column),
+                )  # fmt: skip
+
+
+_worker = product_worker(_allocate, _linear_task, SIDE)
 
 
 @kernel
-def _linear(rows, weight, parts, k, after, out, m, n, row_block, panel_block, tickets, workers):
+def _linear(rows, weight, after, out, grid, tickets, workers):
     for _ in numba.prange(workers):
-        _worker(rows, weight, parts, k, after, out, m, n, row_block, panel_block, tickets)
+        _worker(_Product(rows, weight, after, out), grid, tickets)
 
 
 _space = aligned_empty(0)
@@ -221,7 +221,7 @@ def linear_split(
     residual: Float32 | None = None,
     out: Float32 | None = None,
 ) -> Float32:
-    """Multiply rows by a split weight and apply what follows; `reference.linear` defines it.
+    """Multiply rows by a split weight and apply what follows; `reference.operations.linear` defines it.
 
     Runs in parallel, on machines with AMX. Error against the reference: as `linear`'s, up to some 2e-7 of the sum of
     |products|; with GELU 2e-7 · |x| more. Infinities become NaN. 12·M·N·K operations (10 with two parts).
@@ -249,17 +249,11 @@ def linear_split(
     if m == 0:
         return out
     rows, row_stride = rows_view(x)
-    padded_bias = np.zeros(-(-n // SPLIT_ROWS) * SPLIT_ROWS, np.float32)
-    if bias is not None:
-        padded_bias[:n] = bias
-    after = (padded_bias, int(gelu), *((np.empty(0, np.float32), 0) if residual is None else rows_view(residual)))
+    after = what_follows(bias, gelu, residual, n, SIDE)
     tickets = np.zeros(2, np.int64)
     with parallel_region() as workers:
-        panels = _row_space(-(-m // SPLIT_ROWS) * -(-k // STEP) * PARTS * TILE)
+        panels = _row_space(-(-m // SIDE) * -(-k // STEP) * PARTS * TILE)
         _split(rows, row_stride, m, k, panels, tickets[:1], workers)
-        row_block, panel_block = task_blocks(m, n, workers, (ROW_BLOCK, SPLIT_ROWS), (COLUMN_BLOCK, SPLIT_ROWS))
-        _linear(
-            panels, weight.panels, weight.parts, k, after, out.reshape(-1), m, n, row_block, panel_block, tickets[1:],
-            workers,
-        )  # fmt: skip
+        grid = task_grid(m, n, workers, (ROW_BLOCK, SIDE), (COLUMN_BLOCK, SIDE))
+        _linear(panels, _Weight(weight.panels, weight.parts, k), after, out.reshape(-1), grid, tickets[1:], workers)
     return out

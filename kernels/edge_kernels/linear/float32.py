@@ -21,10 +21,12 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.arrays import aligned_empty, rows_view
+from edge_kernels.arrays import Rows, aligned_empty, rows_view
 from edge_kernels.compile import helper, kernel, leaf
-from edge_kernels.simd.float32 import gelu, product_tile
-from edge_kernels.simd.ir import MR, NR, take_ticket
+from edge_kernels.linear.tasks import After, product_worker, result_rows, task_grid, what_follows
+from edge_kernels.simd.epilogue import finish_row
+from edge_kernels.simd.float32 import product_tile
+from edge_kernels.simd.ir import MR, NR
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
@@ -35,7 +37,6 @@ Float32 = NDArray[np.float32]
 K_BLOCK = 256
 ROW_BLOCK = 192 // MR * MR
 COLUMN_BLOCK = 576 // NR * NR
-TASKS_PER_WORKER = 4  # smaller blocks are cut until there are so many, so that no worker waits long for the last one
 
 
 class PackedWeight(NamedTuple):
@@ -96,162 +97,68 @@ def pack_weight(weight: Float32) -> PackedWeight:
     return PackedWeight(panels, n, k)
 
 
-@leaf
-def _linear_task(
-    x,
-    x_stride,
-    k,
-    panels,
-    bias,
-    with_gelu,
-    residual,
-    residual_stride,
-    out,
-    n,
-    row,
-    rows,
-    panel,
-    n_panels,
-    tile,
-):
-    # tile: [rows / MR][n_panels][MR][NR], sums of this task
-    row_tiles = (rows + MR - 1) // MR
-    k_blocks = (k + K_BLOCK - 1) // K_BLOCK
-    for b in range(k_blocks):
-        first, last = k * b // k_blocks, k * (b + 1) // k_blocks  # equal parts: no short last block
-        for p in range(n_panels):
-            slab = ((panel + p) * k + first) * NR
-            for r in range(row_tiles):
-                product_tile(
-                    x, (row + r * MR) * x_stride + first, x_stride, 1, min(MR, rows - r * MR),
-                    panels, slab, last - first,
-                    tile, (r * n_panels + p) * MR * NR, int(b > 0),
-                )  # fmt: skip
-    for i in range(rows):
-        for p in range(n_panels):
-            column = (panel + p) * NR
-            sums = ((i // MR * n_panels + p) * MR + i % MR) * NR
-            # Whole panel rows (`bias` is padded): a constant length is vectorised without a remainder.
-            if with_gelu:
-                for j in range(NR):
-                    tile[sums + j] = gelu(tile[sums + j] + bias[column + j])
-            else:
-                for j in range(NR):
-                    tile[sums + j] += bias[column + j]
-            start, width = (row + i) * n + column, min(NR, n - column)
-            if residual.size > 0:
-                start_residual = (row + i) * residual_stride + column
-                for j in range(width):
-                    out[start + j] = tile[sums + j] + residual[start_residual + j]
-            else:
-                for j in range(width):
-                    out[start + j] = tile[sums + j]
+class _Weight(NamedTuple):
+    panels: Float32
+    k: int
+
+
+class _Product(NamedTuple):
+    rows: Rows
+    weight: _Weight
+    after: After
+    out: Float32
 
 
 @helper
-def _linear_worker(
-    x,
-    x_stride,
-    m,
-    k,
-    panels,
-    bias,
-    with_gelu,
-    residual,
-    residual_stride,
-    out,
-    n,
-    row_block,
-    panel_block,
-    tickets,
-):
-    all_panels = (n + NR - 1) // NR
-    row_tasks = (m + row_block - 1) // row_block
-    panel_tasks = (all_panels + panel_block - 1) // panel_block
-    tile = np.empty(row_block * panel_block * NR, np.float32)
-    task = take_ticket(tickets)
-    while task < row_tasks * panel_tasks:
-        # Neighbouring tasks share panels: what one worker has just brought into the shared cache the other
-        # finds there.
-        row, panel = task % row_tasks * row_block, task // row_tasks * panel_block
-        _linear_task(
-            x, x_stride, k, panels, bias, with_gelu, residual, residual_stride, out, n,
-            row, min(row_block, m - row), panel, min(panel_block, all_panels - panel), tile,
-        )  # fmt: skip
-        task = take_ticket(tickets)
+def _allocate(product, grid):
+    """Make room for a task's sums: [rows / MR][panels][MR][NR]."""
+    return np.empty(grid.row_block * grid.panel_block * NR, np.float32)
+
+
+@leaf
+def _linear_task(product, grid, block, sums):
+    """Compute a block of rows × a block of panels.
+
+    K is cut into blocks, so that a slab of one panel stays in the first cache while all rows of the task pass it:
+
+                 K_BLOCK                                  panel p
+                ┌───────┬───────┐                        ┌───────┐
+           rows │ slab  │       │            K_BLOCK     │ slab  │   ← read again for every MR rows
+                │       │       │                        ├───────┤
+                └───────┴───────┘                        │       │
+    """
+    (x, x_stride), (panels, k), after, out = product
+    row_tiles = (block.n_rows + MR - 1) // MR
+    k_blocks = (k + K_BLOCK - 1) // K_BLOCK
+    for b in range(k_blocks):
+        first, last = k * b // k_blocks, k * (b + 1) // k_blocks  # equal parts: no short last block
+        for p in range(block.n_panels):
+            slab = ((block.panel + p) * k + first) * NR
+            for r in range(row_tiles):
+                product_tile(
+                    x, (block.row + r * MR) * x_stride + first, x_stride, 1, min(MR, block.n_rows - r * MR),
+                    panels, slab, last - first,
+                    sums, (r * block.n_panels + p) * MR * NR, int(b > 0),
+                )  # fmt: skip
+    # Row by row, not tile by tile: what lies side by side in the long rows of the result goes to memory together.
+    for i in range(block.n_rows):
+        row = block.row + i
+        for p in range(block.n_panels):
+            column = (block.panel + p) * NR
+            finish_row(
+                sums, ((i // MR * block.n_panels + p) * MR + i % MR) * NR, after.bias, column, after.gelu,
+                after.residual, row * after.residual_stride + column, out, row * grid.n + column,
+                min(NR, grid.n - column),
+            )  # fmt: skip
+
+
+_worker = product_worker(_allocate, _linear_task, NR)
 
 
 @kernel
-def _linear(
-    x,
-    x_stride,
-    m,
-    k,
-    panels,
-    bias,
-    with_gelu,
-    residual,
-    residual_stride,
-    out,
-    n,
-    row_block,
-    panel_block,
-    tickets,
-    workers,
-):
+def _linear(rows, weight, after, out, grid, tickets, workers):
     for _ in numba.prange(workers):
-        _linear_worker(
-            x,
-            x_stride,
-            m,
-            k,
-            panels,
-            bias,
-            with_gelu,
-            residual,
-            residual_stride,
-            out,
-            n,
-            row_block,
-            panel_block,
-            tickets,
-        )
-
-
-def even_block(total: int, most: int, unit: int) -> int:
-    """Cut `total` into equal blocks of at most `most`, rounded up to whole units."""
-    parts = -(-total // most)
-    return -(-total // (parts * unit)) * unit
-
-
-def task_blocks(m: int, n: int, workers: int, rows: tuple[int, int], columns: tuple[int, int]) -> tuple[int, int]:
-    """Choose rows and panels per task: what the caches like, but enough tasks for all workers.
-
-    Parameters
-    ----------
-    rows, columns : most per task, and those of a register tile.
-    """
-    (most_rows, tile_rows), (most_columns, tile_columns) = rows, columns
-    row_block, column_block = even_block(m, most_rows, tile_rows), even_block(n, most_columns, tile_columns)
-    wanted = TASKS_PER_WORKER * workers if workers > 1 else 1
-    while -(-m // row_block) * -(-n // column_block) < wanted and column_block > tile_columns:
-        column_block = -(-column_block // (2 * tile_columns)) * tile_columns
-    return row_block, column_block // tile_columns
-
-
-def result_rows(out: Float32 | None, m: int, n: int) -> Float32:
-    """Return `out` when a product can be written into it, or new memory where there is none.
-
-    Raises
-    ------
-    ValueError
-        If it is not a C-contiguous float32 array: the result would be written to a copy.
-    """
-    if out is None:
-        return np.empty((m, n), np.float32)
-    if out.dtype != np.float32 or not out.flags.c_contiguous:
-        raise ValueError(f"out is {out.dtype} with strides {out.strides}; a C-contiguous float32 array is needed.")
-    return out
+        _worker(_Product(rows, weight, after, out), grid, tickets)
 
 
 def linear(
@@ -263,7 +170,7 @@ def linear(
     residual: Float32 | None = None,
     out: Float32 | None = None,
 ) -> Float32:
-    """Multiply rows by a packed weight and apply what follows; `reference.linear` defines it.
+    """Multiply rows by a packed weight and apply what follows; `reference.operations.linear` defines it.
 
     Runs in parallel. Error against the reference: order of summation only, up to some 2e-7 of the sum of
     |products|; with GELU 2e-7 · |x| more. Moves M·K + N·K + M·N floats (2·M·N·K operations), and M·N more
@@ -298,16 +205,16 @@ def linear(
     out = result_rows(out, m, n)
     if m == 0:
         return out
-    rows, row_stride = rows_view(x)
-    padded_bias = np.zeros(-(-n // NR) * NR, np.float32)
-    if bias is not None:
-        padded_bias[:n] = bias
-    residual_view, residual_stride = (np.empty(0, np.float32), 0) if residual is None else rows_view(residual)
-    tickets = np.zeros(1, np.int64)
+    after = what_follows(bias, gelu, residual, n, NR)
     with parallel_region() as workers:
-        row_block, panel_block = task_blocks(m, n, workers, (ROW_BLOCK, MR), (COLUMN_BLOCK, NR))
+        grid = task_grid(m, n, workers, (ROW_BLOCK, MR), (COLUMN_BLOCK, NR))
         _linear(
-            rows, row_stride, m, weight.k, weight.panels, padded_bias, gelu, residual_view, residual_stride,
-            out.reshape(-1), n, row_block, panel_block, tickets, workers,
-        )  # fmt: skip
+            rows_view(x),
+            _Weight(weight.panels, weight.k),
+            after,
+            out.reshape(-1),
+            grid,
+            np.zeros(1, np.int64),
+            workers,
+        )
     return out

@@ -19,18 +19,15 @@ from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned, aligned_empty, rows_view
 from edge_kernels.compile import helper, kernel, leaf
-from edge_kernels.linear.float32 import result_rows
-from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles, keep_awake
+from edge_kernels.linear.tasks import Grid, product_worker, result_rows
+from edge_kernels.simd.amx import HAS_TILES, SIDE, STEP, TILE, keep_awake
+from edge_kernels.simd.epilogue import finish_transposed
 from edge_kernels.simd.float32 import exp2
 from edge_kernels.simd.gguf_blocks import (
     NUMBERS,
-    SIDE,
-    STEP,
     STEP_ELEMENTS,
-    TILE,
     blocks_half_tile,
     blocks_tile,
-    finish_turned,
     pack_pairs,
     read_minima,
     read_scales,
@@ -76,7 +73,7 @@ class PackedRows(NamedTuple):
     Attributes
     ----------
     panels : ndarray [shape=(k / 256 · ⌈m / 32⌉ · 8192,), int16]
-        bfloat16, [block of 256 k][32 rows], each as `simd_blocks` describes it.
+        bfloat16, [block of 256 k][32 rows], each as `simd.gguf_blocks` describes it.
     m, k : int
         Number of rows and of inputs.
     """
@@ -169,14 +166,66 @@ def _unpack(blocks, kind, row_bytes, at, n_outputs, numbers, square):
             keep_awake()
 
 
+class _Weight(NamedTuple):
+    blocks: Bytes
+    kind: int  # index of `_KINDS`
+    block_bytes: int
+    k: int
+
+
+class _Residual(NamedTuple):
+    rows: Float32
+    stride: int
+    is_there: int
+
+
+class _Blocking(NamedTuple):
+    """Outputs and k whose weights are unpacked before they are multiplied."""
+
+    outputs: int
+    k: int
+
+
+class _Product(NamedTuple):
+    rows: NDArray[np.int16]
+    weight: _Weight
+    residual: _Residual
+    out: Float32
+    blocking: _Blocking
+
+
+class _Buffers(NamedTuple):
+    panel: NDArray[np.int16]  # unpacked weights
+    sums: Float32  # [output tile][row tile][32][32]
+    numbers: Float32  # what 32 blocks take to be unpacked
+
+
+@helper
+def _allocate(product, grid):
+    outputs, k = product.blocking
+    return _Buffers(
+        aligned(outputs * k // 2, np.int32).view(np.int16),
+        aligned((grid.m + SIDE - 1) // SIDE * SIDE * outputs, np.float32),
+        aligned(SIDE * NUMBERS, np.float32),
+    )
+
+
 @leaf
-def _task(rows, weight, m, first, n_outputs, k_block, residual, out, buffers):
-    """Compute all rows × a block of outputs; sums: [output tile][row tile][32][32]."""
-    blocks, kind, block_bytes, n, k = weight
-    residual_rows, residual_stride, with_residual = residual
+def _linear_task(product, grid, block, buffers):
+    """Compute all rows × the outputs of a task, block by block of them."""
+    last = min(grid.n, (block.panel + block.n_panels) * SIDE)
+    for first in range(block.panel * SIDE, last, product.blocking.outputs):
+        _outputs(product, grid, first, min(product.blocking.outputs, grid.n - first), buffers)
+
+
+@leaf
+def _outputs(product, grid, first, n_outputs, buffers):
+    """Compute all rows × a block of outputs."""
+    rows, (blocks, kind, block_bytes, k), residual, out, blocking = product
     panel, sums, numbers = buffers
+    m, n = grid.m, grid.n
     row_tiles, output_tiles, size = (m + SIDE - 1) // SIDE, (n_outputs + SIDE - 1) // SIDE, SIDE * SIDE
-    row_bytes, k_blocks = k // BLOCK * block_bytes, (k + k_block - 1) // k_block
+    row_bytes, k_blocks = k // BLOCK * block_bytes, (k + blocking.k - 1) // blocking.k
     for part in range(k_blocks):
         begin, end = k // BLOCK * part // k_blocks, k // BLOCK * (part + 1) // k_blocks
         for o in range(output_tiles):
@@ -200,34 +249,20 @@ def _task(rows, weight, m, first, n_outputs, k_block, residual, out, buffers):
     for o in range(output_tiles):
         for r in range(row_tiles):
             column = first + o * SIDE
-            finish_turned(
-                sums, (o * row_tiles + r) * size, residual_rows, r * SIDE * residual_stride + column,
-                residual_stride, with_residual, out, r * SIDE * n + column, n, min(SIDE, m - r * SIDE),
+            finish_transposed(
+                sums, (o * row_tiles + r) * size, residual.rows, r * SIDE * residual.stride + column,
+                residual.stride, residual.is_there, out, r * SIDE * n + column, n, min(SIDE, m - r * SIDE),
                 min(SIDE, n - column),
             )  # fmt: skip
 
 
-@helper
-def _worker(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets):
-    n = weight[3]
-    buffers = (
-        aligned(output_block * k_block // 2, np.int32).view(np.int16),
-        aligned((m + SIDE - 1) // SIDE * SIDE * output_block, np.float32),
-        aligned(SIDE * NUMBERS, np.float32),
-    )
-    begin_tiles()
-    task = take_ticket(tickets)
-    while task * task_outputs < n:
-        for first in range(task * task_outputs, min(n, (task + 1) * task_outputs), output_block):
-            _task(rows, weight, m, first, min(output_block, n - first), k_block, residual, out, buffers)
-        task = take_ticket(tickets)
-    end_tiles()
+_worker = product_worker(_allocate, _linear_task, SIDE)
 
 
 @kernel
-def _linear(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets, workers):
+def _linear(rows, weight, residual, out, blocking, grid, tickets, workers):
     for _ in numba.prange(workers):
-        _worker(rows, weight, m, residual, out, task_outputs, output_block, k_block, tickets)
+        _worker(_Product(rows, weight, residual, out, blocking), grid, tickets)
 
 
 def _empty_rows(m: int, k: int) -> NDArray[np.float32]:
@@ -311,13 +346,16 @@ def linear_blocks(
     out = result_rows(out, m, n)
     if m == 0:
         return out
-    view = (np.empty(0, np.float32), 0, 0) if residual is None else (*rows_view(residual), 1)
+    nothing = _Residual(np.empty(0, np.float32), 0, 0)
     stored = weight.blocks.view()
     stored.flags.writeable = False  # one specialisation, whether they lie in a file or not
-    blocks = (stored, _KINDS.index(weight.kind), BLOCK_BYTES[weight.kind], n, k)
-    panel = (SIDE, BLOCK) if 2 * m * k <= FEW_BYTES else (OUTPUT_BLOCK, K_BLOCK)
+    blocks = _Weight(stored, _KINDS.index(weight.kind), BLOCK_BYTES[weight.kind], k)
+    blocking = _Blocking(SIDE, BLOCK) if 2 * m * k <= FEW_BYTES else _Blocking(OUTPUT_BLOCK, K_BLOCK)
     with parallel_region() as workers:
-        # Whoever begins somewhere else finds nothing asked for.
+        # Whoever begins somewhere else finds nothing asked for: tasks are as large as that leaves work for all.
         outputs = OUTPUT_BLOCK * max(1, n // (OUTPUT_BLOCK * TASKS_PER_WORKER * workers))
-        _linear(rows.panels, blocks, m, view, out.reshape(-1), outputs, *panel, np.zeros(1, np.int64), workers)
+        _linear(
+            rows.panels, blocks, nothing if residual is None else _Residual(*rows_view(residual), 1),
+            out.reshape(-1), blocking, Grid(m, n, m, outputs // SIDE), np.zeros(1, np.int64), workers,
+        )  # fmt: skip
     return out

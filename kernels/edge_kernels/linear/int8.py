@@ -2,8 +2,8 @@
 
 What enters: float32 rows (or rows quantised before, so that several products share one pass) and a packed
 weight. What leaves: float32 rows. Rows and weights both lie in panels, in cells of GROUP successive k as
-`simd_int8` describes them; blocks and tasks are those of `linear`. Integer sums are exact, so neither blocks nor
-threads nor the instruction set change them.
+`simd.int8` describes them; blocks and tasks are those of `linear.tasks`. Integer sums are exact, so neither blocks
+nor threads nor the instruction set change them.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -11,7 +11,7 @@ threads nor the instruction set change them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned, aligned_empty, rows_view, vector_view
 from edge_kernels.compile import helper, kernel, leaf
-from edge_kernels.linear.float32 import result_rows, task_blocks
 from edge_kernels.linear.int8_rows import (
     ROW_CELL,
     ROW_INTEGER,
@@ -29,11 +28,11 @@ from edge_kernels.linear.int8_rows import (
     quantize_rows,
     scatter_row,
 )
+from edge_kernels.linear.tasks import After, product_worker, result_rows, task_grid, what_follows
 from edge_kernels.reference.operations import SCALE_COLUMNS
-from edge_kernels.simd.amx import HAS_TILES, begin_tiles, end_tiles
+from edge_kernels.simd.amx import HAS_TILES
 from edge_kernels.simd.epilogue import row_magnitude, row_range, scale_gelu_tile, scale_tile
 from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, cells_of, dot_tile, n_cells, output_cell
-from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
@@ -56,7 +55,7 @@ class PackedInt8Weight(NamedTuple):
     Attributes
     ----------
     panels : ndarray [shape=(⌈n/DOT_NR⌉ · n_cells(k) · DOT_NR · GROUP,), int8]
-        Panels of DOT_NR outputs, in cells at the places that `simd_int8.output_cell` tells, padded with zeros. Not
+        Panels of DOT_NR outputs, in cells at the places that `simd.int8.output_cell` tells, padded with zeros. Not
         for files.
     scales : ndarray [shape=(⌈n/DOT_NR⌉ · DOT_NR,), float32]
         weight ≈ scale · q, per output; padded with zeros.
@@ -127,7 +126,7 @@ def pack_weight_int8(
     in_groups: bool = False,
     order: Int64 | None = None,
 ) -> PackedInt8Weight:
-    """Quantise a weight as `reference.quantize_weight` does and bring it into panels, once at load.
+    """Quantise a weight as `reference.operations.quantize_weight` does and bring it into panels, once at load.
 
     Runs in parallel; reads N·K·4 bytes and writes N·K.
 
@@ -171,20 +170,68 @@ def pack_weight_int8(
 # --- the product --------------------------------------------------------------------------------------------
 
 
+class _Rows(NamedTuple):
+    panels: Any
+    scale: Float32  # [group][m], as `offset`
+    offset: Float32
+
+
+class _Weight(NamedTuple):
+    panels: Int8
+    scales: Float32
+    sums: Int32  # [group][padded n], as `shifts`
+    shifts: Float32  # scale · sum: what an offset of 1 adds
+    cells: int
+    group_cells: int
+
+
+class _Result(NamedTuple):
+    """Either float32 rows, or, where these are empty, rows of the next product, after `factors`."""
+
+    rows: Float32
+    factors: Float32
+    panels: Any
+    scale: Float32
+    offset: Float32
+
+
+class _Product(NamedTuple):
+    rows: _Rows
+    weight: _Weight
+    after: After
+    result: _Result
+
+
+class _Buffers(NamedTuple):
+    tiles: Int32  # [row tile][DOT_MR][DOT_NR], int32 sums of one panel
+    lines: Float32  # [row][DOT_NR], what the groups so far amount to; of rows to be quantised [row][panel][DOT_NR]
+    zeros: Float32  # [DOT_NR]
+    scratch: Any  # a row of integers
+
+
+@helper
+def _allocate(product, grid):
+    is_quantised = product.result.rows.size == 0
+    return _Buffers(
+        aligned((grid.row_block + DOT_MR) * DOT_NR, np.int32),
+        aligned(grid.row_block * DOT_NR * (grid.panel_block if is_quantised else 1), np.float32),
+        np.zeros(DOT_NR, np.float32),
+        np.zeros(grid.panel_block * DOT_NR // GROUP, ROW_CELL),
+    )
+
+
 @leaf
-def _linear_task(rows, weight, after, out, sizes, block, buffers):
+def _linear_task(product, grid, block, buffers):
     """Compute a block of rows × a block of panels.
 
     One panel after the other goes through all columns, so that its sums stay in the first cache. What becomes of them
     waits until all rows are multiplied: tile registers lose a third of their rate when vector instructions come after
     every tile.
     """
-    x, panels = rows[0], weight[0]
-    cells, group_cells = sizes[2:]
-    row, n_rows, panel, n_panels = block
-    tiles = buffers[0]
-    row_tiles, k_blocks = (n_rows + DOT_MR - 1) // DOT_MR, (group_cells * GROUP + K_BLOCK - 1) // K_BLOCK
-    for p in range(n_panels):
+    rows, weight = product.rows.panels, product.weight
+    cells, group_cells = weight.cells, weight.group_cells
+    row_tiles, k_blocks = (block.n_rows + DOT_MR - 1) // DOT_MR, (group_cells * GROUP + K_BLOCK - 1) // K_BLOCK
+    for p in range(block.n_panels):
         for start in range(0, cells, group_cells):
             steps = (min(start + group_cells, cells) - start) // STEP_CELLS
             for b in range(k_blocks):
@@ -193,128 +240,93 @@ def _linear_task(rows, weight, after, out, sizes, block, buffers):
                 last = start + steps * (b + 1) // k_blocks * STEP_CELLS
                 for r in range(row_tiles):
                     dot_tile(
-                        x, ((row // DOT_MR + r) * cells + first) * DOT_MR * GROUP,
-                        panels, ((panel + p) * cells + first) * DOT_NR * GROUP, last - first,
-                        tiles, r * DOT_MR * DOT_NR, int(b > 0),
+                        rows, ((block.row // DOT_MR + r) * cells + first) * DOT_MR * GROUP,
+                        weight.panels, ((block.panel + p) * cells + first) * DOT_NR * GROUP, last - first,
+                        buffers.tiles, r * DOT_MR * DOT_NR, int(b > 0),
                     )  # fmt: skip
             for r in range(row_tiles):
-                _finish_tile(rows, weight, after, out, sizes, block, buffers, (p, start // group_cells, r))
-    if out[0].size == 0:
-        _quantize_lines(after, out, sizes, block, buffers)
+                _finish_tile(product, grid, block, buffers, p, start // group_cells, r)
+    if product.result.rows.size == 0:
+        _quantize_lines(product.result, grid, block, buffers)
 
 
 @leaf
-def _finish_tile(rows, weight, after, out, sizes, block, buffers, place):
-    """Turn a tile of sums into floats, and after the last group into results."""
-    x_scale, x_offset = rows[1:]
-    scales, sums, shifts = weight[1:]
-    bias, _, residual, residual_stride, with_gelu = after
-    m, n, cells, group_cells = sizes
-    first_row, n_rows, first_panel, n_panels = block
-    p, group, r = place
-    # lines: [row][DOT_NR], what the groups so far amount to, or [row][panel][DOT_NR] where they are quantised as a
-    # whole; zeros: [DOT_NR]
+def _finish_tile(product, grid, block, buffers, p, group, r):
+    """Turn the sums of row tile r and panel p into floats, and after the last group into results."""
+    rows, weight, after, result = product
     tiles, lines, zeros, _ = buffers
-    result, n_padded, in_rows = out[0], scales.size, out[0].size == 0
-    is_last = (group + 1) * group_cells >= cells
-    row, rows_here, column = first_row + r * DOT_MR, min(DOT_MR, n_rows - r * DOT_MR), (first_panel + p) * DOT_NR
+    n_padded, in_rows = weight.scales.size, result.rows.size == 0
+    is_last = (group + 1) * weight.group_cells >= weight.cells
+    row, rows_here = block.row + r * DOT_MR, min(DOT_MR, block.n_rows - r * DOT_MR)
+    column = (block.panel + p) * DOT_NR
     line, width = r * DOT_MR * DOT_NR, DOT_NR
     if in_rows:
-        line, width = r * DOT_MR * n_panels * DOT_NR + p * DOT_NR, n_panels * DOT_NR
+        line, width = r * DOT_MR * block.n_panels * DOT_NR + p * DOT_NR, block.n_panels * DOT_NR
     # Straight to where it belongs, unless more is to be done with it or a panel has more than belongs.
-    is_direct = not (in_rows or column + DOT_NR > n or (with_gelu and residual.size > 0))
+    is_direct = not (in_rows or column + DOT_NR > grid.n or (after.gelu != 0 and after.residual.size > 0))
     before, before_at, before_stride = lines, line, width
     if group == 0:
         before, before_at, before_stride = zeros, 0, 0
-        if is_direct and residual.size > 0:
-            before, before_at, before_stride = residual, row * residual_stride + column, residual_stride
+        if is_direct and after.residual.size > 0:
+            before, before_stride = after.residual, after.residual_stride
+            before_at = row * after.residual_stride + column
     to, to_at, to_stride = lines, line, width
     if is_direct and is_last:
-        to, to_at, to_stride = result, row * n + column, n
-    summands, summands_at = (bias, column) if group == 0 else (zeros, 0)
-    if with_gelu and is_last:
+        to, to_at, to_stride = result.rows, row * grid.n + column, grid.n
+    summands, summands_at = (after.bias, column) if group == 0 else (zeros, 0)
+    if after.gelu != 0 and is_last:
         scale_gelu_tile(
-            tiles, r * DOT_MR * DOT_NR, rows_here, x_scale, group * m + row, x_offset, scales, column, summands,
-            summands_at, sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at,
-            to_stride,
+            tiles, r * DOT_MR * DOT_NR, rows_here, rows.scale, group * grid.m + row, rows.offset, weight.scales,
+            column, summands, summands_at, weight.sums, weight.shifts, group * n_padded + column,
+            before, before_at, before_stride, to, to_at, to_stride,
         )  # fmt: skip
     else:
         scale_tile(
-            tiles, r * DOT_MR * DOT_NR, rows_here, x_scale, group * m + row, x_offset, scales, column, summands,
-            summands_at, sums, shifts, group * n_padded + column, before, before_at, before_stride, to, to_at,
-            to_stride,
+            tiles, r * DOT_MR * DOT_NR, rows_here, rows.scale, group * grid.m + row, rows.offset, weight.scales,
+            column, summands, summands_at, weight.sums, weight.shifts, group * n_padded + column,
+            before, before_at, before_stride, to, to_at, to_stride,
         )  # fmt: skip
     if is_direct or in_rows or not is_last:
         return
     for i in range(rows_here):
-        for j in range(min(DOT_NR, n - column)):
+        for j in range(min(DOT_NR, grid.n - column)):
             value = lines[line + i * DOT_NR + j]
-            if residual.size > 0:
-                value += residual[(row + i) * residual_stride + column + j]
-            result[(row + i) * n + column + j] = value
+            if after.residual.size > 0:
+                value += after.residual[(row + i) * after.residual_stride + column + j]
+            result.rows[(row + i) * grid.n + column + j] = value
 
 
 @leaf
-def _quantize_lines(after, out, sizes, block, buffers):
+def _quantize_lines(result, grid, block, buffers):
     """Make rows of the next product of a block that is one group of its columns."""
-    _, panels, scale, offset = out
-    (m, n), factors = sizes[:2], after[1]
-    first_row, n_rows, panel, n_panels = block
-    _, lines, _, scratch = buffers
-    integers, all_cells = scratch.view(ROW_INTEGER), cells_of(n)
-    width, column = n_panels * DOT_NR, panel * DOT_NR
-    columns = min(width, n - column)
+    lines, scratch = buffers.lines, buffers.scratch
+    integers, all_cells = scratch.view(ROW_INTEGER), cells_of(grid.n)
+    width, column = block.n_panels * DOT_NR, block.panel * DOT_NR
+    columns = min(width, grid.n - column)
     cells = cells_of(columns)
-    for i in range((n_rows + DOT_MR - 1) // DOT_MR * DOT_MR):
-        row = first_row + i
-        if i < n_rows:
-            for j in range(columns if factors.size > 0 else 0):
-                lines[i * width + j] *= factors[column + j]
+    for i in range((block.n_rows + DOT_MR - 1) // DOT_MR * DOT_MR):
+        row = block.row + i
+        if i < block.n_rows:
+            for j in range(columns if result.factors.size > 0 else 0):
+                lines[i * width + j] *= result.factors[column + j]
             middle, half = row_range(lines, i * width, columns)
-            at = column // SCALE_COLUMNS * m + row
-            scale[at], offset[at] = quantize_into(lines, i * width, columns, middle, half, integers), middle
+            at = column // SCALE_COLUMNS * grid.m + row
+            result.scale[at] = quantize_into(lines, i * width, columns, middle, half, integers)
+            result.offset[at] = middle
             integers[columns : cells * GROUP] = 0
         else:
             scratch[:] = 0
-        scatter_row(scratch, cells, panels, row // DOT_MR * all_cells * DOT_MR, column // GROUP, row % DOT_MR)
+        panel = row // DOT_MR * all_cells * DOT_MR
+        scatter_row(scratch, cells, result.panels, panel, column // GROUP, row % DOT_MR)
 
 
-@helper
-def _linear_worker(
-    x, x_scale, x_offset, panels, scales, sums, shifts, bias, factors, residual, residual_stride, with_gelu,
-    result, out_panels, out_scale, out_offset, m, n, cells, group_cells, row_block, panel_block, tickets,
-):  # fmt: skip
-    all_panels = (n + DOT_NR - 1) // DOT_NR
-    row_tasks = (m + row_block - 1) // row_block
-    panel_tasks = (all_panels + panel_block - 1) // panel_block
-    buffers = (
-        aligned((row_block + DOT_MR) * DOT_NR, np.int32),
-        aligned(row_block * DOT_NR * (panel_block if result.size == 0 else 1), np.float32),
-        np.zeros(DOT_NR, np.float32),
-        np.zeros(panel_block * DOT_NR // GROUP, ROW_CELL),
-    )
-    rows, weight = (x, x_scale, x_offset), (panels, scales, sums, shifts)
-    after, out = (bias, factors, residual, residual_stride, with_gelu), (result, out_panels, out_scale, out_offset)
-    begin_tiles()
-    task = take_ticket(tickets)
-    while task < row_tasks * panel_tasks:
-        row, panel = task % row_tasks * row_block, task // row_tasks * panel_block
-        block = row, min(row_block, m - row), panel, min(panel_block, all_panels - panel)
-        _linear_task(rows, weight, after, out, (m, n, cells, group_cells), block, buffers)
-        task = take_ticket(tickets)
-    end_tiles()
+_worker = product_worker(_allocate, _linear_task, DOT_NR)
 
 
 @kernel
-def _linear(
-    x, x_scale, x_offset, panels, scales, sums, shifts, bias, factors, residual, residual_stride, with_gelu,
-    result, out_panels, out_scale, out_offset, m, n, cells, group_cells, row_block, panel_block, tickets, workers,
-):  # fmt: skip
+def _linear(rows, weight, after, result, grid, tickets, workers):
     for _ in numba.prange(workers):
-        _linear_worker(
-            x, x_scale, x_offset, panels, scales, sums, shifts, bias, factors, residual, residual_stride, with_gelu,
-            result, out_panels, out_scale, out_offset, m, n, cells, group_cells, row_block, panel_block, tickets,
-        )  # fmt: skip
+        _worker(_Product(rows, weight, after, result), grid, tickets)
 
 
 def _run(
@@ -329,25 +341,27 @@ def _run(
     rows = x if isinstance(x, QuantizedRows) else quantize_rows(x)
     m, n, groups = rows.m, weight.n, len(weight.sums)
     assert len(rows.scale) == groups, "rows and weight must have the same groups of columns"
-    padded_bias = np.zeros(len(weight.scales), np.float32)
-    if bias is not None:
-        padded_bias[:n] = bias
-    residual_view, residual_stride = (np.empty(0, np.float32), 0) if residual is None else rows_view(residual)
+    after = what_follows(bias, gelu, residual, n, DOT_NR)
     cells = n_cells(weight.k)
     shifts = weight.scales * weight.sums.astype(np.float32)
-    nothing, no_cells = np.empty(0, np.float32), np.empty(0, ROW_CELL)
+    flat = _Weight(
+        weight.panels, weight.scales, weight.sums.reshape(-1), shifts.reshape(-1),
+        cells, cells if groups == 1 else SCALE_COLUMNS // GROUP,
+    )  # fmt: skip
+    nothing = np.empty(0, np.float32)
     with parallel_region() as workers:
-        row_block, panel_block = task_blocks(m, n, workers, (ROW_BLOCK, DOT_MR), (COLUMN_BLOCK, DOT_NR))
+        grid = task_grid(m, n, workers, (ROW_BLOCK, DOT_MR), (COLUMN_BLOCK, DOT_NR))
         if isinstance(out, QuantizedRows):
-            panel_block = SCALE_COLUMNS // DOT_NR
-            result = nothing, out.panels.view(ROW_CELL), out.scale.reshape(-1), out.offset.reshape(-1)
+            grid = grid._replace(
+                panel_block=SCALE_COLUMNS // DOT_NR
+            )  # a task is a group of the next product's columns
+            factors = nothing if factor is None else vector_view(factor)
+            cells_out, scale, offset = out.panels.view(ROW_CELL), out.scale.reshape(-1), out.offset.reshape(-1)
+            result = _Result(nothing, factors, cells_out, scale, offset)
         else:
-            result = out.reshape(-1), no_cells, nothing, nothing
+            result = _Result(out.reshape(-1), nothing, np.empty(0, ROW_CELL), nothing, nothing)
         _linear(
-            rows.panels, rows.scale.reshape(-1), rows.offset.reshape(-1),
-            weight.panels, weight.scales, weight.sums.reshape(-1), shifts.reshape(-1),
-            padded_bias, nothing if factor is None else vector_view(factor), residual_view, residual_stride, gelu,
-            *result, m, n, cells, cells if groups == 1 else SCALE_COLUMNS // GROUP, row_block, panel_block,
+            _Rows(rows.panels, rows.scale.reshape(-1), rows.offset.reshape(-1)), flat, after, result, grid,
             np.zeros(1, np.int64), workers,
         )  # fmt: skip
 
@@ -361,7 +375,7 @@ def linear_int8(
     residual: Float32 | None = None,
     out: Float32 | None = None,
 ) -> Float32:
-    """Multiply rows by a packed weight in int8 and apply what follows; `reference.linear_int8` defines it.
+    """Multiply rows by a packed weight in int8 and apply what follows; `reference.operations.linear_int8` defines it.
 
     Runs in parallel. The integer sums are those of the reference; what follows in float32 differs by a few
     roundings of its terms, with GELU by 2e-7 · |x| more. Moves M·K and N·K bytes and M·N floats (2·M·N·K
@@ -409,9 +423,9 @@ def linear_int8_quantized(
 ) -> QuantizedRows:
     """Multiply rows as `linear_int8` does and quantise the result, which is never written out in float32.
 
-    Runs in parallel; `reference.linear_int8_quantized` defines it. An integer may differ by 1 from the reference's,
-    where the two results lie on two sides of a half. Writes M·N bytes instead of M·N floats, which would be
-    read again to be quantised.
+    Runs in parallel; `reference.operations.linear_int8_quantized` defines it. An integer may differ by 1 from the
+    reference's, where the two results lie on two sides of a half. Writes M·N bytes instead of M·N floats, which
+    would be read again to be quantised.
 
     Parameters
     ----------

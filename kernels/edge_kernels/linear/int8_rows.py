@@ -1,8 +1,8 @@
 """Rows → int8, on the fly: quantised alone, after a factor per column, or as the last step of a layer norm.
 
-What enters: float32 rows. What leaves: integers in panels, in cells of GROUP successive k as `simd_int8` describes
-them, with a scale and an offset per row; several products can read them. `reference.quantize_rows` defines the
-numbers, bit for bit.
+What enters: float32 rows. What leaves: integers in panels, in cells of GROUP successive k as `simd.int8` describes
+them, with a scale and an offset per row; several products can read them. `reference.operations.quantize_rows`
+defines the numbers, bit for bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -37,12 +37,12 @@ assert SCALE_COLUMNS % (DOT_TILE.step_cells * GROUP) == SCALE_COLUMNS % DOT_NR =
 
 
 class QuantizedRows(NamedTuple):
-    """Rows as `reference.quantize_rows` has them, x ≈ scale · q + offset, in the order the product reads them.
+    """Rows as `reference.operations.quantize_rows` has them, x ≈ scale · q + offset, in the order of the product.
 
     Attributes
     ----------
     panels : ndarray [shape=(⌈m/DOT_MR⌉ · n_cells(k) · DOT_MR · GROUP,), int8 or int16]
-        q in panels of DOT_MR rows, in cells at the places that `simd_int8.row_cell` tells, padded with zeros. The
+        q in panels of DOT_MR rows, in cells at the places that `simd.int8.row_cell` tells, padded with zeros. The
         layout belongs to this machine. Machines that multiply unsigned × signed have q + 128, as bit pattern.
     scale, offset : ndarray [shape=(G, m), float32]
         Per row; or, where G > 1, per row and group of SCALE_COLUMNS columns.
@@ -65,7 +65,7 @@ def empty_panels(m: int, k: int) -> NDArray[Any]:
 
 @leaf
 def _factor_and_scale(half):
-    """Return 127 / half and half / 127, with the exceptions of `reference.quantize_rows`."""
+    """Return 127 / half and half / 127, with the exceptions of `reference.operations.quantize_rows`."""
     factor = np.float32(127.0) / half
     if math.isnan(half):
         return np.float32(0.0), half
@@ -157,7 +157,7 @@ def _quantize(x: Float32, factor: Float32 | None, eps: float | None) -> Quantize
 
 
 def quantize_rows(x: Float32, factor: Float32 | None = None) -> QuantizedRows:
-    """Quantise rows for one or more products; `reference.quantize_rows` defines it.
+    """Quantise rows for one or more products; `reference.operations.quantize_rows` defines it.
 
     Runs in parallel. Integers, scales and offsets are those of the reference, bit by bit. Reads M·K floats,
     writes M·K integers of one or two bytes.
@@ -177,7 +177,7 @@ def quantize_rows(x: Float32, factor: Float32 | None = None) -> QuantizedRows:
 
 
 def layer_norm_quantized(x: Float32, eps: float) -> QuantizedRows:
-    """Normalise rows and quantise them in one pass; `reference.layer_norm_quantized` defines it.
+    """Normalise rows and quantise them in one pass; `reference.operations.layer_norm_quantized` defines it.
 
     Runs in parallel. Without gain and bias, which belong in the weight and bias that follow. An integer may
     differ by 1 from the reference's, where the two normal values lie on two sides of a half.

@@ -1,6 +1,6 @@
 """The definition of attention with rounded operands, in plain NumPy: what `reference` is for everything else.
 
-Arguments and results are those of `reference.attention`.
+Arguments and results are those of `reference.operations.attention`.
 """
 
 from __future__ import annotations

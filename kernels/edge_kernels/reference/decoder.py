@@ -1,6 +1,6 @@
 """What the kernels of a decoder's prompts compute, as NumPy in float64: definitions, not for use.
 
-Products with weights in blocks are `reference.linear` of the weights that `edge_runtime.weights.blocks` unpacks.
+Products with weights in blocks are defined in `reference.gguf_blocks`.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _layer_norm(x, x_stride, m, e, gain, bias, eps, out, tickets, workers):
 
 
 def layer_norm(x: Float32, gain: Float32, bias: Float32, eps: float) -> Float32:
-    """Normalise each row, then scale and shift its columns; `reference.layer_norm` defines it.
+    """Normalise each row, then scale and shift its columns; `reference.operations.layer_norm` defines it.
 
     Runs in parallel, not in place. Error against the reference: about 2e-7 of |value| + |gain| + |bias|.
     Moves 2·M·E floats.

@@ -17,7 +17,7 @@ def patch_embed(
     position_table: Float32,
     position_ids: NDArray[np.int64],
 ) -> Float32:
-    """Embed flattened patches and add the position row of each; `reference.patch_embed` defines it.
+    """Embed flattened patches and add the position row of each; `reference.operations.patch_embed` defines it.
 
     A convolution whose stride is its width is a matrix product of flattened patches, so this is `linear_float` with
     the position rows as residual. They are gathered into the result's own memory and added to in place. Runs

@@ -4,6 +4,14 @@ A tile register holds 16 rows of 64 bytes. One instruction multiplies a tile of 
 16 outputs, which lie as the other families' cells do, [k / group][output][group] with groups of 4 bytes, and adds to
 16 × 16 sums of 4 bytes. Eight registers, named by number: four of sums, two and two of operands.
 
+        left: 16 rows               right: 16 groups of k           sums: 16 × 16 of 4 bytes
+        ┌─────────────────┐         ┌──────┬──────┬─ … ─┬──────┐    ┌──────────────┐
+    row │ k0 k1 k2 … k63  │  group  │ out0 │ out1 │     │out15 │    │ row · output │
+        │                 │  k0…k3  │ 4 B  │ 4 B  │     │ 4 B  │    │              │
+        └─────────────────┘         └──────┴──────┴─ … ─┴──────┘    └──────────────┘
+
+    4 bytes of a group are 4 int8, or 2 bfloat16 (a *pair*, the smaller k in the lower half of the word).
+
     tdpbssd     int8, signed × signed, 64 k a step, int32 sums
     tdpbf16ps   bfloat16, 32 k a step, float32 sums
 
@@ -33,6 +41,13 @@ HAS_TILES = isa() == "amx"
 ROWS = 16  # of a tile register
 ROW_BYTES = 64
 TILE_BYTES = ROWS * ROW_BYTES
+
+SIDE = 2 * ROWS
+"""Rows and columns of a square of 2 × 2 tiles of sums."""
+STEP = ROW_BYTES // 2
+"""k of a tile of bfloat16."""
+TILE = TILE_BYTES // 2
+"""Elements of a tile of bfloat16."""
 
 _POINTER = BYTE.as_pointer()
 

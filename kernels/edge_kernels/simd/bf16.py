@@ -1,11 +1,16 @@
 """bfloat16 attention on AMX as LLVM IR: rounding, transposing, score and value tiles, powers.
 
 What enters: flat arrays with element offsets, inside compiled code. What leaves: numba intrinsics that
-`attention_bf16` puts its loops around. All of it is made for vectors of 16 float32 and the tiles of `simd_amx`;
+`attention_bf16` puts its loops around. All of it is made for vectors of 16 float32 and the tiles of `simd.amx`;
 other machines may compile it, but not run it.
 
 A float32 is rounded to bfloat16 by adding half a step to its bits and taking the upper 16 (halves away from zero);
 two of them in one word make the *pairs* that a tile of right operands has.
+
+    float32    │± eeeeeeee mmmmmmm│mmmmmmmmmmmmmmmm│      bfloat16 is the left part. A carry out of the mantissa
+             +                     1000000000000000       goes into the exponent, which is what rounding up asks for.
+
+    pair       │ bfloat16 of k + 1 │ bfloat16 of k  │      bits 31 … 16 and 15 … 0
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -27,13 +32,15 @@ from edge_kernels.simd.ir import (
     INT,
     SHORT,
     address_of,
-    call,
     constant,
     elements_at,
     index,
+    lanes_below,
     larger,
     load,
     loop,
+    masked_load,
+    masked_store,
     multiply_add,
     signature_of,
     splat,
@@ -100,29 +107,7 @@ def _each(builder: ir.IRBuilder, n: ir.Value, emit: Callable[[ir.Value, ir.Value
     whole = builder.and_(n, index(-LANES))
     loop(builder, index(0), whole, LANES, [], body)
     with builder.if_then(builder.icmp_signed("!=", whole, n)):
-        emit(whole, lanes_below(builder, builder.sub(n, whole)))
-
-
-def lanes_below(builder: ir.IRBuilder, n: ir.Value) -> ir.Value:
-    """Emit the mask of the first n of 16 lanes."""
-    return builder.icmp_signed(
-        "<", ir.Constant(INTS, list(range(LANES))), splat(builder, builder.trunc(n, INT), LANES)
-    )
-
-
-def masked_load(builder: ir.IRBuilder, address: ir.Value, mask: ir.Value) -> ir.Value:
-    """Load 16 float32; 0 where the mask is off."""
-    pointer = builder.bitcast(address, FLOATS.as_pointer())
-    arguments = [pointer, ir.Constant(INT, 4), mask, constant(FLOATS, 0.0)]
-    return call(builder, "llvm.masked.load.v16f32.p0", FLOATS, arguments)
-
-
-def masked_store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
-    """Store 16 elements where the mask is on."""
-    pointer = builder.bitcast(address, value.type.as_pointer())
-    letter, size = ("f", 32) if value.type == FLOATS else ("i", 16)
-    arguments = [value, pointer, ir.Constant(INT, size // 8), mask]
-    call(builder, f"llvm.masked.store.v16{letter}{size}.p0", ir.VoidType(), arguments)
+        emit(whole, lanes_below(builder, builder.sub(n, whole), LANES))
 
 
 @intrinsic

@@ -4,7 +4,7 @@ A float32 is the sum of three bfloat16: 8 bits of its significand each, the uppe
 is one of six of bfloat16, with the sums in float32 as ever; the three smallest of the nine, below 2^-26 of the
 product, are left out. AMX multiplies bfloat16 more than ten times as fast as AVX-512 multiplies float32.
 
-Tiles are those of `simd_amx`. Rows lie [step of 32 k][part][half][16 rows][32], weights [step][part][half of 32
+Tiles are those of `simd.amx`. Rows lie [step of 32 k][part][half][16 rows][32], weights [step][part][half of 32
 outputs][16 pairs of k][16 outputs][2]; sums [row][32].
 
 Source: Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision
@@ -19,31 +19,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llvmlite import ir
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, Sums, load_tile, multiply_square, store_sums, zero_sums
+from edge_kernels.simd.amx import (
+    ROWS,
+    SIDE,
+    TILE,
+    Sums,
+    load_tile,
+    multiply_square,
+    store_sums,
+    zero_sums,
+)
 from edge_kernels.simd.bf16 import (
     FLOATS,
     INTS,
     LANES,
     SHORTS,
     UPPER_HALF,
-    lanes_below,
-    masked_load,
-    masked_store,
     rounded_bits,
     transposed,
 )
-from edge_kernels.simd.float32 import emit_gelu
 from edge_kernels.simd.ir import INT, SHORT, address_of, constant, elements_at, index, load, loop, signature_of, store
 
 PARTS = 3
-SPLIT_ROWS = 2 * ROWS
-"""Rows and outputs of a tile of sums."""
-STEP = ROW_BYTES // 2
-"""k of a tile."""
-TILE = TILE_BYTES // 2  # in elements of bfloat16
 
 # (part of the rows, part of the weight), such that only what changes is loaded anew.
 _ORDER = ((0, 0), (0, 1), (1, 1), (1, 0), (2, 0), (0, 2))
@@ -159,9 +158,9 @@ def split_tile(
                 multiply(PARTS - 1)
 
         def square(start: ir.Value) -> Sums:
-            at = (register // 2 * ROWS * SPLIT_ROWS + register % 2 * ROWS for register in range(4))
+            at = (register // 2 * ROWS * SIDE + register % 2 * ROWS for register in range(4))
             places = {register: address_of(builder, start, index(offset)) for register, offset in enumerate(at)}
-            return Sums(places, 4 * SPLIT_ROWS)
+            return Sums(places, 4 * SIDE)
 
         with builder.if_else(builder.icmp_signed("==", add, index(0))) as (then, otherwise):
             with then:
@@ -176,58 +175,9 @@ def split_tile(
                         store(builder, total, one)
                     return []
 
-                loop(builder, index(0), index(SPLIT_ROWS * SPLIT_ROWS), 4 * LANES, [], more)
+                loop(builder, index(0), index(SIDE * SIDE), 4 * LANES, [], more)
         return context.get_dummy_value()
 
     return signature_of(
         rows, rows_offset, weight, weight_offset, parts, steps, block, block_offset, sums, sums_offset, add
-    ), generate  # fmt: skip
-
-
-@intrinsic
-def finish_tile(
-    typing_context, sums, sums_offset, bias, bias_offset, with_gelu, residual, residual_offset, residual_stride,
-    out, out_offset, out_stride, n_rows, width,
-):  # fmt: skip
-    """Write gelu(sums + bias) + residual of n_rows × width of a tile; without GELU where `with_gelu` is 0.
-
-    An empty residual adds nothing. `bias` has 32 elements there, whatever the width.
-    """
-
-    def generate(context, builder, signature, args):
-        sums, bias, residual, out = elements_at(context, builder, signature, args, (0, 2, 5, 8))
-        with_gelu, residual_stride, out_stride, n_rows, width = (args[position] for position in (4, 7, 10, 11, 12))
-        residual_array = cgutils.create_struct_proxy(signature.args[5])(context, builder, value=args[5])
-        has_residual = builder.icmp_signed("!=", residual_array.nitems, index(0))
-        wants_gelu = builder.icmp_signed("!=", with_gelu, index(0))
-        wanted = [lanes_below(builder, builder.sub(width, index(first))) for first in (0, LANES)]
-        nothing = constant(wanted[0].type, 0)
-        added = [builder.select(has_residual, mask, nothing) for mask in wanted]
-        summands = [load(builder, address_of(builder, bias, index(first)), FLOATS) for first in (0, LANES)]
-
-        def rows(is_gelu: bool) -> None:
-            def row(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-                for side, first in enumerate((0, LANES)):
-                    line = address_of(builder, sums, builder.mul(i, index(SPLIT_ROWS)), index(first))
-                    value = builder.fadd(load(builder, line, FLOATS), summands[side])
-                    if is_gelu:
-                        value = emit_gelu(builder, value)
-                    more = address_of(builder, residual, builder.mul(i, residual_stride), index(first))
-                    value = builder.fadd(value, masked_load(builder, more, added[side]))
-                    to = address_of(builder, out, builder.mul(i, out_stride), index(first))
-                    masked_store(builder, value, to, wanted[side])
-                return []
-
-            loop(builder, index(0), n_rows, 1, [], row)
-
-        with builder.if_else(wants_gelu) as (then, otherwise):
-            with then:
-                rows(True)
-            with otherwise:
-                rows(False)
-        return context.get_dummy_value()
-
-    return signature_of(
-        sums, sums_offset, bias, bias_offset, with_gelu, residual, residual_offset, residual_stride,
-        out, out_offset, out_stride, n_rows, width,
     ), generate  # fmt: skip

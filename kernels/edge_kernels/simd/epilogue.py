@@ -1,6 +1,12 @@
-"""Passes over one row as LLVM IR: its range, its integers, what becomes of the sums of a product.
+"""What comes before and after the products as LLVM IR: the range of a row, its integers, and what becomes of sums.
 
-What enters and what leaves: as in `simd`, for what surrounds the integer products.
+What enters: flat arrays with element offsets, inside compiled code. What leaves: rows of integers, or of float32 with
+bias, GELU and residual applied. Four kinds of sums have an epilogue here:
+
+    finish_row          float32 [NR], any machine
+    finish_square       float32 [32][32], AMX
+    finish_transposed   float32 [32 outputs][32 rows], AMX, no bias and no GELU
+    scale_tile          int32 [rows][DOT_NR], any machine: scales and offsets first; scale_gelu_tile with GELU
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -13,31 +19,37 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.simd.float32 import emit_gelu
+from edge_kernels.compile import leaf
+from edge_kernels.simd.amx import ROWS, SIDE
+from edge_kernels.simd.bf16 import FLOATS, LANES, transposed
+from edge_kernels.simd.float32 import ROUND, emit_gelu, gelu
 from edge_kernels.simd.int8 import DOT_NR, DOT_TILE
 from edge_kernels.simd.ir import (
     FLOAT,
     INT,
+    NR,
     TILE,
     VECTOR,
     address_of,
     constant,
     data_of,
     each_vector,
+    elements_at,
     index,
+    lanes_below,
     larger,
     load,
     loop,
+    masked_load,
+    masked_store,
     multiply_add,
     signature_of,
     splat,
     store,
 )
-
-# 1.5 · 2^23: adding it rounds to an integer (halves to even), which is then in the low bits.
-ROUND = 12582912.0
 
 _CHAINS = 4  # vectors of partial results: enough to hide the latency of a comparison
 
@@ -256,3 +268,125 @@ def move_step(typing_context, cells, offset, out, out_offset):
         return context.get_dummy_value()
 
     return signature_of(cells, offset, out, out_offset), generate
+
+
+# --- float32 sums → results ---------------------------------------------------------------------------------
+
+
+@leaf
+def finish_row(sums, line, bias, column, with_gelu, residual, start_residual, out, start, width):
+    """Write gelu(sums + bias) + residual of the first `width` of NR columns; without GELU where `with_gelu` is 0.
+
+    An empty residual adds nothing. `bias` has NR elements there, whatever the width. The sums are overwritten.
+    """
+    # All NR at first, as `bias` is padded: a constant length is vectorised without a remainder.
+    if with_gelu != 0:
+        for j in range(NR):
+            sums[line + j] = gelu(sums[line + j] + bias[column + j])
+    else:
+        for j in range(NR):
+            sums[line + j] += bias[column + j]
+    if residual.size > 0:
+        for j in range(width):
+            out[start + j] = sums[line + j] + residual[start_residual + j]
+    else:
+        for j in range(width):
+            out[start + j] = sums[line + j]
+
+
+def _with_residual(builder: ir.IRBuilder, value: ir.Value, residual: ir.Value, mask: ir.Value) -> ir.Value:
+    """Emit value + what lies at `residual` where the mask is on, + 0 elsewhere."""
+    return builder.fadd(value, masked_load(builder, residual, mask))
+
+
+@intrinsic
+def finish_square(
+    typing_context, sums, sums_offset, bias, bias_offset, with_gelu, residual, residual_offset, residual_stride,
+    out, out_offset, out_stride, n_rows, width,
+):  # fmt: skip
+    """Do as `finish_row` with n_rows × width of a square of SIDE × SIDE sums, for AMX: masks leave out the rest.
+
+    `bias` has SIDE elements there, whatever the width.
+    """
+
+    def generate(context, builder, signature, args):
+        sums, bias, residual, out = elements_at(context, builder, signature, args, (0, 2, 5, 8))
+        with_gelu, residual_stride, out_stride, n_rows, width = (args[position] for position in (4, 7, 10, 11, 12))
+        residual_array = cgutils.create_struct_proxy(signature.args[5])(context, builder, value=args[5])
+        has_residual = builder.icmp_signed("!=", residual_array.nitems, index(0))
+        wants_gelu = builder.icmp_signed("!=", with_gelu, index(0))
+        wanted = [lanes_below(builder, builder.sub(width, index(first)), LANES) for first in (0, LANES)]
+        nothing = constant(wanted[0].type, 0)
+        added = [builder.select(has_residual, mask, nothing) for mask in wanted]
+        summands = [load(builder, address_of(builder, bias, index(first)), FLOATS) for first in (0, LANES)]
+
+        def rows(is_gelu: bool) -> None:
+            def row(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                for side, first in enumerate((0, LANES)):
+                    line = address_of(builder, sums, builder.mul(i, index(SIDE)), index(first))
+                    value = builder.fadd(load(builder, line, FLOATS), summands[side])
+                    if is_gelu:
+                        value = emit_gelu(builder, value)
+                    more = address_of(builder, residual, builder.mul(i, residual_stride), index(first))
+                    value = _with_residual(builder, value, more, added[side])
+                    to = address_of(builder, out, builder.mul(i, out_stride), index(first))
+                    masked_store(builder, value, to, wanted[side])
+                return []
+
+            loop(builder, index(0), n_rows, 1, [], row)
+
+        with builder.if_else(wants_gelu) as (then, otherwise):
+            with then:
+                rows(True)
+            with otherwise:
+                rows(False)
+        return context.get_dummy_value()
+
+    return signature_of(
+        sums, sums_offset, bias, bias_offset, with_gelu, residual, residual_offset, residual_stride,
+        out, out_offset, out_stride, n_rows, width,
+    ), generate  # fmt: skip
+
+
+@intrinsic
+def finish_transposed(
+    typing_context, sums, sums_offset, residual, residual_offset, residual_stride, with_residual, out, out_offset,
+    out_stride, n_rows, width,
+):  # fmt: skip
+    """Write a square of sums that lie [output][row], transposed, plus a residual: `n_rows` rows of `width` outputs.
+
+        sums            16 × 16 at a time         out
+        ┌────┬────┐                               ┌────┬────┐
+        │ A  │ B  │     A  → transposed A         │ Aᵀ │ Cᵀ │
+        ├────┼────┤     B  → transposed B ...     ├────┼────┤
+        │ C  │ D  │                               │ Bᵀ │ Dᵀ │
+        └────┴────┘                               └────┴────┘
+
+    Where `with_residual` is 0, nothing is added.
+    """
+
+    def generate(context, builder, signature, args):
+        sums, residual, out = elements_at(context, builder, signature, args, (0, 2, 6))
+        residual_stride, with_residual, out_stride, n_rows, width = (args[position] for position in (4, 5, 8, 9, 10))
+        adds = builder.icmp_signed("!=", with_residual, index(0))
+        for column in (0, ROWS):
+            wanted = lanes_below(builder, builder.sub(width, index(column)), LANES)
+            added = builder.select(adds, wanted, constant(wanted.type, 0))
+            for half in (0, ROWS):
+                lines = [
+                    load(builder, address_of(builder, sums, index((column + i) * SIDE + half)), FLOATS)
+                    for i in range(ROWS)
+                ]
+                for i, line in enumerate(transposed(builder, lines)):
+                    with builder.if_then(builder.icmp_signed("<", index(half + i), n_rows)):
+                        place = builder.mul(index(half + i), residual_stride)
+                        more = address_of(builder, residual, place, index(column))
+                        value = _with_residual(builder, line, more, added)
+                        to = address_of(builder, out, builder.mul(index(half + i), out_stride), index(column))
+                        masked_store(builder, value, to, wanted)
+        return context.get_dummy_value()
+
+    return signature_of(
+        sums, sums_offset, residual, residual_offset, residual_stride, with_residual, out, out_offset, out_stride,
+        n_rows, width,
+    ), generate  # fmt: skip

@@ -1,12 +1,15 @@
-"""Vector code as LLVM IR, and the one table that says which machine gets which register tile.
+"""float32 vector code as LLVM IR: the product tile, softmax of a panel, powers of 2, GELU, sums over a row.
 
 What enters: flat float32 arrays with element offsets, inside compiled code. What leaves: numba intrinsics
 (`*_tile`, `*_panel`, `*_row` and scalar functions) that the operation modules put their loops around. They
-know nothing of blocking, threads or sequences.
+know nothing of blocking, threads or sequences. `simd.ir` tells how an intrinsic is written.
 
-Why IR and not loops: without reassociation LLVM vectorises no reduction, and it keeps a tile of sums in
-registers over a whole loop only when told so. The IR uses generic vectors (`<W x float>`) and `llvm.fmuladd`,
-so it is right on every instruction set: what the machine does not have, LLVM splits into what it has.
+A power of 2 is taken from the two parts of a float32, without a table:
+
+      31  30 … 23    22 … 0
+    ┌───┬──────────┬──────────┐      2^x = 2^(x - n) · 2^n,  n = x rounded to an integer
+    │ ± │ exponent │ mantissa │      2^n        n + 127, moved into the exponent field
+    └───┴──────────┴──────────┘      2^(x - n)  a polynomial, as -1/2 ≤ x - n ≤ 1/2
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -48,9 +51,11 @@ _HAS_ESTIMATE = isa() in ("amx", "avx512vnni", "avx512")
 # exp2 on [-1/2, 1/2]: minimax in relative error, 1.6e-8 with the coefficients rounded to float32. Constant
 # term 1.
 _EXP2_POLYNOMIAL = (0.00015353363, 0.0013398875, 0.009618437, 0.055503324, 0.24022648, 0.6931472)
-# Adding 1.5 · 2^23 rounds to an integer and leaves it in the low mantissa bits; 127 more makes it a biased
-# exponent.
-ROUND_TO_EXPONENT = 12582912.0 + 127.0
+# A float32 of 2^23 and more has no bits behind the point. So adding 1.5 · 2^23 rounds to an integer, halves to even,
+# and leaves it in the low bits of the mantissa; the .5 is there for negative numbers to borrow from. 127 more makes
+# it a biased exponent: shifted up by 23, it is the float 2^integer.
+ROUND = 12582912.0
+ROUND_TO_EXPONENT = ROUND + 127.0
 
 _LARGEST = 3.0e38
 

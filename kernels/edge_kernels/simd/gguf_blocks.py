@@ -21,14 +21,11 @@ from collections.abc import Sequence
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import ROW_BYTES, ROWS, TILE_BYTES, Sums, emit_square, prefetch
+from edge_kernels.simd.amx import ROW_BYTES, ROWS, SIDE, TILE, Sums, emit_square, prefetch
 from edge_kernels.simd.bf16 import (
     FLOATS,
     INTS,
     LANES,
-    lanes_below,
-    masked_load,
-    masked_store,
     rounded_bits,
     transposed,
 )
@@ -49,11 +46,6 @@ from edge_kernels.simd.ir import (
     store,
 )
 
-SIDE = 2 * ROWS
-"""Rows and outputs of a square of sums."""
-STEP = ROW_BYTES // 2
-"""k of a tile."""
-TILE = TILE_BYTES // 2  # in elements of bfloat16
 STEP_ELEMENTS = 2 * TILE
 """From one step to the next, of rows as of weights."""
 NUMBERS = 32
@@ -338,36 +330,3 @@ def _multiplier(row_tiles):
 
 
 blocks_tile, blocks_half_tile = _multiplier(2), _multiplier(1)
-
-
-@intrinsic
-def finish_turned(
-    typing_context, sums, sums_offset, residual, residual_offset, residual_stride, with_residual, out, out_offset,
-    out_stride, n_rows, width,
-):  # fmt: skip
-    """Write a square of sums, turned round, plus a residual: `n_rows` rows of `width` outputs."""
-
-    def generate(context, builder, signature, args):
-        sums, residual, out = elements_at(context, builder, signature, args, (0, 2, 6))
-        residual_stride, with_residual, out_stride, n_rows, width = (args[position] for position in (4, 5, 8, 9, 10))
-        adds = builder.icmp_signed("!=", with_residual, index(0))
-        for column in (0, ROWS):
-            wanted = lanes_below(builder, builder.sub(width, index(column)))
-            added = builder.select(adds, wanted, constant(wanted.type, 0))
-            for half in (0, ROWS):
-                lines = [
-                    load(builder, address_of(builder, sums, index((column + i) * SIDE + half)), FLOATS)
-                    for i in range(ROWS)
-                ]
-                for i, line in enumerate(transposed(builder, lines)):
-                    with builder.if_then(builder.icmp_signed("<", index(half + i), n_rows)):
-                        place = builder.mul(index(half + i), residual_stride)
-                        more = masked_load(builder, address_of(builder, residual, place, index(column)), added)
-                        to = address_of(builder, out, builder.mul(index(half + i), out_stride), index(column))
-                        masked_store(builder, builder.fadd(line, more), to, wanted)
-        return context.get_dummy_value()
-
-    return signature_of(
-        sums, sums_offset, residual, residual_offset, residual_stride, with_residual, out, out_offset, out_stride,
-        n_rows, width,
-    ), generate  # fmt: skip

@@ -4,9 +4,9 @@ What enters: flat arrays with element offsets, inside compiled code. What leaves
 `attention_int16` puts its loops around, and the table that says which machine gets which tile and whether it gains.
 
 Integers lie in *pairs*: int32 words of two int16, the one with the smaller index in the lower half. One instruction
-multiplies pair by pair and sums each pair into an int32 lane (pmaddwd and an addition; vpdpwssds does both), so
-a register tile takes words where that of `simd` takes floats. `reference_attention.attention_int16` tells what the
-numbers are.
+multiplies pair by pair and sums each pair into an int32 lane (pmaddwd and an addition; vpdpwssds does both), so a
+register tile takes words where that of `simd.float32` takes floats. `reference.attention.attention_int16` tells
+what the numbers are.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -25,8 +25,7 @@ from numba.extending import intrinsic
 
 from edge_kernels.machine import isa
 from edge_kernels.reference.attention import LARGEST_POWER
-from edge_kernels.simd.epilogue import ROUND
-from edge_kernels.simd.float32 import ROUND_TO_EXPONENT, emit_exp2
+from edge_kernels.simd.float32 import ROUND, ROUND_TO_EXPONENT, emit_exp2
 from edge_kernels.simd.int8 import multiply_pairs
 from edge_kernels.simd.ir import (
     FLOAT,
@@ -63,7 +62,7 @@ class PairTile(NamedTuple):
     gains: bool
 
 
-# By the names of `compile.ISAS`; registers as in `simd_int8.DOT_TILES`, widths as in `simd.TILES`. Where it gains:
+# By the names of `machine.ISAS`; registers as in `simd.int8.DOT_TILES`, widths as in `ir.TILES`. Where it gains:
 # a vector of pairs holds twice as many products as one of float32. With VNNI they take one instruction, as there;
 # without, pmaddwd and an addition, which pays where more units add integers than multiply floats: 256-bit units of
 # AMD and Intel (measured on Zen 3), not the two of AVX-512 (counted). NEON's smlal takes four products, as fmla does.

@@ -1,14 +1,23 @@
 """Integer dot products as LLVM IR, and the table that says which machine gets which int8 register tile.
 
-What enters and what leaves: as in `simd`, for the int8 family. The operands of a tile lie in *cells* of `group`
-successive k, [k / group][row or output][group], so that one lane of a vector holds one cell and one instruction
-sums over it:
+What enters and what leaves: as in `simd.float32`, for the int8 family. The operands of a tile lie in *cells* of
+`group` successive k, [k / group][row or output][group], so that one lane of a vector holds one cell and one
+instruction sums over it:
 
     vpdpbusd  AVX-512 VNNI, AVX-VNNI   4 products of unsigned × signed bytes into an int32 lane: rows carry +128
     sdot      ARMv8.2 dotprod          4 products of signed bytes into an int32 lane
     smmla     ARMv8.6 i8mm             2 rows × 2 outputs × 8 products of signed bytes into four int32 lanes
-    tdpbssd   AMX                      16 rows × 16 outputs × 64 products of signed bytes (see `simd_amx`)
+    tdpbssd   AMX                      16 rows × 16 outputs × 64 products of signed bytes (see `simd.amx`)
     pairs     all others               2 products of int16 into an int32 lane (pmaddwd on x86)
+
+    panel of rows                    panel of outputs                    sums, int32
+    [k / group][row][group]          [k / group][output][group]
+
+      cell of row i, copied into     ┌───────┬───────┬─ … ─┬───────┐     lane j += the products of the cell of
+      every lane of a vector   ×     │ out 0 │ out 1 │     │ out W │     row i with the cell of output j
+      ┌─────────────┐                │k0…k3  │k0…k3  │     │k0…k3  │
+      │ k0 k1 k2 k3 │                └───────┴───────┴─ … ─┴───────┘
+      └─────────────┘
 
 Why `pairs` on AVX2 and not pmaddubsw: that one takes unsigned × signed too, but saturates at 16 bits, so that it
 needs a sign flip of the weight per row, and it leaves 16-bit sums to be widened. Counted in instructions per
@@ -84,7 +93,7 @@ class DotTile(NamedTuple):
         return 128 if self.instruction == "vpdpbusd" else 0
 
 
-# By the names of `compile.ISAS`; registers as in `simd.TILES`, and for `pairs` one more for the product.
+# By the names of `machine.ISAS`; registers as in `ir.TILES`, and for `pairs` one more for the product.
 DOT_TILES: dict[str, DotTile] = {
     "amx": DotTile("tdpbssd", rows=32, vectors=2, width=16),
     "avx512vnni": DotTile("vpdpbusd", rows=8, vectors=3, width=16),

@@ -136,6 +136,27 @@ def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int 
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = align
 
 
+def lanes_below(builder: ir.IRBuilder, n: ir.Value, lanes: int) -> ir.Value:
+    """Emit the mask of the first n of so many lanes."""
+    places = ir.Constant(ir.VectorType(INT, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", places, splat(builder, builder.trunc(n, INT), lanes))
+
+
+def masked_load(builder: ir.IRBuilder, address: ir.Value, mask: ir.Value) -> ir.Value:
+    """Load a vector of float32; 0 where the mask is off, and nothing is read there."""
+    vector = ir.VectorType(FLOAT, mask.type.count)
+    arguments = [builder.bitcast(address, vector.as_pointer()), ir.Constant(INT, 4), mask, constant(vector, 0.0)]
+    return call(builder, f"llvm.masked.load.v{mask.type.count}f32.p0", vector, arguments)
+
+
+def masked_store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
+    """Store the elements of a vector, float32 or int16, where the mask is on."""
+    letter, size = ("f", 32) if value.type.element == FLOAT else ("i", 16)
+    pointer = builder.bitcast(address, value.type.as_pointer())
+    arguments = [value, pointer, ir.Constant(INT, size // 8), mask]
+    call(builder, f"llvm.masked.store.v{mask.type.count}{letter}{size}.p0", ir.VoidType(), arguments)
+
+
 # --- loops --------------------------------------------------------------------------------------------------
 
 Body = Callable[[ir.Value, Sequence[ir.Value]], Sequence[ir.Value]]

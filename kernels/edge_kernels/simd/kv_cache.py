@@ -1,8 +1,9 @@
 """float16 keys and values of a KV cache as LLVM IR: brought into the order of AMX's tiles.
 
-A float16 is the sum of two bfloat16: 8 bits of its significand, and the other 3. Keys are taken in both parts, values
+A float16 is the sum of two bfloat16: 8 bits of its significand, and the other 3 (it has 11, the first of them not
+stored; bfloat16 has 8, and the larger exponents). Keys are taken in both parts, values
 in the first. Keys are left operands as they lie; values are turned round, so that positions are what is summed over.
-Scores become pairs of powers. Tiles are those of `simd_blocks`.
+Scores become pairs of powers. Tiles are those of `simd.gguf_blocks`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -16,10 +17,10 @@ from collections.abc import Sequence
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from edge_kernels.simd.amx import ROW_BYTES, ROWS
+from edge_kernels.simd.amx import ROW_BYTES, ROWS, STEP
 from edge_kernels.simd.bf16 import FLOATS, INTS, LANES, SHORTS, rounded_bits, transposed
 from edge_kernels.simd.float32 import emit_exp2
-from edge_kernels.simd.gguf_blocks import STEP, STEP_ELEMENTS
+from edge_kernels.simd.gguf_blocks import STEP_ELEMENTS
 from edge_kernels.simd.ir import (
     INT,
     SHORT,

@@ -42,17 +42,17 @@ def test_a_video_with_sound_and_one_of_a_single_frame():
         (lambda: make_video(0), "has no pictures|has no frames"),
     ],
 )
-def test_what_is_no_video_is_told(make, reason, capfd):
+def test_what_is_not_a_video_is_refused(make, reason, capfd):
     refused(make(), reason)
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["mp4", "matroska"])
-def test_a_file_that_is_cut_short_is_told_and_its_rest_can_be_used(kind):
+def test_a_file_that_is_cut_short_is_refused_but_its_start_can_be_used(kind):
     whole = make_video(100, 25, kind=kind, options={"g": "10"}, header_first=kind == "mp4")
-    frames = whole.index(b"mdat" if kind == "mp4" else b"\x1f\x43\xb6\x75")  # where a cluster begins
+    frames = whole.index(b"mdat" if kind == "mp4" else b"\x1f\x43\xb6\x75")  # where a cluster starts
     cut = whole[: frames + (len(whole) - frames) * 6 // 10]
-    with pytest.raises(VideoError, match=r"cut short: .* s are missing behind the first .* option end") as told:
+    with pytest.raises(VideoError, match=r"cut short: .* s are missing after the first .* option end") as told:
         chosen(cut)
     end = float(re.search(r"end \(([\d.]+) or less", str(told.value))[1])
     assert 1.5 < end < 3
@@ -60,8 +60,8 @@ def test_a_file_that_is_cut_short_is_told_and_its_rest_can_be_used(kind):
     assert shown(found) == found.choice.indices
 
 
-def test_damage_in_the_middle_is_told_for_the_frame_that_is_wanted(capfd):
-    """And for all that are drawn from it: a decoder goes on with what it has, and shows something else."""
+def test_damage_in_the_middle_is_reported_for_the_wanted_frame(capfd):
+    """And for all that depend on it: a decoder continues with what it has, and shows something else."""
     whole = make_video(60, 25, codec="libvpx-vp9", kind="webm", options={"g": "20", "deadline": "realtime"})
     with av.open(io.BytesIO(whole)) as container:
         packets = [bytes(packet) for packet in container.demux(video=0)]
@@ -73,18 +73,18 @@ def test_damage_in_the_middle_is_told_for_the_frame_that_is_wanted(capfd):
     for index in (20, 21, 39):
         with pytest.raises(VideoError, match=rf"Frame {index} of 60 of The video cannot be decoded"):
             cursor.read(index, calls.append)
-    assert len(calls) <= 3 * 23  # one key to the next, not the whole file again
+    assert len(calls) <= 3 * 23  # from one keyframe to the next, not the whole file again
     assert number_of(cursor.read(10, lambda share: None)) == 10
     cursor.close()
     assert capfd.readouterr().err == ""
-    refused(damaged, "leave the part out")
+    refused(damaged, "leave that part out")
     assert shown(chosen(damaged, end=0.8)) == recipe(20, 25.0)[0]
 
 
 @pytest.mark.parametrize(
     "kind, codec", [("mp4", "libx264"), ("webm", "libvpx-vp9"), ("avi", "mpeg4"), ("mpegts", "libx264")]
 )
-def test_damaged_files_are_shown_or_told_and_nothing_else(kind, codec):
+def test_damaged_files_are_shown_or_refused_and_nothing_else(kind, codec):
     whole, random = make_video(30, 25, kind=kind, codec=codec, options={"g": "10"}), np.random.default_rng(3)
     told = []
     for _ in range(40):
@@ -114,7 +114,7 @@ def test_a_playlist_opens_nothing(tmp_path):
     refused("a\0.mp4", "cannot be read")
 
 
-def test_limits_are_held_before_anything_is_decoded(tmp_path):
+def test_limits_are_checked_before_anything_is_decoded(tmp_path):
     data = make_video(50, 25)
     (tmp_path / "a.mp4").write_bytes(data)
     uri = "data:video/mp4;base64," + base64.b64encode(data).decode()
@@ -129,8 +129,8 @@ def test_limits_are_held_before_anything_is_decoded(tmp_path):
     refused("data:video/mp4;base64,?", "not valid base64")
 
 
-def test_a_size_that_grows_behind_the_header_is_not_decoded():
-    """Two streams one after the other, as a bare file: the header knows the small one alone."""
+def test_a_size_that_grows_after_the_header_is_not_decoded():
+    """Two streams one after the other, as a bare file: the header describes only the small one."""
     small, large = (make_video([quarters(w, h)] * 5, kind="h264") for w, h in ((96, 64), (960, 640)))
     assert len(open_video(small + large, VideoLimits()).times) == 10
     cursor = open_video(small + large, VideoLimits(most_pixels=96 * 64)).open()

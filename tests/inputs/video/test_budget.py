@@ -1,4 +1,4 @@
-"""Videos beside many pictures: frames are reckoned in groups, cut less together, and refused with what would help."""
+"""Videos with many pictures: frames are counted in groups, cut less together, and refused with what would help."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from edge_runtime import MessageError, Model, PromptTooLongError, each_page
 from edge_runtime.cli.program import main
 from edge_runtime.inputs.video.reader import FrameReader
-from edge_runtime.pipeline import PromptOptions
-from edge_runtime.prompt.context_budget import Measured, Reckoning, Room
+from edge_runtime.options import GenerationOptions
+from edge_runtime.prompt.context_budget import ContextLimits, Measured, TokenBudget
 from edge_runtime.weights.config import SlicingConfig
 from support.document_maker import words_pdf
 from support.video_maker import make_animation, numbered, write_frames
@@ -50,24 +50,24 @@ MIXED = [
 ]
 
 
-def reckoning_of(demo: Model) -> Reckoning:
+def budget_of(demo: Model) -> TokenBudget:
     n_text = len(demo.build_prompt(mixed(1), max_slices=1).ids)
-    return Reckoning(MIXED, demo._encoder.slicing, demo._encoder.n_queries, n_text)
+    return TokenBudget(MIXED, demo.engine.encoder.slicing, demo.engine.encoder.n_queries, n_text)
 
 
 @pytest.mark.parametrize("most", range(1, 10))
-def test_the_reckoning_is_what_the_prompt_then_has(demo: Model, most: int) -> None:
+def test_the_budget_equals_the_tokens_of_the_prompt(demo: Model, most: int) -> None:
     prompt = demo.build_prompt(mixed(most), max_slices=most)
-    reckoning = reckoning_of(demo)
-    assert reckoning.total(most) == len(prompt.ids)
-    assert sum(reckoning.visual(most)) == sum(end - first for first, end in prompt.bounds)
+    budget = budget_of(demo)
+    assert budget.total(most) == len(prompt.ids)
+    assert sum(budget.visual(most)) == sum(end - first for first, end in prompt.bounds)
 
 
 @pytest.mark.parametrize("most", range(1, 10))
 def test_frames_are_cut_less_together_with_the_pictures(demo: Model, most: int) -> None:
     """What `fit` leaves is what the same limit for all leaves, to the token."""
     expected = demo.build_prompt(mixed(most), max_slices=most)
-    fitted = demo.build_prompt(mixed(9), fit=sum(reckoning_of(demo).visual(most)))
+    fitted = demo.build_prompt(mixed(9), fit=sum(budget_of(demo).visual(most)))
     assert fitted.text == expected.text
     assert fitted.bounds == expected.bounds
 
@@ -80,7 +80,7 @@ def test_frames_of_a_group_stay_together_and_nothing_is_decoded_twice(
     monkeypatch.setattr(
         FrameReader, "take", lambda self, *given, **how: readers.add(self) or take(self, *given, **how)
     )
-    n = demo._encoder.n_queries
+    n = demo.engine.encoder.n_queries
     messages = asked(video(5, packing=2, max_slices=4, timestamps=True))
     whole = demo.chat(messages, max_tokens=1)
     assert len(whole.slices) == 5 * 5
@@ -96,16 +96,16 @@ def test_frames_of_a_group_stay_together_and_nothing_is_decoded_twice(
 
 
 def test_two_videos_keep_their_own_limits(demo: Model) -> None:
-    n = demo._encoder.n_queries
+    n = demo.engine.encoder.n_queries
     messages = asked(video(2, packing=1, max_slices=1), video(2, packing=1, max_slices=4))
     assert demo.chat(messages, max_tokens=1).visual_tokens == (2 * 1 + 2 * 5) * n
     fitted = demo.chat(messages, max_tokens=1, fit=8 * n)
     assert (fitted.visual_tokens, len(fitted.videos)) == ((2 * 1 + 2 * 3) * n, 2)
 
 
-def test_the_refusal_names_groups_and_its_advice_holds() -> None:
+def test_the_refusal_names_groups_and_its_advice_works() -> None:
     with Model.load("demo", n_ctx=512) as model:
-        n = model._encoder.n_queries
+        n = model.engine.encoder.n_queries
         messages = asked(video(40, packing=1))
         total = len(model.build_prompt(messages).ids)
         with pytest.raises(PromptTooLongError) as refusal:
@@ -113,7 +113,7 @@ def test_the_refusal_names_groups_and_its_advice_holds() -> None:
         text = str(refusal.value)
         assert text.startswith(f"The prompt has {total} tokens, but the context holds 512,")
         assert f"{40 * n} are for videos (40 groups of frames: {n} each)." in text
-        assert f"Uncut they take {40 * n}: look at fewer frames (--max-frames) or more in a group (--packing)" in text
+        assert f"Uncut they take {40 * n}: use fewer frames (--max-frames) or more in a group (--packing)" in text
         assert "--max-slices" not in text
         assert "--pages" not in text
         for better in ({"max_frames": 10, "packing": 1}, {"packing": 6}):
@@ -121,7 +121,7 @@ def test_the_refusal_names_groups_and_its_advice_holds() -> None:
             assert answer.visual_tokens <= 10 * n
 
 
-def test_where_frames_are_cut_the_advice_is_what_cuts_them_less() -> None:
+def test_where_frames_are_cut_the_advice_is_to_cut_them_less() -> None:
     messages = asked(picture(), video(4, packing=1, max_slices=4))
     with Model.load("demo", n_ctx=320) as model:
         with pytest.raises(PromptTooLongError, match=r"They fit with --fit; .*larger --ctx"):
@@ -138,13 +138,13 @@ def test_where_frames_are_cut_the_advice_is_what_cuts_them_less() -> None:
 
 
 def told(pictures: list[Measured]) -> str:
-    text = str(Reckoning(pictures, SLICING, 64, 100).refusal(Room(64, 1)))
+    text = str(TokenBudget(pictures, SLICING, 64, 100).refusal(ContextLimits(64, 1)))
     found = re.search(r"are for (.*?\))\.", text)
     assert found is not None
     return found[1]
 
 
-def test_what_each_takes_is_told_in_order() -> None:
+def test_the_size_of_each_is_listed_in_order() -> None:
     small, large = Measured((300, 300), 9), Measured((1344, 1344), 9)
     frame = Measured((300, 300), 1, 3, of_video=True)
     assert told([small]) == "one picture (picture 1: 64)"
@@ -173,7 +173,7 @@ def test_only_the_last_turn_s_video_counts_where_turns_may_be_dropped() -> None:
 @pytest.mark.parametrize("name", ["max_frames", "packing", "fits", "each_page", "max_page"])
 def test_unknown_options_are_refused(demo: Model, name: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        PromptOptions.of({"fit": True, name: 3})
+        GenerationOptions.of({"fit": True, name: 3})
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         demo.chat("Hello", **{name: 3})
 
@@ -216,7 +216,7 @@ def test_limits_for_single_files_count_videos(folder: Path) -> None:
     assert "3 numbers for 2 files" in result.stderr
 
 
-def test_fitting_a_video_is_told(folder: Path) -> None:
+def test_fitting_a_video_is_reported(folder: Path) -> None:
     result = run(
         *(f"{folder}/frames/", folder / "photo.png", "What?", "--packing", 1, "--json"),
         *("--max-slices", "4,4", "--fit-tokens", 4 * 16),

@@ -20,7 +20,7 @@ from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.video.container import FileCursor, VideoFile
 from edge_runtime.inputs.video.frame_choice import VideoLimits, VideoOptions, clock
 from edge_runtime.inputs.video.picture_frames import PictureFrames
-from edge_runtime.inputs.video.reader import MOST_KEPT, _Reading
+from edge_runtime.inputs.video.reader import MAX_KEPT, _Reading
 from support.video_maker import make_animation, make_video, numbered, write_frames
 from tolerances import RESAMPLER
 
@@ -35,7 +35,7 @@ def model(exact_folder: Path):
 
 @pytest.fixture(scope="module")
 def clip() -> bytes:
-    """Two seconds, of which the recipe takes six frames."""
+    """Two seconds, from which the recipe chooses six frames."""
     return make_video(50, 25, options={"preset": "ultrafast", "g": "10"})
 
 
@@ -58,7 +58,7 @@ def test_groups_share_a_placeholder_and_follow_each_other_on_lines(exact_model: 
     assert f"<image_id>0</image_id>{HOLES}\n<image_id>4</image_id>{HOLES}\nWhat" in numbered_prompt.text
 
 
-def test_timestamps_stand_before_each_group(exact_model: Model, clip):
+def test_timestamps_come_before_each_group(exact_model: Model, clip):
     text = exact_model.build_prompt(video(clip, packing=3, timestamps=True)).text
     assert f"user\n[0:00.2]\n{HOLES}\n[0:01.2]\n{HOLES}\nWhat" in text
     assert [clock(s) for s in (0, 59.96, 83.25, 3723.04)] == ["0:00.0", "1:00.0", "1:23.2", "1:02:03.0"]
@@ -103,21 +103,21 @@ def test_every_form_of_a_video_is_the_same_prompt(exact_model: Model, clip, tmp_
         ({"type": "video", "video": b"x", "max_frames": 0}, "max_frames of a video is 0"),
         ({"type": "video", "video": b"x", "max_slices": None}, "max_slices of a video is None"),
         ({"type": "video", "video": b"x", "start": -1}, "start of a video is -1"),
-        ({"type": "video", "video": b"x", "start": 2, "end": 2}, "is empty; expected an end behind its start"),
+        ({"type": "video", "video": b"x", "start": 2, "end": 2}, "is empty; expected an end after its start"),
         ({"type": "video", "video": b"x", "timestamps": "yes"}, "timestamps of a video is 'yes'"),
         ({"type": "video", "video": 3}, "of type int; expected a path"),
         ({"type": "movie", "movie": b"x"}, "'video' or 'video_url'"),
     ],
 )
-def test_a_part_that_is_wrong_is_told(exact_model: Model, part, reason):
+def test_a_wrong_part_is_refused(exact_model: Model, part, reason):
     with pytest.raises((MessageError, VideoError), match=reason):
         exact_model.build_prompt([{"role": "user", "content": [part, "What?"]}])
 
 
-def test_a_video_belongs_to_a_user_and_brings_its_own_ids(exact_model: Model, clip):
+def test_a_video_belongs_to_a_user_and_has_its_own_ids(exact_model: Model, clip):
     with pytest.raises(MessageError, match="pictures belong to user messages"):
         exact_model.build_prompt([{"role": "system", "content": [{"video": clip}]}, {"role": "user", "content": "a"}])
-    with pytest.raises(MessageError, match="which brings its own"):
+    with pytest.raises(MessageError, match="which has its own"):
         exact_model.build_prompt(video(clip), temporal_ids=[[0] * 6])
     with pytest.raises(VideoError, match=r"at most 0\.5 s are allowed"):
         exact_model.build_prompt(video(clip), video_limits=VideoLimits(most_seconds=0.5))
@@ -137,16 +137,16 @@ def pictures(count: int, width: int, height: int) -> list[np.ndarray]:
     ids=["a group of six", "left-over frames", "threes", "sliced frames"],
 )
 def test_tokens_are_those_of_the_frames_as_pictures(exact_model: Model, tmp_path, count, packing, max_slices):
-    """`encode_video` is held against the formula in `test_vision`; here the way there is another."""
+    """`test_vision` compares `encode_video` with the formula; this goes through a conversation."""
     frames = pictures(count, 320, 160) if max_slices == 1 else pictures(count, 900, 300)
     folder = write_frames(tmp_path / "frames", frames)
-    prepared = exact_model._prepare(video(folder, packing=packing, max_slices=max_slices))
+    prepared = exact_model.prepare(video(folder, packing=packing, max_slices=max_slices))
     ids = [list(range(0, 10 * count, 10))[i : i + packing] for i in range(0, count, packing)]
     (facts,) = prepared.videos
     ids = facts["temporal_ids"]
     assert [len(group) for group in ids] == [packing] * (count // packing) + [count % packing] * (count % packing > 0)
     wanted = exact_model.encode_video([Image.fromarray(frame) for frame in frames], ids, max_slices)
-    got = exact_model.engine.call(lambda: exact_model._encode(prepared.groups))
+    got = exact_model.engine.run(lambda: exact_model.encode_groups(prepared.groups))
     assert len(wanted) == len(got) == len(prepared.prompt.bounds) == len(ids) * (1 if max_slices == 1 else 4)
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=RESAMPLER)
@@ -178,7 +178,7 @@ def reads(monkeypatch) -> list[int]:
 
 def test_a_second_question_decodes_nothing(model, clip, reads):
     first = ask(model, video(clip, packing=2))
-    assert reads == [0, 4, 12, 20, 29, 37, 45]  # the first frame tells size and colours
+    assert reads == [0, 4, 12, 20, 29, 37, 45]  # the first frame gives size and colours
     reads.clear()
     second = ask(model, video(clip, "And why?", packing=2))
     assert reads == [0]
@@ -187,13 +187,13 @@ def test_a_second_question_decodes_nothing(model, clip, reads):
     assert len(reads) > 2
 
 
-def test_other_frames_times_and_cuts_are_told_apart(model, clip):
+def test_other_frames_times_and_cuts_are_distinguished(model, clip):
     variants = [{}, {"packing": 2}, {"fps": 2}, {"start": 1.0}]
-    digests = [tuple(model._prepare(video(clip, **options)).digests) for options in variants]
+    digests = [tuple(model.prepare(video(clip, **options)).digests) for options in variants]
     assert len(set(digests)) == len(variants)
     again, other = clip, make_video(50, 25, options={"preset": "ultrafast", "g": "12"})
-    assert tuple(model._prepare(video(again)).digests) == digests[0]
-    assert not set(model._prepare(video(other)).digests) & set(digests[0])
+    assert tuple(model.prepare(video(again)).digests) == digests[0]
+    assert not set(model.prepare(video(other)).digests) & set(digests[0])
 
 
 def test_few_groups_are_in_memory_at_any_time(model, monkeypatch):
@@ -208,10 +208,10 @@ def test_few_groups_are_in_memory_at_any_time(model, monkeypatch):
     answer = ask(model, video(long, fps=5, packing=1))
     assert answer.visual_tokens == 50 * 64
     assert len(most) == 50
-    assert max(most) < MOST_KEPT
+    assert max(most) < MAX_KEPT
 
 
-def test_progress_is_told_while_frames_are_awaited(model, clip, monkeypatch):
+def test_progress_is_reported_while_frames_are_awaited(model, clip, monkeypatch):
     read, seen = FileCursor.read, threading.Semaphore(0)
 
     def after_it_was_told(self, i, watch):
@@ -239,7 +239,7 @@ def test_progress_is_told_while_frames_are_awaited(model, clip, monkeypatch):
     assert [p.done for p in told if p.stage == "encode"][-1] == 6
     shares = [p.share for p in told if p.stage == "encode"]
     assert shares == sorted(shares)  # a group of two frames goes through the tower in two runs
-    assert len(set(shares)) > 6 * model._encoder.tower.config.layers
+    assert len(set(shares)) > 6 * model.engine.encoder.tower.config.layers
 
 
 def test_answers_flow_while_frames_are_awaited(model, clip, monkeypatch):
@@ -280,7 +280,7 @@ def test_a_cancelled_request_stops_the_decoder(model, clip, monkeypatch):
     assert ask(model, video(clip)).completion_tokens > 0
 
 
-def test_looking_is_left_when_an_awaited_answer_is_cancelled(model, clip, monkeypatch):
+def test_indexing_ends_when_an_awaited_answer_is_cancelled(model, clip, monkeypatch):
     began, left = threading.Event(), threading.Event()
 
     def scan(self, content, limits, watch):
@@ -313,7 +313,7 @@ def test_looking_is_left_when_an_awaited_answer_is_cancelled(model, clip, monkey
     asyncio.run(give_up())
 
 
-def test_a_frame_that_cannot_be_decoded_ends_its_own_request_alone(model, clip, images, monkeypatch):
+def test_a_frame_that_cannot_be_decoded_ends_only_its_own_request(model, clip, images, monkeypatch):
     read = FileCursor.read
 
     def broken(self, i, watch):

@@ -38,7 +38,7 @@ def chosen(source, **options):
 
 
 def shown(found) -> list[int]:
-    """Numbers on the frames that were chosen."""
+    """Numbers on the chosen frames."""
     cursor = found.source.open()
     try:
         return [number_of(cursor.read(i, lambda share: None)) for i in found.choice.indices]
@@ -53,7 +53,7 @@ def refused(source, reason, limits=UNLIMITED, **options):
 
 
 def recipe(n_frames, fps, choose_fps=3, force_packing=None, most=180, most_packing=3):
-    """The model card's code as section by section as it can be; returns positions and groups of ids."""
+    """The model card's code, section by section where possible; returns positions and groups of ids."""
     duration = n_frames / fps
     if choose_fps * int(duration) <= most:
         packing, count = 1, round(min(choose_fps, round(fps)) * min(most, duration))
@@ -94,8 +94,8 @@ def test_frames_and_ids_are_the_recipes(rate, options):
 
 
 @pytest.mark.parametrize("kind, codec", [("mp4", "libx264"), ("matroska", "libx264"), ("webm", "libvpx-vp9")])
-def test_a_changing_rate_is_chosen_by_position_and_told_by_time(kind, codec):
-    """Officially positions count, and ids come from the average rate; the times told are those of the frames."""
+def test_a_variable_rate_is_chosen_by_position_and_reported_by_time(kind, codec):
+    """Officially positions count, and ids come from the average rate; the reported times are those of the frames."""
     n, slow = 60, 40  # then every frame takes five times as long
     ticks = [i if i < slow else slow + 5 * (i - slow) for i in range(n)]
     found = chosen(make_video(n, 25, kind=kind, codec=codec, times=lambda i: ticks[i]))
@@ -107,7 +107,7 @@ def test_a_changing_rate_is_chosen_by_position_and_told_by_time(kind, codec):
     assert np.allclose(np.concatenate(found.times_s), [ticks[i] / 25 for i in indices], atol=2e-3)
 
 
-def test_a_part_is_looked_at_as_if_it_were_cut_out():
+def test_a_part_is_used_as_if_it_were_cut_out():
     data = make_video(100, 25, options={"preset": "ultrafast", "g": "10"})
     found = chosen(data, start=1.0, end=3.0)
     indices, groups = recipe(50, 25.0)
@@ -168,7 +168,7 @@ def test_few_frames_of_a_long_video_decode_few(monkeypatch):
     assert len(decoded) <= 6 + 1 + 1 + 10
 
 
-def test_frames_that_were_read_are_let_go_of():
+def test_read_frames_are_freed():
     """PyAV's own way to the display matrix keeps every frame for ever."""
     pixels = np.zeros((720, 960, 3), np.uint8)
     source, process = (
@@ -184,7 +184,7 @@ def test_frames_that_were_read_are_let_go_of():
     cursor.close()
 
 
-def test_looking_and_reading_can_be_stopped():
+def test_indexing_and_reading_can_be_stopped():
     data = make_video(300, 25, options={"preset": "ultrafast", "g": "300"})
 
     class StopError(Exception):
@@ -312,14 +312,14 @@ def test_a_list_of_pictures_is_a_video(tmp_path):
     refused([], "at least one picture")
     with pytest.raises(ImageError, match="of type ndarray"):
         chosen([numbered(0)])
-    refused([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], "bring all frames to one size")
+    refused([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], "scale all frames to one size")
     (folder / "frame0.png").write_bytes((folder / "frame1.png").read_bytes())
     assert found.source.identity(0) != open_video(mixed, VideoLimits()).identity(0)
     with pytest.raises(VideoError, match="has changed"):
         shown(found)
 
 
-def test_nothing_of_this_is_imported_before_it_is_needed():
+def test_none_of_this_is_imported_before_it_is_needed():
     code = "import sys, edge_runtime.model; assert 'av' not in sys.modules"
     subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""How frames look: HDR, oblong pixels, transparency, recordings of few frames, dumps of JPEGs, animated AVIF."""
+"""How frames look: HDR, non-square pixels, transparency, recordings of few frames, dumps of JPEGs, animated AVIF."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ HDR = {"color_trc": PQ, "color_primaries": 9, "colorspace": 9, "color_range": 1}
 
 
 def pq(nits):
-    """PQ's signal of a light, written anew from ST 2084."""
+    """PQ's signal for a light, implemented again from ST 2084."""
     y = (nits / 10000) ** (2610 / 16384)
     return ((3424 / 4096 + 2413 / 128 * y) / (1 + 2392 / 128 * y)) ** (2523 / 32)
 
@@ -114,7 +114,7 @@ def test_a_dim_master_is_not_rolled_off_as_a_bright_one():
     assert to_sdr(codes, PQ, 250)[0, 0, 0] > to_sdr(codes, PQ, 1000)[0, 0, 0] > to_sdr(codes, PQ, 10000)[0, 0, 0]
 
 
-def test_ten_bits_alone_are_no_hdr():
+def test_ten_bits_alone_are_not_hdr():
     found, (picture,) = frames_of(encode([grey(0.5)], {"color_trc": 1, "color_range": 1}))
     assert facts_of(found)["tone_mapped"] is None
     assert np.asarray(picture).mean() == pytest.approx(127.5, abs=2)
@@ -148,7 +148,7 @@ def test_oblong_pixels_are_squared(aspect, size, kind, codec):
     assert facts_of(found)["pixel_aspect"] == (None if aspect == 1 else [aspect.numerator, aspect.denominator])
 
 
-def test_squared_frames_count_for_the_limit_of_pixels():
+def test_squared_frames_count_against_the_limit_of_pixels():
     def prepare(stream):
         stream.codec_context.sample_aspect_ratio = Fraction(10, 1)
 
@@ -188,7 +188,7 @@ def on_nothing():
         ("webm", "libvpx", "yuva420p"),
     ],
 )
-def test_what_is_transparent_lies_on_white(kind, codec, pixels):
+def test_transparency_is_composed_onto_white(kind, codec, pixels):
     data = encode([on_nothing()] * 3, {}, source="rgba", codec=codec, pixels=pixels, kind=kind)
     _, frames = frames_of(data)
     for frame in frames:
@@ -197,7 +197,7 @@ def test_what_is_transparent_lies_on_white(kind, codec, pixels):
         assert seen[:, GREY[1] // 2 + 8 :].min() > 215, f"{codec}: what is transparent"
 
 
-def test_transparent_frames_are_found_by_jumps_too():
+def test_transparent_frames_are_found_by_seeking_too():
     pictures = [np.dstack([numbered(i), numbered(i)[..., 0]]) for i in range(12)]  # white, and nothing
     data = encode(pictures, {}, source="rgba", codec="libvpx-vp9", pixels="yuva420p", kind="webm")
     found = open_video(data, UNLIMITED)
@@ -222,7 +222,7 @@ def test_a_slow_recording_gives_every_frame_once(every_s, n_frames):
 @pytest.mark.parametrize(
     "options", [{}, {"fps": 0.1}, {"fps": 5}, {"max_frames": 4}, {"max_frames": 4, "packing": 2}]
 )
-def test_no_frame_is_looked_at_twice(rate, options):
+def test_no_frame_is_used_twice(rate, options):
     for n_frames in (1, 2, 3, 7, 60, 400):
         found = VideoOptions(**options).choose(n_frames, rate)
         assert len(set(found.indices)) == len(found.indices) >= 1
@@ -231,7 +231,7 @@ def test_no_frame_is_looked_at_twice(rate, options):
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4, 0.5, 1, 1.4, 1.5, 2, 2.5, 10, 29.97])
-def test_frames_that_somebody_chose_are_all_taken(rate):
+def test_already_chosen_frames_are_all_used(rate):
     frames = [Image.new("RGB", (64, 64), (i * 20, 0, 0)) for i in range(10)]
     found = choose(VideoPart(frames, VideoOptions(fps=rate)), UNLIMITED)
     assert found.choice.indices == [*range(10)]

@@ -1,4 +1,4 @@
-"""A long video in full HD: memory stays where it was, and only what leads to wanted frames is decoded."""
+"""A long video in full HD: memory does not grow, and only what is needed for wanted frames is decoded."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def long_video(tmp_path_factory) -> Path:
 
 
 class Peak:
-    """Most memory in use meanwhile, sampled: RSS less what was there before."""
+    """Peak memory meanwhile, sampled: RSS minus what was used before."""
 
     def __enter__(self) -> Peak:
         self._process, self._done = psutil.Process(), threading.Event()
@@ -64,7 +64,7 @@ class Peak:
 
 @pytest.mark.slow
 def test_ten_minutes_of_full_hd_are_answered_in_little_memory(exact_folder: Path, images, long_video):
-    """540 frames in 180 groups, as the recipe has it; their slices alone would be 325 MB, decoded frames 3.4 GB."""
+    """540 frames in 180 groups, as in the recipe; their slices alone would be 325 MB, decoded frames 3.4 GB."""
     with Model.load(exact_folder, n_ctx=16384) as model:
         model.chat(
             [{"role": "user", "content": [images["wide"], "What?"]}], max_tokens=2

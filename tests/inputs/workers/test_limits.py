@@ -1,4 +1,4 @@
-"""Workers that decode foreign files have limits, end when they must, and see nothing that they need not see."""
+"""Workers that decode untrusted files have limits, end when they must, and see nothing that they do not need."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def wait_until(what, seconds: float = 60.0) -> None:
 
 
 def state(pid: int) -> str:
-    """How Linux calls what a process does: R while it runs, T while it stands still."""
+    """State of a process in Linux: R while it runs, T while it is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -82,7 +82,7 @@ def test_what_takes_too_long_is_ended_and_named():
 
 @pytest.mark.parametrize("kind", [*PICTURES, *VIDEOS])
 def test_every_kind_of_slow_file_is_ended(kind):
-    """Within its time, by one sentence; the next file is decoded as if nothing had been."""
+    """In time, with one sentence; the next file is decoded as if nothing had happened."""
     pool = DecoderPool(1, 0.7)
     content = [{"type": "image", "image": PICTURES[kind]()}] if kind in PICTURES else []
     content += [{"type": "video", "video": VIDEOS[kind]()}] if kind in VIDEOS else []
@@ -95,7 +95,7 @@ def test_every_kind_of_slow_file_is_ended(kind):
         pool.close()
 
 
-def test_who_leaves_ends_what_is_decoded():
+def test_a_client_that_leaves_ends_its_decoding():
     pool, began = DecoderPool(1, 600.0), time.monotonic()
 
     def check() -> None:
@@ -108,8 +108,8 @@ def test_who_leaves_ends_what_is_decoded():
     pool.close()
 
 
-def test_slow_files_delay_each_other_and_no_usual_one():
-    """Three of them on one worker: pictures pass by, and the slow ones run one at a time."""
+def test_slow_files_delay_each_other_but_no_usual_one():
+    """Three of them on one worker: pictures overtake them, and the slow ones run one at a time."""
     pool = DecoderPool(1, 600.0)
     failures: list[BaseException] = []
 
@@ -138,8 +138,8 @@ def test_slow_files_delay_each_other_and_no_usual_one():
     wait_until(lambda: not pool.pids)
 
 
-def test_too_many_slow_files_are_sent_away(monkeypatch):
-    monkeypatch.setattr("edge_runtime.inputs.workers.pool.MOST_SLOW", 0)
+def test_too_many_slow_files_are_refused(monkeypatch):
+    monkeypatch.setattr("edge_runtime.inputs.workers.pool.MAX_SLOW", 0)
     pool = DecoderPool(1, 600.0)
     with pytest.raises(EngineBusy, match="Page 1 of The document takes long to decode, and so do 0 other files"):
         draw(pool)
@@ -170,7 +170,7 @@ def test_clients_who_have_used_less_come_first():
     assert lane.n_free == 1
 
 
-def test_whoever_waits_for_a_worker_can_leave():
+def test_a_client_that_waits_for_a_worker_can_leave():
     def leave() -> None:
         raise Left
 
@@ -183,8 +183,8 @@ def test_whoever_waits_for_a_worker_can_leave():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit the address space")
-def test_what_needs_too_much_memory_is_refused_alone(monkeypatch):
-    monkeypatch.setattr("edge_runtime.inputs.workers.pool.LEAST_BYTES", 400 << 20)
+def test_only_a_file_that_needs_too_much_memory_is_refused(monkeypatch):
+    monkeypatch.setattr("edge_runtime.inputs.workers.pool.MIN_BYTES", 400 << 20)
     pool = DecoderPool(1, 60.0, pixel_limit=1)
     large = saved(Image.new("L", (16_000, 16_000)), "PNG")
     with WorkerOpener(pool, lambda: None) as opener, pytest.raises(ImageError, match=r"^The picture .*memory"):
@@ -250,13 +250,13 @@ def test_an_index_that_lies_is_not_believed(pool, monkeypatch, lie):
     }
     with WorkerOpener(pool, lambda: None) as opener:
         monkeypatch.setattr(opener.lease.worker, "ask", lambda *args, **more: {**told, **lie})
-        with pytest.raises(VideoError, match="an index of no sense"):
+        with pytest.raises(VideoError, match="a nonsensical index"):
             opener.video(b"video", LIMITS, lambda share: None, None)
         monkeypatch.setattr(opener.lease.worker, "ask", lambda *args, **more: dict(told))
         assert opener.video(b"video", LIMITS, lambda share: None, None).times.tolist() == [0.0]
 
 
-def test_nothing_of_one_request_is_there_for_the_next():
+def test_one_request_leaves_nothing_for_the_next():
     pool = DecoderPool(1)
     with WorkerOpener(pool, lambda: None) as opener:
         pictures(opener, CONTENTS["several"])
@@ -302,7 +302,7 @@ open(os.__file__).close()
 """
 
 
-def test_what_is_given_up_is_gone(tmp_path):
+def test_given_up_rights_are_gone(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("x")
     done = subprocess.run([sys.executable, "-c", GIVEN_UP, str(secret)], capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Foreign files in worker processes: the same pixels as in this one, within limits, whatever the files do."""
+"""Untrusted files in worker processes: the same pixels as in this process, within limits, whatever the files do."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def animation() -> bytes:
 
 
 def pictures(opener, content, **options) -> list:
-    """Sizes and slices of all pictures of a message; of videos the digests and pixels of their groups."""
+    """Sizes and slices of all pictures of a message; for videos, digests and pixels of their groups."""
     options = {"pages": None, "pixel_limit": 4_000_000, **options}
     limit = options.pop("pixel_limit")
     limits = replace(LIMITS, most_pixels=options.pop("video_pixels", LIMITS.most_pixels))
@@ -157,7 +157,7 @@ def test_errors_are_those_of_this_process(pool, content):
         pictures(opener, CONTENTS["turned"])
 
 
-def test_a_damaged_frame_is_told_of(pool):
+def test_a_damaged_frame_is_reported(pool):
     data = bytearray(make_video(40, options={"g": "10"}, header_first=True))
     place = data.index(b"mdat")
     for i in range(place + 40, len(data) - 200, 7):
@@ -171,7 +171,7 @@ def test_a_damaged_frame_is_told_of(pool):
 
 
 def test_an_answer_is_the_same(demo, pool):
-    """From messages to the answer, by the option of `Model.chat`."""
+    """From messages to the answer, with the option of `Model.chat`."""
     page = Image.open(Path(__file__).parents[3] / "examples" / "sign.png")
     messages = [{"role": "user", "content": [{"type": "image", "image": saved(page, "PNG")}, "What does it say?"]}]
     here = demo.chat(messages, greedy=True, max_tokens=8)

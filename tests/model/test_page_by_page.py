@@ -16,11 +16,11 @@ from PIL import Image
 from edge_runtime import EdgeRuntimeError, ImageError, MessageError, Model, PageAnswer, each_page, join_pages
 from edge_runtime.cli.document_options import PRESET_NAMES
 from edge_runtime.cli.program import main
-from edge_runtime.each_page import without_fence
 from edge_runtime.inputs.documents import DocumentOptions, with_pages
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import ImagePart, Message, parse_messages
 from edge_runtime.inputs.presets import PRESETS, with_preset
+from edge_runtime.page_by_page import without_fence
 from edge_runtime.system.memory import give_back
 from edge_runtime.weights.config import SlicingConfig
 from support.document_maker import pages_tiff, scanned_pdf, words_pdf, written_pdf

@@ -7,15 +7,16 @@ closed in between, so that memory does not grow with the number of pages. A dama
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.inputs.documents import document_options, page_numbers, read
 from edge_runtime.inputs.image import existing_file
 from edge_runtime.inputs.messages import DocumentPart, ImagePart, Message, VideoPart, parse_messages
+from edge_runtime.options import GenerationKeywords
 from edge_runtime.system.base64_data import is_data_uri
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class PageAnswer:
         return "" if self.answer is None else self.answer.answer
 
 
-def each_page(model: Model, content: Any, *, before: Sequence[Any] = (), **options: Any) -> Iterator[PageAnswer]:
+def each_page(
+    model: Model, content: Any, *, before: Sequence[Any] = (), **options: Unpack[GenerationKeywords]
+) -> Iterator[PageAnswer]:
     """Ask the same about every page.
 
         for page in each_page(model, [Path("scan.pdf")], preset="markdown"):
@@ -65,7 +68,7 @@ def each_page(model: Model, content: Any, *, before: Sequence[Any] = (), **optio
     ----------
     content : content of a message of the user: texts, and the documents or pictures whose pages are asked about.
     before : messages that precede every question, such as a system prompt.
-    options : as of `Model.chat`.
+    options : as of `Model.chat`, see `GenerationOptions`.
 
     Yields
     ------
@@ -85,7 +88,7 @@ def each_page(model: Model, content: Any, *, before: Sequence[Any] = (), **optio
             yield PageAnswer(asked.file, asked.page, answer)
 
 
-def pages_asked(content: Any, options: dict[str, Any]) -> Iterator[PageAsked]:
+def pages_asked(content: Any, options: Mapping[str, Any]) -> Iterator[PageAsked]:
     """The message about every page.
 
     Parameters
@@ -121,7 +124,7 @@ def pages_asked(content: Any, options: dict[str, Any]) -> Iterator[PageAsked]:
             yield PageAsked(file, number, replace(message, parts=(*others[0], page, *others[1])))
 
 
-def asked_options(options: dict[str, Any]) -> dict[str, Any]:
+def asked_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the request about one page, whose part says which page it is."""
     return {name: value for name, value in options.items() if name != "pages"}
 
