@@ -1,6 +1,6 @@
 """The command `edge-runtime`: arguments in, an exit code out.
 
-`main` is imported when it is asked for: `edge_runtime.cli.serve` and its neighbours need nothing of it.
+`main` is imported on demand: `edge_runtime.cli.serve` and its neighbours do not need it.
 """
 
 from __future__ import annotations

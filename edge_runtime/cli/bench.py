@@ -1,10 +1,10 @@
-"""How fast a model is on this machine: prefill, generation, picture encoding; and which settings make it fastest.
+"""How fast a model is on this machine: prefill, generation, picture encoding; and the settings that make it fastest.
 
-Rates are of the decoder alone, one sequence, without sampling. `tune` looks for the settings that take least time for
-a typical request (`REQUEST_PROMPT` tokens in, `REQUEST_ANSWER` out, see `trial`), one setting after another, each
-against the best of those before it: both in turns, `TURNS` times, medians. Machines are noisy, so a setting is kept
-only where it gains more than the samples of either side differ among themselves. A KV cache in q8_0 is taken only
-where it is faster by more than `WORTH_ROUNDING`, one in q4_0, which costs answers, never.
+Rates are of the decoder alone, one sequence, without sampling. `tune` looks for the settings that take the least time
+for a typical request (`REQUEST_PROMPT` tokens in, `REQUEST_ANSWER` out, see `trial`), one setting after another, each
+against the best so far: both in turns, `TURNS` times, medians. Machines are noisy, so a setting is kept only if it
+gains more than the spread of either side's samples. A KV cache in q8_0 is used only if it is faster by more than
+`WORTH_ROUNDING`, one in q4_0, which makes answers worse, never.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile
 
 WORTH_ROUNDING = 0.1
-"""Share of the time that a coarser KV cache must save to be taken."""
+"""Share of the time that a coarser KV cache must save to be used."""
 NOISE = 0.03
 """Share of the time below which settings count as equally fast, however steady the samples are."""
 TURNS = 3
-"""Samples of each side; two where the first two show already that nothing is gained."""
-SAMPLE_PROMPT = 128  # tokens; a micro-batch is told from another by whole chunks only
+"""Samples of each side; two if these already show no gain."""
+SAMPLE_PROMPT = 128  # tokens; micro-batches differ only on whole chunks
 PICTURE_SIDE = 1344  # pixels; ten slices at full size
 
 
@@ -67,7 +67,7 @@ def encoding_s(encoder: ImageEncoder, repeats: int = 2) -> dict[str, float]:
 
 @dataclass
 class Side:
-    """Settings, the process that has them, and what was measured with them in one contest."""
+    """Settings, the process that uses them, and their measurements in one contest."""
 
     tuning: Tuning
     trial: Trial
@@ -86,13 +86,13 @@ class Side:
 
 @dataclass(frozen=True)
 class Contest:
-    """Settings beside the best ones so far, as it went."""
+    """Result of measuring settings against the best ones so far."""
 
     tuning: Tuning
     rates: Rates | None
     """Medians; None when these settings are not possible here."""
     seconds: Sequence[float] = ()
-    """Of the typical request, one for each sample; so for the best ones so far, measured in turns with these."""
+    """Of the typical request, one per sample; `best_s` likewise, for the best so far, measured in turns."""
     best_s: Sequence[float] = ()
     is_kept: bool = False
 
@@ -109,16 +109,16 @@ class Contest:
         }
 
 
-def gains_enough(candidate_s: Sequence[float], best_s: Sequence[float], least: float) -> bool:
-    """Whether the candidate's median is less by more than a share of the best's, and by more than either spreads."""
+def gains_enough(candidate_s: Sequence[float], best_s: Sequence[float], min_share: float) -> bool:
+    """Whether the candidate's median is smaller by more than a share of the best's and either spread."""
     spread = max(max(seconds) - min(seconds) for seconds in (candidate_s, best_s))
-    return median(best_s) - median(candidate_s) > max(least * median(best_s), spread)
+    return median(best_s) - median(candidate_s) > max(min_share * median(best_s), spread)
 
 
 def hold_contest(best: Side, candidate: Side, n_prompt: int) -> bool:
     """Measure both in turns; False when the candidate cannot be measured."""
     best.samples, candidate.samples = [], []
-    if candidate.trial.sample(n_prompt) is None:  # not counted: what stands before the samples is computed here
+    if candidate.trial.sample(n_prompt) is None:  # warm-up: computes what precedes the samples
         return False
     for turn in range(TURNS):
         if turn == 2 and min(candidate.seconds) >= max(best.seconds):
@@ -137,25 +137,25 @@ def tune(
     n_physical: int,
     n_logical: int,
     budget_s: float,
-    tell: Callable[[str, Contest], None] = lambda what, contest: None,
+    report: Callable[[str, Contest], None] = lambda what, contest: None,
 ) -> tuple[Tuning, list[dict[str, Any]]]:
     """Find the fastest settings of a decoder on this machine.
 
     Parameters
     ----------
-    n_physical, n_logical : cores this process may use, without and with hyper-threads.
-    budget_s : nothing new is tried after so many seconds.
-    tell : called with each setting and how it did.
+    n_physical, n_logical : cores this process may use, without and with hyper-threading.
+    budget_s : no further settings are tried after this many seconds.
+    report : called with each setting and its result.
 
     Returns
     -------
-    best, trials : the settings, and every contest as a dictionary in the order they were held; the first is of the
-        usual settings alone.
+    best, trials : the settings, and every contest as a dictionary, in order; the first has only the usual
+        settings.
 
     Raises
     ------
     BackendUnavailable
-        When the usual settings cannot be measured, too.
+        When even the usual settings cannot be measured.
     """
     started = time.perf_counter()
     usual = Tuning(n_physical, kv_type="f16")
@@ -169,20 +169,20 @@ def tune(
                 f"see what 'echo 128 | python -m edge_runtime.cli.tuning_trial {file.path} {{}}' says."
             )
         contests = [Contest(usual, rates, [rates.request_s], is_kept=True)]
-        tell(_described(usual), contests[0])
+        report(_described(usual), contests[0])
         for change, n_prompt, gain in _changes(n_physical, n_logical):
             if time.perf_counter() - started > budget_s:
                 break
             tuning = replace(best.tuning, **change)
             if tuning.repack and available_bytes() < 2 * file.size_bytes:
-                continue  # it would push out what it is to make faster
+                continue  # it would evict the weights that it should make faster
             candidate = Side(tuning, processes.enter_context(Trial(file.path, tuning)))
             if not hold_contest(best, candidate, n_prompt):
                 contests.append(Contest(tuning, None))
             else:
                 is_kept = gains_enough(candidate.seconds, best.seconds, gain)
                 contests.append(Contest(tuning, candidate.rates, candidate.seconds, best.seconds, is_kept))
-            tell(_described(tuning), contests[-1])
+            report(_described(tuning), contests[-1])
             left = candidate
             if contests[-1].is_kept:
                 best, left = candidate, best
@@ -191,7 +191,7 @@ def tune(
 
 
 def _changes(n_physical: int, n_logical: int) -> Iterator[tuple[dict[str, Any], int, float]]:
-    """What is tried one after the other, prompt tokens per sample, and the share of the time it must gain."""
+    """Settings to try in order, with prompt tokens per sample and the share of the time they must gain."""
     for n in (n_logical, n_physical // 2):
         if n > 1 and n != n_physical:
             yield {"n_threads": n}, SAMPLE_PROMPT, NOISE
@@ -206,7 +206,7 @@ def _described(tuning: Tuning) -> str:
 
 
 def tune_model(name: str, mmproj: Path | None, budget_s: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Tune a model's decoder and remember what was best; returns the trials.
+    """Tune a model's decoder and store the best settings; returns the trials.
 
     Parameters
     ----------
@@ -218,7 +218,7 @@ def tune_model(name: str, mmproj: Path | None, budget_s: float, say: Callable[[s
     decoder_config(file)
     say(f"{'settings':<44}{'prefill':>12}{'generation':>14}{'request':>11}{'best so far':>14}")
 
-    def tell(what: str, contest: Contest) -> None:
+    def report(what: str, contest: Contest) -> None:
         rates = contest.rates
         if rates is None:
             say(f"{what:<44}not possible here")
@@ -227,14 +227,14 @@ def tune_model(name: str, mmproj: Path | None, budget_s: float, say: Callable[[s
         request = f"{median(contest.seconds):>9.2f} s{beside}{'  kept' if contest.is_kept else ''}"
         say(f"{what:<44}{rates.prefill:>8.1f} t/s{rates.decode:>10.1f} t/s{request}")
 
-    best, trials = tune(file, cpu_count(), allowed_cpus(), budget_s, tell)
+    best, trials = tune(file, cpu_count(), allowed_cpus(), budget_s, report)
     path = remember_tuning(file, best)
     say(f"best: {_described(best)}; remembered in {path}")
     return {"tuned": asdict(best), "trials": trials}
 
 
 def measure(name: str, setup: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure a model as it would be loaded.
+    """Measure a model, loaded with these options.
 
     Parameters
     ----------
@@ -243,7 +243,7 @@ def measure(name: str, setup: dict[str, Any], say: Callable[[str], None]) -> dic
 
     Returns
     -------
-    facts : `scenario`, settings, `ours_s` (seconds by what was done), `peers_s` (nobody), tokens per second.
+    facts : `scenario`, settings, `ours_s` (seconds per stage), `peers_s` (empty), tokens per second.
     """
     paths = find_model(name, setup["mmproj"])
     options = LoadOptions(**{key: value for key, value in setup.items() if key not in ("mmproj", "cache_dir")})

@@ -27,7 +27,7 @@ from edge_runtime.model import Model
 
 HELP = """\
 /image FILE   add a picture, a document or a video to the next question; so does FILE alone
-/continue     go on with the last answer
+/continue     continue the last answer
 /think        switch reasoning on or off
 /clear        forget the conversation
 /help         show this list
@@ -42,7 +42,7 @@ class Chat:
     ----------
     messages : what precedes it (a system prompt, or nothing).
     options : arguments of `Model.chat`.
-    video : what is looked at of videos.
+    video : options for videos.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Chat:
 
     @staticmethod
     def _is_path(line: str) -> bool:
-        """Whether a line that begins with a slash is no command, as when a file is dropped on the terminal."""
+        """Whether a line with a leading slash is a path, as when a file is dropped on the terminal."""
         return line[1:].partition(" ")[0] not in COMMANDS and ("/" in line[1:] or is_there(line))
 
     def _take(self, line: str) -> None:
-        """Ask what was written, or add the files it names; what may be either is asked when it comes again."""
+        """Ask the line, or add the files it names; an ambiguous line is asked when it is entered again."""
         if any("\udc80" <= c <= "\udcff" for c in line):
-            console.note("That line is not UTF-8 text and was not asked.")
+            console.note("That line is not UTF-8 text, so it was not asked.")
             return
         names, reason = _names(line), overlooked(line, self._files)
         if all(looks_like_file(name) for name in names):
@@ -119,7 +119,7 @@ class Chat:
             return ""
 
     def _command(self, line: str) -> str:
-        """Obey one command; returns its name."""
+        """Run one command; returns its name."""
         name, _, argument = line[1:].partition(" ")
         if name in ("exit", "quit", "bye"):
             return "exit"
@@ -138,7 +138,7 @@ class Chat:
         return name
 
     def _add_picture(self, name: str) -> None:
-        """Find what was named; several files may be named, with blanks between."""
+        """Find the named files; several may be named, separated by spaces."""
         if not name:
             console.note("/image needs a file: /image photo.jpg")
             return
@@ -156,14 +156,14 @@ class Chat:
     @staticmethod
     def _found(word: str) -> Path | Piped:
         if word in STDIN:
-            raise ImageError("stdin is where the questions of this chat come from; name a file.")
+            raise ImageError("this chat reads its questions from stdin; name a file.")
         found = named_file(word)
         if isinstance(found, str):
             raise ImageError(f"{word} holds text, expected a picture, a document or a video; write the text itself.")
         return found
 
     def _add(self, source: Any) -> None:
-        """Check a picture now, so that the mistake is told where it was made."""
+        """Check a file now, so that an error appears where it was named."""
         try:
             if is_video(source):
                 video = VideoPart(source, self._video)
@@ -194,36 +194,36 @@ class Chat:
             self._messages += [turn, answer.message()]
 
     def _continue(self) -> None:
-        """Go on inside the last answer, whose turn takes the place of the one before."""
+        """Continue the last answer; the longer turn replaces it."""
         if not self._messages or self._messages[-1]["role"] != "assistant":
-            console.note("There is no answer yet to go on with.")
+            console.note("There is no answer to continue yet.")
             return
         if self._pictures:
-            console.note("The pictures that were added wait for the next question.")
+            console.note("The pictures you added are kept for the next question.")
         answer = self._answer(self._messages, continue_final_message=True)
         if answer is not None:
             self._messages[-1] = answer.message()
 
     def _answer(self, messages: list[Any], **options: Any) -> Answer | None:
-        """Ask, and say how the answer ended when it was cut; None when there is none."""
+        """Ask, and say why the answer was cut, if it was; None if there is no answer."""
         try:
             answer = console.answer(self._model, messages, self._options | {"follow_up": True} | options)
         except EdgeRuntimeError as error:
             click.echo(f"edge-runtime: {error}", err=True)
             return None
-        except KeyboardInterrupt:  # before there was an answer to end: pictures or a video were being read
+        except KeyboardInterrupt:  # before the answer started: pictures or a video were being read
             console.note("Stopped.")
             return None
         if answer.finish_reason in ("length", "cancelled", "repetition"):
-            console.note(f"The answer was cut ({answer.finish_reason}); /continue goes on with it.")
+            console.note(f"The answer was cut off ({answer.finish_reason}); /continue continues it.")
         return answer
 
 
 def _names(text: str) -> list[str]:
-    """The names in a line: all of it, quotes around it taken off, or those of several files that are all there."""
+    """The names in a line: the whole line without quotes around it, or several files that all exist."""
     bare = text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" else text
     if not find_named(bare):
-        with contextlib.suppress(ValueError):  # quotes that are not closed
+        with contextlib.suppress(ValueError):  # unclosed quotes
             words = [word.strip("\"'") for word in shlex.split(text, posix=os.name != "nt")]
             if len(words) > 1 and all(find_named(word) for word in words):
                 return words

@@ -17,25 +17,25 @@ INTERRUPTED = 130  # what shells report for Ctrl-C
 
 
 class Notes(io.TextIOWrapper):
-    """A stderr that drops what cannot be written, on a full disk or to a closed pipe: the answer still counts."""
+    """A stderr that drops what cannot be written (full disk, closed pipe): the answer still counts."""
 
     def write(self, text: str) -> int:
-        """Write, or not."""
+        """Write, if possible."""
         with contextlib.suppress(OSError):
             super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        """The same."""
+        """Flush, if possible."""
         with contextlib.suppress(OSError):
             super().flush()
 
 
 def set_up_streams() -> None:
-    """Make the standard streams hold any text.
+    """Make the standard streams accept any text.
 
-    What is no terminal, a file or a pipe, gets UTF-8 on every system; a terminal keeps its encoding, and what it
-    cannot show is replaced. Closed ones are replaced by ones that swallow everything: a note must not end an answer.
+    Files and pipes get UTF-8 on every system; a terminal keeps its encoding, and characters that it cannot show are
+    replaced. Closed streams are replaced by the null device: a note must not end an answer.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -46,7 +46,7 @@ def set_up_streams() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        with contextlib.suppress(io.UnsupportedOperation):  # read from already
+        with contextlib.suppress(io.UnsupportedOperation):  # already read from
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
 
 

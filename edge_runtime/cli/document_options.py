@@ -1,4 +1,4 @@
-"""What `edge-runtime run` can do with documents and many pictures: its options, and asking about every page."""
+"""`edge-runtime run` with documents and many pictures: its options, and one answer per page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SliceLimits(click.ParamType[Any]):
             return value
         numbers = [part.strip() for part in str(value).split(",")]
         if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in numbers):
-            self.fail(f"{value!r} is neither a number from 1 on nor several with commas between.", param, ctx)
+            self.fail(f"{value!r} is neither a positive number nor several separated by commas.", param, ctx)
         return [int(part) for part in numbers]
 
 
@@ -53,8 +53,8 @@ def document_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="NAME",
                 help="Ask for ocr, markdown, table or caption.",
             ),
-            click.option("--each-page", is_flag=True, help="Ask about every page by itself."),
-            click.option("--pages", metavar="LIST", help="Of PDF and TIFF files, such as 1-3,7.  [all]"),
+            click.option("--each-page", is_flag=True, help="Ask about each page separately."),
+            click.option("--pages", metavar="LIST", help="Pages of PDF and TIFF files, such as 1-3,7.  [all]"),
             click.option(
                 "--dpi",
                 type=click.FloatRange(1, 4800),
@@ -65,7 +65,7 @@ def document_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--password",
                 envvar="EDGE_RUNTIME_PASSWORD",
                 metavar="TEXT",
-                help="Of encrypted PDF files; also in EDGE_RUNTIME_PASSWORD.",
+                help="Password of encrypted PDF files; also from EDGE_RUNTIME_PASSWORD.",
             ),
             click.option(
                 "--max-pages",
@@ -73,11 +73,14 @@ def document_options(command: Callable[..., None]) -> Callable[..., None]:
                 type=click.IntRange(1),
                 default=PAGE_LIMIT,
                 metavar="N",
-                help="Most pages of a document.  [2000]",
+                help="Maximum pages of a document.  [2000]",
             ),
-            click.option("--fit", is_flag=True, help="Cut pictures less until they fit the context."),
+            click.option("--fit", is_flag=True, help="Cut pictures into fewer slices until they fit the context."),
             click.option(
-                "--fit-tokens", type=click.IntRange(1), metavar="N", help="The same, to N tokens of pictures."
+                "--fit-tokens",
+                type=click.IntRange(1),
+                metavar="N",
+                help="The same, until pictures take at most N tokens.",
             ),
         )
     ):
@@ -86,34 +89,34 @@ def document_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def take_documents(options: dict[str, Any], content: Sequence[Asked], *, others: bool) -> bool:
-    """Bring the options into the form of `Model.chat`.
+    """Translate the options into those of `Model.chat`.
 
     Parameters
     ----------
-    others : whether there is an option that asks about one picture only.
+    others : whether another option asks about one picture only.
 
     Returns
     -------
-    each_page : whether pages are asked about one by one.
+    each_page : whether to ask about each page separately.
 
     Raises
     ------
     click.UsageError
-        When that goes without a question, or with something that has no pages.
+        When there is no question for that, or something without pages.
     """
     each_page = bool(options.pop("each_page"))
     asks = options["preset"] is not None or any(isinstance(part, str) for part in content)
     if each_page and (others or not asks):
-        raise click.UsageError("--each-page needs a question or --preset, and goes without --draw.")
+        raise click.UsageError("--each-page needs a question or --preset, and cannot be used with --draw.")
     if each_page and any(isinstance(part, VideoPart) for part in content):
-        raise click.UsageError("--each-page asks about pages and pictures; ask about a video by itself.")
+        raise click.UsageError("--each-page asks about pages and pictures; ask about a video separately.")
     options["fit"] = options.pop("fit_tokens") or options["fit"]
-    options["file_limit_bytes"] = sys.maxsize  # the person's own files; a limit is for what others send
+    options["file_limit_bytes"] = sys.maxsize  # the user's own files; the limit is for files from others
     return each_page
 
 
 def limit_slices(content: Sequence[Asked], options: dict[str, Any], *, chatting: bool) -> list[Any]:
-    """Give every file its own limit of cells, where there are several of them; otherwise there is one for all.
+    """Give every file its own cell limit if there are several limits; otherwise one applies to all.
 
     Raises
     ------
@@ -125,7 +128,9 @@ def limit_slices(content: Sequence[Asked], options: dict[str, Any], *, chatting:
         options["max_slices"] = limits[0] if limits else None
         return list(content)
     if chatting:
-        raise click.UsageError("--max-slices takes several numbers with a question only; a chat has one for all.")
+        raise click.UsageError(
+            "--max-slices takes several numbers only with a question; a chat has one for all files."
+        )
     n_files = sum(not isinstance(part, str) for part in content)
     if len(limits) != n_files:
         raise click.UsageError(
@@ -136,14 +141,14 @@ def limit_slices(content: Sequence[Asked], options: dict[str, Any], *, chatting:
     return [part if isinstance(part, str) else _limited(part, next(left)) for part in content]
 
 
-def _limited(file: Path | Piped | VideoPart, most: int) -> Any:
+def _limited(file: Path | Piped | VideoPart, limit: int) -> Any:
     if isinstance(file, VideoPart):
-        return replace(file, options=replace(file.options, max_slices=most))
-    return {"type": "image", "image": file, "max_slices": most}
+        return replace(file, options=replace(file.options, max_slices=limit))
+    return {"type": "image", "image": file, "max_slices": limit}
 
 
 def note_fitted(fitted_slices: int | None) -> None:
-    """Say that pictures were cut into fewer cells than asked for."""
+    """Report that pictures were cut into fewer cells than asked for."""
     if fitted_slices is not None:
         from edge_runtime.cli import terminal as console
 
@@ -154,7 +159,7 @@ def note_fitted(fitted_slices: int | None) -> None:
 def answer_pages(
     model: Model, before: list[Any], content: Sequence[Any], options: dict[str, Any], *, as_json: bool
 ) -> None:
-    """Ask about every page; print the answers one below the other, or as one JSON object.
+    """Ask about every page; print the answers one after another, or as one JSON object.
 
     Ends the program with 1 when a page could not be read, with 130 when it was stopped.
     """
@@ -179,7 +184,7 @@ def answer_pages(
             click.echo(f"edge-runtime: {error}", err=True)
             pages.append(PageAnswer(page.file, page.page, None, str(error)))
             continue
-        except KeyboardInterrupt:  # while the page was drawn
+        except KeyboardInterrupt:  # while the page was being rendered
             interrupted = True
             break
         pages.append(PageAnswer(page.file, page.page, answer))

@@ -1,8 +1,8 @@
-"""A name as somebody typed it → the file that is called so, where several spellings look the same.
+"""A typed name → the file it means, although several spellings look the same.
 
 File names hold characters that nobody types: macOS puts a narrow no-break space (U+202F) before "PM" in the names of
-screenshots and takes names apart (NFD), chat programs put marks of direction before them, and word processors and web
-pages change quotes, dashes and blanks of what is copied. Folded, all of these are alike.
+screenshots and decomposes names (NFD), chat programs put direction marks before them, and word processors and web
+pages change quotes, dashes and spaces in copied text. Folding makes all of these equal.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 import unicodedata
 from pathlib import Path
 
-LONGEST_NAME = 4096
-"""Characters beyond which a text is no path on any system."""
+MAX_NAME_CHARACTERS = 4096
+"""Longer texts are not paths on any system."""
 
 _QUOTES = {ord(c): "'" for c in "\u2018\u2019\u201a\u201b\u2032\u02bc\u0060\u00b4"}
 _QUOTES |= {ord(c): '"' for c in "\u201c\u201d\u201e\u201f\u2033"}
@@ -22,7 +22,7 @@ _VARIATIONS = range(0xFE00, 0xFE10)  # select between forms of one character
 
 
 def folded(name: str) -> str:
-    """A name with all made equal that looks alike: NFKC, one kind of blank, quote and dash, nothing invisible."""
+    """A name without differences that nobody sees: NFKC, one kind of space, quote and dash, nothing invisible."""
     text = unicodedata.normalize("NFKC", name.translate(_QUOTES))
     kept = (c for c in text if unicodedata.category(c) != "Cf" and ord(c) not in _VARIATIONS)
     dashes = "".join("-" if c == _MINUS or unicodedata.category(c) == "Pd" else c for c in kept)
@@ -30,7 +30,7 @@ def folded(name: str) -> str:
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether something has this name; PermissionError where a folder on the way is locked."""
+    """Whether something has this name; raises PermissionError if a folder on the way is not accessible."""
     try:
         os.stat(path)  # noqa: PTH116 - takes names that are no paths, too
     except PermissionError:
@@ -45,18 +45,18 @@ def find_named(word: str, *, any_case: bool = False) -> list[Path]:
 
     Parameters
     ----------
-    any_case : take names in other letters (`IMG.JPG` for `img.jpg`) where none in these is there.
+    any_case : accept names in another case (`IMG.JPG` for `img.jpg`) if there is none in this case.
 
     Returns
     -------
-    paths : none, one, or several that cannot be told apart.
+    paths : none, one, or several that look the same.
 
     Raises
     ------
     PermissionError
-        When a folder on the way is locked.
+        When a folder on the way is not accessible.
     """
-    if not word or len(word) > LONGEST_NAME:
+    if not word or len(word) > MAX_NAME_CHARACTERS:
         return []
     whole = Path(os.path.expanduser(word))  # noqa: PTH111 - Path's raises for the user of "~50 apples"
     if is_there(whole):
@@ -81,7 +81,7 @@ def _inside(folder: Path, name: str, any_case: bool) -> list[Path]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Names of what lies in a folder; none where it cannot be listed."""
+    """Names in a folder; none if it cannot be listed."""
     try:
         return os.listdir(folder)  # noqa: PTH208 - names are all that is wanted
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def similar_name(word: str) -> str | None:
-    """What lies in the same folder and is called nearly so; None when nothing is."""
+    """A file in the same folder with a similar name; None if there is none."""
     path = Path(os.path.expanduser(word))  # noqa: PTH111
     names = names_in(path.parent)
     stem = folded(path.stem).casefold()

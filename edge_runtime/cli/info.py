@@ -1,4 +1,4 @@
-"""What `edge-runtime info` tells: the machine and the choices made for it, or the contents of a model."""
+"""What `edge-runtime info` shows: the machine and the choices made for it, or the contents of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def describe_machine() -> dict[str, Any]:
     from edge_runtime.decoder import llama_cpp as llama
 
     check_instruction_set()
-    from edge_kernels.linear.gguf_blocks import IS_POSSIBLE  # which looks at the instruction set
+    from edge_kernels.linear.gguf_blocks import IS_POSSIBLE  # reads the instruction set when imported
 
     return {
         "edge-runtime": __version__,

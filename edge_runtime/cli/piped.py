@@ -1,7 +1,7 @@
-"""What comes through a pipe → a picture, a document or a video as bytes, or text.
+"""Piped input → a picture, a document or a video as bytes, or text.
 
-`-` is stdin, as everywhere; a named pipe and a shell's `<(...)` are read likewise, once and to their end. What was
-read is told from its first bytes, since a pipe has no suffix.
+`-` is stdin, as everywhere; a named pipe and a shell's `<(...)` are read likewise, once and to their end. The kind
+of input is recognised from its first bytes, since a pipe has no suffix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edge_runtime.system.text_files import decode_text
 
 STDIN = ("-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0")
 PIPE_LIMIT_BYTES = 1 << 30
-"""Most that is read from a pipe; a larger file is named by its path."""
+"""Limit for pipes; a larger file is named by its path."""
 
 _TEXT_CONTROLS = frozenset("\t\n\r\f\x1b")
 _TEXTLIKE_FORMATS = frozenset({"PPM", "XPM", "XBM", "EPS"})  # Pillow's names of formats that may be plain ASCII
@@ -51,7 +51,7 @@ def read_pipe(word: str) -> Piped | str:
     Raises
     ------
     ImageError
-        When nothing is piped in, nothing comes, or too much.
+        When nothing is piped in, or the input is empty or too large.
     """
     if word in STDIN:
         name, data = "stdin", _read_stdin()
@@ -64,13 +64,13 @@ def read_pipe(word: str) -> Piped | str:
             raise ImageError(f"{word} cannot be read: {error.strerror or error}; name a file.") from None
     if not data:
         raise ImageError(
-            f"{name} is empty (0 bytes), expected a picture, a document, a video or text; see what writes it."
+            f"{name} is empty (0 bytes), expected a picture, a document, a video or text; check what writes it."
         )
     if len(data) > PIPE_LIMIT_BYTES:
-        raise ImageError(f"{name} has more than {PIPE_LIMIT_BYTES} bytes; save it as a file and name that.")
+        raise ImageError(f"{name} has more than {PIPE_LIMIT_BYTES} bytes; save it as a file and name the file.")
     found = told_apart(data, name)
     if isinstance(found, str) and not found.strip():
-        raise ImageError(f"{name} holds blanks alone, expected a picture, a document, a video or text.")
+        raise ImageError(f"{name} holds only whitespace, expected a picture, a document, a video or text.")
     return found
 
 
@@ -85,7 +85,7 @@ def _read_stdin() -> bytes:
 
 
 def told_apart(data: bytes, name: str) -> Piped | str:
-    """Text as such; everything else as bytes, which are explained where they are decoded."""
+    """Text as a string; everything else as bytes, whose errors are reported where they are decoded."""
     head = data[:_HEAD_BYTES]
     if b"%PDF-" in head or head.startswith(_GIT_LFS) or b"<svg" in head.lower() or _is_textlike_picture(data):
         return Piped(data, name)
@@ -111,7 +111,7 @@ def _is_textlike_picture(data: bytes) -> bool:
 
 
 def waits_unread() -> bool:
-    """Whether something stands on stdin, in a file or in a pipe, that nobody has read yet."""
+    """Whether stdin, a file or a pipe, holds something unread."""
     try:
         number = sys.stdin.fileno()
         found = os.fstat(number)
@@ -122,12 +122,12 @@ def waits_unread() -> bool:
         import select
 
         return bool(select.select([number], [], [], 0)[0]) and _holds_bytes(number)
-    except (OSError, ValueError, AttributeError):  # closed, or no file at all
+    except (OSError, ValueError, AttributeError):  # closed, or not a file
         return False
 
 
 def _holds_bytes(number: int) -> bool:
-    """Whether a pipe that can be read holds something: at its end it can be read, too."""
+    """Whether a readable pipe holds data: at its end it is readable, too."""
     import fcntl
     import struct
     import termios

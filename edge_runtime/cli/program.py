@@ -1,6 +1,6 @@
 """edge-runtime run | convert | bench | info: arguments in, exit code out.
 
-The store and the server have modules of their own, `store_commands` and `serve_command`.
+The commands of the store and the server are in `cli.store` and `cli.serve`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -77,22 +77,22 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="TYPE",
                 help="KV cache in f16, q8_0 or q4_0.  [f16]",
             ),
-            click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture."),
+            click.option("--low-memory", is_flag=True, help="Unload the vision weights after each picture."),
             click.option("--lora", **file, help="LoRA adapter (GGUF) to answer with."),
             click.option(
                 "--cache-dir",
                 type=click.Path(path_type=Path),
                 metavar="DIR",
-                help="Keep encoded pictures and read prompts here.",
+                help="Cache encoded pictures and computed prompts here.",
             ),
             click.option(
                 "--cache-limit",
                 type=click.FloatRange(0, min_open=True),
                 metavar="GB",
                 default=DEFAULT_LIMIT_BYTES / 2**30,
-                help="Most that DIR may hold.  [4]",
+                help="Maximum size of DIR.  [4]",
             ),
-            click.option("--force", is_flag=True, help="Load it even if memory seems too short."),
+            click.option("--force", is_flag=True, help="Load it even if memory seems insufficient."),
         )
     ):
         command = option(command)
@@ -110,15 +110,15 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 "thinking_budget",
                 type=click.IntRange(0),
                 metavar="N",
-                help="Most tokens of reasoning.",
+                help="Maximum tokens of reasoning.",
             ),
-            click.option("--greedy", is_flag=True, help="Take the most probable token."),
-            click.option("--max-tokens", **count, default=2048, help="Most tokens to generate.  [2048]"),
+            click.option("--greedy", is_flag=True, help="Always take the most probable token."),
+            click.option("--max-tokens", **count, default=2048, help="Maximum tokens to generate.  [2048]"),
             click.option(
                 "--max-slices",
                 type=SliceLimits(),
                 metavar="N[,N...]",
-                help="Most cells per picture; or one N per file.  [9]",
+                help="Maximum cells per picture; or one N per file.  [9]",
             ),
             click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 is greedy.  [0.7]"),
             click.option("--top-p", type=click.FloatRange(0, 1), metavar="X", help="[0.8; thinking: 1]"),
@@ -133,20 +133,24 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--typical-p", type=click.FloatRange(0, 1), metavar="X", help="[1]"),
             click.option("--presence-penalty", type=float, metavar="X", help="[0]"),
             click.option("--frequency-penalty", type=float, metavar="X", help="[0]"),
-            click.option("--beams", **count, help="Search with N beams; officially 3.  [1: none]"),
-            click.option("--seed", type=click.IntRange(0), metavar="N", help="Repeats an answer.  [random]"),
-            click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated."),
+            click.option("--beams", **count, help="Beam search with N beams; officially 3.  [1: none]"),
+            click.option(
+                "--seed", type=click.IntRange(0), metavar="N", help="Seed, for repeatable answers.  [random]"
+            ),
+            click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated."),
             click.option(
                 "--no-repetition-check",
                 "repetition_check",
                 is_flag=True,
                 default=True,
                 flag_value=False,
-                help="Let an answer go in circles.",
+                help="Let an answer repeat itself.",
             ),
-            click.option("--context-shift", is_flag=True, help="Drop oldest turns that do not fit."),
-            click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema the answer must follow."),
-            click.option("--max-pixels", **count, default=PIXEL_LIMIT, help="Largest picture.  [200 million]"),
+            click.option("--context-shift", is_flag=True, help="Drop the oldest turns if they do not fit."),
+            click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema that the answer must follow."),
+            click.option(
+                "--max-pixels", **count, default=PIXEL_LIMIT, help="Maximum pixels per picture.  [200 million]"
+            ),
         )
     ):
         command = option(command)
@@ -156,16 +160,18 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command(cls=Command)
 @click.argument("arguments", nargs=-1, metavar="[FILE ...] [PROMPT]")
 @model_options
-@click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="Question that is never taken for a file.")
+@click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="Question; never taken for a file.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
 @document_options
 @video_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
-    "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: of each token and N alternatives."
+    "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: log probabilities, with N alternatives."
 )
-@click.option("--draw", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the places the answer names.")
+@click.option(
+    "--draw", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the places that the answer names."
+)
 def run(
     arguments: tuple[str, ...],
     prompt: tuple[str, ...],
@@ -178,7 +184,7 @@ def run(
 ) -> None:
     """Answer a question about pictures, documents and videos, or chat.
 
-    Arguments keep their order: files and text may alternate. Without text, a chat begins. A folder of frames is a
+    Arguments keep their order: files and text may alternate. Without text, a chat starts. A folder of frames is a
     video, too. '-' and pipes are read: a picture, a document, a video or text.
 
     What exists is a file. What does not exist but has a slash, a scheme or a suffix (a sentence: the suffix of a
@@ -255,11 +261,11 @@ def take_request(options: dict[str, Any], adapter: str | None, logprobs: int | N
 
 
 def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:
-    """Take the values of `model_options` out of a command's options.
+    """Remove the values of `model_options` from a command's options.
 
     Returns
     -------
-    name, setup, adapter : the model, keyword arguments of `Model.load`, and the adapter requests are to choose.
+    name, setup, adapter : the model, keyword arguments of `Model.load`, and the adapter for requests.
     """
     setup = {name: options.pop(name) for name in ("mmproj", "exact", "force", "kv_type", "low_memory", "cache_dir")}
     setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
@@ -289,9 +295,9 @@ def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None
     "pictures",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Fit the types to the pictures and texts in it.",
+    help="Calibrate the types with the pictures and texts in it.",
 )
-@click.option("--report", is_flag=True, help="Tell what the types cost, tensor by tensor.")
+@click.option("--report", is_flag=True, help="Report the error of the types, tensor by tensor.")
 @click.option("--force", is_flag=True, help="Replace existing files.")
 def convert(source: str, output: Path | None, report: bool, **options: Any) -> None:
     """Convert a MiniCPM-V 4.5 checkpoint (Hugging Face layout) into GGUF files.
@@ -333,7 +339,7 @@ def convert(source: str, output: Path | None, report: bool, **options: Any) -> N
 def bench(tuning: bool, budget: float, **options: Any) -> None:
     """Measure a model on this machine: prefill, generation, picture encoding.
 
-    With --tune, measures threads, micro-batch, KV type and repacked weights first; what was best is used whenever
+    With --tune, measures threads, micro-batch, KV type and repacked weights first; the best ones are used whenever
     this model is loaded on this machine. The last line is one JSON object.
     """
     from edge_runtime.cli.bench import measure, tune_model
@@ -354,7 +360,7 @@ def bench(tuning: bool, budget: float, **options: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(model: str | None, source: Path | None, as_json: bool) -> None:
-    """Say what this machine offers and what was chosen; with MODEL (or a .gguf file), what is in it."""
+    """Show this machine and the choices made for it; with MODEL (or a .gguf file), its contents."""
     from edge_runtime.cli.info import describe_machine, describe_model
 
     if source is not None:

@@ -1,4 +1,4 @@
-"""What `edge-runtime run` is given → checked before a model is loaded, and what is said before it answers."""
+"""Checks of `edge-runtime run`'s arguments before a model is loaded, and notes before it answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_stdin(arguments: tuple[str, ...], schema: str | None) -> None:
 
 
 def check_system(system: str | None) -> None:
-    """Refuse the name of a file for the text in it."""
+    """Refuse a file name in place of its text."""
     if system is not None and not any(c.isspace() for c in system) and looks_like_file(system):
         raise click.UsageError(
             f'--system is the name of a file, {system[:80]!r}, expected the text itself: --system "$(cat FILE)".'
@@ -35,10 +35,10 @@ def check_system(system: str | None) -> None:
 
 
 def is_chat(arguments: Sequence[str], content: Sequence[Asked], preset: str | None) -> bool:
-    """Whether nothing is asked, so that a chat begins; refused where it could not read its questions."""
+    """Whether there is no question, so that a chat starts; refused if it could not read its questions."""
     chatting = not any(isinstance(part, str) for part in content) and preset is None
     if chatting and any(word in STDIN for word in arguments):
-        raise click.UsageError("A chat reads its questions from stdin, which '-' has read already: add a question.")
+        raise click.UsageError("A chat reads its questions from stdin, which '-' uses: add a question.")
     return chatting
 
 
@@ -55,7 +55,7 @@ def check_output(
     if as_json and chatting:
         raise click.UsageError("--json needs a question: add it as the last argument.")
     if logprobs is not None and not as_json:
-        raise click.UsageError("--logprobs is printed as JSON: add --json.")
+        raise click.UsageError("--logprobs are printed as JSON: add --json.")
     if draw is not None:
         from edge_runtime.generation.grounding import check_drawing
 
@@ -68,7 +68,7 @@ def check_output(
 
 
 def check_kept(option: str, target: Path | None, content: Sequence[Asked]) -> None:
-    """Refuse to draw over one of the files that are asked about."""
+    """Refuse to overwrite one of the files that are asked about."""
     sources = [part.source if isinstance(part, VideoPart) else part for part in content]
     if target is None or not target.exists():
         return
@@ -77,18 +77,18 @@ def check_kept(option: str, target: Path | None, content: Sequence[Asked]) -> No
 
 
 def note_before(model: Model, content: list[Any], *, chatting: bool) -> None:
-    """Say what is to be known before an answer: that the model is a toy, that something was left unread."""
+    """Print notes before an answer: that the model is a toy, that stdin was not read."""
     from edge_runtime.answers import TOY_NOTICE
     from edge_runtime.cli import terminal as console
 
     if model.is_toy and not chatting:
         console.note(TOY_NOTICE)
     if all(isinstance(part, str) for part in content) and not chatting and waits_unread():
-        console.note("What stands on stdin was not read: name it '-' to ask about it.")
+        console.note("stdin was not read: name '-' to ask about it.")
 
 
 def read_schema(source: str) -> Any:
-    """A JSON schema from its text, from a file, or from a pipe.
+    """Read a JSON schema from its text, a file or a pipe.
 
     Raises
     ------
@@ -100,10 +100,10 @@ def read_schema(source: str) -> Any:
         name = source
         try:
             text = _schema_file(source)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, or no text
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or not text
             reason = getattr(error, "strerror", None) or error
             raise MessageError(
-                f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that begins with '{{'."
+                f"The schema {source[:80]!r} cannot be read: {reason}; give a file, or JSON that starts with '{{'."
             ) from None
     try:
         return parse_json(text)

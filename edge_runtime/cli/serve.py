@@ -1,4 +1,4 @@
-"""edge-runtime serve: options in, a running server out; nothing of it is imported before it is asked for."""
+"""edge-runtime serve: options in, a running server out; the server is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -30,63 +30,72 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--port", type=click.IntRange(0, 65535), default=11434, metavar="N", help="[11434, as Ollama]")
 @click.option("-m", "--model", "models", multiple=True, metavar="MODEL", help="Load it now; may be repeated.")
 @click.option("--api-key", envvar="EDGE_RUNTIME_API_KEY", metavar="KEY", help="Key that clients must send.")
-@click.option("--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Web pages of this origin may ask.")
-@click.option("--allow-host", "allowed_hosts", multiple=True, metavar="NAME", help="Further name of this server.")
-@click.option("--allow-url", multiple=True, metavar="HOST", help="Fetch pictures and models from it when asked.")
+@click.option("--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Allow web pages of this origin.")
+@click.option("--allow-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name of this server.")
+@click.option(
+    "--allow-url", multiple=True, metavar="HOST", help="Host that requests may fetch pictures and models from."
+)
 @click.option("--keep-alive", default="5m", metavar="TIME", help="How long an unused model stays loaded.  [5m]")
-@click.option("--max-memory", **SIZE, metavar="GB", help="Most for all loaded models.  [what is free]")
-@click.option("--queue", "max_queue", **COUNT, default=64, help="Most requests at once, waiting ones too.  [64]")
-@click.option("--queue-per-client", "max_queue_per_client", **COUNT, help="Of one address.  [7/8 of --queue]")
-@click.option("--connections", "max_connections", **COUNT, default=512, help="Most connections.  [512]")
+@click.option("--max-memory", **SIZE, metavar="GB", help="Maximum for all loaded models.  [free memory]")
+@click.option("--queue", "max_queue", **COUNT, default=64, help="Maximum requests, running and waiting.  [64]")
+@click.option("--queue-per-client", "max_queue_per_client", **COUNT, help="Of these, per address.  [7/8 of --queue]")
+@click.option("--connections", "max_connections", **COUNT, default=512, help="Maximum connections.  [512]")
 @click.option(
-    "--connections-per-client", "max_connections_per_client", **COUNT, help="Of one address.  [3/4 of --connections]"
+    "--connections-per-client",
+    "max_connections_per_client",
+    **COUNT,
+    help="Of these, per address.  [3/4 of --connections]",
 )
-@click.option("--patience", "body_timeout_s", **SECONDS, default=30, help="With senders and readers below...  [30]")
-@click.option("--min-rate", "min_bytes_per_s", **COUNT, default=1024, help="...so many bytes a second.  [1024]")
-@click.option("--timeout", "request_timeout_s", **SECONDS, default=1800, help="Longest request.  [1800]")
-@click.option("--grace", "grace_s", **SECONDS, default=30, help="For running answers at the end.  [30]")
-@click.option("--max-body", **SIZE, default=64, metavar="MB", help="Largest request.  [64]")
 @click.option(
-    "--max-bodies", **SIZE, metavar="MB", help="Of all requests together.  [4 of --max-body, 1/8 of what is free]"
+    "--patience", "body_timeout_s", **SECONDS, default=30, help="Time allowed to clients slower than...  [30]"
 )
-@click.option("--max-values", **COUNT, default=100_000, help="Most JSON values of a request.  [100000]")
-@click.option("--max-depth", **COUNT, default=200, help="Deepest nesting of one.  [200]")
-@click.option("--max-messages", **COUNT, default=10_000, help="Most messages of one.  [10000]")
-@click.option("--max-parts", **COUNT, default=1000, help="Most parts of a message.  [1000]")
-@click.option("--max-images", **COUNT, default=64, help="Most pictures in a request.  [64]")
+@click.option("--min-rate", "min_bytes_per_s", **COUNT, default=1024, help="...this many bytes per second.  [1024]")
+@click.option("--timeout", "request_timeout_s", **SECONDS, default=1800, help="Time limit of a request.  [1800]")
+@click.option("--grace", "grace_s", **SECONDS, default=30, help="Time for running answers at shutdown.  [30]")
+@click.option("--max-body", **SIZE, default=64, metavar="MB", help="Maximum size of a request.  [64]")
 @click.option(
-    "--decode-timeout", "decode_timeout_s", **SECONDS, default=30, help="For a picture, page or video frame.  [30]"
+    "--max-bodies", **SIZE, metavar="MB", help="Of all requests together.  [4 of --max-body, 1/8 of free memory]"
 )
-@click.option("--max-pixels", **COUNT, default=64_000_000, help="Largest picture.  [64 million]")
-@click.option("--max-video", **SIZE, default=128, metavar="MB", help="Largest video or document.  [128]")
-@click.option("--max-frames", "max_video_frames", **COUNT, default=180, help="Most frames of a video.  [180]")
-@click.option("--max-pages", **COUNT, default=100, help="Most pages of a document.  [100]")
-@click.option("--max-tokens", **COUNT, default=32_768, help="Longest answer in tokens.  [32768]")
+@click.option("--max-values", **COUNT, default=100_000, help="Maximum JSON values in a request.  [100000]")
+@click.option("--max-depth", **COUNT, default=200, help="Maximum nesting of a request.  [200]")
+@click.option("--max-messages", **COUNT, default=10_000, help="Maximum messages in a request.  [10000]")
+@click.option("--max-parts", **COUNT, default=1000, help="Maximum parts of a message.  [1000]")
+@click.option("--max-images", **COUNT, default=64, help="Maximum pictures in a request.  [64]")
+@click.option(
+    "--decode-timeout", "decode_timeout_s", **SECONDS, default=30, help="Per picture, page or video frame.  [30]"
+)
+@click.option("--max-pixels", **COUNT, default=64_000_000, help="Maximum pixels per picture.  [64 million]")
+@click.option("--max-video", **SIZE, default=128, metavar="MB", help="Maximum size of a video or document.  [128]")
+@click.option("--max-frames", "max_video_frames", **COUNT, default=180, help="Maximum frames of a video.  [180]")
+@click.option("--max-pages", **COUNT, default=100, help="Maximum pages of a document.  [100]")
+@click.option("--max-tokens", **COUNT, default=32_768, help="Maximum tokens of an answer.  [32768]")
 @click.option("--ctx", "n_ctx", **COUNT, help="Context length in tokens.  [8192, or what fits]")
 @click.option("--threads", "n_threads", **COUNT, help="Threads.  [physical cores]")
 @click.option("--exact", is_flag=True, help="Compute as the official float32 code.")
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), metavar="TYPE", help="KV cache.  [f16]")
-@click.option("--low-memory", is_flag=True, help="Drop the vision weights after each picture.")
+@click.option("--low-memory", is_flag=True, help="Unload the vision weights after each picture.")
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),
     envvar="EDGE_RUNTIME_CACHE_DIR",
     metavar="DIR",
-    help="Keep read prompts and encoded pictures here.  [the user's cache]",
+    help="Cache computed prompts and encoded pictures here.  [the user's cache]",
 )
-@click.option("--no-cache-dir", "keeps_nothing", is_flag=True, help="Keep nothing of them on disk.")
+@click.option("--no-cache-dir", "keeps_nothing", is_flag=True, help="Do not cache them on disk.")
 @click.option(
-    "--cache-limit", **SIZE, metavar="GB", default=DEFAULT_LIMIT_BYTES / 2**30, help="Most that DIR may hold.  [4]"
+    "--cache-limit", **SIZE, metavar="GB", default=DEFAULT_LIMIT_BYTES / 2**30, help="Maximum size of DIR.  [4]"
 )
-@click.option("--max-store", **SIZE, default=256, metavar="GB", help="No pulls and uploads beyond this.  [256]")
-@click.option("--max-names", **COUNT, default=1000, help="Most models that clients make.  [1000]")
+@click.option(
+    "--max-store", **SIZE, default=256, metavar="GB", help="Size at which pulls and uploads are refused.  [256]"
+)
+@click.option("--max-names", **COUNT, default=1000, help="Maximum models that clients create.  [1000]")
 @click.option("--tools", type=click.Choice(["auto", "off"]), default="auto", help="off: no model claims tools.")
-@click.option("--force", is_flag=True, help="Load models even if memory seems too short.")
+@click.option("--force", is_flag=True, help="Load models even if memory seems insufficient.")
 def serve(**options: Any) -> None:
     """Answer clients of Ollama and of OpenAI, and show a page in the browser.
 
-    Models are loaded when they are asked for; those named with -m at once. Clients may name the demo, these, and
-    whatever was pulled.
+    Models are loaded on demand; those named with -m at once. Clients may name the demo, these, and any pulled
+    model.
 
     \b
     edge-runtime serve -m minicpm-v-4.5
@@ -121,7 +130,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
     Raises
     ------
     EdgeRuntimeError
-        When a value is not right.
+        When a value is invalid.
     """
     from edge_runtime.cache.caches import usual_folder
     from edge_runtime.server.ollama.options import keep_alive_seconds
@@ -154,7 +163,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
 
 
 def run(settings: Settings) -> int | None:
-    """Serve until the process is told to end; returns the signal that did it."""
+    """Serve until a signal ends the process; returns that signal."""
     import asyncio
 
     from edge_runtime.server.app import create_app
@@ -172,7 +181,7 @@ def run(settings: Settings) -> int | None:
 
 
 def _announce(address: str, settings: Settings, model: str) -> None:
-    """Say where the server is, and how to ask it something."""
+    """Print the server's address, and how to use it."""
     header = ' -H "Authorization: Bearer KEY"' if settings.api_key is not None else ""
     question = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Who are you?"}}]}}'
     click.echo(

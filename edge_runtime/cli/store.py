@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def announce(plan: Plan) -> None:
-    """Say what is about to be fetched, before it is."""
+    """Print what will be fetched."""
     from edge_runtime.cli import terminal as console
 
     entry = plan.entry
@@ -25,8 +25,8 @@ def announce(plan: Plan) -> None:
     lines = [entry.label if entry.label == entry.name else f"{entry.label}, {entry.name}"]
     lines += [f"  {file.path:<{width}}  {size_text(file.size)}" for file in entry.files]
     lines.append(f"  licence: {entry.licence or 'not stated; see the page of the model'}")
-    rest = size_text(plan.fetched) if plan.fetched else "nothing, all of it is here"
-    lines.append(f"  to fetch: {rest}")
+    to_fetch = size_text(plan.fetched) if plan.fetched else "nothing, all files are here"
+    lines.append(f"  to fetch: {to_fetch}")
     console.note("\n".join(lines))
 
 
@@ -39,7 +39,7 @@ def size_text(n_bytes: int) -> str:
 @click.argument("name")
 @click.option("--mmproj", metavar="FILE", help="mmproj file in the repository, or a second address.")
 def pull(name: str, mmproj: str | None) -> None:
-    """Fetch a model, or go on with a pull that was cut.
+    """Fetch a model, or resume an interrupted pull.
 
     \b
     minicpm-v-4.5[:TYPE]     the official files, Q4_K_M or TYPE: minicpm-v-4.5:Q5_K_M
@@ -115,7 +115,7 @@ def remove(names: tuple[str, ...]) -> None:
     """Remove pulled models. Files of Ollama stay where they are."""
     from edge_runtime.store.library import Library
 
-    for entry in [_entry(name) for name in names]:  # a wrong name is told before anything is removed
+    for entry in [_entry(name) for name in names]:  # report a wrong name before anything is removed
         freed = Library().remove(entry)
         click.echo(f"{entry.label} removed, {freed / 1e6:.1f} MB freed")
 
@@ -156,7 +156,7 @@ def _entry(name: str) -> Entry:
 
 def _state(entry: Entry) -> str:
     if not entry.complete:
-        return f"unfinished; 'edge-runtime pull {entry.label}' goes on"
+        return f"unfinished; 'edge-runtime pull {entry.label}' resumes"
     where = "in the Ollama store" if entry.kind == "ollama" else size_text(entry.size)
     return f"{where}  {'checkpoint  ' if entry.kind == 'checkpoint' else ''}{entry.pulled}"
 

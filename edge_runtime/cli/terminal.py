@@ -1,4 +1,4 @@
-"""Everything a person sees in a terminal: streamed answers, dimmed reasoning, progress, notes."""
+"""Everything a user sees in a terminal: streamed answers, dimmed reasoning, progress, notes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _KEPT_CONTROLS = "\n\t"
 
 
 def note(text: str) -> None:
-    """Print a note to the person, dimmed, on stderr."""
+    """Print a dimmed note on stderr."""
     click.secho(text, err=True, dim=True)
 
 
 def first_compile(*, pictures: bool, prompts: bool) -> list[str]:
-    """Why the first picture, or prompt, on this machine takes longer; machine code is kept for the next start."""
+    """Notes that the first picture or prompt on this machine takes longer; the machine code is cached."""
     from edge_kernels.compile import is_compiled
 
     notes = []
@@ -45,12 +45,12 @@ def first_compile(*, pictures: bool, prompts: bool) -> list[str]:
 def answer(
     model: Model, messages: list[Any], options: dict[str, Any], *, quiet: bool = False, label: str = ""
 ) -> Answer:
-    """Answer, streaming to stdout; Ctrl-C ends the answer, and what was said so far is returned.
+    """Answer, streaming to stdout; Ctrl-C ends the answer, and the text so far is returned.
 
     Parameters
     ----------
     quiet : print nothing on stdout, and no reasoning.
-    label : what the line of progress begins with.
+    label : start of the progress line.
     """
     progress = AnswerProgress(label)
     pictures = any(not isinstance(part, str) for message in parse_messages(messages) for part in message.parts)
@@ -59,7 +59,7 @@ def answer(
     except BaseException:
         progress.clear()
         raise
-    # Not before: files that are refused compile nothing.
+    # Not earlier: refused files compile nothing.
     for text in first_compile(pictures=pictures, prompts=model.uses_amx_prefill):
         progress.clear()
         note(text)
@@ -72,7 +72,7 @@ def answer(
                 printed.write(piece.text, piece.kind)
         except KeyboardInterrupt:
             stream.cancel()
-            for _ in stream:  # what was computed meanwhile is not shown; only the end is awaited
+            for _ in stream:  # do not show what was computed meanwhile; wait for the end
                 pass
     finally:
         progress.clear()
@@ -88,7 +88,7 @@ def draw_places(answer: Answer, picture: Path | bytes, target: Path, options: di
 
     Parameters
     ----------
-    picture : the last file of the question; of a document, its last page that was looked at counts.
+    picture : the last file of the question; for a document, the last page used.
     options : of the request.
     """
     regions = answer.regions()
@@ -102,7 +102,7 @@ def draw_places(answer: Answer, picture: Path | bytes, target: Path, options: di
 
 
 def draw_storyboard(videos: Sequence[VideoPart], target: Path) -> None:
-    """Draw which frames of a video go into which group."""
+    """Draw the frames of a video in their groups."""
     from edge_runtime.cli.video_options import draw
 
     if len(videos) != 1:
@@ -113,7 +113,7 @@ def draw_storyboard(videos: Sequence[VideoPart], target: Path) -> None:
         draw(videos[0], target, progress.on_drawing)
     finally:
         progress.clear()
-    note(f"{target}: the frames that are looked at.")
+    note(f"{target}: the frames that the model sees.")
 
 
 class Printer:
@@ -147,7 +147,7 @@ class Printer:
 
 
 def printable(text: str) -> str:
-    """Drop control characters: a picture may talk a model into writing escape sequences to the terminal."""
+    """Drop control characters: a picture may make a model write escape sequences to the terminal."""
     return "".join(c for c in text if c in _KEPT_CONTROLS or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
@@ -173,7 +173,7 @@ class AnswerProgress:
 
     def _show_share(self, what: str, share: float) -> None:
         text = f"{what}, {share:.0%}"
-        if text != self._text:  # it is told for every packet
+        if text != self._text:  # reported for every packet
             self._show(text)
 
     def on_event(self, event: Progress) -> None:
@@ -192,7 +192,7 @@ class AnswerProgress:
             self._shown = True
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Erase the line."""
         if self._shown:
             click.echo("\r\x1b[K", err=True, nl=False)
             self._shown = False

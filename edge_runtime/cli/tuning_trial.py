@@ -1,8 +1,8 @@
-"""A decoder with certain settings in a process of its own, which measures whenever it is asked to.
+"""A decoder with certain settings in a process of its own, which measures on request.
 
-Settings are tried that may not work on this machine: repacked weights bring code paths of llama.cpp along that have
-been seen to end the process (AMX in a virtual machine). Then it is this process that ends. Two of them can stand side
-by side and be asked in turns, so that what slows the machine down for a while slows both.
+Some settings may not work on this machine: repacked weights use code paths of llama.cpp that have been seen to
+crash the process (AMX in a virtual machine). Then only this process ends. Two of them can run side by side and be
+measured in turns, so that a temporary slowdown of the machine affects both.
 
     python -m edge_runtime.cli.tuning_trial DECODER SETTINGS     SETTINGS: fields of `Tuning` as JSON
 
@@ -32,10 +32,10 @@ from edge_runtime.loading.tuning import Tuning
 from edge_runtime.weights.gguf_file import GGUFFile
 
 REQUEST_PROMPT, REQUEST_ANSWER = 640, 64
-"""Tokens of the request that tuning is for: a large picture with a question, a short answer."""
+"""Tokens of the request that tuning optimises: a large picture with a question, a short answer."""
 REPEAT_S = 3.0
-MOST_S = 600.0
-"""After which a sample is given up."""
+TIMEOUT_S = 600.0
+"""After this time a sample is abandoned."""
 SAMPLE_ANSWER = 6  # tokens generated per sample
 
 
@@ -72,10 +72,10 @@ def opened(file: GGUFFile, tuning: Tuning) -> Iterator[Decoder]:
 
 
 def decoder_rates(decoder: Decoder, n_prompt: int = CHUNK_TOKENS, n_decode: int = 8) -> Rates:
-    """Measure prefill and generation behind it; warm, the best of up to three repeats within `REPEAT_S`."""
+    """Measure prefill and the generation after it; warm, the best of up to three runs within `REPEAT_S`."""
     n_prompt = max(1, min(n_prompt, decoder.n_ctx - n_decode - 1))
     ids = [int(i) for i in np.random.default_rng(0).integers(0, decoder.config.vocabulary, n_prompt + n_decode)]
-    decoder.step([SequenceChunk(0, ids[:8])])  # pages of the weights come in, buffers are made
+    decoder.step([SequenceChunk(0, ids[:8])])  # page in the weights, allocate buffers
     prefill: list[float] = []
     decode: list[float] = []
     while not prefill or (len(prefill) < 3 and sum(prefill) + sum(decode) < REPEAT_S):
@@ -94,7 +94,7 @@ def decoder_rates(decoder: Decoder, n_prompt: int = CHUNK_TOKENS, n_decode: int 
 
 
 class Sampling:
-    """Samples of one decoder: a piece of prompt that ends where a chunk would, and a few tokens behind it."""
+    """Samples of one decoder: a piece of prompt that ends at a chunk's end, and a few tokens after it."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -102,10 +102,10 @@ class Sampling:
         self._ids = [int(i) for i in random.integers(0, decoder.config.vocabulary, CHUNK_TOKENS + SAMPLE_ANSWER)]
 
     def take(self, n_prompt: int) -> Rates:
-        """Measure `n_prompt` tokens that end at position `CHUNK_TOKENS`, where attention costs what it does usually.
+        """Measure `n_prompt` tokens that end at position `CHUNK_TOKENS`, where attention has its usual cost.
 
-        What stands before them is computed once and not counted; so are the first tokens of all, with which pages of
-        the weights come in.
+        What precedes them is computed once and not counted; so are the very first tokens, which page in
+        the weights.
         """
         decoder, first = self._decoder, CHUNK_TOKENS - n_prompt
         if not decoder.held(0):
@@ -139,7 +139,7 @@ class Trial:
         """Measure once; None when the process ended without a result, now or before."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        giving_up = threading.Timer(MOST_S, self._process.kill)
+        giving_up = threading.Timer(TIMEOUT_S, self._process.kill)
         giving_up.start()
         try:
             self._process.stdin.write(f"{n_prompt}\n")
@@ -164,12 +164,12 @@ class Trial:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            with contextlib.suppress(OSError):  # what was not taken out of the pipe is lost with it
+            with contextlib.suppress(OSError):  # unread data is lost with the pipe
                 pipe.close()
 
 
 def main() -> None:
-    """Measure and print, until nobody asks any more."""
+    """Measure and print until stdin ends."""
     path, settings = sys.argv[1:]
     with opened(GGUFFile(path), Tuning(**json.loads(settings))) as decoder:
         sampling = Sampling(decoder)

@@ -1,4 +1,4 @@
-"""Videos on the command line: their options, and which of the files that were named are videos."""
+"""Videos on the command line: their options, and which of the named files are videos."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _VIDEO_HEADS = (
     *(b"\x1aE\xdf\xa3", b"FLV\x01", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),  # Matroska, Flash, ASF
     *(b"\0\0\x01\xba", b"\0\0\x01\xb3", b"\x06\x0e\x2b\x34", b"OggS"),  # MPEG, MXF, Ogg
 )
-_QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip")  # old files begin with one of these
-_PACKETS = ((0, 188), (4, 192))  # MPEG-TS: where the mark of its packets stands, and how far apart
+_QUICKTIME = (b"moov", b"mdat", b"wide", b"free", b"skip")  # old files start with one of these
+_PACKETS = ((0, 188), (4, 192))  # MPEG-TS: offset of the packet mark, and distance between marks
 _PICTURE_BRANDS = (b"hei", b"hev", b"mif1", b"msf1", b"avif", b"avis")
 
 
@@ -37,7 +37,7 @@ class Time(click.ParamType[float]):
         if isinstance(value, float):
             return value
         if not re.fullmatch(r"(\d+:){0,2}\d+(\.\d*)?", value):
-            self.fail(f"{value!r} is no time; expected seconds, or 1:30, or 1:02:03.5.", param, ctx)
+            self.fail(f"{value!r} is not a time; expected seconds, or 1:30, or 1:02:03.5.", param, ctx)
         seconds = 0.0
         for part in value.split(":"):
             seconds = 60 * seconds + float(part)
@@ -53,7 +53,7 @@ def video_options(command: Callable[..., None]) -> Callable[..., None]:
                 "--fps", type=click.FloatRange(0, min_open=True), metavar="X", help="Video frames per second.  [3]"
             ),
             click.option(
-                "--max-frames", type=click.IntRange(1), metavar="N", help="Most, times packing if long.  [180]"
+                "--max-frames", type=click.IntRange(1), metavar="N", help="Maximum; times packing if long.  [180]"
             ),
             click.option(
                 "--packing",
@@ -61,7 +61,7 @@ def video_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="N",
                 help="Frames per group, 1 to 6.  [1 to 3, by length]",
             ),
-            click.option("--start", **time, help="Begin of the part to look at: 90 or 1:30."),
+            click.option("--start", **time, help="Start of the part to use: 90 or 1:30."),
             click.option("--end", **time, help="Its end."),
             click.option("--timestamps", is_flag=True, help="Tell the model the time of each group."),
             click.option(
@@ -77,7 +77,7 @@ def video_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def take_video(options: dict[str, Any]) -> VideoOptions:
-    """Take the values of `video_options`, but the storyboard, out of a command's options."""
+    """Remove the values of `video_options`, except the storyboard, from a command's options."""
     return VideoOptions(**{name: options.pop(name) for name in asdict(VideoOptions()) if name != "max_slices"})
 
 
@@ -97,7 +97,7 @@ def with_videos(content: Sequence[str | Path | Piped], options: VideoOptions) ->
 
 
 def is_video(source: Path | bytes) -> bool:
-    """Whether a path is a folder of frames, a video file, or a picture that moves; bytes are told by the first."""
+    """Whether a path is a folder of frames, a video file or an animated picture; bytes are judged by their start."""
     if isinstance(source, bytes):
         if _begins_like_a_video(source[:1024]):
             return True
@@ -109,7 +109,7 @@ def is_video(source: Path | bytes) -> bool:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             return bool(getattr(picture, "is_animated", False))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False  # as a picture it is refused with the reason
+        return False  # reading it as a picture reports the reason
 
 
 def _begins_like_a_video(head: bytes) -> bool:
@@ -121,7 +121,7 @@ def _begins_like_a_video(head: bytes) -> bool:
 
 
 def look_at(part: VideoPart) -> str:
-    """Look at a video before it is asked about, and say what will be seen of it.
+    """Open a video before a question about it, and describe what the model will see.
 
     Raises
     ------

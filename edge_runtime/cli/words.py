@@ -1,17 +1,17 @@
-"""Words of a command line → files, what is piped in, and text, in their order.
+"""Words of a command line → files, piped input and text, in order.
 
-An answer to a question whose picture was overlooked is worse than an error. So a word is text only where it can be
+An answer to a question whose picture was overlooked is worse than an error. So a word is text only if it can be
 nothing else:
 
-- `-` is what is piped in; whatever exists under the word's name, also spelled as it looks (`file_names`), is a file;
+- `-` is piped input; whatever exists under the word's name, or one that looks the same (`file_names`), is a file;
 - otherwise a word **without blanks** is a missing file when it has a slash, a scheme (`rtsp://`), or a suffix of two
   letters or more (`circle.pgn`);
-- otherwise an argument **with blanks** is a missing file when it begins like a path (`./`, `../`, `~/`, `/`, `C:/`),
+- otherwise an argument **with blanks** is a missing file when it starts like a path (`./`, `../`, `~/`, `/`, `C:/`),
   when the folder in front of its last slash exists, or when it ends in the suffix of a picture, document or video, or
-  in one with a slip of the finger (`my holiday.jgp`);
-- everything else is text: sentences that end in a sign (`Is this a.png?`), `and/or`, `1/2`, `v1.2`, `e.g.`, `a.b`.
+  a misspelled one (`my holiday.jgp`);
+- everything else is text: sentences with a final sign (`Is this a.png?`), `and/or`, `1/2`, `v1.2`, `e.g.`, `a.b`.
 
-A text that speaks of a picture that is there, or of one on the web, is refused unless that file is named, too.
+A text that mentions an existing picture, or one on the web, is refused unless that file is named, too.
 `--prompt TEXT` is the way out of all of this.
 """
 
@@ -38,14 +38,14 @@ FILE_SUFFIXES = (
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
     *(".pdf", *VIDEO_SUFFIXES),
 )
-"""Of pictures, documents and videos that can be read."""
+"""Suffixes of pictures, documents and videos that can be read."""
 
 _REFUSED_SUFFIXES = (
     *(".ai", ".arw", ".cr2", ".cr3", ".dcm", ".djvu", ".dng", ".eps", ".jxl", ".nef", ".orf", ".psd", ".raf", ".rw2"),
     *(".doc", ".docx", ".epub", ".odp", ".odt", ".ppt", ".pptx", ".rtf", ".xls", ".xlsx"),
     *(".7z", ".aac", ".flac", ".gguf", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".zip"),
 )
-"""Of files that people name as well, and that are refused with a reason."""
+"""Suffixes of other files that people name; refused with a reason."""
 
 _NO_SLIPS = (".asp", ".gov")  # one letter off, and common at the end of a sentence
 
@@ -62,7 +62,7 @@ _SIGNS = "\"'`()[]{}<>,;:!?.\u2026\u2018\u2019\u201c\u201d\u00ab\u00bb"
 _MARKS = (
     "\u3002\uff1f\uff01\uff0c\u3001\uff1b\uff1a\u061f\u06d4"  # full stop, question mark and so on, CJK and Arabic
 )
-# What is written with a slash in sentences and is no path unless its folder is there.
+# Words with a slash that are not paths unless their folder exists.
 _PAIRS = frozenset(
     re.split(
         r"\s+",
@@ -76,14 +76,14 @@ Named = str | Path | Piped
 
 
 def parse_arguments(arguments: Sequence[str]) -> list[Named]:
-    """Tell files from text, keeping the order; neighbouring texts are joined by a blank, piped ones by an empty line.
+    """Separate files from text, in order; neighbouring texts are joined by a space, piped ones by an empty line.
 
     Raises
     ------
     ImageError
-        When something that looks like a file does not exist, or may be several.
+        When something that looks like a file does not exist, or may mean several.
     MessageError
-        When a text speaks of a picture that is not named, or was meant as an option.
+        When a text mentions a picture that is not named, or was meant as an option.
     """
     if (times := sum(word in STDIN for word in arguments)) > 1:
         raise ImageError(f"stdin is named {times} times, but can be read once; name it once.")
@@ -114,7 +114,7 @@ def named_file(word: str) -> Path | Piped | str:
     Raises
     ------
     ImageError
-        When there is none, or it may be several.
+        When there is none, or it may mean several.
     """
     found = _found(word, any_case=True)
     if found is None:
@@ -123,7 +123,7 @@ def named_file(word: str) -> Path | Piped | str:
 
 
 def looks_like_file(word: str) -> bool:
-    """Whether a word can be nothing but the name of a file, whether it is there or not; see the rules above."""
+    """Whether a word can only be a file name, existing or not; see the rules above."""
     text = word.strip()
     if not text or "\n" in text:
         return False
@@ -136,7 +136,7 @@ def _is_path_word(word: str) -> bool:
         return True
     if bare.casefold() in _PAIRS or _NUMBERS.fullmatch(bare):
         return os.path.isdir(bare.split("/")[0])  # noqa: PTH112 - of any text
-    if any(c in _MARKS for c in word):  # a sentence of a script that has no blanks
+    if any(c in _MARKS for c in word):  # a sentence in a script without spaces
         return _PATH_START.match(word) is not None
     if "/" in word and "</" not in word:  # <ref>dog</ref> is a question
         return True
@@ -158,7 +158,7 @@ def _is_path_phrase(text: str) -> bool:
 
 
 def _suffix(text: str) -> str:
-    """What stands behind the last dot of a name, with the dot and in small letters; empty without one."""
+    """What follows the last dot of a name, with the dot, in lower case; empty without a dot."""
     match = re.search(r"[^.\s/]\.([A-Za-z0-9]+)$", text)
     return f".{match[1].lower()}" if match else ""
 
@@ -190,7 +190,7 @@ def _part(word: str) -> str | Path | Piped:
 
 
 def _found(word: str, *, any_case: bool) -> Path | Piped | str | None:
-    """What a word names, if that is there."""
+    """What a word names, if it exists."""
     if word in STDIN:
         return read_pipe(word)
     if re.match(r"data:[\w.+-]+/[\w.+-]+[;,]", word, re.IGNORECASE):
@@ -201,14 +201,14 @@ def _found(word: str, *, any_case: bool) -> Path | Piped | str | None:
         paths = find_named(spelling, any_case=any_case)
         if len(paths) > 1:
             names = ", ".join(visible(str(path)) for path in paths)
-            raise ImageError(f"{_short(word)} may be {names}; name one of them exactly.")
+            raise ImageError(f"{_short(word)} may mean any of {names}; name one exactly.")
         if paths:
             return _checked(paths[0], word)
     return None
 
 
 def _spellings(word: str) -> list[str]:
-    """A word as it is, and without what shells and browsers put around a path."""
+    """A word as it is, and without what shells and browsers add to a path."""
     if word.lower().startswith("file:"):
         address = urlsplit(word)
         if address.netloc in ("", "localhost"):
@@ -238,19 +238,17 @@ def _checked(path: Path, word: str) -> Path | Piped | str:
 
 
 def overlooked(text: str, files: Sequence[Path]) -> str | None:
-    """Why a question cannot be answered from these files: it speaks of another one, or one on the web; or None."""
+    """Why a question cannot be answered from these files: it mentions another one, or one on the web; or None."""
     for token in re.split(r"[\s()\[\]<>{}\"'`|*]+", text):
         name = token.rstrip(_SIGNS)
         if _SCHEME.match(name):
             scheme = name.partition(":")[0].lower()
             if scheme in _STREAMS or _suffix(re.split("[?#]", name)[0]) in FILE_SUFFIXES:
-                return f"The question speaks of {_short(name)}, but nothing is fetched: download it and name the file"
+                return f"The question mentions {_short(name)}, but nothing is fetched: download it and name the file"
         elif _suffix(name) in FILE_SUFFIXES:
             paths = find_named(name)
             if paths and not any(path.samefile(file) for path in paths for file in files):
-                return (
-                    f"The question speaks of {_short(name)}, which is there but is not looked at: name it by itself"
-                )
+                return f"The question mentions {_short(name)}, which exists but was not given: name it by itself"
     return None
 
 
@@ -263,11 +261,11 @@ def _check_dash(word: str) -> None:
     name = match["name"]
     option = f"-{name}" if len(name) == 1 else f"--{name}"
     if any(option in parameter.opts for parameter in context.command.params):
-        raise MessageError(f"{_short(word)} begins with a typographic dash; type {option}.")
+        raise MessageError(f"{_short(word)} starts with a typographic dash; type {option}.")
 
 
 def why_missing(word: str) -> str:
-    """What is wrong with a word that `looks_like_file`, but is none."""
+    """What is wrong with a word that `looks_like_file` but is not one."""
     name = _short(word.strip())
     if "://" in word and not word.lower().startswith("file:"):
         what = "a web address" if word.lower().startswith(("http:", "https:")) else "an address"

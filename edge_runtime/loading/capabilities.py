@@ -1,4 +1,4 @@
-"""What a model can do, by what its decoder file holds; words in its template are no proof of it."""
+"""What a model can do, judged by its decoder file; words in its template prove nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edge_runtime.weights.gguf_file import GGUFFile
 
 
 def can_call_tools(special: Collection[str]) -> bool:
-    """Whether calls can be told from text, and be enforced: their tags are tokens.
+    """Whether tool calls can be told apart from text, and enforced: their tags are tokens.
 
     Parameters
     ----------
@@ -22,15 +22,15 @@ def can_call_tools(special: Collection[str]) -> bool:
 
 
 def can_think(special: Collection[str]) -> bool:
-    """Whether reasoning can be told from the answer: its tags are tokens."""
+    """Whether reasoning can be told apart from the answer: its tags are tokens."""
     return THINK in special and THINK_END in special
 
 
 def capabilities(file: GGUFFile) -> list[str]:
     """What a model of this decoder file can do, by Ollama's names: completion, vision, tools, thinking.
 
-    A toy claims neither of the last two: the tokens are there and calls can be forced, but what it would write is
-    nothing that anybody could use.
+    A toy claims neither of the last two: the tokens are there and calls can be forced, but nobody could use
+    what it writes.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A model's files and options → the parts of an engine, in the order that finds mistakes before memory is taken."""
+"""A model's files and options → the parts of an engine, in an order that finds mistakes before memory is taken."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type
 from edge_runtime.decoder.options import DEFAULT_CONTEXT, DecoderOptions
 from edge_runtime.errors import MessageError, ModelFileError
-from edge_runtime.loading.memory_needs import choose_context, reckon
+from edge_runtime.loading.memory_needs import choose_context, estimate_memory
 from edge_runtime.loading.tuning import Tuning, remembered_tuning
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store.find import ModelPaths
@@ -39,22 +39,22 @@ class LoadOptions:
     cache_dir: str | Path | None = None
     cache_limit: int = DEFAULT_LIMIT_BYTES
     needs_cache: bool = True
-    """Whether a cache folder that cannot be used is an error; else it is a warning, and nothing is kept."""
+    """Whether an unusable cache folder is an error; otherwise it is a warning, and nothing is cached on disk."""
     warms_up: bool = False
-    """Compute what chats shared last (`cache.shared_prefixes`) as soon as the model is there and nobody asks."""
+    """Compute the prefixes that recent chats shared (`cache.shared_prefixes`) once the model is loaded and idle."""
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
     tuned: bool = True
 
     def checked(self) -> LoadOptions:
-        """Return these options when every number is in range and adapters have names.
+        """Return these options if every number is in range and every adapter has a name.
 
         Raises
         ------
         MessageError
-            Naming the one that is not right.
+            Naming the option that is wrong.
         """
         if not isinstance(self.adapters, Mapping) or not all(isinstance(name, str) for name in self.adapters):
-            raise MessageError(f"adapters is {self.adapters!r}; expected names with the files they stand for.")
+            raise MessageError(f"adapters is {self.adapters!r}; expected a mapping from names to files.")
         for name, what in (
             ("n_ctx", "number of tokens"),
             ("n_threads", "number"),
@@ -84,13 +84,13 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     Raises
     ------
     ModelFileError
-        When files are damaged or do not belong together.
+        When files are damaged or do not belong to one model.
     NotEnoughMemoryError
         When the model needs more than is free; nothing is loaded then.
     MessageError
         When an option does not fit the model, or the cache folder cannot be used.
     EdgeRuntimeError
-        In a fork of a process that has loaded a model.
+        In a fork of a process that had loaded a model.
     """
     from edge_kernels.machine import cpu_count, isa
 
@@ -105,7 +105,7 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     threads = options.n_threads or cpu_count()
     kv_type = choose_kv_type(file, options.kv_type or (None if exact else found.kv_type), exact=exact)
     n_ctx = choose_context(
-        lambda n: reckon(
+        lambda n: estimate_memory(
             file, encoder, n, exact=exact, kv_type=kv_type, repack=repack, low_memory=options.low_memory
         ),
         paths.name,
@@ -116,7 +116,7 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     setup = DecoderOptions(
         n_ctx=n_ctx,
         exact=exact,
-        n_threads=options.n_threads or found.n_threads or threads,  # found for the decoder alone
+        n_threads=options.n_threads or found.n_threads or threads,  # tuned for the decoder alone
         kv_type=kv_type,
         n_ubatch=found.n_ubatch,
         repack=repack,
@@ -152,12 +152,12 @@ def _caches(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder, isa: 
         except MessageError as error:
             if options.needs_cache:
                 raise
-            logger.warning("%s Prompts that were read are not kept.", error)
+            logger.warning("%s Computed prompts are not kept on disk.", error)
     return Caches(low_memory=options.low_memory)
 
 
 def needed_bytes(paths: ModelPaths, options: LoadOptions) -> int:
-    """Memory that a model will need with the context that is wanted, reckoned from its files' headers.
+    """Memory that a model will need with the wanted context, estimated from its files' headers.
 
     Raises
     ------
@@ -168,11 +168,11 @@ def needed_bytes(paths: ModelPaths, options: LoadOptions) -> int:
     encoder = ImageEncoder(paths.mmproj, exact=options.exact)
     n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, decoder_config(file).context_length)
     kv_type, low = options.kv_type, options.low_memory
-    return reckon(file, encoder, n_ctx, exact=options.exact, kv_type=kv_type, low_memory=low).total
+    return estimate_memory(file, encoder, n_ctx, exact=options.exact, kv_type=kv_type, low_memory=low).total
 
 
 def set_threads(n_threads: int) -> None:
-    """Set numba's thread count, on the thread that will run the kernels: numba keeps it per thread."""
+    """Set numba's thread count; call it on the thread that will run the kernels, since numba keeps it per thread."""
     from edge_kernels.threads import set_threads
 
     set_threads(n_threads)

@@ -1,4 +1,4 @@
-"""What a model will need of this machine's memory, reckoned from its files before anything is loaded."""
+"""How much of this machine's memory a model will need, estimated from its files before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Needs:
     """Bytes."""
 
     weights: int
-    """Of the decoder: mapped, so they may be dropped and read again, but every token reads all of them."""
+    """Of the decoder. They are mapped, so pages may be dropped and read again, but every token reads all of them."""
     kv_cache: int
     compute: int
     """llama.cpp's buffers for one call."""
     vision: int
     """Weights repacked for the kernels, and the activations of one batch."""
     in_turns: bool = False
-    """Whether the two take turns: vision weights are dropped after use, and the decoder's are mapped."""
+    """Whether the two are in memory in turns: vision weights are dropped after use, and the decoder's are mapped."""
 
     @property
     def total(self) -> int:
@@ -36,7 +36,7 @@ class Needs:
         return self.kv_cache + self.compute + largest
 
 
-def reckon(
+def estimate_memory(
     decoder: GGUFFile,
     encoder: ImageEncoder,
     n_ctx: int,
@@ -46,12 +46,12 @@ def reckon(
     repack: bool = False,
     low_memory: bool = False,
 ) -> Needs:
-    """Needs of a model whose files passed their checks.
+    """Estimate the memory that a model needs; its files have passed their checks.
 
     Parameters
     ----------
     n_ctx : positions of the KV cache.
-    kv_type : of its numbers; None takes the default of the arithmetic.
+    kv_type : type of the cache's numbers; None takes the default of the arithmetic.
     repack : whether weights are copied when the decoder is loaded.
     low_memory : whether vision weights are dropped after pictures were encoded.
     """
@@ -81,36 +81,36 @@ def reckon(
 
 
 def choose_context(
-    needs: Callable[[int], Needs], name: str, asked: int | None, most: int, *, force: bool = False
+    needs: Callable[[int], Needs], name: str, asked: int | None, longest: int, *, force: bool = False
 ) -> int:
-    """Context length that fits into the memory.
+    """Choose a context length that fits into memory.
 
     Parameters
     ----------
     needs : context length → needs.
-    asked : what the user wants; None takes `DEFAULT_CONTEXT`, or half or a quarter of it where memory is short.
-    most : what the model was trained for.
-    force : take what does not fit.
+    asked : what the user wants; None takes `DEFAULT_CONTEXT`, or half or a quarter of it when memory is short.
+    longest : what the model was trained for.
+    force : accept a context that does not fit.
 
     Raises
     ------
     NotEnoughMemoryError
         With the numbers.
     """
-    free, least = available_bytes(), 0
+    free, smallest = available_bytes(), 0
     wanted = [asked] if asked else [DEFAULT_CONTEXT, DEFAULT_CONTEXT // 2, DEFAULT_CONTEXT // 4]
-    for n_ctx in (min(n, most) for n in wanted):
+    for n_ctx in (min(n, longest) for n in wanted):
         if force or needs(n_ctx).total <= free:
             return n_ctx
-        least = n_ctx
-    raise NotEnoughMemoryError(_refusal(needs(least), name, least, free))
+        smallest = n_ctx
+    raise NotEnoughMemoryError(_refusal(needs(smallest), name, smallest, free))
 
 
 def _refusal(needs: Needs, name: str, n_ctx: int, free: int) -> str:
     return (
         f"{name} needs about {_gb(needs.total)} GB of memory (weights {_gb(needs.weights)}, KV cache for {n_ctx} "
         f"tokens {_gb(needs.kv_cache)}, vision {_gb(needs.vision)}, buffers {_gb(needs.compute)}), {_gb(free)} GB "
-        "are free; close other programs, take a smaller --ctx, --kv-type q8_0, --low-memory or a smaller "
+        "are free; close other programs, use a smaller --ctx, --kv-type q8_0, --low-memory or a smaller "
         "quantisation, or pass --force."
     )
 

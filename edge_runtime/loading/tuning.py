@@ -1,4 +1,4 @@
-"""What `edge-runtime bench --tune` found: remembered per model file and machine, read when that model is loaded."""
+"""What `edge-runtime bench --tune` found, stored per model file and machine and read when that model is loaded."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from edge_runtime.system.text_files import read_json
 from edge_runtime.weights.gguf_file import GGUFFile
 from edge_runtime.weights.identity import file_identity
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Settings of a decoder that change its speed and memory, not its kind of answers."""
+    """Settings of a decoder that change its speed and memory, not its answers."""
 
     n_threads: int | None = None
     """None: the physical cores."""
@@ -35,7 +35,7 @@ class Tuning:
 
 
 def tuning_path(decoder: GGUFFile) -> Path:
-    """Where the tuning of a decoder file is kept."""
+    """Path of the file that holds the tuning of a decoder file."""
     return _folder() / f"{file_identity(decoder).hex()}.json"
 
 
@@ -44,20 +44,20 @@ def _folder() -> Path:
 
 
 def remembered_tuning(decoder: GGUFFile) -> Tuning | None:
-    """The tuning that was found for a decoder file on this machine; None if there is none that can be used."""
-    if not _folder().is_dir():  # where nothing was tuned, no file need be told from others
+    """The tuning found for a decoder file on this machine; None if there is none, or none that can be used."""
+    if not _folder().is_dir():  # nothing was tuned: no need to hash the file
         return None
     try:
         known = read_json(tuning_path(decoder))
         return _tuning(known[machine_identity()])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not as we write it
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or not in our format
         return None
 
 
 def _tuning(facts: dict[str, Any]) -> Tuning:
     tuning = Tuning(**facts)
-    sizes = (tuning.n_threads or 1, MOST_THREADS), (tuning.n_ubatch, CHUNK_TOKENS)
-    if not all(type(value) is int and 1 <= value <= most for value, most in sizes):
+    sizes = (tuning.n_threads or 1, MAX_THREADS), (tuning.n_ubatch, CHUNK_TOKENS)
+    if not all(type(value) is int and 1 <= value <= limit for value, limit in sizes):
         raise ValueError("a number is out of range")
     if tuning.kv_type not in (None, *KV_TYPES) or type(tuning.repack) is not bool:
         raise ValueError("a setting is unknown")
@@ -65,7 +65,7 @@ def _tuning(facts: dict[str, Any]) -> Tuning:
 
 
 def remember_tuning(decoder: GGUFFile, tuning: Tuning) -> Path:
-    """Keep a tuning for this machine, beside those of other machines that share the folder; returns the file.
+    """Store a tuning for this machine, beside those of other machines that share the folder; returns the file.
 
     Raises
     ------
@@ -83,19 +83,19 @@ def remember_tuning(decoder: GGUFFile, tuning: Tuning) -> Path:
         write_whole(path, json.dumps(known, indent=1).encode())
     except OSError as error:
         raise BackendUnavailable(
-            f"The tuning cannot be kept: {why_not_written(error, path)}; mend that, or give --threads and --kv-type "
+            f"The tuning cannot be saved: {why_not_written(error, path)}; fix that, or give --threads and --kv-type "
             "each time."
         ) from None
     return path
 
 
 def forget_tuning(decoder: GGUFFile) -> None:
-    """Delete what is remembered of a decoder file."""
+    """Delete the stored tuning of a decoder file."""
     tuning_path(decoder).unlink(missing_ok=True)
 
 
 def machine_identity() -> str:
-    """What decides speed: processor and its features, cores this process may use, and llama.cpp's version."""
+    """What decides speed: the processor and its features, the cores this process may use, and llama.cpp's version."""
     from edge_kernels.machine import cpu_count, cpu_features, cpu_name
 
     features = hashlib.blake2b(" ".join(sorted(cpu_features())).encode(), digest_size=4).hexdigest()

@@ -1,4 +1,4 @@
-"""Settings → application: routes, what stands before them, and the life of the models behind them."""
+"""Settings → application: routes, the middleware before them, and the lifetime of the models behind them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from edge_runtime.server import errors, resting, system
+from edge_runtime.server import errors, idle_memory, system
 from edge_runtime.server import web_page as pages
 from edge_runtime.server.anthropic import messages as anthropic
 from edge_runtime.server.inference import Inference
@@ -24,7 +24,7 @@ from edge_runtime.server.state import ServerState
 from edge_runtime.version import __version__
 
 TIDY_S = 3600.0
-"""Between two looks for uploads that nobody needs."""
+"""Between two searches for uploads that nobody needs."""
 
 
 async def _tidy_now_and_then(catalog: Catalog) -> None:
@@ -34,12 +34,12 @@ async def _tidy_now_and_then(catalog: Catalog) -> None:
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Make the application; models are loaded when it starts and when they are asked for.
+    """Make the application; models are loaded at startup and on request.
 
     Raises
     ------
     ModelFileError
-        When one of the owner's models is not there.
+        When one of the owner's models does not exist.
     MessageError
         When a setting is out of range.
     """
@@ -68,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # they load scripts from a CDN; /openapi.json has the description
         redoc_url=None,
-        middleware=[*resting.middleware(), *envelope.middleware(), *stack.middleware(settings)],
+        middleware=[*idle_memory.middleware(), *envelope.middleware(), *stack.middleware(settings)],
     )
     app.state.server = state
     errors.install(app)

@@ -1,8 +1,8 @@
 """Content of messages as clients of OpenAI's APIs write it → parts as `edge_runtime.inputs.messages` takes them.
 
-Enters: what stands under `content` in a message of chat completions or responses. Leaves: a string, or a list of
-parts of four kinds: text, image_url, video_url, file. A client's string never becomes a path: what is no data: URI
-and no http address is refused here; whether an address is fetched is decided elsewhere. Knows nothing of requests.
+Enters: the `content` of a message of chat completions or responses. Leaves: a string, or a list of
+parts of four kinds: text, image_url, video_url, file. A client's string never becomes a path: anything but a data:
+URI or an http address is refused here; whether an address is fetched is decided elsewhere. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def content_parts(content: Any, where: str) -> str | list[Part]:
     Raises
     ------
     RequestError
-        Naming the part that has the wrong form, or that no model here can read.
+        Names the part that is malformed, or that no model here can read.
     """
     if content is None:
         return ""
@@ -82,7 +82,7 @@ def _image(part: Mapping[str, Any], where: str) -> Part:
     else:
         url = found
     image = {"url": checked_address(url, f"{where}.image_url")}
-    # OpenAI's word for a look at the whole that costs little: the overview alone.
+    # OpenAI's word for a cheap look at the whole picture: the overview alone.
     limit = {"max_slices": 1} if detail == "low" else {}
     return {"type": "image_url", "image_url": image, **limit, **_options(part, ("max_slices",))}
 
@@ -110,27 +110,27 @@ def _file(part: Mapping[str, Any], where: str) -> Part:
 
 
 def _options(part: Mapping[str, Any], names: tuple[str, ...]) -> Part:
-    """What a part says besides its data, for the runtime to check."""
+    """Options of a part besides its data, for the runtime to check."""
     return {name: part[name] for name in names if part.get(name) is not None}
 
 
 def _refuse_stored(part: Mapping[str, Any], where: str) -> None:
     if part.get("file_id"):
         raise RequestError(
-            "The part names an uploaded file, but this server keeps none; send its bytes as a data: URI.",
+            "The part names an uploaded file, but this server stores none; send its bytes as a data: URI.",
             f"{where}.file_id",
         )
 
 
 def checked_address(url: Any, where: str, kind: str = "application/octet-stream") -> str:
-    """Return the address of a picture, video or document when it is a data: URI or an http address.
+    """Return the address of a picture, video or document if it is a data: URI or an http address.
 
     Base64 alone becomes a data: URI of a media type.
 
     Raises
     ------
     RequestError
-        Otherwise; paths and other schemes are never looked at.
+        Otherwise; paths and other schemes are never opened.
     """
     if is_data_uri(url) or (isinstance(url, str) and url.startswith(HTTP)):
         return url

@@ -1,10 +1,10 @@
-"""`context` of /api/generate: a conversation ↔ token ids, which a client keeps instead of the turns.
+"""`context` of /api/generate: a conversation ↔ token ids, which a client keeps in place of the turns.
 
-Ollama sends the ids of the prompt and the answer, and puts them before the next prompt as they are. Here they are the
-ids of the turns (`<|im_start|>ROLE\\nTEXT<|im_end|>`), and are read back as turns: so special tokens in what somebody
-wrote stay text, a conversation that outgrows the context loses its oldest turns, and the KV cache serves the rest. As
-in Ollama, a picture leaves its mark (`[img-0]`), not its content; and reasoning, which templates leave out of earlier
-turns, is left out.
+Ollama sends the ids of the prompt and the answer, and puts them before the next prompt unchanged. Here they are the
+ids of the turns (`<|im_start|>ROLE\\nTEXT<|im_end|>`) and are read back as turns, so special tokens in user text stay
+text, a conversation that outgrows the context loses its oldest turns, and the KV cache serves the others. As in
+Ollama, a picture leaves its mark (`[img-0]`), not its content. Reasoning is left out, as templates do for earlier
+turns.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from edge_runtime.inputs.messages import ROLES
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.server.errors import RequestError
 
-MOST_IDS = 1 << 18
-"""More than any context holds; a longer list is none of ours."""
+MAX_IDS = 1 << 18
+"""More than any context holds; a longer list did not come from this server."""
 START, END = "<|im_start|>", "<|im_end|>"
 
 
 def ids_of(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, most: int) -> list[int]:
-    """Ids of a conversation: of its system prompts, and of the last turns that fit.
+    """Ids of a conversation: its system prompts, and the last turns that fit.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ def ids_of(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, most: in
 
 
 def _with_marks(text: str, numbers: range) -> str:
-    """A text with a mark where each picture stood, by Ollama's rule: at `[img]`, else before the text."""
+    """A text with a mark for each picture, by Ollama's rule: at `[img]`, otherwise before the text."""
     before = ""
     for number in numbers:
         mark = f"[img-{number}]"
@@ -64,21 +64,21 @@ def _with_marks(text: str, numbers: range) -> str:
 def _turn(role: str, text: str, tokenizer: Tokenizer) -> list[int]:
     special = tokenizer.special_ids
     start, end = ([special[word]] if word in special else tokenizer.encode(word) for word in (START, END))
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of pairs are no text
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates are not text
     return [*start, *tokenizer.encode(f"{role}\n{text}"), *end, *tokenizer.encode("\n")]
 
 
 def messages_of(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The turns that ids stand for; ids outside of turns are what a user said, so that nothing is lost.
+    """The turns that ids stand for; ids outside of turns count as user text, so that nothing is lost.
 
     Raises
     ------
     RequestError
-        When there are too many ids, or one is none of the vocabulary.
+        When there are too many ids, or one is not in the vocabulary.
     """
-    if len(ids) > MOST_IDS:
+    if len(ids) > MAX_IDS:
         raise RequestError(
-            f"context holds {len(ids)} token ids, expected at most {MOST_IDS}; send the one of an earlier reply.",
+            f"context holds {len(ids)} token ids, expected at most {MAX_IDS}; send the context of an earlier reply.",
             "context",
         )
     n_vocab = len(tokenizer.tokens)

@@ -1,7 +1,7 @@
-"""An error → status and body, in the form of the API that was asked; also in the middle of a stream.
+"""An error → status and body, in the form of the API that was called, in the middle of a stream, too.
 
-Known errors keep their sentence, without paths of this machine. Anything else is written to the log, and the client
-is told that it happened, nothing more.
+Known errors keep their sentence, without paths of this machine. Anything else is logged, and the client only learns
+that it happened.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ LLAMA_SERVER = (
     ),
     *("/models", "/props", "/rerank", "/responses", "/slots", "/tokenize", "/v1/rerank"),
 )
-"""Beginnings of paths that llama-server has; its clients expect errors in its form."""
+"""Prefixes of llama-server's paths; its clients expect errors in its form."""
 RETRY_AFTER_S = 5
-"""Told to whom there is no room for."""
+"""Sent to clients that are turned away."""
 Api = Literal["ollama", "openai", "anthropic", "llama"]
 
 
@@ -69,7 +69,7 @@ class RequestError(ServerError):
 
     Parameters
     ----------
-    details : what Anthropic's packages read of an error, to ask in another way.
+    details : what Anthropic's packages read from an error to try another way.
     """
 
     def __init__(self, message: str, param: str | None = None, details: dict[str, Any] | None = None) -> None:
@@ -78,7 +78,7 @@ class RequestError(ServerError):
 
 
 class ModelNotFound(ServerError):  # noqa: N818 - as OpenAI calls it
-    """A name that stands for no model here."""
+    """No model has this name."""
 
     status, code = 404, "model_not_found"
 
@@ -114,7 +114,7 @@ class TimedOut(ServerError):  # noqa: N818 - says what is the matter
 
 
 class NotOffered(ServerError):  # noqa: N818 - says what is the matter
-    """A route of another server's that this one knows and does not have."""
+    """A route of another server that this one knows but does not have."""
 
     status, code = 501, "not_available"
 
@@ -127,7 +127,7 @@ class ShuttingDown(ServerError):  # noqa: N818 - says what is the matter
 
 @dataclass(frozen=True)
 class Problem:
-    """An error as clients are told."""
+    """An error as clients see it."""
 
     status: int
     message: str
@@ -182,7 +182,7 @@ class Problem:
         return Response(as_json(self.body(api)), self.status, headers, "application/json")
 
 
-# Classes of the runtime's errors, most special first: (status, OpenAI's code, Retry-After).
+# Classes of the runtime's errors, most specific first: (status, OpenAI's code, Retry-After).
 _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] = (
     (ImageError, 400, "invalid_image", None),
     (MessageError, 400, "invalid_request", None),
@@ -200,7 +200,7 @@ _STATUS: tuple[tuple[type[EdgeRuntimeError], int, str | None, int | None], ...] 
 
 
 def problem_of(error: BaseException) -> Problem:
-    """What clients are told of an error."""
+    """What clients are told about an error."""
     if isinstance(error, ServerError):
         retry = RETRY_AFTER_S if error.status in (429, 503) else None
         param, details = getattr(error, "param", None), getattr(error, "details", None)
@@ -218,10 +218,10 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(error.status_code, str(error.detail))
     if isinstance(error, asyncio.CancelledError):
         return Problem(503, "The server is shutting down; try again later.", retry_after=RETRY_AFTER_S)
-    if isinstance(error, ClientDisconnect):  # in the middle of a body: nobody reads this
+    if isinstance(error, ClientDisconnect):  # in the middle of a body: nobody will read this
         return Problem(400, "The client left before its request was complete.")
     logger.error("A request failed unexpectedly", exc_info=error)
-    return Problem(500, "Something went wrong inside the server; its log says what.", "internal_error")
+    return Problem(500, "Something went wrong inside the server; see its log.", "internal_error")
 
 
 _PATH = re.compile(r"(?<![\w:/.#$~-])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",;:()]+)*[/\\]([^\s/\\'\",;:()]+)")
@@ -229,19 +229,19 @@ _ROUTE = re.compile(
     r"/(?:api|v1)/[\w{}/:.-]*|/(?:apply-template|chat/completions|completions?|detokenize|health|metrics|models|props"
     r"|responses|slots|tokenize|version)"
 )
-"""What this server is asked under; none of it is a file."""
+"""Routes of this server; none of them is a file."""
 
 
 def without_paths(text: str) -> str:
-    """A sentence in which paths of this machine are cut to their last part; web addresses and routes stay."""
+    """A sentence with paths of this machine cut to their last part; web addresses and routes stay."""
     return _PATH.sub(lambda found: found[0] if _ROUTE.fullmatch(found[0].rstrip(".")) else found[1], text)
 
 
 def _validation(error: RequestValidationError) -> Problem:
-    """The first thing that pydantic found, as a sentence."""
+    """The first error that pydantic found, as a sentence."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    where = ".".join(part for part in place if "[" not in part)  # without names of the alternatives of a union
+    where = ".".join(part for part in place if "[" not in part)  # without the names of a union's alternatives
     if first["type"] == "json_invalid":
         return Problem(400, f"The body is not valid JSON ({first['ctx']['error']}); expected one JSON object.")
     what = f"{where}: " if where else "The body: "
@@ -258,7 +258,7 @@ def api_of(path: str) -> Api:
 
 
 def error_response(error: Exception, path: str) -> Response:
-    """An error as the answer to a request for this path."""
+    """An error as the response to a request for this path."""
     return problem_of(error).response(api_of(path))
 
 
@@ -268,12 +268,12 @@ def error_line(error: BaseException, api: Api) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Let every error of a route be answered from here."""
+    """Register this module as the handler of all errors."""
 
     async def answer(request: Request, error: Exception) -> Response:
         response = error_response(error, request.url.path)
         if isinstance(error, HTTPException):
-            response.headers.update(error.headers or {})  # such as Allow, of a method that a route does not have
+            response.headers.update(error.headers or {})  # such as Allow, when a route does not have the method
         return response
 
     for kind in (EdgeRuntimeError, RequestValidationError, HTTPException, Exception):

@@ -1,9 +1,9 @@
-"""The address of a picture in a request → its bytes, if the owner allows the host; nothing else is ever reached.
+"""The address of a picture in a request → its bytes, if the owner allows the host; nothing else is ever contacted.
 
 The rules are those of `addresses`, which hold for models, too: only http and https, only hosts of `--allow-url`, only
-their standard ports unless one is named there, and no address that is not of the public internet, unless the owner
-named it as an address. A name is resolved once; all its addresses are checked, and the connection goes to
-an address that was checked, so that a name which resolves differently the second time gains nothing. Redirects pass
+their standard ports unless one is named there, and only addresses of the public internet, unless the owner
+named the address itself. A name is resolved once; all its addresses are checked, and the connection goes to
+a checked address, so a name that resolves differently the second time gains nothing. Redirects pass
 the same checks. Bytes, seconds and redirects are limited; nothing is decompressed; no proxy and no cookie is used.
 """
 
@@ -24,17 +24,17 @@ from edge_runtime.server.errors import NotAllowed
 from edge_runtime.server.settings import Settings
 from edge_runtime.system.addresses import PORTS, Address, Allowed, is_public
 
-MOST_REDIRECTS = 3
+MAX_REDIRECTS = 3
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _SHOWN = 80  # characters of an address in an error
 
 
 class Fetcher:
-    """Fetches pictures for requests.
+    """Fetches the pictures of requests.
 
     Parameters
     ----------
-    settings : `allow_url` and `fetch_timeout_s` of them.
+    settings : uses `allow_url` and `fetch_timeout_s`.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -42,13 +42,13 @@ class Fetcher:
         self._timeout_s = settings.fetch_timeout_s
         self._tls: ssl.SSLContext | None = None
 
-    async def fetch(self, address: str, most_bytes: int) -> bytes:
-        """Get the bytes behind an address.
+    async def fetch(self, address: str, max_bytes: int) -> bytes:
+        """Fetch the bytes at an address.
 
         Raises
         ------
         NotAllowed
-            When the address, or one it redirects to, is none that may be fetched; nothing was sent there then.
+            When the address, or one it redirects to, may not be fetched; nothing was sent there.
         ImageError
             When the server does not deliver, is too slow, or sends too much.
         """
@@ -56,23 +56,23 @@ class Fetcher:
         url = self._checked(address)
         try:
             async with asyncio.timeout(self._timeout_s):
-                for _ in range(1 + MOST_REDIRECTS):
-                    found = await self._get(url, shown, most_bytes)
+                for _ in range(1 + MAX_REDIRECTS):
+                    found = await self._get(url, shown, max_bytes)
                     if isinstance(found, bytes):
                         return found
                     url = self._checked(_joined(url, found, shown))
         except TimeoutError:
             raise ImageError(
-                f"{shown!r} was not there after {self._timeout_s:g} s, which is the limit; send the picture itself."
+                f"{shown!r} did not arrive within {self._timeout_s:g} s, which is the limit; send the picture itself."
             ) from None
         except (httpcore2.NetworkError, httpcore2.ProtocolError, httpcore2.TimeoutException, OSError) as error:
             raise ImageError(
                 f"{shown!r} cannot be fetched ({type(error).__name__}); check it, or send the picture itself."
             ) from None
-        raise ImageError(f"{shown!r} redirects more than {MOST_REDIRECTS} times; give the picture's own address.")
+        raise ImageError(f"{shown!r} redirects more than {MAX_REDIRECTS} times; give the picture's own address.")
 
     def _checked(self, address: str) -> httpx2.URL:
-        """Return the address when its scheme, host and port are allowed."""
+        """Return the address if its scheme, host and port are allowed."""
         if not self._allowed:
             raise NotAllowed(
                 f"The picture is the address {address[:_SHOWN]!r}, and this server fetches none; send it as a data: "
@@ -90,13 +90,13 @@ class Fetcher:
             )
         if not any(allowed.covers(url) for allowed in self._allowed):
             raise NotAllowed(
-                f"{address[:_SHOWN]!r} is of no host that this server may fetch from; send the picture as a data: "
+                f"{address[:_SHOWN]!r} is not on a host that this server may fetch from; send the picture as a data: "
                 "URI, or ask the server's owner to add the host to --allow-url."
             )
         return url
 
-    async def _get(self, url: httpx2.URL, shown: str, most_bytes: int) -> bytes | str:
-        """The bytes of a picture, or where its server says that it is."""
+    async def _get(self, url: httpx2.URL, shown: str, max_bytes: int) -> bytes | str:
+        """The bytes of a picture, or the address its server redirects to."""
         host = url.netloc.decode("ascii")
         headers = [("Host", host), ("User-Agent", "edge-runtime"), ("Accept", "*/*"), ("Accept-Encoding", "identity")]
         if url.scheme == "https" and self._tls is None:
@@ -109,20 +109,20 @@ class Fetcher:
             if response.status in _REDIRECTS and b"location" in found:
                 return found[b"location"]
             if response.status != 200:
-                raise ImageError(f"{shown!r} answers with status {response.status}; expected 200 and a picture.")
+                raise ImageError(f"{shown!r} answered with status {response.status}; expected 200 and a picture.")
             announced = found.get(b"content-length", "")
-            if announced.isdecimal() and int(announced) > most_bytes:
-                raise _too_large(shown, most_bytes)
+            if announced.isdecimal() and int(announced) > max_bytes:
+                raise _too_large(shown, max_bytes)
             body = bytearray()
             async for chunk in response.aiter_stream():
                 body += chunk
-                if len(body) > most_bytes:
-                    raise _too_large(shown, most_bytes)
+                if len(body) > max_bytes:
+                    raise _too_large(shown, max_bytes)
             return bytes(body)
 
 
-def _too_large(shown: str, most_bytes: int) -> ImageError:
-    return ImageError(f"{shown!r} has more than {most_bytes} bytes, which is the limit; scale it down.")
+def _too_large(shown: str, max_bytes: int) -> ImageError:
+    return ImageError(f"{shown!r} has more than {max_bytes} bytes, which is the limit; scale it down.")
 
 
 def _plain(url: httpx2.URL) -> httpcore2.URL:
@@ -133,11 +133,13 @@ def _joined(url: httpx2.URL, location: str, shown: str) -> str:
     try:
         return str(url.join(location))
     except (httpx2.InvalidURL, ValueError):
-        raise ImageError(f"{shown!r} redirects to something that is no address.") from None
+        raise ImageError(
+            f"{shown!r} redirects to something that is not an address; give the picture's own address."
+        ) from None
 
 
 class CheckedBackend(httpcore2.AsyncNetworkBackend):
-    """Connects to addresses of the public internet only, and to the very address that was checked."""
+    """Connects only to addresses of the public internet, and to exactly the address that was checked."""
 
     def __init__(self, allowed: Sequence[Allowed] = ()) -> None:
         self._connect, self._allowed = httpcore2.AnyIOBackend(), allowed
@@ -166,14 +168,14 @@ async def public_addresses(host: str, port: int, allowed: Sequence[Allowed] = ()
 
     Parameters
     ----------
-    allowed : by the owner; addresses among them may be reached though they are not public.
+    allowed : addresses that the owner allows although they are not public.
 
     Raises
     ------
     NotAllowed
-        When one of them is neither of the public internet nor named by the owner.
+        When one of them is neither public nor named by the owner.
     ImageError
-        When the host is not known.
+        When the host cannot be resolved.
     """
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -183,6 +185,6 @@ async def public_addresses(host: str, port: int, allowed: Sequence[Allowed] = ()
     may_be_reached = [is_public(found) or any(each.names(found, port) for each in allowed) for found in addresses]
     if not addresses or not all(may_be_reached):
         raise NotAllowed(
-            f"The host {host[:_SHOWN]!r} is not one of the public internet; pictures are fetched from there only."
+            f"The host {host[:_SHOWN]!r} is not on the public internet; pictures are fetched only from there."
         )
     return addresses

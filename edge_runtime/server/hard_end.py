@@ -1,9 +1,9 @@
-"""A process that was told to end → one that has ended in time, whatever its threads are doing.
+"""End the process in time after a signal, whatever its threads are doing.
 
-Python runs signal handlers in the main thread alone, between two of its instructions, and waits for its other
-threads before it leaves: a decoder that never returns stops both. Signals are heard here by way of
-`signal.set_wakeup_fd`, in a thread of its own, and the last step is `os._exit`. One thing is out of reach: code that
-keeps the interpreter's lock for ever before the signal came.
+Python runs signal handlers only in the main thread, between two of its instructions, and waits for its other
+threads before it exits: a decoder that never returns blocks both. Here a thread of its own receives signals through
+`signal.set_wakeup_fd`, and the last step is `os._exit`. One case is out of reach: code that has held the
+interpreter's lock since before the signal came.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import time
 logger = logging.getLogger("edge_runtime.server")
 
 FLUSH_S = 0.3
-"""For the last lines of the log; who holds a lock of the log must not hold the end."""
+"""For the last log lines; a thread that holds a lock of the log must not delay the exit."""
 SECOND_LINE_S = 2.0
-"""After the end that was due, on a machine so busy that it may only be late."""
+"""After the deadline, since on a busy machine the exit may only be late."""
 CODES = {signal.SIGINT: 130}
-"""Exit codes, as of an ordinary end; 0 for other signals: it is what was asked for."""
+"""Exit codes, as for an ordinary end; 0 for other signals, since the end was asked for."""
 
 
 class HardEnd:
-    """Leaves the process some time after the first signal.
+    """Exits the process some time after the first signal.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class HardEnd:
         self._before = -1
 
     def watch(self) -> None:
-        """Begin to listen.
+        """Start to listen.
 
         Raises
         ------
@@ -56,7 +56,7 @@ class HardEnd:
         threading.Thread(target=self._wait, name="edge-runtime end", daemon=True).start()
 
     def close(self) -> None:
-        """Listen no more. After a signal this is left out: the rest of the process has to end in time, too."""
+        """Stop listening. Not called after a signal: the remaining shutdown has to end in time, too."""
         with contextlib.suppress(ValueError):
             signal.set_wakeup_fd(self._before)
         self._wakes.close()  # the thread sees the end of the connection
@@ -91,14 +91,14 @@ class HardEnd:
 
 
 def _end_without_python(seconds: float) -> None:
-    """A second line: a thread of C ends the process if this one does not get the interpreter's lock any more."""
+    """A second line of defence: a C thread ends the process if this thread cannot get the interpreter's lock."""
     with contextlib.suppress(RuntimeError, ValueError, OSError, AttributeError):  # a stderr that is no file
         faulthandler.dump_traceback_later(seconds + SECOND_LINE_S, exit=True)
 
 
 def _last_words() -> None:
     left = [thread.name for thread in threading.enumerate() if not thread.daemon]
-    logger.warning("The server was told to end and did not in time; it leaves now. At work: %s.", ", ".join(left))
+    logger.warning("The server did not shut down in time and exits now. Still running: %s.", ", ".join(left))
     for handler in (*logging.getLogger().handlers, *logger.handlers):
         handler.flush()
     for stream in (sys.stdout, sys.stderr):

@@ -1,8 +1,8 @@
 """A `ChatCall` → events: the one way from any protocol to the engine and back.
 
-Nothing here knows how a request or an answer is written. A call is admitted (or refused: the queue is full), its
-model pinned, its pictures decoded off the event loop, then it is submitted; what follows are the engine's own pieces,
-signs of life while there are none, and the whole `Answer` of each. Whoever stops listening ends the work.
+Nothing here knows a protocol's format. A call is admitted (or refused: the queue is full), its model is pinned, its
+pictures are decoded off the event loop, then it is submitted; then come the engine's own pieces, heartbeats while
+there are none, and the whole `Answer` of each. A client that stops listening cancels the work.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from edge_runtime.server.settings import Settings
 
 R = TypeVar("R")
 TEXT_THREADS = 4
-"""Threads that prepare conversations without pictures; of the others each has one, and waits for a decoder there."""
-MOST_DECODERS = 4
-"""Files that are decoded at once; more would only hold more pictures in memory."""
+"""Threads that prepare conversations without pictures; others have one each, and wait there for a decoder."""
+MAX_DECODERS = 4
+"""Files that are decoded at the same time; more would only hold more pictures in memory."""
 
 
 @dataclass(frozen=True)
 class ChatCall:
-    """What a client wants, in the runtime's words."""
+    """A client's request in the runtime's terms."""
 
     model: str | None
     """As the client names it; None takes the default."""
@@ -55,9 +55,9 @@ class ChatCall:
     n: int = 1
     keep_alive_s: float | None = None
     context: Sequence[int] | None = None
-    """Ids of the conversation before `messages`, as Ollama's clients keep it; see `ollama_context`."""
-    tells_progress: bool = False
-    """Whether every step of the work before the first token is an event, not only one now and then."""
+    """Ids of the conversation before `messages`, as Ollama's clients keep it; see `context_tokens`."""
+    reports_progress: bool = False
+    """Whether every step before the first token is an event, instead of a heartbeat now and then."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Heartbeat:
     """Nothing new to show."""
 
     progress: Progress | None
-    """How far the work before the first token is, if that was told."""
+    """Progress of the work before the first token, if known."""
 
 
 Event = Piece | Heartbeat | Answer
@@ -74,7 +74,7 @@ Event = Piece | Heartbeat | Answer
 
 @dataclass
 class Outcome:
-    """What became of a call, for whoever counts."""
+    """How a call ended, for metrics."""
 
     model: str
     started: float
@@ -85,7 +85,7 @@ class Outcome:
 
 
 class Answering:
-    """The answers to one call while they are made. Close it, whatever happens."""
+    """The answers to one call while they are generated. Always close it."""
 
     def __init__(
         self,
@@ -95,13 +95,13 @@ class Answering:
         deadline: float,
         beat_s: float,
         messages: str | Sequence[Any] = (),
-        tells_progress: bool = False,
+        reports_progress: bool = False,
     ) -> None:
         self.use, self.messages = use, messages
-        self.tells_progress = tells_progress
+        self.reports_progress = reports_progress
         self._streams, self._release, self._deadline, self._beat_s = streams, release, deadline, beat_s
         self.progress: Progress | None = None
-        """How far the work before the first token is, as far as that was told."""
+        """Progress of the work before the first token, as last reported."""
         self._queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
         self._pumps = [asyncio.create_task(self._pump(i, stream)) for i, stream in enumerate(streams)]
         self.outcome: Outcome = Outcome(use.listed.name, time.perf_counter())
@@ -112,7 +112,7 @@ class Answering:
         Raises
         ------
         EdgeRuntimeError
-            When an answer fails; all of them end then. `TimedOut` after the time for a request.
+            When an answer fails; all of them end then. `TimedOut` when the request takes too long.
         """
         left, ended = len(self._streams), dict[int, Answer]()
         while left:
@@ -137,11 +137,11 @@ class Answering:
         if not self._queue.empty():
             found = self._queue.get_nowait()
         else:
-            rest = self._deadline - time.monotonic()
-            if rest <= 0:
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0:
                 raise TimedOut("The answer took longer than this server allows; ask for less, or try again later.")
             try:
-                found = await asyncio.wait_for(self._queue.get(), min(self._beat_s, rest))
+                found = await asyncio.wait_for(self._queue.get(), min(self._beat_s, left_s))
             except TimeoutError:
                 return None
         number, event = found
@@ -155,14 +155,14 @@ class Answering:
         return [found[number] for number in sorted(found)]
 
     async def _pump(self, number: int, stream: AnswerStream) -> None:
-        """Bring the pieces of one answer into the common queue."""
+        """Move the pieces of one answer into the common queue."""
 
-        def note(progress: Progress) -> None:
+        def on_progress(progress: Progress) -> None:
             self.progress = progress
-            if self.tells_progress and number == 0:
+            if self.reports_progress and number == 0:
                 self._queue.put_nowait((number, Heartbeat(progress)))
 
-        stream.on_progress = note
+        stream.on_progress = on_progress
         try:
             while (piece := await stream.next_piece()) is not None:
                 self._queue.put_nowait((number, piece))
@@ -174,7 +174,7 @@ class Answering:
             self._queue.put_nowait((number, error))
 
     async def close(self) -> None:
-        """End whatever still runs, and let go of the model."""
+        """Cancel what still runs, and release the model."""
         for stream in self._streams:
             stream.cancel()
         for pump in self._pumps:
@@ -184,7 +184,7 @@ class Answering:
 
 
 def with_texts(listed: Listed, messages: str | Sequence[Any]) -> str | Sequence[Any]:
-    """A conversation behind the texts that belong to the model: its system prompt, unless there is one, and turns."""
+    """A conversation after the model's own texts: its system prompt, unless there is one, and its turns."""
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, Sequence) or not (listed.system or listed.messages):
@@ -197,16 +197,16 @@ def with_texts(listed: Listed, messages: str | Sequence[Any]) -> str | Sequence[
 
 
 def _cut_into(most_tokens: int, max_slices: int | None, n_queries: int) -> dict[str, int]:
-    """The limit of cells under which a picture takes so many visual tokens at most: its overview is there as well.
+    """The cell limit with which a picture takes at most so many visual tokens, its overview included.
 
     Raises
     ------
     RequestError
-        When one slice takes more.
+        When one slice alone takes more.
     """
     if most_tokens < n_queries:
         raise RequestError(
-            f"image_max_tokens is {most_tokens}, but a picture takes at least {n_queries} tokens; allow as many.",
+            f"image_max_tokens is {most_tokens}, but a picture takes at least {n_queries} tokens; allow that many.",
             "image_max_tokens",
         )
     cells = max(1, most_tokens // n_queries - 1)
@@ -214,11 +214,11 @@ def _cut_into(most_tokens: int, max_slices: int | None, n_queries: int) -> dict[
 
 
 class _Gone(Exception):  # noqa: N818 - says what is the matter
-    """Nobody waits for what is being prepared."""
+    """Nobody waits for the prepared call any more."""
 
 
 def _noticing(gone: threading.Event) -> dict[str, Any]:
-    """Arguments of `Model.submit` with which it ends between two pictures, pages or frames when nobody waits."""
+    """Arguments that make `Model.submit` stop between two pictures, pages or frames when nobody waits."""
 
     def look(*_: object) -> None:
         if gone.is_set():
@@ -228,11 +228,11 @@ def _noticing(gone: threading.Event) -> dict[str, Any]:
 
 
 class Inference:
-    """The door to the models.
+    """Admits, prepares and submits calls.
 
     Parameters
     ----------
-    on_end : called with the outcome of every call that was begun.
+    on_end : functions called with the outcome of every call that was started.
     """
 
     def __init__(self, settings: Settings, registry: ModelRegistry) -> None:
@@ -241,7 +241,7 @@ class Inference:
         self.on_end: list[Callable[[Outcome], None]] = []
         self._texts = ThreadPoolExecutor(TEXT_THREADS, "edge-runtime texts")
         self._media = ThreadPoolExecutor(settings.max_queue, "edge-runtime pictures")
-        n_decoders = min(MOST_DECODERS, os.cpu_count() or 1)
+        n_decoders = min(MAX_DECODERS, os.cpu_count() or 1)
         self.decoders = DecoderPool(n_decoders, settings.decode_timeout_s, settings.max_pixels)
         self._running: set[Answering] = set()
         self._fetcher = Fetcher(settings)
@@ -254,7 +254,7 @@ class Inference:
 
     @property
     def n_open(self) -> int:
-        """Calls that wait or are worked on."""
+        """Calls that are waiting or running."""
         return self._places.n
 
     async def begin(self, call: ChatCall) -> Answering:
@@ -265,7 +265,7 @@ class Inference:
         EngineBusy
             When too many calls are open, or too many of this client's.
         EdgeRuntimeError
-            When something about the call, or its model, is not right; nothing was computed then.
+            When something about the call, or its model, is wrong; nothing was computed.
         """
         started, deadline = time.perf_counter(), time.monotonic() + self.settings.request_timeout_s
         async with contextlib.AsyncExitStack() as stack:
@@ -274,14 +274,14 @@ class Inference:
             messages = await self._conversation(call, use)
             streams = await self._submit(call, use, messages)
             beat_s = self.settings.heartbeat_s
-            answering = Answering(streams, use, stack.pop_all(), deadline, beat_s, messages, call.tells_progress)
+            answering = Answering(streams, use, stack.pop_all(), deadline, beat_s, messages, call.reports_progress)
             answering.outcome.started = started
             self._watch(answering)
             return answering
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
-        """Count work that is none of a model's, and takes a processor all the same, among the open calls.
+        """Count work that needs no model but a processor among the open calls.
 
         Raises
         ------
@@ -295,7 +295,7 @@ class Inference:
             leave()
 
     def check_answers(self, n: int) -> None:
-        """Look at how many answers are asked for, before room is made for so many.
+        """Check the number of answers before memory is allocated for them.
 
         Raises
         ------
@@ -310,19 +310,19 @@ class Inference:
         stack.callback(self._places.take(asking()))
 
     def _watch(self, answering: Answering) -> None:
-        """Keep book of the call until it is closed."""
+        """Track the call until it is closed."""
         self._running.add(answering)
 
         def ended() -> None:
             self._running.discard(answering)
             answering.outcome.seconds = time.perf_counter() - answering.outcome.started
-            for told in self.on_end:
-                told(answering.outcome)
+            for notify in self.on_end:
+                notify(answering.outcome)
 
         answering._release.callback(ended)
 
     async def _conversation(self, call: ChatCall, use: Use) -> str | Sequence[Any]:
-        """The messages of a call, behind the texts of the model and what went before."""
+        """The messages of a call, after the model's texts and the conversation so far."""
         if call.options.get("raw"):
             return call.messages
         if call.context is None:
@@ -349,9 +349,9 @@ class Inference:
             refuse_what_it_cannot(use.listed, self.settings, options)
             try:
                 streams = use.model.submit(messages, n=call.n, **options, **_noticing(gone))
-            except TypeError as error:  # an option that Model.submit does not have
-                raise MessageError(f"An option is not known: {error}.") from error
-            if gone.is_set():  # or later: then nobody has the streams, which ends them, too
+            except TypeError as error:  # an option that Model.submit does not know
+                raise MessageError(f"An option is unknown: {error}.") from error
+            if gone.is_set():  # if set later, nobody holds the streams, which cancels them, too
                 for stream in streams:
                     stream.cancel()
             return streams
@@ -359,9 +359,9 @@ class Inference:
         return await self._while_wanted(messages, submit)
 
     async def _while_wanted(self, messages: Any, work: Callable[[threading.Event], R]) -> R:
-        """Do something about a conversation in a thread; it is told when nobody waits for it any more.
+        """Run work on a conversation in a thread; it is notified when nobody waits for it any more.
 
-        Text has threads of its own: it waits for nobody's picture.
+        Text has its own threads, so it never waits for a picture.
         """
         gone = threading.Event()
         threads = self._media if has_media(messages) else self._texts
@@ -380,7 +380,7 @@ class Inference:
         Raises
         ------
         TooLarge
-            When there is more text than is worth counting: it may be longer than any context, but not without end.
+            When there is more text than is worth counting: it may be longer than any context, but not unlimited.
         EdgeRuntimeError
             As `begin`.
         """
@@ -392,7 +392,9 @@ class Inference:
             options = {**self._limits, "decoders": decoders, **call.options}
             n_bytes, most = text_bytes([messages, options.get("tools")]), self.settings.max_tokenize_bytes
             if n_bytes > most:
-                raise TooLarge(f"The conversation has {n_bytes} bytes of text, at most {most} are cut into tokens.")
+                raise TooLarge(
+                    f"The conversation has {n_bytes} bytes of text, at most {most} are tokenized; shorten it."
+                )
 
             def build(gone: threading.Event) -> Prompt:
                 return use.model.build_prompt(messages, **options, **_noticing(gone))
@@ -400,14 +402,14 @@ class Inference:
             return await self._while_wanted(messages, build)
 
     def stop(self) -> None:
-        """Cancel all answers, and end the decoders; whoever waits is told that the server is shutting down."""
+        """Cancel all answers and end the decoders; waiting clients learn that the server is shutting down."""
         self.decoders.close()
         for answering in [*self._running]:
             for stream in answering._streams:
                 stream.cancel()
 
     def close(self) -> None:
-        """Let the threads go, and end the decoders."""
+        """End the threads and the decoders."""
         for threads in (self._texts, self._media):
             threads.shutdown(wait=False, cancel_futures=True)
         self.decoders.close()

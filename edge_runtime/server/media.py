@@ -1,10 +1,10 @@
-"""What clients put into messages besides text → `data:` URIs alone, and no more of them than allowed.
+"""What clients put into messages besides text → `data:` URIs only, and no more of them than allowed.
 
 A path in a message must never make this machine read a file, and an address must never make it fetch something the
-owner has not allowed. So in a part that is not text every string either describes (a name, a kind), or is data: a
-`data:` URI stays, base64 becomes one, since `////////dev/zero` is base64 as well, an address is fetched by `fetching`
-or refused, and anything else is refused. Parts of kinds unknown here pass under the same rule; the runtime's own
-parser says whether it knows them.
+owner has not allowed. So in a part that is not text, every string either describes (a name, a kind) or is data: a
+`data:` URI stays, base64 becomes one, since `////////dev/zero` is base64 as well, an address is fetched by `fetch`
+or refused, and anything else is refused. The same rule applies to parts of unknown kinds; the runtime's own
+parser decides whether it knows them.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ DESCRIPTIONS = frozenset(
     {"type", "detail", "format", "filename", "name", "media_type", "mime_type", "id", "text", "quality"}
     | {"pages", "password"}  # of a document
 )
-"""Keys of a part whose strings describe and lead nowhere."""
+"""Keys of a part whose strings only describe."""
 TEXT_KINDS = ("text", "input_text", "output_text", "refusal")
 TEXT_KEYS = frozenset({"", "content", "text", "refusal", "reasoning", "reasoning_content", "thinking", "arguments"})
-"""Whatever these begin with, it is read."""
+"""Their strings are read as text, whatever they start with."""
 VIDEO_KINDS = ("video", "video_url", "input_video")
 LARGE_KINDS = (*VIDEO_KINDS, "file", "input_file", "document")
 """Parts that may be as large as a video."""
@@ -35,26 +35,26 @@ HTTP = ("http://", "https://")
 
 
 async def brought_in(messages: Any, settings: Settings, fetcher: Fetcher) -> Any:
-    """Return a conversation that is complete in itself: addresses are fetched, where the owner allows that.
+    """Return a self-contained conversation: addresses are fetched if the owner allows that.
 
     Raises
     ------
     RequestError, TooLarge
-        As `checked_messages`.
+        As for `checked_messages`.
     NotAllowed, ImageError
-        When an address may not be fetched, or does not deliver.
+        When an address may not be fetched, or cannot be.
     """
     addresses: dict[str, int] = {}
     Media(settings, to_be_fetched=addresses).conversation(messages)
     fetched: dict[str, str] = {}
-    left = settings.max_body_bytes  # fetched bytes lie in memory as sent ones do
+    left = settings.max_body_bytes  # fetched bytes take memory as sent ones do
     for address, most in addresses.items():
         try:
             data = await fetcher.fetch(address, min(most, left))
         except ImageError:
             if left < most:
                 raise TooLarge(
-                    f"The pictures to be fetched have more than {settings.max_body_bytes} bytes together, which is "
+                    f"The pictures to fetch have more than {settings.max_body_bytes} bytes together, which is "
                     "the limit; send fewer."
                 ) from None
             raise
@@ -64,16 +64,16 @@ async def brought_in(messages: Any, settings: Settings, fetcher: Fetcher) -> Any
 
 
 def checked_messages(messages: Any, settings: Settings, fetched: Mapping[str, str] | None = None) -> Any:
-    """Return a conversation in which nothing leads out of the request.
+    """Return a conversation in which nothing refers to anything outside the request.
 
     Parameters
     ----------
-    fetched : address to `data:` URI of what was fetched for it.
+    fetched : address → `data:` URI of what was fetched from it.
 
     Raises
     ------
     RequestError
-        When a part holds a path, or something else that is no data.
+        When a part holds a path, or anything else that is not data.
     NotAllowed
         When it holds an address that was not fetched.
     TooLarge
@@ -83,7 +83,7 @@ def checked_messages(messages: Any, settings: Settings, fetched: Mapping[str, st
 
 
 def has_media(messages: Any) -> bool:
-    """Whether there may be more than text in a conversation."""
+    """Whether a conversation may hold more than text."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         return False
     found = [message for message in messages if isinstance(message, Mapping)]
@@ -101,7 +101,7 @@ def _is_text(part: Any) -> bool:
 
 
 def text_bytes(value: Any, key: str = "") -> int:
-    """Bytes of UTF-8 of all texts in a conversation that was brought in; `data:` URIs of media are none."""
+    """UTF-8 bytes of all texts in a self-contained conversation, without `data:` URIs of media."""
     left, n_bytes = [(key, value)], 0
     while left:
         key, item = left.pop()
@@ -123,11 +123,11 @@ class Media:
     settings: Settings
     fetched: Mapping[str, str] = field(default_factory=dict)
     to_be_fetched: dict[str, int] | None = None
-    """If not None, addresses are noted here, with the most bytes that each may have, instead of replaced."""
+    """If not None, addresses are collected here, with the largest size allowed for each, instead of replaced."""
     n_media: int = 0
 
     def conversation(self, messages: Any) -> Any:
-        """The same conversation, with data alone."""
+        """The same conversation, with nothing but data."""
         if not isinstance(messages, Sequence) or isinstance(messages, str):
             return messages
         return [self._message(message) if isinstance(message, Mapping) else message for message in messages]
@@ -147,8 +147,8 @@ class Media:
         kind = part.get("type") or ("video" if "video" in part else "text")
         if kind in TEXT_KINDS:
             texts = {key: value for key, value in part.items() if key in ("text", "refusal")}
-            rest = {key: value for key, value in part.items() if key not in texts}
-            return {**self._walk(rest, "", self.settings.max_image_bytes), **texts}
+            others = {key: value for key, value in part.items() if key not in texts}
+            return {**self._walk(others, "", self.settings.max_image_bytes), **texts}
         most = self.settings.max_video_bytes if kind in LARGE_KINDS else self.settings.max_image_bytes
         found: dict[str, Any] = self._walk(part, "", most)
         if kind in VIDEO_KINDS:
@@ -169,7 +169,9 @@ class Media:
         """One picture, video or document."""
         self.n_media += 1
         if self.n_media > self.settings.max_images:
-            raise TooLarge(f"The request holds more than {self.settings.max_images} pictures, which is the limit.")
+            raise TooLarge(
+                f"The request holds more than {self.settings.max_images} pictures, which is the limit; send fewer."
+            )
         text = value if isinstance(value, str) else ""
         if text.startswith(HTTP):
             return self._address(text, most)
@@ -180,7 +182,7 @@ class Media:
         n_bytes = data_uri_size(text)
         if n_bytes > most:
             raise TooLarge(
-                f"A picture, video or document has {n_bytes} bytes, at most {most} are taken; send a smaller one."
+                f"A picture, video or document has {n_bytes} bytes, at most {most} are accepted; send a smaller one."
             )
         return text
 
@@ -189,7 +191,7 @@ class Media:
             self.to_be_fetched[address] = most
             return address
         if address not in self.fetched:
-            raise NotAllowed(f"{address[:80]!r} is an address, and is not fetched for this request; send the data.")
+            raise NotAllowed(f"{address[:80]!r} is an address, which is not fetched for this request; send the data.")
         return self.fetched[address]
 
 

@@ -1,8 +1,8 @@
-"""What the server did and does, in Prometheus's words: one registry for each server, filled from outcomes of calls.
+"""What the server did and does, as Prometheus metrics: one registry per server, filled from the outcomes of calls.
 
-Counters of tokens and seconds give rates, the histogram gives quantiles of the time to the first token; what is a
-state (queue, memory, caches) is looked at when it is asked for. Labels are names of models that are listed here, and
-no more than `MOST_NAMES` of them: a client may give a model as many names as it likes (/api/copy).
+Counters of tokens and seconds give rates, the histogram gives quantiles of the time to the first token; state
+(queue, memory, caches) is read when it is asked for. Labels are names of models on this server, at most
+`MAX_NAMES` of them: a client may give a model as many names as it likes (/api/copy).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from edge_runtime.server.inference import Inference, Outcome
 from edge_runtime.server.registry.loaded import ModelRegistry
 
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
-"""Upper ends of the histogram: from the demo model to a full-size one with ten slices on a small processor."""
+"""Upper bounds of the histogram: from the demo model to a full-size one with ten slices on a small processor."""
 
-MOST_NAMES = 100
-"""Models that are counted by themselves, the first ones that were asked; the others are counted together."""
+MAX_NAMES = 100
+"""Models with counters of their own, the first ones used; the others are counted together."""
 OTHERS = "(others)"
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs (RssAnon): what can leak. All of it where the system does not say."""
+    """Memory of this process that no file backs (RssAnon): what can leak. All of it if the system does not say."""
     try:
         for line in Path("/proc/self/status").read_text("ascii").splitlines():
             if line.startswith("RssAnon:"):
@@ -46,17 +46,17 @@ class Metrics:
 
     Parameters
     ----------
-    inference : its calls are counted from now on.
+    inference : source of the calls to count.
     """
 
     def __init__(self, inference: Inference) -> None:
         self.registry = CollectorRegistry()
         name: dict[str, Any] = {"registry": self.registry, "namespace": "edge_runtime"}
-        self._requests = Counter("requests", "Calls that ended, by how.", ["model", "status"], **name)
+        self._requests = Counter("requests", "Calls that ended, by status.", ["model", "status"], **name)
         self._prompt = Counter("prompt_tokens", "Tokens of prompts, visual tokens included.", ["model"], **name)
-        self._cached = Counter("cached_prompt_tokens", "Of them, those that needed no prefill.", ["model"], **name)
-        self._visual = Counter("visual_tokens", "Of them, those that stand for pictures.", ["model"], **name)
-        self._answer = Counter("completion_tokens", "Tokens that were generated.", ["model"], **name)
+        self._cached = Counter("cached_prompt_tokens", "Of these, those that needed no prefill.", ["model"], **name)
+        self._visual = Counter("visual_tokens", "Of these, those that stand for pictures.", ["model"], **name)
+        self._answer = Counter("completion_tokens", "Tokens generated.", ["model"], **name)
         self._seconds = Counter("work_seconds", "Seconds of requests, by stage.", ["model", "stage"], **name)
         self._first = Histogram(
             "time_to_first_token_seconds",
@@ -66,32 +66,32 @@ class Metrics:
             **name,
         )
         self._names: set[str] = set()
-        """Of the models that are counted by themselves."""
+        """Models with counters of their own."""
         self.registry.register(_State(inference))
         ProcessCollector(registry=self.registry)
-        inference.on_end.append(self.note)
+        inference.on_end.append(self.record)
 
-    def note(self, outcome: Outcome) -> None:
-        """Take in what became of a call."""
+    def record(self, outcome: Outcome) -> None:
+        """Count a call that ended."""
         status = "ok" if outcome.answers else "cancelled"
         if outcome.error is not None:
-            # Others were written to the log where they were answered.
+            # Other errors were logged where they were answered.
             status = str(problem_of(outcome.error).status) if isinstance(outcome.error, EdgeRuntimeError) else "500"
         model = self._label(outcome.model)
         self._requests.labels(model, status).inc()
         for number, answer in enumerate(outcome.answers):
-            self._note_answer(model, answer, counts_prompt=number == 0)
+            self._record_answer(model, answer, counts_prompt=number == 0)
 
     def _label(self, model: str) -> str:
-        """The name under which a model is counted."""
-        if model in self._names or len(self._names) < MOST_NAMES:
+        """The label under which a model is counted."""
+        if model in self._names or len(self._names) < MAX_NAMES:
             self._names.add(model)
             return model
         return OTHERS
 
-    def _note_answer(self, model: str, answer: Answer, *, counts_prompt: bool) -> None:
+    def _record_answer(self, model: str, answer: Answer, *, counts_prompt: bool) -> None:
         timings = answer.timings_s
-        if counts_prompt:  # several answers to one request share it
+        if counts_prompt:  # the answers to one request share its prompt
             self._prompt.labels(model).inc(answer.prompt_tokens)
             self._cached.labels(model).inc(answer.cached_tokens)
             self._visual.labels(model).inc(answer.visual_tokens)
@@ -107,7 +107,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """What is looked at when it is asked for."""
+    """Gauges that are read when they are asked for."""
 
     def __init__(self, inference: Inference) -> None:
         self._inference = inference
@@ -118,12 +118,12 @@ class _State(Collector):
         yield GaugeMetricFamily("edge_runtime_anonymous_memory_bytes", "RssAnon of the process.", anonymous_bytes())
         waiting = GaugeMetricFamily("edge_runtime_queue", "Requests of a model that wait.", labels=["model"])
         running = GaugeMetricFamily("edge_runtime_running", "Requests of a model at work.", labels=["model"])
-        n_bytes = GaugeMetricFamily("edge_runtime_model_bytes", "Memory reckoned for a model.", labels=["model"])
+        n_bytes = GaugeMetricFamily("edge_runtime_model_bytes", "Estimated memory of a model.", labels=["model"])
         lookups = CounterMetricFamily(
             "edge_runtime_picture_lookups", "Groups of slices that requests needed.", labels=["model"]
         )
         hits = CounterMetricFamily(
-            "edge_runtime_picture_hits", "Of them, those whose visual tokens were known.", labels=["model"]
+            "edge_runtime_picture_hits", "Of these, those whose visual tokens were known.", labels=["model"]
         )
         kept = GaugeMetricFamily(
             "edge_runtime_picture_cache_bytes", "Visual tokens kept in memory.", labels=["model"]

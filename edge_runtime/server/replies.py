@@ -1,4 +1,4 @@
-"""Answers on their way to the client: streams that end with an error object, and whole ones that notice a hang-up."""
+"""Sending answers to clients: streams that end with an error object, and whole replies that notice a hang-up."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class ClientGone(ServerError):  # noqa: N818 - says what is the matter
 
 
 class AnswerStreamResponse(StreamingResponse):
-    """A stream of JSON objects; the answer behind it is closed when it ends, however that happens.
+    """A stream of JSON objects; its answer is closed when the stream ends, however that happens.
 
     Parameters
     ----------
-    lines : from events to objects; it has the last word, too (such as `[DONE]`).
-    form : `ndjson`: one object a line. `sse`: server-sent events.
+    lines : from events to objects; it also writes the end, such as `[DONE]`.
+    form : `ndjson`: one object per line. `sse`: server-sent events.
     """
 
     def __init__(self, answering: Answering, lines: Lines, form: Literal["ndjson", "sse"], api: Api) -> None:
         self._answering, self._lines, self._form, self._api = answering, lines, form, api
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not collect it
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not buffer it
         super().__init__(self._body(), media_type=NDJSON if form == "ndjson" else SSE, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,7 +52,7 @@ class AnswerStreamResponse(StreamingResponse):
         try:
             async for line in self._lines(events):
                 yield line if isinstance(line, str) else self._framed(as_json(line))
-        except Exception as error:  # noqa: BLE001 - the status is sent: all that is left is to say it in the stream
+        except Exception as error:  # noqa: BLE001 - the status is already sent: report it in the stream
             yield self._framed(error_line(error, self._api), is_error=True)
 
     def _framed(self, line: str, *, is_error: bool = False) -> str:
@@ -63,7 +63,7 @@ class AnswerStreamResponse(StreamingResponse):
 
 
 async def begin(request: Request, inference: Inference, call: ChatCall) -> Answering:
-    """`Inference.begin`, given up when the client hangs up, in the very step in which it begins, too."""
+    """`Inference.begin`, cancelled when the client hangs up, even in the step in which it finishes."""
     beginning = asyncio.ensure_future(inference.begin(call))
     try:
         return await while_connected(request, beginning)
@@ -76,7 +76,7 @@ async def begin(request: Request, inference: Inference, call: ChatCall) -> Answe
 async def whole(
     request: Request, inference: Inference, call: ChatCall, reply: Callable[[Answering], Awaitable[R]]
 ) -> R:
-    """Answer a call in one piece; given up when the client hangs up.
+    """Answer a call in one piece; cancelled when the client hangs up.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ async def whole(
 
 
 async def while_connected(request: Request, work: Awaitable[R]) -> R:
-    """Do something as long as the client listens.
+    """Run work while the client is connected.
 
     Raises
     ------

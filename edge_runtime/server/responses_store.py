@@ -1,8 +1,8 @@
-"""Responses of the last hours, in memory, so that clients can go on from them by their ids.
+"""Responses of the last hours, in memory, so that clients can continue them by id.
 
-What enters: a finished response with the items that were asked. What leaves: items of conversations. A response is
-known to the key that asked for it, and to no other; it is gone with the server, and earlier when there are too many,
-too large, or too old ones. The last use counts: what a conversation goes on from stays with it.
+What enters: a finished response and its input items. What leaves: items of conversations. Only the key that asked for
+a response can see it. Responses are lost when the server ends, and earlier when there are too many, too large, or too
+old ones. Age counts from the last use: a conversation keeps the responses that it continues.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from typing import Any
 
 from edge_runtime.server.errors import RequestError, ServerError
 
-MOST_RESPONSES = 1000
-MOST_BYTES = 64 << 20
-"""Of all items, as JSON; pictures among them."""
-MOST_AGE_S = 6 * 3600.0
+MAX_RESPONSES = 1000
+MAX_BYTES = 64 << 20
+"""For all items as JSON, pictures included."""
+MAX_AGE_S = 6 * 3600.0
 """Since the last use."""
-LONGEST_CHAIN = 1000
-"""Responses that one goes on from, one after another."""
+MAX_CHAIN = 1000
+"""Longest chain of responses that continue each other."""
 Item = dict[str, Any]
 
 
 class NotKept(ServerError):  # noqa: N818 - says what is the matter
-    """A response or an item that is not here, or not any more."""
+    """A response or an item that is not stored, or no longer."""
 
     status = 404
 
     def __init__(self, what: str, found: str, param: str | None = None) -> None:
         super().__init__(
-            f"{what} {found[:80]!r} is not kept here: this server remembers the last {MOST_RESPONSES} responses of a "
-            f"key, {MOST_BYTES >> 20} MB at most, for {MOST_AGE_S / 3600:g} hours after their last use and until it "
+            f"{what} {found[:80]!r} is not stored here: this server keeps the last {MAX_RESPONSES} responses of a "
+            f"key, {MAX_BYTES >> 20} MB at most, for {MAX_AGE_S / 3600:g} hours after their last use and until it "
             "ends, unless they were asked for with store: false; send the whole conversation as 'input'."
         )
         self.param = param
 
 
 class PreviousNotKept(NotKept):
-    """The response that a request wanted to go on from."""
+    """The response that a request wanted to continue."""
 
     status, code = 400, "previous_response_not_found"
 
@@ -66,26 +66,26 @@ class ResponseStore:
     """Used by the event loop's thread alone."""
 
     def __init__(
-        self, most: int = MOST_RESPONSES, most_bytes: int = MOST_BYTES, most_age_s: float = MOST_AGE_S
+        self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S
     ) -> None:
-        self._most, self._most_bytes, self._most_age_s = most, most_bytes, most_age_s
+        self._max_responses, self._max_bytes, self._max_age_s = max_responses, max_bytes, max_age_s
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        """By id, those unused for longest first."""
+        """By id, least recently used first."""
         self._items: dict[str, dict[str, None]] = {}
-        """Id of an item → of the responses that have it: clients send items again."""
+        """Id of an item → ids of the responses that have it: clients send items again."""
         self.n_bytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
     def put(self, owner: str, response: Mapping[str, Any], own_input: Sequence[Item], previous: str | None) -> None:
-        """Keep a finished response.
+        """Store a finished response.
 
         Parameters
         ----------
         owner : of the key that asked for it, see `owner_of`.
-        own_input : items of the request, without those of the responses before.
-        previous : id of the response that it goes on from.
+        own_input : items of the request, without those of earlier responses.
+        previous : id of the response that it continues.
         """
         n_bytes = len(json.dumps([response, own_input]))
         kept = _Kept(owner, response, own_input, previous, n_bytes)
@@ -105,7 +105,7 @@ class ResponseStore:
         return self._find(owner, name).response
 
     def delete(self, owner: str, name: str) -> None:
-        """Forget a response.
+        """Delete a response.
 
         Raises
         ------
@@ -115,19 +115,19 @@ class ResponseStore:
         self._drop(name)
 
     def input_items(self, owner: str, name: str) -> list[Item]:
-        """All items that a response answers, the oldest first.
+        """All input items of a response, oldest first.
 
         Raises
         ------
         NotKept
-            When the response, or one that it goes on from, is gone.
+            When the response, or one that it continues, is gone.
         """
         kept = self._find(owner, name)
         before = [] if kept.previous is None else self.conversation(owner, kept.previous)
         return [*before, *kept.own_input]
 
     def conversation(self, owner: str, name: str) -> list[Item]:
-        """Items of a response and of all that it goes on from, the oldest first.
+        """Items of a response and of all that it continues, oldest first.
 
         Raises
         ------
@@ -136,7 +136,7 @@ class ResponseStore:
         """
         chain: list[_Kept] = []
         following: str | None = name
-        while following is not None and len(chain) < LONGEST_CHAIN:
+        while following is not None and len(chain) < MAX_CHAIN:
             try:
                 chain.append(self._find(owner, following))  # the oldest are used last: they outlive what needs them
             except NotKept:
@@ -144,7 +144,7 @@ class ResponseStore:
             following = chain[-1].previous
         if following is not None:
             raise RequestError(
-                f"The conversation has more than {LONGEST_CHAIN} responses; send it as 'input'.",
+                f"The conversation has more than {MAX_CHAIN} responses; send it as 'input'.",
                 "previous_response_id",
             )
         return [item for kept in reversed(chain) for item in kept.items]
@@ -155,7 +155,7 @@ class ResponseStore:
         Raises
         ------
         NotKept
-            Naming the place in the request.
+            Names the place in the request.
         """
         self._forget()
         for response in self._items.get(name, {}):
@@ -173,10 +173,10 @@ class ResponseStore:
         return kept
 
     def _forget(self) -> None:
-        oldest = time.monotonic() - self._most_age_s
+        oldest = time.monotonic() - self._max_age_s
         while self._kept:
             name, kept = next(iter(self._kept.items()))
-            if len(self._kept) <= self._most and self.n_bytes <= self._most_bytes and kept.used >= oldest:
+            if len(self._kept) <= self._max_responses and self.n_bytes <= self._max_bytes and kept.used >= oldest:
                 return
             self._drop(name)
 
@@ -191,6 +191,6 @@ class ResponseStore:
 
 
 def owner_of(headers: Mapping[str, str]) -> str:
-    """Whose responses a request may see: of the key that it brings, which need not be one that is asked for."""
+    """Whose responses a request may see: those of the key it carries, even if the server has none."""
     key = headers.get("authorization") or headers.get("x-api-key") or ""
     return sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""Routes that read JSON whatever its label says, as Ollama and llama-server do, and answer HEAD where they do GET."""
+"""Routes that read JSON whatever the content type, as in Ollama and llama-server."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from edge_runtime.server.state import state_of
 class JSONRoute(APIRoute):
     """A route whose body is JSON.
 
-    A browser sends a form to any server without asking it first. That is why `limits` refuses origins that were not
-    allowed: the label of the body is no protection here.
+    A browser sends forms to any server without a preflight request. That is why `gate` refuses origins that were not
+    allowed: the content type is no protection here.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -1,4 +1,4 @@
-"""An application → a process that serves it: sockets, signals, and an end that lets running answers finish."""
+"""An application → a process that serves it: sockets, signals, and a shutdown that lets running answers finish."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import server_of
 
 AFTERWARDS_S = 0.7
-"""For the last words to clients whose answers were stopped at the end of the grace time."""
+"""For the last messages to clients whose answers were stopped at the end of the grace time."""
 HARD_END_S = 1.3
-"""After the grace time: when the process leaves, whatever is still at work."""
+"""After the grace time: when the process exits, whatever is still running."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells its address and finishes what runs before it ends.
+    """uvicorn's server, which reports its address and finishes running answers before it ends.
 
-    The first signal closes the doors: running answers have the grace time, then they are stopped and their clients
-    told; a moment later the process leaves, whatever a thread is doing (`hard_end`). A second Ctrl-C ends at once.
-    Signals are not raised again at the end, as uvicorn does, for models are still to be closed then.
+    After the first signal no connection is accepted; running answers have the grace time, then they are stopped and
+    their clients notified. A moment later the process exits, whatever a thread is doing (`hard_end`). A second Ctrl-C
+    ends at once. Unlike in uvicorn, signals are not raised again at the end, since models have to be closed first.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
@@ -42,8 +42,8 @@ class Server(uvicorn.Server):
             lifespan="off",  # `serve` is inside it, so that its errors are ours
             log_config=None,
             access_log=False,
-            server_header=False,  # tells attackers what to look up, and nobody else anything
-            proxy_headers=False,  # nothing here depends on who a client says it is
+            server_header=False,  # would only help attackers
+            proxy_headers=False,  # nothing here depends on a client's claimed address
             http=guarded(settings),
             ws="none",
             timeout_keep_alive=KEEP_ALIVE_S,
@@ -58,7 +58,7 @@ class Server(uvicorn.Server):
             for number in SIGNALS:
                 try:
                     before = signal.signal(number, self.handle_exit)
-                except ValueError:  # not in the main thread: whoever started this ends it
+                except ValueError:  # not in the main thread: the caller ends the server
                     break
                 stack.callback(signal.signal, number, before)
             else:
@@ -68,11 +68,11 @@ class Server(uvicorn.Server):
             yield
 
     def _ended(self, hard_end: HardEnd) -> None:
-        if self.caught is None:  # otherwise what follows, to the last thread, has to end in time, too
+        if self.caught is None:  # otherwise the remaining shutdown has to end in time, too
             hard_end.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin the end."""
+        """Start the shutdown."""
         self.caught = sig
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
 
 
 async def serve(app: FastAPI, settings: Settings, on_start: Callable[[str, Server], None]) -> int | None:
-    """Load the owner's models and serve until told to end.
+    """Load the owner's models and serve until a signal ends the server.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ async def serve(app: FastAPI, settings: Settings, on_start: Callable[[str, Serve
     Raises
     ------
     EdgeRuntimeError
-        When a model cannot be loaded, or the address cannot be had.
+        When a model cannot be loaded, or the address is not available.
     """
     with contextlib.closing(_listen(settings)) as listener:
         async with app.router.lifespan_context(app):
@@ -116,12 +116,12 @@ async def serve(app: FastAPI, settings: Settings, on_start: Callable[[str, Serve
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """Take the address before anything slow is done.
+    """Bind the address before anything slow is done.
 
     Raises
     ------
     BackendUnavailable
-        When it cannot be had.
+        When it is not available.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
@@ -129,7 +129,7 @@ def _listen(settings: Settings) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise BackendUnavailable(
-            f"The address {settings.host} port {settings.port} cannot be had: {reason}; end what uses it (Ollama "
+            f"The address {settings.host} port {settings.port} is not available: {reason}; end what uses it (Ollama "
             "listens on 11434), or choose another with --port."
         ) from None
 

@@ -1,4 +1,4 @@
-"""What the owner of a server decides, in one immutable place; everything else reads it."""
+"""Settings of a server, chosen by its owner; immutable."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Settings:
     port: int = 11434
     """0 takes a free one."""
     models: tuple[str, ...] = ()
-    """Loaded at the start: names as for `Model.load`, folders and files of the owner included. The first one takes
-    requests that name none; without any, the demo model does."""
+    """Loaded at the start: names as for `Model.load`, folders and files of the owner included. The first one answers
+    requests that name no model; without any, the demo model does."""
     api_key: str | None = field(default=None, repr=False)
     """What clients must send as a bearer token; None asks for nothing."""
     cors_origins: tuple[str, ...] = ()
@@ -37,12 +37,12 @@ class Settings:
     max_body_bytes: int = 64 * MEGABYTE
     """Of one request; uploads of model files (blobs) have their own."""
     max_bodies_bytes: int | None = None
-    """Of all requests together; None: four times that of one, and no more than a part of the free memory."""
+    """Of all requests together; None: four times that of one, and at most a part of the free memory."""
     max_values: int = 100_000
-    """JSON values in one body, those inside of others counted; a conversation of a thousand messages has ten
+    """JSON values in one body, nested ones included; a conversation of a thousand messages has ten
     thousand."""
     max_depth: int = 200
-    """Lists and objects inside of each other; further ones are no request of any API here."""
+    """Nested lists and objects; no API here needs more."""
     max_messages: int = 10_000
     """Of a conversation."""
     max_parts: int = 1000
@@ -51,7 +51,7 @@ class Settings:
     """Of a text for /tokenize, which may be longer than any prompt."""
     max_blob_bytes: int = 64 << 30
     max_stored_bytes: int = 256 << 30
-    """Of the model store, whoever filled it; then clients can neither pull nor upload anything more."""
+    """Size of the model store, whoever filled it, at which clients can no longer pull or upload."""
     max_names: int = 1000
     """Of models that clients made."""
     max_images: int = 64
@@ -65,7 +65,7 @@ class Settings:
     max_pages: int = 100
     """Pages of a document that may be looked at."""
     max_queue: int = 64
-    """Requests that are worked on or wait; further ones are told to come back."""
+    """Running and waiting requests; further ones are asked to try again later."""
     max_queue_per_client: int | None = None
     """Of one client address; None: seven eighths of all."""
     max_connections: int = 512
@@ -79,20 +79,20 @@ class Settings:
     header_timeout_s: float = 20.0
     """For the head of a request to arrive."""
     body_timeout_s: float = 30.0
-    """Patience with clients that send or read slower than the next, or not at all."""
+    """Allowance for clients that send or read more slowly than `min_bytes_per_s`, or not at all."""
     min_bytes_per_s: int = 1024
-    """Of a body on its way in and of an answer on its way out, over any time longer than that; phones are faster."""
+    """Minimum rate of bodies and answers, over any time longer than `body_timeout_s`; phones are faster."""
     request_timeout_s: float = 1800.0
     """From a request's arrival to the end of its answer."""
     fetch_timeout_s: float = 20.0
     decode_timeout_s: float = 30.0
     """For one picture, page or video frame to be decoded."""
     heartbeat_s: float = 1.0
-    """Between signs of life while nothing else is to be said."""
+    """Between heartbeats while there is nothing else to send."""
     grace_s: float = 30.0
-    """For running answers when the server is told to end."""
+    """For running answers after a signal."""
     keep_alive_s: float = 300.0
-    """How long a model stays loaded after its last request; below 0: for ever."""
+    """How long a model stays loaded after its last request; below 0: forever."""
     max_loaded_bytes: int | None = None
     """Most memory of all loaded models together; None: what the machine has free."""
     load: Mapping[str, Any] = field(default_factory=dict)
@@ -116,12 +116,12 @@ class Settings:
         return min(self.max_connections, self.max_connections_per_client or usual)
 
     def checked(self) -> Settings:
-        """Return these settings when every number is in range.
+        """Return these settings if every number is in range.
 
         Raises
         ------
         MessageError
-            Naming the one that is not.
+            Names the one that is not.
         """
         for name, value in vars(self).items():
             if name.startswith(("max_", "min_")) and value is not None and value < 1:
@@ -138,7 +138,7 @@ class Settings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name is of this machine alone."""
+    """Whether an address or name can only be reached from this machine."""
     if host == "localhost":
         return True
     try:

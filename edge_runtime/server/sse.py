@@ -1,4 +1,4 @@
-"""JSON objects → server-sent events and bodies, whatever characters a client has sent along."""
+"""JSON objects → server-sent events and bodies, whatever characters a client sent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from starlette.responses import Response
 
 DESCRIBED: dict[str, Any] = {"text/event-stream": {}}
-"""A stream in a description of replies; OpenAPI 3.1 has no words for its events."""
+"""A stream in OpenAPI's description of replies; version 3.1 cannot describe its events."""
 DONE = "data: [DONE]\n\n"
 BEAT = ": working\n\n"
-"""A comment, which clients skip: it says that the connection lives."""
+"""A comment, which clients skip: it shows that the connection is alive."""
 
 
 def as_json(value: Any) -> str:

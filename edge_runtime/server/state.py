@@ -1,4 +1,4 @@
-"""What the routes share, reached through the application that a request belongs to."""
+"""State that the routes share, reached through a request's application."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class ServerState:
     pulls: Places = field(default_factory=lambda: Places(4, 3, "models are being pulled"))
     uploads: Places = field(default_factory=lambda: Places(16, 12, "files are being uploaded"))
     making: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "edge-runtime making"))
-    """Threads that look into files for new models; what others wait for has threads of its own."""
+    """Threads that read files for new models; work that other requests wait for has its own threads."""
     responses: ResponseStore = field(default_factory=ResponseStore)
-    """Kept for clients that go on from them."""
+    """Stored for clients that continue them."""
     started: float = field(default_factory=time.time)
     """Unix time."""
 
 
 def server_of(app: FastAPI) -> ServerState:
-    """What an application's routes share."""
+    """The state that an application's routes share."""
     return cast("ServerState", app.state.server)
 
 
 def state_of(request: Request) -> ServerState:
-    """The server that a request came to."""
+    """The state of the server that received a request."""
     return server_of(request.app)
 
 

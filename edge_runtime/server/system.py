@@ -1,4 +1,4 @@
-"""Routes for whoever runs the server: is it well, what is it, what does it do; and llama-server's way to tokens."""
+"""Routes for operators: health and metrics; and llama-server's routes for tokens."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ async def metrics(state: State) -> Response:
 
 @router.post("/tokenize", response_model=None, responses={200: {"content": {"application/json": {}}}})
 async def tokenize(body: TokenizeRequest, state: State) -> Response:
-    """Cut text into tokens."""
+    """Tokenize text."""
     most = state.settings.max_tokenize_bytes
     if (n_bytes := len(body.content.encode("utf-8", "surrogatepass"))) > most:
-        raise TooLarge(f"content has {n_bytes} bytes, at most {most} are cut into tokens; send it in pieces.")
+        raise TooLarge(f"content has {n_bytes} bytes, at most {most} are tokenized; send it in pieces.")
     with state.inference.admitted():
         async with state.registry.use(body.model) as use:
             reply = await run_in_threadpool(_tokens, use.model, body)
@@ -69,7 +69,7 @@ def _tokens(model: Model, body: TokenizeRequest) -> Response:
 
 @router.post("/detokenize", response_model=None, responses={200: {"content": {"application/json": {}}}})
 async def detokenize(body: DetokenizeRequest, state: State) -> Response:
-    """Put tokens together to text."""
+    """Turn tokens into text."""
     with state.inference.admitted():
         async with state.registry.use(body.model) as use:
             reply = await run_in_threadpool(_text, use.model, body.tokens)
@@ -80,7 +80,7 @@ def _text(model: Model, ids: list[int]) -> Response:
     n_tokens = len(model.tokenizer.tokens)
     wrong = next((i for i in ids if not 0 <= i < n_tokens), None)
     if wrong is not None:
-        raise RequestError(f"The token {wrong} is none of the {n_tokens} there are.", "tokens")
+        raise RequestError(f"The token id {wrong} is out of range; expected 0 to {n_tokens - 1}.", "tokens")
     return sse.body({"content": b"".join(map(model.tokenizer.token_bytes, ids)).decode("utf-8", "replace")})
 
 
@@ -90,7 +90,7 @@ def _encode(model: Model, text: str, *, special: bool) -> list[int]:
 
 
 def _piece(data: bytes) -> str | list[int]:
-    """Text, or bytes where a token holds a part of a character."""
+    """Text, or bytes if a token holds part of a character."""
     try:
         return data.decode()
     except UnicodeDecodeError:

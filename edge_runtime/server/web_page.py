@@ -1,8 +1,8 @@
 """The web page, and what Ollama's clients expect at `/`.
 
-Static files of the package, read once, and told to browsers with headers under which the page can run nothing but
-itself and reach nobody but this server. A name from a client is looked up in a table of the files there are; it never
-opens one. The page holds no secret, so it needs no key: what it asks the API for does.
+Static files of the package, read once and sent with headers under which the page can only run its own scripts and
+only contact this server. A client's name is looked up in a table of the files; it is never opened as a path. The
+page holds no secret, so it needs no key; its API requests do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TYPES = {
     ".svg": "image/svg+xml",
     ".webmanifest": "application/manifest+json",
 }
-"""Spelled out: `mimetypes` reads tables of the machine, which may say anything."""
+"""Spelled out: `mimetypes` reads tables of the machine, which may hold anything."""
 
 POLICY = "; ".join(
     (
@@ -39,8 +39,8 @@ POLICY = "; ".join(
         "object-src 'none'",
         "base-uri 'none'",
         "form-action 'none'",
-        "frame-ancestors 'none'",  # no foreign page can lay itself over ours
-        "require-trusted-types-for 'script'",  # innerHTML and its like throw, so no text can become markup
+        "frame-ancestors 'none'",  # no foreign page can overlay ours
+        "require-trusted-types-for 'script'",  # innerHTML and the like throw, so no text can become markup
         "trusted-types page",
     )
 )
@@ -50,12 +50,12 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # kept, but asked after: an updated server must not be met by an old page
+    "Cache-Control": "no-cache",  # cached but revalidated: an old page must not talk to an updated server
 }
 
 
 class NoSuchFile(ServerError):  # noqa: N818 - says what is the matter
-    """A name that is no file of the page."""
+    """A name that is not a file of the page."""
 
     status = 404
 
@@ -73,7 +73,7 @@ class StaticFile:
 def static_files() -> dict[str, StaticFile]:
     """Every file of the page by its name; the service worker carries a digest of all others.
 
-    So a browser notices any change of the page by the one file that it looks at on its own.
+    So a browser notices any change of the page by the one file that it checks on its own.
     """
     bodies = {path.name: path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in TYPES}
     version = _digest(b"".join(name.encode() + body for name, body in bodies.items()))
@@ -95,7 +95,7 @@ async def root(request: Request) -> Response:
 
 @router.api_route("/sw.js", methods=["GET", "HEAD"])
 async def worker(request: Request) -> Response:
-    """Send the service worker, which rules over the folder it comes from: so not from `/static`."""
+    """Send the service worker; it controls the folder it comes from, so it is not in `/static`."""
     return _sent(request, WORKER)
 
 

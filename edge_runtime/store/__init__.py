@@ -1,5 +1,5 @@
 """Names → files on this machine.
 
-A name enters; paths leave, after a pull where it is needed.
-It knows no tensors beyond a file's header.
+A name enters; paths leave, after a pull if one is needed.
+It knows nothing of tensors beyond a file's header.
 """

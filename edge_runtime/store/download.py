@@ -1,14 +1,14 @@
-"""One file from a server to the disk: resumed after a cut, checked, and in place only when it is right.
+"""One file from a server to the disk: resumed after an interruption, verified, and moved into place only then.
 
 What has arrived lies in a hidden `.part` file beside the target, named after the version it belongs to, so that a
-later call, of this process or another, goes on behind it. The file gets its name when size and checksum hold. Two
+later call, from this process or another, resumes it. The file gets its name once size and checksum match. Two
 processes must not fetch the same file at once: the caller holds a lock.
 
-Requests go through huggingface_hub's session for every server, and through the door of `addresses` where a client of
-the server asked for them: its proxies, certificates, time-outs and offline
-switch then mean the same everywhere. It follows redirects and leaves keys behind when they lead to another host.
-The library's own download is not used because it begins anew after a process has ended, and takes a file of the
-right size without looking at its checksum.
+Requests go through huggingface_hub's session for every server, and through the door of `addresses` when a client of
+the server asked for them: its proxies, certificates, timeouts and offline
+switch then work the same everywhere. It follows redirects and drops keys when they lead to another host.
+The library's own download is not used because it starts over after a process has ended, and accepts a file of the
+right size without checking its checksum.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from edge_runtime.store.names import LOOPBACK, visible
 from edge_runtime.system.atomic_files import FILE_MODE, FULL, make_folder, open_for_owner, why_not_written
 
 ATTEMPTS = 5
-"""Without a byte gained in between; then the download is given up until somebody asks again."""
-FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
+"""Failures in a row, without a byte gained in between, before the download is given up."""
+FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
 CHUNK_BYTES = 1 << 20
 MAX_BYTES = 1 << 50
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -44,20 +44,20 @@ class RemoteFile:
     """A file as its server describes it."""
 
     path: str
-    """Where it lies in its repository; passed `sources.checked_path`."""
+    """Its path in the repository, checked by `names.checked_path`."""
     url: str
     size: int | None = None
-    """Bytes, where the server says."""
+    """In bytes; None when the server does not say."""
     digest: str = ""
-    """`sha256:HEX`, or `git:HEX` for what git stores itself; empty: unknown."""
+    """`sha256:HEX`, or `git:HEX` for files that git itself stores; empty: unknown."""
     version: str = ""
-    """Strong ETag; tells whether an unfinished part still belongs to the file when there is no digest."""
+    """Strong ETag; shows whether an unfinished part still belongs to the file when there is no digest."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Sent along; may hold a key, so it is never shown."""
 
 
 class _Trouble(Exception):  # noqa: N818 - not an error yet
-    """Something that may be over the next time."""
+    """A failure that may not happen again."""
 
     def __init__(self, what: str, wait_s: float | None = None) -> None:
         super().__init__(what)
@@ -65,18 +65,18 @@ class _Trouble(Exception):  # noqa: N818 - not an error yet
 
 
 def download(file: RemoteFile, target: Path, on_bytes: Callable[[int], None] = lambda done: None) -> None:
-    """Fetch a file, going on where an earlier call was cut.
+    """Fetch a file, resuming an interrupted download.
 
     Parameters
     ----------
-    target : where it goes; its folder is made if needed, a file there is replaced.
-    on_bytes : called with the bytes that are there.
+    target : where it goes; its folder is created if needed, an existing file is replaced.
+    on_bytes : called with the number of bytes downloaded so far.
 
     Raises
     ------
     DownloadError
-        When the server refuses or stays silent, when size or checksum are not what was announced, or when the disk
-        does not take it. `target` is as before then.
+        When the server refuses or does not answer, when size or checksum differ from what was announced, or when the
+        disk refuses it. `target` is then unchanged.
     """
     part = part_of(target, file)
     with storing(target):
@@ -95,13 +95,13 @@ def download(file: RemoteFile, target: Path, on_bytes: Callable[[int], None] = l
 
 
 def part_of(target: Path, file: RemoteFile) -> Path:
-    """Where the unfinished file lies; another version of the same file has another."""
+    """Path of the unfinished file; each version of a file has its own."""
     version = hashlib.sha256((file.digest or file.version or file.url).encode()).hexdigest()[:12]
     return target.with_name(f".{target.name}.{version}.part")
 
 
 def ask(what: str, call: Callable[[], T]) -> T:
-    """Ask a server for something small, again while it is busy.
+    """Ask a server for something small, retrying while it is busy.
 
     Parameters
     ----------
@@ -116,12 +116,12 @@ def ask(what: str, call: Callable[[], T]) -> T:
     def once() -> T:
         try:
             with _troubles(what):
-                session()  # what the hub's own functions use passes the door, too
+                session()  # so that the hub's own requests pass the door, too
                 return call()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON that is none, or of another shape
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or of another shape
             raise DownloadError(
-                f"The server's answer about {visible(what)} is not understood ({type(error).__name__}); if "
-                "HF_ENDPOINT or a proxy is set, check that it leads to a hub."
+                f"The server's answer about {visible(what)} cannot be read ({type(error).__name__}); if "
+                "HF_ENDPOINT or a proxy is set, check that it points to a hub."
             ) from None
 
     return _persist(what, once, lambda: 0)
@@ -130,7 +130,7 @@ def ask(what: str, call: Callable[[], T]) -> T:
 def probe(url: str, headers: Mapping[str, str]) -> tuple[int | None, str]:
     """Size and strong ETag of a file on any server; both may be unknown.
 
-    Asks for the first byte: HEAD is refused by servers whose addresses are signed for GET.
+    Asks for the first byte: servers whose addresses are signed for GET refuse HEAD.
     """
 
     def call() -> tuple[int | None, str]:
@@ -151,13 +151,13 @@ def refuse_offline(what: str) -> None:
 
 def _offline(what: str) -> DownloadError:
     return DownloadError(
-        f"{visible(what)} is not fetched: HF_HUB_OFFLINE is set. Unset it to pull; models that are here already run "
+        f"{visible(what)} was not fetched: HF_HUB_OFFLINE is set. Unset it to pull; models on this machine run "
         "without a connection."
     )
 
 
 def digest_of(path: Path, like: str) -> str:
-    """Checksum of a file, of the same kind as `like`; empty when that is."""
+    """Checksum of a file, of the same kind as `like`; empty if `like` is."""
     kind = like.partition(":")[0]
     if not kind:
         return ""
@@ -172,13 +172,13 @@ def digest_of(path: Path, like: str) -> str:
 
 
 @contextlib.contextmanager
-def storing(path: Path, again: str = "pull again: it goes on where it stopped") -> Iterator[None]:
-    """Say in one sentence what a disk refuses.
+def storing(path: Path, again: str = "pull again to resume") -> Iterator[None]:
+    """Report in one sentence what the disk refused.
 
     Parameters
     ----------
-    path : of the file or folder that is written.
-    again : what to do when there is room.
+    path : the file or folder that is written.
+    again : what to do once there is space.
 
     Raises
     ------
@@ -194,7 +194,7 @@ def storing(path: Path, again: str = "pull again: it goes on where it stopped") 
 
 
 def _persist(what: str, once: Callable[[], T], gained: Callable[[], int]) -> T:
-    """Try until it works, waiting longer each time; an attempt that brought something does not count."""
+    """Retry until it works, waiting longer each time; an attempt that made progress does not count."""
     failures = 0
     while True:
         before = gained()
@@ -205,20 +205,20 @@ def _persist(what: str, once: Callable[[], T], gained: Callable[[], int]) -> T:
             if failures >= ATTEMPTS:
                 raise DownloadError(
                     f"{visible(what)} could not be fetched: {trouble}, after {ATTEMPTS} attempts; check the "
-                    "connection and pull again: it goes on where it stopped."
+                    "connection and pull again to resume."
                 ) from None
             wait = FIRST_WAIT_S * 2 ** (failures - 1) if trouble.wait_s is None else trouble.wait_s
-            time.sleep(min(wait, LONGEST_WAIT_S))
+            time.sleep(min(wait, MAX_WAIT_S))
 
 
 def _continue(file: RemoteFile, part: Path, on_bytes: Callable[[int], None]) -> None:
-    """Append what is missing. Returns when the file is whole, as far as its length tells."""
+    """Append what is missing. Returns when the file is complete, judged by its length."""
     have = _size(part)
     if file.size is not None and have > file.size:
         part.unlink()
         have = 0
     if have == file.size:
-        part.touch(FILE_MODE)  # also the empty file
+        part.touch(FILE_MODE)  # creates an empty file, too
         on_bytes(have)
         return
     headers = {**file.headers, "Accept-Encoding": "identity"}
@@ -229,17 +229,17 @@ def _continue(file: RemoteFile, part: Path, on_bytes: Callable[[int], None]) -> 
     with _troubles(file.path), _request(file.url, headers) as response:
         if response.status_code == 416:  # the part is longer than the file: another version
             part.unlink(missing_ok=True)
-            raise _Trouble("the server has no bytes behind those that are here", 0)
+            raise _Trouble("the server has no bytes after those already here", 0)
         _check_status(response)
         resumed = response.status_code == 206
         if resumed and _first_byte(response) != have:
             part.unlink(missing_ok=True)
-            raise _Trouble("the server went on at another place than asked", 0)
+            raise _Trouble("the server resumed at another position than asked for", 0)
         total = file.size if file.size is not None else _total(response)
         _check_announced(file, response, total)
         done = have if resumed else 0
         with open(part, "ab" if resumed else "wb", opener=open_for_owner) as out:
-            for chunk in response.iter_raw():  # as it arrives: what was waited for would be lost at a cut
+            for chunk in response.iter_raw():  # as it arrives: buffered bytes would be lost if the connection breaks
                 done += len(chunk)
                 if total is not None and done > total:
                     break
@@ -247,24 +247,26 @@ def _continue(file: RemoteFile, part: Path, on_bytes: Callable[[int], None]) -> 
                 on_bytes(done)
         if total is not None and done > total:
             part.unlink()
-            raise _Trouble(f"more than the announced {total} bytes came")
+            raise _Trouble(f"more than the announced {total} bytes arrived")
         if total is not None and done < total:
-            raise _Trouble(f"the connection ended after {done} of {total} bytes")
+            raise _Trouble(f"the connection closed after {done} of {total} bytes")
 
 
 def _check_announced(file: RemoteFile, response: Any, total: int | None) -> None:
-    """Refuse an answer of another length before a byte of it is written: an error page, or another file."""
+    """Refuse a response of another length before a byte is written: it is an error page, or another file."""
     announced = _total(response)
     if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise _Trouble("the server packs the file, which was not asked for")
+        raise _Trouble("the server compresses the file, which was not asked for")
     if announced is not None and announced != total:
         raise _Trouble(f"the server sends {announced} bytes, expected {total}")
     if announced is not None and announced > MAX_BYTES:
-        raise DownloadError(f"{visible(file.path)} is announced with {announced} bytes; expected a model, not that.")
+        raise DownloadError(
+            f"{visible(file.path)} is announced with {announced} bytes; expected the size of a model. Check the name."
+        )
 
 
 def session() -> Any:
-    """huggingface_hub's client, whose requests pass the door of their context."""
+    """huggingface_hub's client, whose requests pass the current context's door."""
     from huggingface_hub import get_session
 
     from edge_runtime.system.addresses import checked
@@ -274,7 +276,7 @@ def session() -> Any:
 
 @contextlib.contextmanager
 def _request(url: str, headers: Mapping[str, str]) -> Iterator[Any]:
-    """Stream an answer; a redirect may not lead from a secure address to an open one."""
+    """Stream a response; a redirect may not lead from a secure address to an insecure one."""
     from huggingface_hub import constants
 
     with session().stream("GET", url, headers=dict(headers), timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
@@ -298,13 +300,13 @@ def _troubles(what: str) -> Iterator[None]:
         raise _offline(what) from None
     except HfHubHTTPError as error:
         _check_status(error.response, what)
-        raise _Trouble(f"the server answers {error.response.status_code}") from None
+        raise _Trouble(f"the server answered {error.response.status_code}") from None
     except (httpx2.UnsupportedProtocol, httpx2.InvalidURL):
         raise DownloadError(
             f"{visible(what)} leads to an address that is neither http nor https; check HF_ENDPOINT and the name."
         ) from None
     except httpx2.HTTPError as error:
-        # Texts of these may hold a redirect's address, and that a signature: only their kind is told.
+        # Their texts may hold a redirect's address with a signature in it: report only their kind.
         raise _Trouble(_kind(error)) from None
 
 
@@ -319,19 +321,19 @@ def _check_status(response: Any, what: str = "") -> None:
         return
     subject = visible(what) or f"{response.url.host}"
     if status in BUSY:
-        raise _Trouble(f"the server answers {status}", _retry_after(response))
+        raise _Trouble(f"the server answered {status}", _retry_after(response))
     if status in (401, 403):
         raise DownloadError(
-            f"{subject} refuses access ({status}). It may not exist, be private, or have a licence to accept on its "
-            "page first; a token is taken from HF_TOKEN or from 'hf auth login'."
+            f"{subject} refuses access ({status}). It may not exist, be private, or need its licence accepted on its "
+            "page first; set a token in HF_TOKEN or with 'hf auth login'."
         )
     if status in (404, 410):
         raise DownloadError(f"{subject} does not have this model or file ({status}); check the spelling of the name.")
-    raise DownloadError(f"{subject} answers {status}, expected the file; check the name.")
+    raise DownloadError(f"{subject} answered {status}, expected the file; check the name.")
 
 
 def _retry_after(response: Any) -> float | None:
-    """Seconds a busy server asks to wait; its second form, a date, is understood too."""
+    """Seconds a busy server asks clients to wait; the header's second form, a date, is read too."""
     text = response.headers.get("Retry-After", "")
     if text.isascii() and text.isdigit():
         return float(text[:9])
@@ -341,7 +343,7 @@ def _retry_after(response: Any) -> float | None:
 
 
 def _total(response: Any) -> int | None:
-    """Length of the whole file as the answer tells it."""
+    """Length of the whole file, as the response states it."""
     headers = response.headers
     text = headers.get("Content-Range", "").rpartition("/")[2] if response.status_code == 206 else None
     text = headers.get("Content-Length", "") if text is None else text

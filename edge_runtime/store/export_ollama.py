@@ -1,11 +1,11 @@
 """A model → a Modelfile, from which `ollama create` makes the same model in Ollama.
 
-It names the files where they lie (Ollama copies them into its store), and says what Ollama cannot read from them:
-the chat template in Go's language, the official sampling and the ends of an answer. The template writes what the
+It names the files in place (Ollama copies them into its store), and adds what Ollama cannot read from them:
+the chat template in Go's language, the official sampling and the stop sequences. The template writes what the
 official one writes for system, user and assistant turns, with thinking off and on; it has no tools.
 
-What stays different is Ollama's own: it puts pictures right before the text, without a newline, prepares them as
-llama.cpp does, and its repetition penalty sees the prompt.
+The remaining differences are Ollama's own: it puts pictures right before the text, without a newline, prepares them
+as llama.cpp does, and its repetition penalty sees the prompt.
 
 Source: parser/parser.go and template/template.go of Ollama.
 """
@@ -34,8 +34,8 @@ def export_modelfile(name: str, folder: str | Path, *, mmproj: str | Path | None
     Parameters
     ----------
     name, mmproj : the model, as for `find_model`.
-    folder : where the file goes; made if needed.
-    force : replace one that is there.
+    folder : where the file goes; created if needed.
+    force : replace an existing one.
 
     Returns
     -------
@@ -84,11 +84,11 @@ def modelfile_text(paths: ModelPaths) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """A path as a value; Ollama knows quotes, but no escapes inside them, and takes no drive-like file names."""
+    """A path as a value. Ollama knows quotes but no escapes inside them, and rejects file names like drives."""
     text = str(path.resolve())
     if '"' in text or not text.isprintable() or any(c in path.name for c in "\\:"):
         raise ModelFileError(
-            f"The path {text!r} cannot stand in a Modelfile, expected one without quotes and control characters, "
+            f"The path {text!r} cannot be used in a Modelfile, expected one without quotes and control characters, "
             "and a file name without colons and backslashes; move or rename the model."
         )
     return f'"{text}"'

@@ -1,4 +1,4 @@
-"""Model names → files: the built-in `demo`, what was pulled, a folder, or a decoder with its mmproj beside it."""
+"""Model names → files: the built-in `demo`, a pulled model, a folder, or a decoder with its mmproj file beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edge_runtime.store.names import ALIASES, Source, fits, parse_source, split_
 
 DEMO = "demo"
 ADAPTER_PREFIX = "adapter-"
-"""Files of this name are LoRA adapters, which `edge-runtime convert --lora-adapter` puts beside the model."""
+"""Files with this prefix are LoRA adapters, which `edge-runtime convert --lora-adapter` writes beside the model."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
     Raises
     ------
     ModelFileError
-        When a file is missing, when a model was not pulled, or when a folder holds several candidates.
+        When a file is missing, a model was not pulled, or a folder holds several candidates.
     """
     try:
         return _find(name, mmproj)
@@ -50,13 +50,13 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
 
 
 def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
-    if name == DEMO:  # always the built-in one; a folder of that name is ./demo
+    if name == DEMO:  # always the built-in one; a folder of that name is given as ./demo
         folder = Path(str(resources.files("edge_runtime").joinpath("demo")))
         return ModelPaths(
             DEMO, _only(folder, _decoders(folder), "decoder"), _only(folder, _mmprojs(folder), "mmproj")
         )
     source = parse_source(name) if isinstance(name, str) else None
-    if source is not None:  # likewise: an alias is never a folder, which would be ./minicpm-v-4.5
+    if source is not None:  # likewise: an alias is never a folder, which is given as ./minicpm-v-4.5
         return _pulled(source, str(name), mmproj)
     path, wanted = _folder_and_type(name)
     if path.is_dir():
@@ -83,7 +83,7 @@ def _pulled(source: Source, name: str, mmproj: str | Path | None) -> ModelPaths:
     library = Library()
     entry = library.find(source)
     if entry is None or not entry.complete:
-        state = "was not pulled" if entry is None else "was not pulled to its end"
+        state = "was not pulled" if entry is None else "was not pulled completely"
         raise ModelFileError(f"The model {name} {state}; run 'edge-runtime pull {name}'.")
     if entry.kind != "gguf":
         raise ModelFileError(
@@ -101,7 +101,7 @@ def _pulled(source: Source, name: str, mmproj: str | Path | None) -> ModelPaths:
 
 
 def _folder_and_type(name: str | Path) -> tuple[Path, str]:
-    """A path, and the part of a decoder's name that stands behind a colon, if only the path before it is there."""
+    """A path, and the part of a decoder's name after a colon, if only the path before the colon exists."""
     path = _path(name)
     before, colon, wanted = str(name).rpartition(":")
     if colon and wanted and not path.exists() and _path(before).is_dir():
@@ -133,12 +133,12 @@ def _models(folder: Path) -> list[Path]:
 
 
 def _is_mmproj(path: Path) -> bool:
-    """Official and converted files are named so; hidden files are unfinished conversions, which glob leaves out."""
+    """Official and converted files are named so; glob leaves out hidden files, which are unfinished conversions."""
     return "mmproj" in path.name.lower()
 
 
 def _only(folder: Path, candidates: list[Path], what: str, wanted: str = "") -> Path:
-    """The only file of its kind, or the one whose name holds what is wanted; equal files of one type count as one."""
+    """The only file of its kind, or the one with `wanted` in its name; identical files of one type count as one."""
     whole = [path for path in candidates if split_stem(path.name) is None]
     fitting = [path for path in whole if not wanted or fits(path.name, wanted)]
     is_one_type = bool(wanted) or len({type_of(path.name) or path.name for path in fitting}) == 1
@@ -169,5 +169,5 @@ def _only(folder: Path, candidates: list[Path], what: str, wanted: str = "") -> 
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Whether two files are one, or have the same contents."""
+    """Whether two paths are the same file, or have the same contents."""
     return one.samefile(other) or filecmp.cmp(one, other, shallow=False)

@@ -1,6 +1,6 @@
-"""A repository on Hugging Face or ModelScope → what lies in it, and which of its files make a model.
+"""A repository on Hugging Face or ModelScope → its files, and which of them make a model.
 
-Names, sizes and checksums come from the hub's list, which is foreign: every one is checked before it is used. Keys
+Names, sizes and checksums come from the hub's list, which is untrusted: each is checked before it is used. Keys
 are taken from where the hubs' own tools keep them (HF_TOKEN or `hf auth login`; MODELSCOPE_API_TOKEN or `modelscope
 login`), sent to the hub alone and never shown.
 """
@@ -27,10 +27,10 @@ from edge_runtime.store.names import (
 )
 
 USUAL_DECODER, USUAL_MMPROJ = "q4_k_m", "f16"
-"""Taken where a repository offers several and none was asked for: the sizes most people want."""
+"""Chosen when a repository offers several and none was asked for: the sizes most people want."""
 
 _GIT_ID = re.compile(r"[0-9a-f]{40}")
-# What `convert` reads of a checkpoint; code and pickles of a repository are never fetched.
+# What `convert` reads from a checkpoint; code and pickles are never fetched.
 _CHECKPOINT = re.compile(r"[^/.][^/]*\.(safetensors|json|jinja)|merges\.txt")
 
 
@@ -61,16 +61,16 @@ class Choice:
 
 
 def list_files(source: Source, mmproj: str | None = None) -> Listing:
-    """Ask where the model comes from what there is.
+    """List the files at a model's source.
 
     Parameters
     ----------
-    mmproj : the second address, for a model that comes from addresses.
+    mmproj : the second address, for a model given by addresses.
 
     Raises
     ------
     DownloadError
-        When the server refuses, is not reached, or answers with something else.
+        When the server refuses, cannot be reached, or answers with something else.
     BackendUnavailable
         For ModelScope, when its package is not installed.
     """
@@ -82,7 +82,7 @@ def list_files(source: Source, mmproj: str | None = None) -> Listing:
 
 
 def endpoint_of(source: Source) -> str:
-    """Address of the hub that a model comes from, as the owner of this machine set it; empty where there is none."""
+    """Address of the hub that a model comes from, as configured on this machine; empty if it comes from no hub."""
     if source.kind == "hf":
         from huggingface_hub import constants
 
@@ -105,7 +105,7 @@ def choose(source: Source, listing: Listing, mmproj: str | None = None) -> Choic
     Raises
     ------
     DownloadError
-        When the repository holds neither, or several that fit; naming them.
+        When the repository holds neither, or several that match; names them.
     """
     if source.kind == "url":
         decoder, *others = listing.files
@@ -148,12 +148,12 @@ def _one(source: Source, files: list[RemoteFile], wanted: str, usual: str, what:
     if found and not whole:
         stems = ", ".join(sorted({visible(split_stem(file.path) or "") for file in found}))
         raise DownloadError(
-            f"{source.name} has its {what} in several files ({stems}), expected a single file; fetch them and "
+            f"{source.name} has its {what} in several files ({stems}), expected a single file; download them and "
             f"{JOIN_PARTS}, or choose another with {option}."
         )
     exact = [file for file in whole if file.path == wanted]
     preferred = _different([file for file in whole if not wanted and fits(file.path, usual)])
-    found = _different(whole) if wanted else whole  # unasked, of files without a type none is the usual one
+    found = _different(whole) if wanted else whole  # if none was asked for, no file without a type is the usual one
     for candidates in (exact, found, preferred):
         if len(candidates) == 1:
             checked_path(candidates[0].path)
@@ -167,7 +167,7 @@ def _one(source: Source, files: list[RemoteFile], wanted: str, usual: str, what:
 
 
 def _different(files: list[RemoteFile]) -> list[RemoteFile]:
-    """Files without those that another one is the same as, by its digest."""
+    """Files without duplicates, compared by digest."""
     return [
         file
         for i, file in enumerate(files)
@@ -193,7 +193,7 @@ def _hugging_face(repository: str) -> Listing:
         url = hf_hub_url(repository, path, revision=revision or None, endpoint=endpoint)
         stored = entry.lfs
         size, digest = (stored.size, f"sha256:{stored.sha256}") if stored else (entry.size, f"git:{entry.blob_id}")
-        if size is None or not _is_digest(digest):  # a mirror that keeps less in its lists
+        if size is None or not _is_digest(digest):  # a mirror whose lists say less
             facts = ask(f"{what}:{path}", lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT))
             kind = "sha256" if is_sha256(facts.etag) else "git"
             size, digest = facts.size, f"{kind}:{facts.etag}"
@@ -214,19 +214,19 @@ def _modelscope(repository: str) -> Listing:
         from modelscope_hub import HubApi, HubError, get_default_config
     except ImportError:
         raise BackendUnavailable(
-            "Models of ModelScope need the package modelscope-hub, which is not installed; "
+            "Models from ModelScope need the package modelscope-hub, which is not installed; "
             "run: pip install 'edge-runtime[modelscope]'."
         ) from None
     what, config = f"ms:{repository}", get_default_config()
-    refuse_offline(what)  # its own requests do not know the switch
+    refuse_offline(what)  # its own requests ignore the switch
     try:
         entries = HubApi(config).list_repo_files(repository, "model")
     except HubError as error:
         raise DownloadError(
-            f"{what} could not be listed ({type(error).__name__}); check the name and the connection. A token is "
-            "taken from MODELSCOPE_API_TOKEN or from 'modelscope login'."
+            f"{what} could not be listed ({type(error).__name__}); check the name and the connection. Set "
+            "a token in MODELSCOPE_API_TOKEN or with 'modelscope login'."
         ) from None
-    # The files' own addresses take the key as a cookie; httpx drops both when a redirect leaves the host.
+    # The file addresses take the key as a cookie; httpx drops both when a redirect leaves the host.
     headers = (
         {"Authorization": f"Bearer {config.token}", "Cookie": f"m_session_id={config.token}"} if config.token else {}
     )
@@ -274,7 +274,7 @@ def _text(value: object) -> str:
 
 
 def _size(value: object, path: str) -> int | None:
-    """A size from a foreign list: unknown, or a whole number a disk could hold."""
+    """A size from an untrusted list: unknown, or a whole number of bytes that a disk could hold."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_BYTES:

@@ -1,12 +1,12 @@
-"""The model store of this machine: what was pulled, as folders below the user's data directory.
+"""The model store of this machine: pulled models, as folders in the user's data directory.
 
     ROOT/                        EDGE_RUNTIME_MODELS, or `models` in the user's data directory
-      SLUG-HASH/                 one model; the hash of its name keeps different names apart on any file system
-        model.json               the record, replaced in one step when everything is there; see `Entry`
+      SLUG-HASH/                 one model; the hash of its name keeps names apart on any file system
+        model.json               the record, replaced atomically when everything is there; see `Entry`
         SNAPSHOT/LABEL/          the files of one version; the record says which snapshot counts
       .locks/                    one process at a time may change a model; reading needs no lock
 
-A record is as foreign as any file: every path in it is checked before it is joined to a folder.
+A record is as untrusted as any file: every path in it is checked before it is joined to a folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECORD, LOCKS = "model.json", ".locks"
 MAX_RECORD_BYTES = 1 << 20
 FORMAT = 1
 WAIT_S = 1.0
-"""Between two looks at a lock that another process holds."""
+"""Between two tries to take a lock that another process holds."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class StoredFile:
     """One file of a model."""
 
     path: str
-    """Inside the snapshot."""
+    """Relative to the snapshot."""
     size: int
     digest: str = ""
-    """As the server announced and the file was checked against; empty: it announced none."""
+    """As the server announced it and the file was verified; empty: it announced none."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Entry:
     snapshot: str = ""
     files: tuple[StoredFile, ...] = ()
     decoder: str = ""
-    """Path of the decoder among the files; likewise the next."""
+    """Path of the decoder among the files; `mmproj` likewise."""
     mmproj: str = ""
     revision: str = ""
     licence: str = ""
@@ -71,7 +71,7 @@ class Entry:
 
     @property
     def decoder_digest(self) -> str:
-        """Digest of the decoder; empty where the server announced none."""
+        """Digest of the decoder; empty if the server announced none."""
         return next((file.digest for file in self.files if file.path == self.decoder), "")
 
     @property
@@ -91,7 +91,7 @@ class Entry:
         source = parse_source(self.name)
         if source is None:
             raise ModelFileError(
-                f"{visible(self.name)!r} names no source of models; expected one such as hf:ORG/REPO."
+                f"{visible(self.name)!r} names no source of models; expected a name such as hf:ORG/REPO."
             )
         return source
 
@@ -111,17 +111,17 @@ class Library:
         self.root = Path(chosen) if chosen else user_data_path("edge-runtime", appauthor=False) / "models"
 
     def folder(self, name: str) -> Path:
-        """Folder of a model, whatever its name holds: always directly below the root."""
+        """Folder of a model: directly in the root, whatever characters the name holds."""
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80]
         return self.root / f"{slug}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
 
     def snapshot(self, entry: Entry) -> Path:
-        """Folder with the files of a model, called like its repository: converters take their names from folders."""
+        """Folder with the files of a model, named after its repository: converters take names from folders."""
         label = re.sub(r"[^A-Za-z0-9_-]+", "-", entry.source.place.rpartition("/")[2].removesuffix(".gguf"))
         return self.folder(entry.name) / entry.snapshot / label[:80]
 
     def entries(self) -> list[Entry]:
-        """All models, finished or not, by name; a damaged record is left out: pulling again writes it anew."""
+        """All models, complete or not, by name; damaged records are left out, and pulling again replaces them."""
         found = []
         try:
             folders = list(self.root.iterdir())
@@ -137,7 +137,7 @@ class Library:
         return sorted(found, key=lambda entry: entry.name.lower())
 
     def entry(self, name: str) -> Entry | None:
-        """The record of exactly this name, or None.
+        """The record with exactly this name, or None.
 
         Raises
         ------
@@ -147,12 +147,12 @@ class Library:
         return self._read(self.folder(name))
 
     def find(self, source: Source) -> Entry | None:
-        """The model a name means: exactly that one, or the only one of its repository that fits, finished ones first.
+        """The model a name means: exactly that one, or the only match in its repository, complete ones first.
 
         Raises
         ------
         ModelFileError
-            When several fit, naming them.
+            When several match; names them.
         """
         exact = self.entry(source.name)
         if exact is not None and exact.complete:
@@ -166,17 +166,17 @@ class Library:
         found = [entry for entry in fitting if entry.complete] or fitting
         if len({(source.file and entry.decoder_digest) or entry.name for entry in found}) > 1:
             names = ", ".join(entry.name for entry in found)
-            raise ModelFileError(f"{source.name} may be {names}; expected one of these names.")
+            raise ModelFileError(f"{source.name} may mean any of {names}; expected one of these names.")
         return found[0] if found else None
 
     def write(self, entry: Entry) -> None:
-        """Put the record in place, in one step."""
+        """Replace the record atomically."""
         path = self.folder(entry.name) / RECORD
         with storing(path):
             write_whole(path, json.dumps({"format": FORMAT, **asdict(entry)}, indent=1).encode())
 
     def remove(self, entry: Entry) -> int:
-        """Remove a model and everything that was fetched for it.
+        """Remove a model and everything fetched for it.
 
         Returns
         -------
@@ -185,15 +185,15 @@ class Library:
         Raises
         ------
         DownloadError
-            When another process is pulling it, or the disk refuses.
+            When another process is pulling it, or the files cannot be removed.
         """
 
         def busy() -> None:
-            raise DownloadError(f"{entry.name} is being pulled by another process; end that one first.")
+            raise DownloadError(f"{entry.name} is being pulled by another process; end that process first.")
 
         folder = self.folder(entry.name)
         with self.lock(entry.name, busy), storing(folder):
-            # Without its record a half-removed model is an unfinished one, not a broken one.
+            # Without its record, a half-removed model counts as unfinished, not as damaged.
             (folder / RECORD).unlink(missing_ok=True)
             freed = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
             if folder.is_symlink():
@@ -204,7 +204,7 @@ class Library:
 
     @contextlib.contextmanager
     def lock(self, name: str, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Hold the only right to change a model; it ends with the process, too.
+        """Hold the lock for changing a model; it is released when the process ends, too.
 
         Parameters
         ----------
@@ -250,7 +250,7 @@ def parse_record(raw: bytes, where: Path) -> Entry:
     Raises
     ------
     ModelFileError
-        When it is no record this version writes.
+        When it is not a record that this version writes.
     """
     try:
         value = json.loads(raw) if len(raw) <= MAX_RECORD_BYTES else None

@@ -1,12 +1,12 @@
-"""What a model is called → where it comes from. Text alone: nothing here looks at a disk or a network.
+"""A model's name → where it comes from. Pure text: nothing here reads a disk or a network.
 
-    minicpm-v-4.5[:TYPE]       an alias of one of the following; TYPE is a quantisation such as Q5_K_M
+    minicpm-v-4.5[:TYPE]       an alias for one of the following; TYPE is a quantisation such as Q5_K_M
     hf:ORG/REPO[:FILE]         Hugging Face hub; FILE is a decoder, or a part of its name such as Q8_0
     ms:ORG/REPO[:FILE]         ModelScope
     ollama:NAME[:TAG]          the Ollama store of this machine
-    https://HOST/FILE.gguf     any server; `#sha256=HEX` at the end is held against what arrives
+    https://HOST/FILE.gguf     any server; `#sha256=HEX` at the end is compared with what arrives
 
-Every name and path that reaches a file system or an address passes here first.
+Every name and path that reaches a file system or an address is checked here first.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _PART = re.compile(r"[^\x00-\x1f\x7f-\x9f\\/:*?\"<>|]{1,200}")
-_DEVICES = re.compile(
-    r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE
-)  # files of these names are Windows' devices
-# The official files have had two names, and are the same ones.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names of devices on Windows
+# The official files have had two names; their contents are the same.
 _OFFICIAL_FILE = re.compile(r"(?:ggml-model|minicpm-v-4_5)-(?P<type>[A-Za-z0-9_]+)\.gguf", re.IGNORECASE)
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _TYPE = re.compile(r"(?<![a-z0-9])(i?q\d[a-z0-9_]*|bf16|f16|f32)(?![a-z0-9])")
@@ -55,13 +53,13 @@ class Source:
     file: str = ""
     """Decoder in a repository, or a part of its name; empty: the usual one."""
     address: str = ""
-    """The address as it was given, with its query: it may hold a signature, so it is neither kept nor shown."""
+    """The address as given, with its query. That may hold a signature, so it is neither stored nor shown."""
     sha256: str = ""
-    """What the file at the address must have, 64 hexadecimal digits."""
+    """Expected checksum of the file at the address, 64 hexadecimal digits."""
 
     @property
     def name(self) -> str:
-        """The one spelling of this source."""
+        """The canonical spelling of this source."""
         if self.kind == "url":
             return self.place
         return f"{self.kind}:{self.place}" + (f":{self.file}" if self.file else "")
@@ -72,12 +70,12 @@ def parse_source(name: str) -> Source | None:
 
     Returns
     -------
-    source : None when the name is none of the forms above; it may be a path then.
+    source : None when the name has none of the forms above; it may be a path.
 
     Raises
     ------
     ModelFileError
-        When the name has one of the forms, but is not right.
+        When the name has one of the forms, but is malformed.
     """
     name = _of_alias(name)
     kind, colon, rest = name.partition(":")
@@ -95,7 +93,7 @@ def parse_source(name: str) -> Source | None:
 
 
 def _of_alias(name: str) -> str:
-    """What an alias stands for, with another type behind it or none; any other name is left as it is."""
+    """What an alias stands for, with the type after its colon, if any; any other name is returned unchanged."""
     alias, colon, wanted = name.partition(":")
     if alias not in ALIASES or not colon or wanted == "latest":
         return ALIASES.get(alias, name) if alias in ALIASES else name
@@ -103,20 +101,20 @@ def _of_alias(name: str) -> str:
 
 
 def fits(path: str, wanted: str) -> bool:
-    """Whether a file is the one that was asked for: by its name, or a part of it between other characters."""
+    """Whether a file is the one asked for: by its whole name, or by a part between other characters."""
     if path == wanted:
         return True
     return re.search(rf"(?<![a-z0-9]){re.escape(wanted.lower())}(?![a-z0-9])", path.lower()) is not None
 
 
 def type_of(path: str) -> str:
-    """The type that a file's name tells, in small letters: `q4_k_m`; empty where it tells none."""
+    """The type in a file's name, in lower case: `q4_k_m`; empty if there is none."""
     found = _TYPE.findall(path.lower())
     return found[-1] if found else ""
 
 
 def is_meant(path: str, source: Source) -> bool:
-    """Whether a decoder of a source's repository is the one it names; of the official one, under either name."""
+    """Whether a decoder is the one a source names; those of the official repository match under either name."""
     if fits(path, source.file):
         return True
     match = _OFFICIAL_FILE.fullmatch(source.file)
@@ -124,7 +122,7 @@ def is_meant(path: str, source: Source) -> bool:
 
 
 def split_stem(path: str) -> str | None:
-    """Name of the model that a file is one of several parts of; None for a whole one."""
+    """Name of the model that a file is one of several parts of; None if the file is not split."""
     match = _SPLIT.fullmatch(path)
     return match["stem"] if match and int(match["count"]) > 1 else None
 
@@ -133,7 +131,7 @@ def _repository(kind: str, rest: str, name: str) -> Source:
     repository, colon, file = rest.partition(":")
     if not _REPOSITORY.fullmatch(repository) or ".." in repository or repository.endswith((".git", ".")):
         raise ModelFileError(
-            f"{visible(name)!r} names no repository of {HUBS[kind]}; expected {kind}:ORG/REPO or "
+            f"{visible(name)!r} is no repository name of {HUBS[kind]}; expected {kind}:ORG/REPO or "
             f"{kind}:ORG/REPO:FILE."
         )
     if colon:
@@ -147,8 +145,8 @@ def _address(name: str) -> Source:
         host, has_login = parts.hostname or "", "@" in parts.netloc
         parts.port  # noqa: B018 - raises when it is no number
     except ValueError:
-        raise ModelFileError(f"{visible(name)!r} is no web address; expected https://HOST/FILE.gguf.") from None
-    if has_login:  # its text goes no further: it is a password
+        raise ModelFileError(f"{visible(name)!r} is not a web address; expected https://HOST/FILE.gguf.") from None
+    if has_login:  # never show it: it is a password
         raise ModelFileError(
             f"The address at {visible(host)} holds a user name or password, which would end up in lists and logs; "
             "expected https://HOST/FILE.gguf."
@@ -182,18 +180,18 @@ def file_of_address(path: str) -> str:
 
 
 def checked_path(path: str) -> str:
-    """Return a path inside a repository when it cannot lead anywhere else, on any system.
+    """Return a path inside a repository if it cannot lead anywhere else, on any system.
 
     Raises
     ------
     ModelFileError
-        For absolute paths, `..`, hidden files, and characters or names that mean something to a file system.
+        For absolute paths, `..`, hidden files, and characters or names that are special to a file system.
     """
     parts = path.split("/") if len(path) <= MAX_PATH else []
     if not parts or not all(_is_plain(part) for part in parts):
         raise ModelFileError(
-            f"The file name {visible(path)[:120]!r} is refused; expected a plain path inside the repository, such "
-            "as ggml-model-Q4_K_M.gguf."
+            f"The file name {visible(path)[:120]!r} is not allowed; expected a plain path inside the repository, "
+            "such as ggml-model-Q4_K_M.gguf."
         )
     return str(PurePosixPath(*parts))
 
@@ -210,17 +208,17 @@ def _is_plain(part: str) -> bool:
 
 
 def ollama_parts(name: str) -> tuple[str, str, str, str]:
-    """Host, namespace, model and tag of a name in an Ollama store; each is one plain folder or file name.
+    """Host, namespace, model and tag of a name in an Ollama store, each a plain folder or file name.
 
     Raises
     ------
     ModelFileError
-        When the name is none that Ollama would accept.
+        When Ollama would not accept the name.
     """
     match = _OLLAMA.fullmatch(name)
     if match is None or ".." in name:
         raise ModelFileError(
-            f"{visible(name)[:120]!r} is no name of a model in Ollama; expected ollama:NAME or ollama:NAME:TAG, as "
+            f"{visible(name)[:120]!r} is not a model name of Ollama; expected ollama:NAME or ollama:NAME:TAG, as "
             "'ollama list' shows it."
         )
     given = {key: value for key, value in match.groupdict().items() if value}
@@ -234,5 +232,5 @@ def is_sha256(text: object) -> bool:
 
 
 def visible(text: str) -> str:
-    """Names come from strangers: what a terminal would obey instead of showing is replaced."""
+    """Replace what a terminal would obey instead of showing: names come from strangers."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

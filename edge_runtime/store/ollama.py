@@ -1,7 +1,7 @@
-"""A name in the Ollama store of this machine → the two files of the model, used where they lie.
+"""A name in the Ollama store of this machine → the two files of the model, used in place.
 
-Nothing is copied and nothing in the store is changed. Digests and names come from files others wrote: a digest is
-`sha256:` and 64 hexadecimal digits, or it is refused before it becomes part of a path (CVE-2024-37032).
+Nothing is copied, and nothing in the store is changed. Digests and names come from files that others wrote: a digest
+is `sha256:` and 64 hexadecimal digits, or it is refused before it becomes part of a path (CVE-2024-37032).
 
 Source of the layout: Ollama's server; manifests/HOST/NAMESPACE/MODEL/TAG in JSON, blobs/sha256-HEX.
 """
@@ -21,7 +21,7 @@ from edge_runtime.store.names import is_sha256, ollama_parts, visible
 
 MAX_MANIFEST_BYTES = 1 << 20
 SERVICE = Path("/usr/share/ollama/.ollama/models")
-"""Where Ollama's own installer for Linux lets the service keep its models."""
+"""Where the service keeps its models when Ollama's installer for Linux set it up."""
 LAYER = "application/vnd.ollama.image."
 
 
@@ -43,7 +43,7 @@ class OllamaModel:
 
 
 def folders() -> list[Path]:
-    """Stores that may be on this machine, the first being where a new model would go."""
+    """Stores that may exist on this machine; new models go into the first."""
     if given := os.environ.get("OLLAMA_MODELS"):
         return [Path(given)]
     return [Path.home() / ".ollama" / "models", SERVICE]
@@ -59,7 +59,7 @@ def find(name: str) -> OllamaModel:
     Raises
     ------
     ModelFileError
-        When it is not there, is no model with a projector, or its files are not those of its manifest.
+        When it does not exist, has no projector, or its files do not match its manifest.
     """
     store, manifest = _manifest(name)
     layers = manifest.get("layers") if isinstance(manifest, dict) else None
@@ -69,12 +69,12 @@ def find(name: str) -> OllamaModel:
 
 
 def verify(name: str, progress: Callable[[str, int, int], None] = lambda what, done, total: None) -> OllamaModel:
-    """Find a model and compute the digests of its files; takes some seconds per gigabyte.
+    """Find a model and verify the digests of its files; takes a few seconds per gigabyte.
 
     Raises
     ------
     ModelFileError
-        When a file is not what its digest says.
+        When a file does not match its digest.
     """
     model = find(name)
     blobs = (model.decoder, model.mmproj)
@@ -87,7 +87,8 @@ def verify(name: str, progress: Callable[[str, int, int], None] = lambda what, d
             raise _unreadable(blob.path, error) from None
         if found != blob.digest:
             raise ModelFileError(
-                f"{blob.path} has the checksum {found[:23]}..., not its name's; pull {name} with Ollama again."
+                f"{blob.path} has the checksum {found[:23]}..., which is not the one in its name; pull "
+                f"{name} with Ollama again."
             )
         done += blob.size
     progress("checking", done, total)
@@ -119,10 +120,10 @@ def _manifest(name: str) -> tuple[Path, Any]:
 def _only(name: str, store: Path, layers: list[Any], what: str) -> Blob:
     found = [layer for layer in layers if isinstance(layer, dict) and layer.get("mediaType") == LAYER + what]
     if len(found) != 1:
-        why = "reads no pictures, or keeps its vision part in a form of Ollama's own" if not found else "has too many"
+        why = "cannot read pictures, or has its vision part in Ollama's own format" if not found else "has too many"
         raise ModelFileError(
             f"{name} has {len(found)} layers of type {what!r} in the Ollama store, expected one: it {why}; use a "
-            "model made of a decoder and an mmproj file."
+            "model that consists of a decoder and an mmproj file."
         )
     digest, size = str(found[0].get("digest")), found[0].get("size")
     kind, _, number = digest.partition(":")
@@ -147,6 +148,6 @@ def _only(name: str, store: Path, layers: list[Any], what: str) -> Blob:
 
 def _unreadable(path: Path, error: OSError) -> ModelFileError:
     return ModelFileError(
-        f"{path} cannot be read: {error.strerror or error}; the files belong to Ollama's service, whose group you "
-        "may have to join."
+        f"{path} cannot be read: {error.strerror or error}; the files belong to Ollama's service, so you may "
+        "have to join its group."
     )

@@ -1,8 +1,8 @@
-"""A model's name → its files in the store: list, choose, make sure of the space, fetch, check, record.
+"""A model's name → its files in the store: list, choose, check the space, fetch, verify, record.
 
-The files of one version lie in a snapshot of their own, and the record is replaced when all of them are there and
-sound. So a pull that is cut leaves the store as it was, an update leaves the running model alone, and the next pull
-goes on with what has arrived.
+The files of each version have a snapshot of their own, and the record is replaced once all of them are there and
+valid. So an interrupted pull leaves the store as it was, an update does not touch a running model, and the next pull
+resumes.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from edge_runtime.weights.config import check_mmproj, decoder_config, resampler_
 from edge_runtime.weights.gguf_file import GGUFFile
 
 Progress = Callable[[str, int, int], None]
-"""(file, bytes that are there, bytes in all)"""
+"""(file, bytes so far, bytes in total)"""
 
 SPARE_BYTES = 64 << 20
-"""Left free on the disk beside what is fetched."""
+"""Left free on the disk after a pull."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Plan:
 
     entry: Entry
     fetched: int
-    """Bytes to fetch; less than the size where something is here already."""
+    """Bytes to fetch; less than the size if some of them are here already."""
     folder: Path
 
 
@@ -53,46 +53,46 @@ def pull(
     on_wait: Callable[[], None] = lambda: None,
     library: Library | None = None,
     allowed: Sequence[Allowed] | None = None,
-    most_bytes: int | None = None,
+    max_bytes: int | None = None,
 ) -> Entry:
     """Bring a model into the store.
 
     Parameters
     ----------
-    name : see `sources`.
-    mmproj : the mmproj file when it is not the usual one: a name in the repository, or the second address.
+    name : see `names`.
+    mmproj : the mmproj file if it is not the usual one: a name in the repository, or a second address.
     progress : called while bytes arrive.
     on_plan : called once it is known what will be fetched.
-    on_wait : called now and then while another process is pulling the same model; its end is awaited.
-    allowed : what the owner of a server lets its clients have fetched; hubs are allowed beside it. None: it is the
-        owner who asks, and may name any address.
-    most_bytes : that may be fetched.
+    on_wait : called repeatedly while another process is pulling the same model; this call waits for it.
+    allowed : addresses that a server's owner lets clients fetch from, besides the hubs. None: the owner asks,
+        and may name any address.
+    max_bytes : how much may be fetched.
 
     Raises
     ------
     ModelFileError
-        When the name is none, or a file is no model that runs here.
+        When the name is not valid, or a file is not a model that this package runs.
     DownloadError
-        When something cannot be fetched or stored. What has arrived is kept for the next time.
+        When something cannot be fetched or stored. What has arrived is kept, so the next call resumes.
     AddressRefused
-        When it is, or leads to, an address that may not be reached; nothing was sent there then.
+        When the name is or leads to a forbidden address; nothing was sent there.
     """
     source, library = _source(name), library or Library()
     policy = None if allowed is None else FetchPolicy(tuple(allowed), endpoint_of(source))
     if source.kind == "ollama":
         if mmproj is not None:
-            raise ModelFileError(f"{name} has an mmproj file of its own; expected no --mmproj here, but for 'run'.")
+            raise ModelFileError(f"{name} has its own mmproj file; expected no --mmproj here: pass it to 'run'.")
         return _link(source, library, progress)
     with enforced(policy):
         listing = list_files(source, mmproj)
         choice = choose(source, listing, mmproj if source.kind != "url" else None)
         entry = _describe(source, listing, choice)
         with library.lock(entry.name, on_wait):
-            return _Pull(library, entry, choice, progress).run(on_plan, most_bytes)
+            return _Pull(library, entry, choice, progress).run(on_plan, max_bytes)
 
 
 def fetch_checkpoint(name: str, progress: Progress, on_plan: Callable[[Plan], None]) -> tuple[Path, str]:
-    """Folder with a checkpoint and what to call it: a folder is taken as it is, a name of a hub is pulled first.
+    """Folder of a checkpoint, and a name for it: a folder is used as it is, a name on a hub is pulled first.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def fetch_checkpoint(name: str, progress: Progress, on_plan: Callable[[Plan], No
     if source is None:
         return Path(name), Path(name).resolve().name
     if source.kind not in ("hf", "ms"):
-        raise ModelFileError(f"{source.name} is no checkpoint; expected a folder, hf:ORG/REPO or ms:ORG/REPO.")
+        raise ModelFileError(f"{source.name} is not a checkpoint; expected a folder, hf:ORG/REPO or ms:ORG/REPO.")
     library = Library()
     entry = library.find(source)
     if entry is None or not entry.complete:
@@ -117,7 +117,7 @@ def fetch_checkpoint(name: str, progress: Progress, on_plan: Callable[[Plan], No
 
 
 def check_model_file(path: Path) -> tuple[str, int]:
-    """Check a GGUF file as it will be before llama.cpp or a kernel sees it.
+    """Check a GGUF file the way it is checked before llama.cpp or a kernel reads it.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def check_model_file(path: Path) -> tuple[str, int]:
     Raises
     ------
     ModelFileError
-        When it is damaged or of a model that does not run here.
+        When it is damaged, or belongs to a model that this package does not run.
     """
     file = GGUFFile(path)
     if file.metadata.get("general.architecture") != "clip":
@@ -142,14 +142,14 @@ def _source(name: str) -> Source:
     source = parse_source(name)
     if source is None:
         raise ModelFileError(
-            f"{visible(name)[:120]!r} names nothing to pull; expected minicpm-v-4.5, hf:ORG/REPO, ms:ORG/REPO, "
+            f"{visible(name)[:120]!r} is not something to pull; expected minicpm-v-4.5, hf:ORG/REPO, ms:ORG/REPO, "
             "ollama:NAME or an https address of a .gguf file."
         )
     return source
 
 
 def _link(source: Source, library: Library, progress: Progress) -> Entry:
-    """Check a model of the Ollama store, and remember it; its files stay where they are."""
+    """Check a model in the Ollama store and record it; its files stay where they are."""
     model = ollama.verify(source.place, progress)
     check_roles({"decoder": model.decoder.path, "mmproj": model.mmproj.path})
     entry = Entry(source.name, "ollama", pulled=_today(), complete=True)
@@ -158,7 +158,7 @@ def _link(source: Source, library: Library, progress: Progress) -> Entry:
 
 
 def _describe(source: Source, listing: Listing, choice: Choice) -> Entry:
-    """The record as it will be; a file is part of the name, so that two decoders of one repository are two models."""
+    """The record to write; the file is part of the name, so that two decoders of one repository are two models."""
     if choice.kind == "gguf" and source.kind != "url" and choice.decoder is not None:
         source = replace(source, file=choice.decoder.path)
     versions = sorted(f"{file.path}\0{file.digest or file.version}\0{file.size}" for file in choice.files)
@@ -183,23 +183,24 @@ class _Pull:
         self.folder = library.snapshot(entry)
         self.old = self._old()
 
-    def run(self, on_plan: Callable[[Plan], None], most_bytes: int | None = None) -> Entry:
-        """Fetch what is missing; the record comes last."""
+    def run(self, on_plan: Callable[[Plan], None], max_bytes: int | None = None) -> Entry:
+        """Fetch what is missing; the record is written last."""
         with storing(self.folder):
             make_folder(self.folder)
             self._reuse()
             missing = [file for file in self.choice.files if not self._is_here(file)]
             fetched = sum(max(0, (file.size or 0) - self._arrived(file)) for file in missing)
         on_plan(Plan(self.entry, fetched, self.folder))
-        if most_bytes is not None and fetched > most_bytes:
+        if max_bytes is not None and fetched > max_bytes:
             raise StoreFull(
-                f"{self.entry.name} needs {fetched / 1e9:.2f} GB more, and clients may fill the store with another "
-                f"{most_bytes / 1e9:.2f} GB; delete a model, or ask the server's owner for a larger --max-store."
+                f"{self.entry.name} needs {fetched / 1e9:.2f} GB more, and clients may add another "
+                f"{max_bytes / 1e9:.2f} GB to the store; delete a model, or ask the server's "
+                "owner for a larger --max-store."
             )
         if missing:
             self._check_space(fetched)
         if self.old is None:
-            self.library.write(self.entry)  # unfinished: `list` tells, `rm` and another pull find it
+            self.library.write(self.entry)  # incomplete: `list` shows it, `rm` and another pull find it
         for file in missing:
             download(file, self.folder / file.path, self._reporter(file))
         self._check()
@@ -213,13 +214,13 @@ class _Pull:
         return lambda done: self.progress(file.path, done, file.size or 0)
 
     def _old(self) -> Entry | None:
-        with contextlib.suppress(ModelFileError):  # a damaged record is written anew
+        with contextlib.suppress(ModelFileError):  # a damaged record is replaced
             entry = self.library.entry(self.entry.name)
             return entry if entry is not None and entry.complete else None
         return None
 
     def _is_here(self, file: RemoteFile) -> bool:
-        """A file under its own name was checked before it got it."""
+        """Whether a file is complete: it gets its final name only once it is verified."""
         path = self.folder / file.path
         return path.is_file() and not path.is_symlink() and file.size in (None, path.stat().st_size)
 
@@ -228,7 +229,7 @@ class _Pull:
         return part.stat().st_size if part.exists() else 0
 
     def _reuse(self) -> None:
-        """Take over files that have not changed since the version that is here."""
+        """Link files that have not changed since the version already here."""
         if self.old is None or self.old.snapshot == self.entry.snapshot:
             return
         known = {file.digest: self.library.snapshot(self.old) / file.path for file in self.old.files if file.digest}
@@ -236,7 +237,7 @@ class _Pull:
             if file.digest in known and not self._is_here(file) and known[file.digest].is_file():
                 target = self.folder / file.path
                 make_folder(target.parent)
-                with contextlib.suppress(OSError):  # no hard links here: it is fetched
+                with contextlib.suppress(OSError):  # no hard links on this disk: the file is fetched
                     os.link(known[file.digest], target)
 
     def _check_space(self, needed: int) -> None:
@@ -249,7 +250,7 @@ class _Pull:
             )
 
     def _check(self) -> None:
-        """Refuse what is no model that runs here."""
+        """Refuse files that are not a model that this package runs."""
         if self.choice.kind == "checkpoint":
             return
         paths = {
@@ -261,16 +262,14 @@ class _Pull:
             try:
                 check_model_file(path)
             except ModelFileError:
-                path.unlink()  # nothing may run it; fetching it again is all that can help
+                path.unlink()  # nothing may run it; only fetching it again can help
                 raise
         check_roles(paths)
 
     def _tidy(self) -> None:
-        """Remove earlier versions and what was left of cut downloads."""
+        """Remove earlier versions and leftovers of interrupted downloads."""
         keep = {self.folder / file.path for file in self.entry.files}
-        with contextlib.suppress(
-            OSError
-        ):  # Windows keeps files that a process has mapped: the next pull removes them
+        with contextlib.suppress(OSError):  # Windows does not delete mapped files: the next pull does
             for path in self.library.folder(self.entry.name).iterdir():
                 if path.is_dir() and path != self.folder.parent:
                     shutil.rmtree(path, ignore_errors=True)
@@ -280,7 +279,7 @@ class _Pull:
 
 
 def check_roles(paths: Mapping[str, Path]) -> None:
-    """Check that files are what they are taken for, and belong to one model.
+    """Check that each file has the expected role, and that they belong to one model.
 
     Parameters
     ----------
@@ -289,7 +288,7 @@ def check_roles(paths: Mapping[str, Path]) -> None:
     Raises
     ------
     ModelFileError
-        When one is damaged or of another type, or their widths differ.
+        When a file is damaged or of another type, or their widths differ.
     """
     found = {role: check_model_file(path) for role, path in paths.items()}
     for role, (actual, _) in found.items():

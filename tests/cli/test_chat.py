@@ -66,7 +66,7 @@ def test_an_answer_that_was_cut_goes_on():
     first, second = result.stdout.splitlines()
     assert second
     assert whole.startswith(first + second), (whole, result.stdout)
-    assert "The answer was cut (length); /continue goes on with it." in result.stderr
+    assert "The answer was cut off (length); /continue continues it." in result.stderr
 
 
 def test_going_on_takes_the_place_of_the_turn(demo, monkeypatch, asked):
@@ -81,7 +81,7 @@ def test_going_on_takes_the_place_of_the_turn(demo, monkeypatch, asked):
 def test_nothing_to_go_on_with(demo, monkeypatch, asked, capsys):
     chat(demo, monkeypatch, "/continue", "one", "/clear", "/continue")
     assert len(asked) == 1
-    assert capsys.readouterr().err.count("There is no answer yet to go on with.") == 2
+    assert capsys.readouterr().err.count("There is no answer to continue yet.") == 2
     assert "/continue" in HELP
 
 
@@ -116,7 +116,7 @@ def test_several_files_on_one_line(demo, folder, monkeypatch, asked, line):
         ("/nowhere/x y.png", "does not exist"),
         ("my holidays.jpg", "does not exist, but my holiday.png is there"),
         ("rtsp://camera/1", "nothing is fetched"),
-        ("What is in a.png?", "speaks of a.png, which is there but is not looked at"),
+        ("What is in a.png?", "mentions a.png, which exists but was not given"),
         ("What is on https://host/a.png?", "nothing is fetched"),
         ("Node.js", "Node.js does not exist"),
     ],
@@ -148,7 +148,7 @@ def test_commands_are_no_files(demo, folder, monkeypatch, asked, capsys):
     for told in (
         "no command /nope",
         "no/such.png does not exist",
-        "stdin is where the questions",
+        "this chat reads its questions from stdin",
         "/image needs a file",
     ):
         assert told in err
@@ -156,7 +156,7 @@ def test_commands_are_no_files(demo, folder, monkeypatch, asked, capsys):
 
 def test_a_line_that_is_no_text_is_not_asked(demo):
     result = talk(b"caf\xe9", "\ufeffHello")
-    assert "not UTF-8 text and was not asked" in result.stderr
+    assert "not UTF-8 text, so it was not asked" in result.stderr
     assert len(result.stdout.splitlines()) == 1
 
 

@@ -97,7 +97,7 @@ def test_a_storyboard_shows_every_frame_in_its_group(folder, tmp_path):
         (["Hi", "--max-frames", "3"], "--max-frames needs a video"),
         (["Hi", "--storyboard", "a.png"], "--storyboard needs one video; 0 are named"),
         (["clip.mp4", "Hi", "--packing", "7"], "7 is not in the range 1<=x<=6"),
-        (["clip.mp4", "Hi", "--start", "1:2:3:4"], "'1:2:3:4' is no time; expected seconds, or 1:30"),
+        (["clip.mp4", "Hi", "--start", "1:2:3:4"], "'1:2:3:4' is not a time; expected seconds, or 1:30"),
         (["clip.mp4", "Where?", "--draw", "a.png"], "--draw needs a picture and a question"),
         (["clip.mp4", "clip.mp4", "Hi", "--storyboard", "a.png"], "needs one video; 2 are named"),
     ],

@@ -150,7 +150,7 @@ def test_a_name_that_looks_the_same_is_found(folder, name, typed):
 def test_of_two_that_look_the_same_none_is_chosen(folder):
     for name in ("a\u00a0b.png", "a\u202fb.png"):
         picture(folder / name)
-    with pytest.raises(ImageError, match=r"may be .*; name one of them exactly"):
+    with pytest.raises(ImageError, match=r"may mean any of .*; name one exactly"):
         parse_arguments(["a b.png"])
     assert parse_arguments(["a\u202fb.png"]) == [Path("a\u202fb.png")]
     picture(folder / "a b.png")
@@ -192,7 +192,7 @@ def test_a_question_about_a_picture_that_nobody_looks_at_is_refused(folder):
     picture(folder / "a.png")
     picture(folder / "sub" / "b.png")
     for question in ("What is in a.png?", "Compare 'a.png'.", "What is ![this](sub/b.png)?", "See ./a.png, please."):
-        with pytest.raises(MessageError, match=r"which is there but is not looked at.*--prompt"):
+        with pytest.raises(MessageError, match=r"which exists but was not given.*--prompt"):
             parse_arguments([question])
     for question in ("What is on https://host/a.png?", "Watch rtsp://cam/1 for me", "See https://h/a.jpg?w=2 now."):
         with pytest.raises(MessageError, match="nothing is fetched"):
@@ -250,7 +250,7 @@ def test_text_comes_through_stdin(monkeypatch):
     ("data", "reason"),
     [
         (b"", r"stdin is empty \(0 bytes\)"),
-        (b" \r\n\n", "stdin holds blanks alone"),
+        (b" \r\n\n", "stdin holds only whitespace"),
         (b"caf\xe9", "not a picture in a known format"),
         (b"\0\1\2\3", "not a picture in a known format"),
         (DRAWING, "is an SVG drawing"),
@@ -341,7 +341,7 @@ def test_a_real_shell(folder):
     assert found.stdout == "CAFE\n", found.stderr
     unread = shell(f"cat '{EXAMPLE}' | {program} Hi")
     assert unread.returncode == 0
-    assert "What stands on stdin was not read: name it '-'" in unread.stderr
+    assert "stdin was not read: name '-'" in unread.stderr
     assert "stdin" not in shell(f"{program} Hi < /dev/null").stderr
     assert shell(f"cat '{EXAMPLE}' | {program} Hi 2> /dev/full").stdout == unread.stdout
     assert shell(f"{program} Hi 2>&- <&-").stdout == unread.stdout

@@ -26,7 +26,7 @@ from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.decoder.prefill_routing import MIN_ROWS, PastSpace
 from edge_runtime.decoder.sequence_chunk import Cancelled, SequenceChunk
 from edge_runtime.errors import CacheFull
-from edge_runtime.loading.memory_needs import reckon
+from edge_runtime.loading.memory_needs import estimate_memory
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile
 from edge_runtime.weights.memory_map import Region, foreign_regions, map_file, region_bytes, release_region, watched
@@ -395,11 +395,11 @@ def test_requests_at_once_and_one_that_leaves(amx: str) -> None:
 def test_what_is_copied_is_reckoned_with(amx: str, monkeypatch: pytest.MonkeyPatch) -> None:
     copied = 1024 * 2 * 2 * 3 * 2 * 64  # positions, keys and values, bytes, layers, heads, numbers
     file, encoder = GGUFFile(DEMO), ImageEncoder(DEMO.parent / "mmproj-model-q8_0.gguf", exact=False)
-    with_amx = reckon(file, encoder, 1024, exact=False).compute
-    assert with_amx - reckon(file, encoder, 1024, exact=False, repack=True).compute == copied
-    assert with_amx - reckon(file, encoder, 1024, exact=True).compute == copied
+    with_amx = estimate_memory(file, encoder, 1024, exact=False).compute
+    assert with_amx - estimate_memory(file, encoder, 1024, exact=False, repack=True).compute == copied
+    assert with_amx - estimate_memory(file, encoder, 1024, exact=True).compute == copied
     monkeypatch.setattr("edge_runtime.loading.memory_needs.MAX_PAST_BYTES", 1000)
-    assert with_amx - reckon(file, encoder, 1024, exact=False).compute == copied - 1000
+    assert with_amx - estimate_memory(file, encoder, 1024, exact=False).compute == copied - 1000
 
 
 def test_compiling_is_announced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

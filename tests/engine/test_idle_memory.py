@@ -16,7 +16,7 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kv_types import choose_kv_type, kv_bytes
 from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.decoder.sequence_chunk import Cancelled, SequenceChunk
-from edge_runtime.loading.memory_needs import reckon
+from edge_runtime.loading.memory_needs import estimate_memory
 from edge_runtime.system import memory
 from edge_runtime.vision.encoder import BATCH_PATCHES
 from edge_runtime.weights.gguf_file import GGUFFile
@@ -184,7 +184,7 @@ def test_kv_types_answer_and_take_the_memory_they_should(kv_type):
         rows = model.engine.run(lambda: model.engine.decoder.read_rows(answer_sequence(model), 0, 10))
         layers, heads, width = 3, 2, 64
         assert rows.form.position_bytes == 2 * layers * kv_bytes(kv_type, heads * width)
-        needs = reckon(model.engine.decoder.file, model.engine.encoder, 1000, exact=False, kv_type=kv_type)
+        needs = estimate_memory(model.engine.decoder.file, model.engine.encoder, 1000, exact=False, kv_type=kv_type)
         assert needs.kv_cache == 1000 * rows.form.position_bytes
 
 
@@ -202,7 +202,7 @@ def test_bytes_of_a_kv_cache():
         ({"kv_type": "q5"}, "KV type is 'q5'; expected one of f16, q8_0, q4_0"),
         ({"kv_type": "q8_0", "exact": True}, "expected 'f32', which exact"),
         ({"cache_limit": 0}, "cache_limit is 0"),
-        ({"adapters": ["a.gguf"]}, "expected names with the files"),
+        ({"adapters": ["a.gguf"]}, "expected a mapping from names to files"),
     ],
 )
 def test_settings_that_do_not_go_together_are_told(exact_folder, options, reason):
@@ -219,7 +219,7 @@ def test_heads_that_do_not_fit_the_blocks_of_a_kv_type_are_told(tmp_path):
 
 def test_vision_and_decoder_take_turns_in_low_memory(exact_model):
     file, encoder = exact_model.engine.decoder.file, exact_model.engine.encoder
-    usual, low = (reckon(file, encoder, 1000, exact=False, low_memory=low) for low in (False, True))
+    usual, low = (estimate_memory(file, encoder, 1000, exact=False, low_memory=low) for low in (False, True))
     assert usual.total - low.total == min(usual.weights, usual.vision)
 
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from edge_runtime import Model, NotEnoughMemoryError
-from edge_runtime.loading.memory_needs import Needs, choose_context, reckon
+from edge_runtime.loading.memory_needs import Needs, choose_context, estimate_memory
 from edge_runtime.system.memory import available_bytes
 
 GB = 10**9
@@ -55,10 +55,10 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(exact_folder, 
 
 def test_the_reckoning_grows_with_what_it_should(exact_model):
     file, encoder = exact_model.engine.decoder.file, exact_model.engine.encoder
-    small, large = (reckon(file, encoder, n, exact=False) for n in (1000, 2000))
+    small, large = (estimate_memory(file, encoder, n, exact=False) for n in (1000, 2000))
     assert large.kv_cache == 2 * small.kv_cache
-    assert reckon(file, encoder, 1000, exact=True).kv_cache == 2 * small.kv_cache
-    assert reckon(file, encoder, 1000, exact=True).vision > small.vision
+    assert estimate_memory(file, encoder, 1000, exact=True).kv_cache == 2 * small.kv_cache
+    assert estimate_memory(file, encoder, 1000, exact=True).vision > small.vision
     assert small.weights == file.path.stat().st_size
     # 36 layers of 8 heads of 128 in float16 are 147,456 bytes; here there are 3 layers of 2 heads of 16 numbers twice
     layers, heads = file.get("qwen3.block_count", int), file.get("qwen3.attention.head_count_kv", int)

@@ -53,7 +53,7 @@ LEVELS = {
         middleware registry context_tokens fetch content_parts web_page responses_store reply_parts
         fields media
         inference
-        metrics replies resting hard_end
+        metrics replies idle_memory hard_end
         state
         routing running
         openai ollama anthropic system

@@ -77,9 +77,9 @@ def test_options():
         "thinking": True,
         "thinking_budget": 5,
     }
-    assert request.most_calls == 1
+    assert request.max_calls == 1
     named = asked(tools=[TOOL], tool_choice={"type": "tool", "name": "weather"}, thinking={"type": "disabled"})
-    assert (named.options()["tool_choice"], named.options()["thinking"], named.most_calls) == ("weather", False, None)
+    assert (named.options()["tool_choice"], named.options()["thinking"], named.max_calls) == ("weather", False, None)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_tools_of_anthropics_own_are_refused():
             asked(**fields).options()
 
 
-def events_of(pieces: Any, most_calls: int | None = None) -> list[Any]:
-    events = MessageEvents("demo", most_calls)
+def events_of(pieces: Any, max_calls: int | None = None) -> list[Any]:
+    events = MessageEvents("demo", max_calls)
     found = [*events.begin(20, 5)]
     for piece in pieces:
         found += events.piece(piece)
@@ -148,7 +148,7 @@ def test_a_whole_reply():
     assert not unknown_fields(reply)
     assert [block.type for block in reply.content] == ["thinking", "text"]
     assert (reply.usage.input_tokens, reply.usage.cache_read_input_tokens) == (15, 5)
-    called = Message.model_validate(whole_message(made_answer(CALLING), "demo", most_calls=1))
+    called = Message.model_validate(whole_message(made_answer(CALLING), "demo", max_calls=1))
     assert [block.type for block in called.content] == ["text", "tool_use"]
     assert (called.content[1].input, called.stop_reason) == ({"city": "Örebro"}, "tool_use")
     cut = whole_message(made_answer(THOUGHTFUL, finish_reason="length"), "demo")

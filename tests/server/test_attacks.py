@@ -66,7 +66,7 @@ def test_beyond_this_machine_a_key_is_wanted(own_store, monkeypatch, arguments, 
     monkeypatch.setattr("edge_runtime.server.running.serve", nothing)
     found = CliRunner().invoke(main, ["serve", "--port", "0", *arguments])
     assert found.exit_code == 0, found.output
-    assert ("WARNING: Everybody who reaches" in found.stderr) is warns
+    assert ("WARNING: Anybody who can reach" in found.stderr) is warns
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------

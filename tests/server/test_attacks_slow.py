@@ -16,7 +16,7 @@ import pytest
 
 from edge_runtime.inputs.workers.pool import Lease
 from edge_runtime.server import replies
-from edge_runtime.server.inference import MOST_DECODERS, TEXT_THREADS
+from edge_runtime.server.inference import MAX_DECODERS, TEXT_THREADS
 from edge_runtime.server.middleware.connections import GuardedConnection
 from edge_runtime.server.settings import Settings
 from server.attacking import (
@@ -36,8 +36,8 @@ from server.attacking import (
 # --- slow and vanishing clients ------------------------------------------------------------------------------------
 
 POOLS = ("AnyIO worker thread", "asyncio_", "edge-runtime pictures", "edge-runtime texts", "edge-runtime decoding")
-OURS = TEXT_THREADS + Settings().max_queue + 2 * MOST_DECODERS
-MOST_POOLED = 40 + min(32, (os.cpu_count() or 1) + 4) + OURS  # AnyIO's limit, the event loop's, and ours
+OURS = TEXT_THREADS + Settings().max_queue + 2 * MAX_DECODERS
+MAX_POOLED = 40 + min(32, (os.cpu_count() or 1) + 4) + OURS  # AnyIO's limit, the event loop's, and ours
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: "])
@@ -108,7 +108,7 @@ def test_clients_that_vanish(serve: Serve, endless, stream):
         names = sorted(thread.name for thread in threading.enumerate())
         alone.append([name for name in names if not name.startswith(POOLS)])
     # Threads of pools come one by one until there are enough: only a bound holds for them, less than the 64 requests.
-    assert len(names) <= MOST_POOLED + len(alone[-1])
+    assert len(names) <= MAX_POOLED + len(alone[-1])
     assert alone[-1] == alone[0]
     assert post(served, "/api/chat", chat(options={"num_predict": 3})).status_code == 200
 

@@ -14,7 +14,7 @@ import pytest
 from edge_runtime.engine.events import Progress
 from edge_runtime.generation.text_stream import Piece
 from edge_runtime.server.inference import Answering
-from edge_runtime.server.openai.chunks import Telling
+from edge_runtime.server.openai.chunks import ProgressReport
 
 PATHS = ("/completion", "/v1/completions", "/chat/completions", "/v1/chat/completions", "/responses", "/v1/responses")
 
@@ -131,27 +131,27 @@ def test_progress_is_told_once():
         Progress("prefill", 40, 80, 0.5, 100, 20),
         Progress("prefill", 80, 80, 1.0, 100, 20),
     ]
-    answering = SimpleNamespace(tells_progress=True)
-    telling = Telling(cast("Answering", answering), times=True)
-    assert telling.of_prompt(None) == {}
-    found = [told for step in steps if (told := telling.of_prompt(step))]
-    assert [told["prompt_progress"]["processed"] for told in found] == [20, 60, 100]
-    assert [told["timings"]["prompt_n"] for told in found] == [0, 40, 80]
-    answering.tells_progress = False
-    assert Telling(cast("Answering", answering), times=True).of_prompt(steps[0]) == {}
+    answering = SimpleNamespace(reports_progress=True)
+    report = ProgressReport(cast("Answering", answering), times=True)
+    assert report.of_prompt(None) == {}
+    found = [fields for step in steps if (fields := report.of_prompt(step))]
+    assert [fields["prompt_progress"]["processed"] for fields in found] == [20, 60, 100]
+    assert [fields["timings"]["prompt_n"] for fields in found] == [0, 40, 80]
+    answering.reports_progress = False
+    assert ProgressReport(cast("Answering", answering), times=True).of_prompt(steps[0]) == {}
 
 
 def test_rates_are_of_what_was_made_until_then():
-    answering = SimpleNamespace(progress=Progress("prefill", 80, 80, 1.0, 100, 20), tells_progress=False)
-    telling = Telling(cast("Answering", answering), times=True)
-    assert telling.of_piece(0, Piece("a", "answer", n_tokens=1))["timings"]["predicted_per_second"] == 0
+    answering = SimpleNamespace(progress=Progress("prefill", 80, 80, 1.0, 100, 20), reports_progress=False)
+    report = ProgressReport(cast("Answering", answering), times=True)
+    assert report.of_piece(0, Piece("a", "answer", n_tokens=1))["timings"]["predicted_per_second"] == 0
     time.sleep(0.01)
-    times = telling.of_piece(0, Piece("b", "answer", n_tokens=3))["timings"]
+    times = report.of_piece(0, Piece("b", "answer", n_tokens=3))["timings"]
     assert (times["cache_n"], times["prompt_n"], times["predicted_n"]) == (20, 80, 3)
     assert times["predicted_ms"] >= 10
     assert times["predicted_per_second"] == pytest.approx(2e3 / times["predicted_ms"])
-    assert telling.of_piece(1, Piece("a", "answer", n_tokens=1))["timings"]["predicted_ms"] == 0
-    assert Telling(cast("Answering", answering), times=False).of_piece(0, Piece("a", "answer")) == {}
+    assert report.of_piece(1, Piece("a", "answer", n_tokens=1))["timings"]["predicted_ms"] == 0
+    assert ProgressReport(cast("Answering", answering), times=False).of_piece(0, Piece("a", "answer")) == {}
 
 
 # --- two turns of the assistant's at the end -----------------------------------------------------------------------

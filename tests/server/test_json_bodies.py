@@ -16,7 +16,7 @@ from edge_runtime.server.middleware import json_bodies
 from edge_runtime.server.settings import Settings
 from server.conftest import Served
 
-MOST_VALUES, MOST_DEPTH = Settings.max_values, Settings.max_depth
+MAX_VALUES, MAX_DEPTH = Settings.max_values, Settings.max_depth
 
 
 def read(body: bytes, **settings: Any) -> Any:
@@ -24,12 +24,12 @@ def read(body: bytes, **settings: Any) -> Any:
 
 
 def test_values_are_counted_outside_of_strings():
-    text = '[{,"\\' * MOST_VALUES
+    text = '[{,"\\' * MAX_VALUES
     assert read(json.dumps({"a": text, "b": [text]}).encode()) == {"a": text, "b": [text]}
-    assert len(read(b"[" + b"0," * (MOST_VALUES - 2) + b"0]")) == MOST_VALUES - 1
+    assert len(read(b"[" + b"0," * (MAX_VALUES - 2) + b"0]")) == MAX_VALUES - 1
     for item in (b"0", b"{}", b"[]", b'"",""'):
-        with pytest.raises(HTTPException, match=f"more than {MOST_VALUES} values") as error:
-            read(b"[" + (item + b",") * MOST_VALUES + b"0]")
+        with pytest.raises(HTTPException, match=f"more than {MAX_VALUES} values") as error:
+            read(b"[" + (item + b",") * MAX_VALUES + b"0]")
         assert error.value.status_code == 413
     for body in (b"", b'"', b'{"a":', b'"\\'):
         with pytest.raises(json.JSONDecodeError):
@@ -61,9 +61,9 @@ def test_nesting_is_counted(opening, closing):
     def nested(n: int) -> bytes:
         return (opening * n + "1" + closing * n).encode()
 
-    assert read(nested(MOST_DEPTH))
-    for n in (MOST_DEPTH + 1, 900, 50_000):
-        with pytest.raises(HTTPException, match=f"more than {MOST_DEPTH} lists and objects") as error:
+    assert read(nested(MAX_DEPTH))
+    for n in (MAX_DEPTH + 1, 900, 50_000):
+        with pytest.raises(HTTPException, match=f"more than {MAX_DEPTH} lists and objects") as error:
             read(nested(n))
         assert error.value.status_code == 400
 

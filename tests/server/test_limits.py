@@ -398,14 +398,14 @@ def test_bodies_together_stay_within_a_part_of_the_free_memory(monkeypatch):
     free = 800 << 20
     monkeypatch.setattr(limits, "available_bytes", lambda: free)
     held = limits.Held(1 << 40, counts_memory=True)
-    assert held.most == 1 << 40  # nothing is held that would matter
+    assert held.max_bytes == 1 << 40  # nothing is held that would matter
     held.n_bytes = 50 << 20
-    assert held.most == (free + (50 << 20)) // limits.MEMORY_SHARE
+    assert held.max_bytes == (free + (50 << 20)) // limits.MEMORY_SHARE
     free = 1 << 20  # looked at again only after a while
-    assert held.most > 100 << 20
+    assert held.max_bytes > 100 << 20
     held = limits.Held(1 << 40, n_bytes=6 << 20, counts_memory=True)
-    assert held.most == limits.FEW_BYTES
-    assert limits.Held(1000, n_bytes=6 << 20).most == 1000
+    assert held.max_bytes == limits.FEW_BYTES
+    assert limits.Held(1000, n_bytes=6 << 20).max_bytes == 1000
     reply = ask(Settings(), "POST", "/api/size", content=chunks(70, 100_000))
     assert (reply.status_code, "together hold more than 4 MB" in reply.json()["error"]) == (429, True)
     assert ask(Settings(max_bodies_bytes=10**7), "POST", "/api/size", content=chunks(70, 100_000)).text == "7000000"

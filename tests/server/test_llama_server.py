@@ -233,7 +233,7 @@ def test_a_stream_says_what_a_whole_reply_says(client):
 
 
 def test_a_piece_of_several_tokens_is_several_chunks():
-    replies = LlamaCompletions("demo", {}, ["Hi"], 512, n_top=1, tells_ids=True)
+    replies = LlamaCompletions("demo", {}, ["Hi"], 512, n_top=1, returns_ids=True)
     piece = Piece("é", "answer", (scored("\u00c3"), scored("\u00a9")))
     chunks = [*replies.piece(0, piece)]
     assert [chunk["content"] for chunk in chunks] == ["", "é"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.server.context_tokens import MOST_IDS, ids_of, messages_of
+from edge_runtime.server.context_tokens import MAX_IDS, ids_of, messages_of
 from edge_runtime.server.errors import RequestError
 from edge_runtime.store.find import find_model
 from edge_runtime.weights.gguf_file import GGUFFile
@@ -87,8 +87,8 @@ def test_ids_of_no_token(tokenizer, wrong):
 
 
 def test_more_ids_than_anything_holds(tokenizer):
-    with pytest.raises(RequestError, match=f"at most {MOST_IDS}"):
-        messages_of([1] * (MOST_IDS + 1), tokenizer)
+    with pytest.raises(RequestError, match=f"at most {MAX_IDS}"):
+        messages_of([1] * (MAX_IDS + 1), tokenizer)
 
 
 def test_ids_that_are_no_turns_are_not_lost(tokenizer):

@@ -17,7 +17,7 @@ from edge_runtime.server import sse
 from edge_runtime.server.errors import TimedOut
 from edge_runtime.server.inference import Answering, Heartbeat
 from edge_runtime.server.openai import responses
-from edge_runtime.server.openai.chunks import Telling
+from edge_runtime.server.openai.chunks import ProgressReport
 from edge_runtime.server.openai.responses_events import ResponseEvents
 from edge_runtime.server.openai.responses_requests import ResponsesRequest
 from server.asked import HELLO
@@ -129,8 +129,8 @@ async def collected(lines: AsyncIterator[str]) -> list[str]:
 )
 def test_a_response_that_fails_says_so(error, code, caplog):
     typed = ResponseEvents(ResponsesRequest(input="Hi"), "demo")
-    telling = Telling(cast("Answering", SimpleNamespace(tells_progress=False)), times=False)
-    lines = asyncio.run(collected(responses._lines(Failing(error).__aiter__(), typed, telling)))
+    report = ProgressReport(cast("Answering", SimpleNamespace(reports_progress=False)), times=False)
+    lines = asyncio.run(collected(responses._lines(Failing(error).__aiter__(), typed, report)))
     assert sse.BEAT in lines
     events = [checked(json.loads(line.split("data: ", 1)[1])) for line in lines if line != sse.BEAT]
     assert [event.type for event in events[-2:]] == ["response.output_item.done", "response.failed"]

@@ -64,7 +64,7 @@ def test_calls():
     )
     assert (now.function.name, now.function.arguments) == ("now", "{}")
     assert weather.id != now.id
-    reply = read(ChatCompletion, chat_completion([made_answer(CALLING[1:])], "demo", most_calls=1))
+    reply = read(ChatCompletion, chat_completion([made_answer(CALLING[1:])], "demo", max_calls=1))
     assert len(reply.choices[0].message.tool_calls) == 1
     assert reply.choices[0].message.content is None
 
@@ -117,7 +117,7 @@ def test_chunks_of_calls():
     ends = {chunk.choices[0].index: chunk.choices[0].finish_reason for chunk in chunks}
     assert ends == {0: "tool_calls", 1: "stop"}
     assert [chunk.choices[0].index for chunk in chunks[:2]] == [0, 1], "each answer says who speaks"
-    one = streamed(ChatChunks("demo", most_calls=1), CALLING)
+    one = streamed(ChatChunks("demo", max_calls=1), CALLING)
     assert sum(len(chunk.choices[0].delta.tool_calls or []) for chunk in one) == 1
 
 

@@ -67,9 +67,9 @@ def test_nothing_is_seen_under_another_key():
 
 
 def test_number_bytes_and_age_are_bounded(monkeypatch):
-    assert len(filled(5, most=3)) == 3
+    assert len(filled(5, max_responses=3)) == 3
     one = filled(1).n_bytes
-    small = filled(5, most_bytes=2 * one)
+    small = filled(5, max_bytes=2 * one)
     assert len(small) == 2
     assert small.n_bytes == 2 * one
     with pytest.raises(NotKept):
@@ -79,7 +79,7 @@ def test_number_bytes_and_age_are_bounded(monkeypatch):
     assert (small.n_bytes, small._items) == (0, {})
     now = [1000.0]
     monkeypatch.setattr(responses_store.time, "monotonic", lambda: now[0])
-    store = ResponseStore(most_age_s=60)
+    store = ResponseStore(max_age_s=60)
     store.put("me", response("old"), question("old"), None)
     store._kept["old"].used = now[0]
     now[0] += 50
@@ -92,7 +92,7 @@ def test_number_bytes_and_age_are_bounded(monkeypatch):
 
 
 def test_what_a_conversation_goes_on_from_outlives_others():
-    store = filled(3, most=4)
+    store = filled(3, max_responses=4)
     store.put("me", response("next"), question("next"), "r0")
     store.conversation("me", "next")
     store.put("me", response("new"), question("new"), None)
@@ -164,7 +164,7 @@ def test_referring_to_an_item(ai: openai.OpenAI):
         told = ai.responses.create(input=asked, **SHORT)
         by_id = ai.responses.create(input="And?", previous_response_id=first.id, **SHORT)
         assert told.usage.input_tokens == by_id.usage.input_tokens
-    with pytest.raises(openai.NotFoundError, match="not kept here") as error:
+    with pytest.raises(openai.NotFoundError, match="not stored here") as error:
         ai.responses.create(input=[{"type": "item_reference", "id": "msg_1"}], **SHORT)
     assert error.value.param == "input[0]"
 
@@ -189,7 +189,7 @@ def test_looking_back(ai: openai.OpenAI):
         ai.responses.cancel(second.id)
     ai.responses.delete(second.id)
     for ask in (ai.responses.retrieve, ai.responses.delete, ai.responses.cancel, ai.responses.input_items.list):
-        with pytest.raises(openai.NotFoundError, match="not kept here"):
+        with pytest.raises(openai.NotFoundError, match="not stored here"):
             ask(second.id)
     ai.responses.delete(first.id)
     with pytest.raises(openai.BadRequestError) as error:

@@ -64,7 +64,7 @@ def test_clients(one, other, same):
 def test_places():
     places = Places(4, 3, "things are made")
     leave = [places.take("a") for _ in range(3)]
-    with pytest.raises(EngineBusy, match="3 things are made that came from your address, which is the share of one"):
+    with pytest.raises(EngineBusy, match="3 things are made from your address, which is its share"):
         places.take("a")
     leave.append(places.take("b"))
     with pytest.raises(EngineBusy, match="4 things are made, which is the limit"):
@@ -150,7 +150,7 @@ def test_connections_at_work_are_not_given_up(serve: Serve):
             text: Any = reply.json()
             for key in shape:
                 text = text[key]
-            assert "3 connections at work" in text
+            assert "3 busy connections" in text
         quiet = [stack.enter_context(from_elsewhere(served)) for _ in range(2)]
         wait_until(lambda: len(served.server.server_state.connections) == 5)
         with from_elsewhere(served, HEALTH) as other:  # takes the place of the older quiet one
@@ -165,7 +165,7 @@ def test_connections_at_work_are_not_given_up(serve: Serve):
 
 
 def test_those_that_are_turned_away_are_bounded_too(serve: Serve, monkeypatch):
-    monkeypatch.setattr("edge_runtime.server.middleware.connections.MOST_SURPLUS", 2)
+    monkeypatch.setattr("edge_runtime.server.middleware.connections.MAX_SURPLUS", 2)
     monkeypatch.setattr("edge_runtime.server.middleware.connections.SURPLUS_S", 0.3)
     served = serve(max_connections=1)
     with contextlib.ExitStack() as stack:

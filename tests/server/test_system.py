@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from edge_runtime.server.inference import Outcome
-from edge_runtime.server.metrics import MOST_NAMES, OTHERS, Metrics
+from edge_runtime.server.metrics import MAX_NAMES, OTHERS, Metrics
 from server.asked import SIGN_BASE64 as PICTURE
 from server.conftest import Served
 from server.made_answers import made_answer
@@ -30,15 +30,15 @@ def numbers(served: Served) -> dict[str, float]:
 def test_metrics_are_no_larger_for_many_names(server):
     """A model may be copied to any number of names, and asked by each."""
     counted = Metrics(server.state.inference)
-    for i in range(3 * MOST_NAMES):
-        counted.note(Outcome(f"copy-{i}", 0.0, [made_answer(timings_s={"first_token": 0.1})]))
-    counted.note(Outcome("copy-0", 0.0, [made_answer()]))
+    for i in range(3 * MAX_NAMES):
+        counted.record(Outcome(f"copy-{i}", 0.0, [made_answer(timings_s={"first_token": 0.1})]))
+    counted.record(Outcome("copy-0", 0.0, [made_answer()]))
     server.state.inference.on_end.remove(counted.note)
     families = {family.name: family for family in text_string_to_metric_families(counted.text().decode())}
     samples = families["edge_runtime_requests"].samples
     totals = {sample.labels["model"]: sample.value for sample in samples if sample.name.endswith("_total")}
-    assert len(totals) == MOST_NAMES + 1
-    assert (totals["copy-0"], totals[OTHERS], sum(totals.values())) == (2, 2 * MOST_NAMES, 3 * MOST_NAMES + 1)
+    assert len(totals) == MAX_NAMES + 1
+    assert (totals["copy-0"], totals[OTHERS], sum(totals.values())) == (2, 2 * MAX_NAMES, 3 * MAX_NAMES + 1)
 
 
 def test_health(client):

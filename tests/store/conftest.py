@@ -37,7 +37,7 @@ def hub(store: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 10)
         monkeypatch.setattr(download, "FIRST_WAIT_S", 0.0)
-        monkeypatch.setattr(download, "LONGEST_WAIT_S", 0.01)
+        monkeypatch.setattr(download, "MAX_WAIT_S", 0.01)
         monkeypatch.setenv("HF_TOKEN", KEY)
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)

@@ -152,9 +152,9 @@ def test_addresses_of_clients_have_to_be_allowed(hub, store):
 
 def test_how_much_clients_may_fetch(hub, store):
     with pytest.raises(StoreFull, match="--max-store"):
-        pull(PAIR, allowed=(), most_bytes=1000)
+        pull(PAIR, allowed=(), max_bytes=1000)
     assert hub.bytes_requests() == []
-    assert pull(PAIR, allowed=(), most_bytes=1 << 30).complete
+    assert pull(PAIR, allowed=(), max_bytes=1 << 30).complete
 
 
 def test_a_proxy_of_the_owner_may_be_anywhere(inside, monkeypatch):

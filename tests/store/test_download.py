@@ -76,15 +76,15 @@ def test_troubles_that_end(hub, file, target, faults):
 
 REFUSED = {
     "always cut before the first byte": ([Fault(cut_after=0)] * 9, "connection failed .*5 attempts"),
-    "always busy": ([Fault(status=503)] * 9, "answers 503, after 5 attempts"),
-    "always too many requests": ([Fault(status=429, headers={"Retry_After": "9999"})] * 9, "answers 429"),
+    "always busy": ([Fault(status=503)] * 9, "answered 503, after 5 attempts"),
+    "always too many requests": ([Fault(status=429, headers={"Retry_After": "9999"})] * 9, "answered 429"),
     "longer than announced": ([Fault(announce=7)] * 9, "sends 300007 bytes, expected 300000"),
     "shorter than announced": ([Fault(announce=-7)] * 9, "sends 299993 bytes, expected 300000"),
     "other bytes": ([Fault(corrupt=True)], "arrived with the checksum sha256:.*, expected sha256:"),
     "cut, and other bytes behind it": ([Fault(cut_after=9), Fault(corrupt=True)], "arrived with the checksum"),
     "gone": ([Fault(status=404)], "does not have this model or file .404."),
     "no access": ([Fault(status=403)], "refuses access .403..*HF_TOKEN"),
-    "a teapot": ([Fault(status=418)], "answers 418"),
+    "a teapot": ([Fault(status=418)], "answered 418"),
 }
 
 

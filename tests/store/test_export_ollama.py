@@ -166,7 +166,7 @@ def test_what_ollama_cannot_read_is_not_exported(model, tmp_path):
 @pytest.mark.parametrize("name", ['a"b', "a\nFROM x", "a\x1b[0m"])
 def test_paths_that_would_break_the_grammar(model, tmp_path, name):
     moved = model.rename(tmp_path / name)
-    refused(["export", "ollama", str(moved), "-o", str(tmp_path / "out")], "cannot stand in a Modelfile")
+    refused(["export", "ollama", str(moved), "-o", str(tmp_path / "out")], "cannot be used in a Modelfile")
     assert not (tmp_path / "out" / "Modelfile").exists()
 
 

@@ -39,7 +39,7 @@ def test_names_that_lead_elsewhere(hub, store, tmp_path, name):
     siblings.append({**siblings[0], "rfilename": MMPROJ})
     hub.listing = {"id": "org/pair", "sha": REVISION, "tags": [], "siblings": siblings}
     before = sorted(tmp_path.rglob("*"))
-    line = refused(["pull", PAIR], "is refused; expected a plain path inside the repository")
+    line = refused(["pull", PAIR], "is not allowed; expected a plain path inside the repository")
     assert "\x1b" not in line
     assert sorted(tmp_path.rglob("*")) == before
     assert not hub.bytes_requests()

@@ -116,7 +116,7 @@ def test_a_changed_blob_is_found_out_by_pulling(root):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    refused(["pull", "ollama:mini"], "has the checksum sha256:.*, not its name's")
+    refused(["pull", "ollama:mini"], "has the checksum sha256:.*, which is not the one in its name")
 
 
 DIGESTS = ["../../../etc/passwd", "sha256:../../etc/passwd", "sha256-" + "0" * 64, "sha256:" + "0" * 63, "", None, 5]
@@ -135,7 +135,7 @@ def without(kind: str, layers: list[Any]) -> list[Any]:
 
 
 MANIFESTS = {
-    "no projector": (lambda layers: without(PROJECTOR, layers), "0 layers of type 'projector'.* reads no pictures"),
+    "no projector": (lambda layers: without(PROJECTOR, layers), "0 layers of type 'projector'.*cannot read pictures"),
     "no model": (lambda layers: without(MODEL, layers), "0 layers of type 'model'"),
     "two models": (lambda layers: layers + layers[:1], "2 layers of type 'model'.* too many"),
     "no list": (lambda layers: {"a": 1}, "has no list of layers"),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from edge_converters.plan.recipes import Progress
 
 TEXT_SUFFIXES = (".txt", ".md")
-MOST_TOKENS = 8192  # of all prompts; mean squares settle within a few thousand
+MAX_TOKENS = 8192  # of all prompts; mean squares settle within a few thousand
 PROMPT_TOKENS = 1024  # of one prompt at most
 CALL_TOKENS = 256  # each with a row of logits, or llama.cpp leaves rows out of the last layer: 155 MB at full size
 QUESTIONS = (
@@ -109,12 +109,12 @@ def prompts(decoder: GGUFFile, mmproj: Path, folder: Path) -> Iterator[Float32]:
         _about_pictures(decoder, tokenizer, ImageEncoder(mmproj, exact=True), pictures) if pictures else iter(()),
         _of_texts(decoder, tokenizer, texts),
     )
-    left = MOST_TOKENS
+    left = MAX_TOKENS
     for stream in (stream for pair in zip_longest(*streams) for stream in pair if stream is not None):
         if left > 0:
             yield stream[:left]
             left -= len(stream)
-    if left == MOST_TOKENS:
+    if left == MAX_TOKENS:
         raise CheckpointError(
             f"{folder} holds no picture and no text that can be read; put some like those the model will see into it."
         )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from edge_runtime.vision.arithmetic import Rows
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-MOST_SLICES = 32  # a slice takes seconds in float32, and column magnitudes settle within a few
+MAX_SLICES = 32  # a slice takes seconds in float32, and column magnitudes settle within a few
 ROWS_PER_SLICE = 8
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 WORTH = 0.9  # factors are taken if they leave at most this share of the error
@@ -169,7 +169,7 @@ def _slices(folder: Path, cut: Callable[[Path], Sequence[Slice]]) -> list[Slice]
         raise CheckpointError(f"{folder} is no folder; --calibrate takes a folder of pictures.")
     found: list[Sequence[Slice]] = []
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and len(found) < MOST_SLICES:
+        if path.suffix.lower() in SUFFIXES and len(found) < MAX_SLICES:
             try:
                 found.append(cut(path))
             except ImageError:
@@ -180,4 +180,4 @@ def _slices(folder: Path, cut: Callable[[Path], Sequence[Slice]]) -> list[Slice]
             "model will see into it."
         )
     turns = [group[i] for i in range(max(map(len, found))) for group in found if i < len(group)]
-    return turns[:MOST_SLICES]
+    return turns[:MAX_SLICES]

@@ -11,7 +11,7 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
 from edge_converters.plan.recipes import VisionType
 from edge_converters.plan.tensors import n_vision_layers
-from edge_converters.sources.checkpoint import MOST, MOST_VALUE, Checkpoint
+from edge_converters.sources.checkpoint import MAX_SIZE, MAX_VALUE, Checkpoint
 from edge_runtime.errors import CheckpointError
 from edge_runtime.vision.calibration import KEY_FLOAT_PRODUCTS, Calibration
 from edge_runtime.weights import config as keys
@@ -95,7 +95,7 @@ def _slicing(checkpoint: Checkpoint, name: str, default: int) -> int:
     value = settings = checkpoint.config.get("slice_config") or {}
     if isinstance(settings, dict):
         value = checkpoint.preprocessor.get(name, settings.get(name, default))
-        if type(value) is int and 0 < value <= MOST:
+        if type(value) is int and 0 < value <= MAX_SIZE:
             return value
     raise CheckpointError(
         f"preprocessor_config.json or slice_config hold {value!r:.40} for {name}, expected a positive whole number; "
@@ -109,7 +109,7 @@ def _norm(checkpoint: Checkpoint, name: str) -> list[float]:
     if (
         isinstance(values, list | tuple)
         and len(values) == 3
-        and all(type(value) in (int, float) and abs(value) < MOST_VALUE for value in values)
+        and all(type(value) in (int, float) and abs(value) < MAX_VALUE for value in values)
         and (name != "norm_std" or 0 not in values)
     ):
         return [float(value) for value in values]

@@ -20,7 +20,7 @@ from edge_runtime.system.text_files import parse_json, read_text
 QUANTIZED = {"bitsandbytes": "4 bits", "awq": "4 bits in the GEMM layout"}
 MAX_TEXT_BYTES = 256 << 20
 """Of a JSON or text file; the official tokenizer.json has 11 MB."""
-MOST_LAYERS, MOST, MOST_VALUE = 1000, 1 << 24, 1e30
+MAX_LAYERS, MAX_SIZE, MAX_VALUE = 1000, 1 << 24, 1e30
 """Of layers, of any other size, and of any number: far above any model, far below what takes for ever."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -77,7 +77,7 @@ class Checkpoint:
     def size(self, *keys: str, default: int | None = None) -> int:
         """Nested positive whole number of config.json that must be there, unless it has a default."""
         value = self.number(*keys, default=default)
-        most = MOST_LAYERS if keys[-1] == "num_hidden_layers" else MOST
+        most = MAX_LAYERS if keys[-1] == "num_hidden_layers" else MAX_SIZE
         if value != int(value) or not 1 <= value <= most:
             raise CheckpointError(
                 f"config.json holds {value!r} for {'.'.join(keys)}, expected a whole number from 1 to {most}; use an "
@@ -92,7 +92,7 @@ class Checkpoint:
             value = value.get(key) if isinstance(value, dict) else None
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_VALUE:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MAX_VALUE:
             raise CheckpointError(
                 f"config.json holds {_short(value)} for {'.'.join(keys)}, expected a number above 0; use an "
                 "unmodified config.json."

@@ -1,6 +1,6 @@
 """Content blocks of Anthropic's messages API → messages for `edge_runtime.inputs.messages`.
 
-Every kind of block that Anthropic's clients know is decided here: read (`READ`, `TURN`), passed over (`PASSED_OVER`),
+Every kind of block that Anthropic's clients know is handled here: read (`READ`, `TURN`), ignored (`PASSED_OVER`),
 or refused by name (`REFUSED`). A client's string never becomes a path. Source: anthropic-sdk-python's types.
 """
 
@@ -18,11 +18,11 @@ Block = Mapping[str, Any]
 
 PASSED_OVER = {
     "redacted_thinking": "it is encrypted for Anthropic's servers, so it holds nothing that this model could read",
-    "fallback": "it marks where Anthropic's servers changed the model, and is shown to none",
+    "fallback": "it marks where Anthropic's servers changed the model, and no model is shown it",
 }
-"""Blocks that tell this model nothing → why."""
+"""Blocks that mean nothing to this model → why."""
 
-_THEIR_TOOLS = "it is of a tool that runs on Anthropic's servers, and this server has no tools of its own"
+_THEIR_TOOLS = "it belongs to a tool that runs on Anthropic's servers, and this server has no tools of its own"
 REFUSED = {
     **dict.fromkeys(
         (
@@ -33,23 +33,23 @@ REFUSED = {
         ),
         _THEIR_TOOLS,
     ),
-    "container_upload": "it names a file in a container of Anthropic's, and this server has none",
-    "compaction": "it is the summary of a conversation that Anthropic's servers have shortened; send it as text",
-    "tool_addition": "tools are given under 'tools' here, for the whole conversation",
-    "tool_removal": "tools are given under 'tools' here, for the whole conversation",
+    "container_upload": "it names a file in a container at Anthropic, and this server has no containers",
+    "compaction": "it is a summary of a conversation that Anthropic's servers shortened; send it as text",
+    "tool_addition": "give tools under 'tools', for the whole conversation",
+    "tool_removal": "give tools under 'tools', for the whole conversation",
 }
 """Blocks that would have to be read and cannot be → why."""
 
 
 def turn(role: str, content: str | list[Any], where: str) -> list[dict[str, Any]]:
-    """Messages of one turn: results of tools first, each one of its own, then what else the turn says.
+    """Messages of one turn: tool results first, one message each, then the rest of the turn.
 
-    Results carry the id of their call under `tool_use_id`, and calls theirs under `id`, for `in_order`.
+    Results carry the id of their call, and calls their own, under `id`, for `in_order`.
 
     Raises
     ------
     RequestError
-        Naming the block that has the wrong form, or that cannot be read here.
+        Names the block that is malformed, or that cannot be read here.
     """
     if isinstance(content, str):
         return [{"role": role, "content": content}]
@@ -79,7 +79,7 @@ def content_of(content: Any, where: str) -> str | list[Part]:
     Raises
     ------
     RequestError
-        As `turn`.
+        As for `turn`.
     """
     if isinstance(content, str):
         return content
@@ -91,15 +91,15 @@ def content_of(content: Any, where: str) -> str | list[Part]:
 
 
 def in_order(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One conversation out of its turns: neighbours of one role are one turn, and results stand as their calls do.
+    """One conversation from its turns: neighbours of one role are merged, results are in the order of their calls.
 
-    The model is not shown the ids of calls, so the order alone says which result is whose.
+    The model does not see the ids of calls, so only the order says which result belongs to which call.
     """
     found: list[dict[str, Any]] = []
     asked: list[str | None] = []
     waiting: list[dict[str, Any]] = []
 
-    def settle() -> None:
+    def flush() -> None:
         waiting.sort(key=lambda item: asked.index(item["id"]) if item["id"] in asked else len(asked))
         found.extend({key: value for key, value in item.items() if key != "id"} for item in waiting)
         waiting.clear()
@@ -108,7 +108,7 @@ def in_order(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if message["role"] == "tool":
             waiting.append(dict(message))
             continue
-        settle()
+        flush()
         own = dict(message)
         goes_on = bool(found) and found[-1]["role"] == own["role"] and own["role"] in ("user", "assistant")
         if "tool_calls" in own:
@@ -119,12 +119,12 @@ def in_order(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             _join(found[-1], own)
         else:
             found.append(own)
-    settle()
+    flush()
     return found
 
 
 def _join(first: dict[str, Any], second: Mapping[str, Any]) -> None:
-    """Put a further turn of the same role into the one before it."""
+    """Merge a turn into the one before it, which has the same role."""
     first["content"] = [*_as_parts(first["content"]), *_as_parts(second["content"])]
     if calls := [*first.get("tool_calls", ()), *second.get("tool_calls", ())]:
         first["tool_calls"] = calls
@@ -140,7 +140,7 @@ def _as_parts(content: str | list[Part]) -> list[Part]:
 
 
 def referenced_tools(content: Any) -> Iterable[str]:
-    """Names of the tools that blocks of a turn bring in (`tool_reference`), also those inside of results."""
+    """Names of the tools that a turn's blocks refer to (`tool_reference`), those inside results included."""
     for block in content if isinstance(content, list) else ():
         if isinstance(block, Mapping) and block.get("type") == "tool_reference":
             yield str(block.get("tool_name"))
@@ -149,12 +149,12 @@ def referenced_tools(content: Any) -> Iterable[str]:
 
 
 def string(block: Block, key: str, where: str) -> str:
-    """A string of a block.
+    """A string field of a block.
 
     Raises
     ------
     RequestError
-        When it is none.
+        When it is not a string.
     """
     value = block.get(key)
     if not isinstance(value, str):
@@ -188,8 +188,8 @@ def _parts(block: Any, where: str) -> list[Part]:
         if why is not None:
             raise RequestError(f"The block of the type {kind!r} cannot be read here: {why}.", f"{where}.type")
         raise RequestError(
-            f"The block has the type {str(kind)[:40]!r}; expected one of {', '.join(READ)}, in a message also "
-            "tool_use, tool_result and thinking.",
+            f"The block has the type {str(kind)[:40]!r}; expected one of {', '.join(READ)}, or, in a message, "
+            "tool_use, tool_result or thinking.",
             f"{where}.type",
         )
     if kind in PASSED_OVER:
@@ -197,7 +197,7 @@ def _parts(block: Any, where: str) -> list[Part]:
     cited = block.get("citations")
     if isinstance(cited, Mapping) and cited.get("enabled"):
         raise RequestError(
-            "citations.enabled is true, but this model names no places in what it was given; leave it out.",
+            "citations.enabled is true, but this model cannot cite what it was given; leave it out.",
             f"{where}.citations",
         )
     return READ[kind](block, where)
@@ -211,26 +211,26 @@ def _image(block: Block, where: str) -> list[Part]:
     wishes = block.get("transformations")
     if isinstance(wishes, Mapping) and wishes.get("oversized_image") not in (None, "downsize"):
         raise RequestError(
-            f"oversized_image is {str(wishes['oversized_image'])[:40]!r}, but this model takes pictures of any size "
-            "and scales them to its cells; leave it out.",
+            f"oversized_image is {str(wishes['oversized_image'])[:40]!r}, but this model accepts pictures of any "
+            "size and scales them to its cells; leave it out.",
             f"{where}.transformations.oversized_image",
         )
     return [{"type": "image_url", "image_url": {"url": _address(block, "image/png", where)}}]
 
 
 def _document(block: Block, where: str) -> list[Part]:
-    """A document as pages, or its text and pictures where it consists of these; its title and context before it."""
-    told = [_said(block[key]) for key in ("title", "context") if isinstance(block.get(key), str) and block[key]]
+    """A document as pages, or its text and pictures if it consists of these; title and context come first."""
+    before = [_said(block[key]) for key in ("title", "context") if isinstance(block.get(key), str) and block[key]]
     source, place = block.get("source"), f"{where}.source"
     kind = source.get("type") if isinstance(source, Mapping) else None
     if isinstance(source, Mapping) and kind == "text":
-        return [*told, _said(string(source, "data", place))]
+        return [*before, _said(string(source, "data", place))]
     if isinstance(source, Mapping) and kind == "content":
-        return [*told, *_as_parts(content_of(source.get("content"), f"{place}.content"))]
+        return [*before, *_as_parts(content_of(source.get("content"), f"{place}.content"))]
     file = {"file_data": _address(block, "application/pdf", where)}
     if isinstance(block.get("title"), str):
         file["filename"] = block["title"]
-    return [*told, {"type": "file", "file": file}]
+    return [*before, {"type": "file", "file": file}]
 
 
 def _search_result(block: Block, where: str) -> list[Part]:
@@ -249,7 +249,7 @@ def _address(block: Block, media_type: str, where: str) -> str:
     kind = source.get("type") if isinstance(source, Mapping) else None
     if kind == "file":
         raise RequestError(
-            "The source is of the type 'file', but this server keeps no uploaded files; send the bytes as base64.",
+            "The source is of the type 'file', but this server stores no uploaded files; send the bytes as base64.",
             f"{place}.type",
         )
     if not isinstance(source, Mapping) or kind not in ("base64", "url"):
@@ -260,7 +260,7 @@ def _address(block: Block, media_type: str, where: str) -> str:
         return checked_address(source.get("url"), f"{place}.url")
     named = source.get("media_type", media_type)
     if not isinstance(named, str) or not all(part.isalnum() for part in named.translate(_PUNCTUATION).split()):
-        raise RequestError(f"The media type is {str(named)[:40]!r}; expected one like {media_type}.", place)
+        raise RequestError(f"The media type is {str(named)[:40]!r}; expected a type such as {media_type}.", place)
     data = string(source, "data", place)
     return data if is_data_uri(data) else as_data_uri(data, named)
 
@@ -273,6 +273,6 @@ READ: dict[str, Callable[[Block, str], list[Part]]] = {
     "search_result": _search_result,
     "tool_reference": _tool_reference,
 }
-"""Blocks that are shown to the model, besides those that belong to a turn alone (`TURN`)."""
+"""Blocks that are shown to the model, besides those that occur in turns only (`TURN`)."""
 TURN = ("tool_use", "tool_result", "thinking")
-"""Blocks that make a message of their own, or belong to the whole turn."""
+"""Blocks that become a message of their own, or belong to the whole turn."""

@@ -49,23 +49,23 @@ async def messages(request: Request, state: State, body: MessagesRequest) -> Res
 
     async def reply(answering: Answering) -> Response:
         (answer,) = await answering.whole()
-        shown = whole_message(answer, model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
+        shown = whole_message(answer, model, max_calls=body.max_calls, shows_thinking=body.shows_thinking)
         return sse.body(shown)
 
     with fields_as_sent(body.names()):
         if not body.stream:
             return await whole(request, state.inference, call, reply)
         answering = await begin(request, state.inference, call)
-    typed = MessageEvents(model, most_calls=body.most_calls, shows_thinking=body.shows_thinking)
+    typed = MessageEvents(model, max_calls=body.max_calls, shows_thinking=body.shows_thinking)
     return AnswerStreamResponse(answering, lambda events: _lines(events, typed, answering), "sse", "anthropic")
 
 
 async def _lines(
     events: AsyncIterator[tuple[int, Event]], typed: MessageEvents, answering: Answering
 ) -> AsyncIterator[str]:
-    """Events of a message. It starts when it is known how much of the prompt was read before.
+    """Events of a message. It starts once it is known how much of the prompt was cached.
 
-    Until then the stream holds comments only: clients take the first event for the start.
+    Until then the stream holds only comments: clients take the first event as the start.
     """
     has_begun = False
     async for _, event in events:
@@ -82,7 +82,7 @@ async def _lines(
 
 
 def _prompt_of(event: Event, progress: Progress | None) -> tuple[int, int] | None:
-    """Tokens of the prompt, and those that needed no prefill; None while they are not known."""
+    """Tokens of the prompt, and those that needed no prefill; None while unknown."""
     if isinstance(event, Answer):
         return event.prompt_tokens, event.cached_tokens
     if progress is not None:
@@ -93,8 +93,8 @@ def _prompt_of(event: Event, progress: Progress | None) -> tuple[int, int] | Non
 @router.api_route("/v1/messages/batches", methods=["GET", "POST"], include_in_schema=False)
 @router.api_route("/v1/messages/batches/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
 async def batches() -> Response:
-    """Refuse: answers are made when they are asked for."""
-    raise NotOffered("This server keeps no batches; send their requests one by one to /v1/messages.")
+    """Refuse: this server answers requests at once."""
+    raise NotOffered("This server has no batches; send the requests one by one to /v1/messages.")
 
 
 @router.post("/v1/messages/count_tokens", response_model=None, responses={200: {"model": TokenCount}, **ERRORS})

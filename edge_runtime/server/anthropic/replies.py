@@ -1,7 +1,7 @@
 """Answers of the engine → replies and events of Anthropic's messages API.
 
-Enters: pieces while an answer is made, the `Answer` when it is finished. Leaves: dictionaries. Knows no connections.
-Source: anthropic-sdk-python's types, and the order of events that its accumulator expects.
+Enters: pieces while an answer is generated, the `Answer` when it is finished. Leaves: dictionaries.
+Knows no connections. Source: anthropic-sdk-python's types, and the order of events that its accumulator expects.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
 class MessageUsage(TypedDict):
-    """Tokens of a request; those that needed no prefill are counted apart, as Anthropic does."""
+    """Tokens of a request; those that needed no prefill are counted separately, as Anthropic does."""
 
     input_tokens: int
     cache_read_input_tokens: int
@@ -102,23 +102,23 @@ def _reply(id_: str, model: str, content: list[dict[str, Any]], usage: MessageUs
 
 
 def whole_message(
-    answer: Answer, model: str, *, most_calls: int | None = None, shows_thinking: bool = True
+    answer: Answer, model: str, *, max_calls: int | None = None, shows_thinking: bool = True
 ) -> MessageReply:
     """Whole reply.
 
     Parameters
     ----------
     model : as the client called it.
-    most_calls : 1 where the client takes one call at a time.
-    shows_thinking : whether the text of the reasoning is told; otherwise only that there was some.
+    max_calls : 1 if the client accepts one call at a time.
+    shows_thinking : whether the reasoning's text is included; otherwise an empty block shows that there was some.
     """
     content: list[dict[str, Any]] = []
     if answer.reasoning:
-        told = answer.reasoning if shows_thinking else ""
-        content.append({"type": "thinking", "thinking": told, "signature": ""})
+        shown = answer.reasoning if shows_thinking else ""
+        content.append({"type": "thinking", "thinking": shown, "signature": ""})
     if answer.answer:
         content.append({"type": "text", "text": answer.answer})
-    content += [_tool_use(call) for call in answer.tool_calls[:most_calls]]
+    content += [_tool_use(call) for call in answer.tool_calls[:max_calls]]
     reply = _reply(new_id("msg_"), model, content, _usage_of(answer))
     reply["stop_reason"] = _stop_reason(answer, has_calls=bool(answer.tool_calls))
     reply["stop_sequence"] = answer.stop_string
@@ -130,7 +130,7 @@ class MessageEvents:
     """Events of one streamed message: `begin`, then `piece` for each, then `end`."""
 
     model: str
-    most_calls: int | None = None
+    max_calls: int | None = None
     shows_thinking: bool = True
     id: str = field(default_factory=lambda: new_id("msg_"))
     _open: str | None = None
@@ -139,14 +139,14 @@ class MessageEvents:
     _n_calls: int = 0
 
     def begin(self, prompt_tokens: int, cached_tokens: int) -> Iterator[Event]:
-        """Say who speaks, and how long the prompt is."""
+        """Start the message, with the length of the prompt."""
         usage = _usage(prompt_tokens, cached_tokens)
         yield {"type": "message_start", "message": _reply(self.id, self.model, [], usage)}
 
     def piece(self, piece: Piece) -> Iterator[Event]:
         """Translate a piece."""
         if piece.call is not None:
-            if self._n_calls != self.most_calls:
+            if self._n_calls != self.max_calls:
                 self._n_calls += 1
                 yield from self._call(piece.call)
         elif piece.text and piece.kind == "reasoning":
@@ -158,7 +158,7 @@ class MessageEvents:
             yield self._delta({"type": "text_delta", "text": piece.text})
 
     def end(self, answer: Answer) -> Iterator[Event]:
-        """Say why the answer ended, and tell the tokens."""
+        """Say why the answer ended, and how many tokens it took."""
         yield from self._close()
         reason = _stop_reason(answer, has_calls=bool(self._n_calls))
         delta = {"stop_reason": reason, "stop_sequence": answer.stop_string}

@@ -1,8 +1,8 @@
 """Requests of Anthropic's messages API → a conversation and options of `Model.submit`.
 
 Enters: the body, checked by pydantic. Leaves: messages for `edge_runtime.inputs.messages` and keyword arguments for
-`Model.submit`. Every field that Anthropic's clients know is kept, passed over (`PASSED_OVER`) or refused by name
-(`REFUSED`); one that nobody knows is refused, as Anthropic does. Source: anthropic-sdk-python's types.
+`Model.submit`. Every field that Anthropic's clients know is used, ignored (`PASSED_OVER`) or refused by name
+(`REFUSED`); an unknown field is refused, as Anthropic does. Source: anthropic-sdk-python's types.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edge_runtime.server.anthropic.blocks import content_of, in_order, reference
 from edge_runtime.server.anthropic.schemas import as_meant
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.fields.loose import Loose
-from edge_runtime.server.fields.sampling import MOST_STOPS
+from edge_runtime.server.fields.sampling import MAX_STOPS
 from edge_runtime.server.fields.thinking import THINKING_LEVELS
 from edge_runtime.server.fields.tools import describe, given
 from edge_runtime.server.sse import as_json
@@ -24,14 +24,14 @@ from edge_runtime.server.sse import as_json
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 PASSED_OVER = {
-    "anthropic_beta": "versions of what is spoken; each field is looked at by itself",
+    "anthropic_beta": "versions of the protocol; each field is judged by itself",
     "anthropic_version": "the same, as Bedrock and Vertex have it",
-    "betas": "the same, as the packages name it",
+    "betas": "the same, as Anthropic's packages name it",
     "billing_policy": "who pays",
-    "cache_control": "prompts are kept as they come, without being asked",
+    "cache_control": "prompts are cached in any case",
     "diagnostics": "why a cache was missed, which changes no answer",
     "fallback_credit_token": "who pays",
-    "fallbacks": "models to turn to when one declines, which this one does not",
+    "fallbacks": "models to try when one declines, which this one does not",
     "inference_geo": "where the answer is computed: on this machine",
     "metadata": "who asks",
     "service_tier": "how soon and at what price",
@@ -39,37 +39,37 @@ PASSED_OVER = {
     "user_profile_id": "who asks",
     "workspace_id": "who asks",
 }
-"""Fields that cannot change what an answer must be → what they are about."""
+"""Fields that cannot change the answer → what they are about."""
 REFUSED = {
-    "compaction": "shortening a conversation is a task of its own that this server does not do; ask for a summary",
+    "compaction": "this server does not compact conversations; ask for a summary",
     "container": "this server runs no containers and no code",
     "mcp_servers": "this server calls no other servers; describe their tools under 'tools'",
-    "thread": "this server keeps no conversations; send all of it under 'messages'",
+    "thread": "this server stores no conversations; send the whole conversation under 'messages'",
 }
 """Fields that would change the answer and are not offered → what to do."""
 UNTHREADED = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
-"""By this the packages' tool runner knows that it must send the whole conversation each time, and does."""
+"""From this the packages' tool runner learns to send the whole conversation each time."""
 TOOL_PASSED_OVER = frozenset({"cache_control", "eager_input_streaming", "strict"})
-"""Of a tool. A forced call follows its schema whether or not `strict` says so."""
+"""Fields of a tool. A forced call follows its schema whether or not `strict` is set."""
 
 
 class Named(Loose):
-    """A body, or a part of one, that keeps the fields it does not know, to be refused by name."""
+    """A body, or a part of one, that keeps unknown fields in order to refuse them by name."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
 
     def refuse_more(self, where: str, passed_over: Any = ()) -> None:
-        """Refuse what is left.
+        """Refuse the remaining fields.
 
         Raises
         ------
         RequestError
-            Naming the first field that is neither known nor passed over.
+            Names the first field that is neither known nor ignored.
         """
         for name, value in (self.model_extra or {}).items():
             if name not in passed_over and value is not None:
                 place = f"{where}.{name}" if where else name
-                raise RequestError(f"{place[:80]}: this field is not known here; leave it out.", place[:80])
+                raise RequestError(f"{place[:80]}: unknown field; leave it out.", place[:80])
 
 
 class AnthropicMessage(Loose):
@@ -83,18 +83,18 @@ class AnthropicTool(Named):
     """A function that the model may call."""
 
     name: str
-    type: str | None = Field(None, description="`custom`; tools of Anthropic's own are refused.")
+    type: str | None = Field(None, description="`custom`; Anthropic's own tools are refused.")
     description: str | None = None
     input_schema: dict[str, Any] | None = None
-    input_examples: list[dict[str, Any]] | None = Field(None, description="Told to the model behind the description.")
+    input_examples: list[dict[str, Any]] | None = Field(None, description="Shown to the model after the description.")
     defer_loading: bool | None = Field(
-        None, description="Told to the model only once a `tool_reference` in the conversation names it."
+        None, description="Shown to the model only once a `tool_reference` in the conversation names it."
     )
     allowed_callers: list[str] | None = Field(None, description="`direct` must be among them.")
 
 
 class ToolChoice(Named):
-    """Which tools are to be called."""
+    """Which tools the model must or may call."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -107,7 +107,7 @@ class Thinking(Named):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=0)
     display: Literal["summarized", "omitted"] | None = Field(
-        None, description="`omitted` leaves the text of the reasoning out of the reply; otherwise it is told whole."
+        None, description="`omitted` leaves the reasoning's text out of the reply; otherwise it is complete."
     )
 
 
@@ -119,7 +119,7 @@ class OutputFormat(Named):
 
 
 class OutputConfig(Named):
-    """About the answer."""
+    """Format and effort of the answer."""
 
     format: OutputFormat | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
@@ -128,11 +128,11 @@ class OutputConfig(Named):
 
 
 class ContextManagement(Named):
-    """What is taken out of a conversation."""
+    """What is removed from a conversation."""
 
     edits: list[dict[str, Any]] | None = Field(
         None,
-        description="`clear_thinking_20251015` alone: the reasoning of earlier turns is never told to the model.",
+        description="`clear_thinking_20251015` alone: the model never sees the reasoning of earlier turns.",
     )
 
 
@@ -150,10 +150,10 @@ class CountRequest(Named):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(None, description="The older place of `output_config.format`.")
     context_management: ContextManagement | None = None
-    max_slices: int | None = Field(None, ge=1, description="Most cells that a picture is cut into.")
+    max_slices: int | None = Field(None, ge=1, description="Largest number of cells per picture.")
 
     @property
-    def most_calls(self) -> int | None:
+    def max_calls(self) -> int | None:
         """1 where the client takes one call at a time."""
         return 1 if self.tool_choice is not None and self.tool_choice.disable_parallel_tool_use else None
 
@@ -166,7 +166,7 @@ class CountRequest(Named):
 
     @property
     def shows_thinking(self) -> bool:
-        """Whether the reasoning is told."""
+        """Whether the reply includes the reasoning's text."""
         return self.thinking is None or self.thinking.display != "omitted"
 
     @property
@@ -179,7 +179,7 @@ class CountRequest(Named):
         Raises
         ------
         RequestError
-            Naming the field that cannot be kept, or the block that has the wrong form.
+            Names the field that cannot be honoured, or the block that is malformed.
         """
         self._check_fields()
         found = []
@@ -187,7 +187,7 @@ class CountRequest(Named):
             found.append({"role": "system", "content": content_of(self.system, "system")})
         messages = self.messages
         if len(messages) > 1 and messages[-1].role == "assistant" and not messages[-1].content:
-            messages = messages[:-1]  # an answer that begins with nothing
+            messages = messages[:-1]  # an empty start of the answer
         for number, message in enumerate(messages):
             found += turn(message.role, message.content, f"messages[{number}].content")
         found = in_order(found)
@@ -196,14 +196,14 @@ class CountRequest(Named):
         return found
 
     def prompt_options(self) -> dict[str, Any]:
-        """Arguments of `Model.submit` that decide the prompt.
+        """Arguments of `Model.submit` that affect the prompt.
 
         Raises
         ------
         RequestError
-            Naming a tool that is none, or a choice that cannot be made.
+            Names a tool that is invalid, or a choice that is impossible.
         """
-        tools = self._told_tools()
+        tools = self._shown_tools()
         return given(
             thinking=self.thinks,
             tools=tools or None,
@@ -212,7 +212,7 @@ class CountRequest(Named):
         )
 
     def _check_fields(self) -> None:
-        """Refuse what cannot be kept."""
+        """Refuse fields that cannot be honoured."""
         for name, value in (self.model_extra or {}).items():
             if name in REFUSED and value:
                 details = UNTHREADED if name == "thread" else None
@@ -232,13 +232,13 @@ class CountRequest(Named):
         for edit in (self.context_management.edits if self.context_management is not None else None) or []:
             if edit.get("type") != "clear_thinking_20251015":
                 raise RequestError(
-                    f"context_management.edits has {str(edit.get('type'))[:40]!r}, but this server takes nothing "
-                    "out of a conversation but the reasoning of earlier turns; leave it out.",
+                    f"context_management.edits has {str(edit.get('type'))[:40]!r}, but this server removes nothing "
+                    "from a conversation but the reasoning of earlier turns; leave it out.",
                     "context_management.edits",
                 )
         if self._effort is not None and self.thinking is not None and self.thinking.type == "disabled":
             raise RequestError(
-                f"output_config.effort is {self._effort!r}, but thinking is disabled, and effort limits nothing but "
+                f"output_config.effort is {self._effort!r}, but thinking is disabled, and effort limits only "
                 "the reasoning here; leave one of them out.",
                 "output_config.effort",
             )
@@ -252,30 +252,30 @@ class CountRequest(Named):
             )
 
     def _check_prefill(self, last: Mapping[str, Any]) -> None:
-        """Refuse a beginning of the answer that cannot be gone on with, as Anthropic does."""
+        """Refuse a prefilled answer that cannot be continued, as Anthropic does."""
         content, where = last["content"], "messages"
         if self.thinks:
             turned_on = "thinking" if self.thinking is not None else "output_config.effort"
             raise RequestError(
-                f"The last message is the assistant's, so that the answer goes on with it, but {turned_on} lets the "
+                f"The last message is the assistant's, so the answer continues it, but {turned_on} lets the "
                 "model reason first; leave one of them out.",
                 turned_on,
             )
         if last.get("tool_calls"):
             raise RequestError(
-                "The last message has a tool_use without a tool_result behind it; add a message of the user with it.",
+                "The last message has a tool_use without a tool_result after it; add a user message with the result.",
                 where,
             )
         text = content if isinstance(content, str) else content[-1].get("text", "") if content else ""
         if text != text.rstrip():
             raise RequestError(
-                "The last message is the assistant's and ends with blanks, which the answer cannot go on with; "
-                "expected text that does not.",
+                "The last message is the assistant's and ends with whitespace, which the answer cannot continue; "
+                "remove it.",
                 where,
             )
 
-    def _told_tools(self) -> list[dict[str, Any]]:
-        """Tools that the model is told of, in the engine's form."""
+    def _shown_tools(self) -> list[dict[str, Any]]:
+        """Tools that the model is shown, in the engine's form."""
         named = {name for message in self.messages for name in referenced_tools(message.content)}
         if self.tool_choice is not None and self.tool_choice.name is not None:
             named.add(self.tool_choice.name)
@@ -310,13 +310,13 @@ class MessagesRequest(CountRequest):
     """Body of `POST /v1/messages`."""
 
     max_tokens: int = Field(
-        ge=0, description="0 reads the prompt, so that the next one is read sooner, and answers nothing."
+        ge=0, description="0 computes the prompt, so that the next request is faster, and answers nothing."
     )
     stream: bool | None = None
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0)
-    stop_sequences: Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
+    stop_sequences: Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
 
     def names(self) -> dict[str, str]:
         """Options of `Model.submit` → fields of this request, for errors."""
@@ -332,7 +332,7 @@ class MessagesRequest(CountRequest):
         Raises
         ------
         RequestError
-            As `prompt_options`.
+            As for `prompt_options`.
         """
         if self.stop_sequences is not None and "" in self.stop_sequences:
             raise RequestError(
@@ -351,7 +351,7 @@ class MessagesRequest(CountRequest):
         )
 
     def _budget(self) -> int | None:
-        """Most tokens of reasoning: the least that was asked for."""
+        """Limit of reasoning tokens: the smallest of those given."""
         asked = [self.thinking.budget_tokens if self.thinking is not None else None]
         asked.append(THINKING_LEVELS.get(self._effort) if self._effort is not None else None)
         return min((budget for budget in asked if budget is not None), default=None)
@@ -364,10 +364,10 @@ class MessagesRequest(CountRequest):
 
 
 def _describe_fields(schema: dict[str, Any]) -> None:
-    """Add what is passed over and what is refused to the description of a body."""
+    """Add ignored and refused fields to the description of a body."""
     schema["additionalProperties"] = False
     for name, about in PASSED_OVER.items():
-        schema["properties"][name] = {"description": f"Passed over: {about}."}
+        schema["properties"][name] = {"description": f"Ignored: {about}."}
     for name, why in REFUSED.items():
         schema["properties"][name] = {"description": f"Refused: {why}."}
 
@@ -375,14 +375,14 @@ def _describe_fields(schema: dict[str, Any]) -> None:
 def _described(tool: AnthropicTool, where: str) -> dict[str, Any]:
     if tool.type not in (None, "custom") or tool.input_schema is None:
         raise RequestError(
-            f"The tool {tool.name[:40]!r} has no input_schema; expected the description of a function, for this "
+            f"The tool {tool.name[:40]!r} has no input_schema; expected the description of a function: this "
             "server has no tools of its own.",
             where,
         )
     tool.refuse_more(where, TOOL_PASSED_OVER)
     if tool.allowed_callers and "direct" not in tool.allowed_callers:
         raise RequestError(
-            f"The tool {tool.name[:40]!r} may be called by code alone (allowed_callers), but this server runs none; "
+            f"The tool {tool.name[:40]!r} may only be called by code (allowed_callers), but this server runs none; "
             "add 'direct', or leave it out.",
             f"{where}.allowed_callers",
         )

@@ -1,6 +1,6 @@
 """Schemas as Anthropic's packages send them → as they were meant.
 
-Anthropic's servers enforce less of JSON Schema than this runtime, so the packages move what is left over into the
+Anthropic's servers enforce less of JSON Schema than this runtime, so the packages move the remainder into the
 description, as `{maximum: 9, minimum: 0}` at its end, and check the answer themselves afterwards. Here it is moved
 back, so that the answer passes. Source: anthropic-sdk-python's `lib/_parse/_transform.py`.
 """

@@ -1,7 +1,7 @@
-"""What a request asks of an answer's form and tokens, in the words of OpenAI and other servers → options.
+"""Constraints on an answer's form and tokens, as OpenAI and other servers name them → options.
 
-Enters: fields of a body. Leaves: keyword arguments of `Model.submit`, and the client's names of these, for errors.
-One form at most: two of them would contradict each other, and choosing one would drop the other. Shared by chat
+Enters: fields of a body. Leaves: keyword arguments of `Model.submit`, and the client's names for them, for errors.
+At most one form: two would contradict each other, and choosing one would drop the other. Shared by chat
 completions, completions and responses.
 """
 
@@ -20,7 +20,7 @@ from edge_runtime.server.fields.loose import Loose
 
 Options = dict[str, Any]
 FORMS = ("schema", "json", "choices", "regex", "grammar")
-"""Options of which an answer has one at most."""
+"""Options of which an answer may have at most one."""
 
 
 FormKind = Literal["text", "json_object", "json_schema"]
@@ -34,7 +34,7 @@ class JsonSchema(Loose):
 
 
 class TextFormat(JsonSchema):
-    """What an answer must look like, as responses have it."""
+    """Form of the answer, in the responses API."""
 
     type: FormKind = "text"
     description: str | None = None
@@ -46,14 +46,14 @@ class TextFormat(JsonSchema):
         Raises
         ------
         RequestError
-            When there is no schema where there should be one.
+            When the schema is missing.
         """
         expected = '{"type": "json_schema", "name": ..., "schema": {...}}'
         return form_options(self.type, self.schema_, "text.format", "text.format.schema", expected)
 
 
 class ResponseFormat(Loose):
-    """What an answer must look like, as chats have it."""
+    """Form of the answer, in chat completions."""
 
     type: FormKind
     json_schema: JsonSchema | None = None
@@ -67,7 +67,7 @@ class ResponseFormat(Loose):
         Raises
         ------
         RequestError
-            When there is no schema where there should be one.
+            When the schema is missing.
         """
         if self.type == "json_object" and self.schema_ is not None:
             return {"schema": self.schema_}
@@ -77,17 +77,17 @@ class ResponseFormat(Loose):
 
 
 def form_options(kind: FormKind, schema: dict[str, Any] | None, where: str, place: str, expected: str) -> Options:
-    """Arguments of `Model.submit` that a form means.
+    """Arguments of `Model.submit` for a form.
 
     Parameters
     ----------
     where : the field that asks for the form.
-    place, expected : where its schema belongs, and what the whole looks like, for the error.
+    place, expected : where its schema belongs, and an example, for the error.
 
     Raises
     ------
     RequestError
-        When there is no schema where there should be one.
+        When the schema is missing.
     """
     if kind == "text":
         return {}
@@ -99,12 +99,12 @@ def form_options(kind: FormKind, schema: dict[str, Any] | None, where: str, plac
 
 
 class ConstraintFields(Loose):
-    """Extensions of other servers that bind an answer."""
+    """Extensions of other servers that constrain an answer."""
 
     json_schema: Any = Field(None, description="Schema of the answer, as llama-server has it.")
     format: Any = Field(None, description="`json` or a schema, as Ollama has it.")
     grammar: Any = Field(None, description="GBNF, as llama-server has it; or an object, as TGI has it.")
-    regex: str | None = Field(None, description="The answer matches it as a whole, as SGLang has it.")
+    regex: str | None = Field(None, description="The whole answer matches it, as SGLang has it.")
     guided_json: Any = Field(None, description="Schema, as vLLM had it.")
     guided_choice: list[str] | None = Field(None, description="The answer is one of these, as vLLM had it.")
     guided_regex: str | None = None
@@ -112,7 +112,7 @@ class ConstraintFields(Loose):
     structured_outputs: dict[str, Any] | None = Field(
         None, description="As vLLM has it: one of json, json_object, choice, regex, grammar."
     )
-    min_tokens: int | None = Field(None, ge=0, description="Tokens before which nothing ends the answer.")
+    min_tokens: int | None = Field(None, ge=0, description="Least number of tokens before the answer may end.")
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     allowed_token_ids: list[int] | None = None
@@ -128,12 +128,12 @@ class ConstraintFields(Loose):
         return {name: value for name, value in found.items() if value is not None}
 
     def forms(self) -> Iterator[tuple[str, Options]]:
-        """Fields that ask for a form, and the arguments of `Model.submit` that this means.
+        """Fields that ask for a form, with the arguments of `Model.submit` they mean.
 
         Raises
         ------
         RequestError
-            Naming the field whose value has the wrong form.
+            Names the field whose value is malformed.
         """
         for name, read in _READERS.items():
             value = getattr(self, name)
@@ -142,12 +142,12 @@ class ConstraintFields(Loose):
 
 
 def one_form(*found: tuple[str, Options]) -> tuple[str | None, Options]:
-    """The only form that is asked for, with the field that asks for it.
+    """The only form asked for, and the field that asks for it.
 
     Raises
     ------
     RequestError
-        When several fields ask for different ones.
+        When several fields ask for different forms.
     """
     wanted = [(name, options) for name, options in found if options]
     if not wanted:
@@ -165,7 +165,7 @@ def _schema(value: Any, where: str) -> Options:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise RequestError(f"{where} is a text that is no JSON; expected a JSON schema.", where) from None
+            raise RequestError(f"{where} is text that is not JSON; expected a JSON schema.", where) from None
     if not isinstance(value, Mapping):
         raise RequestError(f"{where} is of type {type(value).__name__}; expected a JSON schema as an object.", where)
     return {"schema": dict(value)}
@@ -180,7 +180,7 @@ def _ollama_format(value: Any, where: str) -> Options:
 def _text(option: str) -> Callable[[Any, str], Options]:
     def read(value: Any, where: str) -> Options:
         if not isinstance(value, str):
-            raise RequestError(f"{where} is of type {type(value).__name__}; expected a text.", where)
+            raise RequestError(f"{where} is of type {type(value).__name__}; expected a string.", where)
         return {option: value} if value else {}
 
     return read
@@ -188,7 +188,7 @@ def _text(option: str) -> Callable[[Any, str], Options]:
 
 def _choices(value: Any, where: str) -> Options:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise RequestError(f"{where} is no list of texts; expected those among which the answer is chosen.", where)
+        raise RequestError(f"{where} is not a list of strings; expected the possible answers.", where)
     return {"choices": value}
 
 
@@ -199,13 +199,13 @@ def _grammar(value: Any, where: str) -> Options:
     read = {"json": _schema, "json_object": _schema, "regex": _text("regex")}.get(str(value.get("type")))
     if read is None or "value" not in value:
         raise RequestError(
-            f'{where} is an object; expected GBNF as a text, or {{"type": "json" or "regex", "value": ...}}.', where
+            f'{where} is an object; expected GBNF as a string, or {{"type": "json" or "regex", "value": ...}}.', where
         )
     return read(value["value"], f"{where}.value")
 
 
 def _structured(value: Mapping[str, Any], where: str) -> Options:
-    """The object of vLLM: one of the forms; ways to write JSON are this server's own here."""
+    """Read vLLM's object: one of the forms. Its options for writing JSON are not supported."""
     found = []
     for name, inner in value.items():
         if inner is None or inner is False:
@@ -213,7 +213,7 @@ def _structured(value: Mapping[str, Any], where: str) -> Options:
         read = _STRUCTURED.get(name)
         if read is None:
             raise RequestError(
-                f"{where} has {name[:40]!r}, which is not known here; expected one of {', '.join(_STRUCTURED)}.",
+                f"{where} has {name[:40]!r}, which is unknown here; expected one of {', '.join(_STRUCTURED)}.",
                 f"{where}.{name[:40]}",
             )
         found.append((f"{where}.{name}", read(inner, f"{where}.{name}")))
@@ -251,7 +251,7 @@ _READERS: dict[str, Callable[[Any, str], Options]] = {
 
 @contextmanager
 def fields_as_sent(names: Mapping[str, str]) -> Iterator[None]:
-    """Let an error of the runtime name the field that the client sent.
+    """Make the runtime's errors name the field that the client sent.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Bodies of requests, and parts of them, read as they are written: nothing becomes a number or a truth value."""
+"""Bodies of requests, and parts of them, read strictly: nothing is converted to a number or a boolean."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Loose(BaseModel):
-    """A body, or a part of one, whose further fields are ignored."""
+    """A body, or a part of one, whose unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", populate_by_name=True)
 
     @field_validator("*", mode="before")
     @classmethod
     def _as_it_is_written(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would turn into a number or a truth value: `false` is not 0, and "1" is neither."""
+        """Refuse what pydantic would convert to a number or a boolean: `false` is not 0, and "1" is neither."""
         assert info.field_name is not None
         wanted = _plain_types(cls.model_fields[info.field_name].annotation)
         if value is None or not wanted or not wanted <= {bool, int, float}:
@@ -28,7 +28,7 @@ class Loose(BaseModel):
 
 
 def _plain_types(annotation: Any) -> set[Any]:
-    """What a value may be, apart from null: int and float of `Annotated[int, ...] | float | None`."""
+    """Types of a value, apart from null: int and float for `Annotated[int, ...] | float | None`."""
     if get_origin(annotation) is Annotated:
         return _plain_types(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

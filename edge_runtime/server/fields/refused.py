@@ -1,10 +1,10 @@
-"""Fields of requests to OpenAI's API, its own and other servers', that are not read elsewhere: what becomes of them.
+"""What happens to fields of requests to OpenAI's API, its own and other servers', that are not read elsewhere.
 
-A field that asks for something about the answer is enforced (`openai_constraints`) or refused by its name; one that
-cannot change what an answer must be is passed over. `REFUSED` and `PASSED_OVER` are the whole decision, which a test
-walks through; a field of neither list is passed over with a warning.
+A field that asks for something about the answer is enforced (`constraints`) or refused by name; one that cannot
+change the answer is ignored. `REFUSED` and `PASSED_OVER` are the complete decision, which a test walks through; a
+field in neither list is ignored with a warning.
 
-Source: openai-python's types; README of llama-server; vLLM's protocol; words of SGLang and Text Generation Inference.
+Source: openai-python's types; README of llama-server; vLLM's protocol; SGLang and Text Generation Inference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edge_runtime.server.registry.parameters import OWNERS
 from edge_runtime.store.names import visible
 
 logger = logging.getLogger("edge_runtime.server")
-MOST_NAMED = 20
+MAX_NAMED = 20
 _NOTHING: tuple[Any, ...] = (None, False, "", 0, 0.0)
 
 _warned: set[str] = set()
@@ -29,10 +29,10 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Refused:
-    """A field that this server cannot do."""
+    """A field that this server cannot honour."""
 
     why: str
-    """The rest of the sentence that begins with the field and its value."""
+    """The end of the sentence that starts with the field and its value."""
     harmless: tuple[Any, ...] = ()
     """Values that ask for nothing, besides null, empty lists and objects, false, 0 and the empty text."""
 
@@ -44,24 +44,24 @@ def _sampler(neutral: Any = 0) -> Refused:
 _OTHER_API = "which is a field of another API"
 REFUSED: dict[str, Refused] = {
     # OpenAI's own
-    "functions": Refused("OpenAI's older form, which this server does not read; describe them under 'tools'"),
-    "function_call": Refused("OpenAI's older form; use 'tools' and 'tool_choice'", ("none", "auto")),
+    "functions": Refused("which is OpenAI's older form; describe functions under 'tools'"),
+    "function_call": Refused("which is OpenAI's older form; use 'tools' and 'tool_choice'", ("none", "auto")),
     "audio": Refused("but the model writes text only; leave it out"),
     "modalities": Refused("but the model writes text only; expected ['text']", (["text"],)),
-    "moderation": Refused("but no moderation model is here; leave it out"),
-    "verbosity": Refused("but the model has no such switch; say how long the answer is to be", ("medium",)),
+    "moderation": Refused("but this server has no moderation model; leave it out"),
+    "verbosity": Refused("but the model has no such switch; say how long the answer should be", ("medium",)),
     # llama-server
-    "grammar_lazy": Refused("but a grammar holds from the first token on here; leave it out"),
-    "grammar_triggers": Refused("but a grammar holds from the first token on here; leave it out"),
-    "chat_template": Refused("but the model's own template is used for all; leave it out"),
-    "reasoning_format": Refused("but reasoning is told apart from the answer here", ("auto", "deepseek")),
+    "grammar_lazy": Refused("but a grammar applies from the first token here; leave it out"),
+    "grammar_triggers": Refused("but a grammar applies from the first token here; leave it out"),
+    "chat_template": Refused("but all requests use the model's own template; leave it out"),
+    "reasoning_format": Refused("but reasoning is separated from the answer here", ("auto", "deepseek")),
     "n_probs": Refused("expected 'logprobs' and 'top_logprobs'"),
-    "post_sampling_probs": Refused("but log probabilities are the model's own here; leave it out"),
-    "return_tokens": Refused("but token ids are not told here; see POST /tokenize"),
-    "n_indent": Refused("but lines are not counted here; leave it out"),
-    "t_max_predict_ms": Refused("but answers are not timed here; use the limit of tokens, or hang up", (-1,)),
-    "lora": Refused("but adapters are chosen by the name of the model here; leave it out"),
-    "samplers": Refused("but their order is the official one here; leave it out"),
+    "post_sampling_probs": Refused("but log probabilities are those before sampling here; leave it out"),
+    "return_tokens": Refused("but replies hold no token ids here; see POST /tokenize"),
+    "n_indent": Refused("but indentation is not checked here; leave it out"),
+    "t_max_predict_ms": Refused("but answers have no time limit here; limit the tokens, or hang up", (-1,)),
+    "lora": Refused("but adapters are chosen by the model's name here; leave it out"),
+    "samplers": Refused("but this server uses the official order; leave it out"),
     "mirostat": _sampler(),
     "dynatemp_range": _sampler(),
     "xtc_probability": _sampler(),
@@ -73,42 +73,42 @@ REFUSED: dict[str, Refused] = {
     "epsilon_cutoff": _sampler(),
     "eta_cutoff": _sampler(),
     # vLLM
-    "echo": Refused("but an answer holds only what comes after the conversation; leave it out"),
+    "echo": Refused("but an answer holds only what follows the conversation; leave it out"),
     "documents": Refused("but the model's template has no place for them; write them into a message"),
     "use_beam_search": Refused("but this API samples; leave it out"),
-    "truncate_prompt_tokens": Refused("but a prompt is not cut in the middle of a turn; shorten the conversation"),
+    "truncate_prompt_tokens": Refused("but prompts are not cut inside a turn here; shorten the conversation"),
     "include_stop_str_in_output": Refused("but a stop string is never part of the answer here; leave it out"),
     "skip_special_tokens": Refused("but special tokens are never part of an answer here; leave it out", (True,)),
     "bad_words": Refused("but words of several tokens cannot be forbidden here; use logit_bias with token ids"),
     "prompt_logprobs": Refused("expected 'echo' and 'logprobs' of /v1/completions"),
-    "logprob_token_ids": Refused("but only the most probable tokens are told; use 'top_logprobs'"),
-    "return_token_ids": Refused("but token ids are not told here; see POST /tokenize"),
-    "return_tokens_as_token_ids": Refused("but tokens are told as text; see their bytes"),
+    "logprob_token_ids": Refused("but only the most probable tokens are returned; use 'top_logprobs'"),
+    "return_token_ids": Refused("but replies hold no token ids here; see POST /tokenize"),
+    "return_tokens_as_token_ids": Refused("but tokens are returned as text; see their bytes"),
     "prompt_embeds": Refused("but a prompt is text or token ids here"),
-    "repetition_detection": Refused("but answers that go in circles are ended by rules of this server; leave it out"),
-    "watermarking": Refused("but answers are not marked here; leave it out"),
+    "repetition_detection": Refused("but this server ends repetitive answers by its own rules; leave it out"),
+    "watermarking": Refused("but answers carry no watermark here; leave it out"),
     "mm_processor_kwargs": Refused("expected 'max_slices'"),
     "media_io_kwargs": Refused("expected 'fps', 'max_frames' and the like beside the video"),
-    "include_reasoning": Refused("but reasoning is told apart here; leave it unread", (True,)),
-    "guided_whitespace_pattern": Refused("but JSON is written with one blank at most here; leave it out"),
-    "structural_tag": Refused("but this form is not known here; expected a schema, a pattern or a grammar"),
+    "include_reasoning": Refused("but reasoning is always returned separately here; ignore it", (True,)),
+    "guided_whitespace_pattern": Refused("but JSON is written with at most one space here; leave it out"),
+    "structural_tag": Refused("but this form is unknown here; expected a schema, a regex or a grammar"),
     # SGLang, Text Generation Inference, others
     "ebnf": Refused("expected 'grammar' in GBNF"),
     "json_object": Refused("expected 'response_format'"),
-    "extra_body": Refused("but its fields belong beside the others: the openai package puts them there itself"),
-    # Fields of neighbouring APIs that are asked for in the wrong place
+    "extra_body": Refused("but its fields belong beside the others; the openai package puts them there"),
+    # Fields of other APIs, sent to the wrong route
     "num_predict": Refused(f"{_OTHER_API}; expected 'max_tokens'"),
     "max_new_tokens": Refused(f"{_OTHER_API}; expected 'max_tokens'"),
     "num_beams": Refused("but this API samples; leave it out", (1,)),
-    "options": Refused(f"{_OTHER_API}; send what it holds as fields of its own, such as 'temperature'"),
+    "options": Refused(f"{_OTHER_API}; send its contents as top-level fields, such as 'temperature'"),
     "output_format": Refused(f"{_OTHER_API}; expected 'response_format'"),
     "output_config": Refused(f"{_OTHER_API}; expected 'response_format' and 'reasoning_effort'"),
-    "generationConfig": Refused(f"{_OTHER_API}; send what it holds as fields of its own"),
+    "generationConfig": Refused(f"{_OTHER_API}; send its contents as top-level fields"),
     "stop_sequences": Refused(f"{_OTHER_API}; expected 'stop'"),
     "system": Refused(f"{_OTHER_API}; expected a message with the role system"),
     "images": Refused(f"{_OTHER_API}; expected parts of the type image_url in a message"),
 }  # fmt: skip
-"""Of all three routes; what one of them reads itself is not asked for here."""
+"""For all three routes; a field that a route reads itself never gets here."""
 
 OF_CHAT: dict[str, Refused] = {
     "prompt": Refused(f"{_OTHER_API}; expected 'messages'"),
@@ -116,21 +116,19 @@ OF_CHAT: dict[str, Refused] = {
     "instructions": Refused(f"{_OTHER_API}; expected a message with the role system"),
     "max_output_tokens": Refused(f"{_OTHER_API}; expected 'max_completion_tokens'"),
     "text": Refused(f"{_OTHER_API}; expected 'response_format'"),
-    "suffix": Refused("but the model cannot write what stands between two texts; leave it out"),
+    "suffix": Refused("but the model cannot fill in text before a suffix; leave it out"),
     "best_of": Refused("but every answer is returned here; use 'n'", (1,)),
-    "background": Refused("but answers are not kept to be fetched later here; use 'stream'"),
+    "background": Refused("but answers cannot be fetched later here; use 'stream'"),
 }
 OF_COMPLETIONS: dict[str, Refused] = {
     "messages": Refused("which belongs to /v1/chat/completions; expected 'prompt'"),
     "tools": Refused("but tools belong to a conversation; use /v1/chat/completions"),
     "tool_choice": Refused("but tools belong to a conversation; use /v1/chat/completions", ("none", "auto")),
-    "top_logprobs": Refused("expected their number under 'logprobs'"),
-    "reasoning_effort": Refused(
-        "but a text is continued as it stands; use /v1/chat/completions", ("none", "minimal")
-    ),
-    "chat_template_kwargs": Refused("but a text is continued without template; use /v1/chat/completions"),
+    "top_logprobs": Refused("expected the number under 'logprobs'"),
+    "reasoning_effort": Refused("but this route continues plain text; use /v1/chat/completions", ("none", "minimal")),
+    "chat_template_kwargs": Refused("but this route uses no template; use /v1/chat/completions"),
     "max_output_tokens": Refused(f"{_OTHER_API}; expected 'max_tokens'"),
-    "continue_final_message": Refused("but a text is continued in any case; leave it out"),
+    "continue_final_message": Refused("but this route always continues text; leave it out"),
 }
 OF_RESPONSES: dict[str, Refused] = {
     "messages": Refused("which belongs to /v1/chat/completions; expected 'input'"),
@@ -143,23 +141,23 @@ OF_RESPONSES: dict[str, Refused] = {
         "but pictures are not compressed here; use 'max_slices'",
         ({"context_compression": "auto"}, {"context_compression": "disabled"}),
     ),
-    "n": Refused("but a response has one answer; ask again for another", (1,)),
+    "n": Refused("but a response has one answer; send the request again for another", (1,)),
     "continue_final_message": Refused("which belongs to /v1/chat/completions; leave it out"),
     "add_generation_prompt": Refused("which belongs to /v1/chat/completions; leave it out", (True,)),
 }
 
 PASSED_OVER = frozenset(
     {
-        # OpenAI's: bookkeeping, billing, caches, hints for speed, and tools that this server does not have
+        # OpenAI's: bookkeeping, billing, caches, speed hints, and tools that this server does not have
         "user", "safety_identifier", "metadata", "store", "service_tier", "prediction", "prompt_cache_key",
         "prompt_cache_options", "prompt_cache_retention", "web_search_options", "max_tool_calls",
         "context_management", "stream_options", "background_options", "access_programs",
-        # llama-server's: caches, slots, and numbers that do nothing while their sampler is off
+        # llama-server's: caches, slots, and parameters of samplers that are off
         "id_slot", "n_keep", "n_discard", "n_cache_reuse",
         "min_keep", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "xtc_threshold", "dry_base",
         "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "parse_tool_calls",
         "reasoning_control", "t_max_prompt_ms",
-        # vLLM's: places in queues and caches, and what a vocabulary without such tokens does in any case
+        # vLLM's: queues and caches, and what a vocabulary without such tokens does in any case
         "priority", "request_id", "session_id", "cache_salt", "kv_transfer_params", "ec_transfer_params",
         "vllm_xargs",
         "add_special_tokens", "spaces_between_special_tokens", "length_penalty", "stream_interval", "truncation_side",
@@ -171,21 +169,21 @@ PASSED_OVER = frozenset(
 
 
 def check_fields(given: Mapping[str, Any] | None, *tables: Mapping[str, Refused]) -> list[str]:
-    """Refuse fields that ask for what is not done.
+    """Refuse fields that ask for what this server does not do.
 
     Parameters
     ----------
-    given : those that the body has besides the ones that are read.
-    tables : the fields of the route, before those of all routes.
+    given : the body's fields that are not read elsewhere.
+    tables : the route's own fields, which come before those of all routes.
 
     Returns
     -------
-    warnings : sentences about fields that nobody knows.
+    warnings : sentences about unknown fields.
 
     Raises
     ------
     RequestError
-        Naming the first one.
+        Names the first one.
     """
     unknown = []
     for name, value in (given or {}).items():
@@ -196,18 +194,18 @@ def check_fields(given: Mapping[str, Any] | None, *tables: Mapping[str, Refused]
             raise RequestError(f"{name} is {_shown(value)}, {rule.why}.", name)
     if not unknown:
         return []
-    names = ", ".join(visible(name)[:60] for name in unknown[:MOST_NAMED])
-    return [f"Fields that are not known here were passed over: {names}"]
+    names = ", ".join(visible(name)[:60] for name in unknown[:MAX_NAMED])
+    return [f"Unknown fields were ignored: {names}"]
 
 
 def _asks_for_nothing(value: Any, rule: Refused) -> bool:
     if value is None or value == [] or value == {}:
         return True
     if rule is REFUSED["options"] and isinstance(value, Mapping):
-        return value.keys() <= OWNERS  # how a model is loaded, which the server's owner decides
+        return value.keys() <= OWNERS  # the server's owner decides how a model is loaded
     if any(value == harmless and isinstance(value, bool) == isinstance(harmless, bool) for harmless in rule.harmless):
         return True
-    # A switch whose `true` is harmless is one that asks for something when it is off.
+    # A switch whose `true` is harmless asks for something when it is false.
     return True not in rule.harmless and any(value == none for none in _NOTHING)
 
 
@@ -217,7 +215,7 @@ def _shown(value: Any) -> str:
 
 
 def with_warnings(response: Response, warnings: list[str]) -> Response:
-    """A reply that tells what was passed over, in a header as HTTP has it; the log tells it once, too."""
+    """Add a Warning header that names ignored fields; each warning is also logged once."""
     for warning in warnings:
         if warning not in _warned and len(_warned) < 1000:
             _warned.add(warning)

@@ -1,4 +1,4 @@
-"""How tokens are chosen and how long an answer gets, in the words of OpenAI's APIs → arguments of `Model.submit`.
+"""How tokens are chosen and how long an answer may be, in OpenAI's fields → arguments of `Model.submit`.
 
 Common to chat completions, completions and responses. Source: openai-python's types; extensions of llama-server,
 vLLM and Ollama that clients send in `extra_body`.
@@ -17,17 +17,17 @@ from edge_runtime.server.fields.refused import Refused, check_fields
 from edge_runtime.server.fields.thinking import THINKING_LEVELS
 from edge_runtime.server.fields.tools import given
 
-MOST_STOPS = 64
+MAX_STOPS = 64
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 EFFORTS_WITHOUT_REASONING = ("none", "minimal")
-Stop = str | Annotated[list[str], Field(max_length=MOST_STOPS)]
+Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 Bias = dict[str, float | bool] | list[Any]
 
 
 class SamplingFields(ConstraintFields):
-    """How tokens are chosen and what binds them."""
+    """How tokens are chosen, and constraints on them."""
 
-    model_config = ConfigDict(extra="allow")  # they are looked at by `check_fields`
+    model_config = ConfigDict(extra="allow")  # `check_fields` judges them
 
     model: str | None = None
     stream: bool | None = None
@@ -38,34 +38,34 @@ class SamplingFields(ConstraintFields):
     typical_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0)
     repeat_penalty: float | None = Field(None, gt=0, description="The same, as llama-server has it.")
-    repeat_last_n: int | None = Field(None, ge=-1, description="0 switches that penalty off; others look at all.")
+    repeat_last_n: int | None = Field(
+        None, ge=-1, description="0 turns that penalty off; any other value covers the whole answer."
+    )
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     seed: int | None = None
     stop: Stop | None = None
-    logit_bias: Bias | None = Field(None, description="By token id; or pairs, as llama-server has them.")
-    cache_prompt: bool | None = Field(
-        None, description="False computes the prompt anew, whatever is known of it; as llama-server has it."
-    )
+    logit_bias: Bias | None = Field(None, description="By token id, or pairs as in llama-server.")
+    cache_prompt: bool | None = Field(None, description="False computes the whole prompt again, as in llama-server.")
     return_progress: bool | None = Field(
-        None, description="Whether a stream tells how much of the prompt was read, as llama-server has it."
+        None, description="Whether a stream reports prompt progress, as in llama-server."
     )
     timings_per_token: bool | None = Field(
-        None, description="Whether a stream tells the times with each piece, as llama-server has it."
+        None, description="Whether a stream reports timings with each piece, as in llama-server."
     )
 
     @property
-    def tells_progress(self) -> bool:
-        """Whether a stream tells how much of the prompt was read."""
+    def reports_progress(self) -> bool:
+        """Whether a stream reports prompt progress."""
         return bool(self.stream and self.return_progress)
 
     def warnings(self, *tables: dict[str, Refused]) -> list[str]:
-        """Sentences about fields that nobody knows; those that ask for what is not done are refused.
+        """Sentences about unknown fields; fields that ask for what this server does not do are refused.
 
         Raises
         ------
         RequestError
-            Naming the first of these.
+            Names the first of the latter.
         """
         return check_fields(self.model_extra, *tables)
 
@@ -81,7 +81,7 @@ class SamplingFields(ConstraintFields):
         if None not in (self.repetition_penalty, self.repeat_penalty) and penalty != self.repetition_penalty:
             raise RequestError(
                 f"repetition_penalty is {self.repetition_penalty} and repeat_penalty {self.repeat_penalty}, "
-                "which are two names of one number; leave one of them out.",
+                "which name the same number; leave one of them out.",
                 "repeat_penalty",
             )
         return given(
@@ -101,11 +101,11 @@ class SamplingFields(ConstraintFields):
         )
 
     def form(self, *others: tuple[str, Options]) -> tuple[Options, dict[str, str]]:
-        """The form of the answer, and the client's name of it.
+        """The form of the answer, and the client's name for it.
 
         Parameters
         ----------
-        others : further fields that may ask for one.
+        others : further fields that may ask for a form.
 
         Raises
         ------
@@ -129,7 +129,7 @@ def stops(stop: str | list[str] | None) -> list[str] | None:
 
 
 def _bias(bias: Bias | None) -> dict[str, float] | None:
-    """Numbers by token id; false is never."""
+    """Biases by token id; false forbids a token."""
     if bias is None:
         return None
     pairs = [*bias.items()] if isinstance(bias, dict) else [*bias]
@@ -143,8 +143,8 @@ def _bias(bias: Bias | None) -> dict[str, float] | None:
             or not (str(token_id).isascii() and str(token_id).isdecimal())
         ):
             raise RequestError(
-                f'logit_bias has {str(pair)[:60]}; expected token ids with numbers, such as {{"17": -100}}; false is '
-                "never. POST /tokenize tells the ids of a text.",
+                f'logit_bias has {str(pair)[:60]}; expected token ids with numbers, such as {{"17": -100}}; false '
+                "forbids a token. POST /tokenize returns the ids of a text.",
                 "logit_bias",
             )
         found[str(token_id)] = -LARGEST_BIAS if value is False else float(value)
@@ -152,7 +152,7 @@ def _bias(bias: Bias | None) -> dict[str, float] | None:
 
 
 def length(*fields: tuple[str, int | None]) -> tuple[int | None, str | None]:
-    """The limit of tokens that counts, the first that is given, and its name; below 0 is as many as there are."""
+    """The token limit, the first of the fields that is given, and its name; negative numbers mean no limit."""
     for name, value in fields:
         if value is not None:
             return (None if value < 0 else value), name
@@ -164,9 +164,9 @@ def reasoning_options(effort: Effort | None, budget: int | None, switch: bool | 
 
     Parameters
     ----------
-    effort : the levels that Ollama has limit it as there, those above do not; without one the model does not reason.
-    budget : most tokens, if the client said so.
-    switch : what the template is told, which comes before the effort.
+    effort : Ollama's levels limit the reasoning as in Ollama, higher ones do not; None turns reasoning off.
+    budget : limit of tokens, if the client gave one.
+    switch : the template's switch, which overrides the effort.
     """
     thinking = effort not in (None, *EFFORTS_WITHOUT_REASONING) if switch is None else switch
     limit = THINKING_LEVELS.get(effort) if effort is not None and thinking else None

@@ -1,4 +1,4 @@
-"""How much a model may think, as the protocols say it → options of `Model.submit`."""
+"""How much a model may reason, as the protocols express it → options of `Model.submit`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from edge_runtime.server.errors import RequestError
 
 THINKING_LEVELS: dict[str, int | None] = {"low": 256, "medium": 1024, "high": None, "max": None}
-"""Tokens of reasoning after which the answer begins; None: no limit. The model itself knows on and off."""
+"""Reasoning tokens after which the answer starts; None: no limit. The model itself only knows on and off."""
 
 
 def thinking_options(think: bool | str | None) -> dict[str, Any]:
-    """Translate `think`: a switch, or a level that limits the reasoning; None is off, as the model's default is.
+    """Translate `think`: a switch, or a level that limits the reasoning; None is off, the model's default.
 
     Raises
     ------

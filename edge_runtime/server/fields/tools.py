@@ -1,4 +1,4 @@
-"""Tools as clients describe, choose and call them → as `structured_output.tools` and messages carry them.
+"""Tools as clients describe, choose and call them → the form of `structured_output.tools` and messages.
 
 Shared by the APIs of OpenAI and Anthropic; knows no requests.
 """
@@ -11,7 +11,7 @@ from typing import Any
 from edge_runtime.server.errors import RequestError
 
 NOT_HOSTED = ("custom", "namespace")
-"""Kinds of tools that clients run: to leave them out would take the model what it was to call."""
+"""Kinds of tools that clients run: leaving them out would hide from the model what it should call."""
 
 
 def given(**options: Any) -> dict[str, Any]:
@@ -20,26 +20,26 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def called(name: str, arguments: Any) -> dict[str, Any]:
-    """A call of an earlier turn as messages carry it."""
+    """A call of an earlier turn, as messages hold it."""
     return {"type": "function", "function": {"name": name, "arguments": arguments or {}}}
 
 
 def describe(name: str, description: str | None, parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """Description of a function, without what only OpenAI's own servers look at: the model reads it word by word."""
+    """Description of a function, without fields that only OpenAI's servers use: the model reads every word of it."""
     return {"type": "function", "function": given(name=name, description=description, parameters=parameters)}
 
 
 def described(tool: Mapping[str, Any], where: str, *, flat: bool) -> dict[str, Any]:
-    """Description of a function as OpenAI's APIs have it, in the engine's form.
+    """A function description of OpenAI's APIs, in the engine's form.
 
     Parameters
     ----------
-    flat : whether its name stands beside the type, as in responses; nested in `function` it is taken there, too.
+    flat : whether its name is beside the type, as in responses, which accept it nested in `function`, too.
 
     Raises
     ------
     RequestError
-        When it describes none.
+        When it describes no function.
     """
     function = tool.get("function", tool if flat else None)
     if (
@@ -60,7 +60,7 @@ def described(tool: Mapping[str, Any], where: str, *, flat: bool) -> dict[str, A
 def choose_tools(
     tools: Sequence[dict[str, Any]], choice: str | Mapping[str, Any] | None
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """Bring a choice of tools into the engine's form.
+    """Translate a choice of tools into the engine's form.
 
     Parameters
     ----------
@@ -110,20 +110,20 @@ def offered(
     choice: str | Mapping[str, Any] | None,
     describe: Callable[[Mapping[str, Any], str], dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Functions among the tools; those that OpenAI's own servers run (`web_search` and the like) are left out.
+    """The functions among the tools; tools that OpenAI's servers run (`web_search` and the like) are left out.
 
     Parameters
     ----------
-    describe : brings one into the engine's form; given its place, for errors.
+    describe : translates a tool into the engine's form; gets its place, too, for errors.
 
     Returns
     -------
-    functions, warnings : the latter are sentences about tools that were left out.
+    functions, warnings : the warnings are sentences about tools that were left out.
 
     Raises
     ------
     RequestError
-        Naming a tool that cannot be used, or the choice of one where none is left.
+        Names a tool that cannot be used, or a choice for which no tool is left.
     """
     functions, hosted = [], []
     for number, tool in enumerate(tools):

@@ -1,13 +1,12 @@
-"""What stands before the routes: who may ask (`gate`), sizes and times. ASGI, without a route's knowledge.
+"""Limits on bodies: their size, and how slowly they may arrive. ASGI; knows no routes.
 
     Headers ─ Bodies ─ TimeLimit ─ Clients ─ Gate ─ CORS ─ Key ─ HEAD as GET ─ routes
 
-`Headers` tells browsers to be careful with every reply. `Bodies` counts what clients send, of one request and of all
-together, and ends those who send too much or too slowly. `TimeLimit` bounds what follows. `Clients` remembers whose
-request it is. `Gate` refuses who asks
-under a foreign name (DNS rebinding) or from a foreign page, `Key` who has none, before a byte of a body is read;
-between them, pages that may ask are told so, which they ask without a key.
-`connections` has what cannot be seen from here: heads that never end and readers who never read.
+`Headers` adds security headers to every reply. `Bodies` counts what clients send, per request and in total, and
+refuses those that send too much or too slowly. `TimeLimit` bounds what follows. `Clients` records whose request it
+is. `Gate` refuses requests under a foreign name (DNS rebinding) or from a foreign page, `Key` those without the key,
+before a byte of a body is read. CORS is between them, since browsers send preflight requests without a key.
+`connections` handles what cannot be seen from here: heads that never end, and readers that never read.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from edge_runtime.server.settings import MEGABYTE, Settings
 from edge_runtime.system.memory import available_bytes
 
 BODIES_TOGETHER = 4
-"""Times the limit of one: most bytes of bodies that all requests together may hold in memory."""
+"""Limit for the bodies of all requests in memory, as a multiple of the limit for one."""
 MEMORY_SHARE = 8
-"""Nor may they hold more than this part of the memory that is free: what is made of a body takes several times its
-bytes."""
+"""Nor may they hold more than one part in this many of the free memory: parsing a body takes several times its
+size."""
 FEW_BYTES = 4 * MEGABYTE
-"""May be held together whatever is free, so that a question without pictures is always heard."""
+"""Always allowed in total, so that a question without pictures is always accepted."""
 MEMORY_S = 1.0
-"""For which a look at the free memory holds."""
+"""How long a reading of the free memory is used."""
 LINGER_S, LINGER_BYTES = 2.0, 16 << 20
-"""What is still read of a body that was refused, so that its sender gets to see why."""
+"""How much of a refused body is still read, so that its sender gets to see the reason."""
 BLOBS = "/api/blobs/"
 
 
@@ -50,7 +49,7 @@ BLOBS = "/api/blobs/"
 
 @dataclass
 class Held:
-    """Bytes of bodies in memory, of all requests."""
+    """Bytes of all requests' bodies in memory."""
 
     limit: int
     n_bytes: int = 0
@@ -60,18 +59,18 @@ class Held:
     _looked: float = -1e9
 
     @property
-    def most(self) -> int:
-        """Bytes that may be held now."""
+    def max_bytes(self) -> int:
+        """Bytes that may be held at present."""
         if not self.counts_memory or self.n_bytes <= FEW_BYTES:
             return self.limit
         now = time.monotonic()
-        if now - self._looked > MEMORY_S:  # what is held already is not free any more, and is part of the share
+        if now - self._looked > MEMORY_S:  # bytes already held are no longer free, but count towards the share
             self._looked, self._free = now, available_bytes() + self.n_bytes
         return min(self.limit, max(FEW_BYTES, self._free // MEMORY_SHARE))
 
 
 class Bodies:
-    """Bounds what clients send."""
+    """Limits what clients send."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
@@ -83,7 +82,7 @@ class Bodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_blob = scope["path"].startswith(BLOBS)  # goes to the disk piece by piece
+        is_blob = scope["path"].startswith(BLOBS)  # written to disk piece by piece
         limit = self._settings.max_blob_bytes if is_blob else self._settings.max_body_bytes
         held = Held(limit) if is_blob else self._held
         pace = Pace(self._settings.body_timeout_s, self._settings.min_bytes_per_s)
@@ -91,7 +90,7 @@ class Bodies:
         try:
             await self._app(scope, body.receive, body.send)
         except Exception:
-            if body.refusal is None or body.has_begun:  # otherwise it is what a route made of the refusal
+            if body.refusal is None or body.has_begun:  # otherwise it is a route's reaction to the refusal
                 raise
         finally:
             held.n_bytes -= body.n_bytes
@@ -115,7 +114,7 @@ class _Body:
     has_begun: bool = False
     """The reply."""
     was_asked: bool = False
-    """Whether somebody wanted the body; until then a client may wait to be told to send it."""
+    """Whether a route asked for the body; until then a client may wait for `100 Continue`."""
     refusal: EdgeRuntimeError | None = None
 
     async def receive(self) -> Message:
@@ -124,7 +123,7 @@ class _Body:
         Raises
         ------
         ServerError
-            When there is too much of it, or it does not come. Whatever becomes of it on the way, it is the reply.
+            When the body is too large or too slow. This error is the reply, whatever the routes make of it.
         """
         if self.is_complete:
             return await self.receive_next()
@@ -148,7 +147,7 @@ class _Body:
         n_bytes = len(message.get("body", b""))
         is_in_time = self.pace.waited(
             time.monotonic() - began, n_bytes
-        )  # of the client; a slow disk costs it nothing
+        )  # only the client's time counts, not a slow disk's
         if message["type"] != "http.request":
             self.is_complete = True  # the client is gone
             return message
@@ -157,9 +156,9 @@ class _Body:
         self.held.n_bytes += n_bytes
         if self.n_bytes > self.limit:
             raise self._too_large()
-        if self.held.n_bytes > (most := self.held.most):
+        if self.held.n_bytes > (limit := self.held.max_bytes):
             raise EngineBusy(
-                f"The requests of all clients together hold more than {most / 1e6:.0f} MB, which is the limit; try "
+                f"The requests of all clients together hold more than {limit / 1e6:.0f} MB, which is the limit; try "
                 "again later."
             )
         if not (is_in_time or self.is_complete):
@@ -178,12 +177,12 @@ class _Body:
         )
 
     async def send(self, message: Message) -> None:
-        """Pass the reply on, unless the body is refused: then that is the reply."""
+        """Pass the reply on, unless the body was refused: then the refusal is the reply."""
         if self.refusal is None or self.has_begun:
             await self.send_refusal(message)
 
     async def send_refusal(self, message: Message) -> None:
-        """Pass the reply on; who is still sending is told that the connection ends, and given time to see it."""
+        """Pass the reply on; a client still sending is told that the connection closes, and gets time to see it."""
         if message["type"] == "http.response.start":
             self.has_begun = True
             if not self.is_complete and self._has_body():
@@ -199,7 +198,7 @@ class _Body:
         return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
     async def _linger(self) -> None:
-        """Read on for a moment: a connection closed over unread bytes takes the reply with it."""
+        """Read on for a moment: closing a connection with unread bytes discards the reply."""
         if not self.was_asked and RequestHeaders(scope=self.scope).get("expect"):
             return
         n_bytes = 0

@@ -1,10 +1,9 @@
-"""Connections of uvicorn, with the limits of patience and of number that it does not have itself.
+"""uvicorn's connections, with the limits on time and number that it lacks.
 
-uvicorn waits for ever for the head of a request, and for ever for a client that does not read; both keep a
-connection, and the second keeps an answer. Here heads have a time, readers have a pace, and there are only so many
-connections, of all clients and of each. Where there is one too many, those on which nothing is asked are given up,
-the one that has been so for longest first: its client opens another when it needs one. Only where all are at work a
-new one is turned away, with a word.
+uvicorn waits forever for the head of a request, and forever for a client that does not read; both hold a connection,
+and the second holds an answer. Here heads have a time limit, readers a minimum rate, and the number of connections is
+limited, in total and per client. When there is one too many, the connection that has been idle for longest is closed:
+its client opens another when it needs one. A new connection is refused, with an error, only when all others are busy.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from edge_runtime.server.middleware.pace import Pace
 from edge_runtime.server.middleware.shares import SURPLUS, client_of
 from edge_runtime.server.settings import Settings
 
-MOST_SURPLUS = 32
-"""Connections beyond the limit that are told so; further ones are closed without a word."""
+MAX_SURPLUS = 32
+"""Connections beyond the limit that get an error; further ones are closed without one."""
 SURPLUS_S = 3.0
-"""For the head of a request that is refused."""
+"""For the head of a request that will be refused."""
 KEEP_ALIVE_S = 75
-"""Idle, between two requests; longer than clients and proxies keep connections, so that it is they who close."""
+"""Idle time between two requests; longer than clients and proxies keep connections, so that they close first."""
 LOOKS = 4
-"""Times that a reader is looked at while its patience lasts."""
+"""How often a reader is checked within `patience_s`."""
 
 
 class _Timer:
-    """One call that may come, or be called off."""
+    """One delayed call that can be cancelled."""
 
     _handle: asyncio.TimerHandle | None = None
 
@@ -54,30 +53,30 @@ class _Timer:
 
 
 class GuardedConnection(H11Protocol):
-    """A connection whose client has to send and to read."""
+    """A connection whose client has to send and read in time."""
 
     header_timeout_s = 20.0
     patience_s = 30.0
-    least_per_s = 1024.0
-    most, most_each = 512, 384
+    min_per_s = 1024.0
+    max_total, max_each = 512, 384
     surplus: ClassVar[set[GuardedConnection]] = set()
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self._head, self._reader = _Timer(), _Timer()
         self.owner = ""
-        """Client that it belongs to."""
+        """The client it belongs to."""
         self.idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin; where there are too many, end one on which nothing is asked, or say why this one is refused."""
+        """Start; if there are too many connections, close an idle one or refuse this one with a reason."""
         super().connection_made(transport)
         self.owner = client_of(self.client[0] if self.client else "")
         self.idle_since = self.loop.time()
         refusal = self._find_room()
         if refusal is None:
             self._head.start(self.loop, self.header_timeout_s, transport.abort)
-        elif len(self.surplus) >= MOST_SURPLUS:
+        elif len(self.surplus) >= MAX_SURPLUS:
             transport.abort()
         else:
             self.surplus.add(self)
@@ -86,12 +85,12 @@ class GuardedConnection(H11Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is asked here, and nothing is left to be read."""
+        """Whether no request is running, and the client has read everything."""
         is_asked = self.cycle is not None and not self.cycle.response_complete
         return not is_asked and self.transport.get_write_buffer_size() == 0
 
     def _find_room(self) -> str | None:
-        """Make room for this connection; returns why there is none."""
+        """Make room for this connection, or return the reason why there is none."""
         others = [
             other
             for other in self.connections
@@ -100,12 +99,12 @@ class GuardedConnection(H11Protocol):
         counted = [other for other in others if other not in self.surplus and other is not self]
         held = Counter(other.owner for other in counted)
         idle = [other for other in counted if other.is_idle]
-        if held[self.owner] >= self.most_each:
+        if held[self.owner] >= self.max_each:
             idle = [other for other in idle if other.owner == self.owner]
-            reason = f"Your address has {held[self.owner]} connections at work, which is the share of one"
-        elif len(counted) >= self.most:  # of those who have the most, and of nobody who has less than this one's
+            reason = f"Your address has {held[self.owner]} busy connections, which is its share"
+        elif len(counted) >= self.max_total:  # only of clients with at least as many connections as this one's
             idle = [other for other in idle if held[other.owner] >= held[self.owner]]
-            reason = f"{len(counted)} connections are at work, which is the limit"
+            reason = f"{len(counted)} connections are busy, which is the limit"
         else:
             return None
         if not idle:
@@ -114,7 +113,7 @@ class GuardedConnection(H11Protocol):
         return None
 
     def data_received(self, data: bytes) -> None:
-        """Take in bytes; if they are the beginning of a head, the rest has to follow in time."""
+        """Receive bytes; if they start a head, its end has to follow in time."""
         super().data_received(data)
         is_in_head = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
         if not is_in_head:
@@ -130,26 +129,26 @@ class GuardedConnection(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """More is ready than the client has taken."""
+        """More is ready than the client has read."""
         super().pause_writing()
         self._expect_reading()
 
     def resume_writing(self) -> None:
-        """The client has taken enough."""
+        """The client has read enough."""
         super().resume_writing()
         self._reader.stop()
 
     def on_response_complete(self) -> None:
-        """All is written; the client has to take what is left."""
+        """Everything is written; the client has to read what is left."""
         self.idle_since = self.loop.time()
         super().on_response_complete()
         self._expect_reading()
 
     def _expect_reading(self) -> None:
-        """Look now and then how much was taken; a connection closed in the normal way would wait for it for ever."""
+        """Check now and then how much was read; a connection closed in the normal way would wait for that forever."""
         self._reader.stop()
         if self.transport.get_write_buffer_size():
-            self._look_later(Pace(self.patience_s, self.least_per_s), self._unread())
+            self._look_later(Pace(self.patience_s, self.min_per_s), self._unread())
 
     def _look_later(self, pace: Pace, unread: int) -> None:
         self._reader.start(self.loop, self.patience_s / LOOKS, self._look, pace, unread)
@@ -164,10 +163,10 @@ class GuardedConnection(H11Protocol):
             self.transport.abort()
 
     def _unread(self) -> int:
-        """Bytes that the client's machine has not taken, those in the system's own buffer included.
+        """Bytes that the client's machine has not received, those in the system's own buffer included.
 
-        The system takes more only when much of its buffer is free: without looking into it a reader seems to stand
-        still for minutes.
+        The system accepts more only when much of its buffer is free: without counting it, a reader seems to stall
+        for minutes.
         """
         n_bytes = self.transport.get_write_buffer_size()
         if sys.platform != "win32":
@@ -181,13 +180,13 @@ class GuardedConnection(H11Protocol):
 
 
 def guarded(settings: Settings) -> type[GuardedConnection]:
-    """The class of a server's connections."""
+    """The class of connections with a server's limits."""
     limits = {
         "header_timeout_s": settings.header_timeout_s,
         "patience_s": settings.body_timeout_s,
-        "least_per_s": settings.min_bytes_per_s,
-        "most": settings.max_connections,
-        "most_each": settings.connections_of_one,
+        "min_per_s": settings.min_bytes_per_s,
+        "max_total": settings.max_connections,
+        "max_each": settings.connections_of_one,
         "surplus": set(),
     }
     return type("Connection", (GuardedConnection,), limits)

@@ -1,4 +1,4 @@
-"""What is around every request, outermost: one spelling of its path, and an id for whoever looks for it later."""
+"""The outermost middleware: one spelling of a request's path, and an id by which to find it later."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 APIS = ("/v1/", "/api/")
 ANTHROPIC = "/v1/messages"
-"""Beginning of the paths whose clients look for a `request-id`."""
+"""Prefix of the paths whose clients expect a `request-id`."""
 _ID = re.compile(r"[!-~]{1,200}")
 
 
 def middleware() -> list[Middleware]:
-    """Middleware of a server that stands before all other."""
+    """The server's outermost middleware."""
     return [Middleware(RequestIds), Middleware(Paths)]
 
 
 class RequestIds:
-    """Gives every reply an `x-request-id`: that of the request (proxies and vLLM's clients bring one), or a new one.
+    """Gives every reply an `x-request-id`: that of the request (proxies and vLLM's clients send one), or a new one.
 
-    OpenAI's `X-Client-Request-Id` is not told again there, and is not here; it stands in the log of who sent it.
+    OpenAI's `X-Client-Request-Id` is not echoed, as in OpenAI's API; its sender has it in its own log.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -38,17 +38,17 @@ class RequestIds:
         name = given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         spellings = ["x-request-id", *(["request-id"] if scope["path"].startswith(ANTHROPIC) else [])]
 
-        async def told(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 for spelling in spellings:
                     MutableHeaders(scope=message).setdefault(spelling, name)
             await send(message)
 
-        await self._app(scope, receive, told)
+        await self._app(scope, receive, send_with_id)
 
 
 class Paths:
-    """Takes the slashes from the end of an API's path: some clients put `/models/` behind an address."""
+    """Strips slashes from the end of an API's path: some clients append `/models/` to an address."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,6 +1,6 @@
-"""Who may ask: under one of the server's names, from no foreign page, with the key where one is asked for.
+"""Which requests are allowed: those to one of the server's names, from no foreign page, with the key if one is set.
 
-ASGI, without a route's knowledge; see `limits` for where it stands.
+ASGI; knows no routes. See `bodies` for its place in the stack.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from edge_runtime.server.middleware.origins import ANY, allowed_origins
 from edge_runtime.server.settings import Settings
 
 OPEN_PATHS = frozenset({"/", "/health", "/v1/health", "/sw.js", "/favicon.ico"})
-"""Need no key: the page holds no secret, and whoever watches a server need not be able to use it."""
+"""Need no key: the page holds no secret, and health checks need not be able to use the server."""
 OPEN_FOLDER = "/static/"
 READING = ("GET", "HEAD", "OPTIONS")
 
 LOOPBACK_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.internal"})
-"""Names of this machine that no public name server can give away; the latter two as containers call it."""
+"""Names of this machine that no public name server can assign; the latter two are used in containers."""
 
 
 async def refuse(error: EdgeRuntimeError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with an error in the form of the API that was asked."""
+    """Answer with an error in the form of the API that was called."""
     await error_response(error, scope["path"])(scope, receive, send)
 
 
 class Gate:
-    """Lets requests in that come under one of the server's names, and from no foreign page."""
+    """Admits requests to one of the server's names that come from no foreign page."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
@@ -54,9 +54,9 @@ class Gate:
         await self._app(scope, receive, send)
 
     def _check_host(self, scope: Scope, headers: RequestHeaders) -> None:
-        """A name that an attacker's name server points here brings his page with it; its Host header tells."""
+        """Refuse foreign Host headers: an attacker's page may reach this server by a name that resolves to it."""
         if "host" not in headers and scope.get("http_version") == "1.0":
-            return  # as HTTP/1.0 allows; browsers, whose pages can be foreign, always send it
+            return  # as HTTP/1.0 allows; browsers, the ones with foreign pages, always send it
         name = headers.get("host", "")
         if not is_own_name(host_name(name), self._settings):
             raise NotAllowed(
@@ -64,13 +64,13 @@ class Gate:
             )
 
     def _check_origin(self, method: str, headers: RequestHeaders) -> None:
-        """Browsers send simple requests of any page anywhere; only the reply is kept from it, not what was done."""
+        """Refuse foreign pages: browsers send their simple requests anywhere and only hide the reply from them."""
         origin = headers.get("origin")
         if ANY in self._settings.cors_origins:
             return
         if origin is None:
-            # A picture or script that a foreign page includes from here, or a form that it sends: a link to a page of
-            # ours is all that it may follow.
+            # A picture or script that a foreign page includes from here, or a form that it sends. It may only link to
+            # pages of this server.
             is_visit = headers.get("sec-fetch-mode") == "navigate" and method in READING
             if headers.get("sec-fetch-site") == "cross-site" and not is_visit:
                 raise NotAllowed("Other sites' pages may not use this server; its owner can allow them with --cors.")
@@ -84,7 +84,7 @@ class Gate:
 
 
 class Key:
-    """Lets requests in that bring the key, where the server asks for one."""
+    """Admits requests that carry the key, if the server has one."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -109,7 +109,7 @@ class Key:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
         given += [headers["x-api-key"]] if "x-api-key" in headers else []
-        # Digests are of one length, and comparing them takes as long however much of a guess is right.
+        # Digests have one length, and comparing them takes equally long however much of a guess is right.
         if not any(hmac.compare_digest(sha256(key.encode("latin-1")).digest(), self._digest) for key in given):
             raise Unauthorized(
                 "The API key is wrong; expected the one the server was started with, as Authorization: Bearer KEY."
@@ -124,9 +124,9 @@ _HOST = re.compile(
 
 
 def host_name(header: str) -> str:
-    """The name in a Host header, without the port and in small letters; empty if there is none, or more than one.
+    """The name in a Host header, without the port and in lower case; empty if there is none, or more than one.
 
-    Brackets hold an IPv6 address and nothing follows them but a port: `[127.0.0.1].evil.example` is no address.
+    Brackets hold an IPv6 address, and only a port may follow them: `[127.0.0.1].evil.example` is not an address.
     """
     found = _HOST.fullmatch(header.strip().lower())
     if found is None:
@@ -135,10 +135,10 @@ def host_name(header: str) -> str:
 
 
 def is_own_name(name: str, settings: Settings) -> bool:
-    """Whether a server with these settings can be meant by a name.
+    """Whether a name belongs to a server with these settings.
 
-    An address cannot be rebound, so every address is. Who listens beyond this machine may be called by names of the
-    local network too: without a dot (as containers of one network call each other) or ending in `.local`.
+    An address cannot be rebound, so every address does. A server that listens beyond this machine may also have names
+    of the local network: without a dot (as containers of one network use) or ending in `.local`.
     """
     allowed = {host.lower().rstrip(".") for host in (*settings.allowed_hosts, settings.host)}
     if name and ("*" in allowed or name in LOOPBACK_NAMES or name.endswith(".localhost") or name in allowed):

@@ -12,7 +12,7 @@ class HeadOfGet:
     """Answers HEAD wherever GET is answered, with the same status and headers and without the body (RFC 9110, 9.3.2).
 
     FastAPI's routes answer the methods they name, and naming HEAD beside GET would list every operation twice in the
-    description of the API. Health checks ask so, and Ollama answers.
+    description of the API. Health checks use HEAD, and Ollama answers it.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -14,11 +14,11 @@ _CAREFUL = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
 }
-"""Where a route says nothing else; answers may be private, and none of them is a page."""
+"""Unless a route sets its own; answers may be private, and none of them is a page."""
 
 
 class Headers:
-    """Adds headers under which a browser neither guesses, nor frames, nor keeps what it gets."""
+    """Adds headers that keep a browser from guessing types, framing and caching."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -30,7 +30,7 @@ class Headers:
             return
 
         asked = RequestHeaders(scope=scope)
-        # Proxies and servers have disagreed on where such a body ends: what follows it is not taken for a request.
+        # Proxies and servers disagree on where such a body ends: do not read what follows as a request.
         is_ambiguous = "content-length" in asked and "transfer-encoding" in asked
 
         async def careful(message: Message) -> None:

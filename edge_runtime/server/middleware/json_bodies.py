@@ -1,8 +1,8 @@
-"""Bytes of a body → what a route takes, if it is not more than a request needs; off the event loop.
+"""Bytes of a body → the value for a route, unless it is larger than any request needs; off the event loop.
 
-A value of JSON takes a hundred times the memory of its bytes, `[],[],[],…` being the worst, and no other request is
-heard while it is made. So values are counted before they are made: by what separates and opens them, outside of
-strings. What is large is read, measured and validated in a thread.
+A JSON value takes up to a hundred times the memory of its bytes, `[],[],[],…` being the worst case, and no other
+request is served while it is parsed. So values are counted before parsing, by the commas and opening brackets outside
+of strings. Large bodies are parsed, counted and validated in a thread.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from starlette.types import Receive, Scope
 from edge_runtime.server.settings import Settings
 
 SHORT_BYTES = 16_384
-"""Read on the spot: handing it to a thread would take longer."""
+"""Parsed at once: handing it to a thread would take longer."""
 CONVERSATIONS = ("messages", "input")
 """Fields that hold a list of messages, whose contents are lists of parts."""
 
 _NO_BACKSLASH = re.compile(rb"[^\\]")
 PIECE_BYTES = 1 << 18
-"""So much is looked at in one go; between two of them, other threads have their turn."""
+"""Bytes scanned at a time; other threads run in between."""
 
 
 class JSONRequest(Request):
@@ -37,18 +37,17 @@ class JSONRequest(Request):
 
     Parameters
     ----------
-    field : what it has to be; of a large body that is found out here, and a value of its type is handed on, which
-        FastAPI takes as it is.
+    field : the expected type. A large body is validated here, and FastAPI accepts the resulting value as it is.
     """
 
     def __init__(self, scope: Scope, receive: Receive, field: ModelField | None, settings: Settings) -> None:
         super().__init__(scope, receive)
         self._field, self._settings = field, settings
         self.refusal: RequestValidationError | None = None
-        """Why a large body is not what it has to be; FastAPI would replace it by a sentence of its own."""
+        """Why a large body is invalid; FastAPI would replace it by a sentence of its own."""
 
     async def json(self) -> Any:
-        """The value; HTTPException where there is too much of it, JSONDecodeError where it is none."""
+        """The value; raises HTTPException when it is too large, JSONDecodeError when it is not JSON."""
         if not hasattr(self, "_json"):
             body = await self.body()
             if len(body) <= SHORT_BYTES:
@@ -69,15 +68,15 @@ class JSONRequest(Request):
 
 
 def read(body: bytes, settings: Settings) -> Any:
-    """Read a body; raises as `JSONRequest.json`."""
-    most = settings.max_values
-    if _separators(body) > most and _n_values(body, most) > most:
+    """Parse a body; raises as `JSONRequest.json`."""
+    limit = settings.max_values
+    if _separators(body) > limit and _n_values(body, limit) > limit:
         raise HTTPException(
-            413, f"The body holds more than {most} values, which is the limit; send fewer or shorter messages."
+            413, f"The body holds more than {limit} values, which is the limit; send fewer or shorter messages."
         )
     too_deep = HTTPException(
         400,
-        f"The body has more than {settings.max_depth} lists and objects inside of each other; expected less nesting.",
+        f"The body has more than {settings.max_depth} levels of lists and objects; expected less nesting.",
     )
     try:
         value = json.loads(body)
@@ -87,7 +86,7 @@ def read(body: bytes, settings: Settings) -> Any:
         raise HTTPException(400, "The body is not valid UTF-8; expected one JSON object.") from None
     except json.JSONDecodeError:
         raise
-    except ValueError:  # more digits than Python reads, which takes the square of their number in time
+    except ValueError:  # more digits than Python reads, since that takes quadratic time
         raise HTTPException(
             400, f"The body holds a whole number of more than {sys.get_int_max_str_digits()} digits; shorten it."
         ) from None
@@ -123,13 +122,14 @@ def check_counts(value: Any, settings: Settings) -> None:
             continue
         if len(messages) > settings.max_messages:
             raise HTTPException(
-                413, f"{name} holds {len(messages)} messages, at most {settings.max_messages} are taken; send fewer."
+                413,
+                f"{name} holds {len(messages)} messages, at most {settings.max_messages} are accepted; send fewer.",
             )
         for message in messages:
             content = message.get("content") if isinstance(message, Mapping) else None
             if isinstance(content, list) and len(content) > settings.max_parts:
                 raise HTTPException(
-                    413, f"A message has {len(content)} parts, at most {settings.max_parts} are taken; send fewer."
+                    413, f"A message has {len(content)} parts, at most {settings.max_parts} are accepted; send fewer."
                 )
 
 
@@ -137,12 +137,12 @@ def _separators(data: bytes) -> int:
     return data.count(b",") + data.count(b"[") + data.count(b"{")
 
 
-def _n_values(body: bytes, most: int) -> int:
-    """What separates and opens values outside of strings, counted until there is more than enough of it."""
+def _n_values(body: bytes, limit: int) -> int:
+    """Count commas and opening brackets outside of strings, until there are more than `limit`."""
     found, start, is_inside = 0, 0, False
-    while start < len(body) and found <= most:
+    while start < len(body) and found <= limit:
         end = start + PIECE_BYTES
-        if body[end - 1 : end] == b"\\":  # what it escapes belongs to it
+        if body[end - 1 : end] == b"\\":  # keep it together with what it escapes
             behind = _NO_BACKSLASH.search(body, end)
             end = len(body) if behind is None else behind.end()
         piece = body[start:end].replace(b"\\\\", b"").replace(b'\\"', b"")

@@ -1,7 +1,7 @@
 """Origins of web pages that may use the server: what the owner names, with wildcards, and what Ollama allows.
 
-Each becomes one regular expression over the `Origin` header. An origin that can never be one is refused when the
-server starts; `null` is, too: any page can send it, from a sandboxed frame.
+Each becomes one regular expression over the `Origin` header. An invalid origin is refused when the
+server starts; so is `null`, which any page can send from a sandboxed frame.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OLLAMA_DEFAULTS = (
     *(f"{scheme}://{host}:*" for host in ("localhost", "127.0.0.1", "0.0.0.0") for scheme in ("http", "https")),
     *(f"{scheme}://*" for scheme in ("app", "file", "tauri", "vscode-webview", "vscode-file")),
 )
-"""Pages of this machine at any port, and desktop programs made of pages (envconfig.AllowedOrigins of Ollama)."""
+"""Pages on this machine at any port, and desktop programs built from pages (Ollama's envconfig.AllowedOrigins)."""
 
 _FORM = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>\*|(?:\*\.)?[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])"
@@ -28,17 +28,17 @@ _ANY_HOST = r"[^\s/?#@\\,]*"  # with a port; empty in file://
 
 
 def origin_expression(origin: str) -> str:
-    """The regular expression of an origin: SCHEME://HOST[:PORT], the host or its first label or the port being `*`.
+    """The regular expression of an origin: SCHEME://HOST[:PORT]; host, its first label or port may be `*`.
 
     Raises
     ------
     MessageError
-        When it is none.
+        When it is not an origin.
     """
     form = _FORM.fullmatch(origin.strip().lower().removesuffix("/"))
     if form is None:
         raise MessageError(
-            f"--cors was given {origin[:80]!r}, which is the origin of no page; expected SCHEME://HOST or "
+            f"--cors was given {origin[:80]!r}, which is not an origin; expected SCHEME://HOST or "
             "SCHEME://HOST:PORT without a path, such as https://app.example, http://*.app.example, "
             "http://192.168.0.7:*, app://*, or * for all pages."
         )
@@ -58,15 +58,15 @@ def origin_expression(origin: str) -> str:
 
 
 def allowed_origins(settings: Settings) -> re.Pattern[str] | None:
-    """What an `Origin` must match as a whole, besides the server's own; None where no other page may ask.
+    """What an `Origin` must match completely, besides the server's own; None if no other page is allowed.
 
-    `*` is not in it: it allows `null`, too. A server that only this machine can reach, and that asks for no key,
-    lets Ollama's default origins in, as Ollama does.
+    `*` is not part of it, since it allows `null`, too. A server that only this machine can reach and that has no key
+    allows Ollama's default origins, as Ollama does.
 
     Raises
     ------
     MessageError
-        Naming an origin that is none.
+        Names the invalid origin.
     """
     named = [origin for origin in settings.cors_origins if origin != ANY]
     defaults = OLLAMA_DEFAULTS if settings.is_loopback and settings.api_key is None else ()

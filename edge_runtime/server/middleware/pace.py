@@ -1,30 +1,30 @@
-"""How slow somebody may be who sends or reads: so many bytes a second, over any time longer than a patience."""
+"""How slowly a client may send or read: a minimum rate, over any time longer than `patience_s`."""
 
 from __future__ import annotations
 
 
 class Pace:
-    """Time that is left to somebody, who earns it with bytes.
+    """A client's remaining time, which it earns back with bytes.
 
-    It begins with `patience_s`; waiting uses it up, and every `least_per_s` bytes bring a second back, up to where it
-    began. So a burst and a pause are as good as a steady flow, and nobody can send much first and drip ever after: in
-    any `t` seconds at least `(t - patience_s) * least_per_s` bytes have to come.
+    It starts at `patience_s`; waiting uses it up, and every `min_per_s` bytes add a second, up to the initial value.
+    So bursts with pauses are as good as a steady flow, but nobody can send much at first and then trickle forever: in
+    any `t` seconds at least `(t - patience_s) * min_per_s` bytes have to arrive.
 
     Parameters
     ----------
     patience_s : seconds.
-    least_per_s : bytes.
+    min_per_s : bytes.
     """
 
-    def __init__(self, patience_s: float, least_per_s: float) -> None:
-        self._patience_s, self._least_per_s = patience_s, least_per_s
+    def __init__(self, patience_s: float, min_per_s: float) -> None:
+        self._patience_s, self._min_per_s = patience_s, min_per_s
         self.left_s = patience_s
-        """Until it is over if nothing comes; not above 0 when it is."""
+        """Seconds until the time is up if nothing arrives; 0 or less when it is up."""
 
     def waited(self, seconds: float, n_bytes: int) -> bool:
         """Count a wait and what it brought; returns whether there is time left."""
         left = self.left_s - seconds
         if left > 0:
-            left = min(self._patience_s, left + n_bytes / self._least_per_s)
+            left = min(self._patience_s, left + n_bytes / self._min_per_s)
         self.left_s = left
         return left > 0

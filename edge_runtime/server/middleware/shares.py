@@ -1,9 +1,9 @@
-"""Which client asks, and how much of the server one client may hold while there are others.
+"""Which client a request comes from, and how much of the server one client may hold.
 
-A client is an address: nothing else is known before a request is read, and nothing else can be told from outside. The
-addresses of one IPv6 network (/64) are one client, for each of its machines may take any of them. Where all clients
-come through a proxy, or from this machine, they share one address: limits per client are a part of those for all, so
-that one address alone still has most of the server.
+A client is an address: nothing else is known before a request is read. The addresses of one IPv6 network (/64) are
+one client, since each of its machines may use any of them. When all clients come through a proxy, or from this
+machine, they share one address: the limits per client are a large part of those for all, so a single address can
+still use most of the server.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ASKING: ContextVar[str] = ContextVar("edge_runtime_client", default="")
 
 
 def client_of(address: str) -> str:
-    """The client behind an address; empty where there is none (a Unix socket, a test)."""
+    """The client behind an address; empty if there is none (a Unix socket, a test)."""
     try:
         found: IPv4Address | IPv6Address = ip_address(address)
     except ValueError:
@@ -40,12 +40,12 @@ def client_of(address: str) -> str:
 
 
 def asking() -> str:
-    """The client whose request is at work here."""
+    """The client whose request is running in this context."""
     return _ASKING.get()
 
 
 class Clients:
-    """Remembers whose request it is, and turns away those of connections beyond a limit."""
+    """Records whose request it is, and refuses requests on connections beyond the limit."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -68,34 +68,33 @@ class Clients:
 
 @dataclass
 class Places:
-    """So many of something at once.
+    """A limited number of places.
 
     Parameters
     ----------
-    most, most_each : of all clients together, and of one.
-    what : that is counted, in the plural.
+    max_total, max_each : limits for all clients together, and for one.
+    what : what is counted, in the plural, for errors.
     """
 
-    most: int
-    most_each: int
+    max_total: int
+    max_each: int
     what: str
     n: int = 0
     _held: Counter[str] = field(default_factory=Counter)
 
     def take(self, client: str) -> Callable[[], None]:
-        """Take a place; returns what gives it back.
+        """Take a place; returns the function that gives it back.
 
         Raises
         ------
         EngineBusy
             When there is none.
         """
-        if self.n >= self.most:
+        if self.n >= self.max_total:
             raise EngineBusy(f"{self.n} {self.what}, which is the limit; try again later.")
-        if self._held[client] >= self.most_each:
+        if self._held[client] >= self.max_each:
             raise EngineBusy(
-                f"{self._held[client]} {self.what} that came from your address, which is the share of one; try again "
-                "later."
+                f"{self._held[client]} {self.what} from your address, which is its share; try again later."
             )
         self.n += 1
         self._held[client] += 1

@@ -1,4 +1,4 @@
-"""All middleware in its order, and what the owner is warned of."""
+"""All middleware in order, and warnings for the owner."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edge_runtime.server.settings import Settings
 
 
 def middleware(settings: Settings) -> list[Middleware]:
-    """Middleware of a server, the outermost first."""
+    """The server's middleware, outermost first."""
     found = [Middleware(Headers), Middleware(Bodies, settings=settings), Middleware(TimeLimit, settings=settings)]
     found += [Middleware(Clients), Middleware(Gate, settings=settings)]
     allowed = allowed_origins(settings)
@@ -29,7 +29,7 @@ def middleware(settings: Settings) -> list[Middleware]:
                 allow_methods=["*"],
                 allow_headers=["*"],
                 expose_headers=["Retry-After"],
-                allow_private_network=True,  # the origin was named by the owner, or is of this machine
+                allow_private_network=True,  # the owner named the origin, or it is on this machine
             )
         )
     return [*found, Middleware(Key, settings=settings), Middleware(HeadOfGet)]
@@ -40,16 +40,16 @@ def warnings_for(settings: Settings) -> list[str]:
     found = []
     if not settings.is_loopback and settings.api_key is None:
         found.append(
-            f"Everybody who reaches {settings.host}:{settings.port} can use this server, and no key is asked for. "
-            "Give one with --api-key, or listen on this machine alone with --host 127.0.0.1."
+            f"Anybody who can reach {settings.host}:{settings.port} can use this server without a key. "
+            "Set one with --api-key, or listen on this machine alone with --host 127.0.0.1."
         )
     if settings.api_key is not None and len(settings.api_key) < 16:
         found.append(
-            f"The API key has {len(settings.api_key)} characters and can be guessed; take one of 16 or more, such as "
-            "that of: openssl rand -hex 24"
+            f"The API key has {len(settings.api_key)} characters and can be guessed; use 16 or more, such as the "
+            "output of: openssl rand -hex 24"
         )
     if ANY in settings.cors_origins and settings.api_key is None:
-        found.append("Every web page that is open in a browser here may use this server (--cors '*', no --api-key).")
+        found.append("Every web page open in a browser here can use this server (--cors '*', no --api-key).")
     if "*" in settings.allow_url:
         found.append("Pictures are fetched from any public address that a request names (--allow-url '*').")
     return found

@@ -1,4 +1,4 @@
-"""The time that a request may take."""
+"""The time limit of a request."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from edge_runtime.server.middleware.gate import refuse
 from edge_runtime.server.settings import Settings
 
 SPARE_S = 5.0
-"""Routes end their answers themselves, with a word in the stream; this much later it is done without one."""
+"""Routes end their answers themselves, with an error in the stream; this much later they are cut off without one."""
 
 
 MANY_HOURS = ("/api/pull", "/api/push", "/api/create", "/api/blobs/")
-"""Paths whose work may take any time as long as it goes on."""
+"""Paths whose work may take any time as long as it makes progress."""
 
 
 class RequestTimedOut(ServerError):  # noqa: N818 - as HTTP calls it
-    """A body that did not arrive in time."""
+    """The body did not arrive in time."""
 
     status = 408
 

@@ -1,7 +1,7 @@
 """Ollama's /api/chat and /api/generate → `ChatCall`, and events → its replies; pure translation.
 
-Replies are one JSON object a line. While a picture is encoded or a prompt is read, lines with empty content say that
-the answer is alive (never an empty line: clients parse every one); `progress` in them tells how far it is. Durations
+Replies are one JSON object per line. While a picture is encoded or a prompt is read, lines with empty content keep
+the stream alive (never an empty line: clients parse every one); their `progress` says how far the work is. Durations
 are nanoseconds. Tool arguments are objects. Source: api/types.go and server/routes.go of Ollama.
 """
 
@@ -38,7 +38,7 @@ router = APIRouter(prefix="/api", tags=["Ollama"], route_class=JSONRoute)
 router.include_router(ollama_models.router)
 
 API_VERSION = "0.12.6"
-"""Of Ollama, whose API this is: clients look at it before they use what came late."""
+"""Version of Ollama's API: clients check it before they use newer features."""
 
 _MARK = re.compile(r"(\[img(?:-[0-9]{1,9})?\])")
 Fields = dict[str, Any]
@@ -48,7 +48,7 @@ Part = Callable[..., Fields]
 
 @router.get("/version")
 async def version() -> dict[str, str]:
-    """The version of Ollama whose API this is, and ours behind it."""
+    """The version of Ollama's API, followed by our own."""
     return {"version": f"{API_VERSION}-edge-runtime-{__version__}"}
 
 
@@ -85,7 +85,7 @@ async def generate(body: GenerateBody, request: Request, state: State) -> Respon
 
 
 def _raw(body: GenerateBody) -> Fields:
-    """A prompt that is taken as it stands: each picture where `[img-N]` or `[img]` is, the others before it all."""
+    """A prompt used verbatim: each picture at its `[img-N]` or `[img]`, the others before everything."""
     pieces: list[Any] = _MARK.split(body.prompt or "")
     pictures: list[Fields | None] = [{"type": "image", "image": image} for image in body.images or []]
     marks = range(1, len(pieces), 2)
@@ -98,9 +98,9 @@ def _raw(body: GenerateBody) -> Fields:
 
 
 def _joined_at_the_end(messages: list[Fields]) -> list[Fields]:
-    """Texts of the assistant's that a conversation ends with as one message, with an empty line between them.
+    """Join the assistant texts that end a conversation into one message, with an empty line between them.
 
-    So Ollama joins them; of two turns it would not be clear which one is gone on with.
+    Ollama joins them so; with two turns it would be unclear which one is continued.
     """
     found = [*messages]
     while len(found) > 1 and all(_is_plain_answer(message) for message in found[-2:]):
@@ -146,7 +146,7 @@ def _refuse_of_prompts(body: GenerateBody) -> None:
         (
             "template",
             body.template,
-            "prompts are made with the model's own template; send raw=true to write the whole",
+            "prompts are made with the model's own template; send raw=true to write the whole prompt",
         ),
     ):
         if value:
@@ -226,7 +226,7 @@ def _piece(piece: Piece, part: Part) -> Fields:
 
 
 def _progress(beat: Heartbeat) -> Fields:
-    """How far the work before the first token is; a field of our own, which other clients pass over."""
+    """How far the work before the first token is; a field of our own, which other clients ignore."""
     if beat.progress is None:
         return {}
     at = beat.progress
@@ -239,7 +239,7 @@ def _end(answer: Answer, answering: Answering) -> Fields:
     prompt_s = sum(times.get(stage, 0.0) for stage in ("image", "encode", "prefill"))
     return {
         "done": True,
-        # An answer that went in circles was cut, as one that ran out of tokens.
+        # A repetitive answer was cut, like one that ran out of tokens.
         "done_reason": "stop" if answer.finish_reason == "stop" else "length",
         "total_duration": _nanoseconds(time.perf_counter() - answering.outcome.started),
         "load_duration": _nanoseconds(answering.use.load_s),
@@ -247,13 +247,13 @@ def _end(answer: Answer, answering: Answering) -> Fields:
         "prompt_eval_duration": _nanoseconds(prompt_s),
         "eval_count": answer.completion_tokens,
         "eval_duration": _nanoseconds(times.get("decode", 0.0)),
-        # Of our own, so that nothing is dropped without a word: how many of the oldest turns did not fit.
+        # A field of our own: how many of the oldest turns did not fit and were dropped.
         **({"dropped_turns": answer.dropped_turns} if answer.dropped_turns else {}),
     }
 
 
 async def _context(answer: Answer, answering: Answering, body: ChatBody | GenerateBody) -> Fields:
-    """The conversation as ids, which a client of /api/generate may send with its next prompt."""
+    """The conversation as ids, which clients of /api/generate may send with their next prompt."""
     if not isinstance(body, GenerateBody) or body.raw:
         return {}
     turns, model = [*answering.messages, {"role": "assistant", "content": answer.answer}], answering.use.model

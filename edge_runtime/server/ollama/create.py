@@ -1,7 +1,7 @@
-"""Ollama's pull and create: what takes a while, as an iterator of reports in Ollama's words.
+"""Ollama's pull and create: long tasks, as iterators of progress reports in Ollama's form.
 
-Nothing a client writes here is opened as a path: a model is made of names that are in the catalogue and of digests
-that were uploaded, and every file is checked against the rules of its format before anything loads it.
+No client string is opened as a path: a model is made from names in the catalogue and digests of uploads, and every
+file is checked against the rules of its format before anything loads it.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ REPORT_S = 0.2
 
 
 def pullable(name: str, state: ServerState) -> str:
-    """Return a name that may be pulled because a client says so.
+    """Return a name that clients may pull.
 
     Raises
     ------
     ModelNotFound
-        When it names nothing to pull.
+        When there is nothing to pull by that name.
     NotAllowed
         When it is an address on a host that the owner has not allowed.
     """
@@ -58,12 +58,12 @@ def pullable(name: str, state: ServerState) -> str:
         if any(listed.name.lower() == name.lower() for listed in state.catalog.all()):
             return name  # here already
         raise ModelNotFound(
-            f"{visible(name)[:120]!r} names nothing to pull: models of Ollama's registry do not run here; expected "
+            f"{visible(name)[:120]!r} cannot be pulled: models of Ollama's registry do not run here; expected "
             f"{', '.join(ALIASES)}, hf:ORG/REPO or ms:ORG/REPO."
         )
     if source.kind == "url" and not any(each.covers(httpx2.URL(source.place)) for each in _allowed(state)):
         raise NotAllowed(
-            "Models are pulled from hubs only; the owner of this server can allow hosts (--allow-url HOST:PORT)."
+            "Models are only pulled from hubs; the owner of this server can allow hosts (--allow-url HOST:PORT)."
         )
     return name
 
@@ -78,9 +78,9 @@ async def pull(name: str, state: ServerState) -> AsyncIterator[Step]:
     Raises
     ------
     DownloadError, ModelFileError
-        When it cannot be fetched, or is none that runs here.
+        When it cannot be fetched, or is not a model that runs here.
     EngineBusy
-        When too many are being pulled.
+        When too many models are being pulled.
     """
     leave = state.pulls.take(asking())
     try:
@@ -116,7 +116,7 @@ def _fetch(name: str, state: ServerState, report: Callable[[Step], None]) -> Non
         on_wait=wait,
         library=state.catalog.library,
         allowed=_allowed(state),
-        most_bytes=state.catalog.room(),
+        max_bytes=state.catalog.room(),
     )
     if entry.kind == "checkpoint":
         raise ModelFileError(
@@ -128,20 +128,20 @@ def _fetch(name: str, state: ServerState, report: Callable[[Step], None]) -> Non
     report({"status": "writing manifest"})
 
 
-class _Abandoned(Exception):  # noqa: N818 - nobody is told
-    """Raised in a worker whose reports nobody reads any more."""
+class _Abandoned(Exception):  # noqa: N818 - nobody sees it
+    """Raised in a worker when nobody reads its reports any more."""
 
 
 async def _in_thread(
     work: Callable[[Callable[[Step], None]], None], on_end: Callable[[], None]
 ) -> AsyncIterator[Step]:
-    """Run something in a thread of its own and hand on its reports; whoever stops reading ends it at its next one.
+    """Run work in its own thread and yield its reports; it ends at its next report once the reader is gone.
 
-    A download may stand still for minutes: it takes none of the threads that other requests need.
+    A download may stall for minutes, so it must not occupy threads that other requests need.
 
     Parameters
     ----------
-    on_end : called when the thread has ended, in that of the event loop.
+    on_end : called in the event loop's thread when the worker has ended.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Step | None]()
     abandoned = threading.Event()
@@ -166,7 +166,7 @@ async def _in_thread(
         except BaseException as error:  # noqa: BLE001 - raised where somebody waits for it
             errors.append(error)
         finally:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and all that it counted
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and its counters with it
                 loop.call_soon_threadsafe(on_end)
                 loop.call_soon_threadsafe(queue.put_nowait, None)
 
@@ -186,7 +186,7 @@ async def create(body: CreateBody, state: ServerState) -> AsyncIterator[Step]:
     Raises
     ------
     RequestError, ModelNotFound, ModelFileError
-        When it cannot be made of what is here.
+        When it cannot be made from the files here.
     """
     name = checked_name(body.wanted)
     body = _with_modelfile(body)
@@ -196,12 +196,12 @@ async def create(body: CreateBody, state: ServerState) -> AsyncIterator[Step]:
             "server's machine.",
             "quantize",
         )
-    submit_options(body.parameters)  # refused now rather than with every request
+    submit_options(body.parameters)  # refuse now rather than with every request
     yield {"status": "reading model metadata"}
     loop = asyncio.get_running_loop()
     record = await loop.run_in_executor(state.making, _record, body, state)
     if body.template and body.template.strip() != await asyncio.to_thread(_own_template, record, state):
-        yield {"status": "keeping the template to be shown; prompts are made with the one in the model's file"}
+        yield {"status": "storing the template for display only; prompts use the one in the model's file"}
     yield {"status": "writing manifest"}
     await asyncio.to_thread(state.catalog.put, record, name)
     yield {"status": "success"}
@@ -212,7 +212,7 @@ def _own_template(record: Record, state: ServerState) -> str:
 
 
 def _with_modelfile(body: CreateBody) -> CreateBody:
-    """A body in which the text of a Modelfile has become fields, as older clients need it.
+    """The body with the text of its Modelfile as fields; older clients send one.
 
     Raises
     ------
@@ -220,13 +220,15 @@ def _with_modelfile(body: CreateBody) -> CreateBody:
         When the Modelfile, or the body, names a path.
     """
     if body.path:
-        raise RequestError("path was given, but a request opens no files here; send the text as 'modelfile'.", "path")
+        raise RequestError("path was given, but requests open no files here; send the text as 'modelfile'.", "path")
     if not body.modelfile:
         return body
     found = parse_modelfile(body.modelfile)
     names = [source for source in found.sources if not _is_digest(source)]
     if len(names) > 1:
-        raise RequestError("The Modelfile has several FROM with names; expected one name, or digests of uploads.")
+        raise RequestError(
+            "The Modelfile has several FROM lines with names; expected one name, or digests of uploads."
+        )
     for adapter in found.adapters:
         checked_digest(adapter.removeprefix("@"))
     digests = [source.removeprefix("@") for source in found.sources if _is_digest(source)]
@@ -250,7 +252,7 @@ def _is_digest(source: str) -> bool:
 
 
 def _record(body: CreateBody, state: ServerState) -> Record:
-    """What the new model is made of, all files checked."""
+    """The new model's record, with all files checked."""
     if not body.source and not body.files:
         raise RequestError("Neither 'from' nor 'files' was given; expected a model's name or uploaded files.", "from")
     record = state.catalog.record_of(_base_name(body.source)) if body.source else Record("")
@@ -280,7 +282,7 @@ def _record(body: CreateBody, state: ServerState) -> Record:
 def _base_name(source: str) -> str:
     if source.startswith(("/", ".", "~")) or "\\" in source:
         raise RequestError(
-            "'from' looks like a path, and a request opens no files here; expected a model's name, or upload the "
+            "'from' looks like a path, but requests open no files here; expected a model's name, or upload the "
             "files and give their digests.",
             "from",
         )
@@ -317,7 +319,7 @@ def _uploaded(digest: str, state: ServerState) -> Path:
 
 
 def _check_files(record: Record, state: ServerState) -> None:
-    """Hold the files of a record against each other, before anything loads them."""
+    """Check that the files of a record fit together, before anything loads them."""
     base = state.catalog.find(record.base) if record.base else None
     paths: dict[str, Path] = {}
     for role, digest in (("decoder", record.decoder), ("mmproj", record.mmproj)):
@@ -327,8 +329,7 @@ def _check_files(record: Record, state: ServerState) -> None:
             paths[role] = getattr(base.paths, role)
         else:
             raise RequestError(
-                f"The files hold no {role} file; expected both parts of the model, or 'from' with a model to take it "
-                "from.",
+                f"There is no {role} file; expected both parts of the model, or 'from' with a model to take it from.",
                 "files",
             )
     try:

@@ -1,7 +1,7 @@
-"""The text of a Modelfile → what it asks for; and back, for `show`.
+"""The text of a Modelfile ↔ its contents; back to text for `show`.
 
-Grammar (Ollama's parser/parser.go): KEYWORD value, keywords in any case, `#` begins a comment line, values bare to
-the end of the line, in quotes, or in three of them over several lines.
+Grammar (Ollama's parser/parser.go): KEYWORD value, keywords in any case, `#` starts a comment line; values are bare
+to the end of the line, quoted, or in triple quotes over several lines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WORD = re.compile(r"[ \t]*([A-Za-z_]+)[ \t]*")
 
 @dataclass
 class Modelfile:
-    """What stands in one."""
+    """Contents of a Modelfile."""
 
     sources: list[str] = field(default_factory=list)
     """Values of FROM."""
@@ -52,7 +52,7 @@ def parse_modelfile(text: str) -> Modelfile:
     Raises
     ------
     RequestError
-        Naming the line that is not understood.
+        Names the line that cannot be read.
     """
     found, text = Modelfile(), text.removeprefix("\ufeff")  # Windows' editors write a byte order mark
     position = 0
@@ -85,13 +85,13 @@ def parse_modelfile(text: str) -> Modelfile:
 
 
 def _value(text: str, position: int, number: int) -> tuple[str, int]:
-    """The value that begins here, and where the next line does."""
+    """The value at this position, and the position of the next line."""
     if text.startswith('"""', position):
         end = text.find('"""', position + 3)
         if end < 0:
-            raise RequestError(f'Line {number} of the Modelfile opens """ that are never closed; close them.')
-        rest = text.find("\n", end)
-        return text[position + 3 : end], len(text) if rest < 0 else rest + 1
+            raise RequestError(f'Line {number} of the Modelfile opens """ and never closes it; close it.')
+        newline = text.find("\n", end)
+        return text[position + 3 : end], len(text) if newline < 0 else newline + 1
     end = text.find("\n", position)
     end = len(text) if end < 0 else end
     value = text[position:end].strip()
@@ -126,7 +126,7 @@ def _take(found: Modelfile, keyword: str, name: str, value: str, number: int) ->
 
 
 def _typed(value: str) -> Any:
-    """A parameter's value: number, truth, or text."""
+    """A parameter's value: number, boolean, or text."""
     try:
         typed = json.loads(value)
     except ValueError:
@@ -167,5 +167,5 @@ def modelfile_of(
 
 
 def _quoted(text: str) -> str:
-    """A text as a value; there are no escapes in quotes."""
+    """A text as a value; quotes have no escapes."""
     return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'

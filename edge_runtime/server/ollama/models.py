@@ -32,7 +32,7 @@ from edge_runtime.server.state import State
 router = APIRouter(route_class=JSONRoute)
 
 FOR_EVER = datetime.datetime(2318, 1, 1, tzinfo=datetime.UTC)
-"""When a model expires that stays; Ollama says something as far away."""
+"""Reported expiry of a model that stays loaded; Ollama reports a date as distant."""
 
 
 @router.get("/tags")
@@ -42,7 +42,7 @@ async def tags(state: State) -> dict[str, Any]:
 
 
 def _listings(catalog: Catalog, settings: Settings) -> list[dict[str, Any]]:
-    """All models but those whose files are damaged, which cannot be used either."""
+    """All models except those with damaged files, which cannot be used."""
     found = []
     for listed in catalog.all():
         with contextlib.suppress(ModelFileError, OSError):
@@ -73,7 +73,7 @@ async def running(state: State) -> dict[str, Any]:
 def _running(slot: Slot) -> dict[str, Any]:
     facts = facts_of(slot.listed)
     expires = FOR_EVER
-    if slot.keep_alive_s >= 0:  # while it is used: as if the answer ended now
+    if slot.keep_alive_s >= 0:  # while in use: as if the answer ended now
         when = slot.expires_at or time.time() + slot.keep_alive_s
         expires = datetime.datetime.fromtimestamp(when, datetime.UTC)
     return {
@@ -90,7 +90,7 @@ def _running(slot: Slot) -> dict[str, Any]:
 
 @router.post("/show")
 async def show(body: ShowBody, state: State) -> dict[str, Any]:
-    """Tell what is known of a model."""
+    """Describe a model."""
 
     def describe() -> dict[str, Any]:
         listed = state.catalog.find(body.wanted)
@@ -122,19 +122,19 @@ def _description(listed: Listed, facts: Facts) -> dict[str, Any]:
 
 @router.post("/pull")
 async def pull(body: PullBody, request: Request, state: State) -> Response:
-    """Fetch a model into the store, telling how far it is."""
+    """Fetch a model into the store, with progress reports."""
     name = making.pullable(plain_name(body.wanted), state)
     return await _steps(making.pull(name, state), request, stream=body.stream is not False)
 
 
 @router.post("/create")
 async def create(body: CreateBody, request: Request, state: State) -> Response:
-    """Make a model of files that are here, with texts and options of its own."""
+    """Make a model from files that are here, with its own texts and options."""
     return await _steps(making.create(body, state), request, stream=body.stream is not False)
 
 
 async def _steps(steps: AsyncIterator[dict[str, Any]], request: Request, *, stream: bool) -> Response:
-    """Reports of something that takes a while: all of them as they come, or the last one alone."""
+    """Reports of a long task: all of them as they come, or only the last one."""
     if not stream:
         last: dict[str, Any] = {}
 
@@ -145,14 +145,14 @@ async def _steps(steps: AsyncIterator[dict[str, Any]], request: Request, *, stre
 
         await while_connected(request, through())
         return JSONResponse(last)
-    first = await anext(steps)  # what is wrong from the start gets a status of its own
+    first = await anext(steps)  # an error before the first report gets its own status
 
     async def lines() -> AsyncIterator[str]:
         try:
             yield json.dumps(first) + "\n"
             async for step in steps:
                 yield json.dumps(step) + "\n"
-        except Exception as error:  # noqa: BLE001 - the status is sent: all that is left is to say it in the stream
+        except Exception as error:  # noqa: BLE001 - the status is already sent: report it in the stream
             yield error_line(error, "ollama") + "\n"
 
     return StreamingResponse(lines(), media_type=NDJSON)
@@ -167,7 +167,7 @@ async def copy(body: CopyBody, state: State) -> Response:
 
 @router.delete("/delete")
 async def delete(body: DeleteBody, state: State) -> Response:
-    """Forget a model, and remove its files if no other name needs them."""
+    """Delete a model's name, and its files if no other name needs them."""
     if not body.wanted:
         raise RequestError("The request names no model; expected its name as 'model'.", "model")
     listed = await asyncio.to_thread(state.catalog.delete, body.wanted)
@@ -179,13 +179,13 @@ async def delete(body: DeleteBody, state: State) -> Response:
 
 @router.head("/blobs/{digest}")
 async def has_blob(digest: str, state: State) -> Response:
-    """Say whether an upload is here."""
+    """Say whether an upload exists."""
     return Response(status_code=200 if state.catalog.blobs.has(digest) else 404)
 
 
 @router.post("/blobs/{digest}", status_code=201)
 async def receive_blob(digest: str, request: Request, state: State) -> Response:
-    """Take an upload whose contents have this digest."""
+    """Receive an upload whose contents have this digest."""
     announced = request.headers.get("content-length", "")
     length = int(announced) if announced.isascii() and announced.isdecimal() else None
     leave = state.uploads.take(asking())
@@ -200,9 +200,9 @@ async def receive_blob(digest: str, request: Request, state: State) -> Response:
 @router.post("/embed")
 @router.post("/embeddings")
 async def embed(body: EmbedBody, state: State) -> Response:
-    """Refuse: the model answers, it makes no embeddings."""
+    """Refuse: the model makes no embeddings."""
     listed = state.catalog.find(body.wanted)
     raise RequestError(
-        f"{listed.name} does not support embeddings; it answers questions. Use an embedding model of another server.",
+        f"{listed.name} does not support embeddings; it answers questions. Use an embedding model on another server.",
         "model",
     )

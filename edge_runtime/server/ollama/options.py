@@ -1,4 +1,4 @@
-"""Words of Ollama's requests and Modelfiles → keyword arguments of `Model.submit`. Knows no routes."""
+"""Options of Ollama's requests and Modelfiles → keyword arguments of `Model.submit`. Knows no routes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from edge_runtime.server.errors import RequestError
 
-LONGEST_KEEP_S = 10 * 365 * 86400.0
+MAX_KEEP_ALIVE_S = 10 * 365 * 86400.0
 
 
 def format_options(wanted: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0
 
 
 def keep_alive_seconds(value: float | str | None) -> float | None:
-    """Translate `keep_alive`: seconds, or a duration as Go writes it (`5m`, `1h30m`); below 0 is for ever.
+    """Translate `keep_alive`: seconds, or a duration as Go writes it (`5m`, `1h30m`); below 0 is forever.
 
     Raises
     ------
@@ -50,10 +50,10 @@ def keep_alive_seconds(value: float | str | None) -> float | None:
     seconds = _seconds(value)
     if seconds is None or seconds != seconds:
         raise RequestError(
-            f"keep_alive is {str(value)[:40]!r}; expected seconds, or a duration such as '5m'; -1 keeps the model.",
+            f"keep_alive is {str(value)[:40]!r}; expected seconds, or a duration such as '5m'; -1 keeps it loaded.",
             "keep_alive",
         )
-    return -1.0 if seconds < 0 else min(seconds, LONGEST_KEEP_S)
+    return -1.0 if seconds < 0 else min(seconds, MAX_KEEP_ALIVE_S)
 
 
 def _seconds(value: float | str) -> float | None:
@@ -70,7 +70,7 @@ def _seconds(value: float | str) -> float | None:
 
 
 def parameter_lines(parameters: Mapping[str, Any]) -> str:
-    """Parameters as Ollama shows them: one a line, in two columns."""
+    """Parameters as Ollama shows them: one per line, in two columns."""
     lines = []
     for name, value in sorted(parameters.items()):
         for item in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:

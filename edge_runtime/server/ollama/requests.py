@@ -1,7 +1,7 @@
 """Bodies of requests to Ollama's API.
 
-A field that is not named here is passed over, as Ollama does, unless it says what the answer must be: then it is
-refused by its name, for an answer that ignores it would look like one that follows it.
+Unknown fields are ignored, as in Ollama, unless they constrain the answer: then they are refused by name, since an
+answer that ignores one would look like one that follows it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from edge_runtime.server.errors import RequestError
 
-MOST_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS = 20
 
 
 class _Body(BaseModel):
@@ -20,31 +20,31 @@ class _Body(BaseModel):
 
 
 class _Named(_Body):
-    """A request about a model; older clients call its name `name`."""
+    """A request about a model; older clients name it under `name`."""
 
     model: str = ""
     name: str = ""
 
     @property
     def wanted(self) -> str:
-        """The name, whatever it is called."""
+        """The model's name, from either field."""
         return self.model or self.name
 
 
 _AS_FORMAT = "send the schema as format"
-_AS_OPTION = "it belongs into options"
+_AS_OPTION = "it belongs in options"
 BINDING = {
     **dict.fromkeys(
         ("schema", "json_schema", "response_format", "structured_outputs", "guided_json", "output_format"), _AS_FORMAT
     ),
     **dict.fromkeys(
         ("grammar", "guided_grammar", "guided_regex", "guided_choice"),
-        "answers follow JSON schemas (format) and no other grammar",
+        "answers can follow a JSON schema (format) but no other grammar",
     ),
     **dict.fromkeys(("stop", "num_predict", "n_predict", "max_slices", "image_max_tokens"), _AS_OPTION),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "it belongs into options, as num_predict"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "it belongs in options, as num_predict"),
     **dict.fromkeys(("logit_bias", "bad_words"), "tokens cannot be forced or forbidden here"),
-    **dict.fromkeys(("n", "best_of"), "one answer is given to a request; send it again for more"),
+    **dict.fromkeys(("n", "best_of"), "a request gets one answer; send it again for more"),
     **dict.fromkeys(("thinking", "reasoning", "reasoning_effort"), "send think"),
     "adapter": "name a model that was made with it",
 }
@@ -66,26 +66,26 @@ class _Answered(_Named):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     truncate: bool | None = None
-    """Whether a conversation that does not fit loses its oldest turns (the default), or is refused."""
+    """Whether a conversation that does not fit loses its oldest turns (the default) or is refused."""
     shift: bool | None = None
-    """Passed over: answers that reach the end of the context end there, and say so (`length`)."""
+    """Ignored: answers that reach the end of the context end there, and say so (`length`)."""
     debug_render_only: bool | None = Field(None, alias="_debug_render_only")
 
     def refuse_what_binds(self) -> None:
-        """Refuse fields that say what an answer must be and are not known here.
+        """Refuse unknown fields that constrain the answer.
 
         Raises
         ------
         RequestError
-            Naming one.
+            Names the field.
         """
         for name, value in (self.model_extra or {}).items():
             instead = self.elsewhere.get(name) or BINDING.get(name)
             if instead and value not in (None, "", [], {}, False):
                 raise RequestError(f"{name} was given, which this route cannot follow: {instead}.", name)
-        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS:
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise RequestError(
-                f"top_logprobs is {self.top_logprobs}; expected a number from 0 to {MOST_TOP_LOGPROBS}.",
+                f"top_logprobs is {self.top_logprobs}; expected a number from 0 to {MAX_TOP_LOGPROBS}.",
                 "top_logprobs",
             )
 
@@ -95,7 +95,7 @@ class ChatBody(_Answered):
 
     elsewhere: ClassVar[dict[str, str]] = {
         "prompt": "send it as the last of messages, or to /api/generate",
-        "images": "they belong into the messages that they are about",
+        "images": "they belong in the messages that they are about",
         "suffix": "the model cannot fill in text before a suffix",
         "template": "prompts are made with the model's own template",
         "raw": "raw prompts go to /api/generate",
@@ -104,12 +104,12 @@ class ChatBody(_Answered):
     }
     messages: list[dict[str, Any]] | None = None
     system: str | None = None
-    """No field of Ollama's here, but Open WebUI sends it: stands before the messages, unless they have it."""
+    """Not a field of Ollama's /api/chat, but Open WebUI sends it: put before the messages unless they contain it."""
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
-    """No field of Ollama's: `auto` and `none` as in OpenAI's API, and what is in between as well."""
+    """Not a field of Ollama's: as in OpenAI's API."""
     continue_final_message: bool | None = None
-    """No field of Ollama's: whether a last message of the assistant is continued (None: it is) or closed."""
+    """Not a field of Ollama's: whether a final assistant message is continued (None: it is) or closed."""
 
 
 class GenerateBody(_Answered):
@@ -117,11 +117,11 @@ class GenerateBody(_Answered):
 
     elsewhere: ClassVar[dict[str, str]] = {
         "messages": "conversations go to /api/chat",
-        "tools": "models are told of tools by /api/chat",
-        "tool_choice": "models are told of tools by /api/chat",
-        "functions": "models are told of tools by /api/chat",
+        "tools": "tools are supported by /api/chat only",
+        "tool_choice": "tools are supported by /api/chat only",
+        "functions": "tools are supported by /api/chat only",
         "continue_final_message": "conversations go to /api/chat",
-        **dict.fromkeys(("width", "height", "steps"), "the model answers in text and draws no pictures"),
+        **dict.fromkeys(("width", "height", "steps"), "the model writes text and generates no pictures"),
     }
     prompt: str | None = None
     suffix: str | None = None

@@ -1,6 +1,6 @@
 """OpenAI's API → `ChatCall`, and events → its replies; pure translation.
 
-What requests mean is in `openai_requests`, what replies look like in `openai_replies`; responses have `responses`.
+`requests` reads requests, `replies` writes replies; the responses API is in `responses`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from edge_runtime.server.fields.refused import with_warnings
 from edge_runtime.server.inference import Answering, ChatCall
 from edge_runtime.server.openai import reply_types as shapes
 from edge_runtime.server.openai import responses
-from edge_runtime.server.openai.chunks import Telling, lines, one_call, whole_answers
+from edge_runtime.server.openai.chunks import ProgressReport, lines, one_call, whole_answers
 from edge_runtime.server.openai.llama_server_facts import entry_fields, list_fields
 from edge_runtime.server.openai.replies import (
     ChatChunks,
@@ -55,19 +55,19 @@ async def chat_completions(request: Request, state: State, body: ChatCompletionR
     warnings = body.all_warnings()
     state.inference.check_answers(body.n_answers)
     call = ChatCall(
-        body.model, body.conversation(), body.options(), n=body.n_answers, tells_progress=body.tells_progress
+        body.model, body.conversation(), body.options(), n=body.n_answers, reports_progress=body.reports_progress
     )
     model = body.model or state.catalog.default
     with fields_as_sent(body.names()):
         if body.stream:
-            chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, most_calls=body.most_calls)
+            chunks = ChatChunks(model, body.n_answers, include_usage=body.include_usage, max_calls=body.max_calls)
             answering = await begin(request, state.inference, call)
-            telling = Telling(answering, times=bool(body.timings_per_token))
-            stream = AnswerStreamResponse(answering, lambda events: lines(events, chunks, telling), "sse", "openai")
+            report = ProgressReport(answering, times=bool(body.timings_per_token))
+            stream = AnswerStreamResponse(answering, lambda events: lines(events, chunks, report), "sse", "openai")
             return with_warnings(stream, warnings)
 
         async def reply(answering: Answering) -> Response:
-            return sse.body(chat_completion(await answering.whole(), model, most_calls=body.most_calls))
+            return sse.body(chat_completion(await answering.whole(), model, max_calls=body.max_calls))
 
         return with_warnings(await whole(request, state.inference, call, reply), warnings)
 
@@ -78,7 +78,7 @@ async def chat_completions(request: Request, state: State, body: ChatCompletionR
     responses={200: {"model": shapes.InputTokens}, **ERRORS},
 )
 async def input_tokens(request: Request, state: State, body: ChatCompletionRequest) -> Response:
-    """Count the tokens of a conversation, its pictures' included, without answering it; so does llama-server."""
+    """Count the tokens of a conversation, its pictures included, without answering it, as in llama-server."""
     warnings = body.all_warnings()
     call = ChatCall(body.model, body.conversation(), body.prompt_options())
     with fields_as_sent(body.names()):
@@ -92,7 +92,7 @@ async def input_tokens(request: Request, state: State, body: ChatCompletionReque
     responses={200: {"model": shapes.TextCompletion, "content": sse.DESCRIBED}, **ERRORS},
 )
 async def completions(request: Request, state: State, body: CompletionRequest) -> Response:
-    """Go on with a text as it stands, without the chat template; so do llama-server and vLLM."""
+    """Continue a text verbatim, without the chat template, as in llama-server and vLLM."""
     warnings, options, prompts = body.all_warnings(), body.options(), body.prompts
     state.inference.check_answers(body.n_answers)
     texts = TextCompletions(
@@ -105,8 +105,8 @@ async def completions(request: Request, state: State, body: CompletionRequest) -
         if body.stream:
             answering = await begin(request, state.inference, one_call(calls))
             texts.echoed = [_echoed(body, prompts[0], answering)] * body.n_answers
-            telling = Telling(answering, times=bool(body.timings_per_token))
-            stream = AnswerStreamResponse(answering, lambda events: lines(events, texts, telling), "sse", "openai")
+            report = ProgressReport(answering, times=bool(body.timings_per_token))
+            stream = AnswerStreamResponse(answering, lambda events: lines(events, texts, report), "sse", "openai")
             return with_warnings(stream, warnings)
         found = await while_connected(request, whole_answers(state.inference, calls))
     return with_warnings(_whole_texts(body, texts, found), warnings)
@@ -114,11 +114,11 @@ async def completions(request: Request, state: State, body: CompletionRequest) -
 
 def _text_call(body: CompletionRequest, prompt: str | list[int], options: dict[str, Any]) -> ChatCall:
     text, ids = (prompt, {}) if isinstance(prompt, str) else ("", {"prompt_ids": prompt})
-    return ChatCall(body.model, text, {**options, **ids}, n=body.n_answers, tells_progress=body.tells_progress)
+    return ChatCall(body.model, text, {**options, **ids}, n=body.n_answers, reports_progress=body.reports_progress)
 
 
 def _echoed(body: CompletionRequest, prompt: str | list[int], answering: Answering) -> str:
-    """What is repeated before an answer."""
+    """The prompt to repeat before an answer."""
     if not body.echo:
         return ""
     if isinstance(prompt, str):
@@ -129,12 +129,12 @@ def _echoed(body: CompletionRequest, prompt: str | list[int], answering: Answeri
 def _whole_texts(
     body: CompletionRequest, texts: TextCompletions, found: Sequence[tuple[Answering, list[Answer]]]
 ) -> Response:
-    """Answers to all prompts, numbered through."""
+    """Answers to all prompts, numbered consecutively."""
     answers: list[Answer] = []
     echoed: list[str] = []
     scores: dict[int, list[TokenLogprobs]] = {}
     for prompt, (answering, of_prompt) in zip(body.prompts, found, strict=True):
-        first = of_prompt[0].prompt_logprobs or []  # the prompt is scored for the first of its answers
+        first = of_prompt[0].prompt_logprobs or []  # only the first answer carries the prompt's scores
         scores |= {len(answers) + i: first for i in range(len(of_prompt))}
         echoed += [_echoed(body, prompt, answering)] * len(of_prompt)
         answers += of_prompt
@@ -172,7 +172,7 @@ async def models(state: State) -> Response:
 
 @router.get("/v1/models/{model:path}", response_model=None, responses={200: {"model": shapes.ModelEntry}, **ERRORS})
 async def model(state: State, model: str) -> Response:
-    """Tell of one model; its name may have slashes."""
+    """Describe one model; its name may contain slashes."""
     return sse.body(_entry(await asyncio.to_thread(state.catalog.find, model), _contexts(state)))
 
 
@@ -185,7 +185,7 @@ class EmbeddingsRequest(Loose):
 
 @router.post("/v1/embeddings", response_model=None, responses=ERRORS)
 async def embeddings(state: State, body: EmbeddingsRequest) -> Response:
-    """Refuse: a model that answers about pictures makes no embeddings of texts."""
+    """Refuse: the model makes no embeddings."""
     listed = await asyncio.to_thread(state.catalog.find, body.model)
     raise RequestError(
         f"{listed.name} answers questions and makes no embeddings; use a model made for them on another server.",

@@ -1,7 +1,7 @@
-"""Events of the engine → streams that are rows of chunks: chats and completions of OpenAI's, and llama-server's own.
+"""Events of the engine → streams of chunks: OpenAI's chats and completions, and llama-server's own.
 
-What a stream tells of its own work is llama-server's: `prompt_progress`, where `return_progress` asks for it, and
-`timings`, where `timings_per_token` does.
+Progress reports follow llama-server: `prompt_progress` if `return_progress` asks for it, and
+`timings` if `timings_per_token` does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Chunks(Protocol):
         """What comes before the answers."""
 
     def of_prompt(self) -> Chunk:
-        """One that holds nothing of an answer."""
+        """A chunk without any part of an answer."""
 
     def piece(self, index: int, piece: Piece) -> Iterable[Chunk]:
         """A piece of an answer."""
@@ -39,34 +39,34 @@ class Chunks(Protocol):
         """The end of an answer."""
 
     def usage(self, answers: Sequence[Answer]) -> Iterable[Chunk]:
-        """What comes behind all answers."""
+        """What comes after all answers."""
 
 
-class Telling:
-    """What a stream tells of its own work.
+class ProgressReport:
+    """What a stream reports about its own work.
 
     Parameters
     ----------
-    answering : knows whether it is to tell of the prompt.
-    times : whether each piece has the times until then.
+    answering : says whether prompt progress is reported.
+    times : whether each piece carries timings.
     """
 
     def __init__(self, answering: Answering, *, times: bool) -> None:
         self._answering, self._times = answering, times
         self._started = time.perf_counter()
         self._first: dict[int, float] = {}
-        """Number of an answer → when its first piece came."""
-        self._told = -1
+        """Number of an answer → time of its first piece."""
+        self._reported = -1
 
     def of_prompt(self, progress: Progress | None) -> dict[str, Any]:
-        """Fields of a chunk that tells of the prompt: when it begins, then whenever more was read; none otherwise."""
-        if not self._answering.tells_progress or progress is None or not progress.prompt_tokens:
+        """Fields that report prompt progress: at its start, then whenever more was read; otherwise none."""
+        if not self._answering.reports_progress or progress is None or not progress.prompt_tokens:
             return {}
         done = progress.cached_tokens + (progress.done if progress.stage == "prefill" else 0)
-        if done <= self._told:
+        if done <= self._reported:
             return {}
-        self._told, seconds = done, time.perf_counter() - self._started
-        told: PromptProgress = {
+        self._reported, seconds = done, time.perf_counter() - self._started
+        fields: PromptProgress = {
             "total": progress.prompt_tokens,
             "cache": progress.cached_tokens,
             "processed": done,
@@ -74,10 +74,10 @@ class Telling:
         }
         n_read = done - progress.cached_tokens
         times = {"timings": running_timings(progress.cached_tokens, n_read, seconds if n_read else 0.0, 0, 0.0)}
-        return {"prompt_progress": told, **(times if self._times else {})}
+        return {"prompt_progress": fields, **(times if self._times else {})}
 
     def of_piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Fields of the chunks of a piece."""
+        """Fields for the chunks of a piece."""
         if not self._times:
             return {}
         progress, now = self._answering.progress or Progress("prefill", 0, 0), time.perf_counter()
@@ -91,28 +91,28 @@ class Telling:
 
 
 async def lines(
-    events: AsyncIterator[tuple[int, Event]], chunks: Chunks, telling: Telling, *, last: str = sse.DONE
+    events: AsyncIterator[tuple[int, Event]], chunks: Chunks, report: ProgressReport, *, last: str = sse.DONE
 ) -> AsyncIterator[str]:
     """Events of a stream as text.
 
     Parameters
     ----------
-    last : what ends it.
+    last : text that ends the stream.
     """
     answers: dict[int, Answer] = {}
     for chunk in chunks.begin():
         yield sse.event(chunk)
     async for number, event in events:
         if isinstance(event, Heartbeat):
-            told = telling.of_prompt(event.progress)
-            yield sse.event({**chunks.of_prompt(), **told}) if told else sse.BEAT
+            fields = report.of_prompt(event.progress)
+            yield sse.event({**chunks.of_prompt(), **fields}) if fields else sse.BEAT
         elif isinstance(event, Answer):
             answers[number] = event
             yield sse.event(chunks.end(number, event))
         else:
-            told = telling.of_piece(number, event)
+            fields = report.of_piece(number, event)
             for chunk in chunks.piece(number, event):
-                yield sse.event({**chunk, **told})
+                yield sse.event({**chunk, **fields})
     for chunk in chunks.usage([answers[number] for number in sorted(answers)]):
         yield sse.event(chunk)
     if last:
@@ -120,7 +120,7 @@ async def lines(
 
 
 def one_call(calls: Sequence[ChatCall]) -> ChatCall:
-    """The only one, whose answers can be streamed.
+    """The only call, whose answers can be streamed.
 
     Raises
     ------
@@ -129,14 +129,14 @@ def one_call(calls: Sequence[ChatCall]) -> ChatCall:
     """
     if len(calls) > 1:
         raise RequestError(
-            f"prompt holds {len(calls)} prompts, but a stream has the answers to one; send one, or leave out stream.",
+            f"prompt holds {len(calls)} prompts, but a stream answers only one; send one, or leave out stream.",
             "prompt",
         )
     return calls[0]
 
 
 async def whole_answers(inference: Inference, calls: Sequence[ChatCall]) -> list[tuple[Answering, list[Answer]]]:
-    """Answers to several prompts, made side by side."""
+    """Answers to several prompts, generated concurrently."""
     async with AsyncExitStack() as stack:
         begun = []
         for call in calls:

@@ -1,7 +1,7 @@
-"""What requests of chat completions and of responses have in common, besides how tokens are chosen.
+"""What requests of chat completions and responses have in common, besides sampling.
 
-Tools and their choice, reasoning, and pictures; the two APIs write conversations and descriptions of functions in
-forms of their own.
+Tools and their choice, reasoning, and pictures; each API has its own form for conversations and function
+descriptions.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from edge_runtime.server.fields.tools import choose_tools, described, given, off
 
 
 class Reasoning(Loose):
-    """About reasoning."""
+    """Settings of reasoning."""
 
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = Field(
-        None, description="Ignored: the reasoning itself is told."
+        None, description="Ignored: replies contain the reasoning itself."
     )
 
 
@@ -29,24 +29,24 @@ class ConversationFields(SamplingFields):
     """Fields of both."""
 
     flat_functions: ClassVar[bool]
-    """Whether a function's name may stand beside its type, not inside of `function`."""
+    """Whether a function's name may be beside its type instead of inside `function`."""
 
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    reasoning: Reasoning | None = Field(None, description="As in responses; Ollama takes it in chats, too.")
-    thinking_budget: int | None = Field(None, ge=0, description="Most tokens of reasoning.")
-    max_slices: int | None = Field(None, ge=1, description="Most cells that a picture is cut into.")
+    reasoning: Reasoning | None = Field(None, description="As in responses; Ollama accepts it in chats, too.")
+    thinking_budget: int | None = Field(None, ge=0, description="Largest number of reasoning tokens.")
+    max_slices: int | None = Field(None, ge=1, description="Largest number of cells per picture.")
 
     @property
-    def most_calls(self) -> int | None:
-        """1 where the client takes one call at a time."""
+    def max_calls(self) -> int | None:
+        """1 if the client accepts one call at a time."""
         return 1 if self.parallel_tool_calls is False else None
 
     @property
     def effort(self) -> Effort | None:
-        """How much the model is to reason."""
+        """How much the model should reason."""
         return self.reasoning.effort if self.reasoning is not None else None
 
     def offered_tools(self) -> tuple[list[dict[str, Any]], list[str]]:
@@ -55,13 +55,13 @@ class ConversationFields(SamplingFields):
         Raises
         ------
         RequestError
-            Naming a tool that is none.
+            Names the invalid tool.
         """
         flat = self.flat_functions
         return offered(self.tools or [], self.tool_choice, lambda tool, where: described(tool, where, flat=flat))
 
     def options(self) -> Options:
-        """Arguments of `Model.submit`, those of the route left out.
+        """Arguments of `Model.submit`, without the route's own.
 
         Raises
         ------
@@ -72,7 +72,7 @@ class ConversationFields(SamplingFields):
         return self.sampling_options() | given(tools=tools or None, tool_choice=choice, max_slices=self.max_slices)
 
     def prompt_options(self) -> Options:
-        """Those of them that decide the prompt."""
+        """The options that affect the prompt."""
         options = self.options()
         kept = {name: options[name] for name in PROMPT_OPTIONS if name in options}
         if options.get("tool_choice") == "none":

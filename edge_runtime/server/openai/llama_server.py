@@ -1,6 +1,6 @@
 """llama-server's own routes, and OpenAI's without `/v1`, as its clients call them; pure translation.
 
-What requests mean is in `llama_server_requests`, what replies look like in `llama_server_replies`.
+`llama_server_requests` reads requests, `llama_server_replies` writes replies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edge_runtime.server.errors import NotOffered
 from edge_runtime.server.fields.constraints import fields_as_sent
 from edge_runtime.server.fields.refused import with_warnings
 from edge_runtime.server.inference import ChatCall
-from edge_runtime.server.openai.chunks import Telling, lines, one_call, whole_answers
+from edge_runtime.server.openai.chunks import ProgressReport, lines, one_call, whole_answers
 from edge_runtime.server.openai.llama_server_facts import MEDIA_MARKER, props, sampling_settings
 from edge_runtime.server.openai.llama_server_replies import LlamaCompletions
 from edge_runtime.server.openai.llama_server_requests import LlamaCompletionRequest
@@ -35,12 +35,12 @@ WITHOUT_VERSION = frozenset(
     f"/v1/{name}"
     for name in ("chat/completions", "chat/completions/input_tokens", "models", "responses", "responses/input_tokens")
 )
-"""Routes that llama-server has without `/v1`, too; its `/completions` is another than OpenAI's."""
+"""Routes that llama-server also has without `/v1`; its `/completions` differs from OpenAI's."""
 _PICTURE = re.compile(r"(?:<image_id>\d+</image_id>)?<image>(?:<unk>)+</image>(?:(?:\n?<slice>(?:<unk>)+</slice>)*)")
 
 
 def without_version(*routers: APIRouter) -> APIRouter:
-    """Those of their own routes that llama-server has without `/v1`, too."""
+    """The routes of these routers that llama-server also has without `/v1`."""
     found = APIRouter(route_class=JSONRoute)
     for route in [route for router in routers for route in router.routes]:
         if isinstance(route, APIRoute) and route.path in WITHOUT_VERSION:
@@ -57,19 +57,19 @@ def without_version(*routers: APIRouter) -> APIRouter:
 @router.post("/completion", response_model=None, responses={200: {"content": sse.DESCRIBED}})
 @router.post("/completions", response_model=None, responses={200: {"content": sse.DESCRIBED}})
 async def completion(request: Request, state: State, body: LlamaCompletionRequest) -> Response:
-    """Go on with a prompt as it stands: text, token ids, pictures at their marks; whole or as a stream."""
+    """Continue a prompt verbatim: text, token ids, pictures at their marks; whole or as a stream."""
     warnings = body.all_warnings()
     state.inference.check_answers(body.n_answers)
-    async with state.registry.use(body.model) as use:  # its vocabulary says what the prompt is
+    async with state.registry.use(body.model) as use:  # reading the prompt needs its vocabulary
         calls = body.calls(use.model.tokenizer)
         replies = _replies(body, use.model, body.model or use.listed.name, state.settings.max_tokens)
         with fields_as_sent(body.names()):
             if body.stream:
                 answering = await begin(request, state.inference, one_call(calls))
-                telling = Telling(answering, times=bool(body.timings_per_token))
+                report = ProgressReport(answering, times=bool(body.timings_per_token))
                 replies.progress = lambda: answering.progress
                 stream = AnswerStreamResponse(
-                    answering, lambda events: lines(events, replies, telling, last=""), "sse", "llama"
+                    answering, lambda events: lines(events, replies, report, last=""), "sse", "llama"
                 )
                 return with_warnings(stream, warnings)
             whole = await while_connected(request, whole_answers(state.inference, calls))
@@ -101,12 +101,12 @@ def _replies(body: LlamaCompletionRequest, model: Model, name: str, max_tokens: 
         [text for text in texts for _ in range(body.n_answers)],
         model.n_ctx,
         n_top=body.n_top,
-        tells_ids=body.tells_ids,
+        returns_ids=body.returns_ids,
     )
 
 
 def _biases(pairs: Iterable[tuple[int, float]], body: LlamaCompletionRequest, model: Model) -> list[dict[str, Any]]:
-    """What is added to logits; null is minus infinity, of tokens that are never chosen."""
+    """What is added to logits; null stands for minus infinity: tokens that are never chosen."""
     never = sorted(model.tokenizer.stop_ids) if body.ignore_eos else []
     return [{"token": token, "bias": bias} for token, bias in pairs] + [
         {"token": token, "bias": None} for token in never
@@ -115,7 +115,7 @@ def _biases(pairs: Iterable[tuple[int, float]], body: LlamaCompletionRequest, mo
 
 @router.post("/apply-template", response_model=None)
 async def apply_template(request: Request, state: State, body: ChatCompletionRequest) -> Response:
-    """Write the prompt that a conversation would have, with a mark for each picture; nothing is computed."""
+    """Render the prompt of a conversation, with a mark for each picture; nothing is computed."""
     warnings = body.all_warnings()
     call = ChatCall(body.model, body.conversation(), body.prompt_options())
     with fields_as_sent(body.names()):
@@ -126,7 +126,7 @@ async def apply_template(request: Request, state: State, body: ChatCompletionReq
 
 @router.get("/props", response_model=None)
 async def get_props(state: State, model: str | None = None) -> Response:
-    """What a model is and can do; loads it if it is not loaded."""
+    """Properties and capabilities of a model; loads it if needed."""
     async with state.registry.use(model) as use:
         return sse.body(props(use.listed, use.model))
 
@@ -140,23 +140,23 @@ async def lora_adapters(state: State, model: str | None = None) -> Response:
 
 
 NOT_OFFERED = {
-    "/slots": "This server does not tell of its slots; GET /metrics tells how busy it is.",
-    "/slots/{number}": "This server saves no slots; start it with --cache-dir to keep what it has read.",
-    "/infill": "This model cannot write what stands between two texts; use /completion with the text before.",
-    "/embedding": "This model answers questions and makes no embeddings; use a model made for them.",
-    "/embeddings": "This model answers questions and makes no embeddings; use a model made for them.",
-    "/rerank": "This model answers questions and ranks no documents; use a model made for it.",
-    "/reranking": "This model answers questions and ranks no documents; use a model made for it.",
-    "/v1/rerank": "This model answers questions and ranks no documents; use a model made for it.",
-    "/v1/reranking": "This model answers questions and ranks no documents; use a model made for it.",
-    "/audio/transcriptions": "This model hears nothing; use a model made for speech.",
-    "/v1/audio/transcriptions": "This model hears nothing; use a model made for speech.",
-    "/props": "What a model is cannot be changed while it is served; see GET /props.",
-    "/lora-adapters": "Adapters are chosen by the name of a model here; ask for the model that has them.",
-    "/models/load": "Models are loaded when they are asked for; send the request.",
-    "/models/unload": "Models leave by themselves; POST /api/generate with keep_alive 0 lets one go.",
+    "/slots": "This server does not list its slots; GET /metrics reports how busy it is.",
+    "/slots/{number}": "This server does not save slots; start it with --cache-dir to keep computed prompts.",
+    "/infill": "This model cannot fill in text between two others; use /completion with the text before.",
+    "/embedding": "This model answers questions and makes no embeddings; use an embedding model.",
+    "/embeddings": "This model answers questions and makes no embeddings; use an embedding model.",
+    "/rerank": "This model answers questions and ranks no documents; use a reranking model.",
+    "/reranking": "This model answers questions and ranks no documents; use a reranking model.",
+    "/v1/rerank": "This model answers questions and ranks no documents; use a reranking model.",
+    "/v1/reranking": "This model answers questions and ranks no documents; use a reranking model.",
+    "/audio/transcriptions": "This model takes no audio; use a speech model.",
+    "/v1/audio/transcriptions": "This model takes no audio; use a speech model.",
+    "/props": "A model's properties cannot be changed while it is served; see GET /props.",
+    "/lora-adapters": "Adapters are chosen by model name here; request the model that has them.",
+    "/models/load": "Models are loaded on demand; send the request.",
+    "/models/unload": "Models are unloaded automatically; POST /api/generate with keep_alive 0 unloads one now.",
 }
-"""Routes of llama-server's that this server does not have → what to do."""
+"""llama-server's routes that this server does not have → what to do."""
 
 
 def _not_offered(path: str, why: str) -> None:

@@ -1,6 +1,6 @@
-"""What llama-server tells of a model: in lists of models, and at `/props`. Source: its `server-context.cpp`.
+"""What llama-server reports about a model: in lists of models, and at `/props`. Source: its `server-context.cpp`.
 
-Enters: what a model is called here, and its files' headers. Leaves: dictionaries.
+Enters: a model's name and its files' headers. Leaves: dictionaries.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from edge_runtime.version import __version__
 MEDIA_MARKER = "<__media__>"
 """Stands in the text of a prompt for each of its `multimodal_data`."""
 BPE = 2
-"""llama.cpp's number of the kind of vocabulary."""
+"""llama.cpp's number for this kind of vocabulary."""
 
 
 def entry_fields(listed: Listed, n_ctx: int | None) -> dict[str, Any]:
-    """What an entry of `/v1/models` has besides OpenAI's fields; less where the files cannot be read.
+    """What an entry of `/v1/models` has besides OpenAI's fields; less if the files cannot be read.
 
     The first three are Anthropic's, the others llama-server's.
 
     Parameters
     ----------
-    n_ctx : tokens of the context; None where the model is not loaded, for that decides it.
+    n_ctx : tokens of the context; None if the model is not loaded, since loading decides it.
     """
     found: dict[str, Any] = {
         "type": "model",
@@ -85,7 +85,7 @@ def _model_entry(listed: Listed) -> dict[str, Any]:
 
 
 def props(listed: Listed, model: Model) -> dict[str, Any]:
-    """What `/props` tells of a loaded model."""
+    """The reply of `/props` for a loaded model."""
     facts = facts_of(listed)
     tokens = model.tokenizer.tokens
     end = facts.decoder.get("tokenizer.ggml.eos_token_id")
@@ -94,7 +94,7 @@ def props(listed: Listed, model: Model) -> dict[str, Any]:
         "total_slots": model.activity.slots,
         "model_alias": listed.name,
         "model_ftype": facts.quantisation,
-        "model_path": listed.paths.decoder.name,  # the file's name alone: where it lies is nobody's business
+        "model_path": listed.paths.decoder.name,  # only the file's name: its folder is private
         "modalities": {"vision": True, "video": True, "audio": False},
         "media_marker": MEDIA_MARKER,
         "endpoint_slots": False,
@@ -126,7 +126,7 @@ def _template_caps(model: Model) -> dict[str, bool]:
 
 
 def _defaults() -> dict[str, Any]:
-    """How tokens are chosen where a request says nothing."""
+    """Default sampling settings."""
     return sampling_settings(SamplingOptions.official(thinking=False)) | {
         "n_predict": MAX_NEW_TOKENS,
         "max_tokens": MAX_NEW_TOKENS,
@@ -135,7 +135,7 @@ def _defaults() -> dict[str, Any]:
 
 
 RANDOM_SEED = 2**32 - 1
-"""llama.cpp's word for one that is drawn."""
+"""llama.cpp's value for a random seed."""
 
 
 _OFF = {
@@ -153,11 +153,11 @@ _OFF = {
     "min_keep": 0,
     "lora": [],
 }
-"""What llama-server has besides, as it is where it does nothing: requests that switch it on are refused."""
+"""llama-server's other settings, with the values that turn them off: requests that turn them on are refused."""
 
 
 def sampling_settings(options: SamplingOptions) -> dict[str, Any]:
-    """How tokens are chosen, in llama-server's words."""
+    """Sampling settings under llama-server's names."""
     return _OFF | {
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p", "typ_p"],
         "seed": RANDOM_SEED if options.seed is None else options.seed,

@@ -1,6 +1,6 @@
 """Answers of the engine → replies and chunks of llama-server's own completions. Source: its `server-task.cpp`.
 
-Enters: pieces while an answer is made, `Answer`s when they are finished. Leaves: dictionaries. Knows no connections.
+Enters: pieces while an answer is generated, finished `Answer`s. Leaves: dictionaries. Knows no connections.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LlamaCompletions:
 
     Parameters
     ----------
-    settings : of the request, as `generation_settings` tells them.
+    settings : of the request, as `generation_settings` holds them.
     prompts : texts of the prompts, one for each answer.
     n_ctx : tokens of the context.
     """
@@ -35,18 +35,18 @@ class LlamaCompletions:
     prompts: Sequence[str]
     n_ctx: int
     n_top: int = 0
-    tells_ids: bool = False
+    returns_ids: bool = False
     progress: Callable[[], Progress | None] = lambda: None
-    """How far the work before the first token is; asked while an answer is made."""
+    """Progress of the work before the first token; called while an answer is generated."""
     _n_sent: dict[int, int] = field(default_factory=dict)
-    """Number of an answer → tokens that were sent of it."""
+    """Number of an answer → tokens sent so far."""
 
     def whole(self, index: int, answer: Answer, fields: Sequence[str] = ()) -> Reply:
-        """Whole reply, or the fields of it that are wanted."""
+        """Whole reply, or only the wanted fields."""
         scores = answer.logprobs or []
         reply = self._end(index, answer)
         reply["content"] = answer.answer
-        reply["tokens"] = [score.id for score in scores] if self.tells_ids else []
+        reply["tokens"] = [score.id for score in scores] if self.returns_ids else []
         if self.n_top:
             reply["completion_probabilities"] = [_probabilities(score) for score in scores]
         return _chosen(reply, fields) if fields else reply
@@ -56,7 +56,7 @@ class LlamaCompletions:
         return iter(())
 
     def of_prompt(self) -> Reply:
-        """One that tells of the prompt."""
+        """A chunk that reports prompt progress."""
         return self._chunk(0, "", [])
 
     def piece(self, index: int, piece: Piece) -> Iterator[Reply]:
@@ -67,11 +67,11 @@ class LlamaCompletions:
                 yield self._chunk(index, text, [score] if score else [])
 
     def end(self, index: int, answer: Answer) -> Reply:
-        """Say why an answer ended, and what was asked."""
+        """Say why an answer ended, and repeat the request's settings."""
         return self._end(index, answer)
 
     def usage(self, answers: Sequence[Answer]) -> Iterator[Reply]:
-        """Nothing comes behind the answers."""
+        """Nothing comes after the answers."""
         return iter(())
 
     def _chunk(self, index: int, text: str, scores: Sequence[TokenLogprobs]) -> Reply:
@@ -127,7 +127,7 @@ def _token(score: TokenLogprob) -> dict[str, Any]:
 
 
 def _chosen(reply: Reply, fields: Sequence[str]) -> Reply:
-    """Some fields of a reply; those inside of others (`a/b`) under their whole name, unknown ones left out."""
+    """Some fields of a reply; nested ones (`a/b`) under their full name, unknown ones left out."""
     found: Reply = {}
     for name in fields:
         value: Any = reply

@@ -1,7 +1,7 @@
 """Requests of llama-server's own completions → calls, for one model. Source: its `server-schema.cpp` and README.
 
 Enters: the body, checked by pydantic, and the model's tokenizer, since prompts may mix text and token ids. Leaves:
-`ChatCall`s. What becomes of fields that are not named here is in `openai_fields`.
+`ChatCall`s. Other fields are handled in `fields.refused`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edge_runtime.server.fields.sampling import SamplingFields, length
 from edge_runtime.server.fields.tools import given
 from edge_runtime.server.inference import ChatCall
 from edge_runtime.server.openai.llama_server_facts import MEDIA_MARKER
-from edge_runtime.server.openai.requests import MOST_PROMPTS
+from edge_runtime.server.openai.requests import MAX_PROMPTS
 
 UNLIMITED = 1 << 30
 _OF_CHATS = Refused("which belongs to /v1/chat/completions; expected 'prompt'")
@@ -29,14 +29,14 @@ OF_COMPLETION = {
     **dict.fromkeys(
         ("messages", "tools", "tool_choice", "response_format", "reasoning_effort", "chat_template_kwargs"), _OF_CHATS
     ),
-    "echo": Refused("but the answer holds only what comes after the prompt; leave it out"),
+    "echo": Refused("but the answer holds only what follows the prompt; leave it out"),
     "adaptive_target": Refused("but this server's sampler does not have it; leave it out", (-1,)),
-    "reasoning_budget_tokens": Refused("but a prompt is gone on with as it stands; leave it out", (-1,)),
+    "reasoning_budget_tokens": Refused("but this route continues the prompt verbatim; leave it out", (-1,)),
 }
-"""Fields that this route cannot do, besides those that none can."""
+"""Fields that this route cannot honour, besides those that no route can."""
 _SHAPES = (
-    'expected a text, a list of token ids and texts, {"prompt_string": ..., "multimodal_data": [...]}, or a list of '
-    "these"
+    'expected a string, a list of token ids and strings, {"prompt_string": ..., "multimodal_data": [...]}, or a list '
+    "of these"
 )
 
 
@@ -44,16 +44,16 @@ class LlamaCompletionRequest(SamplingFields):
     """Body of `POST /completion`."""
 
     prompt: Any = Field(description="A text, token ids, both mixed, an object with `multimodal_data`, or several.")
-    n_predict: int | None = Field(None, ge=-1, description="-1: as many as there are; 0 reads the prompt alone.")
+    n_predict: int | None = Field(None, ge=-1, description="-1: no limit; 0 only computes the prompt.")
     max_tokens: int | None = Field(None, ge=-1)
     max_completion_tokens: int | None = Field(None, ge=-1)
     n_cmpl: int | None = Field(None, ge=1, description="Answers to each prompt.")
     n: int | None = Field(None, ge=1)
     n_probs: int | None = Field(None, ge=0, le=20)
-    logprobs: int | None = Field(None, ge=0, le=20, description="The same, where `n_probs` is not given.")
+    logprobs: int | None = Field(None, ge=0, le=20, description="The same, if `n_probs` is not given.")
     return_tokens: bool | None = None
-    response_fields: list[str] | None = Field(None, description="Of a whole reply; `a/b` is `b` inside of `a`.")
-    id_slot: int | None = Field(None, description="Passed over: sequences are chosen by what they hold.")
+    response_fields: list[str] | None = Field(None, description="Fields of a whole reply; `a/b` is `b` inside `a`.")
+    id_slot: int | None = Field(None, description="Ignored: sequences are chosen by their contents.")
 
     @property
     def n_answers(self) -> int:
@@ -62,17 +62,17 @@ class LlamaCompletionRequest(SamplingFields):
 
     @property
     def n_top(self) -> int:
-        """Of the most probable tokens that are told with each; 0 tells nothing."""
+        """Number of most probable tokens returned with each token; 0 returns none."""
         return (self.logprobs if self.n_probs is None else self.n_probs) or 0
 
     @property
-    def tells_ids(self) -> bool:
-        """Whether the ids of the answer's tokens are told."""
+    def returns_ids(self) -> bool:
+        """Whether the ids of the answer's tokens are returned."""
         return bool(self.stream or self.return_tokens)
 
     @property
     def most_tokens(self) -> int | None:
-        """Of an answer; None where the server decides."""
+        """Limit of an answer; None if the server decides."""
         return self._limit()[0]
 
     def _limit(self) -> tuple[int | None, str | None]:
@@ -83,12 +83,12 @@ class LlamaCompletionRequest(SamplingFields):
         return length(*((name, getattr(self, name)) for name in fields))
 
     def all_warnings(self) -> list[str]:
-        """Sentences about what was passed over; what must not be is refused.
+        """Sentences about ignored fields; fields that must not be ignored are refused.
 
         Raises
         ------
         RequestError
-            Naming the field.
+            Names the field.
         """
         return self.warnings(OF_COMPLETION)
 
@@ -98,7 +98,7 @@ class LlamaCompletionRequest(SamplingFields):
 
     def _form(self) -> tuple[dict[str, Any], dict[str, str]]:
         options, names = self.form()
-        if options == {"schema": {}}:  # an empty schema is some object there
+        if options == {"schema": {}}:  # an empty schema means any object there
             return {"json": True}, {"json": names["schema"]}
         return options, names
 
@@ -108,24 +108,26 @@ class LlamaCompletionRequest(SamplingFields):
         Raises
         ------
         RequestError
-            When a prompt has the wrong form, or something is asked for that this server does not do.
+            When a prompt is malformed, or the request asks for something that this server does not do.
         """
         most, options = self.most_tokens, self._options(tokenizer)
         options |= given(max_tokens=most or None, prompt_only=most == 0 or None, **self._form()[0])
-        if self.n_top or self.tells_ids:
+        if self.n_top or self.returns_ids:
             options |= {"logprobs": True, "top_logprobs": self.n_top}
         return [
-            ChatCall(self.model, messages, {**options, **more}, self.n_answers, tells_progress=self.tells_progress)
+            ChatCall(
+                self.model, messages, {**options, **more}, self.n_answers, reports_progress=self.reports_progress
+            )
             for messages, more in (_prompt(item, where, tokenizer) for where, item in self._prompts())
         ]
 
     def settings(self, tokenizer: Tokenizer) -> SamplingOptions:
-        """How tokens are chosen, defaults included.
+        """Sampling settings, defaults included.
 
         Raises
         ------
         MessageError
-            Naming the option that is out of range.
+            Names the option that is out of range.
         """
         wanted, names = self._options(tokenizer), SamplingOptions.__dataclass_fields__
         options = GenerationOptions(**{name: value for name, value in wanted.items() if name in names})
@@ -137,7 +139,7 @@ class LlamaCompletionRequest(SamplingFields):
         return [_as_text(item, tokenizer) for _, item in self._prompts()]
 
     def _options(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Those that are not about the length, with the tokens of texts in `logit_bias`."""
+        """Options other than the length, with texts in `logit_bias` replaced by their tokens."""
         bias = self.logit_bias
         pairs = [*bias.items()] if isinstance(bias, dict) else [*(bias or ())]
         plain: list[Any] = []
@@ -154,8 +156,8 @@ class LlamaCompletionRequest(SamplingFields):
         """Each prompt with its place in the request."""
         prompt = self.prompt
         if isinstance(prompt, list) and not any(_is_id(item) for item in prompt):
-            if not 0 < len(prompt) <= MOST_PROMPTS:
-                raise RequestError(f"prompt is a list of {len(prompt)}; expected 1 to {MOST_PROMPTS}.", "prompt")
+            if not 0 < len(prompt) <= MAX_PROMPTS:
+                raise RequestError(f"prompt is a list of {len(prompt)}; expected 1 to {MAX_PROMPTS}.", "prompt")
             return [(f"prompt[{number}]", item) for number, item in enumerate(prompt)]
         return [("prompt", prompt)]
 
@@ -165,7 +167,7 @@ def _is_id(item: Any) -> bool:
 
 
 def _prompt(item: Any, where: str, tokenizer: Tokenizer) -> tuple[str | list[dict[str, Any]], dict[str, Any]]:
-    """Messages of a raw prompt, and what else says what it is."""
+    """Messages of a raw prompt, and further options for it."""
     if isinstance(item, dict) and isinstance(item.get("prompt_string"), str):
         data = item.get("multimodal_data")
         if data is None:
@@ -181,7 +183,7 @@ def _prompt(item: Any, where: str, tokenizer: Tokenizer) -> tuple[str | list[dic
 
 
 def _ids(parts: list[Any], where: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids, with the texts between them cut into tokens each by itself."""
+    """Token ids; each text between them is tokenized by itself."""
     found: list[int] = []
     for number, part in enumerate(parts):
         if isinstance(part, str):
@@ -190,7 +192,7 @@ def _ids(parts: list[Any], where: str, tokenizer: Tokenizer) -> list[int]:
             found.append(part)
         else:
             raise RequestError(
-                f"{where}[{number}] is {str(part)[:40]!r}; expected a text, or a token id from 0 to "
+                f"{where}[{number}] is {str(part)[:40]!r}; expected a string, or a token id from 0 to "
                 f"{len(tokenizer.tokens) - 1}.",
                 where,
             )
@@ -201,12 +203,12 @@ def _with_media(text: str, data: Any, where: str) -> list[Part]:
     """The text cut at its marks, with a picture at each."""
     place = f"{where}.multimodal_data"
     if not isinstance(data, list) or not all(isinstance(item, str) for item in data):
-        raise RequestError(f"{place} is no list of texts; expected pictures in base64.", place)
+        raise RequestError(f"{place} is not a list of strings; expected pictures in base64.", place)
     first, *rest = text.split(MEDIA_MARKER)
     if len(rest) != len(data):
         raise RequestError(
             f"{place} has {len(data)} pictures, but prompt_string has {len(rest)} marks for them; expected one "
-            f"{MEDIA_MARKER} for each, as media_marker of GET /props says.",
+            f"{MEDIA_MARKER} for each, which GET /props returns as media_marker.",
             place,
         )
     parts: list[Part] = [{"type": "text", "text": first}] if first else []

@@ -1,6 +1,6 @@
 """Answers of the engine → replies and chunks of OpenAI's chat completions and completions.
 
-Enters: pieces while an answer is made, `Answer`s when it is finished. Leaves: the dictionaries of `openai_shapes`.
+Enters: pieces while an answer is generated, `Answer`s when it is finished. Leaves: the dictionaries of `reply_types`.
 Knows neither requests nor connections. Source: openai-python's types; the order of chunks is that of OpenAI's own
 servers.
 """
@@ -26,7 +26,7 @@ FINGERPRINT = f"fp_edge_runtime_{__version__}"
 
 
 def finish_reason(reason: EngineReason, *, has_calls: bool = False) -> shapes.FinishReason:
-    """Why an answer ended: one that went in circles or was cut off by its time is not whole, as one without room."""
+    """Why an answer ended: repetition and time limits make it incomplete, like the end of the context."""
     if reason != "stop":
         return "length"
     return "tool_calls" if has_calls else "stop"
@@ -45,7 +45,7 @@ def usage(answers: Sequence[Answer]) -> shapes.Usage:
 
 
 def timings(answer: Answer) -> shapes.Timings:
-    """Tell where the time of an answer went."""
+    """How the time of an answer was spent."""
     seconds = answer.timings_s
     prefill_s, decode_s = seconds.get("prefill", 0.0), seconds.get("decode", 0.0)
     n_read, n_cached = answer.prompt_tokens - answer.cached_tokens, answer.cached_tokens
@@ -59,9 +59,9 @@ def timings(answer: Answer) -> shapes.Timings:
 def running_timings(
     n_cached: int, n_prompt: int, prompt_s: float, n_predicted: int, decode_s: float
 ) -> shapes.RunningTimings:
-    """Times and rates as llama-server tells them.
+    """Times and rates as llama-server reports them.
 
-    The first token comes from the prompt's last logits, so the rates of the others are over one step less.
+    The first token comes from the prompt's last logits, so generation rates count one step less.
     """
     n_steps = max(0, n_predicted - 1)
     return {
@@ -126,13 +126,13 @@ def _tool_call(call: runtime_tools.ToolCall) -> shapes.ToolCall:
     }
 
 
-def chat_completion(answers: Sequence[Answer], model: str, *, most_calls: int | None = None) -> shapes.ChatCompletion:
+def chat_completion(answers: Sequence[Answer], model: str, *, max_calls: int | None = None) -> shapes.ChatCompletion:
     """Whole reply to a chat.
 
     Parameters
     ----------
     model : as the client called it.
-    most_calls : 1 where the client takes one call at a time.
+    max_calls : 1 if the client accepts one call at a time.
     """
     return {
         "id": new_id("chatcmpl-"),
@@ -140,14 +140,14 @@ def chat_completion(answers: Sequence[Answer], model: str, *, most_calls: int | 
         "created": int(time.time()),
         "model": model,
         "system_fingerprint": FINGERPRINT,
-        "choices": [_choice(index, answer, most_calls) for index, answer in enumerate(answers)],
+        "choices": [_choice(index, answer, max_calls) for index, answer in enumerate(answers)],
         "usage": usage(answers),
         "timings": timings(answers[0]),
     }
 
 
-def _choice(index: int, answer: Answer, most_calls: int | None) -> shapes.Choice:
-    calls = answer.tool_calls[:most_calls]
+def _choice(index: int, answer: Answer, max_calls: int | None) -> shapes.Choice:
+    calls = answer.tool_calls[:max_calls]
     message: shapes.Message = {"role": "assistant", "content": answer.answer, "refusal": None}
     if calls:
         message["tool_calls"] = [_tool_call(call) for call in calls]
@@ -169,22 +169,22 @@ class ChatChunks:
     model: str
     n: int = 1
     include_usage: bool = False
-    most_calls: int | None = None
+    max_calls: int | None = None
     id: str = field(default_factory=lambda: new_id("chatcmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
     _calls: dict[int, int] = field(default_factory=dict)
-    """Number of an answer → calls that were sent of it."""
+    """Number of an answer → calls sent so far."""
 
     def begin(self) -> Iterator[shapes.ChatChunk]:
-        """Say who speaks, once for each answer."""
+        """Start each answer with its role."""
         return (self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.n))
 
     def of_prompt(self) -> shapes.ChatChunk:
-        """One that tells of the prompt."""
+        """A chunk that reports prompt progress."""
         return self._chunk(0, {})
 
     def piece(self, index: int, piece: Piece) -> Iterator[shapes.ChatChunk]:
-        """Translate a piece; one that has nothing to be shown makes no chunk."""
+        """Translate a piece; one with nothing to show makes no chunk."""
         scores = _logprobs(piece.logprobs) if piece.logprobs else None
         if scores is not None and not scores["content"]:
             scores = None
@@ -192,7 +192,7 @@ class ChatChunks:
             delta: shapes.Delta = {"reasoning": piece.text, "reasoning_content": piece.text}
         elif piece.call is not None:
             number = self._calls.get(index, 0)
-            if number == self.most_calls:
+            if number == self.max_calls:
                 return
             self._calls[index] = number + 1
             delta = {"tool_calls": [{"index": number, **_tool_call(piece.call)}]}
@@ -202,7 +202,7 @@ class ChatChunks:
             yield self._chunk(index, delta, scores)
 
     def end(self, index: int, answer: Answer) -> shapes.ChatChunk:
-        """Say why an answer ended; where no usage follows, the times, too."""
+        """Say why an answer ended; add the times if no usage follows."""
         reason = finish_reason(answer.finish_reason, has_calls=index in self._calls)
         chunk = self._chunk(index, {}, reason=reason)
         if not self.include_usage:
@@ -210,7 +210,7 @@ class ChatChunks:
         return chunk
 
     def usage(self, answers: Sequence[Answer]) -> Iterator[shapes.ChatChunk]:
-        """Tell the tokens, where that was asked for."""
+        """The token usage, if asked for."""
         if self.include_usage:
             yield self._frame([]) | {"usage": usage(answers), "timings": timings(answers[0])}
 
@@ -239,25 +239,25 @@ class ChatChunks:
 
 
 class _Offsets:
-    """Places of tokens in a text, whose characters may come in several tokens."""
+    """Offsets of tokens in a text, whose characters may be split over several tokens."""
 
     def __init__(self, start: int = 0) -> None:
         self._utf8, self._n = codecs.getincrementaldecoder("utf-8")(errors="replace"), start
 
     def next(self, data: bytes) -> int:
-        """Place of the next token: how many characters are complete before it."""
+        """Offset of the next token: the number of complete characters before it."""
         place = self._n
         self._n += len(self._utf8.decode(data))
         return place
 
 
 def _ending(answer: Answer) -> list[TokenLogprobs]:
-    """The token that ended an answer, which is told as one of a completion's tokens: so all that were made are."""
+    """The token that ended an answer: completions list it, so that all generated tokens are listed."""
     return [] if answer.end_logprobs is None else [answer.end_logprobs]
 
 
 def _token_text(score: TokenLogprob) -> str:
-    """A token; as OpenAI wrote them here, its bytes where they are no text: two of these are not the same."""
+    """A token's text, or in OpenAI's form its bytes if they are not text, so that different tokens stay different."""
     try:
         return bytes(score.bytes).decode()
     except UnicodeDecodeError:
@@ -270,17 +270,17 @@ def _known(logprob: float) -> float | None:
 
 @dataclass
 class TextCompletions:
-    """Replies and chunks of one request for completions; answers are numbered through all its prompts."""
+    """Replies and chunks of one request for completions; answers are numbered across all its prompts."""
 
     model: str
     include_usage: bool = False
     n_top: int = 0
     echoed: Sequence[str] = ()
-    """What is repeated before each answer of a stream; empty where that was not asked for."""
+    """The prompt to repeat before each answer of a stream; empty if that was not asked for."""
     id: str = field(default_factory=lambda: new_id("cmpl-"))
     created: int = field(default_factory=lambda: int(time.time()))
     _offsets: dict[int, _Offsets] = field(default_factory=dict)
-    """Number of an answer → where its next token begins."""
+    """Number of an answer → offset of its next token."""
 
     def whole(
         self,
@@ -293,7 +293,7 @@ class TextCompletions:
 
         Parameters
         ----------
-        prompts : one for each answer: what is repeated before it; empty where that was not asked for.
+        prompts : one for each answer, to repeat before it; empty if that was not asked for.
         prompt_scores : number of an answer → log probabilities of its prompt's tokens.
         """
         choices: list[shapes.TextChoice] = []
@@ -302,39 +302,39 @@ class TextCompletions:
             scores: shapes.TextLogprobs | None = None
             if answer.logprobs is not None:
                 of_prompt = (prompt_scores or {}).get(index, [])
-                told = self._logprobs(of_prompt, _Offsets())
-                rest = self._logprobs([*answer.logprobs, *_ending(answer)], _Offsets(len(prompt)))
+                before = self._logprobs(of_prompt, _Offsets())
+                after = self._logprobs([*answer.logprobs, *_ending(answer)], _Offsets(len(prompt)))
                 scores = {
-                    "tokens": told["tokens"] + rest["tokens"],
-                    "token_logprobs": told["token_logprobs"] + rest["token_logprobs"],
-                    "top_logprobs": (told["top_logprobs"] or []) + (rest["top_logprobs"] or [])
+                    "tokens": before["tokens"] + after["tokens"],
+                    "token_logprobs": before["token_logprobs"] + after["token_logprobs"],
+                    "top_logprobs": (before["top_logprobs"] or []) + (after["top_logprobs"] or [])
                     if self.n_top
                     else None,
-                    "text_offset": [min(at, len(text)) for at in told["text_offset"] + rest["text_offset"]],
+                    "text_offset": [min(at, len(text)) for at in before["text_offset"] + after["text_offset"]],
                 }
             choices.append(self._choice(index, text, scores, answer.finish_reason))
         return self._frame(choices) | {"usage": total, "timings": timings(answers[0])}
 
     def begin(self) -> Iterator[shapes.TextCompletion]:
-        """Repeat the prompt, where that was asked for."""
+        """Repeat the prompt, if asked for."""
         for index, prompt in enumerate(self.echoed):
             self._offsets[index] = _Offsets(len(prompt))
             if prompt:
                 yield self._chunk(self._choice(index, prompt, None, None))
 
     def of_prompt(self) -> shapes.TextCompletion:
-        """One that tells of the prompt."""
+        """A chunk that reports prompt progress."""
         return self._chunk(self._choice(0, "", None, None))
 
     def piece(self, index: int, piece: Piece) -> Iterator[shapes.TextCompletion]:
-        """Translate a piece; there is no reasoning to a text."""
+        """Translate a piece; completions have no reasoning."""
         if piece.kind == "answer":
             offsets = self._offsets.setdefault(index, _Offsets())
             scores = self._logprobs(piece.logprobs, offsets) if piece.logprobs else None
             yield self._chunk(self._choice(index, piece.text, scores, None))
 
     def end(self, index: int, answer: Answer) -> shapes.TextCompletion:
-        """Say why an answer ended; where no usage follows, the times, too."""
+        """Say why an answer ended; add the times if no usage follows."""
         ending = _ending(answer)
         scores = self._logprobs(ending, self._offsets.setdefault(index, _Offsets())) if ending else None
         chunk = self._chunk(self._choice(index, "", scores, answer.finish_reason))
@@ -343,7 +343,7 @@ class TextCompletions:
         return chunk
 
     def usage(self, answers: Sequence[Answer]) -> Iterator[shapes.TextCompletion]:
-        """Tell the tokens, where that was asked for."""
+        """The token usage, if asked for."""
         if self.include_usage:
             yield self._frame([]) | {"usage": usage(answers), "timings": timings(answers[0])}
 

@@ -1,6 +1,6 @@
-"""What OpenAI's chat completions, completions and models answer with, as types.
+"""Types of the replies of OpenAI's chat completions, completions and models.
 
-The checker holds the code to them, and FastAPI describes them. Source: openai-python's types.
+The type checker enforces them, and FastAPI describes them. Source: openai-python's types.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class TopLogprob(TypedDict):
-    """One of the most probable tokens at a place."""
+    """One of the most probable tokens at a position."""
 
     token: str
     bytes: list[int]
@@ -27,7 +27,7 @@ class TokenLogprob(TopLogprob):
 
 
 class Logprobs(TypedDict):
-    """Of the tokens of an answer; reasoning is not among them."""
+    """Log probabilities of an answer's tokens, without the reasoning."""
 
     content: list[TokenLogprob]
     refusal: None
@@ -74,10 +74,10 @@ class Usage(TypedDict):
 
 
 class RunningTimings(TypedDict):
-    """Where the time went until now, in milliseconds; not OpenAI's, but llama-server's."""
+    """How the time was spent so far, in milliseconds; llama-server's, not OpenAI's."""
 
     cache_n: int
-    """Tokens of the prompt that were known from before."""
+    """Tokens of the prompt that were cached."""
     prompt_n: int
     """Tokens of the prompt that were computed: all but the cached ones."""
     prompt_ms: float
@@ -90,12 +90,12 @@ class RunningTimings(TypedDict):
 
 
 class Timings(RunningTimings):
-    """Where the time of an answer went."""
+    """How the time of an answer was spent."""
 
     image_ms: float
     """Decoding, cutting and encoding pictures."""
     first_token_ms: float
-    """From the request's preparation on, everything before included."""
+    """From the start of the request's preparation."""
 
 
 class PromptProgress(TypedDict):
@@ -103,9 +103,9 @@ class PromptProgress(TypedDict):
 
     total: int
     cache: int
-    """Tokens that were known from before."""
+    """Tokens that were cached."""
     processed: int
-    """These and what was computed."""
+    """Cached and computed tokens."""
     time_ms: int
 
 
@@ -146,7 +146,7 @@ class ChatCompletion(TypedDict):
 
 
 class Delta(TypedDict, total=False):
-    """What an answer has more than before."""
+    """What is added to an answer."""
 
     role: Literal["assistant"]
     content: str
@@ -174,19 +174,19 @@ class ChatChunk(TypedDict):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: NotRequired[Usage | None]
-    """Where it was asked for: null but in the last chunk."""
+    """If asked for: null except in the last chunk."""
     timings: NotRequired[Timings | RunningTimings]
-    """Beside the usage; without it, beside the reason why an answer ended; with every piece, where asked for."""
+    """With the usage; without one, with the finish reason; with every piece if asked for."""
     prompt_progress: NotRequired[PromptProgress]
-    """Where it was asked for, before the answer."""
+    """If asked for, before the answer."""
 
 
 class TextLogprobs(TypedDict):
-    """Of the tokens of a completion, in lists side by side."""
+    """Log probabilities of a completion's tokens, as parallel lists."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    """Null for the first token of a prompt, which nothing precedes."""
+    """Null for a prompt's first token, which nothing precedes."""
     top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
@@ -201,7 +201,7 @@ class TextChoice(TypedDict):
 
 
 class TextCompletion(TypedDict):
-    """Reply to `POST /v1/completions`, and event of its stream."""
+    """Reply to `POST /v1/completions`, and an event of its stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -212,7 +212,7 @@ class TextCompletion(TypedDict):
     usage: NotRequired[Usage | None]
     timings: NotRequired[Timings | RunningTimings]
     prompt_progress: NotRequired[PromptProgress]
-    """Both as of chats."""
+    """Both as in chats."""
 
 
 class ModelEntry(TypedDict):

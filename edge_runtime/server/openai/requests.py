@@ -1,8 +1,8 @@
 """Requests of OpenAI's chat completions and completions → a conversation and options of `Model.submit`.
 
 Enters: the body, checked by pydantic. Leaves: messages for `edge_runtime.inputs.messages` and keyword arguments for
-`Model.submit`. Knows neither models nor connections. What becomes of fields that are not named here is in
-`openai_fields`.
+`Model.submit`. Knows neither models nor connections. Other fields are handled in
+`fields.refused`.
 
 Source: openai-python's types; extensions of llama-server, vLLM and Ollama that clients send in `extra_body`.
 """
@@ -24,14 +24,14 @@ from edge_runtime.server.fields.thinking import thinking_options
 from edge_runtime.server.fields.tools import called, given
 from edge_runtime.server.openai.conversations import ConversationFields
 
-MOST_PROMPTS = 32
-# Clients that want "as many as there are" write -1, as llama-server takes it.
+MAX_PROMPTS = 32
+# Clients that want no limit send -1, as to llama-server.
 MaxTokens = Annotated[int, Field(ge=-1)]
 Ids = Annotated[list[StrictInt], Field(min_length=1)]
 
 
 class StreamOptions(Loose):
-    """What a stream brings besides the answer."""
+    """What a stream contains besides the answer."""
 
     include_usage: bool | None = None
 
@@ -62,7 +62,7 @@ class CompletionFields(SamplingFields):
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the tokens."""
+        """Whether a stream ends with the token usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def names(self) -> dict[str, str]:
@@ -87,15 +87,15 @@ class ChatCompletionRequest(CompletionFields, ConversationFields):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     reasoning_effort: Effort | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="`enable_thinking` is taken.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Only `enable_thinking` is read.")
     enable_thinking: bool | None = Field(None, description="The same, as Qwen's servers have it.")
     think: bool | str | None = Field(None, description="A switch or a level, as Ollama has it.")
     thinking_token_budget: int | None = Field(
-        None, ge=-1, description="Most tokens of reasoning, too, as vLLM has it."
+        None, ge=-1, description="The same as `thinking_budget`, as vLLM has it."
     )
     thinking_budget_tokens: int | None = Field(None, ge=-1, description="The same, as llama-server has it.")
     continue_final_message: bool | None = Field(
-        None, description="Whether a last message of the assistant is continued; null does, as llama-server does."
+        None, description="Whether a final assistant message is continued; null: it is, as in llama-server."
     )
     add_generation_prompt: bool | None = None
 
@@ -130,11 +130,11 @@ class ChatCompletionRequest(CompletionFields, ConversationFields):
         return reasoning_options(self.reasoning_effort or self.effort, budget, switch)
 
     def _continuing(self) -> dict[str, Any]:
-        """Whether the last message is continued; a prompt that ends behind it without another is none."""
+        """Whether the last message is continued; a prompt must not end after it without a new turn."""
         if self.add_generation_prompt is False and self.continue_final_message is not True:
             raise RequestError(
-                "add_generation_prompt is false, but then nobody's turn would follow; to continue the last message, "
-                "set continue_final_message to true, too.",
+                "add_generation_prompt is false, but then no turn would follow; to continue the last message, "
+                "set continue_final_message to true.",
                 "add_generation_prompt",
             )
         if self.add_generation_prompt and self.continue_final_message:
@@ -151,7 +151,7 @@ class ChatCompletionRequest(CompletionFields, ConversationFields):
         Raises
         ------
         RequestError
-            Naming the message whose content has the wrong form.
+            Names the message whose content is malformed.
         """
         return [_message(message, f"messages[{number}]") for number, message in enumerate(self.messages)]
 
@@ -175,9 +175,7 @@ class ChatCompletionRequest(CompletionFields, ConversationFields):
         """
         most, name = self._limit()
         if most == 0:
-            raise RequestError(
-                f"{name} is 0; expected a positive whole number, or -1 for as many as there are.", name
-            )
+            raise RequestError(f"{name} is 0; expected a positive whole number, or -1 for no limit.", name)
         return super().options() | given(
             max_tokens=most,
             logprobs=self.logprobs,
@@ -193,9 +191,9 @@ class CompletionRequest(CompletionFields):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     echo: bool | None = None
     suffix: str | None = None
@@ -204,7 +202,7 @@ class CompletionRequest(CompletionFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Texts to be continued, or their token ids."""
+        """Texts to continue, or their token ids."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return [*self.prompt]
@@ -225,36 +223,36 @@ class CompletionRequest(CompletionFields):
         Raises
         ------
         RequestError
-            When something is asked for that this server does not do.
+            When the request asks for something that this server does not do.
         """
         if self.suffix:
             raise RequestError(
-                "suffix was given, but the model cannot write what stands between two texts; leave it out.", "suffix"
+                "suffix was given, but the model cannot fill in text before a suffix; leave it out.", "suffix"
             )
         if self.best_of is not None and self.best_of != self.n_answers:
             raise RequestError(
-                f"best_of is {self.best_of}, but n is {self.n_answers}; this server returns every answer it makes: "
+                f"best_of is {self.best_of}, but n is {self.n_answers}; this server returns every answer: "
                 "make them equal, and choose by the log probabilities.",
                 "best_of",
             )
-        tells_prompt = bool(self.echo) and self.logprobs is not None
-        if tells_prompt and self.stream:
+        scores_prompt = bool(self.echo) and self.logprobs is not None
+        if scores_prompt and self.stream:
             raise RequestError(
-                "echo and logprobs were given with stream, but the prompt's log probabilities come with a whole "
-                "reply only; leave one of them out.",
+                "echo and logprobs were given with stream, but the prompt's log probabilities come only with a "
+                "whole reply; leave one of them out.",
                 "stream",
             )
         most, name = self._limit()
         form = self._form()[0]
         if most == 0 and form:
-            raise RequestError(f"{name} is 0, so that no answer could have the form that was asked for.", name)
+            raise RequestError(f"{name} is 0, so no answer can have the requested form; raise it.", name)
         return self.sampling_options() | given(
             raw=True,
             max_tokens=most or None,
             prompt_only=most == 0 or None,
             logprobs=None if self.logprobs is None else True,
             top_logprobs=self.logprobs,
-            prompt_logprobs=tells_prompt or None,
+            prompt_logprobs=scores_prompt or None,
             **form,
         )
 

@@ -15,7 +15,7 @@ from edge_runtime.server.fields.constraints import fields_as_sent
 from edge_runtime.server.fields.refused import with_warnings
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
 from edge_runtime.server.openai import reply_types as shapes
-from edge_runtime.server.openai.chunks import Telling
+from edge_runtime.server.openai.chunks import ProgressReport
 from edge_runtime.server.openai.replies import timings
 from edge_runtime.server.openai.responses_events import Response as Reply
 from edge_runtime.server.openai.responses_events import ResponseEvents
@@ -41,7 +41,7 @@ async def responses(request: Request, state: State, body: ResponsesRequest) -> R
     warnings = body.all_warnings()
     before, own = _items(state, body, owner)
     messages = body.conversation_messages(before, own)
-    call = ChatCall(body.model, messages, body.options(), tells_progress=body.tells_progress)
+    call = ChatCall(body.model, messages, body.options(), reports_progress=body.reports_progress)
     typed = ResponseEvents(body, body.model or state.catalog.default)
 
     def keep(response: Mapping[str, Any]) -> None:
@@ -51,22 +51,22 @@ async def responses(request: Request, state: State, body: ResponsesRequest) -> R
     with fields_as_sent(body.names()):
         if body.stream:
             answering = await begin(request, state.inference, call)
-            telling = Telling(answering, times=bool(body.timings_per_token))
+            report = ProgressReport(answering, times=bool(body.timings_per_token))
             reply = AnswerStreamResponse(
-                answering, lambda events: _lines(events, typed, telling, keep), "sse", "openai"
+                answering, lambda events: _lines(events, typed, report, keep), "sse", "openai"
             )
             return with_warnings(reply, warnings)
 
-        async def told(answering: Answering) -> Response:
+        async def reply_whole(answering: Answering) -> Response:
             found = await whole_response(answering.events(), typed)
             keep(found)
             return sse.body(found)
 
-        return with_warnings(await whole(request, state.inference, call, told), warnings)
+        return with_warnings(await whole(request, state.inference, call, reply_whole), warnings)
 
 
 def _items(state: ServerState, body: ResponsesRequest, owner: str) -> tuple[list[Item], list[Item]]:
-    """Items of the responses that a request goes on from, and its own, references to kept ones looked up."""
+    """Items of the responses that a request continues, and its own, with references to stored items resolved."""
     previous = body.previous_response_id
     before = state.responses.conversation(owner, previous) if previous else []
     own = []
@@ -83,7 +83,7 @@ def _items(state: ServerState, body: ResponsesRequest, owner: str) -> tuple[list
 
 
 async def whole_response(events: AsyncIterator[tuple[int, Event]], typed: ResponseEvents) -> Reply:
-    """The response that the last event of a stream would tell."""
+    """The response that a stream's last event would hold."""
     found: Reply | None = None
     async for _, event in events:
         if isinstance(event, Answer):
@@ -99,27 +99,27 @@ async def whole_response(events: AsyncIterator[tuple[int, Event]], typed: Respon
 async def _lines(
     events: AsyncIterator[tuple[int, Event]],
     typed: ResponseEvents,
-    telling: Telling,
+    report: ProgressReport,
     keep: Callable[[Mapping[str, Any]], None] = lambda response: None,
 ) -> AsyncIterator[str]:
-    """Typed events; what is told of the work stands in the last one of a piece, as llama-server has it."""
+    """Typed events; progress fields are in the last event of a piece, as in llama-server."""
     for line in typed.begin():
         yield sse.event(line, named=True)
     try:
         async for number, event in events:
             if isinstance(event, Heartbeat):
-                told = telling.of_prompt(event.progress)
-                lines = [typed.of_prompt()] if told else []
+                fields = report.of_prompt(event.progress)
+                lines = [typed.of_prompt()] if fields else []
             elif isinstance(event, Answer):
-                told, lines = {"timings": timings(event)}, [*typed.end(event)]
-                keep(lines[-1]["response"])  # whoever reads the last event may go on from it at once
+                fields, lines = {"timings": timings(event)}, [*typed.end(event)]
+                keep(lines[-1]["response"])  # a client that reads the last event may continue from it at once
             else:
-                told, lines = telling.of_piece(number, event), [*typed.piece(event)]
+                fields, lines = report.of_piece(number, event), [*typed.piece(event)]
             if not lines:
                 yield sse.BEAT
             for i, line in enumerate(lines, 1):
-                yield sse.event(line if i < len(lines) else {**line, **told}, named=True)
-    except Exception as error:  # noqa: BLE001 - this API has an event of its own for it
+                yield sse.event(line if i < len(lines) else {**line, **fields}, named=True)
+    except Exception as error:  # noqa: BLE001 - this API has its own event for errors
         problem = problem_of(error)
         for line in typed.fail(problem.message, _code(problem)):
             yield sse.event(line, named=True)
@@ -149,16 +149,18 @@ async def input_tokens(request: Request, state: State, body: InputTokensRequest)
 
 @router.get("/v1/responses/{response_id}", response_model=None, responses={200: {"model": Reply}, **ERRORS})
 async def kept(request: Request, state: State, response_id: str, stream: bool = False) -> Response:
-    """Tell a response of the last hours again."""
+    """Return a recent response again."""
     found = state.responses.get(owner_of(request.headers), response_id)
     if stream:
-        raise RequestError("stream is true, but a response that is kept is told whole here; leave it out.", "stream")
+        raise RequestError(
+            "stream is true, but stored responses are only returned whole here; leave it out.", "stream"
+        )
     return sse.body(found)
 
 
 @router.delete("/v1/responses/{response_id}", response_model=None, responses={200: {"model": Deleted}, **ERRORS})
 async def forget(request: Request, state: State, response_id: str) -> Response:
-    """Forget a response."""
+    """Delete a response."""
     state.responses.delete(owner_of(request.headers), response_id)
     deleted: Deleted = {"id": response_id, "object": "response", "deleted": True}
     return sse.body(deleted)
@@ -166,11 +168,11 @@ async def forget(request: Request, state: State, response_id: str) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel", response_model=None, responses={200: {"model": Reply}, **ERRORS})
 async def cancel(request: Request, state: State, response_id: str) -> Response:
-    """Refuse: responses are made while their client listens, who can hang up."""
+    """Refuse: responses are generated while their client listens, and it can hang up."""
     state.responses.get(owner_of(request.headers), response_id)
     raise RequestError(
-        "Only responses that were asked for with background: true can be cancelled, and this server makes none; to "
-        "stop one, close its connection.",
+        "Only responses requested with background: true can be cancelled, and this server has none; to "
+        "stop a response, close its connection.",
         "response_id",
     )
 
@@ -186,6 +188,6 @@ async def input_items(
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> Response:
-    """List what a response answers, the conversation before it included."""
+    """List the input of a response, the conversation before it included."""
     items = state.responses.input_items(owner_of(request.headers), response_id)
     return sse.body(page(items, order=order, after=after, limit=limit))

@@ -1,7 +1,7 @@
 """Answers of the engine → the response object and the typed events of OpenAI's responses API.
 
-Enters: pieces while an answer is made, the `Answer` when it is finished. Leaves: dictionaries, each event with its
-`type` and `sequence_number`. A whole reply is the response of the last event, so both ways say the same. Knows no
+Enters: pieces while an answer is generated, the finished `Answer`. Leaves: dictionaries, each event with its
+`type` and `sequence_number`. A whole reply is the response of the last event, so both are the same. Knows no
 connections. Source: openai-python's types, and the order of events that its accumulator expects.
 """
 
@@ -51,7 +51,7 @@ class ResponseUsage(TypedDict):
 
 
 class IncompleteDetails(TypedDict):
-    """Why an answer is not whole."""
+    """Why an answer is incomplete."""
 
     reason: Literal["max_output_tokens"]
 
@@ -92,7 +92,7 @@ class Response(TypedDict):
     store: bool
     background: bool
     timings: NotRequired[Timings]
-    """Of a finished one; not OpenAI's, but llama-server's."""
+    """Of a finished response; llama-server's, not OpenAI's."""
 
 
 def _usage(answer: Answer) -> ResponseUsage:
@@ -152,12 +152,12 @@ class ResponseEvents:
     _n_calls: int = 0
 
     def begin(self) -> Iterator[Event]:
-        """Say that work has begun."""
+        """Say that work has started."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self.response("in_progress"))
 
     def of_prompt(self) -> Event:
-        """Say that work goes on: one that tells of the prompt."""
+        """An event that reports prompt progress."""
         return self._event("response.in_progress", response=self.response("in_progress"))
 
     def piece(self, piece: Piece) -> Iterator[Event]:
@@ -170,7 +170,7 @@ class ResponseEvents:
             yield from self._text(piece, "message")
 
     def end(self, answer: Answer) -> Iterator[Event]:
-        """Close what is open and tell the whole response; a whole answer without any text has one empty message."""
+        """Close what is open and send the whole response; a complete answer without text has one empty message."""
         is_whole = answer.finish_reason == "stop"
         if is_whole and not any(item["type"] != "reasoning" for item in self._output):
             yield from self._text(Piece("", "answer"), "message")
@@ -179,22 +179,22 @@ class ResponseEvents:
         yield self._event(f"response.{status}", response=self.response(status, answer))
 
     def fail(self, message: str, code: str) -> Iterator[Event]:
-        """Tell that the answer has failed.
+        """Report that the answer failed.
 
         Parameters
         ----------
-        code : one of those that openai-python knows, as `server_error`.
+        code : one that openai-python knows, such as `server_error`.
         """
         yield from self._close("incomplete")
         failed = self.response("failed") | {"error": {"code": code, "message": message}}
         yield self._event("response.failed", response=failed)
 
     def response(self, status: Status, answer: Answer | None = None) -> Response:
-        """The response as far as it is known.
+        """The response so far.
 
         Parameters
         ----------
-        answer : of a finished one.
+        answer : the finished answer, if there is one.
         """
         request = self.request
         found: Response = {
@@ -213,7 +213,7 @@ class ResponseEvents:
             "top_p": request.top_p,
             "tools": [_tool(tool) for tool in request.offered_tools()[0]],
             "tool_choice": _choice(request),
-            "parallel_tool_calls": request.most_calls is None,
+            "parallel_tool_calls": request.max_calls is None,
             "text": _format(request),
             "reasoning": {"effort": request.effort, "summary": None},
             "truncation": request.truncation or "disabled",
@@ -278,7 +278,7 @@ class ResponseEvents:
         yield self._event("response.output_item.done", item=_copy(item), output_index=len(self._output) - 1)
 
     def _call(self, call: runtime_tools.ToolCall) -> Iterator[Event]:
-        if self._n_calls and self._n_calls == self.request.most_calls:
+        if self._n_calls and self._n_calls == self.request.max_calls:
             return
         yield from self._close("completed")
         self._n_calls += 1
@@ -304,5 +304,5 @@ class ResponseEvents:
 
 
 def _copy(item: Item) -> Item:
-    """An item as it is now: it grows after the event that tells of it."""
+    """A copy of an item: it grows after the event that announces it."""
     return {key: [*value] if isinstance(value, list) else value for key, value in item.items()}

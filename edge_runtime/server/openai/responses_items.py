@@ -28,7 +28,7 @@ class ItemList(TypedDict):
 
 
 class Deleted(TypedDict):
-    """What is told of a response that was forgotten."""
+    """Reply to a deletion."""
 
     id: str
     object: Literal["response"]
@@ -36,7 +36,7 @@ class Deleted(TypedDict):
 
 
 def listed_items(items: Sequence[Mapping[str, Any]]) -> list[Item]:
-    """Items of a request in the form in which they are kept and listed."""
+    """Items of a request in the form in which they are stored and listed."""
     return [_listed(item) for item in items]
 
 
@@ -76,7 +76,7 @@ def page(items: Sequence[Item], *, order: Literal["asc", "desc"], after: str | N
     Parameters
     ----------
     items : the oldest first.
-    after : id of the item that the page comes behind, in the order that was asked for.
+    after : id of the item that precedes the page, in the requested order.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def page(items: Sequence[Item], *, order: Literal["asc", "desc"], after: str | N
         place = next((number for number, item in enumerate(found) if item["id"] == after), None)
         if place is None:
             raise RequestError(
-                f"after is {after[:80]!r}, which is none of the items; expected the id of one.", "after"
+                f"after is {after[:80]!r}, which is not one of the items; expected the id of one.", "after"
             )
         found = found[place + 1 :]
     shown = found[:limit]

@@ -1,6 +1,6 @@
 """Requests of OpenAI's responses API → a conversation and options of `Model.submit`.
 
-Enters: the body, checked by pydantic, and the items of responses that it goes on from (`responses_store`). Leaves:
+Enters: the body, checked by pydantic, and the items of responses that it continues (`responses_store`). Leaves:
 messages for `inputs.messages` and keyword arguments for `Model.submit`. What needs stored conversations or prompts
 is refused: an answer without them would be an answer to another question. Source: openai-python's types.
 """
@@ -27,7 +27,7 @@ Item = dict[str, Any]
 Messages = list[dict[str, Any]]
 Includable = Literal[
     "message.output_text.logprobs",
-    # What only OpenAI's own tools and stores have: there is none of it in the answer.
+    # Only OpenAI's own tools and stores have these: answers here contain none.
     "file_search_call.results",
     "web_search_call.results",
     "web_search_call.action.sources",
@@ -40,7 +40,7 @@ ROLES = ("user", "assistant", "system", "developer")
 
 
 class TextConfig(Loose):
-    """About the text of an answer."""
+    """Form of an answer's text."""
 
     format: TextFormat | None = None
     verbosity: str | None = None
@@ -57,33 +57,35 @@ class ResponsesRequest(ConversationFields):
     text: TextConfig | None = None
     include: list[Includable] | None = None
     truncation: Literal["auto", "disabled"] | None = Field(
-        None, description="`auto` leaves out the oldest turns of a conversation that does not fit."
+        None, description="`auto` drops the oldest turns of a conversation that does not fit."
     )
     metadata: dict[str, str] | None = None
     user: str | None = None
-    store: bool | None = Field(None, description="Whether the response is kept in memory for a while; not if false.")
+    store: bool | None = Field(
+        None, description="Whether the response is stored in memory for a while; not if false."
+    )
     background: bool | None = None
-    previous_response_id: str | None = Field(None, description="The conversation goes on from that response.")
+    previous_response_id: str | None = Field(None, description="The conversation continues that response.")
     conversation: Any = None
     prompt: Any = None
 
     def own_items(self) -> list[Item]:
-        """Items of this request alone.
+        """Items of this request only.
 
         Raises
         ------
         RequestError
-            Naming what cannot be done without stored conversations, prompts, or answers that are fetched later.
+            Names a field that needs stored conversations, prompts, or answers to be fetched later.
         """
         for field, instead in (
-            ("conversation", "send the whole conversation as 'input', or go on from 'previous_response_id'"),
+            ("conversation", "send the whole conversation as 'input', or continue 'previous_response_id'"),
             ("prompt", "send its text as 'instructions' or 'input'"),
         ):
             if getattr(self, field):
                 raise RequestError(f"{field} was given, but this server stores none; {instead}.", field)
         if self.background:
             raise RequestError(
-                "background is true, but this server makes no answers to be fetched later; use 'stream'.",
+                "background is true, but answers cannot be fetched later here; use 'stream'.",
                 "background",
             )
         if isinstance(self.input, str):
@@ -95,13 +97,13 @@ class ResponsesRequest(ConversationFields):
 
         Parameters
         ----------
-        before : items of the responses that this one goes on from.
-        own : items of this request, where references to kept ones were looked up.
+        before : items of the responses that this one continues.
+        own : items of this request, with references to stored ones resolved.
 
         Raises
         ------
         RequestError
-            Naming the item that has the wrong form, or what this server does not store.
+            Names the item that is malformed, or what this server does not store.
         """
         own = self.own_items() if own is None else own
         messages = [{"role": "system", "content": self.instructions}] if self.instructions else []
@@ -153,7 +155,7 @@ class InputTokensRequest(ResponsesRequest):
     input: str | list[dict[str, Any]] | None = None  # type: ignore[assignment]
 
     def own_items(self) -> list[Item]:
-        """Items of this request alone; without any, those of the response that it goes on from are counted."""
+        """Items of this request only; without any, those of the response that it continues are counted."""
         return [] if self.input is None else super().own_items()
 
 
@@ -167,7 +169,7 @@ class _Items:
             "message": self._message,
             "function_call": self._call,
             "function_call_output": self._result,
-            "reasoning": self._note_reasoning,
+            "reasoning": self._keep_reasoning,
         }
 
     def read(self, items: Sequence[Item], name: str) -> Messages:
@@ -196,7 +198,9 @@ class _Items:
     def _call(self, item: Mapping[str, Any], where: str) -> None:
         name, arguments = item.get("name"), item.get("arguments", "")
         if not isinstance(name, str) or not isinstance(arguments, str):
-            raise RequestError("The call has no name, or its arguments are no string of JSON.", where)
+            raise RequestError(
+                "The call has no name, or its arguments are not a string of JSON; expected both.", where
+            )
         if not self._messages or self._messages[-1]["role"] != "assistant" or self._reasoning:
             self._messages.append({"role": "assistant", "content": ""})
             self._take_reasoning(self._messages[-1])
@@ -205,12 +209,14 @@ class _Items:
     def _result(self, item: Mapping[str, Any], where: str) -> None:
         self._messages.append({"role": "tool", "content": content_parts(item.get("output"), f"{where}.output")})
 
-    def _note_reasoning(self, item: Mapping[str, Any], where: str) -> None:
-        """Reasoning belongs to the answer that follows; a summary stands in where the text is not there."""
+    def _keep_reasoning(self, item: Mapping[str, Any], where: str) -> None:
+        """Reasoning belongs to the answer that follows; a summary replaces a missing text."""
         for key in ("content", "summary"):
             parts = item.get(key) or []
             if not isinstance(parts, list):
-                raise RequestError(f"The reasoning's {key} is no list.", f"{where}.{key}")
+                raise RequestError(
+                    f"The reasoning's {key} is not a list; expected a list of parts.", f"{where}.{key}"
+                )
             texts = [
                 part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)
             ]

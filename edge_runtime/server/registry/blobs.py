@@ -3,7 +3,7 @@
     ROOT/sha256-HEX     complete and checked
     ROOT/.HEX.NUMBER    arriving
 
-A name that is no digest never becomes a path (CVE-2024-37032).
+A name that is not a digest never becomes a path (CVE-2024-37032).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from edge_runtime.system.plain_files import is_plain
 PREFIX = "sha256:"
 AGAIN = "send the upload again"
 UNNEEDED_AFTER_S = 24 * 3600.0
-"""How long an upload waits for a name that is made of it."""
+"""How long an upload is kept without a model that uses it."""
 CLOCK_WAS_SET_S = 365 * 24 * 3600.0
 _WHOLE, _ARRIVING = re.compile(r"sha256-[0-9a-f]{64}"), re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{8,16}")
-WRITE_BYTES = 4 << 20  # so much is written at once, in a thread
+WRITE_BYTES = 4 << 20  # written at once, in a thread
 
 
 def checked_digest(digest: object) -> str:
-    """Return a digest that is one.
+    """Return a digest if it is valid.
 
     Raises
     ------
@@ -57,20 +57,20 @@ class Blobs:
 
     Parameters
     ----------
-    root : their folder; made when it is needed.
-    most_bytes : of one upload.
-    room : bytes that clients may store beside what is there.
+    root : their folder; created when needed.
+    max_bytes : limit of one upload.
+    room : returns how many more bytes clients may store.
     """
 
-    def __init__(self, root: Path, most_bytes: int, room: Callable[[], int] = lambda: 1 << 62) -> None:
-        self._root, self._most_bytes, self._room = root, most_bytes, room
+    def __init__(self, root: Path, max_bytes: int, room: Callable[[], int] = lambda: 1 << 62) -> None:
+        self._root, self._max_bytes, self._room = root, max_bytes, room
 
     def path(self, digest: str) -> Path:
-        """Where a file of this digest is, or would be."""
+        """Path of the file with this digest, whether it exists or not."""
         return self._root / f"sha256-{checked_digest(digest)[len(PREFIX) :]}"
 
     def has(self, digest: str) -> bool:
-        """Whether it is here. Who asks may want to make something of it: it stays for another while."""
+        """Whether it exists. The caller may be about to use it, so its age is reset."""
         path = self.path(digest)
         if not is_plain(path):
             return False
@@ -79,33 +79,33 @@ class Blobs:
         return True
 
     def size(self) -> int:
-        """Bytes of all that is here or arriving."""
+        """Bytes of all complete and arriving uploads."""
         with contextlib.suppress(OSError), os.scandir(self._root) as files:
             return sum(file.stat(follow_symlinks=False).st_size for file in files)
         return 0
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing is here, not even an upload of which no byte has arrived."""
+        """Whether nothing is here, not even an upload without a byte so far."""
         with contextlib.suppress(OSError), os.scandir(self._root) as files:
             return next(files, None) is None
         return True
 
     async def receive(self, digest: str, chunks: AsyncIterator[bytes], announced: int | None) -> None:
-        """Store an upload when it is what its digest says; of a cut one nothing is left.
+        """Store an upload if it matches its digest; an interrupted one leaves nothing behind.
 
         Parameters
         ----------
-        announced : bytes that are to come, where the client told.
+        announced : number of bytes to come, if the client gave it.
 
         Raises
         ------
         RequestError, TooLarge
-            When the contents are others, or too many.
+            When the contents do not match, or are too large.
         StoreFull
             When clients may not store that much more.
         StoreError
-            When the disk is full or refuses.
+            When the disk is full or cannot be written to.
         """
         target = self.path(digest)
         self._check_room(announced)
@@ -136,7 +136,7 @@ class Blobs:
 
             async for chunk in chunks:
                 total += len(chunk)
-                if total > self._most_bytes:
+                if total > self._max_bytes:
                     raise self._too_large(total)
                 held += chunk
                 if len(held) >= WRITE_BYTES:
@@ -148,7 +148,7 @@ class Blobs:
     def _check_room(self, announced: int | None) -> None:
         if announced is None:
             return
-        if announced > self._most_bytes:
+        if announced > self._max_bytes:
             raise self._too_large(announced)
         self._check_quota(announced)
         with storing(self._root, AGAIN):
@@ -163,26 +163,26 @@ class Blobs:
     def _check_quota(self, n_bytes: int) -> None:
         if n_bytes > (room := self._room()):
             raise StoreFull(
-                f"The upload does not fit: clients may fill the store with another {max(0, room) / 1e9:.2f} GB. "
+                f"The upload does not fit: clients may add another {max(0, room) / 1e9:.2f} GB to the store. "
                 "Delete a model, or ask the server's owner for a larger --max-store."
             )
 
     def _too_large(self, n_bytes: int) -> TooLarge:
-        return TooLarge(f"The upload has {n_bytes} bytes or more, at most {self._most_bytes} are taken.")
+        return TooLarge(f"The upload has {n_bytes} bytes or more, at most {self._max_bytes} are accepted.")
 
     def tidy(self, needed: Set[str] | None, now: float | None = None) -> None:
-        """Remove what was left of uploads that were cut, and files that no name has needed for a while.
+        """Remove leftovers of interrupted uploads, and files that no name has needed for a while.
 
-        Another server may work in the same folder: what it is writing stays, and so does what came lately. Ages of
-        more than a year, or from the future, tell of a clock that was set: they begin anew.
+        Another server may work in the same folder: what it is writing stays, and so do recent files. Ages of
+        more than a year, or in the future, mean that the clock was changed: they are reset.
 
         Parameters
         ----------
-        needed : digests that some name needs; None where that is not known, and every file stays.
+        needed : digests that some name needs; None if unknown: then every file stays.
         now : Unix time.
         """
         kept, now = {self.path(digest).name for digest in needed or ()}, time.time() if now is None else now
-        with contextlib.suppress(OSError):  # no folder yet, or none that may be changed: nothing to tidy then
+        with contextlib.suppress(OSError):  # no folder yet, or not writable: nothing to tidy
             for path in self._root.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     continue
@@ -196,6 +196,6 @@ class Blobs:
                         path.unlink(missing_ok=True)
 
     def remove(self, digest: str) -> None:
-        """Forget a file."""
+        """Remove a file."""
         with storing(self._root, AGAIN):
             self.path(digest).unlink(missing_ok=True)

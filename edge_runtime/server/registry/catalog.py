@@ -1,6 +1,6 @@
-"""Names that clients give → models of this machine: the demo, what the owner named, what was pulled or created.
+"""Names that clients give → models on this machine: the demo, the owner's, pulled and created ones.
 
-A name is looked up, never opened: only what stands in a list here leads to a file. Ollama's clients write
+A name is looked up, never opened: only entries of the lists here lead to files. Ollama's clients write
 `NAME:latest` for `NAME`, and `hf.co/ORG/REPO` for a repository of the hub. Names are compared without case.
 """
 
@@ -28,11 +28,11 @@ from edge_runtime.system.plain_files import is_plain
 
 LATEST = ":latest"
 FOLDER = ".served"
-"""Of names and uploads, in the model store."""
+"""Folder of names and uploads, in the model store."""
 CHANGES = "names that clients gave"
-"""Name of the lock that is held while one is changed."""
+"""Name of the lock that is held while a name is changed."""
 MOST_NAMES_BYTES = 64 << 20
-"""Of the records of all of them, which are read for every list."""
+"""Limit for all records together, which are read for every list."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Listed:
     modified: datetime.datetime
     adapters: Mapping[str, Path] = field(default_factory=dict)
     system: str = ""
-    """Stands before conversations that bring no system prompt."""
+    """Put before conversations without a system prompt."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Options, in Ollama's words, where a request gives none."""
+    """Default options, under Ollama's names."""
     messages: tuple[Mapping[str, Any], ...] = ()
-    """Stand before every conversation."""
+    """Put before every conversation."""
     template: str = ""
     """What a Modelfile gave; shown, not used."""
     license: str = ""
@@ -63,7 +63,7 @@ class Listed:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All that is loaded; names for the same files are the same model."""
+        """All loaded files; names for the same files are the same model."""
         return (self.paths.decoder, self.paths.mmproj, *self.adapters.values())
 
     @property
@@ -73,12 +73,12 @@ class Listed:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Options, as `Model.submit` takes them, where a request gives none."""
+        """Default options, as `Model.submit` takes them."""
         return submit_options(self.parameters)
 
 
 def plain_name(name: str) -> str:
-    """The one spelling of a client's name for a model, but for its case."""
+    """The canonical spelling of a client's name for a model, except for its case."""
     name = name.strip()
     if name.lower().endswith(LATEST):
         name = name[: -len(LATEST)]
@@ -94,7 +94,7 @@ def _without_prefix(name: str, prefix: str) -> str:
 
 
 class Catalog:
-    """What may be named.
+    """All models that clients may name.
 
     Parameters
     ----------
@@ -122,10 +122,10 @@ class Catalog:
         self.default = plain_name(find_model(settings.models[0]).name) if settings.models else DEMO
 
     def tidy(self) -> None:
-        """Remove uploads that were cut, and those that no name has needed for a day."""
+        """Remove interrupted uploads, and those that no name has needed for a day."""
         if self.blobs.is_empty:
             return
-        # A store that cannot be changed stays as it is.
+        # A read-only store stays as it is.
         with contextlib.suppress(DownloadError), self._changing():
             self.blobs.tidy(self.names.needed())
 
@@ -134,7 +134,7 @@ class Catalog:
         return self._most_bytes - self.blobs.size() - sum(entry.size for entry in self.library.entries())
 
     def _changing(self) -> AbstractContextManager[None]:
-        """Hold the only right to change names, of this process and others: files go with the last name for them."""
+        """Lock the names, for this process and others: files are removed with their last name."""
         return self.library.lock(CHANGES, lambda: None)
 
     def all(self) -> list[Listed]:
@@ -185,12 +185,12 @@ class Catalog:
         Raises
         ------
         ModelNotFound, RequestError
-            When there is no such model, or the name may not be given.
+            When there is no such model, or the new name is not allowed.
         """
         self.put(replace(self.record_of(source), created=_now()), destination)
 
     def record_of(self, name: str) -> Record:
-        """What a model is made of, as a record to be changed.
+        """The record of a model, to be changed.
 
         Raises
         ------
@@ -209,9 +209,9 @@ class Catalog:
         Raises
         ------
         RequestError
-            When the name is the owner's, a catalogue's, or none.
+            When the name is the owner's, a built-in alias, or invalid.
         StoreFull
-            When there are as many names as clients may give.
+            When clients have made as many models as they may.
         """
         name = checked_name(plain_name(name))
         if name.lower() in self._owned or name.lower() in ALIASES:
@@ -236,16 +236,16 @@ class Catalog:
         return record
 
     def delete(self, name: str) -> Listed | None:
-        """Forget a name; what no other name needs is removed from the disk.
+        """Delete a name; files that no other name needs are removed from the disk.
 
         Returns
         -------
-        listed : the model that went, if it could be used.
+        listed : the deleted model, if it was usable.
 
         Raises
         ------
         ModelNotFound
-            When there is none of this name.
+            When no model has this name.
         NotAllowed
             When it is the owner's.
         """
@@ -275,7 +275,7 @@ class Catalog:
         return listed
 
     def unhide(self, entry: Entry) -> None:
-        """Show a pulled model again: somebody asked for it."""
+        """List a pulled model again, after another pull."""
         with self._changing():
             record = self.names.get(entry.label)
             if record is not None and record.hidden:
@@ -295,7 +295,7 @@ class Catalog:
                 self.names.remove(other.name)
 
     def _stored(self, entry: Entry) -> Listed | None:
-        """A pulled model; None where its files were removed behind our back."""
+        """A pulled model; None if its files were removed by somebody else."""
         try:
             paths = find_model(entry.name)
             return Listed(entry.label, paths, _modified(paths.decoder), license=entry.licence)
@@ -303,7 +303,7 @@ class Catalog:
             return None
 
     def _made(self, record: Record) -> Listed | None:
-        """A model that a client made; None where something of it is missing."""
+        """A model that a client made; None if a file of it is missing."""
         base = self._base(record.base) if record.base else None
         decoder = base.paths.decoder if base is not None else None
         mmproj = base.paths.mmproj if base is not None else None

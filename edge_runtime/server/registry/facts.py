@@ -1,4 +1,4 @@
-"""The headers of a model's files → what clients are told about it, in Ollama's words."""
+"""The headers of a model's files → what clients are told about it, under Ollama's names."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from edge_runtime.structured_output.tools import TOOL_CALL
 from edge_runtime.weights.config import is_toy, read_vocabulary
 from edge_runtime.weights.gguf_file import GGUFFile
 
-LONGEST_ARRAY = 64
-"""Longer ones are told on request only: a vocabulary has megabytes."""
+MAX_ARRAY = 64
+"""Longer ones are left out: a vocabulary has megabytes."""
 
 
 @dataclass(frozen=True)
@@ -35,31 +35,31 @@ class Facts:
 
     family: str
     parameters: int
-    """Numbers in the decoder and the vision part together."""
+    """Parameters of the decoder and the vision part together."""
     quantisation: str
     context_length: int
     """What the model was trained for."""
     vocabulary: int
-    """Tokens there are."""
+    """Number of tokens."""
     template: str
     """Jinja."""
     decoder: Mapping[str, Any]
     """Metadata."""
     projector: Mapping[str, Any]
     can_call_tools: bool
-    """Whether the vocabulary has the tokens of calls; likewise the next."""
+    """Whether the vocabulary has the tokens of calls; `can_think` likewise."""
     can_think: bool
     is_toy: bool
     claims: tuple[str, ...]
-    """What it can do, by Ollama's names; less than its vocabulary allows where it is a toy."""
+    """Its capabilities, by Ollama's names; a toy claims less than its vocabulary allows."""
 
     def capabilities(self, settings: Settings) -> list[str]:
-        """What the model says that it can do: clients attach tools to every chat of a model that claims them."""
+        """What the model claims: clients attach tools to every chat with a model that claims them."""
         return [name for name in self.claims if name != "tools" or settings.tools != "off"]
 
 
 def facts_of(listed: Listed) -> Facts:
-    """Facts of a model; kept as long as its files stay the same.
+    """Facts of a model; cached while its files stay the same.
 
     Raises
     ------
@@ -98,13 +98,13 @@ def _facts(decoder: Path, mmproj: Path, versions: tuple[tuple[int, int], ...]) -
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata as JSON has it; long arrays become None."""
+    """Metadata as JSON values; long arrays become None."""
     return {key: _plain_value(value) for key, value in metadata.items() if key != "tokenizer.chat_template"}
 
 
 def _plain_value(value: Any) -> Any:
     if isinstance(value, np.ndarray | list):
-        return None if len(value) > LONGEST_ARRAY else [_plain_value(item) for item in value]
+        return None if len(value) > MAX_ARRAY else [_plain_value(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
@@ -127,7 +127,7 @@ def details(listed: Listed, facts: Facts) -> dict[str, Any]:
 
 
 def refuse_what_it_cannot(listed: Listed, settings: Settings, options: Mapping[str, Any]) -> None:
-    """Refuse tools and reasoning of a model that has none, in Ollama's words.
+    """Refuse tools and reasoning for a model without them, in Ollama's words.
 
     Parameters
     ----------

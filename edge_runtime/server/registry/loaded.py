@@ -1,7 +1,7 @@
-"""Loaded models: brought in when they are asked for, kept for a while, let go when memory is needed.
+"""Loaded models: loaded on demand, kept for a while, unloaded when memory is needed.
 
-A model is pinned while a request uses it. Loading happens in a thread, one model at a time; who wants the same one
-waits for it. What nobody has used for the longest time goes first when another model needs the room.
+A model is pinned while a request uses it. Loading happens in a thread, one model at a time; requests for the same
+model wait for it. The least recently used model is unloaded first when another one needs the memory.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ FOREVER = -1.0
 
 @dataclass(eq=False)
 class Slot:
-    """One model, loaded or about to be."""
+    """One model, loaded or loading."""
 
     listed: Listed
-    """By the name it was last asked for."""
+    """Under the name last used for it."""
     keep_alive_s: float
-    """After the last use; below 0: for ever."""
+    """After the last use; below 0: forever."""
     users: int = 0
     n_bytes: int = 0
     model: Model | None = None
     loading: asyncio.Task[None] | None = None
     last_used: float = field(default_factory=time.monotonic)
     ends_at: float | None = None
-    """By `time.monotonic`, as the clock on the wall may be set; None while it is used, or where it stays."""
+    """By `time.monotonic`, since the system clock may be changed; None while it is used, or if it stays."""
     timer: asyncio.TimerHandle | None = None
 
     @property
     def expires_at(self) -> float | None:
-        """Unix time at which it goes, by the clock as it is now; None as above."""
+        """Unix time at which it is unloaded, by the current clock; None as above."""
         return None if self.ends_at is None else time.time() + self.ends_at - time.monotonic()
 
 
@@ -79,7 +79,7 @@ class ModelRegistry:
         Parameters
         ----------
         name : as clients give it; None takes the default model.
-        keep_alive_s : how long it stays after this; None is the owner's default, and for ever for his own models.
+        keep_alive_s : how long it stays after this; None is the owner's default, and forever for the owner's models.
 
         Raises
         ------
@@ -100,7 +100,7 @@ class ModelRegistry:
         try:
             if slot.loading is None:
                 slot.loading = asyncio.create_task(self._load(slot))
-            await asyncio.shield(slot.loading)  # who hangs up does not take the model from the others
+            await asyncio.shield(slot.loading)  # a client that hangs up does not cancel loading for the others
             usual = FOREVER if listed.files in self._resident else self._settings.keep_alive_s
             slot.keep_alive_s = usual if keep_alive_s is None else keep_alive_s
             assert slot.model is not None
@@ -117,7 +117,7 @@ class ModelRegistry:
         return sorted(found, key=lambda slot: (slot.users > 0, slot.last_used), reverse=True)
 
     async def preload(self) -> None:
-        """Load what the owner wants at the start; it stays, unless a request says otherwise or memory is needed."""
+        """Load the owner's models at startup; they stay, unless a request says otherwise or memory is needed."""
         for name in self._settings.models:
             listed = self.catalog.owned(name)
             self._resident.add(listed.files)
@@ -125,7 +125,7 @@ class ModelRegistry:
                 logger.info("%s is loaded", listed.name)
 
     async def forget(self, listed: Listed) -> None:
-        """Let a model go as soon as nobody uses it: it is being deleted, or was asked to leave."""
+        """Unload a model as soon as nobody uses it: it is being deleted, or a request unloads it."""
         slot = self._slots.get(listed.files)
         if slot is not None:
             slot.keep_alive_s = 0.0
@@ -133,22 +133,22 @@ class ModelRegistry:
                 await self._unload(slot)
 
     async def _leave_changed(self, listed: Listed) -> None:
-        """Let a model go whose files were written to, so that it is loaded anew; who uses it sees its own errors."""
+        """Unload a model whose files were written to, so that it is loaded again; its users get their own errors."""
         slot = self._slots.get(listed.files)
         if slot is None or slot.model is None:
             return
         try:
             slot.model.check_usable()
         except EdgeRuntimeError as error:
-            logger.warning("%s is loaded anew: %s", listed.name, error)
+            logger.warning("%s is loaded again: %s", listed.name, error)
             if slot.users == 0:
                 await self._unload(slot)
             elif self._slots.get(listed.files) is slot:
                 del self._slots[listed.files]
-                slot.keep_alive_s = 0.0  # it goes with its last user
+                slot.keep_alive_s = 0.0  # unloaded with its last user
 
     async def close(self) -> None:
-        """Unload everything, and wait for what is on its way out."""
+        """Unload everything, and wait for models that are being unloaded."""
         self._closing = True
         if self._leaving:
             await asyncio.wait([*self._leaving])
@@ -174,7 +174,7 @@ class ModelRegistry:
         self._start_timer(slot)
 
     async def _retrying(self, load: Callable[[], Model]) -> Model:
-        """Load; as long as memory is short and something idle can go, let it go and try again."""
+        """Load; while memory is short and an idle model can be unloaded, unload it and try again."""
         while True:
             try:
                 return await asyncio.to_thread(load)
@@ -186,7 +186,7 @@ class ModelRegistry:
         limit = self._settings.max_loaded_bytes
         while slot.n_bytes > available_bytes():
             if not await self._evict():
-                break  # a smaller context may still fit: loading finds out, or tells the numbers
+                break  # a smaller context may still fit: loading finds out, or reports the numbers
         while limit is not None and slot.n_bytes + sum(other.n_bytes for other in self.loaded()) > limit:
             if not await self._evict():
                 raise NotEnoughMemoryError(
@@ -195,7 +195,7 @@ class ModelRegistry:
                 )
 
     async def _evict(self) -> bool:
-        """Unload the model that was idle for the longest time; False when all are in use."""
+        """Unload the model that has been idle for longest; False when all are in use."""
         idle = [slot for slot in self.loaded() if slot.users == 0]
         if not idle:
             return False
@@ -206,7 +206,7 @@ class ModelRegistry:
         await self._close(slot, self._take_out(slot))
 
     def _take_out(self, slot: Slot) -> Model | None:
-        """Let nobody have a model any more: in one step, so that nobody who has it is overlooked."""
+        """Remove a model from the table in one step, so that no new user can get it."""
         self._stop_timer(slot)
         if self._slots.get(slot.listed.files) is slot:
             del self._slots[slot.listed.files]
@@ -219,7 +219,7 @@ class ModelRegistry:
             logger.info("%s is unloaded", slot.listed.name)
 
     def _start_timer(self, slot: Slot) -> None:
-        """Agree on when an idle model goes."""
+        """Schedule the unloading of an idle model."""
         self._stop_timer(slot)
         if slot.users or slot.model is None or slot.keep_alive_s < 0 or self._closing:
             return
@@ -231,7 +231,7 @@ class ModelRegistry:
         if slot.users:
             return
         leaving = asyncio.ensure_future(self._close(slot, self._take_out(slot)))
-        self._leaving.add(leaving)  # or the loop forgets it half done
+        self._leaving.add(leaving)  # keep a reference, or the task may be garbage-collected
         leaving.add_done_callback(self._leaving.discard)
 
     def _stop_timer(self, slot: Slot) -> None:

@@ -1,10 +1,10 @@
-"""Models that clients made: a name for files that are here, with words of its own to go before a conversation.
+"""Models that clients made: names for files that are here, with their own prompts and options.
 
-    ROOT/HASH.json     one record, replaced in one step
+    ROOT/HASH.json     one record, replaced atomically
 
 Names are compared without case, as Ollama does, and shown as they were first written.
-A record says what it is made of by name or by digest, never by path. A copy is another name for the same files; the
-files go with the last name. A pulled model whose name was deleted while others need its files is only hidden.
+A record refers to its parts by name or by digest, never by path. A copy is another name for the same files; the
+files are removed with the last name. A pulled model whose name is deleted while others need its files is only hidden.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Record:
 
     name: str
     base: str = ""
-    """Name of the owner's or of a pulled model whose files these are; empty where they were uploaded."""
+    """Name of the owner's or of a pulled model whose files these are; empty if they were uploaded."""
     decoder: str = ""
-    """Digest of an uploaded file; likewise the next."""
+    """Digest of an uploaded file; `mmproj` likewise."""
     mmproj: str = ""
     adapters: tuple[str, ...] = ()
     """Digests."""
@@ -47,7 +47,7 @@ class Record:
     """What it was made from, as the client said."""
     system: str = ""
     template: str = ""
-    """Kept to be shown; prompts are made with the template in the model's own file."""
+    """For display only; prompts use the template in the model's own file."""
     license: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Options in Ollama's words."""
@@ -55,7 +55,7 @@ class Record:
     created: str = "1970-01-01T00:00:00+00:00"
     """ISO 8601."""
     hidden: bool = False
-    """Whether the name is gone, and only others need the files."""
+    """Whether the name was deleted, and only others need the files."""
 
     @property
     def digests(self) -> set[str]:
@@ -81,7 +81,7 @@ class Names:
         ]
 
     def needed(self) -> set[str] | None:
-        """Digests that the records need; None where one cannot be read: it may need any."""
+        """Digests that the records need; None if a record cannot be read, which may need any."""
         records = self.all()
         try:
             is_all = len(records) == len([*self._root.glob("*.json")])
@@ -90,7 +90,7 @@ class Names:
         return {digest for record in records for digest in record.digests} if is_all else None
 
     def get(self, name: str) -> Record | None:
-        """The record of a name, in any case."""
+        """The record of a name, whatever its case."""
         for path in self._places(name):
             record = self._read(path)
             if record is not None and record.name.lower() == name.lower():
@@ -98,13 +98,13 @@ class Names:
         return None
 
     def put(self, record: Record) -> None:
-        """Write a record, in one step."""
+        """Write a record atomically."""
         path = self._path(record.name)
         text = json.dumps({"format": FORMAT, **asdict(record)}, ensure_ascii=False, indent=1)
         if len(text.encode("utf-8", "surrogatepass")) > MAX_RECORD_BYTES:
             raise RequestError("The model's texts have more than 4 MB; shorten its system prompt or messages.")
         with storing(self._root, "make the model again"):
-            write_whole(path, text.encode("utf-8", "replace"), mode=0o600)  # it may hold what people said
+            write_whole(path, text.encode("utf-8", "replace"), mode=0o600)  # it may hold private messages
             for other in self._places(record.name)[1:]:
                 other.unlink(missing_ok=True)
 
@@ -116,7 +116,7 @@ class Names:
         return 0, 0
 
     def remove(self, name: str) -> None:
-        """Forget a name."""
+        """Delete a name."""
         with storing(self._root):
             for path in self._places(name):
                 path.unlink(missing_ok=True)
@@ -125,12 +125,12 @@ class Names:
         return self._places(name)[0]
 
     def _places(self, name: str) -> list[Path]:
-        """Where the record of a name lies; those of older versions lie by its case."""
+        """Paths of a name's record; older versions hashed the name with its case."""
         digests = [hashlib.sha256(each.encode("utf-8", "surrogatepass")).hexdigest() for each in (name.lower(), name)]
         return [self._root / f"{digest}.json" for digest in dict.fromkeys(digests)]
 
     def _read(self, path: Path) -> Record | None:
-        """A record, checked; None where there is none of this version."""
+        """A record, checked; None if there is none of this version."""
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError, RequestError):
             with open_plain(path) as file:
                 value = json.loads(file.read(MAX_RECORD_BYTES + 1))
@@ -140,7 +140,7 @@ class Names:
 
 
 def _checked(record: Record) -> Record:
-    """Return a record whose fields have the right types: a record is as foreign as any file."""
+    """Return a record if its fields have the right types: records are as untrusted as any file."""
     for each in fields(record):
         value = getattr(record, each.name)
         expected: tuple[type, ...] = {"parameters": (dict,), "messages": (list, tuple), "hidden": (bool,)}.get(
@@ -169,8 +169,8 @@ def checked_name(name: str) -> str:
         ollama_parts(name)
     except ModelFileError:
         raise RequestError(
-            f"The name {name[:80]!r} is refused; expected letters, digits, '.', '-' and '_', with a ':TAG' behind it "
-            "if you like.",
+            f"The name {name[:80]!r} is not allowed; expected letters, digits, '.', '-' and '_', optionally followed "
+            "by ':TAG'.",
             "model",
         ) from None
     return name[: -len(":latest")] if name.lower().endswith(":latest") else name

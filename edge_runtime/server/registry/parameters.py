@@ -1,4 +1,4 @@
-"""Parameters as Ollama names them, kept with a model or sent with a request → options of `Model.submit`."""
+"""Parameters as Ollama names them, stored with a model or sent with a request → options of `Model.submit`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OWNERS = frozenset(
         "draft_num_predict",
     }
 )
-"""How a model is loaded, which the owner of the server decides for all clients (`edge-runtime serve --ctx`)."""
+"""How a model is loaded: the owner of the server decides that for all clients (`edge-runtime serve --ctx`)."""
 
 
 UNLIMITED = 1 << 30
@@ -47,12 +47,12 @@ _warned: set[str] = set()
 def submit_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Translate `options` of a request, or the parameters of a Modelfile.
 
-    Unknown ones are left out with a warning in the log, as Ollama does, unless they bind the answer.
+    Unknown ones are ignored with a warning in the log, as in Ollama, unless they constrain the answer.
 
     Raises
     ------
     RequestError
-        When a value has the wrong type, or an option that binds the answer is not known.
+        When a value has the wrong type, or an unknown option constrains the answer.
     """
     found: dict[str, Any] = {}
     for name, value in (options or {}).items():
@@ -61,7 +61,7 @@ def submit_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
         if name in _TRANSLATED:
             found |= _TRANSLATED[name](name, value)
         elif name in BINDING:
-            raise RequestError(f"The option {name} is none that can be kept: {BINDING[name]}.", name)
+            raise RequestError(f"The option {name} cannot be honoured: {BINDING[name]}.", name)
         elif name not in OWNERS:
             _warn(name)
     if found.pop("repeats_count", True) is False:
@@ -72,7 +72,7 @@ def submit_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
 def _warn(name: str) -> None:
     if name not in _warned and len(_warned) < 1000:
         _warned.add(name)
-        logger.warning("The option %r is not known here and was left out", visible(name)[:60])
+        logger.warning("The option %r is unknown and was ignored", visible(name)[:60])
 
 
 def _number(name: str, value: Any) -> float:
@@ -94,7 +94,7 @@ def _same(target: str, read: Callable[[str, Any], Any]) -> Callable[[str, Any], 
 
 def _length(name: str, value: Any) -> dict[str, Any]:
     number = _whole(name, value)
-    # -1: for ever; -2: until the context is full; 0: no limit either, as in the runners of Ollama.
+    # -1: forever; -2: until the context is full; 0: no limit either, as in Ollama's runners.
     return {"max_tokens": number if number > 0 else UNLIMITED}
 
 
@@ -110,11 +110,11 @@ def _top_k(name: str, value: Any) -> dict[str, Any]:
 def _stop(name: str, value: Any) -> dict[str, Any]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise RequestError("The option stop is no list of strings; expected one, or a string.", name)
+        raise RequestError("The option stop is not a list of strings; expected one, or a string.", name)
     return {"stop": [text for text in texts if text]}
 
 
-def _most(name: str, value: Any) -> int:
+def _positive(name: str, value: Any) -> int:
     number = _whole(name, value)
     if number < 1:
         raise RequestError(f"The option {name} is {number}; expected a positive whole number.", name)
@@ -122,7 +122,7 @@ def _most(name: str, value: Any) -> int:
 
 
 def _window(name: str, value: Any) -> dict[str, Any]:
-    """Penalties here look at the whole answer; a window of 0 turns the one Ollama has on by default off."""
+    """Penalties here cover the whole answer; a window of 0 turns off the one that Ollama turns on by default."""
     return {"repeats_count": _whole(name, value) != 0}
 
 
@@ -132,9 +132,9 @@ _TRANSLATED: dict[str, Callable[[str, Any], dict[str, Any]]] = {
     "stop": _stop,
     "top_k": _top_k,
     "repeat_last_n": _window,
-    "max_slices": _same("max_slices", _most),
-    "max_slice_nums": _same("max_slices", _most),
-    "image_max_tokens": _same("image_max_tokens", _most),
+    "max_slices": _same("max_slices", _positive),
+    "max_slice_nums": _same("max_slices", _positive),
+    "image_max_tokens": _same("image_max_tokens", _positive),
     **dict.fromkeys(("repeat_penalty", "repetition_penalty"), _same("repetition_penalty", _number)),
     **{
         name: _same(name, _number)
@@ -150,18 +150,18 @@ BINDING = {
     ),
     **dict.fromkeys(
         ("grammar", "guided_grammar", "guided_regex", "guided_choice"),
-        "answers follow JSON schemas (format, beside options) and no other grammar",
+        "answers can follow a JSON schema (format, beside options) but no other grammar",
     ),
-    **dict.fromkeys(("tools", "tool_choice"), "tools stand beside options, in requests to /api/chat"),
+    **dict.fromkeys(("tools", "tool_choice"), "tools belong beside options, in requests to /api/chat"),
     **dict.fromkeys(
         ("system", "template", "prompt", "suffix", "raw"), "it is a field beside options, of /api/generate"
     ),
     **dict.fromkeys(("think", "thinking", "reasoning_effort"), "send think, beside options"),
     **dict.fromkeys(("logprobs", "top_logprobs"), "it is a field beside options"),
-    **dict.fromkeys(("n", "best_of"), "one answer is given to a request; send it again for more"),
+    **dict.fromkeys(("n", "best_of"), "a request gets one answer; send it again for more"),
     **dict.fromkeys(("logit_bias", "bad_words", "ignore_eos"), "tokens cannot be forced or forbidden here"),
     **dict.fromkeys(
         ("images", "context", "keep_alive", "stream", "truncate", "shift"), "it is a field beside options"
     ),
 }
-"""Words that are no options but say what an answer must be: refused with what to do, never left out."""
+"""Fields that are not options but constrain the answer: refused with what to do, never ignored."""

@@ -231,7 +231,7 @@ def test_fitting_a_video_is_reported(folder: Path) -> None:
 def test_each_page_is_not_for_videos(folder: Path, name: str) -> None:
     result = run(folder / "words.pdf", f"{folder}/{name}", "What?", "--each-page")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "--each-page asks about pages and pictures; ask about a video by itself" in result.stderr
+    assert "--each-page asks about pages and pictures; ask about a video separately" in result.stderr
 
 
 def test_a_chat_takes_a_document_and_a_video(folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Memory that requests leave behind in the C library → back to the system, when nobody asks for a moment.
+"""Returns memory that requests leave behind in the C library to the system, once no request is open.
 
-A megabyte of text becomes lists of tokens of a hundred times its size. They are freed when the request is refused,
-but glibc keeps their pages, in one arena per thread. Handing them back takes milliseconds, so it is done after large
-bodies only.
+A megabyte of text becomes token lists of a hundred times its size. They are freed when the request is refused,
+but glibc keeps their pages, in one arena per thread. Returning them takes milliseconds, so it is done only after
+large bodies.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edge_runtime.system.memory import give_back
 
 LARGE_BYTES = 256 << 10
-"""Of bodies since the last time."""
-REST_AFTER_S = 1.0
+"""Total of bodies since the last release."""
+IDLE_AFTER_S = 1.0
 """Without a request."""
-MUCH_BYTES, MOST_S = 64 << 20, 30.0
-"""Bodies and time after which nobody waits for a moment without requests."""
+MUCH_BYTES, MAX_WAIT_S = 64 << 20, 30.0
+"""Bodies and time after which memory is released even while requests are open."""
 
 
-class Resting:
-    """ASGI middleware: counts what comes in, and gives memory back after it."""
+class ReleaseIdleMemory:
+    """ASGI middleware: counts request bodies, and releases memory after large ones."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -56,18 +56,18 @@ class Resting:
         if self._timer is not None:
             self._timer.cancel()
         loop = asyncio.get_running_loop()
-        if self._n_bytes > MUCH_BYTES and time.monotonic() - self._last > MOST_S:
+        if self._n_bytes > MUCH_BYTES and time.monotonic() - self._last > MAX_WAIT_S:
             self._timer = loop.call_soon(self._give_back, True)
         else:
-            self._timer = loop.call_later(REST_AFTER_S, self._give_back, False)
+            self._timer = loop.call_later(IDLE_AFTER_S, self._give_back, False)
 
     def _give_back(self, anyway: bool) -> None:
         if self._n_open and not anyway:
-            return  # the last of them comes here again
+            return  # the last of them calls this again
         self._n_bytes, self._last = 0, time.monotonic()
         asyncio.get_running_loop().run_in_executor(None, give_back)
 
 
 def middleware() -> list[Middleware]:
-    """To stand before all others: bodies that are refused count too."""
-    return [Middleware(Resting)]
+    """The outermost middleware: refused bodies count, too."""
+    return [Middleware(ReleaseIdleMemory)]
