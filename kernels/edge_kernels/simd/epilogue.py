@@ -303,8 +303,8 @@ def finish_row(sums, line, bias, column, with_gelu, residual, start_residual, ou
 
     An empty residual adds nothing. `bias` has NR elements there, whatever the width. The sums are overwritten.
     """
-    # All NR at first, as `bias` is padded: whole vectors, without a remainder. Said in IR: of a loop LLVM no longer sees,
-    # once it is inside its caller, that the arrays are different ones, and takes numbers one by one.
+    # All NR at first, as `bias` is padded: whole vectors, without a remainder. Said in IR: in a loop that has been
+    # taken into its caller LLVM no longer sees that the arrays are different ones, and takes numbers one by one.
     activate(sums, line, bias, column, with_gelu)
     if residual.size > 0:
         for j in range(width):
