@@ -127,7 +127,8 @@ def _linear_task(product, grid, block, sums):
                 │       │       │                        ├───────┤
                 └───────┴───────┘                        │       │
     """
-    (x, x_stride), (panels, k), after, out = product
+    (x, x_stride), (panels, k), (bias, gelu_after, residual, residual_stride), out = product
+    n = grid.n
     row_tiles = (block.n_rows + MR - 1) // MR
     k_blocks = (k + K_BLOCK - 1) // K_BLOCK
     for b in range(k_blocks):
@@ -146,9 +147,8 @@ def _linear_task(product, grid, block, sums):
         for p in range(block.n_panels):
             column = (block.panel + p) * NR
             finish_row(
-                sums, ((i // MR * block.n_panels + p) * MR + i % MR) * NR, after.bias, column, after.gelu,
-                after.residual, row * after.residual_stride + column, out, row * grid.n + column,
-                min(NR, grid.n - column),
+                sums, ((i // MR * block.n_panels + p) * MR + i % MR) * NR, bias, column, gelu_after,
+                residual, row * residual_stride + column, out, row * n + column, min(NR, n - column),
             )  # fmt: skip
 
 

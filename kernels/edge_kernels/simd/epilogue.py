@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from edge_kernels.compile import leaf
 from edge_kernels.simd.amx import ROWS, SIDE
 from edge_kernels.simd.bf16 import FLOATS, LANES, transposed
-from edge_kernels.simd.float32 import ROUND, emit_gelu, gelu
+from edge_kernels.simd.float32 import ROUND, emit_gelu
 from edge_kernels.simd.int8 import DOT_NR, DOT_TILE
 from edge_kernels.simd.ir import (
     FLOAT,
@@ -273,19 +273,39 @@ def move_step(typing_context, cells, offset, out, out_offset):
 # --- float32 sums → results ---------------------------------------------------------------------------------
 
 
+@intrinsic
+def activate(typing_context, sums, line, bias, column, with_gelu):
+    """Make gelu(sums + bias) of NR sums, in place; without GELU where `with_gelu` is 0."""
+
+    def generate(context, builder, signature, args):
+        sums, bias = elements_at(context, builder, signature, args, (0, 2))
+        starts = [index(v) for v in range(0, NR, TILE.width)]
+        places = [address_of(builder, sums, start) for start in starts]
+        values = [
+            builder.fadd(load(builder, place), load(builder, address_of(builder, bias, start)))
+            for place, start in zip(places, starts, strict=True)
+        ]
+        with builder.if_else(builder.icmp_signed("!=", args[4], index(0))) as (then, otherwise):
+            with then:
+                for place, value in zip(places, values, strict=True):
+                    store(builder, emit_gelu(builder, value, divide=ir.IRBuilder.fdiv), place)
+            with otherwise:
+                for place, value in zip(places, values, strict=True):
+                    store(builder, value, place)
+        return context.get_dummy_value()
+
+    return signature_of(sums, line, bias, column, with_gelu), generate
+
+
 @leaf
 def finish_row(sums, line, bias, column, with_gelu, residual, start_residual, out, start, width):
     """Write gelu(sums + bias) + residual of the first `width` of NR columns; without GELU where `with_gelu` is 0.
 
     An empty residual adds nothing. `bias` has NR elements there, whatever the width. The sums are overwritten.
     """
-    # All NR at first, as `bias` is padded: a constant length is vectorised without a remainder.
-    if with_gelu != 0:
-        for j in range(NR):
-            sums[line + j] = gelu(sums[line + j] + bias[column + j])
-    else:
-        for j in range(NR):
-            sums[line + j] += bias[column + j]
+    # All NR at first, as `bias` is padded: whole vectors, without a remainder. Said in IR: in a loop that has been
+    # taken into its caller LLVM no longer sees that the arrays are different ones, and takes numbers one by one.
+    activate(sums, line, bias, column, with_gelu)
     if residual.size > 0:
         for j in range(width):
             out[start + j] = sums[line + j] + residual[start_residual + j]

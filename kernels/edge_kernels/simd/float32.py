@@ -88,12 +88,14 @@ def emit_exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.fmul(result, power)
 
 
-def emit_gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    """Emit tanh-GELU of a float or a vector of floats; see `gelu`."""
+def emit_gelu(
+    builder: ir.IRBuilder, x: ir.Value, divide: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value] | None = None
+) -> ir.Value:
+    """Emit tanh-GELU of a float or a vector of floats; see `gelu`. `divide` is `_quotient` by default."""
     square = builder.fmul(x, x)
     slope = multiply_add(builder, square, constant(x.type, GELU_CUBIC), constant(x.type, GELU_LINEAR))
     power = emit_exp2(builder, builder.fmul(x, slope))
-    return _quotient(builder, x, builder.fadd(power, constant(x.type, 1.0)))
+    return (divide or _quotient)(builder, x, builder.fadd(power, constant(x.type, 1.0)))
 
 
 def _quotient(builder: ir.IRBuilder, dividend: ir.Value, x: ir.Value) -> ir.Value:
