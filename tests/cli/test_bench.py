@@ -14,7 +14,7 @@ from edge_runtime.cli import tuning_trial as trial
 from edge_runtime.cli.bench import NOISE, TURNS, WORTH_ROUNDING, gains_enough, tune
 from edge_runtime.cli.program import main
 from edge_runtime.cli.tuning_trial import SAMPLE_ANSWER, Rates, Sampling, Trial
-from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.decoder import llama_context
 from edge_runtime.decoder.options import DecoderOptions
 from edge_runtime.loading import load as loading
 from edge_runtime.loading.tuning import Tuning, forget_tuning, remember_tuning, remembered_tuning, tuning_path
@@ -68,11 +68,11 @@ def opened_with(monkeypatch):
 
     def load(**options) -> DecoderOptions:
         seen: list[DecoderOptions] = []
-        make, load_model = loading.Decoder, Decoder._load_model
+        make, load_model = loading.Decoder, llama_context.load_model
         with monkeypatch.context() as patch:
             patch.setattr(loading, "Decoder", lambda file, setup: seen.append(setup) or make(file, setup))
             # Repacked weights cannot be computed with on every machine; what is asked for is all that counts here.
-            patch.setattr(Decoder, "_load_model", lambda self, *, repack: load_model(self, repack=False))
+            patch.setattr(llama_context, "load_model", lambda file, *, repack: load_model(file, repack=False))
             with Model.load("demo", **options) as model:
                 assert model.chat("Hello", greedy=True, max_tokens=4).completion_tokens
         return seen[0]

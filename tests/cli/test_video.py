@@ -71,7 +71,7 @@ def test_a_storyboard_shows_every_frame_in_its_group(folder, tmp_path):
     target = tmp_path / "seen.png"
     result = run(folder / "clip.mp4", "What?", "--packing", 2, "--storyboard", target)
     assert result.exit_code == 0, result.stderr
-    assert f"{target}: the frames that are looked at." in result.stderr
+    assert f"{target}: the frames that the model sees." in result.stderr
     assert target.stat().st_size
     chosen = choose(VideoPart(folder / "clip.mp4", VideoOptions(packing=2)), VideoLimits())
     shares: list[float] = []

@@ -205,7 +205,7 @@ def test_a_question_about_a_picture_that_nobody_looks_at_is_refused(folder):
     "word", ["\u2014greedy", "\u2013\u2013json", "\u2012\u2012max-tokens=3", "\u2212m", "\u2014-think"]
 )
 def test_options_with_typographic_dashes_are_no_text(word):
-    refused(["run", "Hi", word], "begins with a typographic dash; type -")
+    refused(["run", "Hi", word], "starts with a typographic dash; type -")
     assert parse_arguments([word]) == [word]  # outside of the command no option is known
 
 

@@ -217,7 +217,7 @@ def test_llama_cpp_refuses_int4_with_a_reason(converted: Callable[[str, str], Co
             pass
     finally:
         mtmd.mtmd_log_set(quiet, ctypes.c_void_p(0))
-    assert "unknown projector type: edge_runtime.vision.resampler" in "".join(lines)
+    assert "unknown projector type: edge_runtime.resampler" in "".join(lines)
 
 
 @pytest.mark.parametrize(("kind", "readers"), [("q4_0", "llama.cpp too"), ("int4", "edge-runtime alone")])

@@ -122,7 +122,7 @@ def test_an_answer_that_was_begun_is_gone_on_with(claude):
     counted = claude.messages.count_tokens(model="demo", messages=begun).input_tokens
     assert counted > claude.messages.count_tokens(model="demo", messages=HELLO).input_tokens
     for wrong in ("I am ", "I am\n"):
-        with pytest.raises(anthropic.BadRequestError, match="blanks"):
+        with pytest.raises(anthropic.BadRequestError, match="whitespace"):
             claude.messages.create(**asked, messages=[*HELLO, {"role": "assistant", "content": wrong}])
 
 
@@ -175,7 +175,7 @@ def test_batches_are_refused_by_a_sentence(claude):
         lambda: batches.cancel("msgbatch_1"),
         lambda: batches.delete("msgbatch_1"),
     ):
-        with pytest.raises(anthropic.APIStatusError, match="keeps no batches") as error:
+        with pytest.raises(anthropic.APIStatusError, match="has no batches") as error:
             ask()
         assert error.value.status_code == 501
 
