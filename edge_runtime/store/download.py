@@ -4,7 +4,7 @@ What has arrived lies in a hidden `.part` file beside the target, named after th
 later call, from this process or another, resumes it. The file gets its name once size and checksum match. Two
 processes must not fetch the same file at once: the caller holds a lock.
 
-Requests go through huggingface_hub's session for every server, and through the door of `addresses` when a client of
+Requests go through huggingface_hub's session for every server, and through the fetch policy of `system.addresses` when a client of
 the server asked for them: its proxies, certificates, timeouts and offline
 switch then work the same everywhere. It follows redirects and drops keys when they lead to another host.
 The library's own download is not used because it starts over after a process has ended, and accepts a file of the
@@ -116,7 +116,7 @@ def ask(what: str, call: Callable[[], T]) -> T:
     def once() -> T:
         try:
             with _troubles(what):
-                session()  # so that the hub's own requests pass the door, too
+                session()  # so that the hub's own requests follow the policy, too
                 return call()
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or of another shape
             raise DownloadError(
@@ -266,7 +266,7 @@ def _check_announced(file: RemoteFile, response: Any, total: int | None) -> None
 
 
 def session() -> Any:
-    """huggingface_hub's client, whose requests pass the current context's door."""
+    """huggingface_hub's client, whose requests follow the current context's policy."""
     from huggingface_hub import get_session
 
     from edge_runtime.system.addresses import checked
