@@ -4,11 +4,9 @@ What has arrived lies in a hidden `.part` file beside the target, named after th
 later call, from this process or another, resumes it. The file gets its name once size and checksum match. Two
 processes must not fetch the same file at once: the caller holds a lock.
 
-Requests go through huggingface_hub's session for every server, and through the fetch policy of `system.addresses` when a client of
-the server asked for them: its proxies, certificates, timeouts and offline
-switch then work the same everywhere. It follows redirects and drops keys when they lead to another host.
-The library's own download is not used because it starts over after a process has ended, and accepts a file of the
-right size without checking its checksum.
+Requests go through huggingface_hub's session for every server, and through the fetch policy of `system.addresses`
+when a client of the server asked for them: its proxies, certificates, timeouts and offline switch then work the same
+everywhere. It follows redirects and drops keys when they lead to another host.
 """
 
 from __future__ import annotations
