@@ -7,6 +7,8 @@ processes must not fetch the same file at once: the caller holds a lock.
 Requests go through huggingface_hub's session for every server, and through the fetch policy of `system.addresses`
 when a client of the server asked for them: its proxies, certificates, timeouts and offline switch then work the same
 everywhere. It follows redirects and drops keys when they lead to another host.
+The library's own download is not used because it starts over after a process has ended, and accepts a file of the
+right size without checking its checksum.
 """
 
 from __future__ import annotations
