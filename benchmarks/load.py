@@ -295,6 +295,13 @@ def hold(options: argparse.Namespace) -> dict[str, Any]:
     clients = options.clients[0]
     with running(ours(options), None) as url:
         model = loaded_model(url)
+
+        async def ask(client: httpx2.AsyncClient, rng: random.Random, tally: Tally) -> None:
+            await ask_ollama(client, rng, tally, model=model)
+
+        # The first picture may compile kernels, which takes minutes on a busy machine.
+        once = iter([True])
+        asyncio.run(ask_many(url, ask, 1, lambda: next(once, False), Tally(), options.seed))
         end = time.monotonic() + 60 * options.minutes
 
         async def watch() -> None:
@@ -312,9 +319,6 @@ def hold(options: argparse.Namespace) -> dict[str, Any]:
                     await asyncio.sleep(min(1.0, 60 * options.minutes / LEAST_SAMPLES))
 
         async def both() -> None:
-            async def ask(client: httpx2.AsyncClient, rng: random.Random, tally: Tally) -> None:
-                await ask_ollama(client, rng, tally, model=model)
-
             await asyncio.gather(
                 watch(), ask_many(url, ask, clients, lambda: time.monotonic() < end, tally, options.seed)
             )
