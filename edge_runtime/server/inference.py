@@ -393,7 +393,7 @@ class Inference:
             n_bytes, most = text_bytes([messages, options.get("tools")]), self.settings.max_tokenize_bytes
             if n_bytes > most:
                 raise TooLarge(
-                    f"The conversation has {n_bytes} bytes of text, at most {most} are tokenized; shorten it."
+                    f"The conversation has {n_bytes} bytes of text, at most {most} are tokenised; shorten it."
                 )
 
             def build(gone: threading.Event) -> Prompt:

@@ -53,7 +53,7 @@ async def tokenize(body: TokenizeRequest, state: State) -> Response:
     """Tokenize text."""
     most = state.settings.max_tokenize_bytes
     if (n_bytes := len(body.content.encode("utf-8", "surrogatepass"))) > most:
-        raise TooLarge(f"content has {n_bytes} bytes, at most {most} are tokenized; send it in pieces.")
+        raise TooLarge(f"content has {n_bytes} bytes, at most {most} are tokenised; send it in pieces.")
     with state.inference.admitted():
         async with state.registry.use(body.model) as use:
             reply = await run_in_threadpool(_tokens, use.model, body)

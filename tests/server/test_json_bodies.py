@@ -63,7 +63,7 @@ def test_nesting_is_counted(opening, closing):
 
     assert read(nested(MAX_DEPTH))
     for n in (MAX_DEPTH + 1, 900, 50_000):
-        with pytest.raises(HTTPException, match=f"more than {MAX_DEPTH} lists and objects") as error:
+        with pytest.raises(HTTPException, match=f"more than {MAX_DEPTH} levels of lists and objects") as error:
             read(nested(n))
         assert error.value.status_code == 400
 
@@ -107,7 +107,7 @@ def test_others_are_answered_while_large_bodies_are_refused(server: Served, clie
         ([{"messages": [1] * 9}], None, ""),
         ({"other": [1] * 16}, 413, "more than 16 values"),
         ({"a": {"b": {"c": {}}}}, None, ""),
-        ({"a": {"b": {"c": [[]]}}}, 400, "more than 4 lists and objects"),
+        ({"a": {"b": {"c": [[]]}}}, 400, "more than 4 levels of lists and objects"),
     ],
 )
 def test_what_owners_may_limit(body, status, word):
@@ -139,7 +139,7 @@ def test_large_bodies_are_validated_as_small_ones(client: httpx.Client):
 def test_text_to_be_cut_into_tokens_has_a_limit(client: httpx.Client):
     reply = client.post("/tokenize", json={"content": "ä" * (Settings.max_tokenize_bytes // 2 + 1)})
     assert reply.status_code == 413
-    assert f"at most {Settings.max_tokenize_bytes} are cut" in reply.json()["error"]["message"]
+    assert f"at most {Settings.max_tokenize_bytes} are tokenised" in reply.json()["error"]["message"]
 
 
 def test_text_to_be_counted_has_a_limit(client: httpx.Client):

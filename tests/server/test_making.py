@@ -167,7 +167,7 @@ def test_the_exported_modelfile_is_understood():
     [
         ("", "has no FROM"),
         ("FROM demo\nHELLO x", "Line 2 .* begins with 'HELLO x'"),
-        ('FROM demo\nSYSTEM """open', "never closed"),
+        ('FROM demo\nSYSTEM """open', "never closes it"),
         ("FROM demo\nMESSAGE king hi", "a message of 'king'"),
         ("FROM demo\nPARAMETER", "PARAMETER without a name"),
         ("FROM /etc/passwd", "looks like a path"),

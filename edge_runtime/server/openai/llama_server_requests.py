@@ -183,7 +183,7 @@ def _prompt(item: Any, where: str, tokenizer: Tokenizer) -> tuple[str | list[dic
 
 
 def _ids(parts: list[Any], where: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids; each text between them is tokenized by itself."""
+    """Token ids; each text between them is tokenised by itself."""
     found: list[int] = []
     for number, part in enumerate(parts):
         if isinstance(part, str):
