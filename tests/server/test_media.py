@@ -364,7 +364,7 @@ def test_too_many_bytes(monkeypatch, answer):
 def test_servers_that_drip(monkeypatch, answer):
     web = Web()
     web.pages["/a"], web.pauses["/a"] = answer, 0.1
-    with pytest.raises(ImageError, match=r"after 0\.4 s"):
+    with pytest.raises(ImageError, match=r"within 0\.4 s"):
         fetch(monkeypatch, web, PLACE, fetch_timeout_s=0.4)
 
 
