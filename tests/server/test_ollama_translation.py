@@ -240,7 +240,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": HELLO, "format": 5}, "format is neither"),
     ({"messages": HELLO, "options": {"top_k": 1.5}}, "whole number"),
     ({"messages": HELLO, "options": {"seed": "a"}}, "expected a number"),
-    ({"messages": HELLO, "options": {"stop": 5}}, "stop is no list"),
+    ({"messages": HELLO, "options": {"stop": 5}}, "stop is not a list"),
     ({"messages": HELLO, "options": {"temperature": -1}}, "temperature is -1"),
     ({"messages": HELLO, "format": {"type": "strange"}}, "strange"),
     ({"messages": HELLO, "tools": [{}]}, "Tool 0 has no name"),

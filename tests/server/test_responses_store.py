@@ -87,7 +87,7 @@ def test_number_bytes_and_age_are_bounded(monkeypatch):
     now[0] += 50
     assert store.get("me", "old")
     now[0] += 61
-    with pytest.raises(NotKept, match=r"remembers .* until it ends"):
+    with pytest.raises(NotKept, match=r"keeps .* until it ends"):
         store.get("me", "old")
 
 
