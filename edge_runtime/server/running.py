@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -60,12 +61,16 @@ class Server(uvicorn.Server):
                     before = signal.signal(number, self.handle_exit)
                 except ValueError:  # not in the main thread: the caller ends the server
                     break
-                stack.callback(signal.signal, number, before)
+                stack.callback(self._restore, number, before)
             else:
                 hard_end = HardEnd(self.settings.grace_s + HARD_END_S, AFTERWARDS_S)
                 hard_end.watch()
                 stack.callback(self._ended, hard_end)
             yield
+
+    def _restore(self, number: int, before: Any) -> None:
+        if self.caught is None:  # otherwise a second Ctrl-C must be heard until the process has ended
+            signal.signal(number, before)
 
     def _ended(self, hard_end: HardEnd) -> None:
         if self.caught is None:  # otherwise the remaining shutdown has to end in time, too

@@ -33,7 +33,7 @@ def test_metrics_are_no_larger_for_many_names(server):
     for i in range(3 * MAX_NAMES):
         counted.record(Outcome(f"copy-{i}", 0.0, [made_answer(timings_s={"first_token": 0.1})]))
     counted.record(Outcome("copy-0", 0.0, [made_answer()]))
-    server.state.inference.on_end.remove(counted.note)
+    server.state.inference.on_end.remove(counted.record)
     families = {family.name: family for family in text_string_to_metric_families(counted.text().decode())}
     samples = families["edge_runtime_requests"].samples
     totals = {sample.labels["model"]: sample.value for sample in samples if sample.name.endswith("_total")}
