@@ -242,9 +242,7 @@ class DiskCache:
                 os.utime(temporary, ns=(now, now))
                 temporary.replace(self.path(name))
         except OSError:
-            if not self.has(
-                name
-            ):  # else another process was faster and reads it: some systems do not replace it then
+            if not self.has(name):  # else another process was faster and reads it: some systems refuse to replace it
                 raise
         self._written += size
 

@@ -80,9 +80,7 @@ class Beginnings:
                 self._known[name] = found
                 while len(self._known) > MAX_KNOWN:
                     self._known.popitem(last=False)
-        n = common_beginning(
-            found, ids
-        )  # less than expected if a template looks at the end of the conversation first
+        n = common_beginning(found, ids)  # less than expected if a template looks at the end of the conversation
         return n if n >= MIN_SHARED else 0
 
 

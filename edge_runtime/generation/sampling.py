@@ -1,7 +1,7 @@
 """Logits → the next token: the official sampling by default, or greedy, through llama.cpp's samplers.
 
 Source: `chat()` of MiniCPM-V 4.5 on transformers. Order there: bias, repetition penalty over generated tokens,
-temperature, top-k, top-p, min-p, typical. Beam search is in `beams`.
+temperature, top-k, top-p, min-p, typical. Beam search is in `beam_search`.
 """
 
 from __future__ import annotations
