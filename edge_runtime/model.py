@@ -82,7 +82,7 @@ class Model(LoadedModel):
         cache_dir : folder where visual tokens and prefixes of conversations are stored across processes.
         cache_limit : maximum bytes in that folder.
         adapters : LoRA files by name, for `chat(adapter=NAME)` to choose from.
-        tuned : use what `edge-runtime bench --tune` found for this model on this machine, where nothing is given.
+        tuned : use what `edge-runtime bench --tune` found for this model on this machine, where no argument is given.
 
         Raises
         ------

@@ -48,7 +48,7 @@ class PictureEncoding:
         Raises
         ------
         Cancelled
-            When nobody is waiting any more.
+            When all of these tasks were cancelled.
         """
 
         def on_layer(done: int, total: int) -> None:

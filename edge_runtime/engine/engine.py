@@ -284,7 +284,7 @@ def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
 
 
 def _wait_for_batch(inbox: _Inbox, scheduler: Scheduler, began: float) -> None:
-    """Wait for requests that arrive together to start together: a pass over the weights costs the same for all."""
+    """Start requests that arrive together in one batch: a pass over the weights costs as much for one as for many."""
     ends = began + min(BATCH_WINDOW_MAX_S, BATCH_WINDOW_SHARE * scheduler.waiting_s)
     while inbox.empty() and time.perf_counter() < ends:
         time.sleep(0.001)

@@ -1,7 +1,7 @@
 """Slices → patch features: the SigLIP2 tower of an mmproj file, run by `edge_kernels`.
 
 All slices are concatenated along the rows, so every matrix product is one product whatever the shapes; only attention
-works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU. Whoever builds the tower chooses the
+works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU. The caller chooses the
 arithmetic of the products (see `arithmetic`); everything between them is float32.
 """
 
