@@ -89,7 +89,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Model` and its kin at their first use."""
+    """Import `Model` and the other public names at first use."""
     if name in _LAZY:
         from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""An answer while it is made and when it is finished, for threads and for asyncio alike."""
+"""An answer, while it is generated and when it is finished, for threads and for asyncio."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOY_NOTICE = (
     "This model is a toy to try the program out with: beyond short words in capital letters, simple shapes and their "
     "number, its answers mean nothing; use MiniCPM-V 4.5 for real questions."
 )
-"""What goes with every answer of a model whose file says that it is a toy."""
+"""Attached to every answer of a model whose file says that it is a toy."""
 
 
 @dataclass(frozen=True)
@@ -30,59 +30,59 @@ class Answer:
 
     answer: str
     reasoning: str | None
-    """None when the model did not think."""
+    """None if the model did not think."""
     finish_reason: FinishReason
     model: str
     prompt_tokens: int
     visual_tokens: int
     cached_tokens: int
-    """Of the prompt: those that the KV cache still held from requests before, or that were kept on disk."""
+    """Tokens of the prompt that the KV cache still held from earlier requests, or that were read from disk."""
     completion_tokens: int
     slices: list[list[int]]
     """[width, height] of everything that was encoded."""
     dropped_turns: int = 0
-    """Oldest turns of the conversation that were left out; 0 unless `context_shift` was asked for."""
+    """Oldest turns of the conversation that were left out; always 0 without `context_shift`."""
     fitted_slices: int | None = None
-    """Most cells per picture after `fit` has lowered them; None where nothing was lowered."""
+    """Maximum cells per picture after `fit` has lowered it; None if it was not lowered."""
     shortened: bool = False
-    """Whether a structured answer was brought to its end because tokens ran out: whole, but perhaps not all of it."""
+    """Whether a structured answer was closed early because tokens ran out: well-formed, but perhaps incomplete."""
     stop_string: str | None = None
-    """The one of `stop` that ended the answer, which is not part of it; None when it ended otherwise."""
+    """The one of `stop` that ended the answer, of which it is not part; None if something else ended it."""
     tool_calls: list[ToolCall] = field(default_factory=list)
     malformed_calls: list[MalformedCall] = field(default_factory=list)
-    """What was meant as a tool call and is none; it is part of the text, too."""
+    """Attempted tool calls that are not valid ones; they are part of the text, too."""
     pictures: list[list[int]] = field(default_factory=list)
     """[width, height] of the conversation's pictures and video frames, upright, in order."""
     videos: list[dict[str, Any]] = field(default_factory=list)
-    """Of each video: size, fps, frames_in_video, seconds, packing, and for every group of frames times_s (in the
-    video) and temporal_ids (from the beginning of the part that was looked at)."""
+    """For each video: size, fps, frames_in_video, seconds, packing, and for every group of frames times_s (in the
+    video) and temporal_ids (from the start of the part that was used)."""
     timings_s: dict[str, float] = field(default_factory=dict)
     """load, image, encode, prefill, first_token (since the call), decode, total"""
     logprobs: list[TokenLogprobs] | None = None
-    """Of every token but the one that ended the answer; None when they were not asked for."""
+    """For every token but the one that ended the answer; None if not requested."""
     reasoning_tokens: int = 0
-    """Of those of the completion: all up to the token that ended the reasoning."""
+    """Part of `completion_tokens`: all up to the token that ended the reasoning."""
     end_logprobs: TokenLogprobs | None = None
-    """Of the token that ended the answer, if one did and `logprobs` were asked for."""
+    """For the token that ended the answer, if one did and `logprobs` were requested."""
     prompt_logprobs: list[TokenLogprobs] | None = None
-    """Of every token of the prompt, if they were asked for; the first, which nothing precedes, has NaN."""
+    """For every token of the prompt, if requested; the first, which nothing precedes, has NaN."""
     prefix: str = ""
-    """What the conversation's last message had begun of this answer; `answer` is only what comes after it."""
+    """Start of the answer in the conversation's last message; `answer` is only what comes after it."""
     reasoning_prefix: str = ""
-    """The same of the reasoning."""
+    """The same for the reasoning."""
     notice: str | None = None
-    """What is to be known about the model before its answer is believed: `TOY_NOTICE`, or None."""
+    """What users must know about the model before they trust its answer: `TOY_NOTICE`, or None."""
 
     def __str__(self) -> str:
         return self.answer
 
     def regions(self, picture: int = -1) -> list[Region]:
-        """Places that the answer names (`<box>`, `<quad>`, `<point>`), its prefix included, in pixels of a picture.
+        """Places that the answer, prefix included, names (`<box>`, `<quad>`, `<point>`), in pixels of a picture.
 
         Parameters
         ----------
-        picture : its number in the conversation, counted from 0. The answer does not say which one it is about;
-            the default is the last, which the question usually follows.
+        picture : its index in the conversation, from 0. The answer does not say which one it is about; the default is
+            the last, which the question usually follows.
 
         Raises
         ------
@@ -104,8 +104,7 @@ class Answer:
     def message(self) -> dict[str, Any]:
         """The answer as a message of the conversation, to be followed by the results of its calls (role `tool`).
 
-        Where the answer went on with the conversation's last message, this is the whole turn and takes that
-        message's place.
+        If the answer continued the conversation's last message, this is the whole turn and replaces that message.
         """
         message: dict[str, Any] = {"role": "assistant", "content": self.prefix + self.answer}
         if reasoning := self.reasoning_prefix + (self.reasoning or ""):
@@ -118,8 +117,8 @@ class Answer:
 class AnswerStream:
     """An answer being generated: iterate over its `Piece`s, then ask for `result()`.
 
-    Forgetting the stream stops the work behind it. KeyboardInterrupt while waiting leaves it intact: it can be
-    cancelled or read on.
+    Dropping the stream stops the work behind it. KeyboardInterrupt while waiting leaves it intact: you can cancel it
+    or read on.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class AnswerStream:
         while self._result is None:
             try:
                 event = self._running.next_event()
-            except Exception as error:  # not KeyboardInterrupt: that one is the waiting person's
+            except Exception as error:  # not KeyboardInterrupt: that one is for the user who waits
                 self._result = error
                 raise
             if (piece := self._take(event)) is not None:
@@ -180,7 +179,7 @@ class AnswerStream:
         self._running.cancel()
 
     def result(self) -> Answer:
-        """The whole answer; waits for its end."""
+        """Wait for the end and return the whole answer."""
         for _ in self:
             pass
         return self.finished()
@@ -206,7 +205,7 @@ def make_answer(
     end_logprobs: TokenLogprobs | None = None,
     notice: str | None = None,
 ) -> Answer:
-    """An answer out of what was asked and how it ended."""
+    """Build an answer from the request and how it ended."""
     return Answer(
         answer=answer,
         reasoning=reasoning,
@@ -245,15 +244,15 @@ def results(streams: Sequence[AnswerStream]) -> list[Answer]:
 
 
 class AsyncAnswer:
-    """An answer in an event loop: `await` it, or iterate over its `Piece`s with `async for` and await it then.
+    """An answer in an event loop: `await` it, or iterate over its `Piece`s with `async for` first.
 
-    Nothing happens before that; pictures are decoded in a thread. Cancelling the task that waits ends the work.
+    Nothing happens before that; pictures are decoded in a thread. Cancelling the waiting task ends the work.
 
     Parameters
     ----------
-    start : prepares and submits the request; told whether its pieces are wanted as they come, and the options.
-    options : of the request. While pictures and videos are read and a schema is worked on, `on_image`, `on_look` and
-        `on_check` are where a cancelled answer is left.
+    start : prepares and submits the request; takes whether its pieces are wanted as they come, and the options.
+    options : of the request. A cancelled answer stops in `on_image`, `on_look` or `on_check` while pictures and
+        videos are read and a schema is compiled.
     """
 
     def __init__(self, start: Callable[[bool, dict[str, Any]], AnswerStream], options: Mapping[str, Any]) -> None:
@@ -306,7 +305,7 @@ class AsyncAnswer:
     def cancel(self) -> None:
         """Stop generating; the answer then ends with the reason `cancelled`.
 
-        While pictures and videos are read, there is no answer yet: waiting for one raises `RequestCancelled` then.
+        While pictures and videos are read, there is no answer yet: waiting for one then raises `RequestCancelled`.
         """
         self._cancelled.set()
         if self._stream is not None:

@@ -1,20 +1,20 @@
 """Every error this package raises on purpose.
 
-Each message is one sentence or two with three parts: what was found, what was expected, what to do about it.
+Each message is one or two sentences with three parts: what was found, what was expected, what to do about it.
 
     EdgeRuntimeError
     ├── ModelFileError          a model file is missing, damaged, ambiguous or does not fit its partner
     │   └── UnsupportedModelError   the file is sound but of another architecture or a type we cannot run
     ├── CheckpointError         a Hugging Face checkpoint cannot be converted
-    ├── DownloadError           a model cannot be fetched, or what came is not what was announced
-    │   └── StoreError              the disk does not take it
+    ├── DownloadError           a model cannot be downloaded, or what arrived is not what was announced
+    │   └── StoreError              the disk does not accept it
     ├── ImageError              a picture or document cannot be read, or is too large to be encoded
-    │   └── VideoError              a video, or a frame of it, cannot be read, or is larger than was allowed
+    │   └── VideoError              a video, or a frame of it, cannot be read, or is larger than allowed
     ├── MessageError            a message, option or temporal id has the wrong form
-    ├── RequestCancelled        the caller gave it up while pictures and videos were read
+    ├── RequestCancelled        the caller cancelled while pictures and videos were read
     ├── PromptTooLongError      the prompt does not fit into the context
     ├── CacheFull               the KV cache has no free cells, and nothing in it can be given up
-    └── BackendUnavailable      a library or machine feature that is needed is not there
+    └── BackendUnavailable      a required library or machine feature is missing
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModelFileError(EdgeRuntimeError):
 
 
 class UnsupportedModelError(ModelFileError):
-    """A sound model file of an architecture or tensor type that this runtime does not run."""
+    """An intact model file with an architecture or tensor type that this runtime does not run."""
 
 
 class CheckpointError(EdgeRuntimeError):
@@ -40,19 +40,19 @@ class CheckpointError(EdgeRuntimeError):
 
 
 class DownloadError(EdgeRuntimeError):
-    """A model that cannot be fetched or stored, or that arrived other than it was announced."""
+    """A model that cannot be downloaded or stored, or that differs from what was announced."""
 
 
 class StoreError(DownloadError):
-    """A file of the model store that the disk does not take, or does not let go."""
+    """A file of the model store that cannot be written or deleted."""
 
 
-class StoreFull(StoreError):  # noqa: N818 - says what is the matter
+class StoreFull(StoreError):  # noqa: N818 - the name says what is wrong
     """More than clients of a server may store."""
 
 
-class AddressRefused(DownloadError):  # noqa: N818 - says what is the matter
-    """A download that a client asked for, and that would lead where the owner lets none go."""
+class AddressRefused(DownloadError):  # noqa: N818 - the name says what is wrong
+    """A download that a client requested, from an address that the owner does not allow."""
 
 
 class ImageError(EdgeRuntimeError):
@@ -60,7 +60,7 @@ class ImageError(EdgeRuntimeError):
 
 
 class VideoError(ImageError):
-    """A video, or a frame of it, that cannot be decoded, or that is larger than was allowed."""
+    """A video, or a frame of it, that cannot be decoded or is larger than allowed."""
 
 
 class MessageError(EdgeRuntimeError):
@@ -72,7 +72,7 @@ class PromptTooLongError(EdgeRuntimeError):
 
     Parameters
     ----------
-    n_prompt, n_ctx : tokens of the prompt, and those that the context holds.
+    n_prompt, n_ctx : tokens in the prompt and in the context.
     """
 
     def __init__(self, message: str, n_prompt: int | None = None, n_ctx: int | None = None) -> None:
@@ -80,14 +80,14 @@ class PromptTooLongError(EdgeRuntimeError):
         self.n_prompt, self.n_ctx = n_prompt, n_ctx
 
 
-class CacheFull(EdgeRuntimeError):  # noqa: N818 - says what is the matter
-    """The KV cache has no free cells for what was to be computed; nothing has changed.
+class CacheFull(EdgeRuntimeError):  # noqa: N818 - the name says what is wrong
+    """The KV cache has no free cells for new positions; nothing has changed.
 
-    The engine answers it by giving up idle prefixes and by preempting requests; callers see it when neither helps.
+    The engine responds by giving up idle prefixes and preempting requests; callers see it when neither helps.
 
     Parameters
     ----------
-    reason : what llama.cpp says of it, if anything.
+    reason : llama.cpp's message, if any.
     """
 
     def __init__(self, reason: str = "") -> None:
@@ -96,12 +96,12 @@ class CacheFull(EdgeRuntimeError):  # noqa: N818 - says what is the matter
         )
 
 
-class EngineBusy(EdgeRuntimeError):  # noqa: N818 - says what is the matter, not that something broke
-    """Too many requests are waiting; the same one may be made again later."""
+class EngineBusy(EdgeRuntimeError):  # noqa: N818 - the name says what is wrong; nothing broke
+    """Too many requests are waiting; try again later."""
 
 
-class RequestCancelled(EdgeRuntimeError):  # noqa: N818 - says what happened, not that something broke
-    """A request that was cancelled before there was an answer to end."""
+class RequestCancelled(EdgeRuntimeError):  # noqa: N818 - the name says what happened; nothing broke
+    """A request that was cancelled before its answer started."""
 
 
 class NotEnoughMemoryError(EdgeRuntimeError):
@@ -109,4 +109,4 @@ class NotEnoughMemoryError(EdgeRuntimeError):
 
 
 class BackendUnavailable(EdgeRuntimeError):  # noqa: N818 - the name users see; "unavailable" says it is an error
-    """A library or a machine feature that is needed is not there."""
+    """A required library or machine feature is missing."""

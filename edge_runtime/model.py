@@ -1,4 +1,4 @@
-"""`Model`: the public face, thin over `pipeline` (what goes in) and `engine` (what comes out)."""
+"""`Model`: the public interface, a thin layer over `pipeline` (input) and `engine` (output)."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class _Submitted:
     prepared: Prepared
     request: Request
     started: float
-    """By `time.perf_counter`, before pictures were decoded."""
+    """Time by `time.perf_counter` before pictures were decoded."""
     image_s: float
-    """Seconds that preparing took."""
+    """Seconds of preparation."""
 
 
 class Model(LoadedModel):
-    """A loaded model. Make one with `Model.load`; it answers from any thread, many requests side by side."""
+    """A loaded model. Create one with `Model.load`; it answers from any thread, many requests in parallel."""
 
     def __init__(self, paths: ModelPaths, options: LoadOptions) -> None:
         super().__init__(paths, options)
@@ -71,25 +71,25 @@ class Model(LoadedModel):
         ----------
         name : `demo`, a pulled model (`edge-runtime pull`), `ollama:NAME` from the Ollama store of this machine, a
             folder with a decoder and an `mmproj*` file, or a decoder file.
-        mmproj : the mmproj file, when it does not lie beside the decoder.
+        mmproj : the mmproj file, if it is not in the decoder's folder.
         exact : compute as the official float32 code does: float32 vision, float32 KV cache, no flash attention.
-        n_ctx : context length in tokens, at most what the model was trained for; default 8192, less where memory is
+        n_ctx : context length in tokens, at most what the model was trained for; default 8192, less if memory is
             short.
         n_threads : default: the physical cores this process may use.
         force : load the model even if there seems to be too little memory.
-        kv_type : numbers of the KV cache: `f16`, or `q8_0` or `q4_0`, which take half and a quarter of the memory.
-        low_memory : drop the vision weights whenever no picture is waiting; the next one reads them again.
-        cache_dir : folder where visual tokens and beginnings of conversations are kept between processes.
-        cache_limit : most bytes in that folder.
-        adapters : name to file of the LoRA adapters that `chat(adapter=NAME)` can choose.
-        tuned : use what `edge-runtime bench --tune` found for this model on this machine, where nothing is given.
+        kv_type : number type of the KV cache: `f16`, or `q8_0` or `q4_0` with half or a quarter of the memory.
+        low_memory : free the vision weights whenever no picture is waiting; the next one loads them again.
+        cache_dir : folder where visual tokens and prefixes of conversations are stored across processes.
+        cache_limit : maximum bytes in that folder.
+        adapters : LoRA files by name, for `chat(adapter=NAME)` to choose from.
+        tuned : use what `edge-runtime bench --tune` found for this model on this machine, where no argument is given.
 
         Raises
         ------
         ModelFileError
             When files are missing, damaged, ambiguous, not pulled, or do not belong together.
         NotEnoughMemoryError
-            When the model needs more than is free; with the numbers.
+            When the model needs more than is free; the message has the numbers.
         """
         options = LoadOptions(
             exact=exact,
@@ -121,8 +121,8 @@ class Model(LoadedModel):
         Parameters
         ----------
         messages : a question, or a list of messages; see `edge_runtime.inputs.messages` for the accepted forms.
-        stream : return an `AnswerStream` at once instead of the whole `Answer`; not with beams, whose answer is
-            known at the end only.
+        stream : return an `AnswerStream` at once instead of the whole `Answer`; not with beams, whose answer is known
+            only at the end.
         options : max_tokens, thinking, temperature, schema, tools and all others that
             `help(edge_runtime.GenerationOptions)` explains.
 
@@ -131,7 +131,7 @@ class Model(LoadedModel):
         MessageError, ImageError, PromptTooLongError
             Before anything is computed.
         TypeError
-            When there is no such option.
+            When an option is unknown.
         """
         (answering,) = self._submit(messages, 1, stream, options)
         return answering if stream else answering.result()
@@ -152,11 +152,11 @@ class Model(LoadedModel):
     def chat_n(
         self, messages: str | Sequence[Any], n: int, *, stream: bool = False, **options: Unpack[GenerationKeywords]
     ) -> list[Answer] | list[AnswerStream]:
-        """Draw several answers to one conversation, side by side; its prompt is prepared and computed once.
+        """Sample several answers to one conversation in parallel; the prompt is prepared and computed once.
 
         Parameters
         ----------
-        n : number of answers. With a seed, the i-th has the seed + i, and is what `chat` with that seed says.
+        n : number of answers. With a seed, the i-th uses seed + i and equals the answer of `chat` with that seed.
         messages, stream, options : as of `chat`.
         """
         answering = self._submit(messages, n, stream, options)
@@ -177,7 +177,7 @@ class Model(LoadedModel):
     def submit(
         self, messages: str | Sequence[Any], *, n: int = 1, **options: Unpack[GenerationKeywords]
     ) -> list[AnswerStream]:
-        """Begin answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.
+        """Start answers to a conversation and return at once: what `chat` and `chat_n` do before they wait.
 
         Parameters
         ----------
@@ -189,7 +189,7 @@ class Model(LoadedModel):
         MessageError, ImageError, PromptTooLongError
             Before anything is computed.
         TypeError
-            When there is no such option.
+            When an option is unknown.
         """
         self.check_usable()
         asked, hooks = GenerationOptions.of({**options, "n": n})
@@ -217,7 +217,7 @@ class Model(LoadedModel):
         return self.submit(messages, n=n, **options)
 
     def _form(self, options: GenerationOptions, effort: Effort) -> AnswerForm | TextForm | None:
-        """What the answer must look like; None where it is free."""
+        """What the answer must look like; None if it is free."""
         schema, json, tools, choice = options.schema, options.json, options.tools, options.tool_choice
         form = choose_form(
             schema, json, tools, choice, options.thinking, self.tokenizer, lambda: self.grammar_vocabulary, effort
@@ -226,11 +226,11 @@ class Model(LoadedModel):
 
     @cached_property
     def grammar_vocabulary(self) -> GrammarVocabulary:
-        """The vocabulary as llguidance has it; made when a form is first asked for."""
+        """The vocabulary for llguidance; built when a form is first requested."""
         return GrammarVocabulary(self.tokenizer, self._decoder.config.vocabulary)
 
     def _request(self, prepared: Prepared, options: GenerationOptions, form: AnswerForm | TextForm | None) -> Request:
-        """What the engine is asked: the options as they hold for this conversation."""
+        """Build the engine's request, with the options adapted to this conversation."""
         begun, thinking, budget = prepared.begun, options.thinking, options.thinking_budget
         check_conversation(options, begun, has_pictures=bool(prepared.groups))
         if begun is not None:
@@ -258,7 +258,7 @@ class Model(LoadedModel):
     def _finish(
         self, of: _Submitted, text: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished
     ) -> Answer:
-        """The answer, when the engine has ended it; what the next turn begins with is prefilled then."""
+        """Build the answer when the engine has finished it, and prefill the start of the next turn."""
         options, prompt_ids = of.request.options, of.prepared.prompt.ids
         timings = {
             "load": self.load_s,

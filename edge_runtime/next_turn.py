@@ -1,11 +1,12 @@
-"""The next turn's prompt, as far as it is known when an answer has ended: prefill while nobody waits.
+"""Prefill the next turn's prompt, as far as it is known when an answer has ended, while the engine is idle.
 
-The template drops the (empty) think block in front of an answer once it is history, so the KV cache that wrote the
-answer is of no use behind the question: the next turn would compute the whole answer again before its first token. It
-is computed here instead, while the person reads it, together with what the template puts between turns. Whoever asks
-for anything ends that at once; what was computed until then stays in the KV cache.
+The template drops the (empty) think block before an answer once it is history, so what the KV cache holds after the
+question is useless: the next turn would compute the whole answer again before its first token. It is computed here
+instead, while the user reads it, together with what the template puts between turns. Any request ends that at once;
+what was computed by then stays in the KV cache.
 
-Knows of templates only that they make a beginning out of messages: it is what two different next questions share.
+Knows of templates only that they turn messages into a prompt: what is known is the common prefix of the prompts for
+two different next questions.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from edge_runtime.pipeline import Prepared
 from edge_runtime.prompt.build import Prompt
 
 NEXT_QUESTIONS = ("What", "And how")
-"""They begin differently: behind what they share stands the question."""
+"""They start differently: the question comes after their common prefix."""
 
 
 class NextTurnPrefill:
-    """At most one prompt that is computed before it is asked for."""
+    """At most one prompt that is computed before it is requested."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._running: Running | None = None  # forgotten, it would be cancelled
+        self._running: Running | None = None  # dropping it would cancel it
         self._lock = threading.Lock()
 
     def follow(self, prepared: Prepared, request: Request, answer: Answer) -> None:
-        """Begin to compute what the next turn's prompt will begin with; nothing where that is not known.
+        """Start computing the prefix of the next turn's prompt, if it is known.
 
         Parameters
         ----------
-        prepared, request, answer : the conversation so far, as it was asked and answered.
+        prepared, request, answer : the conversation so far, with its request and answer.
         """
         ended = (
             answer.finish_reason in ("stop", "length") and not request.tools
@@ -52,7 +53,7 @@ class NextTurnPrefill:
             prefetch = replace(
                 request,
                 prompt=beginning,
-                groups=[[] for _ in request.groups],  # their pixels need not stay: nothing is encoded for this
+                groups=[[] for _ in request.groups],  # their pixels can be freed: nothing is encoded for this
                 options=replace(request.options, beams=1, max_tokens=0),
                 form=None,
                 is_prefetch=True,
@@ -60,11 +61,11 @@ class NextTurnPrefill:
             with self._lock:
                 self._running = self._engine.prefetch(prefetch)
         except EdgeRuntimeError:
-            return  # a conversation without a next turn: too long, or nothing that the template takes
+            return  # there is no next turn: too long, or rejected by the template
 
 
 def next_beginning(with_more: Callable[[list[Message]], Prompt], answer: Answer) -> Prompt:
-    """What the prompt of the next turn begins with, whatever the question will be."""
+    """Prefix of the next turn's prompt, whatever the question will be."""
     said = parse_messages([answer.message()])
     first, other = (with_more([*said, *parse_messages(question)]) for question in NEXT_QUESTIONS)
     n = common_beginning(first.ids, other.ids)

@@ -1,9 +1,9 @@
-"""The one place that checks what a caller asks (`options`), before anything is computed.
+"""The only place that checks a caller's `options`, before anything is computed.
 
-What enters: options as they were given, of any type. What leaves: the same options, or a `MessageError` that names
-the one that has the wrong form, is out of range, or excludes another. What takes work to find out is found out later
-by those who do it: whether a schema can be enforced (`structured_output`), whether a conversation fits (`prompt`),
-whether a document has such pages (`inputs`).
+Input: options as given, of any type. Output: the same options, or a `MessageError` that names the one that has the
+wrong form, is out of range, or excludes another. Checks that take work come later, in the code that does the work:
+whether a schema can be enforced (`structured_output`), whether a conversation fits (`prompt`), whether a document has
+such pages (`inputs`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from edge_runtime.prompt.continuation import BegunTurn
 from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END, checked_tools, chosen_functions
 
 MAX_IDS = 4096
-"""Token ids of one list."""
+"""Token ids in one list."""
 MAX_CHOICES = 1000
 MAX_CHARACTERS = 100_000
 """Of a pattern, a grammar, or all choices together."""
-SEARCH_OPTIONS = frozenset({"repetition_penalty", "logit_bias", "seed"})  # a search makes no use of its seed
+SEARCH_OPTIONS = frozenset({"repetition_penalty", "logit_bias", "seed"})  # a search ignores its seed
 RANGES = {
     "temperature": (0.0, 100.0),
     "top_k": (0, 1 << 30),
@@ -39,32 +39,32 @@ RANGES = {
     "frequency_penalty": (-100.0, 100.0),
     "seed": (0, MAX_SEED - 1),
 }
-"""Least and largest values of the options of sampling."""
+"""Minimum and maximum of the sampling options."""
 P = TypeVar("P", bound=PromptOptions)
 
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What of a loaded model its options are held against."""
+    """Limits of a loaded model that options are checked against."""
 
     n_logits: int
-    """Logits there are; a bias is added to one of them."""
+    """Number of logits; `logit_bias` is added to them."""
     n_tokens: int
-    """Tokens of the vocabulary."""
+    """Tokens in the vocabulary."""
     stop_ids: frozenset[int]
     """Tokens that end an answer."""
     max_beams: int
-    """Sequences that are computed side by side."""
+    """Sequences computed in parallel."""
     max_answers: int
     """Requests that may wait and run."""
 
 
 def checked_options(options: GenerationOptions, limits: ModelLimits) -> GenerationOptions:
-    """Check all that can be told of options without looking at the conversation.
+    """Check everything that does not depend on the conversation.
 
     Returns
     -------
-    options : the same, `stop` as a tuple, and without tools where none may be called.
+    options : the same, with `stop` as a tuple, and without tools if none may be called.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def checked_options(options: GenerationOptions, limits: ModelLimits) -> Generati
 
 
 def checked_prompt_options(options: P, limits: ModelLimits) -> P:
-    """Check the options that decide the prompt.
+    """Check the options that affect the prompt.
 
     Raises
     ------
@@ -101,17 +101,17 @@ def checked_prompt_options(options: P, limits: ModelLimits) -> P:
 
 
 def check_conversation(options: GenerationOptions, begun: BegunTurn | None, *, has_pictures: bool) -> None:
-    """Check what only the conversation tells.
+    """Check what depends on the conversation.
 
     Parameters
     ----------
-    begun : the turn that the answer goes on with.
+    begun : the turn that the answer continues.
 
     Raises
     ------
     MessageError
-        When it ends inside a tool call, which nobody could read as one, or when log probabilities are asked for of a
-        prompt with pictures.
+        When that turn ends inside a tool call, which could not be parsed, or when log probabilities are requested
+            for a prompt with pictures.
     """
     if options.prompt_logprobs and has_pictures:
         raise MessageError(
@@ -127,7 +127,7 @@ def check_conversation(options: GenerationOptions, begun: BegunTurn | None, *, h
 
 
 def check_streaming(options: GenerationOptions) -> None:
-    """Refuse to stream what is known at its end only.
+    """Reject streaming of an answer that is known only at its end.
 
     Raises
     ------
@@ -145,12 +145,12 @@ def check_sampling(options: GenerationOptions, n_logits: int | None = None) -> N
 
     Parameters
     ----------
-    n_logits : for the ids of `logit_bias`; None does not check them.
+    n_logits : number of logits, to check the ids of `logit_bias`; None: not checked.
 
     Raises
     ------
     MessageError
-        Naming the option that is out of range, or that a search has no use for.
+        Naming the option that is out of range, or that a search cannot use.
     """
     if options.logit_bias is not None:
         _check_bias(options.logit_bias, n_logits)
@@ -172,7 +172,7 @@ def check_sampling(options: GenerationOptions, n_logits: int | None = None) -> N
 
 
 def _check_bias(bias: Any, n_logits: int | None) -> None:
-    """Check pairs of a mapping; ids may be strings of digits, as JSON has them."""
+    """Check the pairs of a mapping; ids may be strings of digits, as in JSON."""
     if not isinstance(bias, Mapping):
         raise MessageError(f"logit_bias is {bias!r}; expected a mapping of token ids to numbers.")
     for key, value in bias.items():
@@ -204,7 +204,7 @@ def _checked_lengths(options: GenerationOptions) -> tuple[str, ...]:
 
 
 def _check_counts(options: GenerationOptions, limits: ModelLimits) -> None:
-    """Check how many answers, beams and alternatives are wanted, and whether that goes together."""
+    """Check the numbers of answers, beams and alternatives, and whether they can be combined."""
     n, n_beams = options.n, options.n_beams
     for name, value, low, high in (
         ("n", n, 1, limits.max_answers),
@@ -224,7 +224,7 @@ def _check_counts(options: GenerationOptions, limits: ModelLimits) -> None:
 
 
 def _check_form(options: GenerationOptions) -> bool:
-    """Check that the answer is to have one form at most; returns whether it is to have one."""
+    """Check that at most one form is requested; returns whether there is one."""
     must_call = chosen_functions(options.tools, options.tool_choice) is not None
     if options.schema is not None and options.json:
         raise MessageError("Both a schema and json=True were given; expected one of them: a schema says it all.")
@@ -264,7 +264,7 @@ def _check_token_rules(options: GenerationOptions, limits: ModelLimits, *, is_bo
 
     Parameters
     ----------
-    is_bound : whether a form or a search already decides what may come and where the answer ends.
+    is_bound : whether a form or a search already decides which tokens may come and where the answer ends.
     """
     stop_ids = _checked_ids("stop_token_ids", options.stop_token_ids, limits.n_tokens)
     min_tokens, ignore_eos = options.min_tokens, options.ignore_eos
@@ -301,7 +301,7 @@ def _checked_ids(name: str, ids: Any, n_tokens: int) -> Sequence[int]:
 
 
 def _check_prompt_logprobs(options: GenerationOptions) -> None:
-    """Refuse log probabilities of a prompt where they cannot be told."""
+    """Reject log probabilities of a prompt if there are none."""
     if not options.logprobs:
         raise MessageError("prompt_logprobs is on, but logprobs is off; set logprobs=True.")
     if options.n_beams > 1:

@@ -1,9 +1,9 @@
 """What a caller asks of an answer: all options in one object.
 
-`Model.chat` and its kin take options as keyword arguments (`GenerationKeywords`) and make a `GenerationOptions` of
-them. It is checked once (`option_checks`), before anything is computed, and handed on whole: to the pipeline, which
-sees the part that makes the prompt (`PromptOptions`), and to the engine, in a `Request`. Knows nothing of how any of
-it is done.
+`Model.chat` and the other methods take options as keyword arguments (`GenerationKeywords`) and build a
+`GenerationOptions` from them. It is checked once (`option_checks`), before anything is computed, and passed on whole:
+to the pipeline, which uses the part that affects the prompt (`PromptOptions`), and to the engine, in a `Request`.
+Knows nothing of how options are implemented.
 
 A new option is a field and a line in the docstring of `GenerationOptions`, the same name in `GenerationKeywords`, and
 a check of its values, and of what it excludes, in `option_checks`.
@@ -26,10 +26,10 @@ from edge_runtime.inputs.workers.pool import Decoders
 
 @dataclass(frozen=True, kw_only=True)
 class PreparationHooks:
-    """Who looks on while a conversation is prepared, and what decodes its files; documented in `GenerationOptions`.
+    """Progress callbacks of the preparation, and what decodes its files; documented in `GenerationOptions`.
 
-    They are no part of the options: a request lives until its answer ends, and whoever looks on may hold the answer,
-    which is cancelled when nobody holds it any more.
+    They are not part of the options: a request lives until its answer ends, and a callback may hold the answer, which
+    is cancelled when nobody holds it any more.
     """
 
     on_image: Callable[[int, int], None] = lambda done, total: None
@@ -39,7 +39,7 @@ class PreparationHooks:
 
 
 NO_HOOKS = PreparationHooks()
-"""Nobody looks on, and this process decodes."""
+"""No callbacks, and this process decodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class PromptOptions(DocumentOptions):
 
     @classmethod
     def of(cls, keywords: Mapping[str, Any]) -> tuple[Self, PreparationHooks]:
-        """Take keyword arguments; an unknown one is a TypeError, as Python's own."""
+        """Build both from keyword arguments; an unknown one is a TypeError, as in Python's own functions."""
         hooks = {field.name for field in fields(PreparationHooks)}
         unknown = sorted(keywords.keys() - cls.__dataclass_fields__.keys() - hooks)
         if unknown:
@@ -78,78 +78,78 @@ class GenerationOptions(PromptOptions):
 
     Reasoning, length and end
         thinking : let the model reason before it answers. Default: off.
-        max_tokens : most tokens to generate, reasoning included. Default: 2048, the official value.
-        thinking_budget : tokens after which reasoning is ended and the answer begins. Default: no limit.
+        max_tokens : maximum tokens to generate, reasoning included. Default: 2048, the official value.
+        thinking_budget : tokens after which reasoning is ended and the answer starts. Default: no limit.
         stop : strings that end the answer; they are not part of it.
-        stop_in_reasoning : whether they end it in the reasoning already. Default: no.
-        stop_token_ids, min_tokens, ignore_eos, allowed_token_ids : tokens that end the answer as well, tokens before
+        stop_in_reasoning : whether they also end it during the reasoning. Default: no.
+        stop_token_ids, min_tokens, ignore_eos, allowed_token_ids : more tokens that end the answer, tokens before
             which nothing ends it, whether the model's own end is never chosen, the only tokens that may be chosen;
             see `token_rules`. Not with a form or a search.
-        repetition_check : end an answer that goes in circles, with the reason `repetition`. Default: on.
-        prompt_only : end where the prompt is computed, with an empty answer.
+        repetition_check : end an answer that repeats itself, with the reason `repetition`. Default: on.
+        prompt_only : stop when the prompt is computed, with an empty answer.
 
     Which tokens are chosen
         temperature, top_p, top_k, min_p, typical_p, repetition_penalty, presence_penalty, frequency_penalty, seed :
             see `generation.sampling.SamplingOptions`. Default: the official values, 0.7, 0.8, 100, off, off, 1.03, 0
             and 0 (with thinking 0.7, 1, 50, off, off, 1, 0 and 0), and a random seed.
-        greedy : take the most probable token, without penalties; so does temperature=0.
+        greedy : always take the most probable token, without penalties; so does temperature=0.
         sampling : False searches as the official code does: 3 beams, repetition penalty 1.2. Default: True.
-        beams : number of beams of a search for the most probable answer; its pieces come all at the end, and it is
-            not looked at for circles. See `generation.beam_search`. Default: 1, none.
+        beams : number of beams of a search for the most probable answer; its pieces all come at the end, and
+            repetition is not checked. See `generation.beam_search`. Default: 1, none.
         logit_bias : token id → what is added to its logit, from -100 to 100.
         n : number of answers, see `Model.chat_n`. Default: 1.
 
-    Form of the answer: one of these at most, apart from tools beside a schema
-        schema : JSON schema of the answer, which is then JSON of it, without line breaks; it begins after the
-            reasoning. The model is not told: say in the question what is wanted.
+    Form of the answer: at most one of these, apart from tools beside a schema
+        schema : JSON schema of the answer, which is then JSON that matches it, without line breaks, and starts after
+            the reasoning. The model does not see the schema: say in the question what you want.
         json : the answer is some JSON object.
         choices, regex, grammar : the answer is one of these texts, matches a regular expression as a whole, or is
             derived by a grammar (GBNF or Lark); see `structured_output.text_form`.
         tools : functions the model may call, in OpenAI's form; see `structured_output.tools`.
-        tool_choice : "auto" (default), "none" (the model is not told of them), "required" (the answer is one call),
+        tool_choice : "auto" (default), "none" (the model does not see them), "required" (the answer is one call),
             or a function's name (a call of that one).
 
-    What is told beside the answer
+    What is reported with the answer
         logprobs : the log probability of every token; see `generation.logprobs`.
-        top_logprobs : and of so many of the most probable ones at its place, at most 20.
-        prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is computed anew then.
+        top_logprobs : and of this many of the most probable ones at its position, at most 20.
+        prompt_logprobs : with `logprobs`, of the tokens of a prompt without pictures, too; it is then computed again.
 
     Prompt
-        continue_final_message : whether the answer goes on with the last message, where that is the assistant's: None
-            (default) does (see `prompt.continuation`), True insists that it is the assistant's, False begins a new
-            turn behind it.
-        preset : name of a question to be asked, see `inputs.presets`.
-        raw : take the text as the prompt, without the chat template.
-        prompt_ids : token ids that are the prompt as they stand; with `raw`, in the place of messages.
-        context_shift : leave out the oldest turns of a conversation that does not fit, rather than refuse it.
+        continue_final_message : whether the answer continues the last message, if that is the assistant's: None
+            (default) does (see `prompt.continuation`), True requires that it is the assistant's, False starts a new
+            turn after it.
+        preset : name of a question to ask, see `inputs.presets`.
+        raw : use the text as the prompt, without the chat template.
+        prompt_ids : token ids that are the prompt as they are; with `raw`, in place of messages.
+        context_shift : leave out the oldest turns of a conversation that does not fit, instead of rejecting it.
 
     Pictures, documents and videos
-        max_slices : most cells per picture. Default: the model's limit, 9.
+        max_slices : maximum cells per picture. Default: the model's limit, 9.
         fit : cut all pictures into fewer cells until the conversation fits; a number: until they take so many tokens.
-        use_image_id : whether pictures are numbered. Default: the model's setting; beside a video none is, as
-            officially.
+        use_image_id : whether pictures are numbered. Default: the model's setting; with a video none is, as in the
+            official code.
         temporal_ids : groups of frame times in units of 0.1 s that cover all pictures in order; -1 marks a still
             picture.
-        pixel_limit : most pixels of a picture or frame. Default: 200 million.
+        pixel_limit : maximum pixels of a picture or frame. Default: 200 million.
         pages : pages of documents, counted from 1: a number, numbers, or text like "1,3,7-9". Default: all.
         dpi : dots per inch of pages that are drawn. Default: as many pixels as the slices of a page can use.
         password : of documents.
-        page_limit : most pages of one document. Default: 2000.
-        file_limit_bytes : bytes of the largest document. Default: 1 GiB.
-        video_limits : most bytes and pixels of a video, see `inputs.video.frame_choice.VideoLimits`.
+        page_limit : maximum pages of one document. Default: 2000.
+        file_limit_bytes : maximum bytes of a document. Default: 1 GiB.
+        video_limits : maximum bytes and pixels of a video, see `inputs.video.frame_choice.VideoLimits`.
 
     How it is computed
-        adapter : name of a LoRA adapter the model was loaded with. Default: the model as it is.
-        reuse : False computes the prompt anew, whatever is remembered of it in memory or on disk; its pictures are
-            taken from memory all the same. The same question is then computed in the same chunks each time.
-        follow_up : another turn is expected: read this one's answer as history while nobody waits; see `next_turn`.
+        adapter : name of a LoRA adapter the model was loaded with. Default: the model without one.
+        reuse : False computes the prompt again, whatever is held of it in memory or on disk; visual tokens of its
+            pictures are still reused from memory. The same question is then computed in the same chunks each time.
+        follow_up : another turn is expected: prefill this one's answer as history while idle; see `next_turn`.
         on_image : called with (decoded, total) while pictures are read and pages drawn.
-        on_look : called often with the share that is done while an index of videos is made; their frames are decoded
-            later, beside the encoding.
-        on_check : called often while the form of the answer is worked out, and while decoders are waited for. What
-            one of these three raises ends the work.
-        decoders : processes in which pictures, documents and videos are decoded, within limits of time and memory:
-            for files of people one does not know. Default: this process.
+        on_look : called often with the share that is done while an index of videos is built; their frames are decoded
+            later, in parallel with the encoding.
+        on_check : called often while the form of the answer is compiled, and while waiting for decoders. An exception
+            from one of these three ends the work.
+        decoders : processes that decode pictures, documents and videos, within limits of time and memory: for files
+            from strangers. Default: this process.
     """
 
     max_tokens: int = MAX_NEW_TOKENS
@@ -191,27 +191,27 @@ class GenerationOptions(PromptOptions):
 
     @property
     def n_beams(self) -> int:
-        """Beams of the search: those given, else one, or with `sampling=False` the official number."""
+        """Beams of the search: as given, otherwise 1, or the official number with `sampling=False`."""
         if self.beams is not None:
             return self.beams
         return 1 if self.sampling else OFFICIAL_BEAMS
 
     @property
     def searches(self) -> bool:
-        """Whether the official `sampling=False` or a beam search is asked for, which draws nothing."""
+        """Whether the official `sampling=False` or a beam search is requested; neither samples."""
         return not self.sampling or self.n_beams > 1
 
     @property
     def text_forms(self) -> dict[str, Any]:
-        """`choices`, `regex` and `grammar`, those that were given."""
+        """Those of `choices`, `regex` and `grammar` that were given."""
         given = {"choices": self.choices, "regex": self.regex, "grammar": self.grammar}
         return {name: value for name, value in given.items() if value is not None}
 
     def sampling_options(self) -> SamplingOptions:
-        """How tokens are chosen: the official values, with what was given over them."""
+        """How tokens are chosen: the official values, overridden by those given."""
         names = SamplingOptions.__dataclass_fields__.keys() - {"logit_bias"}
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if self.logit_bias is not None:  # ids may be strings of digits, as JSON has them
+        if self.logit_bias is not None:  # ids may be strings of digits, as in JSON
             pairs = {int(token_id): float(bias) for token_id, bias in self.logit_bias.items()}
             given["logit_bias"] = tuple(sorted(pairs.items()))
         if self.searches:
@@ -222,7 +222,7 @@ class GenerationOptions(PromptOptions):
         return replace(GREEDY if is_greedy else SamplingOptions.official(self.thinking), **given)
 
     def token_rules(self, stop_ids: frozenset[int]) -> TokenRules | None:
-        """Which tokens may be chosen, and which end the answer; None where nothing was said about it.
+        """Which tokens may be chosen, and which end the answer; None if no option says so.
 
         Parameters
         ----------
@@ -236,7 +236,7 @@ class GenerationOptions(PromptOptions):
     def rules_given(self, stop_ids: frozenset[int]) -> dict[str, bool]:
         """Which of the options of `token_rules` were given."""
         return {
-            "stop_token_ids": bool({*self.stop_token_ids} - stop_ids),  # the model's own are what ends a form, too
+            "stop_token_ids": bool({*self.stop_token_ids} - stop_ids),  # the model's own also end a form
             "min_tokens": self.min_tokens > 0,
             "ignore_eos": self.ignore_eos,
             "allowed_token_ids": self.allowed_token_ids is not None,
@@ -271,7 +271,7 @@ class PromptKeywords(TypedDict, total=False):
 
 
 class GenerationKeywords(PromptKeywords, total=False):
-    """Keyword arguments of `Model.chat` and its kin, documented in `GenerationOptions`; `n` is `Model.chat_n`'s."""
+    """Keyword arguments of `Model.chat` and its like, documented in `GenerationOptions`; `n` is `Model.chat_n`'s."""
 
     max_tokens: int
     thinking_budget: int | None

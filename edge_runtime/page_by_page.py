@@ -1,7 +1,7 @@
 """One question about every page of documents → one answer per page, and their texts joined.
 
-Every page is a request of its own, made when the one before is answered: one page is drawn at a time, and the file is
-closed in between, so that memory does not grow with the number of pages. A damaged page costs no answer but its own.
+Every page is a separate request, made when the previous one is answered: one page is drawn at a time, and the file is
+closed in between, so memory does not grow with the number of pages. A damaged page costs only its own answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PageAsked:
     """A page, and the message that asks about it."""
 
     file: int
-    """Number of its document or picture among those of the content, counted from 0."""
+    """Index of its document or picture in the content, from 0."""
     page: int
     """Counted from 1; a picture has one."""
     message: Message
@@ -39,45 +39,45 @@ class PageAsked:
 
 @dataclass(frozen=True)
 class PageAnswer:
-    """What was answered about one page."""
+    """The answer about one page."""
 
     file: int
-    """Number of its document or picture among those of the content, counted from 0."""
+    """Index of its document or picture in the content, from 0."""
     page: int
     """Counted from 1; a picture has one."""
     answer: Answer | None
-    """None when the page could not be read."""
+    """None if the page could not be read."""
     error: str | None = None
     """Why not."""
 
     @property
     def text(self) -> str:
-        """The answer's text; empty when there is none."""
+        """The answer's text; empty if there is none."""
         return "" if self.answer is None else self.answer.answer
 
 
 def each_page(
     model: Model, content: Any, *, before: Sequence[Any] = (), **options: Unpack[GenerationKeywords]
 ) -> Iterator[PageAnswer]:
-    """Ask the same about every page.
+    """Ask the same question about every page.
 
         for page in each_page(model, [Path("scan.pdf")], preset="markdown"):
             print(page.page, page.text)
 
     Parameters
     ----------
-    content : content of a message of the user: texts, and the documents or pictures whose pages are asked about.
-    before : messages that precede every question, such as a system prompt.
+    content : content of a user message: texts, and the documents or pictures whose pages are asked about.
+    before : messages before every question, such as a system prompt.
     options : as of `Model.chat`, see `GenerationOptions`.
 
     Yields
     ------
-    answers : one for each page, in order, as soon as it is there.
+    answers : one for each page, in order, as soon as it is available.
 
     Raises
     ------
     EdgeRuntimeError
-        When a document cannot be opened, or what is asked can never be answered (too long, a wrong option).
+        When a document cannot be opened, or the question can never be answered (too long, a wrong option).
     """
     for asked in pages_asked(content, options):
         try:
@@ -89,7 +89,7 @@ def each_page(
 
 
 def pages_asked(content: Any, options: Mapping[str, Any]) -> Iterator[PageAsked]:
-    """The message about every page.
+    """Messages that ask about each page.
 
     Parameters
     ----------
@@ -98,13 +98,13 @@ def pages_asked(content: Any, options: Mapping[str, Any]) -> Iterator[PageAsked]
     Raises
     ------
     MessageError, ImageError
-        When there is nothing to ask about, or a video, or a document cannot be opened.
+        When there is nothing to ask about, there is a video, or a document cannot be opened.
     """
     (message,) = parse_messages([{"role": "user", "content": content}])
     if any(isinstance(part, VideoPart) for part in message.parts):
         raise MessageError("There is a video, which has no pages; ask about it by itself.")
     how = document_options(options)
-    # Open files are read once, not for every page.
+    # Open files are read once, not once per page.
     parts = [read(part, how) if isinstance(part, ImagePart) else part for part in message.parts]
     places = [i for i, part in enumerate(parts) if isinstance(part, ImagePart)]
     if not places:
@@ -118,14 +118,14 @@ def pages_asked(content: Any, options: Mapping[str, Any]) -> Iterator[PageAsked]
         ]
         numbers = page_numbers(part, how)
         if numbers is None and isinstance(part.source, str | Path) and not is_data_uri(str(part.source)):
-            existing_file(part.source)  # what is not there at all is told at once
+            existing_file(part.source)  # a missing file is reported at once
         for number in [1] if numbers is None else numbers:
             page = part if numbers is None else _page_of(part, number)
             yield PageAsked(file, number, replace(message, parts=(*others[0], page, *others[1])))
 
 
 def asked_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the request about one page, whose part says which page it is."""
+    """Options of the request about one page; its part says which page it is."""
     return {name: value for name, value in options.items() if name != "pages"}
 
 
@@ -136,7 +136,7 @@ def _page_of(part: ImagePart, number: int) -> DocumentPart:
 
 
 def join_pages(texts: Sequence[str]) -> str:
-    """Texts of pages as one: blank lines between them, empty pages left out, fences around a whole page taken off."""
+    """Join the texts of pages: blank lines between them, empty pages left out, fences around a whole page removed."""
     bare = (without_fence(text) for text in texts)
     return "\n\n".join(text for text in bare if text)
 

@@ -5,7 +5,7 @@
                                ├─ videos ─ choose ─ parts for frames, groups that decode themselves ─────┤
                                └─ text + layouts ─ build_prompt ─ ids + bounds ──────────────────────────┴─ Request
 
-What follows happens on the engine's thread (`engine`): groups ─ vision ─ resampler ─ visual tokens; ids ─ embedding
+The rest happens on the engine's thread (`engine`): groups ─ vision ─ resampler ─ visual tokens; ids ─ embedding
 rows; both become one stream of embeddings ─ decoder ─ sampler ─ pieces of text.
 """
 
@@ -48,7 +48,7 @@ class InputFormat:
     template: str
     """The chat template (Jinja)."""
     n_ctx: int = 0
-    """Positions of the context."""
+    """Positions in the context."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Prepared:
 
     prompt: Prompt
     groups: list[Group]
-    """Slices behind each run of visual tokens."""
+    """Slices for each run of visual tokens."""
     digests: list[bytes] = field(default_factory=list)
     """One for each group; groups with equal digests have equal visual tokens."""
     slices: list[list[int]] = field(default_factory=list)
@@ -65,23 +65,23 @@ class Prepared:
     pictures: list[list[int]] = field(default_factory=list)
     """[width, height] of every picture and video frame, upright, in order."""
     videos: list[dict[str, Any]] = field(default_factory=list)
-    """What is told of each video; see `Answer.videos`."""
+    """Facts about each video; see `Answer.videos`."""
     dropped_turns: int = 0
     """Oldest turns that were left out."""
     fitted_slices: int | None = None
-    """Most cells per picture that `fit` has left; None where nothing was lowered."""
+    """Maximum cells per picture after `fit` has lowered it; None if it was not lowered."""
     begun: BegunTurn | None = None
-    """The turn that the answer goes on with."""
+    """The turn that the answer continues."""
     with_more: Callable[[Sequence[Message]], Prompt] | None = None
-    """The prompt that this conversation would have with further messages, without pictures, behind it; the whole
-    turn takes the place of one that was begun."""
+    """Builds the prompt of this conversation followed by further messages, without pictures; a whole turn replaces
+    one that was begun."""
     shared: int = 0
-    """Positions at the beginning of the prompt that other chats have, too; see `shared_prefixes`."""
+    """Leading positions of the prompt that other chats have, too; see `shared_prefixes`."""
 
 
 @dataclass(frozen=True)
 class _PromptWriter:
-    """Makes the prompts of a conversation, whole, in part, or with more behind it, all in the same way."""
+    """Builds the prompts of a conversation, whole, in part, or with more messages, all in the same way."""
 
     options: PromptOptions
     model: InputFormat
@@ -89,10 +89,10 @@ class _PromptWriter:
     numbered: bool
     """Whether pictures are numbered."""
     max_tokens: int | None
-    """Tokens that a prompt may have; None where it is not known yet how much is too much."""
+    """Maximum tokens of a prompt; None if the limit is not known yet."""
 
     def prompt(self, messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
-        """The prompt that an answer goes on with, be it behind a turn that was begun."""
+        """The prompt that an answer continues, including a turn that was begun."""
         return self._build(messages, pictures, self.begun, self.options.tools)
 
     def new_turn(self, messages: Sequence[Message], pictures: Sequence[Placed] = ()) -> Prompt:
@@ -100,7 +100,7 @@ class _PromptWriter:
         return self._build(messages, pictures, None, self.options.tools)
 
     def share_of_tools(self, conversation: Sequence[Message]) -> str:
-        """Words for an error: what the tools take of a prompt that is too long."""
+        """Text for an error: how much of a too long prompt the tools take."""
         few = [*(message for message in conversation if message.role == "system"), Message("user", ("?",))]
         return share_of_tools(lambda tools: self._build(few, [], None, tools), self.options.tools)
 
@@ -137,21 +137,21 @@ def prepare(
     hooks: PreparationHooks = NO_HOOKS,
     opener: Opener | None = None,
 ) -> Prepared:
-    """Turn a conversation into a prompt and the slices behind it.
+    """Turn a conversation into a prompt and its slices.
 
     Parameters
     ----------
-    options : that were checked (`option_checks`).
-    reserve_tokens : positions of the context to be kept free for the answer; for `context_shift` and `fit`.
-    refuse : refuse what does not fit before pictures are decoded.
-    beginnings : tells what other chats begin with, too; None: that is not asked for.
-    hooks : who looks on; what they raise ends the work.
+    options : checked ones (`option_checks`).
+    reserve_tokens : positions of the context to keep free for the answer; for `context_shift` and `fit`.
+    refuse : reject what does not fit before pictures are decoded.
+    beginnings : finds the prefix that other chats have, too; None: not looked for.
+    hooks : progress callbacks; an exception from one ends the work.
     opener : opens documents, pictures and videos; None: this process does.
 
     Raises
     ------
     MessageError, ImageError
-        When the conversation, a document, a picture or a video cannot be used; nothing was computed then.
+        When the conversation, a document, a picture or a video cannot be used; nothing has been computed.
     PromptTooLongError
         When it does not fit, with `refuse` or `fit`.
     """
@@ -188,12 +188,12 @@ def prepare(
 
 
 def _prompt_of_ids(ids: Sequence[int], tokenizer: Tokenizer) -> Prompt:
-    """A prompt that was given in tokens."""
+    """A prompt given as tokens."""
     return Prompt(b"".join(map(tokenizer.token_bytes, ids)).decode("utf-8", "replace"), [*ids], [])
 
 
 def _picture_groups(conversation: Sequence[Message], options: PromptOptions) -> Sequence[Sequence[int]]:
-    """Temporal ids of all pictures in order, those together that share a placeholder."""
+    """Temporal ids of all pictures in order, grouped by placeholder."""
     parts = list(iter_images(conversation))
     times = group_ids(parts, options.temporal_ids)
     check_groups(times, len(parts))
@@ -208,14 +208,14 @@ def _numbers_pictures(conversation: Sequence[Message], options: PromptOptions, s
 
 
 def _max_tokens(options: PromptOptions, n_ctx: int) -> int | None:
-    """Tokens that a prompt may have. Turns may go and pictures become smaller: then it is not known yet."""
+    """Maximum tokens of a prompt; None while turns may be dropped or pictures made smaller."""
     return None if not n_ctx or options.context_shift or options.fit else n_ctx - 1
 
 
 def _fit_cells(
     conversation: Sequence[Message], times: Sequence[Sequence[int]], writer: _PromptWriter, reserve_tokens: int
 ) -> tuple[Sequence[Message], int | None]:
-    """Hold the conversation against the context; with `fit`, its pictures are cut into fewer cells until it fits."""
+    """Check the conversation against the context; with `fit`, cut its pictures into fewer cells until it fits."""
     options, model = writer.options, writer.model
     budget = Budget(
         model.slicing, model.n_queries, options.max_slices, options.pixel_limit, options.fit, options.context_shift
@@ -232,7 +232,7 @@ def _place_pictures(
     slicing: SlicingConfig,
     on_image: Callable[[int, int], None],
 ) -> tuple[list[Placed], list[list[int]]]:
-    """Decode and cut all pictures: what stands for each placeholder, and the sizes of all pictures."""
+    """Decode and cut all pictures; returns what goes into each placeholder, and the sizes of all pictures."""
     parts = list(iter_images(conversation))
     placed: list[Placed] = []
     pictures: list[list[int]] = []
@@ -249,7 +249,7 @@ def _place_pictures(
 def _write_prompt(
     conversation: Sequence[Message], placed: Sequence[Placed], writer: _PromptWriter, reserve_tokens: int
 ) -> tuple[Prompt, Sequence[Placed], int]:
-    """The prompt, the placeholders that are left in it, and how many turns were left out."""
+    """The prompt, the remaining placeholders, and how many turns were left out."""
     left, n_dropped = placed, 0
     if writer.options.context_shift:
         prompt, left, n_dropped = fit(writer.prompt, conversation, placed, writer.model.n_ctx, reserve_tokens)
@@ -264,11 +264,11 @@ def _write_prompt(
 
 
 def _prepared(prompt: Prompt, placed: Sequence[Placed], pictures: Sequence[list[int]]) -> Prepared:
-    """A prompt with all that stands behind its placeholders.
+    """A prompt with everything for its placeholders.
 
     Parameters
     ----------
-    pictures : sizes of all pictures; those of turns that were left out come first.
+    pictures : sizes of all pictures; those of dropped turns come first.
     """
     groups = [group for item in placed for group in item.groups]
     n_left = sum(item.layout.frames for item in placed)
@@ -292,7 +292,7 @@ def _with_more(
 def _shared_positions(
     prompt: Prompt, conversation: Sequence[Message], writer: _PromptWriter, beginnings: Beginnings | None
 ) -> int:
-    """Positions at the beginning of the prompt that other chats have, too."""
+    """Leading positions of the prompt that other chats have, too."""
     options = writer.options
     if beginnings is None or options.raw:
         return 0
@@ -304,11 +304,11 @@ def _shared_positions(
 def _place(
     parts: Sequence[ImagePart], ids: Sequence[int], index: int, options: PromptOptions, slicing: SlicingConfig
 ) -> tuple[Placed, list[list[int]]]:
-    """What stands for one placeholder, and the sizes of its pictures; frames of videos are not decoded.
+    """What goes into one placeholder, and the sizes of its pictures; frames of videos are not decoded.
 
     Parameters
     ----------
-    index : of the first picture in the conversation.
+    index : index of the first picture in the conversation.
     """
     first = parts[0]
     if isinstance(first, FramePart):
@@ -330,7 +330,7 @@ def _cut(part: ImagePart, options: PromptOptions, slicing: SlicingConfig) -> tup
 
 
 def group_digest(group: Group) -> bytes:
-    """Fingerprint of all that decides a group's visual tokens: pixels or where they come from, arrangement, times."""
+    """Fingerprint of everything that affects a group's visual tokens: pixels or their source, arrangement, times."""
     if isinstance(group, LazyGroup):
         return group.digest
     digest = hashlib.blake2b(digest_size=16)
@@ -341,7 +341,7 @@ def group_digest(group: Group) -> bytes:
 
 
 def pack_frames(frames: Sequence[list[Slice]], ids: Sequence[int]) -> list[LoadedGroup]:
-    """Groups of one set of frames: slice j of all frames together, slice after slice.
+    """Groups for one set of frames: slice j of all frames together, slice after slice.
 
     Raises
     ------

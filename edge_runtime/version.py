@@ -1,3 +1,3 @@
-"""The version of the three packages; what is computed is kept under it."""
+"""The version of the three packages; cached results are stored under it."""
 
 __version__ = "0.1.0"

@@ -1,5 +1,4 @@
 """What outlives a request: visual tokens and prefixes of conversations, in memory and on disk.
 
-Digests enter; what was computed before leaves, or nothing.
-It knows no requests.
+Takes digests; returns what was computed before, or nothing. Knows nothing of requests.
 """

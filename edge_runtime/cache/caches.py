@@ -1,4 +1,4 @@
-"""What an engine caches beyond its KV cache: on disk, between processes; and what it drops between pictures."""
+"""What an engine caches beyond its KV cache, on disk and across processes; and what it frees between pictures."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ logger = logging.getLogger("edge_runtime")
 
 
 def usual_folder() -> Path | None:
-    """The folder where a server caches prompts, among the caches of whoever runs it; None if there is none.
+    """Folder where a server caches prompts, inside the current user's cache folder; None if it cannot be used.
 
-    It is made, and nobody else can read it. Where that cannot be done, a warning says so.
+    It is created so that nobody else can read it. If that fails, a warning says so.
     """
     folder = Path(platformdirs.user_cache_dir("edge-runtime")) / "prompts"
     try:
@@ -34,20 +34,20 @@ def usual_folder() -> Path | None:
     except MessageError as error:
         logger.warning("%s Prompts that were read are not kept.", error)
         return None
-    with contextlib.suppress(OSError):  # it was there already, with other rights
+    with contextlib.suppress(OSError):  # it existed already, with other permissions
         folder.chmod(0o700)
     return folder
 
 
 @dataclass(frozen=True)
 class Caches:
-    """Where results go that outlive a request; no answer needs them."""
+    """Where results go that outlive a request; no answer depends on them."""
 
     disk: DiskCache | None = None
     tokens: SavedTokens | None = None
     prefixes: SavedPrefixes | None = None
     low_memory: bool = False
-    """Drop the vision weights whenever no picture is waiting; the next one reads them again."""
+    """Free the vision weights whenever no picture is waiting; the next one loads them again."""
 
     @classmethod
     def in_folder(
@@ -61,9 +61,9 @@ class Caches:
         isa: str,
         low_memory: bool = False,
     ) -> Caches:
-        """Keep visual tokens and prefixes of conversations in a folder.
+        """Store visual tokens and prefixes of conversations in a folder.
 
-        Entries stand for the files and the arithmetic they were computed with, so models can share a folder.
+        Entries are named by the files and the arithmetic that computed them, so models can share a folder.
 
         Parameters
         ----------
@@ -83,6 +83,6 @@ class Caches:
         return cls(disk, tokens, SavedPrefixes(disk, root), low_memory)
 
     def close(self) -> None:
-        """Write what is still to be written."""
+        """Write what is still queued."""
         if self.disk is not None:
             self.disk.close()

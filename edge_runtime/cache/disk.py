@@ -1,16 +1,16 @@
-"""Named entries in a folder, of bounded size: written whole or not at all, checked when read, shared by processes.
+"""Named entries in a folder of bounded size: written completely or not at all, checked when read, multi-process.
 
-One file per entry, `NAME.entry`, NAME being 32 hexadecimal digits that stand for all the content depends on:
+One file per entry, `NAME.entry`, NAME being 32 hexadecimal digits that identify everything the content depends on:
 
     magic 8 bytes | version u32 | bytes of facts u32 | bytes of content u64 | digest 32 bytes | facts | content
 
-with BLAKE2b over lengths, name, facts (JSON) and content. A file that does not hold what it should is deleted and
-was never there. Writing goes through a temporary file in the same folder that is then renamed, on a thread of its
-own; readers map files, so that one deleted or replaced meanwhile stays whole for them. What was unused for longest
-(by the time of change, which use renews) leaves first. Knows nothing of pictures and sequences.
+with BLAKE2b over lengths, name, facts (JSON) and content. A file with the wrong content is deleted and treated as
+missing. A separate thread writes to a temporary file in the same folder and renames it; readers map files, so one
+that is deleted or replaced meanwhile stays whole for them. The least recently used entries are deleted first (by
+modification time, which every use renews). Knows nothing of pictures and sequences.
 
-A folder that is broken, full, read-only or gone costs what was kept there and one warning; once a cache is open,
-nothing here raises.
+A folder that is broken, full, read-only or gone costs its entries and one warning; once a cache is open, nothing here
+raises.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ ADVICE = "Delete it, or choose another --cache-dir."
 MOST_FACTS_BYTES = 1 << 20
 DEFAULT_LIMIT_BYTES = 4 << 30
 QUEUE_BYTES = 256 << 20
-"""Waiting to be written; what comes beyond is not kept."""
+"""Maximum waiting to be written; more is dropped."""
 
 logger = logging.getLogger("edge_runtime")
 
 
 class Entry(NamedTuple):
-    """What was kept under a name."""
+    """What was stored under a name."""
 
     facts: dict[str, Any]
     content: Bytes
@@ -69,8 +69,8 @@ class DiskCache:
 
     Parameters
     ----------
-    folder : is made if it does not exist.
-    limit_bytes : most bytes that all entries may have together.
+    folder : created if it does not exist.
+    limit_bytes : maximum size of all entries together.
 
     Raises
     ------
@@ -84,9 +84,9 @@ class DiskCache:
         self._lock = threading.Lock()
         self._waiting_bytes = 0
         self._written = self._total = 0
-        """Bytes this process has written since it last looked at the folder, and what it found then."""
+        """Bytes this process has written since it last scanned the folder, and the size that it found then."""
         self._latest_ns = 0
-        """Newest time of change that was seen: a clock that is set back must not make what is used look old."""
+        """Newest modification time seen: if the clock is set back, entries in use must not look old."""
         self._is_broken = False
         self._total = self._shrink(0)
         self._writer = threading.Thread(
@@ -99,18 +99,18 @@ class DiskCache:
         return self.folder / f"{name}{SUFFIX}"
 
     def has(self, name: str) -> bool:
-        """Whether there seems to be such an entry; it was not checked."""
+        """Whether such an entry seems to exist; it is not checked."""
         try:
             self.path(name).stat()
         except FileNotFoundError:
             return False
-        except OSError as error:  # the folder's rights were changed, or its drive is gone
+        except OSError as error:  # the folder's permissions were changed, or its drive is gone
             self._give_up("read", error)
             return False
         return True
 
     def get(self, name: str) -> Entry | None:
-        """An entry that is as it was written; None if there is none, or if it was damaged and is now deleted."""
+        """Return an intact entry; None if there is none, or if it was damaged and is now deleted."""
         path = self.path(name)
         try:
             with open(path, "rb", opener=_open_entry) as stream:
@@ -122,9 +122,9 @@ class DiskCache:
             return None
         except _Foreign:
             return None
-        except MemoryError:  # it is whole, but not to be had now
+        except MemoryError:  # the entry is intact, but there is too little memory now
             return None
-        except (OSError, ValueError):  # not readable, or empty, which cannot be mapped
+        except (OSError, ValueError):  # unreadable, or empty, which cannot be mapped
             self.forget(name)
             return None
         if entry is None:
@@ -133,20 +133,20 @@ class DiskCache:
         return entry
 
     def touch(self, names: Sequence[str]) -> None:
-        """Say that entries were used; the first of them last, so that it stays longest."""
+        """Mark entries as used; the first one as the latest, so that it stays longest."""
         now = self._now_ns(len(names))
         for i, name in enumerate(names):
             with contextlib.suppress(OSError):
                 os.utime(self.path(name), ns=(now - i, now - i))
 
     def _now_ns(self, n: int = 1) -> int:
-        """The last of `n` moments behind all that was seen in the folder."""
+        """The last of `n` timestamps later than all seen in the folder."""
         with self._lock:
             self._latest_ns = max(time.time_ns(), self._latest_ns + n)
             return self._latest_ns
 
     def forget(self, name: str) -> None:
-        """Delete an entry if it is there."""
+        """Delete an entry if it exists."""
         with contextlib.suppress(OSError):
             self.path(name).unlink()
 
@@ -159,12 +159,12 @@ class DiskCache:
         *,
         replace: bool = False,
     ) -> None:
-        """Have an entry written soon, if there is room for it in the queue.
+        """Queue an entry for writing, if there is room in the queue.
 
         Parameters
         ----------
-        content : makes `n_bytes` bytes; called on the writing thread.
-        replace : take the place of an entry of this name; else that one stays, as it says the same.
+        content : returns `n_bytes` bytes; called on the writing thread.
+        replace : replace an entry of this name; otherwise that one stays, as its content is the same.
         """
         with self._lock:
             if self._is_broken or n_bytes > self._limit or self._waiting_bytes + n_bytes > QUEUE_BYTES:
@@ -174,12 +174,12 @@ class DiskCache:
 
     @property
     def is_broken(self) -> bool:
-        """Whether nothing is kept any more."""
+        """Whether nothing is stored any more."""
         return self._is_broken or not self._writer.is_alive()
 
     @property
     def has_room(self) -> bool:
-        """Whether more would be taken in now."""
+        """Whether more would be accepted now."""
         return not self.is_broken and self._waiting_bytes < QUEUE_BYTES // 2
 
     def flush(self) -> None:
@@ -190,7 +190,7 @@ class DiskCache:
             pass
 
     def close(self) -> None:
-        """Write what waits and stop."""
+        """Write what is queued and stop."""
         self._jobs.put(None)
         self._writer.join()
 
@@ -204,14 +204,14 @@ class DiskCache:
                 self._write_file(name, facts, content())
         except MemoryError:
             logger.warning("There is too little memory to write the entry %s of the cache; it is left out.", name)
-        except Exception as error:  # noqa: BLE001 - whoever asked is answered already, and the thread must go on
+        except Exception as error:  # noqa: BLE001 - the caller already has its answer, and the thread must continue
             self._give_up("written to", error)
         finally:
             with self._lock:
                 self._waiting_bytes -= n_bytes
 
     def _give_up(self, what: str, error: Exception) -> None:
-        """Keep nothing further, and say so once."""
+        """Store nothing more, and warn once."""
         with self._lock:
             was_broken, self._is_broken = self._is_broken, True
         if not was_broken:
@@ -228,10 +228,10 @@ class DiskCache:
         if size > self._limit:
             return
         if self._total + self._written + size > self._limit or self._written > self._limit // 16:
-            # Looked at anew now and then: other processes write here too.
+            # Scanned again now and then: other processes write here too.
             self._total, self._written = self._shrink(size), 0
         digest = _digest(name, header, content)
-        make_folder(self.folder, 0o700)  # whoever empties the cache deletes it whole
+        make_folder(self.folder, 0o700)  # users may empty the cache by deleting the folder
         try:
             with unfinished(lambda token: self.folder / f".{name}.{token}.tmp", 0o600) as temporary:
                 with temporary.open("wb") as stream:
@@ -242,16 +242,16 @@ class DiskCache:
                 os.utime(temporary, ns=(now, now))
                 temporary.replace(self.path(name))
         except OSError:
-            if not self.has(name):  # else somebody else was faster, and reads it: some systems do not replace it then
+            if not self.has(name):  # else another process was faster and reads it: some systems refuse to replace it
                 raise
         self._written += size
 
     def _shrink(self, wanted: int) -> int:
-        """Delete what was used for longest ago until `wanted` bytes fit; returns the bytes that are left."""
+        """Delete the least recently used entries until `wanted` bytes fit; returns the bytes that are left."""
         found, left = [], []
         with contextlib.suppress(OSError), os.scandir(self.folder) as files:
             for file in files:
-                with contextlib.suppress(OSError):  # deleted meanwhile by another process
+                with contextlib.suppress(OSError):  # deleted by another process meanwhile
                     status = file.stat(follow_symlinks=False)
                     if _NAME.fullmatch(file.name):
                         found.append((status.st_mtime_ns, status.st_size, file.name))
@@ -270,19 +270,19 @@ class DiskCache:
 
 
 def usable_folder(folder: str | Path) -> Path:
-    """A folder that entries can be written to; made, for its owner alone, if it is not there.
+    """Return a folder that entries can be written to; created, for its owner alone, if it does not exist.
 
     Raises
     ------
     MessageError
-        When it cannot be made or written to.
+        When it cannot be created or written to.
     """
     try:
         path = Path(folder).expanduser()
         make_folder(path, 0o700)  # it will hold what people asked
         with unfinished(lambda token: path / f".{token}{token}.0.tmp", 0o600):
             pass
-        next(path.iterdir(), None)  # a folder can be written to and not be read
+        next(path.iterdir(), None)  # a folder can be writable but not readable
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home for `~`
         reason = getattr(error, "strerror", None) or error
         raise MessageError(
@@ -291,17 +291,17 @@ def usable_folder(folder: str | Path) -> Path:
     return path
 
 
-class _Foreign(Exception):  # noqa: N818 - nobody is told
-    """An entry that somebody else has put there."""
+class _Foreign(Exception):  # noqa: N818 - not reported
+    """An entry that somebody else put there."""
 
 
 def _open_entry(path: str, flags: int) -> int:
-    """Open an entry, if it is a file of whoever runs this: no link to elsewhere, no pipe that never answers.
+    """Open an entry if it is a regular file of the current user: no link to elsewhere, no pipe that never answers.
 
     Raises
     ------
     OSError
-        When it is no file.
+        When it is not a file.
     """
     handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     status = os.fstat(handle)
@@ -327,7 +327,7 @@ def _digest(name: str, header: bytes | Bytes, content: bytes | Bytes) -> bytes:
 
 
 def _checked(name: str, data: Bytes) -> Entry | None:
-    """Take a file apart; None unless every byte is as it was written."""
+    """Parse a file; None unless every byte is as it was written."""
     if len(data) < _HEAD.size:
         return None
     magic, version, n_header, n_content, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())

@@ -1,14 +1,14 @@
-"""Prefixes of conversations on disk: what a KV cache held of them, found again by what stands at each position.
+"""Prefixes of conversations on disk: what a KV cache held of them, looked up by the key of each position.
 
-A prefix is kept in blocks of 32 positions, each an entry of its own. The name of a block is a digest of the name
-of the block before it and of the keys inside: token ids, and for visual tokens the fingerprint of their pixels. So
-the longest prefix that is known is found by asking for names until one is missing, without reading anything; and a
-conversation that continues, or another question about the same picture, adds its own blocks alone. The first name
-stands for everything else the numbers depend on: the model's files, the type of the KV cache, the arithmetic, the
-adapter. A block whose predecessors were deleted is of no use, so predecessors count as used later.
+A prefix is stored in blocks of 32 positions, each an entry of its own. The name of a block is a digest of the name
+of the previous block and of the keys inside: token ids, and for visual tokens the fingerprint of their pixels. So
+the longest known prefix is found by checking names until one is missing, without reading anything; and a
+conversation that continues, or another question about the same picture, adds only its own blocks. The first name
+stands for everything else that the numbers depend on: the model's files, the type of the KV cache, the arithmetic,
+the adapter. A block is useless without its predecessors, so they count as used later.
 
-One entry more, the record, holds the token ids of the prefixes that chats of the model share (system prompt and
-tools, see `shared_prefixes`): they are computed again at the next start. No other text is kept as such.
+One more entry, the record, holds the token ids of the prefixes that chats of the model share (system prompt and
+tools, see `shared_prefixes`): they are computed again at the next start. No other text is stored as such.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from edge_runtime.decoder.kv_rows import KVForm, KVRows, UnknownState
 from edge_runtime.decoder.llama_context import common_beginning
 
 BLOCK = 32
-"""Positions per entry: at full size 4.7 MB, a second of prefill."""
+"""Positions per entry: 4.7 MB at full size, a second of prefill."""
 PIECE = 512
-"""Positions that are copied out of the KV cache at a time."""
+"""Positions copied out of the KV cache at a time."""
 MAX_RECORDED = 8
-"""Prefixes in the record that are read, whatever it says."""
+"""Maximum number of prefixes read from the record, whatever it says."""
 
 logger = logging.getLogger("edge_runtime")
 
@@ -42,11 +42,11 @@ class Saved:
     """A prefix that was found."""
 
     blocks: list[KVRows] = field(default_factory=list)
-    """Mapped, not in memory yet."""
+    """Mapped, not loaded yet."""
 
     @property
     def n(self) -> int:
-        """Positions."""
+        """Number of positions."""
         return BLOCK * len(self.blocks)
 
     def rows(self, first: int, end: int) -> KVRows:
@@ -62,7 +62,7 @@ class Recorded:
 
     ids: list[int]
     adapter: bytes = b""
-    """Identity of the adapter that computed it; empty without one."""
+    """Identity of the adapter that computed it; empty if there was none."""
 
 
 class SavedPrefixes:
@@ -70,7 +70,7 @@ class SavedPrefixes:
 
     Parameters
     ----------
-    root : stands for all that the rows depend on besides keys and adapter.
+    root : identifies everything that the rows depend on besides keys and adapter.
     """
 
     def __init__(self, cache: DiskCache, root: bytes) -> None:
@@ -89,14 +89,14 @@ class SavedPrefixes:
         return names
 
     def find(self, keys: Sequence[Hashable], adapter: bytes = b"", known: int = 0) -> Saved:
-        """The longest prefix that was saved, checked; from any thread.
+        """Find the longest saved prefix, checked; from any thread.
 
         Parameters
         ----------
-        known : positions that need not be found; nothing is read unless there are more.
+        known : positions held already; nothing is read unless more are saved.
         """
         found = []
-        for name in self.names(keys[:-1], adapter):  # the last key is computed in any case, for its logits
+        for name in self.names(keys[:-1], adapter):  # the last key is always computed, for its logits
             if not self._cache.has(name):
                 break
             found.append(name)
@@ -105,7 +105,7 @@ class SavedPrefixes:
             return Saved()
         blocks: list[KVRows] = []
         is_whole = True
-        for name in found:  # behind a damaged one, too: what is damaged there would else never be written anew
+        for name in found:  # after a damaged one, too: otherwise damaged blocks there would never be rewritten
             block = self._block(name)
             is_whole = is_whole and block is not None and (not blocks or block.form == blocks[0].form)
             if is_whole and block is not None:
@@ -128,19 +128,19 @@ class SavedPrefixes:
 
     @property
     def is_usable(self) -> bool:
-        """Whether anything is still kept."""
+        """Whether anything is still saved."""
         return self._is_usable and not self._cache.is_broken
 
     def save(self, decoder: Decoder, sequence: int, keys: Sequence[Hashable], adapter: bytes = b"") -> bool:
-        """Have those blocks of a sequence written that are not there yet; on the inference thread.
+        """Queue the missing blocks of a sequence for writing; on the inference thread.
 
         Parameters
         ----------
-        keys : of a prefix that the sequence holds.
+        keys : keys of a prefix that the sequence holds.
 
         Returns
         -------
-        is_done : False where the writing thread is behind; the rest can be saved when it has caught up.
+        is_done : False if the writing thread is behind; the rest can be saved once it has caught up.
         """
         if not self.is_usable:
             return True
@@ -164,7 +164,7 @@ class SavedPrefixes:
         return True
 
     def flush(self) -> None:
-        """Wait until what was saved is written."""
+        """Wait until everything saved is written."""
         self._cache.flush()
 
     # --- what chats share ----------------------------------------------------------------------------------------
@@ -175,17 +175,17 @@ class SavedPrefixes:
         return hashlib.blake2b(self._root + b"shared beginnings", digest_size=16).hexdigest()
 
     def record(self, beginnings: Sequence[Recorded]) -> None:
-        """Write down what is to be computed at the next start, in place of what was written before."""
+        """Record what to compute at the next start, replacing the previous record."""
         facts = {"beginnings": [[len(each.ids), each.adapter.hex()] for each in beginnings]}
         content = np.array([i for each in beginnings for i in each.ids], "<i8").tobytes()
         self._cache.put(self.record_name, facts, lambda: content, len(content), replace=True)
 
     def touch_record(self) -> None:
-        """Say that the record is still true."""
+        """Mark the record as still valid."""
         self._cache.touch([self.record_name])
 
     def recorded(self) -> list[Recorded]:
-        """What was written down last; nothing where that cannot be read."""
+        """What was recorded last; empty if it cannot be read."""
         entry = self._cache.get(self.record_name)
         if entry is None:
             return []
@@ -208,19 +208,19 @@ def _serialise(key: Hashable) -> bytes:
 
 
 class PromptSaver:
-    """Has computed prompts written; what the queue does not take waits. Used by the inference thread alone."""
+    """Queues computed prompts for writing; what the queue refuses waits. Used only on the inference thread."""
 
     def __init__(self, decoder: Decoder, prefixes: SavedPrefixes | None) -> None:
         self._decoder, self._prefixes = decoder, prefixes
         self.unsaved: dict[int, tuple[list[Hashable], bytes]] = {}
-        """Sequence to keys and adapter of what is to be kept on disk when nobody asks."""
+        """Keys and adapter of what to save while idle, by sequence."""
 
     def save(self, sequence: int, keys: list[Hashable], adapter: bytes) -> None:
-        """Have what a sequence holds of a prompt written, or remember that some of it is still to be."""
+        """Queue what a sequence holds of a prompt for writing; remember it if part of it has to wait."""
         self.unsaved.pop(sequence, None)
         if self._prefixes is None:
             return
-        keys = keys[: common_beginning(keys, self._decoder.keys(sequence))]  # it may serve another one by now
+        keys = keys[: common_beginning(keys, self._decoder.keys(sequence))]  # by now it may serve another prompt
         try:
             if not self._prefixes.save(self._decoder, sequence, keys, adapter):
                 self.unsaved[sequence] = keys, adapter
@@ -228,7 +228,7 @@ class PromptSaver:
             logger.warning("A prompt could not be kept on disk; it will be computed again.", exc_info=True)
 
     def save_more(self) -> bool:
-        """Save what the queue did not take before; whether it is worth coming again."""
+        """Save what the queue refused before; returns whether to call again."""
         for sequence in [*self.unsaved]:
             self.save(sequence, *self.unsaved[sequence])
         return bool(self.unsaved)

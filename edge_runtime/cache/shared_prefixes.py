@@ -1,14 +1,14 @@
 """The prefix that chats of one model share: system prompt and tools, held in the KV cache for the next chat.
 
-A client such as Open WebUI sends the same tools with every chat, thousands of tokens before the first word of the
-person. `Beginnings` tells how long that part of a prompt is; `HeldBeginnings` keeps it in sequences of its own, which
-share their cells with the chats that are at work, so holding costs nothing while they are. It is given up after all
-idle sequences, and only where that frees cells.
+A client such as Open WebUI sends the same tools with every chat, thousands of tokens before the user's first word.
+`Beginnings` finds how long that part of a prompt is; `HeldBeginnings` keeps it in separate sequences, which share
+their cells with running chats, so holding costs nothing while those run. It is given up after all idle sequences, and
+only where that frees cells.
 
-Two of them are held. Which one leaves for another is decided as GreedyDual-Size with frequency does (Cao and Irani,
-1997; Cherkasova, 1998): each is worth its length times the number of its uses, counted from a clock that moves on to
-the worth of what left last. So single chats with system prompts of their own do not drive out a long one that is used
-again and again, and nothing stays for ever.
+Two of them are held. Eviction is GreedyDual-Size with frequency (Cao and Irani, 1997; Cherkasova, 1998): each is
+worth its length times the number of its uses, counted from a clock that advances to the worth of the last one
+evicted. So single chats with system prompts of their own do not drive out a long one that is used again and again,
+and nothing stays forever.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from edge_runtime.inputs.messages import Message, parse_messages
 from edge_runtime.prompt.build import Prompt
 
 MIN_SHARED = 64
-"""Positions; fewer are computed as fast as they are looked for."""
+"""Positions; fewer are computed as fast as they are looked up."""
 QUESTIONS = ("What", "And how")
-"""They begin differently: behind what their prompts share stands the conversation."""
+"""They start differently: after the prefix of their prompts comes the conversation."""
 MAX_KNOWN = 32
 MAX_USES = 16
-"""That count: what was used for years may leave after some days, too."""
+"""Maximum count: even what was used for years may be evicted after some days."""
 
 
 class Beginnings:
-    """How long the beginnings are that do not depend on the conversation; from any thread.
+    """Finds how long a prompt's prefix is that does not depend on the conversation; from any thread.
 
-    Knows of templates only that they make a prompt out of messages: rendering costs as much as for the prompt itself,
-    so it is done once for every system prompt with its tools.
+    Knows of templates only that they turn messages into a prompt: rendering costs as much as for the prompt itself,
+    so it is done once per system prompt with its tools.
     """
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class Beginnings:
         build: Callable[[Sequence[Message]], Prompt],
         *more: Hashable,
     ) -> int:
-        """Positions of a prompt that other chats with the same system prompt and tools begin with; 0 for few.
+        """Length of the prefix that other chats with the same system prompt and tools share; 0 if short.
 
         Parameters
         ----------
-        ids : of the prompt.
-        build : makes the prompt of a conversation without pictures.
-        more : whatever else decides how it is made.
+        ids : token ids of the prompt.
+        build : builds the prompt of a conversation without pictures.
+        more : everything else that affects the prompt.
         """
         opening = [*takewhile(lambda message: message.role == "system", conversation)]
         written = [[str(part) for part in message.parts] for message in opening]
@@ -73,14 +73,14 @@ class Beginnings:
         if found is None:
             try:
                 one, other = (build([*opening, *parse_messages(question)]).ids for question in QUESTIONS)
-            except EdgeRuntimeError:  # a template that wants more than a question
+            except EdgeRuntimeError:  # a template that needs more than a question
                 return 0
             found = one[: common_beginning(one, other)]
             with self._lock:
                 self._known[name] = found
                 while len(self._known) > MAX_KNOWN:
                     self._known.popitem(last=False)
-        n = common_beginning(found, ids)  # less than expected where a template looks at the conversation's end first
+        n = common_beginning(found, ids)  # less than expected if a template looks at the end of the conversation
         return n if n >= MIN_SHARED else 0
 
 
@@ -92,7 +92,7 @@ class _Held:
 
 
 class HeldBeginnings:
-    """Sequences of the KV cache that hold what chats share. Used by the inference thread alone."""
+    """Sequences of the KV cache that hold shared prefixes. Used only on the inference thread."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -103,7 +103,7 @@ class HeldBeginnings:
         return iter([*self._held])
 
     def by_worth(self) -> list[tuple[list[Hashable], str | None]]:
-        """Keys and adapter of each, the one that leaves last first."""
+        """Keys and adapter of each, the last to be evicted first."""
         order = sorted(self._held, key=lambda sequence: -self._held[sequence].worth)
         return [(self._decoder.keys(sequence), self._held[sequence].adapter) for sequence in order]
 
@@ -112,7 +112,7 @@ class HeldBeginnings:
 
         Returns
         -------
-        sequence : that holds them from now on; None where they were held already, or are not.
+        sequence : the sequence that holds them from now on; None if they were held already or are not held.
         """
         keys = self._decoder.keys(source)[:n]
         if len(keys) < max(n, MIN_SHARED):
@@ -135,11 +135,11 @@ class HeldBeginnings:
         return free[0]
 
     def give_up(self, used: Sequence[int]) -> bool:
-        """Give up the one that is worth least among those that free cells; False if none does.
+        """Give up the one worth least among those that free cells; False if none does.
 
         Parameters
         ----------
-        used : sequences that are at work: what they hold, too, is not given back.
+        used : running sequences: cells that they hold, too, are not freed.
         """
         at_work = [self._decoder.keys(sequence) for sequence in used]
         for sequence in sorted(self._held, key=lambda sequence: self._held[sequence].worth):

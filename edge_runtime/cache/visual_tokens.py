@@ -1,4 +1,4 @@
-"""Visual tokens that were computed before, by the fingerprint of the pixels they came from; on disk too if asked."""
+"""Visual tokens computed before, by fingerprint of the pixels they came from; on disk too if requested."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_runtime.cache.disk import DiskCache
 from edge_runtime.weights.gguf_file import Float32
 
 LIMIT_BYTES = 128 << 20
-"""At full size the tokens of 128 slices."""
+"""The tokens of 128 slices at full size."""
 
 
 class SavedTokens:
@@ -19,7 +19,7 @@ class SavedTokens:
 
     Parameters
     ----------
-    root : stands for all that tokens depend on besides the pixels: the mmproj file and the arithmetic.
+    root : identifies everything that tokens depend on besides the pixels: the mmproj file and the arithmetic.
     shape : (queries, hidden) of every entry.
     """
 
@@ -30,7 +30,7 @@ class SavedTokens:
         return hashlib.blake2b(self._root + b"tokens " + digest, digest_size=16).hexdigest()
 
     def get(self, digest: bytes) -> Float32 | None:
-        """Tokens of a group, ndarray [shape=(queries, hidden), float32], if they were kept."""
+        """Tokens of a group, ndarray [shape=(queries, hidden), float32], if they are stored."""
         name = self._name(digest)
         entry = self._cache.get(name)
         if entry is None:
@@ -42,18 +42,18 @@ class SavedTokens:
         return entry.content.view("<f4").reshape(self._shape).astype(np.float32)
 
     def put(self, digest: bytes, tokens: Float32) -> None:
-        """Have tokens written."""
+        """Queue tokens for writing."""
         kept = tokens.astype("<f4")
         self._cache.put(self._name(digest), {}, kept.tobytes, kept.nbytes)
 
 
 class VisualTokenCache:
-    """Keeps what was used last; the inference thread's alone.
+    """Keeps the most recently used tokens; used only on the inference thread.
 
     Parameters
     ----------
-    limit_bytes : most bytes of tokens to keep in memory.
-    saved : where tokens are kept beyond that.
+    limit_bytes : maximum size of the tokens in memory.
+    saved : where tokens are also stored.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES, saved: SavedTokens | None = None) -> None:
@@ -64,7 +64,7 @@ class VisualTokenCache:
         """Since the start."""
 
     def get(self, digest: bytes) -> Float32 | None:
-        """Tokens of a group, ndarray [shape=(queries, hidden), float32], if they are still here."""
+        """Tokens of a group, ndarray [shape=(queries, hidden), float32], if they are still cached."""
         found = self._tokens.get(digest)
         if found is not None:
             self._tokens.move_to_end(digest)
@@ -75,20 +75,20 @@ class VisualTokenCache:
         return found
 
     def put(self, digest: bytes, tokens: Float32) -> None:
-        """Keep tokens; those unused for longest make room."""
+        """Cache tokens; the least recently used ones make room."""
         self._keep(digest, tokens)
         if self._saved is not None:
             self._saved.put(digest, tokens)
 
     def clear(self) -> None:
-        """Forget the tokens in memory."""
+        """Clear the tokens in memory."""
         self._tokens.clear()
         self.n_bytes = 0
 
     def _keep(self, digest: bytes, tokens: Float32) -> None:
         if digest in self._tokens or tokens.nbytes > self._limit:
             return
-        self._tokens[digest] = tokens.copy()  # a part of an array would keep its whole batch alive
+        self._tokens[digest] = tokens.copy()  # a view would keep its whole batch in memory
         self.n_bytes += tokens.nbytes
         while self.n_bytes > self._limit:
             self.n_bytes -= self._tokens.popitem(last=False)[1].nbytes

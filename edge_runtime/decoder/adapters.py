@@ -1,8 +1,8 @@
 """LoRA adapters: GGUF files with small products that are added to the decoder's, switched from request to request.
 
-An adapter is checked against the decoder it is meant for before llama.cpp sees it, which ends the process over keys
-of a type it does not expect. All adapters of a model are loaded before its context is made, so that their graphs fit
-in. What one adapter has computed is of no use with another: the scheduler keeps their sequences and calls apart.
+An adapter is checked against its decoder before llama.cpp reads it, because llama.cpp ends the process over keys of a
+type it does not expect. All adapters of a model are loaded before its context is created, so that their graphs fit.
+What one adapter has computed is useless with another: the scheduler keeps their sequences and calls apart.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SUFFIXES = (".lora_a", ".lora_b")
 
 
 def check_adapter(path: str | Path, decoder: GGUFFile) -> GGUFFile:
-    """Read an adapter and hold it against the decoder.
+    """Read an adapter and check it against the decoder.
 
     Raises
     ------
     ModelFileError
-        When the file is damaged, is no LoRA adapter, or was made for another decoder.
+        When the file is damaged, is not a LoRA adapter, or was made for another decoder.
     """
     file = GGUFFile(path)
     for key, expected in (
@@ -101,20 +101,20 @@ class Adapters:
 
     Parameters
     ----------
-    model : llama.cpp's model; its context must be made after this.
-    files : name to file.
+    model : llama.cpp's model; its context must be created after this.
+    files : file by name.
 
     Raises
     ------
     ModelFileError
-        When one cannot be used.
+        When one of them cannot be used.
     """
 
     def __init__(self, model: Any, decoder: GGUFFile, files: Mapping[str, str | Path]) -> None:
         self._lib = llama.library()
         self._loaded: dict[str, Any] = {}
         self.identities: dict[str | None, bytes] = {None: b""}
-        """Name to what tells the file from others; None stands for no adapter."""
+        """What distinguishes the file from others, by name; None stands for no adapter."""
         for name, path in files.items():
             file = check_adapter(path, decoder)
             with llama.watch_log(lambda line: None):
@@ -128,25 +128,25 @@ class Adapters:
             self.identities[name] = file_identity(file)
 
     def check(self, name: str | None) -> None:
-        """Refuse a name that was not loaded.
+        """Reject a name that was not loaded.
 
         Raises
         ------
         MessageError
-            Naming those that were.
+            Listing the names that were.
         """
         if name not in self.identities:
             known = ", ".join(sorted(self._loaded)) or "none"
             raise MessageError(f"adapter is {name!r}; expected one of those the model was loaded with: {known}.")
 
     def use(self, context: Any, name: str | None) -> None:
-        """Make the next calls of a context compute with an adapter, or with none."""
+        """Use an adapter, or none, for the next calls of a context."""
         chosen = [] if name is None else [self._loaded[name]]
         pointers = (self._lib.llama_adapter_lora_p_ctypes * 1)(*chosen)
         self._lib.llama_set_adapters_lora(context, pointers, len(chosen), (ctypes.c_float * 1)(1.0))
 
     def close(self) -> None:
-        """Free them; the model may be freed after this."""
+        """Free them; the model may be freed afterwards."""
         for adapter in self._loaded.values():
             self._lib.llama_adapter_lora_free(adapter)
         self._loaded.clear()

@@ -1,11 +1,11 @@
-"""Embeddings → rows for the KV cache and logits, by our AMX kernels: the other way to compute a prompt.
+"""Embeddings → rows for the KV cache and logits, by our AMX kernels: the alternative to llama.cpp's prefill.
 
-llama.cpp multiplies prompts on vector units alone, and unpacks weights for every call; on AMX the same takes a third
-of the time. So where a processor has it, prompts go this way, and llama.cpp continues with the answer: its KV cache
-gets the rows that were computed here (`kv_rows`). Weights are read where they lie in the file.
+llama.cpp multiplies prompts on vector units only, and unpacks weights for every call; AMX takes a third of the time.
+So if the processor has it, prompts are computed here and llama.cpp continues with the answer: its KV cache gets the
+rows computed here (`kv_rows`). Weights are read in place from the mapped file.
 
-The layers are those of Qwen3 (reference implementation: transformers' modeling_qwen3). Positions that are computed
-together may belong to several sequences; they share every product, and each attends to its own past.
+The layers are those of Qwen3 (reference implementation: transformers' modeling_qwen3). Positions computed together
+may belong to several sequences; they share every product, and each attends to its own past.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class PrefillChunk:
     embeddings: Float32
     """ndarray [shape=(n, hidden), float32]"""
     past: KVRows | None = None
-    """What the sequence holds before them, from its first position on; None where it is empty."""
+    """What the sequence holds before them, from its first position on; None if it is empty."""
     wants_logits: bool = True
-    """Of the last position."""
+    """Whether to compute logits of the last position."""
 
 
 class PrefillResult(NamedTuple):
-    """What was computed for a chunk."""
+    """Result for one chunk."""
 
     rows: KVRows
     logits: Float32 | None
@@ -64,9 +64,9 @@ class _Layer(NamedTuple):
 
 
 def supports_amx_prefill(file: GGUFFile) -> bool:
-    """Whether this machine can compute a decoder's prompts here, as far as its file tells.
+    """Whether this machine can compute a decoder's prompts here, judging by its file.
 
-    Its matrices must have types that can be unpacked, and nothing may be in the file that is not computed here.
+    Its matrices must have types that can be unpacked, and the file must contain nothing that is not computed here.
     """
     from edge_kernels.linear.gguf_blocks import IS_POSSIBLE
     from edge_kernels.simd.amx import SIDE
@@ -100,8 +100,8 @@ class AmxPrefill:
 
     Parameters
     ----------
-    region : where llama.cpp has mapped the file, to read weights there; this is to be used no longer than its model
-        is there then. None reads them where we have mapped it.
+    region : where llama.cpp has mapped the file, to read weights from; do not use this object after that model is
+    freed. None reads them from our own mapping.
     """
 
     def __init__(self, file: GGUFFile, region: Region | None = None) -> None:
@@ -126,7 +126,7 @@ class AmxPrefill:
         self._dims = len(self._layers[0].attn_q_norm)
         width = 2 * self._layers[0].attn_k.n
         self.form = KVForm(len(self._layers), _HALF, width, _HALF, width, transposed=False)
-        """How rows leave: float16."""
+        """Form of the computed rows: float16."""
 
     def compute(
         self, chunks: Sequence[PrefillChunk], cancelled: Callable[[], bool] = lambda: False
@@ -135,11 +135,11 @@ class AmxPrefill:
 
         Parameters
         ----------
-        cancelled : asked before every layer; whether to leave.
+        cancelled : called before every layer; returns whether to stop.
 
         Returns
         -------
-        results : for each chunk, in order; None when `cancelled` answered true.
+        results : one per chunk, in order; None if `cancelled` returned true.
         """
         from edge_kernels.linear.gguf_blocks import linear_blocks, pack_gated, pack_rows
         from edge_kernels.rows.decoder_rows import rms_norm
@@ -187,7 +187,7 @@ class AmxPrefill:
         kept: tuple[list[list[Bytes]], list[list[Bytes]]],
         space: _Space,
     ) -> None:
-        """Add a layer's attention to x, and keep the keys and values of the new positions."""
+        """Add a layer's attention to x; keep the keys and values of the new positions."""
         from edge_kernels.attention.causal import attention_causal
         from edge_kernels.linear.gguf_blocks import linear_blocks, pack_rows
         from edge_kernels.rows.decoder_rows import norm_and_rotate, rms_norm
@@ -222,7 +222,7 @@ def _kept(new: Float32, kept: list[Bytes]) -> npt.NDArray[np.uint16]:
 
 
 class _Space:
-    """Memory that every layer writes anew: fresh memory is dearer than what fills it."""
+    """Memory that every layer overwrites: fresh memory costs more than filling it."""
 
     def __init__(self, n: int, layer: _Layer) -> None:
         self.queries, self.attended = (np.empty((n, layer.attn_q.n), np.float32) for _ in range(2))

@@ -1,8 +1,8 @@
-"""Embeddings → logits: the Qwen3 decoder. Prompts go through AMX kernels where that pays, all else through llama.cpp.
+"""Embeddings → logits: the Qwen3 decoder. Prompts use AMX kernels where that pays, all else goes through llama.cpp.
 
-A prompt enters as one stream of embeddings, text and visual tokens alike, cut only by chunk size (chunked prefill):
-cutting it at every picture, as llama.cpp's own multimodal helpers do, costs a call per separator token. Which chunks
-of a call go which way is decided in `prefill_routing`; what sequences hold, in `llama_context`.
+A prompt is one stream of embeddings, text and visual tokens alike, cut only by chunk size (chunked prefill): cutting
+it at every picture, as llama.cpp's own multimodal helpers do, costs a call per separator token. `prefill_routing`
+decides which chunks of a call go which way; `llama_context` knows what sequences hold.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 
 class Decoder(LlamaContext):
-    """One decoder file with one KV cache that several sequences share; parameters and errors as of `LlamaContext`."""
+    """One decoder file with one KV cache that several sequences share; parameters and errors as in `LlamaContext`."""
 
     def __init__(self, file: str | Path | GGUFFile, options: DecoderOptions) -> None:
         super().__init__(file, options)
         self._local_logits: dict[int, Float32] = {}
-        """Of rows of the last step that were not computed by llama.cpp."""
+        """By row of the last step, for those not computed by llama.cpp."""
         self._last_row = -1
         self._prefill, self._space = self._choose_prefill(options), PastSpace()
 
     def _choose_prefill(self, options: DecoderOptions) -> AmxPrefill | None:
-        """Prefill by AMX kernels, where it is wanted and llama.cpp takes what comes of it."""
+        """Prefill with AMX kernels, if wanted and if llama.cpp accepts their rows."""
         wanted = False if options.repack else options.amx_prefill
         if not uses_amx_prefill(self.file, self.kv_type, exact=options.exact, wanted=wanted):
             return None
@@ -49,7 +49,7 @@ class Decoder(LlamaContext):
 
     @property
     def uses_amx_prefill(self) -> bool:
-        """Whether prompts are computed by our AMX kernels."""
+        """Whether our AMX kernels compute prompts."""
         return self._prefill is not None
 
     def check_length(self, n_prompt: int) -> None:
@@ -58,7 +58,7 @@ class Decoder(LlamaContext):
         Raises
         ------
         PromptTooLongError
-            With the numbers.
+            With both numbers.
         """
         if n_prompt + 1 > self.n_ctx:
             raise PromptTooLongError(
@@ -78,19 +78,19 @@ class Decoder(LlamaContext):
 
         Parameters
         ----------
-        cancelled : asked often, from inside llama.cpp; whether to leave it and forget what the step has done.
+        cancelled : called often, from inside llama.cpp; returns whether to abandon the step and forget what it did.
         adapter : name of the LoRA adapter to compute with.
 
         Returns
         -------
-        rows : for each chunk the row of its last position, which asks for its logits; of those before it, one less.
+        rows : row of the last position of each chunk, to get logits with; the position before it is one less.
 
         Raises
         ------
         Cancelled
-            When `cancelled` answered true before the step was done; the sequences are as before.
+            When `cancelled` returned true before the step was done; the sequences stay unchanged.
         CacheFull
-            When there are no free cells; the sequences are as before.
+            When there are no free cells; the sequences stay unchanged.
         """
         local = [] if adapter is not None else prefill_chunks(self, self._prefill, chunks)
         before = [self.held(chunk.sequence) for chunk in chunks]
@@ -105,7 +105,7 @@ class Decoder(LlamaContext):
                 if found is None:
                     raise Cancelled
                 for i, logits in zip(local, found, strict=True):
-                    rows[i] = -2 - i  # llama.cpp counts from -1 downwards, too
+                    rows[i] = -2 - i  # llama.cpp also counts from -1 downwards
                     if logits is not None:
                         self._local_logits[rows[i]] = logits
         except BaseException:
@@ -116,7 +116,7 @@ class Decoder(LlamaContext):
         return rows
 
     def prefill(self, embeddings: Float32, adapter: str | None = None) -> None:
-        """Compute embeddings in a sequence of their own, outside any request; `decode` continues it.
+        """Compute embeddings in a separate sequence, outside any request; `decode` continues it.
 
         Parameters
         ----------
@@ -129,7 +129,7 @@ class Decoder(LlamaContext):
             self.step([SequenceChunk(self.n_sequences, [object() for _ in rows], rows)], adapter=adapter)
 
     def decode(self, token_id: int, adapter: str | None = None) -> None:
-        """Append one token to what `prefill` began."""
+        """Append one token after `prefill`."""
         self.step([SequenceChunk(self.n_sequences, [token_id])], adapter=adapter)
 
     def logits(self, row: int | None = None) -> Float32:
@@ -137,7 +137,7 @@ class Decoder(LlamaContext):
         return self.logits_view(self._last_row if row is None else row).copy()
 
     def logits_view(self, row: int) -> Float32:
-        """As `logits`, but memory that the next step may overwrite; not to be written to."""
+        """As `logits`, but in memory that the next step may overwrite; do not write to it."""
         if row in self._local_logits:
             return self._local_logits[row]
         return super().logits_view(row)

@@ -1,4 +1,4 @@
-"""Token ids and visual tokens → the one stream of embeddings that the decoder takes."""
+"""Combine token ids and visual tokens into the stream of embeddings that the decoder takes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from edge_runtime.weights.gguf_file import Float32
 
 
 def embed(decoder: Decoder, ids: npt.NDArray[np.int64], visual: Mapping[tuple[int, int], Float32]) -> Float32:
-    """One stream of embeddings: token rows with visual tokens in their places.
+    """One stream of embeddings: token rows with visual tokens in place.
 
     Parameters
     ----------
     ids : ndarray [shape=(n,), int64]
-    visual : (first, end) → ndarray [shape=(end - first, hidden), float32]; places may begin before the first id and
-        end behind the last.
+    visual : (first, end) → ndarray [shape=(end - first, hidden), float32]; places may start before the first id and
+        end after the last.
 
     Returns
     -------

@@ -1,8 +1,8 @@
 """llama.cpp's saved sequence ↔ rows of keys and values, one per position and layer.
 
-Whoever fills a sequence without computing it in llama.cpp makes `KVRows` and hands them to `append_rows`: the cache
-on disk does, and so does the prefill on AMX. The bytes for `llama_state_seq_set_data` are made here from arrays
-alone, so their structure is sound whatever the arrays hold; nothing from a file gets there.
+To fill a sequence without computing it in llama.cpp, build `KVRows` and pass them to `append_rows`: the cache on disk
+and the prefill on AMX do so. The bytes for `llama_state_seq_set_data` are built here from arrays alone, so their
+structure is sound whatever the arrays hold; no bytes of a file get there.
 
 Source: `llama_kv_cache::state_write` of the llama.cpp in llama-cpp-python 0.3.36, little endian:
 
@@ -12,7 +12,7 @@ Source: `llama_kv_cache::state_write` of the llama.cpp in llama-cpp-python 0.3.3
     per layer: type of the keys i32, bytes per row u64, keys [cells, row]
     per layer: type of the values i32, then
                bytes per row u64, values [cells, row], or
-               bytes per number u32, numbers per row u32, values [numbers, cells] where they are transposed
+               bytes per number u32, numbers per row u32, values [numbers, cells] if they are transposed
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _KEYS, _VALUES, _TRANSPOSED = struct.Struct("<iQ"), struct.Struct("<iQ"), struct
 _CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
 
 
-class UnknownState(ValueError):  # noqa: N818 - answered by computing instead
-    """A saved sequence of a form that is not the one described above."""
+class UnknownState(ValueError):  # noqa: N818 - handled by computing instead
+    """A saved sequence that does not have the form described above."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,23 @@ class KVForm:
 
     layers: int
     key_type: int
-    """Number of ggml's type."""
+    """ggml's number of the type."""
     key_bytes: int
-    """Of one position in one layer."""
+    """Bytes of one position in one layer."""
     value_type: int
     value_bytes: int
     transposed: bool
-    """Whether llama.cpp keeps numbers of different positions side by side; rows here never do."""
+    """Whether llama.cpp stores the same number of all positions side by side; rows here never do."""
     number_bytes: int = 0
-    """Of one value, where they are transposed."""
+    """Bytes of one value, if they are transposed."""
 
     @property
     def position_bytes(self) -> int:
-        """Of one position in all layers."""
+        """Bytes of one position in all layers."""
         return self.layers * (self.key_bytes + self.value_bytes)
 
     def facts(self) -> dict[str, Any]:
-        """Fields, to be written beside the rows."""
+        """Fields to write beside the rows."""
         return asdict(self)
 
 
@@ -89,7 +89,7 @@ class KVRows:
 
     @classmethod
     def from_bytes(cls, form: KVForm, data: Bytes) -> KVRows:
-        """Take apart what `to_bytes` made; nothing is copied.
+        """Read what `to_bytes` wrote; nothing is copied.
 
         Parameters
         ----------
@@ -104,12 +104,12 @@ class KVRows:
 
     @classmethod
     def join(cls, parts: Sequence[KVRows]) -> KVRows:
-        """Parts one after the other.
+        """Concatenate parts.
 
         Raises
         ------
         UnknownState
-            When they are of different forms.
+            When they have different forms.
         """
         form = parts[0].form
         if any(part.form != form for part in parts):
@@ -136,16 +136,16 @@ class _Reader:
 
 
 def parse(state: Bytes) -> KVRows:
-    """Rows of a sequence that llama.cpp saved, in the order of their positions.
+    """Rows of a sequence that llama.cpp saved, in order of position.
 
     Parameters
     ----------
-    state : ndarray [shape=(n,), uint8] from `llama_state_seq_get_data`; the rows are views of it where they can be.
+    state : ndarray [shape=(n,), uint8] from `llama_state_seq_get_data`; rows are views of it where possible.
 
     Raises
     ------
     UnknownState
-        When it is of another form than described above.
+        When it does not have the form described above.
     """
     read = _Reader(state)
     magic, _, n_streams, n = read.numbers(_HEAD)

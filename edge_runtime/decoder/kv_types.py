@@ -1,4 +1,4 @@
-"""In which types a KV cache may keep its numbers, and what they take."""
+"""The number types that a KV cache may use, and their size."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ KV_TYPES = ("f16", "q8_0", "q4_0")
 
 
 def choose_kv_type(file: GGUFFile, asked: str | None, *, exact: bool) -> str:
-    """Type of the KV cache: what was asked for, checked; float32 for exact arithmetic, float16 otherwise.
+    """Type of the KV cache: the requested one, checked; by default float32 for exact arithmetic, otherwise float16.
 
     Raises
     ------
     MessageError
-        When the type is unknown, or does not go with this model or with exact arithmetic.
+        When the type is unknown, or does not work with this model or with exact arithmetic.
     """
     default = "f32" if exact else "f16"
     chosen = asked or default
@@ -35,6 +35,6 @@ def choose_kv_type(file: GGUFFile, asked: str | None, *, exact: bool) -> str:
 
 
 def kv_bytes(kv_type: str, n: int) -> int:
-    """Bytes of `n` numbers in a KV cache, whole blocks."""
+    """Bytes of `n` numbers in a KV cache, in whole blocks."""
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kv_type.upper()]]
     return int(n // block * size)

@@ -1,8 +1,8 @@
 """llama.cpp's model and context: sequences in one KV cache, one call over chunks of them, rows in and out of it.
 
-What enters: embeddings or token ids for any sequences. What leaves: logits, and rows of keys and values. Sequences
-share the KV cache, so a prefix that two of them have in common is held once. What stands at a position is a key, and
-equal keys mean equal embeddings; nothing is known of text or pictures, or of who asks.
+Input: embeddings or token ids for any sequences. Output: logits, and rows of keys and values. Sequences share the KV
+cache, so a prefix that two of them have in common is held once. Each position is identified by a key, and equal keys
+mean equal embeddings; nothing here knows of text, pictures or requests.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from edge_runtime.weights.gguf_file import Float32, GGUFFile
 from edge_runtime.weights.memory_map import Region, release_region, watched
 
 ROWS_AT_A_TIME = 128
-"""Positions that are handed to the KV cache together: they are copied for it."""
+"""Positions handed to the KV cache together, which takes a copy of them."""
 MAX_SCORED_ROWS = 32
-"""Positions of a prompt whose logits are computed in one call, where all are wanted."""
+"""Positions of a prompt whose logits are computed in one call, if all are wanted."""
 N_HELD = 2
-"""Sequences that hold what chats share (`cache.shared_prefixes`)."""
-FULL, ABORTED = 1, 2  # llama_decode: no free cells in the KV cache; the abort callback answered true
+"""Sequences that hold shared prefixes of chats (`cache.shared_prefixes`)."""
+FULL, ABORTED = 1, 2  # llama_decode: no free cells in the KV cache; the abort callback returned true
 
 
 def common_beginning(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
-    """Number of positions at which two sequences begin alike."""
+    """Length of the common prefix of two sequences."""
     limit = min(len(one), len(other))
     return next((i for i in range(limit) if one[i] != other[i]), limit)
 
@@ -46,13 +46,13 @@ def common_beginning(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
 class _Loaded(NamedTuple):
     model: Any
     region: Region | None
-    """Where llama.cpp has mapped the file, if that is known."""
+    """Where llama.cpp has mapped the file, if known."""
     unwatch: Callable[[], None]
-    """Ends the watch over that memory."""
+    """Stops watching that memory."""
 
 
 def load_model(file: GGUFFile, *, repack: bool) -> _Loaded:
-    """Have llama.cpp map a decoder file.
+    """Let llama.cpp map a decoder file.
 
     Raises
     ------
@@ -75,14 +75,14 @@ def load_model(file: GGUFFile, *, repack: bool) -> _Loaded:
         return _Loaded(model, None, lambda: None)
     region = regions[0]
     if "output.weight" in file.tensors:
-        # llama.cpp reads in the whole file. Of this table, 350 MB of a full-size one, a prompt needs a few rows.
+        # llama.cpp reads the whole file. Of this table, 350 MB in a full-size one, a prompt needs a few rows.
         table = file.tensors["token_embd.weight"]
         release_region(region, table.offset, table.offset + table.n_bytes)
     return _Loaded(model, region, watch_memory(region.begin, region.end - region.begin, file.path))
 
 
 class _Batches:
-    """llama.cpp's two kinds of batch, with the inputs of a call: token ids, or embeddings of `hidden` numbers."""
+    """llama.cpp's two kinds of batch, filled with a call's inputs: token ids, or embeddings of `hidden` numbers."""
 
     def __init__(self, hidden: int) -> None:
         self._lib = llama.library()
@@ -90,7 +90,7 @@ class _Batches:
         self._tokens = self._lib.llama_batch_init(CHUNK_TOKENS, 0, 1)
 
     def filled(self, chunks: Sequence[SequenceChunk], embed: Callable[[npt.NDArray[np.int64]], Float32]) -> Any:
-        """Batch with the inputs of all chunks: token ids if nothing else is among them, else embeddings."""
+        """Batch with the inputs of all chunks: token ids if there is nothing else, otherwise embeddings."""
         if all(chunk.embeddings is None for chunk in chunks):
             for i, token_id in enumerate(key for chunk in chunks for key in chunk.keys):
                 self._tokens.token[i] = token_id
@@ -104,7 +104,7 @@ class _Batches:
         return self._embeddings
 
     def free(self) -> None:
-        """Free them; not to be used any more."""
+        """Free them; do not use them afterwards."""
         self._lib.llama_batch_free(self._embeddings)
         self._lib.llama_batch_free(self._tokens)
 
@@ -114,7 +114,7 @@ class LlamaContext:
 
     Parameters
     ----------
-    file : its path, or the file as it was read before.
+    file : path, or the file if it was already read.
 
     Raises
     ------
@@ -125,14 +125,14 @@ class LlamaContext:
     def __init__(self, file: str | Path | GGUFFile, options: DecoderOptions) -> None:
         self.file = file if isinstance(file, GGUFFile) else GGUFFile(file)
         self.config = decoder_config(self.file)
-        # Every use of these may come after close(), so they must exist before anything can fail.
+        # All of these may be used after close(), so they must exist before anything can fail.
         self._context: Any = None
         self._batches: _Batches | None = None
         self._adapters: Adapters | None = None
         self._cancelled: Callable[[], bool] = lambda: False
         self.n_sequences = options.n_sequences
-        # One more than requests can have: for `prefill` and `decode`, and between `read_rows` and `append_rows`.
-        # Behind it those that hold what chats share.
+        # One more than requests use: for `prefill` and `decode`, and between `read_rows` and `append_rows`.
+        # After it those that hold shared prefixes of chats.
         self._held: list[list[Hashable]] = [[] for _ in range(options.n_sequences + 1 + N_HELD)]
         self._lib = lib = llama.library()
         self.kv_type = choose_kv_type(self.file, options.kv_type, exact=options.exact)
@@ -152,7 +152,7 @@ class LlamaContext:
                 f"{llama.last_errors()}; try a smaller --ctx."
             )
         self.n_batch: int = min(CHUNK_TOKENS, lib.llama_n_batch(self._context))
-        """Most positions of a call: fewer than `CHUNK_TOKENS` in a small context, where llama.cpp aborts at more."""
+        """Maximum positions of a call: below `CHUNK_TOKENS` in a small context, where llama.cpp aborts at more."""
         self._batches = _Batches(self.config.hidden)
 
     def _parameters(self, options: DecoderOptions) -> Any:
@@ -162,7 +162,7 @@ class LlamaContext:
         params.n_outputs_max = params.n_seq_max + MAX_SCORED_ROWS  # one row of logits per sequence, and these
         params.n_ctx = max(self.n_ctx, params.n_seq_max)  # with fewer cells than sequences llama.cpp aborts
         params.n_batch, params.n_ubatch = CHUNK_TOKENS, min(options.n_ubatch, CHUNK_TOKENS)
-        params.kv_unified = True  # what is free belongs to whoever needs it, and a shared prefix is held once
+        params.kv_unified = True  # free cells belong to all sequences, and a shared prefix is held once
         params.n_threads = params.n_threads_batch = options.n_threads
         params.type_k = params.type_v = GGMLQuantizationType[self.kv_type.upper()]
         if options.exact:
@@ -191,11 +191,11 @@ class LlamaContext:
 
     @property
     def holding(self) -> range:
-        """Sequences that no request computes in: they hold what chats share."""
+        """Sequences that hold shared prefixes of chats; no request computes in them."""
         return range(self.n_sequences + 1, len(self._held))
 
     def keys(self, sequence: int) -> list[Hashable]:
-        """What a sequence holds, a copy."""
+        """Keys that a sequence holds, a copy."""
         return [*self._held[sequence]]
 
     def held(self, sequence: int) -> int:
@@ -203,20 +203,20 @@ class LlamaContext:
         return len(self._held[sequence])
 
     def common(self, sequence: int, keys: Sequence[Hashable]) -> int:
-        """Length of the prefix that a sequence has in common with `keys`, at most all but the last of them.
+        """Length of the prefix that a sequence shares with `keys`, without the last key.
 
-        The last one is to be computed again in any case, or there would be no logits.
+        The last one is always computed again, or there would be no logits.
         """
         return common_beginning([*self._held[sequence]], keys[:-1])  # a copy: other threads may ask for a hint
 
     def rewind(self, sequence: int, n: int = 0) -> None:
-        """Cut a sequence off behind its first `n` positions."""
-        # Also when nothing is cut off: an aborted call leaves positions behind that nobody knows of.
+        """Cut off a sequence after its first `n` positions."""
+        # Even if nothing is cut off: an aborted call leaves positions behind that are not recorded here.
         self._lib.llama_memory_seq_rm(self._lib.llama_get_memory(self._context), sequence, n, -1)
         del self._held[sequence][n:]
 
     def share(self, source: int, sequence: int, n: int) -> None:
-        """Make a sequence begin with the first `n` positions of another, which are held once for both."""
+        """Make a sequence start with the first `n` positions of another; they are held once for both."""
         self.rewind(sequence)
         self._lib.llama_memory_seq_cp(self._lib.llama_get_memory(self._context), source, sequence, 0, n)
         self._held[sequence] = self._held[source][:n]
@@ -224,16 +224,16 @@ class LlamaContext:
     def read_rows(
         self, sequence: int, first: int, end: int, memory: Callable[[int], Bytes] = lambda n: np.empty(n, np.uint8)
     ) -> KVRows:
-        """Copy what the KV cache holds of positions `first` to `end` - 1 of a sequence.
+        """Copy positions `first` to `end` - 1 of a sequence out of the KV cache.
 
         Parameters
         ----------
-        memory : gives an array of so many bytes.
+        memory : returns an array of that many bytes.
 
         Raises
         ------
         UnknownState
-            When llama.cpp saves it in a form that is not known.
+            When llama.cpp saves it in an unknown form.
         """
         spare, lib = self.n_sequences, self._lib
         self.rewind(spare)
@@ -249,22 +249,22 @@ class LlamaContext:
         return rows
 
     def append_rows(self, sequence: int, keys: Sequence[Hashable], rows: KVRows) -> None:
-        """Append positions that were computed before, or elsewhere; the other way to fill a sequence than a call.
+        """Append positions computed earlier or elsewhere; the alternative to a call.
 
         Parameters
         ----------
-        keys : what stands at the new positions, one for each row.
+        keys : keys of the new positions, one for each row.
 
         Raises
         ------
         CacheFull
-            When there are no free cells, or the rows are of another kind of KV cache; the sequences are as before.
+            When there are no free cells, or the rows are from another kind of KV cache; the sequences stay unchanged.
         """
         spare, lib, before = self.n_sequences, self._lib, self.held(sequence)
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             part, first = rows[start : start + ROWS_AT_A_TIME], before + start
             state = build(part, first)
-            # Into a sequence of its own: llama.cpp empties the one that it fills.
+            # Into a sequence of its own: llama.cpp empties the one it fills.
             self.rewind(spare)
             with llama.watch_log(lambda line: None):
                 n_read = lib.llama_state_seq_set_data(self._context, _pointer(state), len(state), spare)
@@ -285,18 +285,18 @@ class LlamaContext:
 
         Parameters
         ----------
-        chunks : at most `n_batch` positions together; with none of them nothing is called.
-        cancelled : asked often, from inside llama.cpp; whether to leave it.
+        chunks : at most `n_batch` positions together; without any, nothing is called.
+        cancelled : called often, from inside llama.cpp; returns whether to abandon the call.
         adapter : name of the LoRA adapter to compute with.
 
         Returns
         -------
-        rows : for each chunk the row of its last position.
+        rows : row of the last position of each chunk.
 
         Raises
         ------
         Cancelled, CacheFull
-            Nothing is recorded as held then; what the call has written is cut off by `rewind`.
+            Nothing is recorded as held; `rewind` cuts off what the call has written.
         ModelFileError
             When llama.cpp fails.
         """
@@ -340,7 +340,7 @@ class LlamaContext:
     def logits_view(self, row: int) -> Float32:
         """Logits of a row of the last call: ndarray [shape=(vocabulary,), float32].
 
-        It is memory that the next call may overwrite; not to be written to.
+        The next call may overwrite this memory; do not write to it.
         """
         pointer = self._lib.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, (self.config.vocabulary,))

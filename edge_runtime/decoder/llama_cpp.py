@@ -1,6 +1,6 @@
-"""The one door to llama.cpp: llama-cpp-python's ctypes layer, loaded once, with its log in our hands.
+"""The only access to llama.cpp: llama-cpp-python's ctypes layer, loaded once, with its log captured.
 
-llama.cpp reports errors only as log lines, so the last of them are kept to be quoted in exceptions; nothing is
+llama.cpp reports errors only as log lines, so the last of them are kept for exceptions to quote; nothing is
 printed unless EDGE_RUNTIME_LLAMA_LOG=1. The high-level `Llama` class is not used (see docs/dependencies.md).
 """
 
@@ -34,7 +34,7 @@ def library() -> Any:
     Raises
     ------
     BackendUnavailable
-        When llama-cpp-python is not installed or its shared library does not load.
+        When llama-cpp-python is not installed or its shared library cannot be loaded.
     """
     try:
         from llama_cpp import llama_cpp as lib
@@ -67,7 +67,7 @@ def ggml_base() -> ctypes.CDLL:
 
 
 def last_errors() -> str:
-    """Return llama.cpp's latest error lines as one phrase, and forget them."""
+    """Return llama.cpp's latest error lines as one phrase and clear them."""
     text = "; ".join(_errors)
     _errors.clear()
     return text or "it gave no reason"
@@ -86,7 +86,7 @@ def watch_log(on_line: Callable[[str], None]) -> Iterator[None]:
 
 
 def _on_log(level: int, text: bytes, _user_data: Any) -> None:
-    # Lines quote names out of model files: what is not printable must not reach a terminal.
+    # Lines quote names from model files: unprintable characters must not reach a terminal.
     line = "".join(c if c.isprintable() else "?" for c in text.decode("utf-8", "replace").strip())[:MAX_LINE]
     if not line or line == ".":
         return

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CHUNK_TOKENS = 512
-"""Prompt tokens per call of llama.cpp; also its micro-batch, so that one call is one pass over the weights."""
+"""Prompt tokens per call of llama.cpp; also its micro-batch size, so that one call is one pass over the weights."""
 DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
 
@@ -16,7 +16,7 @@ N_SEQUENCES = 8
 class DecoderOptions:
     """How the decoder is set up.
 
-    `exact` takes a float32 KV cache and no flash attention: the default float16 cache alone moves logits by 1e-3 to
+    `exact` uses a float32 KV cache and no flash attention: the default float16 cache alone moves logits by 1e-3 to
     1e-2.
     """
 
@@ -24,14 +24,14 @@ class DecoderOptions:
     exact: bool = False
     n_threads: int = 1
     n_sequences: int = N_SEQUENCES
-    """Requests that can be computed side by side."""
+    """Requests that can be computed in parallel."""
     kv_type: str | None = None
-    """One of `kv_types.KV_TYPES`; None takes the default of the arithmetic."""
+    """One of `kv_types.KV_TYPES`; None: the default of the arithmetic."""
     n_ubatch: int = CHUNK_TOKENS
-    """Positions that llama.cpp works on at a time inside a call."""
+    """Positions that llama.cpp processes at a time within a call."""
     repack: bool = False
-    """Copy the weights into another order when loading; needs their size in memory again."""
+    """Copy the weights into another order when loading; needs their size in memory a second time."""
     adapters: Mapping[str, str | Path] = field(default_factory=dict)
-    """Name to LoRA file."""
+    """LoRA file by name."""
     amx_prefill: bool | None = None
-    """Whether prompts are computed by our AMX kernels (`amx_prefill`); None: where that pays. Never with `exact`."""
+    """Whether our AMX kernels (`amx_prefill`) compute prompts; None: where that pays. Never with `exact`."""

@@ -1,4 +1,4 @@
-"""Which chunks of a step our AMX kernels compute, and how they get into llama.cpp's KV cache."""
+"""Which chunks of a step our AMX kernels compute, and how the results get into llama.cpp's KV cache."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from edge_runtime.decoder.sequence_chunk import SequenceChunk
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
 MIN_FILE_BYTES = 1 << 28
-"""Of a decoder file; with smaller ones there is nothing to be gained."""
+"""Minimum size of a decoder file; with smaller ones there is nothing to gain."""
 MIN_ROWS = 8
-"""Fewer cost less in llama.cpp: from here on it unpacks weights before it multiplies them, too."""
+"""Fewer rows cost less in llama.cpp: from here on, it too unpacks weights before it multiplies them."""
 MAX_PAST_BYTES = 1 << 30
-"""What the KV cache may hold of a sequence that is continued: it is copied out for it."""
+"""Maximum that the KV cache may hold of a continued sequence, which is copied out."""
 KEPT_BYTES = 1 << 27
-"""Of the memory that is copied to, what stays for the next time: 900 positions at full size."""
+"""Part of the memory for copies that is kept for the next time: 900 positions at full size."""
 
 
 class PastSpace:
-    """Memory for what sequences held before: the same at every call, as fresh memory is dearer than what fills it.
+    """Memory for what sequences held before, reused at every call: fresh memory costs more than filling it.
 
-    Some systems give it out page by page when it is written to, at a fifth of a second for 100 MB.
+    Some systems allocate it page by page on first write, at 0.2 s per 100 MB.
     """
 
     def __init__(self, n_bytes: int = KEPT_BYTES) -> None:
@@ -33,11 +33,11 @@ class PastSpace:
         self._kept: Bytes | None = None
 
     def begin(self) -> None:
-        """Take back all that was given."""
+        """Take back everything that was handed out."""
         self._given = 0
 
     def take(self, n_bytes: int) -> Bytes:
-        """Give memory until `begin`: ndarray [shape=(n_bytes,), uint8]; fresh one where too little is kept."""
+        """Memory to use until the next `begin`: ndarray [shape=(n_bytes,), uint8]; fresh if too little is kept."""
         first = self._given
         if first + n_bytes > self._n_bytes:
             return np.empty(n_bytes, np.uint8)
@@ -48,11 +48,11 @@ class PastSpace:
 
 
 def uses_amx_prefill(file: GGUFFile, kv_type: str, *, exact: bool, wanted: bool | None = None) -> bool:
-    """Whether a decoder's prompts are computed by our AMX kernels.
+    """Whether our AMX kernels compute a decoder's prompts.
 
     Parameters
     ----------
-    wanted : whether to, where it is possible; None: where it pays.
+    wanted : True: if possible; None: if it pays.
     """
     if wanted is None:
         wanted = file.path.stat().st_size >= MIN_FILE_BYTES
@@ -60,14 +60,14 @@ def uses_amx_prefill(file: GGUFFile, kv_type: str, *, exact: bool, wanted: bool 
 
 
 def prefill_chunks(context: LlamaContext, prefill: AmxPrefill | None, chunks: Sequence[SequenceChunk]) -> list[int]:
-    """Places of those chunks that our kernels compute: prompts, if there is enough of them."""
+    """Indices of the chunks that our kernels compute: prompts that are long enough."""
     if prefill is None:
         return []
     most = MAX_PAST_BYTES // prefill.form.position_bytes
     local = [
         i
         for i, chunk in enumerate(chunks)
-        # Through the sequence behind the last one rows are read and written.
+        # Rows are read and written through the sequence after the last one.
         if len(chunk.keys) > 1
         and context.held(chunk.sequence) <= most
         and chunk.sequence != context.n_sequences
@@ -87,11 +87,11 @@ def compute_prefill(
 
     Parameters
     ----------
-    space : for what the sequences hold.
+    space : memory for what the sequences hold.
 
     Returns
     -------
-    logits : of the last position of each chunk that wants them; None altogether when `cancelled` answered true.
+    logits : for the last position of each chunk that wants them; None in place of the list if `cancelled` was true.
 
     Raises
     ------

@@ -20,10 +20,10 @@ class SequenceChunk(NamedTuple):
 
     sequence: int
     keys: Sequence[Hashable]
-    """What stands at the new positions; token ids where there are no embeddings."""
+    """Keys of the new positions; token ids if there are no embeddings."""
     embeddings: Float32 | None = None
     """ndarray [shape=(n, hidden), float32]"""
     wants_logits: bool = True
-    """Of the last position."""
+    """Whether to compute logits of the last position."""
     wants_all_logits: bool = False
-    """Of every position, which llama.cpp computes then; at most `MAX_SCORED_ROWS` in one call."""
+    """Whether llama.cpp computes logits of every position; at most `MAX_SCORED_ROWS` in one call."""

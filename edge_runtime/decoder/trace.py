@@ -1,6 +1,6 @@
-"""Embeddings of a prompt → logits and the greedy continuation, outside any request.
+"""Logits and the greedy continuation for the embeddings of a prompt, outside any request.
 
-For comparing with the official code; knows nothing of sampling or of other requests.
+For comparison with the official code; knows nothing of sampling or of requests.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edge_runtime.weights.gguf_file import Float32
 
 @dataclass(frozen=True)
 class Trace:
-    """What the decoder computed for a prompt; for comparing with the official code."""
+    """What the decoder computed for a prompt, for comparison with the official code."""
 
     logits: Float32
     """ndarray [shape=(vocabulary,), float32] after the prompt"""
@@ -24,7 +24,7 @@ class Trace:
 
 
 def trace(decoder: Decoder, embeddings: Float32, n_tokens: int, adapter: str | None = None) -> Trace:
-    """Prefill and take the most probable token `n_tokens` times.
+    """Prefill, then take the most probable token `n_tokens` times.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
-"""Tasks that have their pictures → what the decoder computes in the next step: next tokens, and chunks of prompts.
+"""Plan the decoder's next step from the tasks that have their pictures: next tokens, and chunks of prompts.
 
-All running answers get their next token, and prompts that wait share what is left of the batch (chunked prefill): so
-answers keep flowing while a long prompt is worked on, and tokens of many answers cost one pass over the weights.
+All running answers get their next token, and waiting prompts share the rest of the batch (chunked prefill): so
+answers keep flowing while a long prompt is computed, and tokens of many answers cost one pass over the weights.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from edge_runtime.weights.gguf_file import Float32
 MAX_PREFILL_S = 0.25
 """How long a prompt may hold up running answers in one step."""
 MIN_CHUNK = 16
-"""Tokens of a prompt per step, however slow the machine."""
+"""Tokens of a prompt per step, even on the slowest machine."""
 MIN_AMX_CHUNK = 128
-"""The same where AMX kernels compute them: fewer take nearly as long."""
+"""The same with AMX kernels: fewer take nearly as long."""
 PREFETCH_CHUNK = 64
-"""Tokens per step of what is computed in advance: as many are lost when somebody asks meanwhile."""
+"""Tokens per step of a prefetch: this many are lost when a request comes meanwhile."""
 
 
 @dataclass(frozen=True)
 class CallPlan:
-    """What one step computes; a task with beams stands here once for each."""
+    """What one step computes; a task with beams is listed once per beam."""
 
     tasks: list[Task]
     chunks: list[SequenceChunk]
@@ -41,25 +41,25 @@ class CallPlan:
 
     @property
     def adapter(self) -> str | None:
-        """The LoRA adapter that all of it is computed with."""
+        """The LoRA adapter that all of them use."""
         return self.tasks[0].request.options.adapter
 
     @property
     def n_rows(self) -> int:
-        """Positions that are computed."""
+        """Positions to compute."""
         return sum(len(chunk.keys) for chunk in self.chunks)
 
     def is_worth_leaving(self, started: float, row_s: float) -> bool:
-        """Whether to give up the call for the sake of those who were cancelled.
+        """Whether to abandon the call because some of its tasks were cancelled.
 
-        Leaving loses what the call has done for the others, staying computes the rest for nobody. So it is left while
-        the share of the time that has passed is smaller than the share of the rows that nobody wants any more: then
-        the others are done sooner, too. Where it is not left, its rest is shorter than the others' part.
+        Leaving loses what the call has done for the others; staying computes the rest for nobody. So the call is left
+        while the share of time passed is smaller than the share of rows that nobody wants any more: then the others
+        finish sooner, too. Otherwise, what remains is shorter than the others' part.
 
         Parameters
         ----------
-        started : when it began, by `time.perf_counter`.
-        row_s : seconds that a row takes.
+        started : when the call started, by `time.perf_counter`.
+        row_s : seconds per row.
         """
         sizes = [(len(chunk.keys), task.is_cancelled()) for task, chunk in zip(self.tasks, self.chunks, strict=True)]
         unwanted, n_rows = sum(n for n, is_cancelled in sizes if is_cancelled), sum(n for n, _ in sizes)
@@ -69,7 +69,7 @@ class CallPlan:
 
 
 class CallPlanner:
-    """Plans steps by how long the last ones took. Used by the inference thread alone."""
+    """Plans steps by how long the last ones took. Used only on the inference thread."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -77,24 +77,24 @@ class CallPlanner:
         """Of the last step."""
         self._batch_width = BatchWidth()
         self.row_s = MAX_PREFILL_S / 64
-        """Seconds that a position of a prompt took lately."""
+        """Seconds that a position of a prompt took recently."""
 
     def record(self, n_rows: int, n_tasks: int, seconds: float) -> None:
-        """Learn from a step: of prompts, or of next tokens alone, one row for each task."""
+        """Learn from a step: of prompts, or of next tokens only, with one row per task."""
         if n_rows > n_tasks:
             self.row_s = seconds / n_rows
         else:
             self._batch_width.record(n_rows, seconds)
 
     def plan(self, active: Sequence[Task]) -> CallPlan:
-        """Tasks of the next step and what each appends; no task, where none is ready."""
+        """Tasks of the next step and what each appends; no tasks if none is ready."""
         able = [task for task in active if task.state is not TaskState.ENCODING]
         pending = {task: len(task.keys) - self._decoder.held(task.sequence) for task in able}
         is_flowing = any(task.beams or (task.n_tokens and pending[task] == 1) for task in able)
         able = self._of_one_adapter(able)
         searching, ready = [task for task in able if task.beams], [task for task in able if not task.beams]
         running = [task for task in ready if pending[task] == 1 and not task.request.is_prefetch]
-        if len(running) == len(able):  # nothing but next tokens: who has waited for longest comes first
+        if len(running) == len(able):  # only next tokens: who has waited longest comes first
             n = self._batch_width.choose(len(running))
             running = sorted(running, key=lambda task: task.laps.last)[:n]
         tasks, chunks = [*running], [SequenceChunk(task.sequence, task.keys[-1:]) for task in running]
@@ -118,7 +118,7 @@ class CallPlanner:
 
         Parameters
         ----------
-        is_flowing : whether answers are running, which are not to be held up for long.
+        is_flowing : whether answers are running, which must not be held up for long.
         """
         n_left = min(CHUNK_TOKENS, self._decoder.n_batch) - n_taken
         if not is_flowing:
@@ -143,12 +143,12 @@ class CallPlanner:
         return SequenceChunk(task.sequence, keys, embeddings, wants_logits, task.is_scoring)
 
     def _embeddings(self, task: Task, start: int, stop: int) -> Float32 | None:
-        """Embeddings of positions of a prompt; None where there is only text."""
+        """Embeddings of positions of a prompt; None if there is only text."""
         prompt, digests = task.request.prompt, task.request.digests
         places = [(i, *bound) for i, bound in enumerate(prompt.bounds) if bound[1] > start and bound[0] < stop]
         if not places:
             return None
-        ids = [*prompt.ids, *task.keys[len(prompt.ids) :]]  # a task that was preempted has an answer behind
+        ids = [*prompt.ids, *task.keys[len(prompt.ids) :]]  # a preempted task has part of an answer after its prompt
         return embed(
             self._decoder,
             np.array(ids[start:stop], np.int64),

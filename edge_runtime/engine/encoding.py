@@ -1,6 +1,6 @@
-"""Tasks → visual tokens of their pictures: out of the cache of visual tokens, or out of the encoder.
+"""Visual tokens for the pictures of tasks, from the cache of visual tokens or from the encoder.
 
-Knows nothing of sequences and prompts but the positions that are to be computed.
+Knows nothing of sequences, and of prompts only the positions to be computed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge_runtime.weights.gguf_file import Float32
 
 
 class PictureEncoding:
-    """Encoder and cache of visual tokens. Used by the inference thread alone."""
+    """Encoder and cache of visual tokens. Used only on the inference thread."""
 
     def __init__(self, encoder: ImageEncoder, caches: Caches) -> None:
         self._encoder, self._low_memory = encoder, caches.low_memory
@@ -27,11 +27,11 @@ class PictureEncoding:
         self._has_idle_memory = False
 
     def record(self, request: Request) -> None:
-        """Take note of a request whose pictures will leave memory behind."""
+        """Record that a request has pictures, which will leave memory behind."""
         self._has_idle_memory |= bool(request.groups)
 
     def look_up(self, request: Request, n: int) -> Pictures:
-        """Visual tokens that a prompt needs behind its first `n` positions: those that are known, what is missing."""
+        """Visual tokens that a prompt needs after its first `n` positions: the cached ones, and what is missing."""
         behind = [i for i, (_, end) in enumerate(request.prompt.bounds) if end > n]
         known = {request.digests[i]: self.visual_tokens.get(request.digests[i]) for i in behind}
         tokens = {digest: found for digest, found in known.items() if found is not None}
@@ -39,16 +39,16 @@ class PictureEncoding:
         return Pictures(tokens, missing, sum(len(group) for group in missing.values()))
 
     def encode(self, batch: dict[bytes, LoadedGroup], tasks: Sequence[Task]) -> dict[bytes, Float32]:
-        """Visual tokens of a batch of groups, by digest, which are remembered, too.
+        """Encode a batch of groups; returns visual tokens by digest and caches them.
 
         Parameters
         ----------
-        tasks : that wait for some of them; progress is reported to them between two layers of the tower.
+        tasks : tasks that wait for some of them; they get progress reports between layers of the tower.
 
         Raises
         ------
         Cancelled
-            When nobody waits any more.
+            When all of these tasks were cancelled.
         """
 
         def on_layer(done: int, total: int) -> None:
@@ -64,16 +64,16 @@ class PictureEncoding:
         return found
 
     def release_memory(self) -> None:
-        """No task waits for pictures: let go of what would stand beside what their prompts take."""
+        """No task waits for pictures: free memory that would add to what their prompts take."""
         if self._low_memory:
             self._encoder.unload()
         give_back()
 
     def release_idle_memory(self) -> None:
-        """Nobody asks for anything: let go of the memory that pictures have left behind, on all threads."""
+        """While idle: free the memory that pictures have left behind, on all threads."""
         if self._has_idle_memory:
             self._has_idle_memory = False
-            if self._low_memory:  # still there when the last request was cancelled or failed
+            if self._low_memory:  # still loaded if the last request was cancelled or failed
                 self._encoder.unload()
             self._encoder.release_idle_memory()
             give_back()

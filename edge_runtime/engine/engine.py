@@ -1,8 +1,8 @@
 """The single inference thread: requests enter through a queue, events leave through an iterator.
 
 Everything that computes runs here: numba's parallel kernels may be entered by one thread at a time, and a llama.cpp
-context belongs to one thread. Callers prepare requests (decode pictures, render prompts) on their own threads. What
-is computed when is decided by `scheduler`.
+context belongs to one thread. Callers prepare requests (decode pictures, render prompts) on their own threads.
+`scheduler` decides what is computed when.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from edge_runtime.system.forks import Home, only_here
 from edge_runtime.vision.encoder import ImageEncoder
 
 MAX_REQUESTS = 64
-"""Submitted and not finished; beyond it a request is refused rather than left to wait for minutes."""
+"""Submitted and not finished; more are refused rather than left to wait for minutes."""
 BATCH_WINDOW_SHARE, BATCH_WINDOW_MAX_S = 0.02, 0.02
-"""Share of the time that a first request's prompt will take, and most seconds, in which others may join it."""
+"""How long others may join a first request: share of the time that its prompt will take, and maximum in seconds."""
 IDLE_AFTER_S = 0.2
-"""Without a request; then memory is given back."""
+"""Time without a request after which memory is given back."""
 SAVE_PAUSE_S = 0.02
-"""Between two looks whether more can be saved."""
+"""Pause between checks for more to save."""
 R = TypeVar("R")
 
 
 @dataclass
 class _Call:
-    """A function for the thread to run, and where its result goes."""
+    """A function to run on the thread, and where its result goes."""
 
     function: Callable[[], Any]
     events: EventQueue = field(default_factory=EventQueue)
 
 
 class _Inbox:
-    """What the thread is to do, in order. Nothing gets behind the end, where it would wait for ever."""
+    """What the thread has to do, in order. Nothing is accepted after the end, where it would wait forever."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Task | _Call | None] = queue.SimpleQueue()
@@ -78,7 +78,7 @@ class _Inbox:
 
 
 class Running:
-    """A submitted request: take its events one by one, or cancel it. Forgetting it cancels it too."""
+    """A submitted request: take its events one by one, or cancel it. Dropping the last reference cancels it too."""
 
     def __init__(self, task: Task, cancelled: threading.Event) -> None:
         self._task, self._cancelled, self._home = task, cancelled, Home()
@@ -86,7 +86,7 @@ class Running:
     def next_event(self) -> Event:
         """Wait for the next event; `Finished` is the last.
 
-        A Ctrl-C while waiting loses nothing: the next call goes on.
+        Ctrl-C while waiting loses nothing: the next call continues.
 
         Raises
         ------
@@ -98,19 +98,19 @@ class Running:
         return event
 
     async def next_event_async(self) -> Event:
-        """Wait for the next event in an event loop; otherwise as `next_event`."""
+        """As `next_event`, but wait in an event loop."""
         self._home.check()
         event: Event = _checked(await self._task.events.get_async())
         return event
 
     def cancel(self) -> None:
-        """End the request; its last event, sent at once, says `cancelled`. The engine leaves it as soon as it can."""
+        """End the request; the last event (`cancelled`) is sent at once, the engine drops it as soon as it can."""
         if self._home.is_here:
             self._cancelled.set()
             self._task.finish("cancelled")
 
     def __del__(self) -> None:
-        """Nobody listens any more."""
+        """Cancel: nobody reads the events any more."""
         self.cancel()
 
 
@@ -121,10 +121,10 @@ def _checked(event: Any) -> Any:
 
 
 class Engine:
-    """Owns encoder and decoder, and the thread that runs them.
+    """Owns the encoder, the decoder and the thread that runs them.
 
     Tests and benchmarks look inside through `encoder`, `decoder`, `scheduler`, `inbox`, `caches` and `thread`, and
-    run code on the inference thread by `run`; none of that is stable.
+    run code on the inference thread with `run`; none of that is stable.
     """
 
     def __init__(
@@ -141,13 +141,13 @@ class Engine:
             target=_work, args=(self.inbox, self.scheduler), name="edge-runtime inference", daemon=True
         )
         self.thread.start()
-        # Runs at exit too: a thread inside llama.cpp while the interpreter goes down would crash it.
+        # Runs at exit too: a thread still inside llama.cpp while the interpreter shuts down would crash it.
         self._close = weakref.finalize(
             self, only_here(_shut_down), self.inbox, self._stopping, self.thread, decoder, self.caches
         )
 
     def check_open(self) -> None:
-        """Raise `EdgeRuntimeError` when there is no thread: the engine was closed, or is that of a parent process."""
+        """Raise `EdgeRuntimeError` if there is no thread: the engine is closed or belongs to a parent process."""
         self.inbox.check_open()
 
     def submit(self, request: Request) -> Running:
@@ -156,9 +156,9 @@ class Engine:
         Raises
         ------
         PromptTooLongError
-            When the prompt does not fit; nothing is computed then.
+            When the prompt does not fit; nothing is computed.
         EngineBusy
-            When too many requests wait already.
+            When too many requests are waiting.
         """
         self.check_open()
         self.decoder.check_length(len(request.prompt.ids))
@@ -177,9 +177,9 @@ class Engine:
         return Running(task, cancelled)
 
     def prefetch(self, request: Request) -> Running:
-        """Compute a prompt that will probably be asked for, as long as nobody asks for anything.
+        """Compute a prompt that will probably be requested, while the engine is idle.
 
-        Whatever comes first ends it; what was computed until then stays in the KV cache.
+        Any other request ends it; what was computed by then stays in the KV cache.
 
         Raises
         ------
@@ -197,7 +197,7 @@ class Engine:
         return Running(task, cancelled)
 
     def warm_up(self) -> None:
-        """Have what chats shared before the last end computed while nobody asks; returns at once."""
+        """Compute the prefixes that chats shared in the last run while idle; returns at once."""
         prefixes = self.caches.prefixes
         if prefixes is None or not prefixes.is_usable:
             return
@@ -205,32 +205,32 @@ class Engine:
         n_ctx, inbox, scheduler = self.decoder.n_ctx, self.inbox, self.scheduler
 
         def look() -> None:
-            """What lies on disk is checked here, beside requests; what of it is used is up to the scheduler."""
+            """Check what is on disk while requests run; the scheduler decides what to use of it."""
             expected = expected_prefixes(prefixes, adapters, n_ctx)
-            with contextlib.suppress(EdgeRuntimeError):  # it was closed meanwhile
+            with contextlib.suppress(EdgeRuntimeError):  # closed meanwhile
                 inbox.put(_Call(lambda: scheduler.warm_up.add(expected)))
 
         threading.Thread(target=look, name="edge-runtime warm-up", daemon=True).start()
 
     def submit_all(self, requests: Sequence[Request]) -> list[Running]:
-        """Queue several requests, or none of them; otherwise as `submit`."""
+        """Queue several requests, or none of them; otherwise like `submit`."""
         begun: list[Running] = []
         try:
             for request in requests:
-                begun.append(self.submit(request))  # noqa: PERF401 - what precedes a refusal must be known
+                begun.append(self.submit(request))  # noqa: PERF401 - those before a refusal must be known
         except EdgeRuntimeError:
-            for running in begun:  # not left to the collector: the exception keeps them alive
+            for running in begun:  # not left to the garbage collector: the exception keeps them alive
                 running.cancel()
             raise
         return begun
 
     @property
     def activity(self) -> Activity:
-        """What goes on now."""
+        """Current load."""
         return self.scheduler.activity
 
     def run(self, function: Callable[[], R]) -> R:
-        """Run a function on the inference thread and return its result; for work outside a request."""
+        """Run a function on the inference thread and return its result; for work outside of requests."""
         call = _Call(function)
         self.inbox.put(call)
         return _checked(call.events.get())[0]  # type: ignore[no-any-return]
@@ -241,7 +241,7 @@ class Engine:
 
 
 def _work(inbox: _Inbox, scheduler: Scheduler) -> None:
-    """Body of the thread. It must not refer to the engine, or that would never be collected."""
+    """Body of the thread. It must not refer to the engine, which would then never be collected."""
     while True:
         is_first, began = not scheduler.is_busy, 0.0
         while not scheduler.is_busy or not inbox.empty():
@@ -259,20 +259,20 @@ def _work(inbox: _Inbox, scheduler: Scheduler) -> None:
                 _wait_for_batch(inbox, scheduler, began)
         try:
             scheduler.step()
-        except Exception as error:  # noqa: BLE001 - a dead thread would leave every caller waiting for ever
+        except Exception as error:  # noqa: BLE001 - a dead thread would leave every caller waiting forever
             scheduler.fail_all(error)
 
 
 def _add(task: Task, scheduler: Scheduler) -> None:
-    """Take in a task; what is wrong with it is its own trouble."""
+    """Add a task; an error fails only this task."""
     try:
         scheduler.add(task)
-    except Exception as error:  # noqa: BLE001 - handed to the one who asked
+    except Exception as error:  # noqa: BLE001 - reported to the caller
         task.fail(error)
 
 
 def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
-    """Wait for something to do; when nothing comes for a moment, do what can wait, and give memory back."""
+    """Wait for work; after a moment without any, release memory and do what was put off."""
     try:
         return inbox.get(timeout=IDLE_AFTER_S)
     except queue.Empty:
@@ -284,7 +284,7 @@ def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
 
 
 def _wait_for_batch(inbox: _Inbox, scheduler: Scheduler, began: float) -> None:
-    """Let requests that come together begin together: a pass over the weights costs as much for one as for many."""
+    """Start requests that arrive together in one batch: a pass over the weights costs as much for one as for many."""
     ends = began + min(BATCH_WINDOW_MAX_S, BATCH_WINDOW_SHARE * scheduler.waiting_s)
     while inbox.empty() and time.perf_counter() < ends:
         time.sleep(0.001)
@@ -293,7 +293,7 @@ def _wait_for_batch(inbox: _Inbox, scheduler: Scheduler, began: float) -> None:
 def _run(call: _Call) -> None:
     try:
         call.events.put((call.function(),))
-    except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+    except BaseException as error:  # noqa: BLE001 - reported to the caller, who raises it
         call.events.put(error)
 
 

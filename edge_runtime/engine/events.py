@@ -18,17 +18,17 @@ FinishReason = Literal["stop", "length", "repetition", "cancelled"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the work before the first token is."""
+    """Progress of the work before the first token."""
 
     stage: Literal["decode", "encode", "prefill"]
-    """`decode`: frames of videos, which is reported only while nothing else can be done."""
+    """`decode`: frames of videos, reported only while there is nothing else to do."""
     done: int
     total: int
     share: float = 0.0
-    """Of the stage that is done, from 0 to 1; finer than `done`, which counts whole slices."""
+    """Share of the stage that is done, from 0 to 1; finer than `done`, which counts whole slices."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    """Of them, those that needed no prefill."""
+    """Of these, the ones that needed no prefill."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class Finished:
     timings_s: dict[str, float]
     """encode, prefill, first_token (since submission), decode"""
     shortened: bool = False
-    """Whether a structured answer was brought to its end because tokens ran out."""
+    """Whether a structured answer was closed early because tokens ran out."""
     reasoning_tokens: int = 0
-    """Of those of the completion."""
+    """Part of `completion_tokens`."""
     prompt_scores: tuple[TokenScores, ...] = ()
-    """Of the prompt's tokens but the first, where they were asked for."""
+    """For all tokens of the prompt but the first, if requested."""
     end_score: TokenScores | None = None
-    """Of the token that ended the answer, if one did and scores were asked for."""
+    """Of the token that ended the answer, if one did and scores were requested."""
     stop_string: str | None = None
-    """The one of the request's that ended the answer, if one did."""
+    """The request's stop string that ended the answer, if one did."""
 
 
 Event = Progress | Piece | Finished
@@ -58,37 +58,37 @@ Event = Progress | Piece | Finished
 
 @dataclass(frozen=True)
 class Activity:
-    """How busy the engine is, and how often it was spared a picture."""
+    """How busy the engine is, and how often a picture need not be encoded."""
 
     waiting: int
     running: int
     slots: int
-    """Most that can run."""
+    """Maximum of `running`."""
     picture_lookups: int
     """Groups of slices that requests needed, since the start."""
     picture_hits: int
-    """Of them, those whose visual tokens were still there."""
+    """Of these, groups whose visual tokens were still cached."""
     picture_bytes: int
-    """Memory of the visual tokens that are kept."""
+    """Memory of the cached visual tokens."""
 
 
 class EventQueue:
-    """What the inference thread reports, to be waited for in a thread or in an event loop by one reader."""
+    """Events from the inference thread, for one reader, who waits in a thread or in an event loop."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._wake: Callable[[], None] = lambda: None
-        self._closing = threading.RLock()  # collecting a forgotten request may cancel it in here
+        self._closing = threading.RLock()  # collecting a dropped request may cancel it in here
         self.is_closed = False
-        """Whether the last event was put in."""
+        """Whether the last event was put."""
 
     def put(self, event: Any) -> None:
-        """Hand over an event, or an exception."""
+        """Add an event, or an exception."""
         self._queue.put(event)
         self._wake()
 
     def put_last(self, event: Any) -> None:
-        """Hand over the last event, unless there was one; from any thread."""
+        """Add the last event, unless there was one; from any thread."""
         with self._closing:
             if self.is_closed:
                 return
@@ -110,10 +110,10 @@ class EventQueue:
             arrived = asyncio.Event()
 
             def wake(arrived: asyncio.Event = arrived) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody is waiting
                     loop.call_soon_threadsafe(arrived.set)
 
-            self._wake = wake  # before looking: what comes after the look sets it
+            self._wake = wake  # before checking the queue: an event that arrives after the check sets it
             try:
                 return self._queue.get_nowait()
             except queue.Empty:

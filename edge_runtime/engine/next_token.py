@@ -1,7 +1,7 @@
-"""Logits → the next token of an answer, or the next step of a beam search; and whether it was the last.
+"""Turn logits into the next token of an answer or the next step of a beam search, and decide whether it was the last.
 
-What enters: a task whose prompt is computed, and the rows that ask for its logits. What leaves: events for its
-reader, keys for the next step, and the reason when it has ended. Knows nothing of other tasks.
+Input: a task whose prompt is computed, and the rows with its logits. Output: events for its reader, keys for the
+next step, and the finish reason once it has ended. Knows nothing of other tasks.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from edge_runtime.prompt.tokenizer import Tokenizer
 
 
 def advance(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:
-    """Take the next token from a task's logits: of its answer, or of every beam.
+    """Choose the next token from a task's logits, for its answer or for every beam.
 
     Parameters
     ----------
-    rows : of the last step, one; or one for each beam once there are several.
+    rows : rows of the last step: one, or one per beam once there are several.
 
     Returns
     -------
-    reason : why the answer has ended; None where it has not.
+    reason : why the answer ended; None if it has not.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def _search(
 
 
 def finish_beam_search(task: Task, tokenizer: Tokenizer) -> FinishReason:
-    """Send the answer that a search has found; returns why it ends."""
+    """Send the answer that a beam search found; returns the finish reason."""
     assert task.beams is not None
     return task.put_beam(task.beams.search.best, tokenizer.stop_ids)
 
@@ -87,7 +87,7 @@ def _sample(task: Task, decoding: Decoding, row: int, decoder: Decoder, tokenize
 
 
 def _repeats(decoding: Decoding, token_id: int) -> bool:
-    """Whether an answer is to be ended because it repeats itself; one with a form may, and has its own end."""
+    """Whether to end an answer because it repeats itself; one with a form may repeat, the form ends it."""
     if decoding.constraint is None:
         return decoding.repetition.feed(token_id)
     if decoding.stream.is_reasoning and decoding.repetition.feed(token_id):
@@ -104,7 +104,7 @@ def _next_token(task: Task, decoding: Decoding, row: int, decoder: Decoder, toke
         is_over = decoding.must_answer or (budget is not None and task.n_tokens >= budget)
         token_id = think_end if is_over else _free_token(task, sampler, row, decoder, tokenizer)
         if constraint is not None and token_id in tokenizer.stop_ids:
-            token_id = think_end  # without an answer, the form would not be kept
+            token_id = think_end  # without an answer, the form would be violated
         if is_over:
             sampler.accept(token_id)
         return token_id
@@ -118,7 +118,7 @@ def _next_token(task: Task, decoding: Decoding, row: int, decoder: Decoder, toke
 
 
 def _free_token(task: Task, sampler: Sampler, row: int, decoder: Decoder, tokenizer: Tokenizer) -> int:
-    """Sample from all tokens, or from those that the request's rules leave."""
+    """Sample from all tokens, or from those that the request's rules allow."""
     rules = task.request.rules
     ids = None if rules is None else rules.candidates(task.n_tokens, decoder.config.vocabulary, tokenizer.stop_ids)
     if ids is None:

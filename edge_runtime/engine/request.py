@@ -1,4 +1,4 @@
-"""What is asked of the engine: a prepared request."""
+"""A prepared request, as the engine takes it."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from edge_runtime.structured_output.tools import function_names
 
 @dataclass(frozen=True)
 class Request:
-    """A prepared request."""
+    """A prepared request, as the engine takes it."""
 
     prompt: Prompt
     groups: list[Group]
-    """Slices behind `prompt.bounds`, one group for each."""
+    """Slices for `prompt.bounds`, one group for each."""
     digests: list[bytes]
     """Of the groups; see `pipeline.group_digest`."""
     options: GenerationOptions
-    """Checked, and as they hold for this prompt: `thinking` says whether it ends inside the reasoning, `max_tokens`
-    is 0 where only the prompt is computed, and `thinking_budget` leaves a form the tokens that it needs."""
+    """Checked, and adapted to this prompt: `thinking` says whether it ends inside the reasoning, `max_tokens`
+    is 0 if only the prompt is computed, and `thinking_budget` leaves a form the tokens that it needs."""
     sampling: SamplingOptions = GREEDY
     """How tokens of this answer are chosen; several answers to one prompt differ in the seed."""
     rules: TokenRules | None = None
-    """Which tokens may be chosen, and which end the answer; None: what the model writes."""
+    """Which tokens may be chosen, and which end the answer; None: the model is free."""
     form: AnswerForm | TextForm | None = None
     """What the answer must look like."""
     begun: BegunTurn | None = None
-    """The turn that the answer goes on with; it stands in the prompt."""
+    """The turn that the answer continues; it is part of the prompt."""
     scores_prompt: bool = False
-    """Tell the log probabilities of the prompt's tokens, too, with `n_alternatives`; nothing of it is reused then."""
+    """Report log probabilities of the prompt's tokens, too, with `n_alternatives`; then nothing is reused."""
     is_prefetch: bool = False
-    """Compute the prompt and nothing else, as long as nobody asks for anything; see `next_turn`."""
+    """Compute the prompt and nothing else, while the engine is idle; see `next_turn`."""
     shared: int = 0
-    """Positions at the beginning that other chats have, too: system prompt and tools; see `cache.shared_prefixes`."""
+    """Leading positions that other chats have, too: system prompt and tools; see `cache.shared_prefixes`."""
 
     @property
     def n_alternatives(self) -> int | None:
-        """Of the log probabilities that are told with each token; None tells none."""
+        """Alternatives reported with each token's log probability; None: no log probabilities."""
         return self.options.top_logprobs if self.options.logprobs else None
 
     @property
@@ -55,7 +55,7 @@ class Request:
         return function_names(self.options.tools)
 
     def keys(self) -> list[Hashable]:
-        """What stands at each position of the prompt: a token, or a place in a group's visual tokens."""
+        """What is at each position of the prompt: a token, or a place in a group's visual tokens."""
         keys: list[Hashable] = list(self.prompt.ids)
         if len(self.digests) != len(self.prompt.bounds):
             raise MessageError(

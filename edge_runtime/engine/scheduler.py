@@ -1,8 +1,8 @@
 """Which task computes what, and when: encoding, prefill and decoding of many requests on one thread.
 
 A step encodes at most one batch of slices and computes at most one batch of the decoder (`call_plan`). Queued tasks
-are admitted in order, as soon as there are sequences for them; one whose prefix another task is computing waits for
-it. When the KV cache is full, what is idle is given up first (`sequences`); after that the youngest task is
+are admitted in order, as soon as there are sequences for them; a task whose prefix another task is computing waits
+for it. When the KV cache is full, idle sequences are given up first (`sequences`); after that the youngest task is
 preempted, and recomputed later.
 """
 
@@ -30,29 +30,29 @@ from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder
 
 
 class Scheduler:
-    """Tasks and what they share: encoder, decoder, visual tokens. Used by the inference thread alone."""
+    """Tasks and what they share: encoder, decoder, visual tokens. Used only on the inference thread."""
 
     def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, caches: Caches) -> None:
         self._decoder, self._tokenizer = decoder, tokenizer
         self.waiting: deque[Task] = deque()
-        """Queued: without sequences, in the order in which they are admitted."""
+        """Queued, without sequences, in the order of admission."""
         self.active: list[Task] = []
-        """Admitted: with sequences."""
+        """Admitted, with sequences."""
         self.sequences = Sequences(decoder, caches.prefixes)
         self.encoding = PictureEncoding(encoder, caches)
         self.planner = CallPlanner(decoder)
         self.warm_up = WarmUp()
         self._admission_paused = False
-        """Whether a task was preempted and none has ended since: one that is let in now would be preempted next."""
+        """Whether a task was preempted and none has ended since: one admitted now would be preempted next."""
 
     @property
     def n_tasks(self) -> int:
-        """Tasks queued or at work."""
+        """Tasks queued or running."""
         return len(self.waiting) + len(self.active)
 
     @property
     def activity(self) -> Activity:
-        """What goes on now; from any thread, where it is but a glance."""
+        """Current load; from any thread, where it is only a snapshot."""
         tokens = self.encoding.visual_tokens
         slots = self._decoder.n_sequences
         return Activity(len(self.waiting), len(self.active), slots, tokens.lookups, tokens.hits, tokens.n_bytes)
@@ -64,7 +64,7 @@ class Scheduler:
 
     @property
     def waiting_s(self) -> float:
-        """About how long the prompts of queued tasks will take, but for what is remembered of them."""
+        """Estimated time for the prompts of queued tasks, without what the KV cache holds of them."""
         return self.planner.row_s * sum(len(task.keys) - self.remembered(task) for task in self.waiting)
 
     def add(self, task: Task) -> None:
@@ -74,11 +74,11 @@ class Scheduler:
         self.waiting.append(task)
 
     def remembered(self, task: Task) -> int:
-        """Positions of a task's prefix that the KV cache holds now; from any thread, where it is but a hint."""
+        """Positions of a task's prefix that the KV cache holds now; from any thread, where it is only a hint."""
         return self.sequences.remembered(task)
 
     def step(self) -> None:
-        """Do a bit of everything there is to do."""
+        """Do one step: end cancelled tasks, admit queued ones, encode one batch, compute one batch."""
         for task in [*self.waiting, *self.active]:
             if task.is_cancelled():
                 self._end(task, "cancelled")
@@ -91,32 +91,32 @@ class Scheduler:
         self._compute()
 
     def expected_task(self, is_asked: Callable[[], bool]) -> Task | None:
-        """A task that computes a prefix in advance, if one is expected; it ends as soon as somebody asks."""
+        """A task that computes a prefix in advance, if one is expected; it ends as soon as a request comes."""
         return self.warm_up.next_task(lambda: is_asked() or self.n_tasks > 1)
 
     def release_idle_memory(self) -> None:
-        """Nobody asks for anything: let go of the memory that pictures have left behind."""
+        """While idle: free the memory that pictures have left behind."""
         self.encoding.release_idle_memory()
 
     def save_more(self) -> bool:
-        """Have prompts written to disk that could not be before; whether it is worth coming again."""
+        """Queue prompts to be written to disk that could not be before; returns whether to call again."""
         return self.sequences.saver.save_more()
 
     # --- admission -----------------------------------------------------------------------------------------------
 
     def _alone(self, do: Callable[..., None], task: Task, *more: Any) -> None:
-        """Do something for one task; what goes wrong is its own affair, and nobody else's answer ends."""
+        """Do something for one task; an error fails this task only."""
         try:
             do(task, *more)
-        except Exception as error:  # noqa: BLE001 - handed to the one who asked
+        except Exception as error:  # noqa: BLE001 - reported to the task's caller
             if task in self.waiting or task in self.active:
                 self._fail(task, error)
 
     def _admit(self, task: Task) -> None:
-        """Give a task sequences with as much of its prefix as there is, and find out which pictures are missing."""
+        """Give a task sequences with as much of its prefix as is held, and find out which pictures are missing."""
         task.laps.restart()
         n = self.sequences.take(task)
-        self.waiting.remove(task)  # only now: in one of the two lists at any time, so that no error loses it
+        self.waiting.remove(task)  # only now: always in one of the two lists, so that no error loses it
         self.active.append(task)
         n = self.sequences.restore(task, n)
         if not task.n_tokens:
@@ -126,7 +126,7 @@ class Scheduler:
         if not task.pictures.missing:
             self._begin_prefill(task)
         elif task.request.is_prefetch:
-            self._end(task, "cancelled")  # what stood here was given up meanwhile
+            self._end(task, "cancelled")  # what the KV cache held was given up meanwhile
         else:
             task.enter(TaskState.ENCODING)
             task.report("encode", 0, task.pictures.n_slices)
@@ -155,12 +155,12 @@ class Scheduler:
         task.close()
 
     def fail_all(self, error: Exception) -> None:
-        """Hand an error nobody expected to everybody who waits; the thread continues."""
+        """Fail all tasks with an unexpected error; the thread continues."""
         for task in [*self.waiting, *self.active]:
             self._fail(task, error)
 
     def close(self) -> None:
-        """End everything; the decoder may be closed after this."""
+        """End all tasks; the decoder may be closed afterwards."""
         for task in [*self.waiting, *self.active]:
             self._end(task, "cancelled")
         self.sequences.saver.save_all()
@@ -168,7 +168,7 @@ class Scheduler:
     # --- encoding ------------------------------------------------------------------------------------------------
 
     def _encode(self) -> None:
-        """Encode one batch of slices, of as many tasks as fit; a single group while answers are running."""
+        """Encode one batch of slices for as many tasks as fit; a single group while answers are running."""
         limit = 0 if any(task.n_tokens for task in self.active) else BATCH_PATCHES
         batch = next_batch(self.active, limit)
         for task, error in batch.failed.items():
@@ -181,7 +181,7 @@ class Scheduler:
             found = self.encoding.encode(batch.groups, wanting)
         except Cancelled:
             return  # the next step ends them
-        except Exception as error:  # noqa: BLE001 - handed to those who asked for these pictures
+        except Exception as error:  # noqa: BLE001 - reported to the tasks that need these pictures
             for task in wanting:
                 self._fail(task, error)
             return
@@ -204,7 +204,7 @@ class Scheduler:
     # --- prefill and decoding ------------------------------------------------------------------------------------
 
     def _compute(self) -> None:
-        """One batch of the decoder: the last token of every running answer, and chunks of prompts."""
+        """Compute one batch of the decoder: the last token of every running answer, and chunks of prompts."""
         plan = self.planner.plan(self.active)
         if not plan.tasks:
             return
@@ -214,11 +214,11 @@ class Scheduler:
                 plan.chunks, lambda: plan.is_worth_leaving(started, self.planner.row_s), plan.adapter
             )
         except Cancelled:
-            return  # the next step ends those who were cancelled, and computes the others' chunks again
+            return  # the next step ends the cancelled tasks and recomputes the others' chunks
         except CacheFull:
             self._free_cells(plan)
             return
-        except Exception as error:  # noqa: BLE001 - handed to those whose tokens were computed
+        except Exception as error:  # noqa: BLE001 - reported to the tasks in the batch
             for task in dict.fromkeys(plan.tasks):
                 self._fail(task, error)
             return
@@ -227,11 +227,11 @@ class Scheduler:
             try:
                 if (reason := advance(task, own, self._decoder, self._tokenizer)) is not None:
                     self._end(task, reason)
-            except Exception as error:  # noqa: BLE001 - handed to the one whose token it is
+            except Exception as error:  # noqa: BLE001 - reported to the task whose token it is
                 self._fail(task, error)
 
     def _rows_of_answers(self, plan: CallPlan, rows: Sequence[int]) -> dict[Task, list[int]]:
-        """Report what a step has computed; returns the rows that tasks take their next tokens from."""
+        """Report what a step has computed; returns the rows that give tasks their next tokens."""
         found: dict[Task, list[int]] = {}
         for task, chunk, row in zip(plan.tasks, plan.chunks, rows, strict=True):
             if not task.n_tokens:
@@ -239,14 +239,14 @@ class Scheduler:
             if chunk.wants_all_logits and task in self.active:
                 self._alone(Task.score_prompt, task, self._decoder, len(chunk.keys), row)
             if task not in self.active:
-                continue  # it failed in this loop
+                continue  # failed in this loop
             is_whole = self._decoder.held(task.sequence) == len(task.keys)
             if task.request.is_prefetch and is_whole:
                 self.sequences.hold_shared(task)
                 self._end(task, "stop")
             elif not task.request.options.max_tokens and is_whole:
                 task.laps.end("prefill")
-                self._end(task, "length")  # the prompt was all that was wanted
+                self._end(task, "length")  # only the prompt was requested
             elif chunk.wants_logits and not task.is_cancelled():
                 if not task.n_tokens:
                     self.sequences.hold_shared(task)
@@ -254,7 +254,7 @@ class Scheduler:
         return found
 
     def _free_cells(self, plan: CallPlan) -> None:
-        """The KV cache has no place for a step: give up what is idle, or preempt the youngest task."""
+        """Make room for a step in the full KV cache: give up what is idle, or preempt the youngest task."""
         if plan.tasks[0].request.is_prefetch:
             self.warm_up.give_up()
             self._end(plan.tasks[0], "cancelled")
@@ -263,7 +263,7 @@ class Scheduler:
         elif len(self.active) > 1:
             self._preempt(max(self.active, key=lambda task: task.laps.started))
         elif (beams := self.active[0].beams) is not None:
-            beams.search.stop()  # beams that have drifted apart need more cells than the context has tokens
+            beams.search.stop()  # beams that have diverged need more cells than the context has tokens
             self._end(self.active[0], finish_beam_search(self.active[0], self._tokenizer))
         else:
             self._fail(self.active[0], CacheFull())

@@ -1,8 +1,8 @@
 """Who holds what in the KV cache: taking, sharing, restoring and releasing sequences, and giving up what they hold.
 
-A sequence that nobody uses keeps what it holds, so that the next request with the same prefix begins behind it
-(prefix caching). Cells are given up in this order: of sequences that were idle for longest, then of prefixes that
-chats share; preempting a task, which frees its own, is up to the scheduler. Used by the inference thread alone.
+An unused sequence keeps what it holds, so that the next request with the same prefix starts after it (prefix
+caching). Cells are given up in this order: sequences idle for longest, then prefixes that chats share; preempting a
+task, which frees its own, is up to the scheduler. Used only on the inference thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edge_runtime.engine.task import Task
 from edge_runtime.errors import CacheFull
 
 WORTH_WAITING = 32
-"""Positions that a prefix on disk, or of another task, must have more than the KV cache holds."""
+"""Positions that a prefix on disk or of another task must have beyond what the KV cache holds."""
 
 logger = logging.getLogger("edge_runtime")
 
@@ -28,13 +28,13 @@ class Sequences:
 
     Parameters
     ----------
-    prefixes : where prompts are kept on disk, if they are.
+    prefixes : prompts on disk, if they are saved.
     """
 
     def __init__(self, decoder: Decoder, prefixes: SavedPrefixes | None) -> None:
         self._decoder, self._prefixes = decoder, prefixes
         self.idle = list(range(decoder.n_sequences))
-        """Sequences without a task; those unused for longest first."""
+        """Sequences without a task; least recently used first."""
         self._holders: dict[int, Task] = {}
         self._adapters: dict[int, str | None] = {}
         """Which adapter computed what a sequence holds."""
@@ -44,18 +44,18 @@ class Sequences:
     # --- what is held already ------------------------------------------------------------------------------------
 
     def remembered(self, task: Task) -> int:
-        """Positions of a task's prefix that the KV cache holds now; from any thread, where it is but a hint."""
+        """Positions of a task's prefix that the KV cache holds now; from any thread, where it is only a hint."""
         return max((self._common(sequence, task) for sequence in self._sources), default=0)
 
     @property
     def _sources(self) -> list[int]:
-        """Sequences that others may begin like."""
+        """Sequences whose prefix others may reuse."""
         return [*range(self._decoder.n_sequences), *self.shared]
 
     def _common(self, sequence: int, task: Task) -> int:
         """Positions that a task may take over from a sequence."""
         if self._adapters.get(sequence) != task.request.options.adapter or task.is_scoring:
-            return 0  # what was computed before has no logits
+            return 0  # positions computed before have no logits
         if not task.request.options.reuse:
             holder = self._holders.get(sequence)
             if holder is None or not task.may_take(holder):
@@ -76,7 +76,7 @@ class Sequences:
             ):
                 continue
             common = common_beginning(task.keys, other.keys)
-            # The same prompt, as with several answers to it, is worth waiting for however short it is.
+            # The same prompt, as with several answers to it, is worth waiting for, however short.
             worth = 1 if common == len(task.keys) else WORTH_WAITING
             if common > known + worth:
                 task.prefix_owner = other
@@ -87,17 +87,17 @@ class Sequences:
     # --- taking and releasing ------------------------------------------------------------------------------------
 
     def take(self, task: Task) -> int:
-        """Give a task its sequences, the first one with as much of its prefix as there is.
+        """Give a task its sequences, the first one with as much of its prefix as is held.
 
         Returns
         -------
-        n : positions that it holds.
+        n : positions that the first one holds.
         """
         decoder = self._decoder
         common = {sequence: self._common(sequence, task) for sequence in self._sources}
         best = max(self.idle, key=lambda sequence: common[sequence])
         source = max(common, key=lambda sequence: common[sequence])
-        # Continuing in place destroys the rest of what the sequence holds: another conversation, if it is most of it.
+        # Continuing in place destroys the rest of what the sequence holds, which may be most of another conversation.
         if common[source] > common[best] or 2 * common[best] < decoder.held(best):
             best = self.idle[0]
         n = common[source]
@@ -115,7 +115,7 @@ class Sequences:
         return n
 
     def restore(self, task: Task, n: int) -> int:
-        """Append what was found on disk to a sequence that holds `n` positions; returns what it holds then."""
+        """Append what is on disk to a sequence that holds `n` positions; returns how many it holds then."""
         decoder, saved = self._decoder, task.saved
         task.saved = Saved()
         if saved.n <= n + WORTH_WAITING:
@@ -134,7 +134,7 @@ class Sequences:
         return n
 
     def release(self, task: Task) -> None:
-        """Take a task's sequences back; what they hold stays, for whoever asks for the same next."""
+        """Take a task's sequences back; they keep what they hold, for later requests with the same prefix."""
         for sequence in task.sequences:
             del self._holders[sequence]
         self.idle += task.sequences
@@ -148,7 +148,7 @@ class Sequences:
             self._decoder.rewind(sequence)
 
     def give_up_one(self) -> bool:
-        """Empty the sequence that was idle for longest, or give up what chats share; False if all is in use."""
+        """Empty the sequence idle for longest, or give up a shared prefix; False if everything is in use."""
         for sequence in (self._decoder.n_sequences, *self.idle):
             if self._decoder.held(sequence):
                 self._decoder.rewind(sequence)
@@ -158,7 +158,7 @@ class Sequences:
     # --- what outlives a task ------------------------------------------------------------------------------------
 
     def hold_shared(self, task: Task) -> None:
-        """Hold the prefix that a task, whose prompt is computed, shares with other chats, and record that on disk."""
+        """Hold the prefix that a task with a computed prompt shares with other chats, and record that on disk."""
         held = self.shared.hold(task.sequence, task.request.shared, task.request.options.adapter)
         if held is not None:
             self._adapters[held] = task.request.options.adapter
@@ -172,7 +172,7 @@ class Sequences:
         self._prefixes.record([Recorded(found, identities[name]) for found, name in ids])
 
     def save_prompt(self, task: Task, sequence: int) -> None:
-        """Have what a released sequence holds of a task's prompt written to disk; nobody waits for it."""
+        """Write what a released sequence holds of a task's prompt to disk, in the background."""
         if self._prefixes is None:
             return
         n = min(self._decoder.held(sequence), len(task.request.prompt.ids))

@@ -1,6 +1,6 @@
-"""Which slices are encoded next, of all requests that wait for some; frames of videos as they come from the decoder.
+"""Choose the slices to encode next across all requests; video frames are taken as the decoder delivers them.
 
-A frame that cannot be decoded ends the requests that want it, and no other.
+A frame that cannot be decoded fails only the requests that need it.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from edge_runtime.engine.task import Task
 from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup, n_patches
 
 GROUPS_AHEAD = 2
-"""Of a video: decoded while another one is encoded."""
+"""Groups of a video decoded while another one is encoded."""
 WAIT_S = 0.05
-"""How long to wait for a frame before looking whether there is something else to do."""
+"""How long to wait for a frame before checking for other work."""
 
 
 @dataclass
 class Batch:
-    """Groups to be encoded together."""
+    """Groups to encode together."""
 
     groups: dict[bytes, LoadedGroup] = field(default_factory=dict)
     failed: dict[Task, Exception] = field(default_factory=dict)
-    """Tasks whose next group cannot be made."""
+    """Tasks whose next group cannot be built."""
     waiting: dict[Task, LazyGroup] = field(default_factory=dict)
-    """Tasks whose next group is not made yet."""
+    """Tasks whose next group is not ready yet."""
 
 
 def next_batch(tasks: Sequence[Task], max_patches: int) -> Batch:
-    """Choose from what tasks are missing, in their order.
+    """Choose from the groups that tasks are missing, in task order.
 
     Parameters
     ----------
-    max_patches : of the batch; one group is taken however large it is.
+    max_patches : limit of the batch; one group is always taken, however large.
     """
     batch, patches = Batch(), 0
     for task in tasks:
@@ -46,7 +46,7 @@ def next_batch(tasks: Sequence[Task], max_patches: int) -> Batch:
                 break
             try:
                 batch.groups[digest] = group.load() if isinstance(group, LazyGroup) else group
-            except Exception as error:  # noqa: BLE001 - handed to the one who asked for this video
+            except Exception as error:  # noqa: BLE001 - reported to the task that needs this video
                 batch.failed[task] = error
                 break
             patches += n_patches(group)
@@ -65,11 +65,11 @@ def _ask(groups: Iterable[Group]) -> None:
 
 
 def await_frames(waiting: dict[Task, LazyGroup], *, idle: bool) -> None:
-    """Report frames that are being decoded.
+    """Report progress on frames that are being decoded.
 
     Parameters
     ----------
-    idle : there is nothing else to do: wait for a moment, too.
+    idle : nothing else to do, so also wait a moment.
     """
     for task, group in waiting.items():
         done, total = group.reading

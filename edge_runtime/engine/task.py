@@ -1,7 +1,7 @@
-"""What is known of a request while it is computed, and the states that it goes through.
+"""A request while it is computed, and the states that it goes through.
 
-What belongs to one phase only lies in a part of its own (`Pictures`, `Decoding`), so that what a phase has not made
-is not there to be mistaken for something else.
+Data of a single phase lives in an object of its own (`Pictures`, `Decoding`), so what a phase has not created yet
+cannot be mistaken for something else.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class TaskState(Enum):
     ENCODING = auto()
     """Some of its pictures have no visual tokens yet."""
     PREFILL = auto()
-    """Its prompt is computed; behind it the answer so far, if the task was preempted."""
+    """Its prompt is being computed, followed by the answer so far if the task was preempted."""
     DECODING = auto()
-    """Its answer is generated, token by token."""
+    """Its answer is being generated, token by token."""
     PREEMPTED = auto()
-    """Its sequences were taken away when the KV cache was full; queued to be computed again."""
+    """Its sequences were taken away when the KV cache was full; queued to be recomputed."""
     FINISHED = auto()
-    """The scheduler has let go of it."""
+    """Done; the scheduler no longer holds it."""
 
 
 _NEXT = {
@@ -57,29 +57,29 @@ _NEXT = {
 
 @dataclass
 class Pictures:
-    """Visual tokens that the positions of a prompt need which are to be computed."""
+    """Visual tokens for the prompt positions that are still to be computed."""
 
     tokens: dict[bytes, Float32] = field(default_factory=dict)
-    """By the digest of their group, as far as they are known."""
+    """By digest of their group, as far as known."""
     missing: dict[bytes, Group] = field(default_factory=dict)
-    """Groups that are to be encoded."""
+    """Groups still to be encoded."""
     n_slices: int = 0
-    """That were to be encoded when the task was admitted."""
+    """Slices that had to be encoded when the task was admitted."""
 
     @property
     def n_encoded(self) -> int:
-        """Slices of them that are encoded."""
+        """Slices encoded so far."""
         return self.n_slices - sum(len(group) for group in self.missing.values())
 
     def put(self, found: dict[bytes, Float32]) -> bool:
-        """Take what was encoded; whether some of it was missing."""
+        """Take newly encoded tokens; returns whether any of them were missing here."""
         new = self.missing.keys() & found.keys()
         self.tokens |= {digest: found[digest] for digest in new}
         self.missing = {digest: group for digest, group in self.missing.items() if digest not in found}
         return bool(new)
 
     def release(self) -> None:
-        """What is missing is needed no more."""
+        """Release the missing groups; they are no longer needed."""
         for group in self.missing.values():
             if isinstance(group, LazyGroup):
                 group.release()
@@ -87,7 +87,7 @@ class Pictures:
 
 @dataclass
 class Decoding:
-    """What turns logits into an answer; there is none before the prompt is computed."""
+    """What turns logits into an answer; created once the prompt is computed."""
 
     stream: TextStream
     constraint: Constraint | TextConstraint | None = None
@@ -95,11 +95,11 @@ class Decoding:
     sampler: Sampler | None = None
     """None in a beam search."""
     beams: BeamRun | None = None
-    """A beam search, from its first step on."""
+    """The beam search, from its first step on."""
     n_tokens: int = 0
     repetition: RepetitionDetector = field(default_factory=RepetitionDetector)
     must_answer: bool = False
-    """Whether reasoning is to end with the next token."""
+    """Whether the next token must end the reasoning."""
     end_score: TokenScores | None = None
     """Of the token that ended the answer."""
 
@@ -125,7 +125,7 @@ class Decoding:
 
 @dataclass
 class Laps:
-    """Seconds of a task, by what they went into."""
+    """Seconds spent on a task, by kind of work."""
 
     started: float = field(default_factory=time.perf_counter)
     last: float = field(default_factory=time.perf_counter)
@@ -135,7 +135,7 @@ class Laps:
     )
 
     def restart(self) -> None:
-        """Begin a lap; what has passed since the last one belongs to none."""
+        """Start a lap; the time since the last one is not counted."""
         self.last = time.perf_counter()
 
     def end(self, name: str) -> None:
@@ -154,41 +154,41 @@ class Task:
     keys: list[Hashable] = field(default_factory=list)
     """Prompt and answer so far."""
     saved: Saved = field(default_factory=Saved)
-    """A prefix that was found on disk; taken when the task is admitted."""
+    """A prefix found on disk; used when the task is admitted."""
     events: EventQueue = field(default_factory=EventQueue)
     laps: Laps = field(default_factory=Laps)
     state: TaskState = TaskState.WAITING
     prefix_owner: Task | None = None
-    """Another task, which is computing a prefix of this one; it is waited for."""
+    """Another task that is computing a prefix of this one; this one waits for it."""
     sequences: list[int] = field(default_factory=list)
-    """Of the KV cache, one for each beam; none while the task is queued."""
+    """Of the KV cache, one per beam; none while the task is queued."""
     pictures: Pictures = field(default_factory=Pictures)
     prompt_scores: list[TokenScores] = field(default_factory=list)
-    """Of the prompt's tokens behind the first, as far as they are computed."""
+    """For the tokens of the prompt after the first, as far as computed."""
     n_cached: int = 0
     """Positions of the prompt that needed no prefill."""
     decoding: Decoding | None = None
 
     def enter(self, state: TaskState) -> None:
-        """Go to another state; every change of state is made here.
+        """Change to another state; every change of state is made here.
 
         Raises
         ------
         RuntimeError
-            When no task may go there from where this one is.
+            When the task may not change to that state from its current one.
         """
         if state not in _NEXT[self.state]:
             raise RuntimeError(f"A task that is {self.state.name} cannot become {state.name}.")
         self.state = state
 
     def preempt(self) -> None:
-        """Its sequences were taken away: it is to be computed again, up to where it was."""
+        """Mark it as preempted: its sequences were taken away, and it is recomputed up to where it was."""
         self.enter(TaskState.PREEMPTED)
         if self.decoding is not None and self.decoding.beams is not None:
-            self.decoding.n_tokens, self.decoding.beams = 0, None  # nothing of it was sent: the search begins anew
+            self.decoding.n_tokens, self.decoding.beams = 0, None  # nothing was sent yet: the search starts over
 
     def close(self) -> None:
-        """Free what it holds; whoever keeps the answer need not keep that."""
+        """Free what it holds, even if the caller keeps the answer."""
         self.enter(TaskState.FINISHED)
         if self.decoding is not None:
             self.decoding.beams = None
@@ -209,7 +209,7 @@ class Task:
 
     @property
     def beams(self) -> BeamRun | None:
-        """The beam search, if there is one at work."""
+        """The beam search, if one is running."""
         return None if self.decoding is None else self.decoding.beams
 
     @property
@@ -218,7 +218,7 @@ class Task:
         return self.request.scores_prompt and not self.n_tokens
 
     def may_take(self, other: Task) -> bool:
-        """Whether it may begin with what another task computes: without reuse, another answer to its own prompt."""
+        """Whether it may reuse what another task computes: without `reuse`, only another answer to its own prompt."""
         return self.request.options.reuse or other.request.prompt is self.request.prompt
 
     def start_decoding(self, tokenizer: Tokenizer, decoder: Decoder) -> Decoding:
@@ -228,7 +228,7 @@ class Task:
         return self.decoding
 
     def start_search(self, decoder: Decoder, stop_ids: frozenset[int]) -> BeamRun:
-        """Set up a beam search behind the prompt."""
+        """Set up a beam search after the prompt."""
         request = self.request
         search = BeamSearch(
             request.options.n_beams,
@@ -241,7 +241,7 @@ class Task:
         return BeamRun(search, decoder, self.sequences)
 
     def count_token(self) -> None:
-        """Record that there is one token more."""
+        """Count one more token."""
         assert self.decoding is not None
         self.decoding.n_tokens += 1
         self.laps.end("decode")
@@ -249,16 +249,16 @@ class Task:
             self.laps.seconds["first_token"] = time.perf_counter() - self.laps.started
 
     def score(self, decoder: Decoder, row: int, token_id: int) -> TokenScores | None:
-        """Log probabilities of a chosen token, where they were asked for."""
+        """Log probabilities of a chosen token, if requested."""
         n = self.request.n_alternatives
         return None if n is None else score(decoder.logits_view(row), token_id, n)
 
     def score_prompt(self, decoder: Decoder, n: int, row: int) -> None:
-        """Take log probabilities of the tokens that follow the last `n` positions that are held of the prompt.
+        """Record log probabilities of the tokens that follow the last `n` positions held of the prompt.
 
         Parameters
         ----------
-        row : of the last step, for the last of them.
+        row : row of the last step for the last of these positions.
         """
         ids, n_alternatives, first = (
             self.request.prompt.ids,
@@ -271,7 +271,7 @@ class Task:
                 self.prompt_scores.append(score(logits, ids[first + i + 1], n_alternatives))
 
     def put_beam(self, found: Beam, stop_ids: frozenset[int]) -> FinishReason:
-        """Send the pieces of a beam as the answer; returns why it ends."""
+        """Send the pieces of a beam as the answer; returns the finish reason."""
         assert self.decoding is not None
         stream = self.decoding.stream
         self.decoding.n_tokens = len(found.ids)
@@ -287,7 +287,7 @@ class Task:
         return "stop" if stream.stopped else reason
 
     def finish(self, reason: FinishReason) -> None:
-        """Send the last event, once; from any thread, for whoever cancels need not wait for the engine's."""
+        """Send the last event, once; from any thread, so that cancelling need not wait for the engine's thread."""
         decoding, shortened, n_reasoning, stop_string, end_score = self.decoding, False, 0, None, None
         if decoding is not None:
             shortened = decoding.constraint is not None and decoding.constraint.shortened
@@ -308,22 +308,22 @@ class Task:
         )
 
     def fail(self, error: Exception) -> None:
-        """Send an error as the last event, unless there was one."""
+        """Send an error as the last event, unless a last event was sent."""
         self.events.put_last(error)
 
     def report(
         self, stage: Literal["decode", "encode", "prefill"], done: int, total: int, share: float = 0.0
     ) -> None:
-        """Report progress before the first token; from the engine's thread, once a sequence was found."""
+        """Report progress before the first token; on the engine's thread, once the task has a sequence."""
         prompt = len(self.request.prompt.ids)
         self.events.put(Progress(stage, done, total, share, prompt, self.n_cached))
 
     def report_encode(self, partial: float = 0.0) -> None:
-        """Report how many slices are encoded, and how much of those that are being encoded, in slices."""
+        """Report how many slices are encoded, plus the progress on those in work, in slices."""
         done, total = self.pictures.n_encoded, self.pictures.n_slices
         self.report("encode", done, total, (done + partial) / total)
 
     def report_prefill(self, held: int) -> None:
-        """Report how much of the prompt is computed: `held` positions stand in the KV cache."""
+        """Report how much of the prompt is computed: `held` positions are in the KV cache."""
         done, total = held - self.n_cached, len(self.request.prompt.ids) - self.n_cached
         self.report("prefill", done, total, max(0.0, done / max(1, total)))

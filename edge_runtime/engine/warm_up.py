@@ -1,4 +1,4 @@
-"""What chats shared before the last end: computed while nobody asks, so that the first chat need not wait for it."""
+"""Prefixes that chats shared in the last run, computed while idle so that the first chat need not wait for them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from edge_runtime.prompt.build import Prompt
 
 @dataclass(frozen=True)
 class Expected:
-    """A prefix that will probably be asked for."""
+    """A prefix that will probably be requested."""
 
     request: Request
-    """A prefetch of it."""
+    """A request that prefetches it."""
     saved: Saved = field(default_factory=Saved)
-    """What lies on disk of it."""
+    """What is on disk of it."""
 
 
 def expected_prefixes(prefixes: SavedPrefixes, adapters: Mapping[bytes, str | None], n_ctx: int) -> list[Expected]:
-    """Prefixes that were recorded on disk, as far as this model can compute them; from any thread.
+    """Prefixes recorded on disk, as far as this model can compute them; from any thread.
 
     Parameters
     ----------
-    adapters : identity to name.
+    adapters : name by identity.
     """
     expected = []
     for each in prefixes.recorded():
@@ -47,18 +47,18 @@ def expected_prefixes(prefixes: SavedPrefixes, adapters: Mapping[bytes, str | No
 
 
 class WarmUp:
-    """The prefixes that are still to be computed, one after the other. Used by the inference thread alone."""
+    """The prefixes still to be computed, one after the other. Used only on the inference thread."""
 
     def __init__(self) -> None:
         self.expected: deque[Expected] = deque()
         self._at_work: tuple[Task, Expected] | None = None
 
     def add(self, expected: Sequence[Expected]) -> None:
-        """Take in what is to be computed when nobody asks."""
+        """Add prefixes to compute while idle."""
         self.expected += expected
 
     def next_task(self, is_asked: Callable[[], bool]) -> Task | None:
-        """A task that computes the next prefix, if there is one; it ends as soon as `is_asked`."""
+        """A task that computes the next prefix, if there is one; it ends as soon as `is_asked` returns true."""
         if not self.expected:
             return None
         expected = self.expected.popleft()
@@ -67,11 +67,11 @@ class WarmUp:
         return task
 
     def give_up(self) -> None:
-        """What is at work has no place in the KV cache: it is not tried again."""
+        """Do not retry the running prefix: the KV cache has no room for it."""
         self._at_work = None
 
     def ended(self, task: Task, reason: FinishReason) -> None:
-        """Take note of the end of any task; one of these that somebody interrupted comes first the next time."""
+        """Record the end of any task; if it was one of these and was interrupted, it is next again."""
         if self._at_work is not None and task is self._at_work[0]:
             if reason == "cancelled":
                 self.expected.appendleft(self._at_work[1])

@@ -1,5 +1,4 @@
 """Logits → a token → text.
 
-Logits enter; token ids, log probabilities and pieces of text leave.
-It knows one answer, not its neighbours.
+Takes logits; returns token ids, log probabilities and pieces of text. Knows one answer, none of the others.
 """

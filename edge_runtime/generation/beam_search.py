@@ -1,11 +1,11 @@
-"""Logits of several beginnings of an answer → the answer whose mean log probability is highest: beam search.
+"""Beam search: logits for several partial answers → the answer with the highest mean log probability.
 
 Source: transformers 4.57, `GenerationMixin._beam_search` with its defaults (length penalty 1, early stopping off), as
-the official `chat(sampling=False)` calls it. In short: the log-softmax of the logits, then the processors *on log
-probabilities* (so a repetition penalty always multiplies), then the sum over the answer; the best `1 + stop tokens`
-times `n_beams` continuations are looked at; those that end and are among the first `n_beams` become hypotheses, whose
-score is the sum over the length, stop token included; the search ends when the best running beam, taken as it
-stands, is not above the worst of `n_beams` hypotheses.
+the official `chat(sampling=False)` calls it. In short: take the log-softmax of the logits, apply the processors *to
+log probabilities* (so a repetition penalty always multiplies), and sum over the answer. Consider the best `1 + stop
+tokens` times `n_beams` continuations; those that end and rank among the first `n_beams` become hypotheses, scored by
+the sum over the length, stop token included. The search ends when the best running beam, as it is, does not score
+above the worst of `n_beams` hypotheses.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from edge_runtime.weights.gguf_file import Float32
 
 
 class Beam(NamedTuple):
-    """A beginning of the answer."""
+    """A partial answer."""
 
     ids: tuple[int, ...] = ()
     total: np.float32 = np.float32(0)
-    """Sum of the processed log probabilities; float32 as in the source, so that near ties fall alike."""
+    """Sum of the processed log probabilities; float32 as in the source, so that near ties fall the same way."""
     scores: tuple[TokenScores, ...] = ()
-    """Of each token, where they were asked for."""
+    """Of each token, if requested."""
 
     @property
     def mean(self) -> np.float32:
-        """What hypotheses are compared by."""
+        """Score that hypotheses are compared by."""
         return self.total / np.float32(len(self.ids))
 
 
 class BeamSearch:
-    """The search itself: arrays in, decisions out; it knows nothing of a KV cache.
+    """The search itself: arrays in, decisions out; knows nothing of a KV cache.
 
     Parameters
     ----------
     repetition_penalty : over generated tokens only, because the official code generates from embeddings.
-    logit_bias : token id → what is added to its log probability, before the penalty.
+    logit_bias : what is added to a token's log probability, before the penalty, by token id.
     most_tokens : beams of this length are hypotheses, whether they end or not.
-    n_alternatives : of the log probabilities kept with each token; None keeps none.
+    n_alternatives : alternatives stored with each token's log probability; None stores no log probabilities.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class BeamSearch:
         self._bias_ids = [token_id for token_id, _ in logit_bias]
         self._bias = np.array([bias for _, bias in logit_bias], np.float32)
         self.beams = [Beam()]
-        """Running beginnings, the best first; one that is empty before the first step."""
+        """Running partial answers, best first; a single empty one before the first step."""
         self._finished: list[Beam] = []
         self.is_done = False
 
@@ -71,11 +71,11 @@ class BeamSearch:
 
         Parameters
         ----------
-        logits : of each of `beams`: ndarray [shape=(vocabulary,), float32]
+        logits : for each of `beams`: ndarray [shape=(vocabulary,), float32]
 
         Returns
         -------
-        parents : for each of the new `beams`, which of the former it goes on from.
+        parents : for each of the new `beams`, index of the previous beam that it extends.
         """
         length = len(self.beams[0].ids) + 1
         is_last = length >= self._most_tokens
@@ -95,7 +95,7 @@ class BeamSearch:
         return parents
 
     def _best_continuations(self, logits: Sequence[Float32]) -> list[tuple[np.float32, int, int]]:
-        """(total, beam, token id) of what may come next, the best first; at least `n_beams` of them do not end."""
+        """Possible continuations as (total, beam, token id), best first; at least `n_beams` of them do not end."""
         n = (1 + len(self._stop_ids)) * self._n_beams
         found = []
         for number, (beam, row) in enumerate(zip(self.beams, logits, strict=True)):
@@ -121,41 +121,41 @@ class BeamSearch:
         del self._finished[self._n_beams :]
 
     def stop(self) -> None:
-        """End the search; what is running counts as it stands."""
+        """End the search; running beams count as they are."""
         self._finished += [beam for beam in self.beams if beam.ids]
         self._keep_best()
         self.is_done = True
 
     @property
     def best(self) -> Beam:
-        """The answer of a search that is done."""
+        """The answer of a finished search."""
         return self._finished[0]
 
 
 class BeamRun:
-    """A search in the KV cache: every beam is a sequence, and what beams have in common is held once.
+    """A search in the KV cache: every beam is a sequence, and common prefixes are held once.
 
     Parameters
     ----------
-    sequences : one for each beam; the first holds the prompt.
+    sequences : one per beam; the first holds the prompt.
     """
 
     def __init__(self, search: BeamSearch, decoder: Decoder, sequences: Sequence[int]) -> None:
         self.search, self._decoder, self._sequences = search, decoder, list(sequences)
 
     def chunks(self) -> list[SequenceChunk]:
-        """What the next step computes: the last token of every beam."""
+        """Chunks for the next step: the last token of every beam."""
         beams = self.search.beams
         return [SequenceChunk(self._sequences[i], beam.ids[-1:]) for i, beam in enumerate(beams)]
 
     def advance(self, rows: Sequence[int]) -> None:
-        """Choose the next tokens from the rows that the last step gave for `chunks`."""
+        """Choose the next tokens from the rows that the last step returned for `chunks`."""
         parents = self.search.advance([self._decoder.logits_view(row) for row in rows])
         if not self.search.is_done:
             self._place(parents)
 
     def _place(self, parents: Sequence[int]) -> None:
-        """Give every beam a sequence that holds its parent: the parent's own, or one that nobody goes on from."""
+        """Give every beam a sequence that holds its parent: the parent's own, or one that no beam extends."""
         free = [sequence for i, sequence in enumerate(self._sequences) if i not in parents]
         placed: list[int] = []
         for parent in parents:

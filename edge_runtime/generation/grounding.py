@@ -1,4 +1,4 @@
-"""Places that an answer names in a picture: read into pixels, and drawn.
+"""Places that an answer names in a picture: converted to pixels, and drawn.
 
 MiniCPM-V writes `<ref>label</ref><box>x1 y1 x2 y2</box>`, also `<quad>` with four corners and `<point>` with one; the
 numbers are thousandths of the picture's width and height, whatever its size.
@@ -19,7 +19,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from edge_runtime.errors import ImageError
 from edge_runtime.system.atomic_files import unfinished, why_not_written
 
-SCALE = 1000  # what the model takes a picture's width and height to be
+SCALE = 1000  # the width and height of every picture, for the model
 N_NUMBERS = {"box": 4, "quad": 8, "point": 2}
 
 # A closing tag may be missing or lack its slash, as in the authors' own examples.
@@ -48,7 +48,7 @@ class Region:
 
 
 def find_regions(text: str, size: tuple[int, int]) -> list[Region]:
-    """Read the places an answer names, in order; what has the wrong number of numbers is no place.
+    """Read the places that an answer names, in order; one with the wrong number of coordinates is ignored.
 
     Parameters
     ----------
@@ -75,13 +75,13 @@ def _regions(text: str, size: tuple[int, int]) -> Iterator[Region]:
 
 
 def draw_regions(picture: Image.Image, regions: list[Region]) -> Image.Image:
-    """Draw places with their labels onto a copy of a picture.
+    """Draw places with their labels on a copy of a picture.
 
-    Every line has a dark and a light edge, so it shows on any background.
+    Every line has a dark and a light edge, so it is visible on any background.
     """
     canvas = picture.convert("RGB")
     draw = ImageDraw.Draw(canvas)
-    unit = max(1, round(max(canvas.size) / 600))  # of line widths, so that they show when the picture is scaled down
+    unit = max(1, round(max(canvas.size) / 600))  # of line widths, so that lines survive scaling down
     font = ImageFont.load_default(12 * unit + 3)
     for number, region in enumerate(regions):
         colour = PALETTE[number % len(PALETTE)]
@@ -93,12 +93,12 @@ def draw_regions(picture: Image.Image, regions: list[Region]) -> Image.Image:
 
 
 def check_drawing(target: Path) -> None:
-    """Refuse a name for a drawing before any work is done.
+    """Check a drawing's file name before any work is done.
 
     Raises
     ------
     ImageError
-        When its suffix names no format, or its folder does not exist.
+        When its suffix stands for no known format, or its folder does not exist.
     """
     if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
         raise ImageError(f"The drawing {target} has no suffix of a picture format; name it {target.stem}.png.")
@@ -107,7 +107,7 @@ def check_drawing(target: Path) -> None:
 
 
 def save_drawing(picture: Image.Image, target: Path) -> None:
-    """Write a picture whole or not at all.
+    """Write a picture, completely or not at all.
 
     Raises
     ------
@@ -151,7 +151,7 @@ def _write_label(
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     unit: int,
 ) -> None:
-    """A label in a filled box above its place, moved inside where it would leave the picture."""
+    """Draw a label in a filled box above its place, moved inside if it would leave the picture."""
     text = region.label if region.label and _is_latin(region.label) else number  # the font has no other letters
     left, top, right, bottom = draw.textbbox((0, 0), text[:60], font=font)
     width, height, edge = right - left + 6 * unit, bottom - top + 6 * unit, 3 * unit

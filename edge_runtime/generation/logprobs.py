@@ -1,7 +1,7 @@
-"""Logits → log probabilities of tokens, in the form that OpenAI's API has for them.
+"""Logits → log probabilities of tokens, in the form of OpenAI's API.
 
-They are those of the model's own distribution: before bias, penalties, temperature and all that narrows the choice,
-and of forced tokens too. Knows nothing of requests.
+They describe the model's own distribution: before bias, penalties, temperature and anything that narrows the choice,
+and for forced tokens too. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Kind = Literal["prompt", "reasoning", "answer"]
 
 
 class TokenScores(NamedTuple):
-    """A chosen token and the most probable ones at its place."""
+    """A chosen token and the most probable ones at its position."""
 
     id: int
     logprob: float
     alternatives: list[tuple[int, float]]
-    """(id, logprob), the most probable first"""
+    """(id, logprob), most probable first"""
 
 
 @dataclass(frozen=True)
@@ -38,31 +38,31 @@ class TokenLogprob:
 
     id: int
     token: str
-    """Its text; U+FFFD where its bytes alone are no text."""
+    """Its text; U+FFFD where its bytes alone are not text."""
     bytes: list[int]
     logprob: float
 
 
 @dataclass(frozen=True)
 class TokenLogprobs(TokenLogprob):
-    """A token, what it was part of, and the most probable tokens at its place."""
+    """A token, what it was part of, and the most probable tokens at its position."""
 
     kind: Kind
     top_logprobs: list[TokenLogprob]
 
 
 def log_softmax(logits: Float32) -> Float32:
-    """Logarithms of the probabilities: ndarray [shape=(vocabulary,), float32], a new one."""
+    """Logarithms of the probabilities: a new ndarray [shape=(vocabulary,), float32]."""
     shifted: Float32 = logits - logits.max()
     shifted -= np.float32(np.log(np.exp(shifted).sum()))
     return shifted
 
 
 def top_ids(values: Float32, n: int) -> npt.NDArray[np.int64]:
-    """Places of the `n` largest values, the largest first; among equals the first.
+    """Indices of the `n` largest values, largest first; among equal values the first.
 
-    A full vocabulary is looked through twice instead of being sorted: the n-th largest of its blocks' maxima is a
-    bound that at least `n` values reach and few others do (0.1 ms instead of 10 for 152,000 values).
+    Scans a full vocabulary twice instead of sorting it: the n-th largest of its blocks' maxima is a bound that at
+    least `n` values reach and few others do (0.1 ms instead of 10 for 152,000 values).
     """
     whole = len(values) - len(values) % BLOCK
     if whole // BLOCK < n:
@@ -73,11 +73,11 @@ def top_ids(values: Float32, n: int) -> npt.NDArray[np.int64]:
 
 
 def score(logits: Float32, token_id: int, n_alternatives: int) -> TokenScores:
-    """Look up what a token and the most probable ones had.
+    """Log probabilities of a token and of the most probable ones.
 
     Parameters
     ----------
-    logits : ndarray [shape=(vocabulary,), float32], as the model gave them.
+    logits : ndarray [shape=(vocabulary,), float32], as the model returned them.
     """
     highest = float(logits.max())
     total = highest + float(np.log(np.exp(logits - np.float32(highest)).sum()))
@@ -102,11 +102,11 @@ def describe(scores: TokenScores, kind: Kind, tokenizer: Tokenizer) -> TokenLogp
 
 
 def describe_prompt(ids: Sequence[int], scores: Sequence[TokenScores], tokenizer: Tokenizer) -> list[TokenLogprobs]:
-    """Put scores of a prompt's tokens into the form callers see; nothing where another answer to it has them.
+    """Put scores of a prompt's tokens into the form callers see; empty if another answer to the prompt has them.
 
     Parameters
     ----------
-    scores : of all but the first, which nothing precedes: it has NaN.
+    scores : for all tokens but the first; nothing precedes that one, so it gets NaN.
     """
     if len(scores) + 1 != len(ids):
         return []

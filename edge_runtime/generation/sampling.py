@@ -1,7 +1,7 @@
 """Logits → the next token: the official sampling by default, or greedy, through llama.cpp's samplers.
 
 Source: `chat()` of MiniCPM-V 4.5 on transformers. Order there: bias, repetition penalty over generated tokens,
-temperature, top-k, top-p, min-p, typical. Beam search is in `beams`.
+temperature, top-k, top-p, min-p, typical. Beam search is in `beam_search`.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 2048  # official default
 OFFICIAL_BEAMS = 3
 LARGEST_BIAS = 100.0
-MAX_SEED = 2**32 - 1  # llama.cpp takes this one for "choose at random"
+MAX_SEED = 2**32 - 1  # llama.cpp takes this value to mean "choose at random"
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen; the official values come from `official`, checks are in `option_checks`."""
+    """How tokens are chosen; the official values come from `official`, `option_checks` checks them."""
 
     temperature: float
-    """0 takes the most probable token."""
+    """0: always the most probable token."""
     top_k: int = 0
     """Keep this many tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the most probable tokens until their probabilities sum to this."""
     repetition_penalty: float = 1.0
-    """Divides (multiplies, when negative) the logits of tokens generated before."""
+    """Divides (multiplies, if negative) the logits of tokens already generated."""
     min_p: float = 0.0
     """Drop tokens less probable than this share of the most probable one."""
     typical_p: float = 1.0
     """Keep the tokens of most typical surprise until their probabilities sum to this (Meister et al., 2022)."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens generated before."""
+    """Subtracted from the logits of tokens already generated."""
     frequency_penalty: float = 0.0
-    """Subtracted from the logits of tokens generated before, once for each time."""
+    """Subtracted from the logits of tokens already generated, once per occurrence."""
     seed: int | None = None
-    """The same seed repeats an answer; None takes a random one.
+    """The same seed repeats an answer; None: a random one.
 
     Draws repeat exactly, logits as far as llama.cpp repeats them. The same request alone in a fresh process gives
-    the same bits. Behind a reused beginning, or beside other requests, float32 sums are made in another order: with
-    a float32 decoder and `exact=True` that changed no answer, but with quantised weights log probabilities move by
-    up to 0.1, and a draw that close to the border between two tokens goes the other way.
+    the same bits. After a reused prefix, or in a batch with other requests, float32 sums are added in another order:
+    with a float32 decoder and `exact=True` that changed no answer, but with quantised weights log probabilities move
+    by up to 0.1, and a draw that close to the border between two tokens can change.
     """
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids and what is added to their logits before anything else."""
+    """Token ids and what is added to their logits before everything else."""
 
     @classmethod
     def official(cls, thinking: bool) -> SamplingOptions:
         """Defaults of the official `chat()`.
 
-        With thinking only the temperature is set there; 50 is transformers' top_k.
+        With thinking, it sets only the temperature; 50 is transformers' top_k.
         """
         if thinking:
             return cls(temperature=0.7, top_k=50)
@@ -68,11 +68,11 @@ class SamplingOptions:
 
     @classmethod
     def official_search(cls) -> SamplingOptions:
-        """Defaults of the official `chat(sampling=False)`, which searches with `OFFICIAL_BEAMS` beams."""
+        """Defaults of the official `chat(sampling=False)`, a search with `OFFICIAL_BEAMS` beams."""
         return cls(temperature=0.0, repetition_penalty=1.2)
 
     def numbered(self, i: int) -> SamplingOptions:
-        """Options of the i-th of several answers: seed + i, or a random one."""
+        """Options for the i-th of several answers: seed + i, or a random seed."""
         return self if self.seed is None else replace(self, seed=(self.seed + i) % MAX_SEED)
 
 
@@ -88,8 +88,8 @@ class Sampler:
 
     Parameters
     ----------
-    n_ctx : window of the repetition penalty: every generated token fits, so none is forgotten. The prompt is never
-        shown to it, because the official code generates from embeddings.
+    n_ctx : window of the repetition penalty: every generated token fits, so none is forgotten. The sampler never sees
+        the prompt, because the official code generates from embeddings.
     """
 
     def __init__(self, options: SamplingOptions, n_vocab: int, n_ctx: int) -> None:
@@ -121,7 +121,7 @@ class Sampler:
             lib.llama_sampler_chain_add(self._chain, link)
 
     def sample(self, decoder: Decoder, row: int) -> int:
-        """Choose a token from the logits of a row of the last call, and remember it for the penalty."""
+        """Choose a token from the logits of a row of the last call, and count it for the penalty."""
         if not decoder.is_local(row):
             return int(self._lib.llama_sampler_sample(self._chain, decoder.context, row))
         logits = decoder.logits_view(row)
@@ -130,7 +130,7 @@ class Sampler:
         return token_id
 
     def choose(self, ids: np.ndarray[Any, np.dtype[np.int64]], logits: np.ndarray[Any, np.dtype[np.float32]]) -> int:
-        """Choose among some tokens only, without remembering it.
+        """Choose among some tokens only, without counting the choice.
 
         Parameters
         ----------
@@ -145,7 +145,7 @@ class Sampler:
         return int(array.data[array.selected].id)
 
     def accept(self, token_id: int) -> None:
-        """Remember a token that was chosen by somebody else."""
+        """Count a token that was not chosen here."""
         self._lib.llama_sampler_accept(self._chain, token_id)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Token ids → pieces of text as they can be shown: whole characters, reasoning apart from the answer, stops cut off.
+"""Token ids → pieces of text to show: whole characters, reasoning separate from the answer, stop strings removed.
 
-Reasoning is told by the ids of `<think>` and `</think>`, never by printed text, so an answer that quotes them stays
-whole; so are tool calls, where tools were offered.
+The ids of `<think>` and `</think>` mark the reasoning, never printed text, so an answer that quotes them stays whole.
+The same holds for tool calls, if tools were offered.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Piece:
     """A piece of an answer while it is generated."""
 
     text: str
-    """For a tool call, all that stands from tag to tag."""
+    """For a tool call, everything from tag to tag."""
     kind: Kind
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """Of the tokens that began in this piece, or before it without text of their own; if they were asked for."""
+    """Of the tokens that start in this piece, or before it without text of their own; if requested."""
     call: ToolCall | None = None
-    """Of a piece of the kind `tool_call`."""
+    """Only in a piece of kind `tool_call`."""
     malformed: MalformedCall | None = None
-    """Of a piece of the kind `answer` that would have been a tool call; its text is what the model wrote."""
+    """In a piece of kind `answer` that should have been a tool call; its text is what the model wrote."""
     n_tokens: int = field(default=0, compare=False)
-    """Tokens of the answer and its reasoning so far, this piece's included."""
+    """Tokens of the answer and its reasoning so far, including this piece."""
 
 
 class TextStream:
@@ -43,10 +43,10 @@ class TextStream:
     Parameters
     ----------
     thinking : whether the prompt opened the reasoning, so that the first token belongs to it.
-    stop : strings that end the answer wherever they begin, also inside a token.
-    stop_in_reasoning : whether they end it in the reasoning already.
+    stop : strings that end the answer wherever they start, even inside a token.
+    stop_in_reasoning : whether they also end it in the reasoning.
     tools : names of the functions that were offered; without any, tags of calls are text.
-    goes_on : whether the prompt holds the beginning of the reasoning, so that a line break belongs to it.
+    goes_on : whether the prompt contains the start of the reasoning, so that a line break belongs to it.
     """
 
     def __init__(
@@ -64,27 +64,27 @@ class TextStream:
         self._call_begins = tokenizer.special_ids.get(TOOL_CALL) if tools else None
         self._call_ends = tokenizer.special_ids.get(TOOL_CALL_END) if tools else None
         self._call: bytearray | None = None
-        """What was written of a call that is not complete."""
+        """What was written of an incomplete call."""
         self._think = tokenizer.special_ids.get(THINK)
         self._think_end = tokenizer.special_ids.get(THINK_END)
         self._stop = [text for text in stop if text]
         self._stop_in_reasoning = stop_in_reasoning
         self.stop_string: str | None = None
-        """The one that was met and ended the answer."""
+        """The stop string that ended the answer."""
         self._kind: Literal["reasoning", "answer"] = "reasoning" if thinking else "answer"
-        # Bytes of a character may come in several tokens; invalid ones become U+FFFD, unfinished ones wait.
+        # A character's bytes may come in several tokens; invalid ones become U+FFFD, incomplete ones wait.
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
         self._n_decoded = 0
-        """Characters so far, those held back included."""
+        """Characters so far, including those held back."""
         self._scored: deque[tuple[int, TokenLogprobs]] = deque()
-        """Tokens that no piece has taken along yet, with the place where each begins."""
+        """Tokens not yet part of a piece, with the position where each starts."""
         self._at_start = thinking and not goes_on
         self.stopped = False
-        """Whether a stop string was met."""
+        """Whether a stop string was found."""
         self._n_fed = 0
         self.n_reasoning = 0
-        """Tokens of the reasoning so far, the one that ended it included."""
+        """Tokens of the reasoning so far, including the one that ended it."""
 
     @property
     def is_reasoning(self) -> bool:
@@ -92,7 +92,7 @@ class TextStream:
         return self._kind == "reasoning"
 
     def feed(self, token_id: int, scores: TokenScores | None = None) -> list[Piece]:
-        """Pieces that can be shown after this token."""
+        """Return the pieces that can be shown after this token."""
         if self.stopped:
             return []
         self._n_fed += 1
@@ -115,19 +115,19 @@ class TextStream:
             self._scored.append((self._n_decoded, describe(scores, self._kind, self._tokenizer)))
 
     def finish(self) -> list[Piece]:
-        """The rest at the end of the answer.
+        """Return the rest at the end of the answer.
 
-        An unfinished character is dropped: it could only be shown as garbage.
+        An incomplete character is dropped: it could only be shown as garbage.
         """
         if self.stopped:
             return []
         return self._release(final=True) if self._call is None else [self._end_call(is_complete=False)]
 
     def _feed_call(self, token_id: int, scores: TokenScores | None) -> list[Piece]:
-        """Take in a token of a call, its tags included."""
+        """Add a token of a call, or one of its tags."""
         pieces: list[Piece] = []
         if self._call is None or token_id == self._call_begins:
-            self._held = self._held.rstrip("\n")  # the newline before a call is the template's
+            self._held = self._held.rstrip("\n")  # the newline before a call comes from the template
             pieces = self._release(final=True) if self._call is None else [self._end_call(is_complete=False)]
             self._call = bytearray()
             self._note(scores)
@@ -142,7 +142,7 @@ class TextStream:
     def _end_call(self, *, is_complete: bool) -> Piece:
         assert self._call is not None
         body, self._call = self._call.decode("utf-8", "replace"), None
-        self._at_start = True  # the newline behind it is the template's, too
+        self._at_start = True  # so does the newline after it
         text = TOOL_CALL + body + (TOOL_CALL_END if is_complete else "")
         found = parse_call(body, self._tools) if is_complete else "The tool call was not finished."
         logprobs = tuple(scores for _, scores in self._scored)
@@ -160,7 +160,7 @@ class TextStream:
         return [Piece(text, self._kind, (*taken,), n_tokens=self._n_fed)] if text or taken else []
 
     def _releasable(self, final: bool) -> str:
-        """Take what can be shown out of what is held."""
+        """Remove and return what can be shown of the text held back."""
         if final:
             self._utf8.reset()
         text, self._held = self._held, ""
@@ -169,7 +169,7 @@ class TextStream:
         if self._kind == "answer" or self._stop_in_reasoning:
             text = self._cut_at_stop(text, final)
         if self._kind == "reasoning":
-            # The newline before </think> is the template's, not the model's thought.
+            # The newline before </think> comes from the template, not from the model.
             shown = text.rstrip("\n")
             if not final and not self.stopped:
                 self._held = text[len(shown) :] + self._held
@@ -181,12 +181,12 @@ class TextStream:
         return text
 
     def _cut_at_stop(self, text: str, final: bool) -> str:
-        """Cut at the first stop string, and hold back a tail that may become one."""
+        """Cut at the first stop string; hold back a tail that may become one."""
         found = [(at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             at, self.stop_string = min(found, key=lambda item: item[0])
             self.stopped = True
-            self._held = text[at:]  # for ever
+            self._held = text[at:]  # forever
             return text[:at]
         if not final:
             longest = max((_overlap(text, stop) for stop in self._stop), default=0)
@@ -196,7 +196,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
+    """Length of the longest end of `text` that `stop` starts with."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:n]):
             return n
@@ -204,10 +204,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class RepetitionDetector:
-    """Notices an answer that has begun to go in circles.
+    """Detects an answer that repeats itself.
 
-    A circle is a run of tokens that repeats what stood `period` tokens before, over at least `LEAST_SPAN` tokens and
-    `LEAST_TURNS` periods: more than rows of a table or a drawn line ask for.
+    A loop is a run of tokens that equal those `period` tokens before, over at least `LEAST_SPAN` tokens and
+    `LEAST_TURNS` periods: more than rows of a table or a drawn line need.
     """
 
     LONGEST_PERIOD = 64
@@ -218,7 +218,7 @@ class RepetitionDetector:
         self._runs = [0] * (self.LONGEST_PERIOD + 1)
 
     def feed(self, token_id: int) -> bool:
-        """Take in a token; whether it closes a circle."""
+        """Add a token; returns whether it completes a loop."""
         ids, runs = self._ids, self._runs
         ids.append(token_id)
         for period in range(1, min(self.LONGEST_PERIOD, len(ids) - 1) + 1):

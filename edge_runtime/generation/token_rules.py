@@ -1,7 +1,7 @@
-"""Which tokens an answer may consist of, and which end it, apart from what the model and its template say.
+"""Which tokens an answer may contain, and which end it, beyond what the model and its template define.
 
-What enters: the options of one request. What leaves: for every place the token ids among which is chosen. Knows
-nothing of text. The words are vLLM's.
+Input: the options of one request. Output: the token ids that may come next. Knows nothing of text. The names are
+vLLM's.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class TokenRules:
-    """Rules of one request, made by `GenerationOptions.token_rules`."""
+    """Rules of one request, built by `GenerationOptions.token_rules`."""
 
     stop_ids: frozenset[int] = frozenset()
     """Tokens that end the answer, besides the model's own; they are not part of it."""
     min_tokens: int = 0
-    """Tokens before which nothing ends the answer."""
+    """Number of tokens before which nothing ends the answer."""
     ignore_eos: bool = False
     """Whether the model's own end tokens are never chosen."""
     allowed: tuple[int, ...] | None = None
     """The only tokens that may be chosen."""
 
     def candidates(self, n_tokens: int, n_rows: int, ends: frozenset[int]) -> npt.NDArray[np.int64] | None:
-        """Token ids among which the next token is chosen: ndarray [shape=(n,), int64]; None: all.
+        """Token ids that may be chosen next: ndarray [shape=(n,), int64]; None: all.
 
         Parameters
         ----------
-        n_tokens : tokens that the answer has.
-        n_rows : rows of the logits.
+        n_tokens : tokens in the answer so far.
+        n_rows : number of logits.
         ends : the model's end tokens.
         """
         shut = ends if self.ignore_eos else frozenset()

@@ -1,11 +1,11 @@
-"""Matrix products and layer norms of the vision part, in one of two arithmetics behind one interface.
+"""Matrix products and layer norms of the vision part, in one of two arithmetics with the same interface.
 
 `FloatArithmetic` is the official one: float32 weights and activations (on AMX as three bfloat16 each, which loses
 nothing). `Int8Arithmetic` stores weights as int8 (one scale per output) and quantises activations row by row, with
 int32 sums, and attends in bfloat16 or int16 where that is faster; layer norm, softmax and the residual stream stay
-float32. A layer norm's gain and bias are folded into the products that follow it before those are quantised: channels
-that a gain makes fifty times larger than the rest would otherwise take their row's whole range. For products that no
-norm precedes, calibration finds factors to the same end (see `calibration`).
+float32. A layer norm's gain and bias are folded into the products after it before those are quantised: otherwise
+channels that a gain makes fifty times larger than the rest would use up their row's range. For products without a
+norm before them, calibration finds factors to the same end (see `calibration`).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 def check_instruction_set() -> None:
-    """Tell early, and in our words, that EDGE_RUNTIME_ISA asks for what this machine does not have.
+    """Report early, and in our words, that EDGE_RUNTIME_ISA asks for what this machine does not have.
 
     Raises
     ------
     BackendUnavailable
-        Naming what is possible.
+        Listing what is possible.
     """
     from edge_kernels.machine import isa
 
@@ -47,7 +47,7 @@ def check_instruction_set() -> None:
 
 
 def bytes_per_weight(*, exact: bool) -> int:
-    """What a weight takes once it is packed, at most."""
+    """Maximum bytes per packed weight."""
     if not exact:
         return 1
     from edge_kernels.linear.dispatch import BYTES_PER_WEIGHT
@@ -64,28 +64,28 @@ class Affine:
 
 
 Norm = Callable[[Float32], "Rows"]
-"""Layer norm: rows [M, E] → rows that a product of the same arithmetic takes."""
+"""Layer norm: rows [M, E] → rows for a product of the same arithmetic."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file has of one product."""
+    """Everything a file has for one product."""
 
     weight: Float32
     """ndarray [shape=(N, K), float32]"""
     bias: Float32 | None = None
     """ndarray [shape=(N,), float32]"""
     name: str = ""
-    """Of the tensors; what calibration has found is told by it."""
+    """Name of the tensors, which is also the key to calibration findings."""
 
 
 class Product(Protocol):
-    """y = x Wᵀ + b: rows [M, K] → ndarray [shape=(M, N), float32]; then tanh-GELU or a residual, where asked for."""
+    """y = x Wᵀ + b: rows [M, K] → ndarray [shape=(M, N), float32]; then tanh-GELU or a residual, if requested."""
 
     def __call__(
         self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None
     ) -> Float32:
-        """Multiply, into `out` where there is one; it may be the residual."""
+        """Multiply, into `out` if given; it may be the residual."""
         ...
 
 
@@ -97,22 +97,22 @@ Mlp = Callable[["Rows", Float32], Float32]
 
 
 class Arithmetic(Protocol):
-    """Makes products and norms."""
+    """Builds products and norms."""
 
     def product(self, weights: Weights, after: Affine | None = None) -> Product:
-        """Pack a product; `after` is the layer norm whose `norm` makes its input."""
+        """Pack a product; `after` is the layer norm whose `norm` computes its input."""
         ...
 
     def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
-        """Pack the two products of an MLP; `after` is the layer norm whose `norm` makes its input."""
+        """Pack the two products of an MLP; `after` is the layer norm whose `norm` computes its input."""
         ...
 
     def self_attention(self, qkv: Weights, heads: int, scale: float, after: Affine) -> SelfAttention:
-        """Pack the product that makes queries, keys and values, for rows that attend to those of their sequence."""
+        """Pack the product for queries, keys and values; rows attend to the rows of their own sequence."""
         ...
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
-        """Make the layer norm that precedes products made with `after=affine`."""
+        """Build the layer norm for products packed with `after=affine`."""
         ...
 
     def attention(
@@ -131,7 +131,7 @@ class Arithmetic(Protocol):
 
         Parameters
         ----------
-        fine_scores : the last digits of the scores matter.
+        fine_scores : whether the last digits of the scores matter.
         """
         ...
 
@@ -142,7 +142,7 @@ class FloatArithmetic:
     _space: Float32 | None = None
 
     def product(self, weights: Weights, after: Affine | None = None) -> Product:
-        """Pack a product; the norm before it is complete in itself, and nothing is rounded."""
+        """Pack a product; the norm before it applies its own gain and bias, and nothing is rounded."""
         from edge_kernels.linear.dispatch import pack_float_weight
 
         return _FloatProduct(pack_float_weight(weights.weight), weights.bias)
@@ -163,13 +163,13 @@ class FloatArithmetic:
         return run
 
     def _workspace(self, shape: tuple[int, int]) -> Float32:
-        """Memory that is overwritten at the next call: fresh memory is dearer than what fills it."""
+        """Memory that the next call overwrites: fresh memory costs more than filling it."""
         if self._space is None or self._space.shape != shape:
             self._space = np.empty(shape, np.float32)
         return self._space
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
-        """Make a layer norm."""
+        """Build a layer norm."""
         from edge_kernels.rows.norm import layer_norm
 
         return lambda x: layer_norm(x, affine.gain, affine.bias, epsilon)
@@ -212,7 +212,7 @@ class Int8Arithmetic(FloatArithmetic):
         return _Int8Product(pack_weight_int8(weight, factor=smooth), bias, factor)
 
     def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
-        """Pack two products; what passes between them is quantised where it is made, and never there in float32."""
+        """Pack two products; values between them are quantised where they are computed, never stored in float32."""
         from edge_kernels.linear.int8 import linear_int8, linear_int8_quantized, pack_weight_int8
 
         if second.name in self._calibration.in_float:
@@ -223,14 +223,14 @@ class Int8Arithmetic(FloatArithmetic):
         factor = None if smooth is None else np.float32(1) / smooth
         weight2, bias2 = pack_weight_int8(second.weight, factor=smooth, in_groups=True), second.bias
 
-        def run(x: Rows, residual: Float32) -> Float32:  # must not keep `second`: its weight is float32
+        def run(x: Rows, residual: Float32) -> Float32:  # must not hold on to `second`: its weight is float32
             grown = linear_int8_quantized(x, fc1.weight, fc1.bias, gelu=True, factor=factor)
             return linear_int8(grown, weight2, bias2, residual=residual, out=residual)
 
         return run
 
     def self_attention(self, qkv: Weights, heads: int, scale: float, after: Affine) -> SelfAttention:
-        """Pack the product; on AMX it is one with the attention, and what passes between them stays in the cache."""
+        """Pack the product; on AMX it is fused with the attention, and values between them stay in the cache."""
         from edge_kernels.attention import bf16 as attention_bf16
 
         if not attention_bf16.IS_POSSIBLE:
@@ -246,7 +246,7 @@ class Int8Arithmetic(FloatArithmetic):
         return run
 
     def norm(self, affine: Affine, epsilon: float) -> Norm:
-        """Make a layer norm without gain and bias, quantised in the same pass; once for all products that read it."""
+        """Build a layer norm without gain and bias, quantised in the same pass; once for all products after it."""
         from edge_kernels.linear.int8_rows import layer_norm_quantized
 
         return lambda x: layer_norm_quantized(x, epsilon)
@@ -275,8 +275,8 @@ class Int8Arithmetic(FloatArithmetic):
 
 
 def _folded_bias(weights: Weights, after: Affine) -> Float32:
-    """Bias with what the norm's bias amounts to behind the product."""
-    # Not BLAS: its threads would spin on beside ours.
+    """Bias of the product plus what the norm's bias adds to its result."""
+    # Not BLAS: its threads would keep spinning beside ours.
     moved: Float32 = np.einsum("nk,k->n", weights.weight, after.bias)
     return moved if weights.bias is None else weights.bias + moved
 
@@ -300,7 +300,7 @@ class _Int8Product:
     weight: PackedInt8Weight
     bias: Float32 | None
     factor: Float32 | None = None
-    """On the columns of the input."""
+    """Applied to the columns of the input."""
 
     def __call__(
         self, x: Rows, *, gelu: bool = False, residual: Float32 | None = None, out: Float32 | None = None

@@ -1,13 +1,13 @@
-"""What `edge-runtime convert --calibrate` has found out about a vision file, kept in that file.
+"""What `edge-runtime convert --calibrate` found out about a vision file, stored in that file.
 
-Products that a layer norm precedes are rounded well without help (see `products`). The inputs of the others, behind
+Products that follow a layer norm are rounded well without help (see `arithmetic`). The inputs of the others, after
 attention and GELU, can have columns a hundred times larger than the rest. For each such product a file may carry
 
-    edge_runtime.smooth.NAME       tensor [K], float32: what the columns of the input are divided by before they are
-                                   rounded, and those of the weight multiplied by; the product stays what it is
+    edge_runtime.smooth.NAME       tensor [K], float32: factors that the columns of the input are divided by before
+                                   rounding, and those of the weight multiplied by; the product stays the same
     edge_runtime.float_products    key, names of the products that lose too much in int8 even so
 
-The weights themselves are as without calibration, and llama.cpp passes over both.
+The weights themselves are the same as without calibration, and llama.cpp ignores both.
 Source of the factors: Xiao et al., "SmoothQuant" (2022).
 """
 
@@ -30,17 +30,17 @@ class Calibration:
     """Findings by product name, such as "v.blk.3.attn_out"."""
 
     smooth: Mapping[str, Float32] = field(default_factory=dict)
-    """Product → ndarray [shape=(K,), float32], positive."""
+    """ndarray [shape=(K,), float32], positive, by product."""
     in_float: frozenset[str] = frozenset()
 
 
 def read_calibration(file: GGUFFile) -> Calibration:
-    """Findings that a file carries; none is the usual case.
+    """Read a file's findings; usually there are none.
 
     Raises
     ------
     ModelFileError
-        When a product is unknown, or factors do not fit it or are not positive.
+        When a product is unknown, or its factors have the wrong shape or are not positive.
     """
     in_float = frozenset(file.strings(KEY_FLOAT_PRODUCTS) if KEY_FLOAT_PRODUCTS in file.metadata else ())
     smooth = {}

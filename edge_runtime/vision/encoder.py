@@ -1,6 +1,6 @@
 """Slices → visual tokens: tower and resampler of one mmproj file, in batches of bounded size.
 
-The numba kernels underneath run parallel code, which one Python thread at a time may enter; the engine's thread does.
+The numba kernels run parallel code, which only one Python thread at a time may enter; that is the engine's thread.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class ImageEncoder:
 
     Parameters
     ----------
-    exact : compute in float32 as officially, not in int8.
+    exact : compute in float32, as the official code does, not in int8.
 
     Raises
     ------
     ModelFileError
-        When the file is damaged or of another model.
+        When the file is damaged or belongs to another model.
     """
 
     def __init__(self, path: str | Path, *, exact: bool) -> None:
         self.file = GGUFFile(path)
         check_mmproj(self.file)
         for name in self.file.tensors:
-            self.file.rows(name, slice(0, 1))  # a type that cannot be read is told now, not at the first picture
+            self.file.rows(name, slice(0, 1))  # an unreadable type is reported now, not at the first picture
         self.slicing = slicing_config(self.file)
         vision = vision_config(self.file)
         arithmetic: Arithmetic = FloatArithmetic() if exact else Int8Arithmetic(read_calibration(self.file))
@@ -56,11 +56,11 @@ class ImageEncoder:
 
     @property
     def hidden(self) -> int:
-        """Width of a visual token, which must be the decoder's."""
+        """Width of a visual token, which must equal the decoder's."""
         return self.resampler.config.hidden
 
     def unload(self) -> None:
-        """Drop all weights; the next picture reads them again."""
+        """Drop all weights; the next picture loads them again."""
         self.tower.unload()
         self.resampler.unload()
 
@@ -69,12 +69,12 @@ class ImageEncoder:
         self.resampler.release_idle_memory()
 
     def encode(self, groups: Sequence[Group], on_layer: OnLayer = no_report) -> list[Float32]:
-        """Visual tokens of each group.
+        """Compute the visual tokens of each group.
 
         Parameters
         ----------
-        on_layer : called between the tower's layers with (done, total) of a batch, on this thread; what it raises
-            ends the encoding.
+        on_layer : called between the tower's layers with (done, total) of a batch, on this thread; an exception from
+            it ends the encoding.
 
         Returns
         -------
@@ -88,7 +88,7 @@ class ImageEncoder:
             tokens += self.resampler.resample(
                 [[GroupItem(next(features), item.tgt_size, time) for item, time in group] for group in batch]
             )
-        self.file.release_pages()  # the resampler's, too: what is packed would count twice while the decoder works
+        self.file.release_pages()  # the resampler's, too: packed weights would count twice while the decoder works
         return tokens
 
     def _features(self, slices: Sequence[Slice], on_layer: OnLayer) -> list[Float32]:

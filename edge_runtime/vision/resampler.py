@@ -1,10 +1,10 @@
 """Patch features → visual tokens: the 3D resampler, one cross-attention of learned queries.
 
-A group is what one set of queries looks at: a single slice, or the same slice of several video frames. Positions in
-the picture and in time are added to what keys are made of; values have none. Wk (x + position) is computed as
-Wk x + Wk position, and the second term always in float32 from the file's own weights: it is a small product, the same
-for all slices of a size, and the queries tell places and times apart by its last digits. The content alone is left to
-the arithmetic of the products.
+A group is what one set of queries attends to: a single slice, or the same slice of several video frames. Keys
+include positions in the picture and in time; values do not. Wk (x + position) is computed as Wk x + Wk position, the
+second term always in float32 from the file's own weights: it is a small product, the same for all slices of a size,
+and its last digits are what lets the queries distinguish places and times. Only the content uses the arithmetic of
+the products.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def time_embedding(dim: int, temporal_id: int) -> Float32:
 
 @dataclass(frozen=True)
 class GroupItem:
-    """One slice inside a group."""
+    """One slice of a group."""
 
     features: Float32
     """ndarray [shape=(P, width), float32] from the vision tower"""
@@ -56,14 +56,14 @@ class GroupItem:
 
 
 class PositionKeys:
-    """Wk times the embeddings of places and times, in float32; kept, since all slices of a size share them.
+    """Wk times the embeddings of places and times, in float32; cached, since all slices of a size share them.
 
     Parameters
     ----------
-    weight : reads Wk, ndarray [shape=(hidden, hidden), float32].
+    weight : returns Wk, ndarray [shape=(hidden, hidden), float32].
     """
 
-    MOST_TIMES = 1024  # kept at once; 16 MB at full size
+    MOST_TIMES = 1024  # cached at once; 16 MB at full size
 
     def __init__(self, weight: Callable[[], Float32], hidden: int) -> None:
         self._weight, self._hidden = weight, hidden
@@ -74,7 +74,7 @@ class PositionKeys:
     def of(self, items: Sequence[GroupItem]) -> Float32:
         """Keys of the positions of all patches of all items: ndarray [shape=(P, hidden), float32]."""
         wanted = [(item.tgt_size, item.temporal_id) for item in items]
-        if wanted == self._last[0]:  # cells of a picture have one size
+        if wanted == self._last[0]:  # usual: all cells of a picture have one size
             return self._last[1]
         side = max(max(item.tgt_size) for item in items)
         times = {item.temporal_id for item in items}
@@ -99,7 +99,7 @@ class PositionKeys:
             return FloatArithmetic().product(Weights(weight[:, columns]))(embeddings)
 
         if side > len(self._rows):
-            places = sine(half, np.arange(side))  # the first half of an embedding tells the column
+            places = sine(half, np.arange(side))  # the first half of an embedding encodes the column
             self._columns, self._rows = project(places, slice(half)), project(places, slice(half, None))
         if len(self._times | dict.fromkeys(times)) > self.MOST_TIMES:
             self._times = {STILL: self._times[STILL]}
@@ -120,11 +120,11 @@ class _Weights:
     norm_post: Norm
     projection: Product
     queries: Float32
-    """Queries normed and multiplied by Wq already: they are the same for every group."""
+    """Queries, already normed and multiplied by Wq: they are the same for every group."""
 
 
 class Resampler:
-    """The resampler of one file; weights are read at the first picture.
+    """The resampler of one file; weights are loaded at the first picture.
 
     Parameters
     ----------
@@ -171,11 +171,11 @@ class Resampler:
         )
 
     def load(self) -> None:
-        """Read and pack all weights now rather than at the first picture."""
+        """Read and pack all weights now instead of at the first picture."""
         _ = self._weights
 
     def unload(self) -> None:
-        """Drop the weights; the next picture reads them again."""
+        """Drop the weights; the next picture loads them again."""
         self.__dict__.pop("_weights", None)
 
     def release_idle_memory(self) -> None:
@@ -183,7 +183,7 @@ class Resampler:
         self._position_keys.forget()
 
     def resample(self, groups: Sequence[Sequence[GroupItem]]) -> list[Float32]:
-        """Visual tokens of each group.
+        """Compute the visual tokens of each group.
 
         Returns
         -------

@@ -1,6 +1,6 @@
-"""Sine embeddings of the resampler: positions enter, float32 tables leave, the same bits on every machine.
+"""Sine embeddings of the resampler: float32 tables for positions, with the same bits on every machine.
 
-The official tables are NumPy float32 throughout, and NumPy's float32 `power` is another function on every kind of
+The official tables are NumPy float32 throughout, and NumPy's float32 `power` is a different function on every kind of
 processor: with AVX-512 it is Intel's SVML, elsewhere the C library, and they differ in the last bit of one
 frequency in five. A phase is position times frequency, so that bit grows to 1e-5 at position 100 and 5e-3 at time
 72,000. The tables here are those of an AVX-512 machine (where the official code was checked), computed with
@@ -19,7 +19,7 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-# log2(10000) as the pair of float32 that SVML's logarithm arrives at; their sum is off by 2e-12.
+# log2(10000) as the pair of float32 that SVML's logarithm returns; their sum is off by 2e-12.
 _LOG_HIGH, _LOG_LOW = float.fromhex("0x1.a934fp+3"), float.fromhex("0x1.2f35p-22")
 # Its cubic for (2**r - 1) / r on 0 <= r < 1/16.
 _C1, _C2, _C3 = float.fromhex("0x1.62e444p-1"), float.fromhex("0x1.ebe2d8p-3"), float.fromhex("0x1.d0a996p-5")
@@ -33,7 +33,7 @@ def sine(dim: int, positions: npt.ArrayLike) -> Float32:
     dim : an even number.
     positions : n numbers >= 0; columns, rows, or times in units of 0.1 s.
     """
-    # The phase is rounded to float32 as officially; its sine is not left to a float32 library function.
+    # The phase is rounded to float32 as in the official code; its sine does not use a float32 library function.
     phase = (np.asarray(positions, np.float32)[:, None] * frequencies(dim // 2)).astype(np.float64)
     table: Float32 = np.concatenate([np.sin(phase), np.cos(phase)], axis=1).astype(np.float32)
     return table

@@ -1,8 +1,8 @@
 """Slices → patch features: the SigLIP2 tower of an mmproj file, run by `edge_kernels`.
 
-All slices are concatenated along the rows, so every matrix product is one product whatever the shapes; attention
-alone works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU. Which arithmetic the
-products have is decided by who makes the tower (see `products`); everything between them is float32.
+All slices are concatenated along the rows, so every matrix product is one product whatever the shapes; only attention
+works slice by slice. Pre-norm layers, no class token, no causal mask, tanh-GELU. The caller chooses the
+arithmetic of the products (see `arithmetic`); everything between them is float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 OnLayer = Callable[[int, int], None]
-"""Told how many layers are done, and of how many."""
+"""Called with the number of finished layers and the total."""
 
 
 def no_report(done: int, total: int) -> None:
@@ -40,7 +40,7 @@ def position_buckets(n: int, side: int) -> npt.NDArray[np.int64]:
 
     Mathematically floor(side * i / n). The official code computes i/n in float32 with torch.arange and counts the
     edges (k+1)/side below it, which gives one less at exact multiples for some n (25 among them, a common
-    overview). The form below repeats torch's arithmetic: vectors of 8 whose base is rounded to float32.
+    overview). The code below repeats torch's arithmetic: vectors of 8 whose base is rounded to float32.
     """
     edges = (1 / side + np.arange(side - 1) * (1 / side)).astype(np.float32)
     step = float(np.float32(1 / n))
@@ -66,7 +66,7 @@ class _Layer:
 
     norm1: Norm
     attend: SelfAttention
-    """Queries, keys and values side by side: one pass over the rows instead of three."""
+    """Queries, keys and values in one product: one pass over the rows instead of three."""
     out: Product
     norm2: Norm
     mlp: Mlp
@@ -86,7 +86,7 @@ class VisionTower:
         self._check_tensors()
 
     def _check_tensors(self) -> None:
-        """Hold every tensor's shape against the configuration while nothing is loaded yet."""
+        """Check every tensor's shape against the configuration before anything is loaded."""
         width, mlp, patch, file = self.config.width, self.config.mlp, self._patch, self._file
         file.tensor("v.patch_embd.weight", (width, 3, patch, patch))
         file.tensor("v.patch_embd.bias", (width,))
@@ -112,7 +112,7 @@ class VisionTower:
         return (down, up) if swapped else (up, down)
 
     def _weights(self, *names: str) -> Weights:
-        """Of a product whose outputs are those of all `names`, one after the other."""
+        """Weights of a product whose outputs are those of all `names`, one after the other."""
         parts = [[self._file.array(f"{name}.{part}") for name in names] for part in ("weight", "bias")]
         weight, bias = (found[0] if len(names) == 1 else np.concatenate(found) for found in parts)
         return Weights(weight, bias, names[0])
@@ -122,11 +122,11 @@ class VisionTower:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether weights of layers are in memory."""
+        """Whether layer weights are in memory."""
         return bool(self._loaded)
 
     def layers(self, on_layer: OnLayer = no_report) -> Iterator[_Layer]:
-        """Layers in order, read and packed when they are first needed."""
+        """Layers in order, read and packed when first needed."""
         for n in range(self.config.layers):
             on_layer(n, self.config.layers)
             if n == len(self._loaded):
@@ -161,11 +161,11 @@ class VisionTower:
         return self._affine("v.post_ln")
 
     def load(self) -> None:
-        """Read and pack all weights now rather than at the first picture."""
+        """Read and pack all weights now instead of at the first picture."""
         _ = self._embedding, list(self.layers()), self._post_norm
 
     def unload(self) -> None:
-        """Drop all weights; the next picture reads them again."""
+        """Drop all weights; the next picture loads them again."""
         self._loaded = []
         for name in ("_embedding", "_post_norm"):
             self.__dict__.pop(name, None)
@@ -175,8 +175,8 @@ class VisionTower:
 
         Parameters
         ----------
-        on_layer : called before every layer and after the last with (layers that are done, layers), on this thread;
-            what it raises ends the encoding.
+        on_layer : called before every layer and after the last with (finished layers, layers), on this thread; an
+            exception from it ends the encoding.
 
         Returns
         -------
@@ -195,7 +195,7 @@ class VisionTower:
         ids = np.concatenate([position_ids(*s.tgt_size, config.position_side) for s in slices])
         pixels = np.concatenate([s.patches.reshape(s.n_patches, -1) for s in slices])
 
-        # Learned positions stay in the file: of 4,900 a slice needs a fifth.
+        # Learned positions stay in the file: a slice needs a fifth of the 4,900.
         positions = self._file.rows("v.position_embd.weight", ids)
         x = patch_embed(pixels, kernel, bias, positions, np.arange(len(ids)))  # (P, width), P over all slices
         for layer in self.layers(on_layer):
