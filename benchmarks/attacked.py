@@ -1,14 +1,14 @@
-"""Clients with pictures on a server that another client attacks: what the others notice of it.
+"""Clients with pictures on a server that another client attacks: what the others notice.
 
     python benchmarks/attacked.py --minutes 5 [--clients 50] [--attackers 8] [--json FILE]
 
-The same load as of `load.py`, on one server, for a while in peace and for as long under attack. The attacker has an
-address of its own (127.0.0.2) and asks as many things at a time as there are attackers: pages and pictures that take
-for ever to decode, some of them left after a second, pictures and animations as large as is allowed, damaged files,
-megabytes of text, deep JSON, schemas that are hard to compile, heads and bodies that never end.
+The load of `load.py` on one server, for a while in peace and for as long under attack. The attacker has an address of
+its own (127.0.0.2) and sends `--attackers` requests at a time: pages and pictures that take for ever to decode, some
+abandoned after a second, pictures and animations as large as allowed, damaged files, megabytes of text, deep JSON,
+schemas that are hard to compile, heads and bodies that never end.
 
-What is held against the server: no client in peace or under attack sees an error, and the 95th percentile of the time
-to the first token at most doubles. Exit code 1 when it does not hold. One JSON object is the last line.
+The server passes if no client sees an error, in peace or under attack, and the 95th percentile of the time to the
+first token at most doubles; otherwise the exit code is 1. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from edge_runtime.cli.info import describe_machine
 ADDRESS = "127.0.0.2"
 MOST_SLOWER = 2.0
 PATIENCE_S = 20.0
-"""After which the attacker leaves, and tries the next thing."""
+"""Time after which the attacker gives up and tries the next attack."""
 Attack = Callable[[httpx2.AsyncClient, random.Random], Awaitable[int]]
-"""Sends something, returns the status that came."""
+"""Sends something, returns the status of the reply."""
 
 
 def endless_pdf() -> bytes:
@@ -62,7 +62,7 @@ def endless_pdf() -> bytes:
 
 
 def many_scans() -> bytes:
-    """A progressive JPEG whose last scan is there four hundred times."""
+    """A progressive JPEG whose last scan is repeated four hundred times."""
     data = io.BytesIO()
     Image.new("L", (8000, 7900)).save(data, "JPEG", progressive=True, quality=10)
     whole = data.getvalue()
@@ -77,14 +77,14 @@ def many_frames() -> bytes:
 
 
 def largest(kind: str) -> bytes:
-    """A picture of as many pixels as are allowed, all of one colour."""
+    """A picture of one colour with as many pixels as allowed."""
     data = io.BytesIO()
     Image.new("RGB", (8000, 8000)).save(data, kind)
     return data.getvalue()
 
 
 def made() -> dict[str, bytes]:
-    """Files, made once."""
+    """The attackers' files, made once."""
     return {
         "endless page": endless_pdf(),
         "many scans": many_scans(),
@@ -113,7 +113,7 @@ async def _post(client: httpx2.AsyncClient, body: Any, timeout_s: float = PATIEN
 
 
 def attacks(files: dict[str, bytes], host: str, port: int) -> dict[str, Attack]:
-    """Everything that is tried, by name."""
+    """All attacks, by name."""
 
     def sent(name: str, kind: str = "image_url", timeout_s: float = PATIENCE_S) -> Attack:
         body = json.dumps(_chat(_file(files[name], kind))).encode()
@@ -172,7 +172,7 @@ def attacks(files: dict[str, bytes], host: str, port: int) -> dict[str, Attack]:
 async def _attack(
     url: str, tried: dict[str, Attack], n: int, goes_on: Callable[[], bool], seen: Counter[str]
 ) -> None:
-    """One client's attacks, so many at a time."""
+    """Run one client's attacks, several at a time."""
     transport = httpx2.AsyncHTTPTransport(local_address=ADDRESS, limits=httpx2.Limits(max_connections=n))
 
     async def one(number: int, client: httpx2.AsyncClient) -> None:
@@ -195,11 +195,11 @@ async def _attack(
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Load in peace, then under attack.
+    """Measure the load in peace, then under attack.
 
     Returns
     -------
-    facts : `passed` tells whether it held.
+    facts : `passed` says whether the server passed.
     """
     files = made()
     peace, war, seen = Tally(), Tally(), Counter[str]()

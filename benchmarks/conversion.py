@@ -1,14 +1,14 @@
-"""Time and peak memory of a checkpoint's conversion, beside llama.cpp's scripts and quantizer in the same run.
+"""Time and peak memory of converting a checkpoint, against llama.cpp's scripts and quantizer in the same run.
 
     python benchmarks/make_checkpoint.py build/random --gb 17.4
     python benchmarks/conversion.py build/random [--reference build/reference] [--type q4_k_m] [--json FILE]
 
-First `edge-runtime convert`, then, where `make reference` has brought them, llama.cpp's convert_hf_to_gguf.py (its
-own choice of type: bfloat16 stays bfloat16), llama-quantize, and its script for the vision part, which writes float16
-at best. What its scripts need beforehand is not counted: the vision tensors in files of their own, which
-`minicpmv-surgery.py` makes out of the official model class. Before each side the checkpoint is dropped from the page
-cache. Files of one side are removed before the other begins, so the disk must hold the checkpoint and, for its own
-size again, the peer's intermediate file. Tensors of both decoders are compared by their digests.
+First `edge-runtime convert`, then, if `make reference` has installed them, llama.cpp's convert_hf_to_gguf.py (its own
+choice of type: bfloat16 stays bfloat16), llama-quantize, and its script for the vision part, which writes float16 at
+best. What its scripts need beforehand is not counted: the vision tensors in separate files, which
+`minicpmv-surgery.py` makes from the official model class. Before each side the checkpoint is dropped from the page
+cache. One side's files are deleted before the other starts, so the disk must hold the checkpoint and the peer's
+intermediate file, which is as large again. Tensors of both decoders are compared by digest.
 
 Memory is summed over a process and its children every 20 ms (see `harness/memory.py`). The last line is one JSON
 object.
@@ -48,10 +48,10 @@ DECODER_KEYS = (
 
 
 def forget_pages(folder: Path) -> None:
-    """Have the kernel drop what it caches of a folder's files, where it can be asked to."""
+    """Have the kernel drop a folder's files from its page cache, where the system allows it."""
     if not hasattr(os, "posix_fadvise"):
         return
-    os.sync()  # pages that are not written yet cannot be dropped
+    os.sync()  # dirty pages cannot be dropped
     for path in folder.glob("*.safetensors"):
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -61,7 +61,7 @@ def forget_pages(folder: Path) -> None:
 
 
 def digests(path: Path) -> dict[str, str]:
-    """Tensor to a digest of its type and bytes."""
+    """Tensor → digest of its type and bytes."""
     file = GGUFFile(path)
     return {
         name: hashlib.blake2b(file.blocks(name).tobytes(), digest_size=16, person=b"%d" % int(info.type)).hexdigest()
@@ -77,12 +77,12 @@ def ours(checkpoint: Path, folder: Path, options: argparse.Namespace) -> list[tu
 
 
 def decoder_folder(checkpoint: Path, folder: Path) -> Path:
-    """The decoder as Qwen3ForCausalLM: the checkpoint's own shards by links, and settings that say so."""
+    """The decoder as Qwen3ForCausalLM: links to the checkpoint's own shards, and settings to match."""
     folder.mkdir(parents=True)
     for path in checkpoint.iterdir():
         if path.name.startswith("model") or (path.suffix in (".json", ".txt") and path.name not in REWRITTEN):
             (folder / path.name).symlink_to(path.resolve())
-    # The official class is the Qwen2 one with names for its tokens; where there is no tokenizer.json, that must load.
+    # The official class is Qwen2's with names for its tokens; without a tokenizer.json, Qwen2's must load.
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text("utf-8"))
     settings = {name: value for name, value in settings.items() if name != "auto_map"}
     settings["tokenizer_class"] = "Qwen2Tokenizer"
@@ -95,7 +95,7 @@ def decoder_folder(checkpoint: Path, folder: Path) -> Path:
 
 
 def theirs(checkpoint: Path, folder: Path, options: argparse.Namespace) -> list[tuple[str, Memory, float]]:
-    """Convert with llama.cpp's scripts and quantizer, step by step; what comes between is deleted."""
+    """Convert with llama.cpp's scripts and quantizer, step by step; intermediate files are deleted."""
     reference = options.reference.absolute()
     llama_cpp, python = reference / "llama.cpp", reference / "venv" / "bin" / "python"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -118,7 +118,7 @@ def theirs(checkpoint: Path, folder: Path, options: argparse.Namespace) -> list[
 
 
 def run(side: Callable[..., list[tuple[str, Memory, float]]], options: argparse.Namespace) -> dict[str, Any]:
-    """Convert with one side in a folder that is deleted afterwards; return what it took and what came out."""
+    """Convert with one side in a folder that is deleted afterwards; return costs and results."""
     checkpoint: Path = options.checkpoint
     work: Path = options.work or checkpoint.resolve().parent
     forget_pages(checkpoint)

@@ -1,11 +1,11 @@
-"""What a generated token costs besides llama.cpp's own work, how fast loading is, and llama-bench's rate beside ours.
+"""What a token costs outside llama.cpp, how fast loading is, and llama-bench's rate beside ours.
 
     python benchmarks/decode.py MODEL [--llama-bench FILE] [--tokens 64] [--repeats 3] [--json FILE]
 
-- Load to ready: new processes, the files in the page cache, `Model.load` alone (imports are told apart).
+- Load to ready: new processes, files in the page cache, `Model.load` alone (imports are reported separately).
 - Per token: wall time between two calls of llama_decode (sampling with the default settings, detokenising, planning,
-  handing over), and inside them, both taken in one process while it answers; the share is of both together.
-- llama-bench generates as many tokens in turns with that, with as many threads and weights not repacked, as ours.
+  handing over), and inside them, both measured in one process while it answers; the share is of their sum.
+- llama-bench generates as many tokens in turns with ours, with as many threads and, like ours, weights not repacked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def read_through(files: list[Path]) -> None:
 
 
 def loads(setup: dict[str, Any], repeats: int, log: Path) -> list[dict[str, float]]:
-    """Load in new processes; the first one is not counted."""
+    """Load in new processes; the first is not counted."""
     found = []
     for _ in range(repeats + 1):
         with Child(MODULE, setup, log) as child:
@@ -62,7 +62,7 @@ def llama_bench(program: Path, decoder: Path, n_tokens: int, threads: int) -> fl
 
 
 def generate(setup: dict[str, Any], options: argparse.Namespace, decoder: Path, log: Path) -> dict[str, Any]:
-    """Tokens of ours and of llama-bench in turns."""
+    """Generate tokens with ours and llama-bench in turns."""
     ours: list[dict[str, Any]] = []
     peer: list[float] = []
     with Child(MODULE, setup, log) as child:
@@ -77,7 +77,7 @@ def generate(setup: dict[str, Any], options: argparse.Namespace, decoder: Path, 
 
 
 def share(sample: dict[str, Any]) -> float:
-    """Per cent of a step's wall time that is outside llama_decode."""
+    """Per cent of a step's wall time spent outside llama_decode."""
     outside = sum(sample["outside_s"])
     return float(100 * outside / (outside + sum(sample["inside_s"])))
 

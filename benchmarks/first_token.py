@@ -1,13 +1,13 @@
-"""Time to the first token for a large picture, and memory: ours against llama.cpp's own program, both cold.
+"""Time to the first token for a large picture, and memory: ours against llama.cpp's program, both cold.
 
     python benchmarks/first_token.py MODEL LLAMA_MTMD_CLI [--side 1344] [--repeats 2] [--json FILE]
 
 Every sample is a new process that loads the model, reads a PNG and answers; the clock runs from the start of the
-process to its first byte on stdout. Files are in the page cache and our kernels compiled, as for anybody's second
+process to its first byte on stdout. Files are in the page cache and our kernels compiled, as for a user's second
 question of the day. Ours is `edge-runtime run` with one token; llama-mtmd-cli writes its first byte once the prompt
 is computed, just before the token. Both have the same files, threads and context, and take turns. Peak RSS is the
-kernel's own high-water mark (VmHWM). llama.cpp runs as it comes; where its repacked weights end the process, which is
-told, with --no-repack.
+kernel's own high-water mark (VmHWM). llama.cpp runs with its defaults; if its repacked weights crash the process, it
+runs with --no-repack, and the result says so.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ CONTEXT = 2048
 
 
 class Failed(Exception):  # noqa: N818 - another way may work
-    """A process that ended before it said anything."""
+    """A process that ended without output."""
 
 
 def first_word(command: list[Any], threads: int, log: Path) -> dict[str, float]:
-    """Run a command; seconds to its first byte on stdout, and its memory up to its end.
+    """Run a command; return the seconds to its first byte on stdout, and its peak memory.
 
     Raises
     ------
     Failed
-        When it says nothing; with the end of what it wrote to stderr.
+        When it prints nothing; with the end of its stderr.
     """
     with log.open("w+", encoding="utf-8", errors="replace") as errors:
         started = time.perf_counter()
@@ -74,7 +74,7 @@ def first_word(command: list[Any], threads: int, log: Path) -> dict[str, float]:
 
 
 def commands(paths: ModelPaths, options: argparse.Namespace, picture: Path) -> dict[str, list[list[Any]]]:
-    """How each side is started; the first way of each that works is taken."""
+    """Commands that start each side; the first that works is used."""
     peer = [options.llama_mtmd_cli, "-m", paths.decoder, "--mmproj", paths.mmproj, "--image", picture, "-p", QUESTION]
     peer += ["-n", 1, "-t", options.threads, "-c", CONTEXT, "--temp", 0]
     ours = [sys.executable, "-m", "edge_runtime", "run", "-m", options.model, picture, QUESTION, "--greedy"]

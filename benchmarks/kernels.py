@@ -2,11 +2,11 @@
 
     python benchmarks/kernels.py [--repeats 5] [--threads N]
 
-Each case runs both sides alternately in one process on the same number of threads. Before every sample there is a
-pause, since the threads of the other side spin for a while after their work and would take time from this one, and
-one call that is not counted (compilation, page faults, sleeping threads). The peer of `linear` is NumPy's matrix
-product (OpenBLAS sgemm) without bias and activation, which favours it; that of the others is the NumPy reference.
-The int8 product, with the quantisation of its rows, has our float32 product as a second peer, in the same turns.
+Each case runs both sides alternately in one process on the same number of threads. Before every sample come a pause,
+since the other side's threads spin for a while after their work and would take time from this one, and a call that is
+not counted (compilation, page faults, sleeping threads). The peer of `linear` is NumPy's matrix product (OpenBLAS
+sgemm) without bias and activation, which favours it; the others' peer is the NumPy reference. The int8 product,
+including the quantisation of its rows, has our float32 product as a second peer, in the same turns.
 Shapes: one slice of 1024 patches of SigLIP so400m, and the resampler with 4096 columns.
 
 The last line is one JSON object: `scenario`, `ours_s` and `peers_s` (medians, seconds, by case), and all
@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 
-PAUSE_S = 0.5  # OpenBLAS threads spin on for tenths of a second
+PAUSE_S = 0.5  # OpenBLAS threads keep spinning for tenths of a second
 
 
 def sample(run: Callable[[], Any]) -> float:
@@ -40,7 +40,7 @@ def sample(run: Callable[[], Any]) -> float:
 
 
 def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float, Callable[[], Any] | None]]:
-    """Name each case and give (ours, NumPy, operations in units of 1e9, our float32 where ours is int8)."""
+    """Case → (ours, NumPy, operations in units of 1e9, our float32 where ours is int8)."""
     import numpy as np
 
     from edge_kernels.attention.float32 import attention
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of both sides (default: physical cores allowed)")
     arguments = parser.parse_args()
     if arguments.threads is not None:
-        os.environ["OPENBLAS_NUM_THREADS"] = str(arguments.threads)  # read when NumPy is loaded: not before here
+        os.environ["OPENBLAS_NUM_THREADS"] = str(arguments.threads)  # NumPy, loaded below, reads it
 
     import numpy as np
 

@@ -1,20 +1,20 @@
-"""A server under load: whether it holds, and how much it serves beside llama-server.
+"""A server under load: whether it holds up, and its throughput beside llama-server's.
 
     python benchmarks/load.py --minutes 5 [--clients 50] [--model demo] [--json FILE]
     python benchmarks/load.py --peer LLAMA_SERVER --model FOLDER [--clients 4 8] [--requests 24] [--json FILE]
 
-The first asks the server for a while, every client one question after the other, each about another picture. What is
-held against it: no error but 429, and memory (RssAnon, less the visual tokens that are kept on purpose, up to 128 MB)
-that does not grow after the first quarter. The 95th percentile of the time to the first token is shown. Exit code 1
-when it does not hold.
+The first asks the server for a while; every client sends one question after the other, each about a new picture. The
+server passes if there is no error but 429, and memory (RssAnon, less the visual tokens that are kept on purpose, up
+to 128 MB) does not grow after the first quarter; otherwise the exit code is 1. The 95th percentile of the time to the
+first token is shown.
 
-The second asks both servers the same: pictures of 448 x 448 that nobody has seen, 16 tokens each, the same files and
-threads, streams over OpenAI's API. The servers take turns, each alone in memory, and every turn begins with requests
-that are not counted; what is told is the sum over turns. LLAMA_SERVER comes from llama-cpp-python's source
-distribution: cmake -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF, target llama-server. Where its repacked weights
-end the process (AMX in a virtual machine), --peer-options=--no-repack.
+The second asks both servers the same: new pictures of 448 x 448, 16 tokens each, the same files and threads, streams
+over OpenAI's API. The servers take turns, each alone in memory, and every turn starts with requests that are not
+counted; the result is the sum over turns. LLAMA_SERVER is built from llama-cpp-python's source distribution: cmake
+-DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF, target llama-server. If its repacked weights crash the process (AMX
+in a virtual machine), pass --peer-options=--no-repack.
 
-The clients run on the same machine and take their share of it, of both sides alike. One JSON object is the last line.
+The clients run on the same machine and take the same share of it from both sides. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ SIDE = 448  # pixels: one slice, 64 visual tokens
 MAX_TOKENS = 16
 QUESTION = "Describe this picture in detail."
 LEAST_SAMPLES, MOST_GROWTH_MB = 20, 16.0
-"""Of memory, between the medians of the second and of the last quarter; allocators of many threads breathe."""
+"""Growth between the medians of the second and the last quarter; allocators of many threads fluctuate."""
 START_S = 600.0
 TURNS = 2
 
 
 def picture(rng: random.Random) -> str:
-    """A JPEG nobody has seen, base64."""
+    """A new JPEG in base64."""
     small = Image.frombytes("RGB", (8, 8), rng.randbytes(192))
     data = io.BytesIO()
     small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG", quality=85)
@@ -65,7 +65,7 @@ def picture(rng: random.Random) -> str:
 
 @dataclass
 class Tally:
-    """What happened to requests."""
+    """Outcomes of requests."""
 
     ends: Counter[str] = field(default_factory=Counter)
     first_token_s: list[float] = field(default_factory=list)
@@ -75,11 +75,11 @@ class Tally:
 
     @property
     def done(self) -> int:
-        """Answers that came."""
+        """Number of complete answers."""
         return self.ends["ok"]
 
     def facts(self) -> dict[str, Any]:
-        """Numbers of it."""
+        """Fields for the result."""
         first = sorted(self.first_token_s)
         return {
             "ends": dict(self.ends),
@@ -94,20 +94,20 @@ class Tally:
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """A percentile; of a single value, that one."""
+    """A percentile; a single value is its own."""
     return values[0] if len(values) == 1 else quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 @dataclass
 class Watch:
-    """One request on its way."""
+    """One request in flight."""
 
     tally: Tally
     started: float = field(default_factory=time.perf_counter)
     has_first: bool = False
 
     def note_text(self, text: str | None) -> None:
-        """Note the time to the first token, once."""
+        """Record the time to the first token, once."""
         if text and not self.has_first:
             self.has_first = True
             self.tally.first_token_s.append(time.perf_counter() - self.started)
@@ -117,7 +117,7 @@ Ask = Callable[[httpx2.AsyncClient, random.Random, Tally], Awaitable[None]]
 
 
 async def ask_ollama(client: httpx2.AsyncClient, rng: random.Random, tally: Tally, *, model: str) -> None:
-    """One question over Ollama's API."""
+    """Ask one question over Ollama's API."""
     message = {"role": "user", "content": QUESTION, "images": [picture(rng)]}
     body = {"model": model, "messages": [message], "options": {"num_predict": MAX_TOKENS}}
     watch = Watch(tally)
@@ -131,7 +131,7 @@ async def ask_ollama(client: httpx2.AsyncClient, rng: random.Random, tally: Tall
 
 
 async def ask_openai(client: httpx2.AsyncClient, rng: random.Random, tally: Tally, *, model: str) -> None:
-    """One question over OpenAI's API."""
+    """Ask one question over OpenAI's API."""
     url = {"url": f"data:image/jpeg;base64,{picture(rng)}"}
     content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": QUESTION}]
     body = {
@@ -169,7 +169,7 @@ async def _lines(client: httpx2.AsyncClient, path: str, body: dict[str, Any], wa
 
 
 async def ask_many(url: str, ask: Ask, clients: int, goes_on: Callable[[], bool], tally: Tally, seed: int) -> None:
-    """Let clients ask one question after the other until told otherwise; each finishes its last one."""
+    """Let clients ask one question after the other while `goes_on` is true; each finishes its last one."""
     limits = httpx2.Limits(max_connections=clients + 1, max_keepalive_connections=clients + 1)
 
     async def one(number: int, client: httpx2.AsyncClient) -> None:
@@ -191,11 +191,11 @@ async def ask_many(url: str, ask: Ask, clients: int, goes_on: Callable[[], bool]
 
 @contextlib.contextmanager
 def running(command: list[str], url: str | None) -> Iterator[str]:
-    """A server as a process of its own; yields its address once it answers.
+    """Run a server as a process of its own; yield its address once it answers.
 
     Parameters
     ----------
-    url : where it will be; None reads it from the first line it prints.
+    url : its address; None reads it from the first line it prints.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
@@ -229,7 +229,7 @@ def running(command: list[str], url: str | None) -> Iterator[str]:
 
 
 def drain(process: subprocess.Popen[str], said: list[str]) -> None:
-    """Read what a server says, or it would stop when the pipe is full; the last lines tell why it ended."""
+    """Read a server's output, or it would block when the pipe is full; the last lines say why it ended."""
 
     def read() -> None:
         with contextlib.suppress(ValueError):  # closed at the end
@@ -248,15 +248,15 @@ def _is_well(url: str) -> bool:
 
 
 def ours(options: argparse.Namespace) -> list[str]:
-    """Command of our server."""
+    """Command line of our server."""
     command = [sys.executable, "-m", "edge_runtime", "serve", "--port", "0", "-m", options.model, "--grace", "5"]
-    command += ["--no-cache-dir"]  # what an earlier run has read would be a gift
+    command += ["--no-cache-dir"]  # results of an earlier run must not help
     command += ["--ctx", str(options.ctx)] if options.peer else []
     return command + (["--threads", str(options.threads)] if options.threads else [])
 
 
 def peers(options: argparse.Namespace, clients: int, port: int) -> list[str]:
-    """Command of llama-server with the same files and threads, and as many slots as clients."""
+    """Command line of llama-server with the same files and threads, and as many slots as clients."""
     paths = find_model(options.model)
     threads = str(options.threads or describe_machine()["threads"])
     return [
@@ -268,7 +268,7 @@ def peers(options: argparse.Namespace, clients: int, port: int) -> list[str]:
 
 
 def loaded_model(url: str) -> str:
-    """The model that our server was started with: it lists others, too, and the demo comes first."""
+    """The model that our server was started with; it lists others, too, the demo first."""
     (model,) = httpx2.get(url + "/api/ps", timeout=60, trust_env=False).json()["models"]
     return str(model["name"])
 
@@ -287,7 +287,7 @@ def hold(options: argparse.Namespace) -> dict[str, Any]:
 
     Returns
     -------
-    facts : `passed` tells whether it held.
+    facts : `passed` says whether the server passed.
     """
     tally = Tally()
     memory: list[float] = []
@@ -325,7 +325,7 @@ def hold(options: argparse.Namespace) -> dict[str, Any]:
 
         asyncio.run(both())
     quarter = max(1, len(memory) // 4)
-    # Visual tokens are kept up to a limit, which new pictures all the time take a while to reach.
+    # Visual tokens are kept up to a limit; even with only new pictures it takes a while to reach.
     others_mb = [total - tokens for total, tokens in zip(memory, kept, strict=True)]
     growth = median(others_mb[-quarter:]) - median(others_mb[quarter : 2 * quarter])
     others = {name: count for name, count in tally.ends.items() if name not in ("ok", "429")}

@@ -2,13 +2,13 @@
 
     python benchmarks/make_checkpoint.py FOLDER [--gb 4] [--tokenizer DIR] [--seed 0]
 
-Embedding, head, vision tower and resampler have their full size (3.5 GB together); decoder layers are added as long
-as they fit into `--gb`, at least one. Weights are bfloat16 in shards of at most 5 GB with an index. All tensors draw
-their values from one block of normal random numbers, each from another offset, so that writing runs at the disk's
-speed and in little memory.
+Embedding, head, vision tower and resampler have their full size (3.5 GB together); as many decoder layers as fit into
+`--gb` are added, at least one. Weights are bfloat16 in shards of at most 5 GB with an index. All tensors take their
+values from one block of normal random numbers, each from another offset, so that writing runs at the disk's speed and
+in little memory.
 
-The tokenizer files come from DIR (vocab.json, merges.txt, added_tokens.json, special_tokens_map.json); without it a
-vocabulary of the right size is made up around the test fixtures' one, with few merges.
+The tokenizer files come from DIR (vocab.json, merges.txt, added_tokens.json, special_tokens_map.json); without it the
+test fixtures' vocabulary is filled up to the right size, with few merges.
 
 The last line is one JSON object: `folder`, `bytes`, `parameters`, `decoder_layers`, `shards`.
 """
@@ -30,11 +30,11 @@ import numpy.typing as npt
 VOCABULARY, HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM = 151748, 4096, 12288, 32, 8, 128
 VISION, VISION_MLP, VISION_LAYERS, VISION_HEADS, PATCH, POSITIONS, QUERIES = 1152, 4304, 27, 16, 14, 70, 64
 BASE_VOCABULARY = 151643  # ids from here on are added tokens
-UNK_ID = 128244  # inside the base vocabulary, flagged special
+UNK_ID = 128244  # inside the base vocabulary, marked as special
 
 SHARD_BYTES = 5_000_000_000  # four shards at full size, as the official checkpoint has
 BLOCK_VALUES = (8 << 20) + 61  # odd, so that rows do not repeat
-SPREAD = 0.02  # the initialisation's; norms get 1 ± SPREAD
+SPREAD = 0.02  # as in initialisation; norms get 1 ± SPREAD
 
 FIXTURE = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "checkpoint"
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")

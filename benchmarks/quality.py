@@ -1,15 +1,15 @@
-"""What a quantisation costs in answers: one checkpoint, every decoder and vision type, the same held-out samples.
+"""What quantisation costs in answers: one checkpoint, every decoder and vision type, the same held-out samples.
 
     python benchmarks/quality.py demo/run/checkpoint --samples 100 --json benchmarks/results/quality.json [--plot SVG]
 
 For each pair of types: share of right answers (average of the core skills, and each), agreement with float32 (equal
 answers, right or wrong), and mean answer loss: the negative log probability per token of the right answer and its
-end, which still moves where accuracy is saturated. At the same tokens, against float32: the Kullback-Leibler
-divergence of the probabilities in nats, and how often the most probable token is the same. Vision types change at a
-float32 decoder and the other way round; the shipped pair and all-float32 are always among them.
+end, which still changes where accuracy is saturated. At the same tokens, against float32: the Kullback-Leibler
+divergence of the probabilities in nats, and how often the most probable token is the same. Vision types vary with a
+float32 decoder and vice versa; the shipped pair and all-float32 are always included.
 
-Two arithmetics: `exact` is float32 throughout, as `--exact`; `int8` is the default, which rounds what enters the
-tower's products as well. Decoder types are compared in `exact`, so that nothing else changes, and everything that
+Two arithmetics: `exact` is float32 throughout, as `--exact`; `int8` is the default, which also rounds the inputs of
+the tower's products. Decoder types are compared in `exact`, so that nothing else changes, and everything that
 concerns the vision file in both. The reference is all-float32 in `exact`. The last line is one JSON object.
 """
 
@@ -38,7 +38,7 @@ from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E4
 from edge_runtime import Model, __version__  # noqa: E402
 
 FLOAT, SHIPPED = ("f32", "f32"), ("q4_k_m", "q8_0")
-LEFT_OUT = {"bf16"}  # the size of f16
+LEFT_OUT = {"bf16"}  # as large as f16
 DECODERS = [name for name in DECODER_TYPES if name not in LEFT_OUT | {"f32"}]
 VISIONS = [name for name in VISION_TYPES if name not in LEFT_OUT | {"f32"}]
 SMALL = [(SHIPPED[0], name) for name in VISIONS if name != "f16"]
@@ -46,7 +46,7 @@ PAIRS = list(dict.fromkeys([FLOAT, *((d, "f32") for d in DECODERS), *(("f32", v)
 
 
 def arithmetics(decoder: str, vision: str) -> list[str]:
-    """What a pair is measured in, the reference first."""
+    """The arithmetics that a pair is measured in, the reference first."""
     return ["exact"] if vision == "f32" and decoder != "f32" else ["exact", "int8"]
 
 
@@ -77,14 +77,14 @@ def log_probabilities(model: Model, sample: Sample) -> np.ndarray:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities, computed in double precision, kept in float32."""
+    """Log probabilities, computed in double precision, returned in float32."""
     logits = logits.astype(np.float64)
     top = logits.max()
     return (logits - top - np.log(np.exp(logits - top).sum())).astype(np.float32)
 
 
 def divergence(reference: Logs, logs: Logs) -> tuple[float, float]:
-    """Mean Kullback-Leibler divergence from the reference in nats, and share of equal most probable tokens."""
+    """Mean Kullback-Leibler divergence from the reference in nats, and how often the most probable token is equal."""
     one, other = (np.concatenate(rows).astype(np.float64) for rows in (reference, logs))
     nats = (np.exp(one) * (one - other)).sum(axis=1)
     return float(nats.mean()), float(np.mean(one.argmax(axis=1) == other.argmax(axis=1)))
@@ -123,7 +123,7 @@ def agreement(answers: dict[str, list[str]], reference: dict[str, list[str]]) ->
 
 
 def run(checkpoint: Path, count: int, *, exact_only: bool) -> list[dict[str, Any]]:
-    """Measure all pairs; prints a row of the table after each."""
+    """Measure all pairs; print a row of the table after each."""
     samples = {kind: [draw(kind, number) for number in range(count)] for kind in CORE}
     rows: list[dict[str, Any]] = []
     reference: dict[str, list[str]] = {}

@@ -4,9 +4,9 @@
     python benchmarks/report.py benchmarks/results/*.json --write benchmarks/README.md
     python benchmarks/report.py benchmarks/results/quality.json --plot quality.svg
 
-`--write` replaces what stands between the lines `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`. Every row
-of a result gets its row here, also where a peer is faster; every result says when, at which commit and on which
-machine it was measured.
+`--write` replaces the text between the lines `<!-- benchmarks:begin -->` and `<!-- benchmarks:end -->`. Every row of
+a result gets its row here, even if a peer is faster; every result says when, at which commit and on which machine it
+was measured.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def megabytes(n_bytes: float) -> str:
 
 
 def about_machine(result: Result) -> str:
-    """What the numbers were measured on, in one sentence."""
+    """The machine that the numbers were measured on, in one sentence."""
     machine = result["machine"]
     versions = machine["versions"]
     used = [f"{name} {version}" for name, version in versions.items() if version != "not installed"]
@@ -77,7 +77,7 @@ def about_machine(result: Result) -> str:
 
 
 def provenance(path: Path, result: Result) -> str:
-    """When and where a result was measured, in a line: date and commit from git, machine from the result itself."""
+    """One line on when and where a result was measured: date and commit from git, machine from the result itself."""
     command = ["git", "log", "-1", "--format=%cs, commit %h", "--", path.name]
     try:
         committed = subprocess.run(
@@ -89,7 +89,7 @@ def provenance(path: Path, result: Result) -> str:
 
 
 def machine_name(result: Result) -> str:
-    """Processor, kernels and threads, as far as the result tells them."""
+    """Processor, kernels and threads, where the result records them."""
     machine = result.get("machine", result)
     named = [
         machine.get("cpu", ""),
@@ -114,7 +114,7 @@ def vision(result: Result) -> str:
 
 
 def speed(times: Sequence[Result]) -> str:
-    """Seconds per picture of all sides and sizes. Ratios compare like with like: the tower with the tower."""
+    """Seconds per picture for all sides and sizes. Ratios compare like with like: the tower with the tower."""
     sides = list(dict.fromkeys(side for one in times for side in one["tower_s"] | one["samples_s"]))
     heading = ["encoding, median seconds"]
     for one in times:
@@ -228,7 +228,7 @@ RENDER_KIND: dict[str, Callable[[Result], str]] = {
 
 def quality(result: Result) -> str:
     """Answers of the demo model in each pair of types."""
-    measured = all("kl" in row for row in result["rows"])  # results from before it was measured lack it
+    measured = all("kl" in row for row in result["rows"])  # older results lack it
     rows = [
         [
             f"{row['decoder']}, {row['vision']}, {row.get('arithmetic', 'int8')}",
@@ -270,7 +270,7 @@ def conversion(result: Result) -> str:
 
 
 def goals(result: Result) -> str:
-    """What a benchmark of the engine was to reach."""
+    """The goals of a benchmark of the engine."""
     rows = [
         [goal["what"], number(goal["value"]), f"{goal['bound']:g}", "met" if goal["met"] else "missed"]
         for goal in result["goals"]
@@ -288,7 +288,7 @@ def kernels(result: Result) -> str:
 
 
 def video(result: Result) -> str:
-    """A video beside mtmd, which sees every frame as a picture."""
+    """A video against mtmd, which sees every frame as a picture."""
     frames, peer = result["frames"], result["mtmd"]
     rows = [
         [
@@ -349,7 +349,7 @@ def attacked(result: Result) -> str:
 
 
 def load_peer(result: Result) -> str:
-    """A server beside llama-server."""
+    """A server against llama-server."""
     rows = []
     for clients, found in result["clients"].items():
         rates = [number(found[side]["requests_per_s"], 3) for side in ("ours", "llama-server")]
@@ -363,7 +363,7 @@ def render(result: Result) -> str:
     Raises
     ------
     ValueError
-        When the result is of no known scenario.
+        When the result's scenario is unknown.
     """
     scenario = str(result.get("scenario"))
     known = {"vision": vision, "quality-demo": quality, "vision-kernels": kernels, "video": video}
@@ -377,12 +377,12 @@ def render(result: Result) -> str:
 
 
 def replace_between_markers(text: str, tables: str) -> str:
-    """`text` with what stands between the two markers replaced.
+    """Replace what is between the two markers in `text`.
 
     Raises
     ------
     ValueError
-        When the markers are not there once each, in order.
+        When the markers do not appear once each, in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the lines {BEGIN} and {END} must be there once each, in this order")

@@ -1,17 +1,17 @@
-"""Many short requests with random cancels, errors and disconnects: whether anything leaks, is lost or mixed up.
+"""Many short requests with random cancels, errors and disconnects: whether anything leaks or is lost or mixed up.
 
     python benchmarks/soak.py [--requests 2000] [--seed 0] [--cache] [--json FILE]
 
-On the tiny model of the tests, in exact arithmetic, where answers are the same bits alone and among others. Every
-answer that comes is compared with the one the same question got alone. Up to `IN_FLIGHT` requests run at once; of
-them some are cancelled at a random moment, in encoding and prefill too, some are forgotten by their readers, some
-fail: pictures that are broken, prompts that are too long, an engine that raises. Few visual tokens are remembered, so
-that pictures are encoded again and again. With --cache, visual tokens and beginnings of conversations are kept in a
-small folder, so that entries come and go meanwhile.
+It uses the tests' tiny model in exact arithmetic, where an answer has the same bits alone and among others. Every
+answer is compared with the one the same question got alone. Up to `IN_FLIGHT` requests run at once; some are
+cancelled at a random moment, also in encoding and prefill, some are abandoned by their readers, some fail: broken
+pictures, prompts that are too long, an engine that raises. Few visual tokens are cached, so that pictures are encoded
+again and again. With --cache, visual tokens and conversation prefixes are kept in a small folder, so that entries
+come and go.
 
-Now and then all requests are waited for and the anonymous memory (RssAnon) is looked at. Prints it as it goes, and
-one JSON object as the last line. Exit code 1 when an answer was wrong or lost, a sequence was not freed, or memory
-grew by more than `MOST_GROWTH_MB` after the first `WARM_UP` requests.
+Now and then it waits for all requests and prints the anonymous memory (RssAnon). The last line is one JSON object.
+The exit code is 1 when an answer was wrong or lost, a sequence was not freed, or memory grew by more than
+`MOST_GROWTH_MB` after the first `WARM_UP` requests.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from edge_runtime.inputs.messages import Message
 
 FIXTURES = Path(__file__).resolve().parent.parent / "tests" / "fixtures"
 IN_FLIGHT = 12
-REST_S = 0.4  # in which the engine gives memory back
+REST_S = 0.4  # time for the engine to give memory back
 WARM_UP = 200
 SAMPLE_EVERY = 25  # requests
 MOST_GROWTH_MB = 4.0
-"""Between the medians of both halves. Allocators round; 2,000 requests that each lost 4 KB would show."""
+"""Growth between the medians of both halves. Allocators round; 2,000 requests that each leak 4 KB would show."""
 QUESTIONS = ("What is it?", "Why?", "Say something.", "Which colour is the sky?", "Count to three.", "Who are you?")
 FAILING = "made to fail"
 REMEMBERED = 4  # groups of visual tokens
@@ -66,7 +66,7 @@ class Soak:
     pictures: list[Image.Image] = field(default_factory=list)
 
     def ask(self, picture: int, question: str) -> AnswerStream:
-        """Start a request about one of the pictures; -1 for none."""
+        """Start a request about one of the pictures (-1: none)."""
         content: list[Any] = [question] if picture < 0 else [self.pictures[picture], question]
         return self.model.chat(
             [{"role": "user", "content": content}], stream=True, greedy=True, max_tokens=self.n_tokens(question)
@@ -74,7 +74,7 @@ class Soak:
 
     @staticmethod
     def n_tokens(question: str) -> int:
-        """Length of the answer; differs, so that requests end at different times."""
+        """Length of the answer; lengths differ, so that requests end at different times."""
         return 3 + len(question) % 7
 
 
@@ -91,7 +91,7 @@ def pictures_of(n: int) -> list[Image.Image]:
 
 
 def failing_requests(model: Model) -> list[Callable[[], Any]]:
-    """Requests that are refused or fail, each in another place."""
+    """Requests that are refused or fail, each at a different place."""
     return [
         lambda: model.chat([{"role": "user", "content": [b"no picture", "What is it?"]}], stream=True),
         lambda: model.chat("word " * 5000, stream=True),
@@ -102,7 +102,7 @@ def failing_requests(model: Model) -> list[Callable[[], Any]]:
 
 
 def make_failures() -> None:
-    """Make the engine raise for the last token of prompts that say so, as damaged weights would."""
+    """Make the engine raise at the last token of marked prompts, as damaged weights would."""
     advance = scheduler.advance
 
     def failing(task: Any, *more: Any) -> Any:
@@ -114,7 +114,7 @@ def make_failures() -> None:
 
 
 def rss_anon_mb() -> float:
-    """Anonymous memory of this process; all of it where the system does not tell them apart."""
+    """Anonymous memory of this process; its whole memory where the system does not separate them."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("RssAnon"):
@@ -125,11 +125,11 @@ def rss_anon_mb() -> float:
 
 
 def run(soak: Soak, n_requests: int, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Do it.
+    """Run the requests.
 
     Returns
     -------
-    facts : what happened, for the last line.
+    facts : the result, for the last line.
     """
     model, rng, started = soak.model, soak.rng, time.perf_counter()
     make_failures()
@@ -144,7 +144,7 @@ def run(soak: Soak, n_requests: int, say: Callable[[str], None] = print) -> dict
             if rng.random() < 0.2:
                 threading.Timer(rng.random() * 0.1, running[-1][1].cancel).start()
         if running and rng.random() < 0.1:
-            running.pop(rng.randrange(len(running)))  # nobody reads on
+            running.pop(rng.randrange(len(running)))  # its reader stops reading
             soak.ends["forgotten"] += 1
         while len(running) >= IN_FLIGHT:
             _finish(soak, *running.pop(rng.randrange(len(running))))
@@ -152,7 +152,7 @@ def run(soak: Soak, n_requests: int, say: Callable[[str], None] = print) -> dict
             while running:
                 _finish(soak, *running.pop())
             _wait_until_free(model)
-            gc.collect()  # exceptions and their frames, whenever Python would get round to them
+            gc.collect()  # exceptions and their frames, which Python would free at some later time
             time.sleep(REST_S)
             soak.rss_mb.append((number + 1, rss_anon_mb()))
             say(f"{number + 1:>6} requests  {soak.rss_mb[-1][1]:8.1f} MB  {dict(soak.ends)}")
@@ -177,7 +177,7 @@ def run(soak: Soak, n_requests: int, say: Callable[[str], None] = print) -> dict
 
 
 def _finish(soak: Soak, key: tuple[int, str], stream: AnswerStream) -> None:
-    """Read an answer to its end, and hold it against the one that came alone."""
+    """Read an answer to its end, and compare it with the one given alone."""
     answer = stream.result()
     soak.ends[answer.finish_reason] += 1
     expected = soak.expected[key]
@@ -205,7 +205,7 @@ def _wait_until_free(model: Model, patience_s: float = 30.0) -> bool:
 
 
 def prepare(model: Model, seed: int, n_pictures: int = 9) -> Soak:
-    """Ask every question alone first."""
+    """Ask every question alone, before the run."""
     soak = Soak(model, random.Random(seed), pictures=pictures_of(n_pictures))
     for picture in range(-1, n_pictures):
         for question in QUESTIONS:

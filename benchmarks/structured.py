@@ -2,11 +2,11 @@
 
     python benchmarks/structured.py models/minicpm-v/ggml-model-Q4_K_M.gguf [--tokens 200]
 
-Only the vocabulary of the decoder file is used. The logits are random with a leaning towards brackets and quotes, so
-that texts look like JSON; both sides follow the tokens that ours chose. Ours is `Constraint.next_token` with all it
-does: the mask, the sampler's choice among what is allowed, the way to the end where that is near. The peer is
-llama.cpp's grammar sampler over the whole vocabulary, as its own chain has it, with the grammar from
-llama-cpp-python's converter and without any choice.
+Only the decoder file's vocabulary is used. The logits are random with a bias towards brackets and quotes, so that
+texts look like JSON; both sides follow the tokens that ours chose. Ours is the whole of `Constraint.next_token`: the
+mask, the sampler's choice among the allowed tokens, the way to the end when that is near. The peer is llama.cpp's
+grammar sampler over the whole vocabulary, as its own chain runs it, with the grammar from llama-cpp-python's
+converter and without choosing a token.
 
 The last line is one JSON object: `scenario`, `ours_s` and `peers_s` (medians per token, by schema), and all samples.
 """
@@ -48,7 +48,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 
 
 def ours(vocabulary: Any, schema: dict[str, Any], n_tokens: int, n_rows: int) -> tuple[list[int], list[float], float]:
-    """Tokens of an answer, seconds for each, and seconds to compile the schema."""
+    """Tokens of an answer, seconds per token, and seconds to compile the schema."""
     import numpy as np
 
     from edge_runtime.generation.sampling import Sampler, SamplingOptions
@@ -97,7 +97,7 @@ def peer(path: Path, schema: dict[str, Any], ids: list[int], n_rows: int) -> lis
         started = time.perf_counter()
         lib.llama_sampler_apply(sampler, ctypes.byref(array))
         samples.append(time.perf_counter() - started)
-        if candidates["logit"][token] != 0:  # it orders properties or writes blanks in another way
+        if candidates["logit"][token] != 0:  # it orders properties or writes whitespace differently
             break
         lib.llama_sampler_accept(sampler, token)
     lib.llama_sampler_free(sampler)
@@ -116,11 +116,11 @@ def main() -> None:
     from edge_runtime.weights.gguf_file import GGUFFile
 
     started = time.perf_counter()
-    import llguidance  # noqa: F401 - its import is what is timed
+    import llguidance  # noqa: F401 - its import is timed
 
     import_s = time.perf_counter() - started
     tokenizer = Tokenizer(GGUFFile(arguments.decoder))
-    tokenizer.encode("x")  # loading the merges is the tokenizer's affair
+    tokenizer.encode("x")  # loads the merges, which must not count
     n_rows = len(tokenizer.tokens)
     started = time.perf_counter()
     vocabulary = GrammarVocabulary(tokenizer, n_rows)

@@ -2,12 +2,12 @@
 
     python benchmarks/together.py MODEL [--requests 8] [--tokens 32] [--repeats 3] [--json FILE]
 
-Prompts are different and have `--tokens` tokens, answers as many. Nothing is known before on either side: the KV
-cache is emptied before every run, one after another before every request. Both ways take turns in one process;
-medians count, and the answers of both are compared. With quantised weights llama.cpp's sums depend on how many rows a
-call has, so of two tokens that are almost equally probable now one is taken, now the other; in float32 all are equal,
-which `tests/benchmarks/test_engine.py` asks for.
-At full size a turn takes one or two minutes; none is begun after `--most-s` seconds.
+Prompts are different and have `--tokens` tokens, answers as many. Both ways start cold: the KV cache is emptied
+before every run, and one after another before every request. They take turns in one process; medians count, and the
+answers of both are compared. With quantised weights llama.cpp's sums depend on how many rows a call has, so of two
+tokens that are almost equally probable either may be taken; in float32 all answers are equal, which
+`tests/benchmarks/test_engine.py` checks.
+At full size a turn takes one or two minutes; none starts after `--most-s` seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WAYS = {"together": True, "one after another": False}
 def measure(child: Child, options: argparse.Namespace) -> dict[str, Any]:
     """Take samples of both ways in turns."""
     questions = child.call("prompts", count=options.requests, n_tokens=options.tokens)
-    child.call("ask", questions=questions[:1], n_tokens=2, together=False)  # not counted: pages come in
+    child.call("ask", questions=questions[:1], n_tokens=2, together=False)  # not counted: pages are loaded
     samples: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     started = time.perf_counter()
     for turn in range(options.repeats):

@@ -1,16 +1,16 @@
-"""The second question about a picture beside the first: time to the first token, in one process and after a restart.
+"""Time to the first token of a second question about a picture against the first: at once and after a restart.
 
     python benchmarks/turns.py MODEL [--side 1344] [--pause 5] [--repeats 2] [--json FILE]
 
-Four processes, one after the other, each a new one: both turns, the second asked at once; both turns as in a chat
-(`follow_up`), the second asked after a pause, in which the answer is read ahead; the first turn with a cache folder,
-empty before; and, with that folder, the second turn. Answers have 16 tokens, the second question as many at most.
+Four new processes, one after the other: both turns, the second asked at once; both turns as in a chat (`follow_up`),
+the second asked after a pause, in which the answer is read ahead; the first turn with an empty cache folder; and the
+second turn with that folder. Answers have 16 tokens, the second question at most as many.
 
-In the template an answer of the past has no think block before it, so the KV cache that wrote the answer is of no
-use behind the question: asked at once, the next turn reads the answer again. `read_s` tells what the tokens of each
-second turn took, and how many they were.
+In the template, past answers have no think block before them, so the KV cache that wrote an answer is of no use
+behind the question: asked at once, the next turn reads the answer again. `read_s` says how long the tokens of each
+second turn took, and how many there were.
 
-No round is begun that would end after `--most-s` seconds. The last line is one JSON object.
+No round starts that would end after `--most-s` seconds. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ MOST_OF_FIRST, MOST_AFTER_RESTART = 5.0, 25.0  # per cent
 
 
 def turn(model: Any, messages: list[Any], follow_up: bool) -> tuple[dict[str, Any], str]:
-    """Ask, and return what is to be compared."""
+    """Ask, and return the measurements and the answer."""
     answer = model.chat(messages, greedy=True, max_tokens=TOKENS, repetition_check=False, follow_up=follow_up)
     facts = {name: getattr(answer, f"{name}_tokens") for name in ("prompt", "visual", "cached")}
     return facts | {"first_token_s": answer.timings_s["first_token"], "timings_s": answer.timings_s}, answer.answer
 
 
 def child(name: str, side: int, turns: list[int], cache: str | None, said: str, pause: float) -> None:
-    """Ask some of the questions in this process and print what they took."""
+    """Ask some of the questions in this process and print the measurements."""
     import numpy as np
     from PIL import Image
 
@@ -75,7 +75,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, dict[str, Any]], int]:
-    """One round: what each turn took, and the bytes in the cache folder."""
+    """Run one round; return each turn's measurements, and the bytes in the cache folder."""
 
     def ask(turns: list[int], folder: str | None = None, said: str = "", pause: float = 0.0) -> dict[str, Any]:
         what = json.dumps({"turns": turns, "cache": folder, "said": said, "pause": pause})

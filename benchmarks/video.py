@@ -1,12 +1,12 @@
-"""A video of 180 frames of 448 x 448 beside llama.cpp's way, every frame a picture: first token, prompt tokens.
+"""A video of 180 frames of 448 x 448 against llama.cpp's way, every frame a picture: first token, prompt tokens.
 
     python benchmarks/video.py MODEL [--frames 180] [--packing 3 6] [--peer-frames 12] [--json FILE]
 
 MODEL is a folder with a decoder and an mmproj file that both sides load. Ours is asked about the file, once for each
-packing: its time is whole, from the call to the first token, with making the index and decoding. mtmd encodes
+packing; its time is everything from the call to the first token, including indexing and decoding. mtmd encodes
 `--peer-frames` of the frames in pieces between ours, and reads the whole prompt of all frames; its time is the
 seconds per encoded frame times the frames, plus that reading. Decoding and cutting are not counted for it. Each side
-is a process that stands still while the other works. The last line is one JSON object.
+is a process that is stopped while the other works. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIDE = 448
 
 
 def make_video(path: Path, n_frames: int) -> None:
-    """Distinct frames: coarse shapes that are others in each, and noise."""
+    """Write distinct frames: coarse shapes that differ in each, and noise."""
     import av
     import numpy as np
     from PIL import Image
@@ -53,7 +53,7 @@ def make_video(path: Path, n_frames: int) -> None:
 
 
 def measure(options: argparse.Namespace, threads: int, folder: Path) -> dict[str, Any]:
-    """Both sides, in turns."""
+    """Measure both sides in turns."""
     from edge_runtime.store.find import find_model
 
     files = find_model(options.model, None)
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> dict[str
         Child("benchmarks.peers.video_ours", given | model, options.logs / "video_ours.log") as own,
     ):
         loading = {"mtmd": peer.call("load"), "ours": own.call("load")}
-        peer.call("encode_frames", first=0, count=1)  # not counted, as one picture of ours is not
+        peer.call("encode_frames", first=0, count=1)  # not counted, like one picture of ours
         for i, packing in enumerate([*options.packing, None]):
             if shares[i + 1] > shares[i]:
                 encoded.append(peer.call("encode_frames", first=shares[i], count=shares[i + 1] - shares[i]))
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, threads: int, folder: Path) -> dict[str
 
 
 def summarise(samples: dict[str, Any], n_frames: int) -> dict[str, Any]:
-    """Times and tokens of both sides, and what becomes of them."""
+    """Times and tokens of both sides, and what follows from them."""
     peer = samples["mtmd"]
     per_frame = statistics.mean(
         [one["seconds"] / one["frames"] for one in peer["encoded"] for _ in range(one["frames"])]

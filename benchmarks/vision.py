@@ -4,13 +4,13 @@
     python benchmarks/vision.py --scenario slice --scenario picture --repeats 5 --sides ours-int8 mtmd-f16
     python benchmarks/vision.py --list
 
-Makes the random files of the real sizes where they are absent (7 GB in `--files`, once), then runs the scenarios of
+It makes random files of the real sizes if they are missing (7 GB in `--files`, once), then runs the scenarios of
 `scenarios.toml`. Every side is a process of its own, stopped while another is measured, with the same number of
-threads; every side has one call that is not counted, then all take turns. A peer whose package is missing is left
-out with a line that says so (`pip install '.[bench]'`).
+threads; every side has one call that is not counted, then all take turns. A peer whose package is missing is skipped
+with a line that says so (`pip install '.[bench]'`).
 
 Sides with the resampler: ours and mtmd. OpenVINO and PyTorch run the tower alone, and are compared with our tower.
-`report.py` makes tables of the result. The last line is one JSON object with all samples.
+`report.py` turns the result into tables. The last line is one JSON object with all samples.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PACKAGES = ("llama-cpp-python", "openvino", "nncf", "torch", "numba", "llvmlite"
 
 
 def machine(threads: int) -> Result:
-    """What the numbers depend on."""
+    """The machine and settings that the numbers depend on."""
     from edge_kernels.machine import cpu_name, isa
     from edge_runtime import __version__
 
@@ -73,7 +73,7 @@ def load_average() -> list[float] | None:
 
 
 def adjusted(scenario: Scenario, options: argparse.Namespace) -> Scenario:
-    """The scenario as the command line wants it."""
+    """The scenario with the command line's changes."""
     if options.repeats is not None:
         scenario = replace(scenario, repeats=options.repeats)
     if options.sides:
@@ -112,7 +112,7 @@ def main() -> None:
     options, chosen = parse()
     from edge_kernels.machine import cpu_count
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that children are ended, too
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that children end, too
     files = options.files.resolve()
     make_files(files, options.tokenizer)
     threads = options.threads or cpu_count()

@@ -1,7 +1,7 @@
-"""Samples → arrays for training: one kind and one grid per batch, so that nothing is padded but the answers.
+"""Samples → arrays for training: one kind and one grid per batch, so that only the answers are padded.
 
-Prompts are rendered and tokenised by `edge_runtime.prompt.build`, pictures cut by `edge_runtime.inputs.slicing`: what
-the model is trained on is what it will be shown.
+Prompts are rendered and tokenised by `edge_runtime.prompt.build`, pictures cut by `edge_runtime.inputs.slicing`, so
+that training sees exactly what inference will.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SKELETON = Path(__file__).resolve().parent / "skeleton"
 N_QUERIES = 16
 IGNORED = -100
 
-# Auxiliary heads: what it is, which queries must know it, number of classes. They are not part of the model.
+# Auxiliary heads: what they read → (queries that must know it, number of classes). They are not part of the model.
 HEADS: dict[str, tuple[tuple[int, ...], int]] = {
     "characters": (tuple(range(6)), 37),
     "track": ((8, 8, 9, 9), 10),
@@ -41,7 +41,7 @@ HEADS: dict[str, tuple[tuple[int, ...], int]] = {
     "colors": (tuple(range(8)), 8),
 }
 
-# Heads on patch features, with the number of classes; one more class is the background.
+# Heads on patch features → number of classes; the background is one more class.
 PATCH_HEADS = {"character": len(CHARACTERS), "thing": len(SHAPES) * len(COLORS)}
 
 Maker = Callable[[np.random.Generator, tuple[int, int]], Sample | None]
@@ -82,7 +82,7 @@ class Batch:
     """ndarray [shape=(B, frames)]: ids of the frames of one group"""
     facts: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
     named: dict[str, tuple[int, npt.NDArray[np.int64]]] = field(default_factory=dict)
-    """Patch head → part, and ndarray [shape=(B, n, P)]: what each patch of this part shows"""
+    """Patch head → part, and ndarray [shape=(B, n, P)]: what each patch of that part shows"""
 
 
 class BatchMaker:
@@ -90,7 +90,7 @@ class BatchMaker:
 
     Parameters
     ----------
-    seed : of the whole run; batch `step` depends on nothing but `(seed, step)` and the shares of the kinds.
+    seed : of the whole run; batch `step` depends only on `(seed, step)` and the shares of the kinds.
     """
 
     def __init__(self, seed: int) -> None:
@@ -121,7 +121,7 @@ class BatchMaker:
         Parameters
         ----------
         mixture : kind → weight; kinds as in `RECIPES`.
-        ease : share of easy pictures of text, 0..1.
+        ease : share of easy text pictures, 0..1.
         """
         rng = np.random.default_rng([self._seed, step])
         kinds, weights = list(mixture), np.array(list(mixture.values()))
@@ -149,7 +149,7 @@ class BatchMaker:
         return self.pack(kind, samples)
 
     def pack(self, kind: str, samples: list[Sample]) -> Batch:
-        """Arrays of samples that share kind and size."""
+        """Pack samples that share kind and size."""
         video = samples[0].temporal_ids is not None
         n_pictures = len(samples[0].pictures)
         plans = [plan_slices(*picture.size, SLICING, 1 if video else None) for picture in samples[0].pictures]
@@ -179,7 +179,7 @@ def _facts(samples: list[Sample]) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def _cut(samples: list[Sample]) -> list[tuple[npt.NDArray[np.uint8], tuple[int, int]]]:
-    """Overviews (or frames, or several pictures) are one part, cells another."""
+    """Patches of all pictures: overviews (or frames, or several pictures) are one part, cells another."""
     video = samples[0].temporal_ids is not None
     overviews, cells, grids = [], [], {}
     for sample in samples:
@@ -197,7 +197,7 @@ def _cut(samples: list[Sample]) -> list[tuple[npt.NDArray[np.uint8], tuple[int, 
 def name_patches(marks: Sequence[Mark], head: str, rows: int, cols: int) -> npt.NDArray[np.int64]:
     """What each patch shows: ndarray [shape=(rows, cols)].
 
-    A mark names the patch of its centre; a large one, those whose centre it covers too.
+    A mark labels the patch at its centre; a large one also labels all patches whose centre it covers.
     """
     named = np.full((rows, cols), PATCH_HEADS[head])
     middles_x, middles_y = (np.arange(cols) + 0.5) / cols, (np.arange(rows) + 0.5) / rows
@@ -214,7 +214,7 @@ def name_patches(marks: Sequence[Mark], head: str, rows: int, cols: int) -> npt.
 
 
 def _name(samples: list[Sample], plan: SlicePlan) -> dict[str, tuple[int, npt.NDArray[np.int64]]]:
-    """Characters are named where they can be read: in the cells, if there are any; things in the overview."""
+    """Label characters where they are legible (in the cells, if there are any) and things in the overview."""
     result = {}
     for head in samples[0].marks:
         cut = head == "character" and plan.n_slices > 1
@@ -244,7 +244,7 @@ def _count(kind: str) -> Maker:
 RECIPES: dict[str, tuple[Callable[[np.random.Generator], tuple[int, int]], Maker, int, bool]] = {
     "dense": (patch_size, dense_sample, 48, False),
     "text": (still_size, text_sample, 48, False),
-    "text vision": (still_size, text_sample, 48, False),  # loss of the auxiliary heads alone: half the cost
+    "text vision": (still_size, text_sample, 48, False),  # loss of the auxiliary heads only: half the cost
     "slices": (large_size, text_sample, 64, True),
     "shape": (still_size, _shape("shape"), 48, False),
     "relation": (still_size, _shape("relation"), 48, False),

@@ -2,8 +2,8 @@
 
     python demo/data.py sheet.png        # one sample of every kind, with question and answer
 
-A sample knows nothing of tensors; `batches.py` packs samples for training. Text and things are drawn by `draw.py`.
-Whatever is marked `test` (words, random strings, fonts, hues) is never shown by training.
+A sample knows nothing of tensors; `batches.py` packs samples for training. `draw.py` draws text and things. Whatever
+is marked `test` (words, random strings, fonts, hues) never appears in training.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CHAT = {
 
 
 def still_size(rng: np.random.Generator, max_aspect: float = MAX_ASPECT) -> Size:
-    """Size of a picture that is not cut: one in four is the square of the model."""
+    """Size of a picture that is not cut: one in four is the model's square."""
     if rng.random() < 0.25:
         return SIDE, SIDE
     aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
@@ -55,7 +55,7 @@ def still_size(rng: np.random.Generator, max_aspect: float = MAX_ASPECT) -> Size
 
 
 def patch_size(rng: np.random.Generator) -> Size:
-    """Size in whole patches that is encoded as it is."""
+    """Size in whole patches that is encoded without resizing."""
     while True:
         cols = int(rng.integers(5, 14))
         size = (14 * cols, 14 * (64 // cols))
@@ -71,13 +71,13 @@ def large_size(rng: np.random.Generator) -> Size:
 
 
 def random_text(rng: np.random.Generator, length: int, test: bool) -> str:
-    """A word, digits, capitals or both; test strings of three and more never occur in training."""
+    """A word, digits, capitals or both; test strings of three or more characters never occur in training."""
     while True:
         kind = rng.random()
         words = [word for word in (TEST_WORDS if test else TRAIN_WORDS) if len(word) == length]
         if kind < 0.4 and words:
             return pick(rng, words)
-        # O and 0, I and 1 are one glyph in some fonts: a mixed string leaves one of each pair out.
+        # O and 0, I and 1 look the same in some fonts: a mixed string leaves out one of each pair.
         letters = "0123456789" if kind < 0.6 else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
         if kind > 0.85:
             letters = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
@@ -87,7 +87,7 @@ def random_text(rng: np.random.Generator, length: int, test: bool) -> str:
 
 
 def font_limits(rng: np.random.Generator, size: Size, plan: SlicePlan, train: bool) -> tuple[float, float]:
-    """Least and greatest font size in pixels of the picture."""
+    """Smallest and largest font size in pixels of the picture."""
     if plan.n_slices == 1:
         scale = min(plan.source[0] / size[0], plan.source[1] / size[1])
         return MIN_FONT / scale, 70 / scale
@@ -108,11 +108,11 @@ def text_sample(
     text: str | None = None,
     ease: float = 0.0,
 ) -> Sample | None:
-    """One line of text; None when this text does not fit this picture at a size that can be read.
+    """One line of text; None when this text does not fit this picture at a legible size.
 
     Parameters
     ----------
-    ease : share of pictures in black on white and plain fonts; while it is high, text is short too.
+    ease : share of pictures in black on white and plain fonts; while it is high, text is short, too.
     """
     easy = rng.random() < ease
     if text is None:
@@ -137,7 +137,7 @@ def text_sample(
 
 
 def chat_sample(rng: np.random.Generator, size: Size) -> Sample:
-    """One of the fixed questions without a picture."""
+    """One of the fixed questions, without a picture."""
     question = pick(rng, list(CHAT))
     return Sample("chat", [], question, CHAT[question])
 
@@ -157,7 +157,7 @@ def _sized(
 
 
 def fitted_text(rng: np.random.Generator, lengths: Sequence[int], *, large: bool, test_fonts: bool) -> Sample:
-    """Held-out text of a length drawn evenly from `lengths`, in pictures of any aspect that it fits into."""
+    """Held-out text with a length drawn evenly from `lengths`, in pictures of any aspect ratio that it fits into."""
     text = random_text(rng, int(rng.choice(lengths)), test=True)
     sizes = large_size if large else still_size
     return _sized(sizes, lambda r, size: text_sample(r, size, test_fonts=test_fonts, test_words=True, text=text))(rng)

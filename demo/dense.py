@@ -1,6 +1,6 @@
-"""Pictures full of characters: the first lessons of the vision, which learns to name what lies under each patch.
+"""Pictures full of characters: first lessons for the vision tower, which learns to name what is under each patch.
 
-Answers teach a fresh vision tower next to nothing; 60 labelled patches per picture do.
+Answers teach a new vision tower next to nothing; 60 labelled patches per picture do.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Random generator + what is to be seen → Pillow picture. Knows no questions and no model.
+"""Random generator + contents → Pillow picture. It knows no questions and no model.
 
-Fonts are Pillow's own and those of Debian packages (see README.md); colours of text and ground are drawn by hue, and
-a few bands of hue are kept for the test, as some fonts are.
+Fonts are Pillow's own and those of Debian packages (see README.md); colours of text and background are drawn by hue.
+A few bands of hue and some fonts are kept for the test.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT_FOLDER = Path("/usr/share/fonts")
 PILLOW_FONT = "Pillow"
-"""Stands for the font that Pillow carries."""
+"""Stands for Pillow's built-in font."""
 
 TRAIN_FONTS = (
     PILLOW_FONT,
@@ -43,10 +43,10 @@ COLORS = {
     "white": (246, 246, 246),
 }
 TEST_HUES = ((0.08, 0.12), (0.45, 0.50), (0.78, 0.83))
-"""Bands of hue (0..1) of text and its ground that training never uses."""
+"""Bands of hue (0..1) of text and background that training never uses."""
 
-TEXT_CONTRAST = 100  # least difference of luma between text and ground, of 255
-SHAPE_CONTRAST = 110  # least distance in RGB between a shape and the ground
+TEXT_CONTRAST = 100  # smallest difference of luma between text and background, of 255
+SHAPE_CONTRAST = 110  # smallest distance in RGB between a shape and the background
 
 Color = tuple[int, int, int]
 Place = tuple[float, float]
@@ -73,7 +73,7 @@ def _font_files() -> dict[str, Path]:
 
 
 def available(fonts: Sequence[str]) -> list[str]:
-    """Those of `fonts` that this machine has."""
+    """Those of `fonts` that are installed."""
     return [name for name in fonts if name == PILLOW_FONT or name in _font_files()]
 
 
@@ -103,7 +103,7 @@ def luma(color: Sequence[float]) -> float:
 
 
 def random_color(rng: np.random.Generator, test: bool) -> Color:
-    """Colour of text or ground; one in three is a grey when training, none in the test bands."""
+    """Colour of text or background; in training one in three is grey, and none is in the test bands."""
     if not test and rng.random() < 0.3:
         grey = int(rng.integers(256))
         return grey, grey, grey
@@ -140,7 +140,7 @@ def add_noise(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
 
 
 def text_colors(rng: np.random.Generator, test: bool, easy: bool) -> tuple[Color, Color]:
-    """Colours of ground and text that can be told apart."""
+    """Colours of background and text with enough contrast."""
     if easy:
         return (255, 255, 255), (0, 0, 0)
     while True:
@@ -159,7 +159,7 @@ def draw_text(
     test: bool = False,
     easy: bool = False,
 ) -> tuple[Image.Image, list[Box]]:
-    """Draw one line at a random place; the boxes are those of its characters, in pixels.
+    """Draw one line at a random place; return the boxes of its characters, in pixels.
 
     Parameters
     ----------
@@ -204,7 +204,7 @@ def _outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
 def draw_things(
     rng: np.random.Generator, size: tuple[int, int], things: Sequence[Thing], back: Color | None = None
 ) -> Image.Image:
-    """Draw shapes, smoothed by drawing at twice the size."""
+    """Draw shapes, at twice the size for smooth edges."""
     if back is None:
         back = shape_ground(rng, [thing.color for thing in things])
     picture = ground(rng, size, back).resize((2 * size[0], 2 * size[1]))
@@ -230,7 +230,7 @@ def shape_ground(rng: np.random.Generator, colors: Sequence[str]) -> Color:
 
 
 def place(rng: np.random.Generator, size: tuple[int, int], radii: Sequence[float]) -> list[Place] | None:
-    """Centres (fractions) for shapes that neither touch nor leave the picture; None when it is too full."""
+    """Centres (fractions) of shapes that neither touch nor leave the picture; None when they do not fit."""
     centres: list[Place] = []
     for i, radius in enumerate(radii):
         for _ in range(60):

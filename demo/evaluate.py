@@ -1,9 +1,9 @@
-"""Measure a converted demo model through `edge_runtime`: what the package itself will answer.
+"""Measure a converted demo model through `edge_runtime`, as the package itself answers.
 
     python demo/evaluate.py --model FOLDER --samples 500 --json result.json
 
-Samples are held out: strings (from three characters on) that training excludes, and for "unseen fonts" fonts and
-hues it excludes too. An answer counts when it is equal to the right one, character for character; decoding is greedy.
+Samples are held out: strings (of three or more characters) that training excludes and, for "unseen fonts", fonts and
+hues that it excludes, too. An answer counts if it equals the right one, character for character; decoding is greedy.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def draw(kind: str, number: int) -> Sample:
 
 
 def reverse_times(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The same frames with their times exchanged, first for last."""
+    """The same frames with their times reversed."""
     assert sample.temporal_ids is not None
     return replace(sample, temporal_ids=sample.temporal_ids[::-1])
 
@@ -96,11 +96,11 @@ CHANGES: dict[str, Callable[[Sample, np.random.Generator], Sample]] = {
     "video reversed": reverse_times,
     "video shuffled": shuffle_times,
 }
-"""Skill → what is done to the video samples."""
+"""Skill → change made to the video samples."""
 
 
 def heading(kind: str, sample: Sample) -> str:
-    """What the details are sorted by."""
+    """Heading that a sample counts under in the details."""
     if sample.kind == "text":
         return f"{len(sample.answer)} characters"
     if sample.temporal_ids is not None:

@@ -1,7 +1,7 @@
-"""An untrained network whose first layers already see: where training from nothing starts.
+"""An untrained network whose first layers already see: the start of training from scratch.
 
 The patch kernel is a whitened cosine transform, positions are smooth functions of row and column, and residual
-branches start small. With random kernels the same network read nothing after 11,000 pictures.
+branches start small. With random kernels the same network could not read at all after 11,000 pictures.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CHANNELS = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [
 
 
 def cosine_kernel(width: int, generator: torch.Generator) -> Tensor:
-    """Patch kernel (width, 3, 14, 14): slow cosines of luma and chroma, whitened and rotated at random."""
+    """Patch kernel (width, 3, 14, 14): low-frequency cosines of luma and chroma, whitened and rotated at random."""
     n = np.arange(14)
     basis = np.cos(np.pi * (n[None] + 0.5) * n[:, None] / 14) * math.sqrt(2 / 14)
     basis[0] /= math.sqrt(2)
@@ -31,7 +31,7 @@ def cosine_kernel(width: int, generator: torch.Generator) -> Tensor:
     rows = []
     for channel, count in zip(_CHANNELS, counts, strict=True):
         for u, v in order[:count]:
-            # The spectrum of pictures falls with frequency; text needs the fast part as loud as the slow one.
+            # The spectrum of pictures falls with frequency; text needs high frequencies as strong as low ones.
             rows.append(np.multiply.outer(channel, np.outer(basis[u], basis[v])) * (0.1 + 0.1 * math.hypot(u, v)))
     rotation = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
     return (rotation @ torch.from_numpy(np.array(rows)).float().flatten(1)).view(width, 3, 14, 14)

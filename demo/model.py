@@ -1,7 +1,7 @@
 """The network of MiniCPM-V 4.5 in torch, for training: its state dict has the official tensor names.
 
 Patches and token ids enter, visual tokens and logits leave. Position buckets, position and time tables are those of
-`edge_runtime`; that both compute the same is tested.
+`edge_runtime`; a test checks that both compute the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention of the vision tower: all patches of a slice see each other."""
+    """Attention of the vision tower: all patches of a slice attend to each other."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Vision(nn.Module):
         Parameters
         ----------
         patches : (N, P, 588) uint8.
-        table : (4900, width), the position table as it is in training.
+        table : (4900, width), the position table as used in training.
         """
         kernel = self.embeddings.patch_embedding
         pixels = (patches.to(kernel.weight.dtype) / 255 - 0.5) / 0.5
@@ -180,7 +180,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
 
     def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Of x, (B, T, dim). Given `wanted`, (B, T) bool, only these positions leave, as (n, dim)."""
+        """Of x, (B, T, dim). With `wanted`, (B, T) bool, only these positions are returned, as (n, dim)."""
         attn, h = self.self_attn, self.input_layernorm(x)
         q = rotate(attn.q_norm(split_heads(attn.q_proj(h), self.heads)), self.theta)
         k = rotate(attn.k_norm(split_heads(attn.k_proj(h), self.kv_heads)), self.theta)
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, x: Tensor, wanted: Tensor) -> Tensor:
-        """Of x, (B, T, dim); `wanted`, (B, T) bool, are the positions whose logits are asked for."""
+        """Of x, (B, T, dim); `wanted`, (B, T) bool, are the positions whose logits are needed."""
         *layers, last = self.model.layers
         for layer in layers:
             x = layer(x)
@@ -213,9 +213,9 @@ class Decoder(nn.Module):
 
 
 class SmoothTable(nn.Module):
-    """A smooth function of row and column, added to the position table while training.
+    """A smooth function of row and column, added to the position table in training.
 
-    A picture visits few of the 70 x 70 entries; what it teaches them must hold for their neighbours too.
+    A picture uses few of the 70 x 70 entries; what it teaches them must hold for their neighbours, too.
     """
 
     def __init__(self, width: int, harmonics: int = 16) -> None:
@@ -279,7 +279,7 @@ def load_model(folder: Path, source: Path) -> DemoModel:
 
 
 def save_model(model: DemoModel, folder: Path, source: Path) -> None:
-    """Write a checkpoint in the official layout; configuration and tokenizer are those of `source`."""
+    """Write a checkpoint in the official layout, with the configuration and tokenizer of `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if not k.startswith("smooth.")}
     state["vpm.embeddings.position_embedding.weight"] = model.position_table().detach().cpu()

@@ -15,7 +15,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(x: Tensor, steps: int = 4) -> Tensor:
-    """Singular values of a stack of matrices (n, rows, cols) towards 1."""
+    """Move the singular values of a stack of matrices (n, rows, cols) towards 1."""
     a, b, c = _NEWTON_SCHULZ
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -28,14 +28,14 @@ def orthogonalise(x: Tensor, steps: int = 4) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; `blocks` cuts a parameter into square blocks along its rows (q, k, v)."""
+    """Orthogonalised momentum; `blocks` cuts a parameter into square blocks along its rows (q, k, v)."""
 
     def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.02) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
     def step(self) -> None:
-        """Apply one step; matrices of one shape are worked on together."""
+        """Apply one step; matrices of the same shape are processed together."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimisers(model: DemoModel, heads: nn.Module) -> list[torch.optim.Optimizer]:
-    """Both optimisers; the learning rates are the peaks."""
+    """Both optimisers, at their peak learning rates."""
     muon, adam = [], []
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() == 2 and name.startswith(("vpm.encoder.layers", "resampler."))

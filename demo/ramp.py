@@ -1,10 +1,10 @@
-"""A start for the sense of time: two queries that look at the earliest and at the latest frame of a group.
+"""An initial sense of time: two queries that look at the earliest and at the latest frame of a group.
 
-Values of the resampler carry no time, and softmax cancels what all frames share; a query can only tell earlier from
-later when its scores rise (or fall) with the temporal id over the whole range. The slow sines of the time embedding
-can be summed to such a ramp, but with weights that training does not reach in an hour. So it starts with them: one
-dimension of each head is the ramp, the content is taken out of the block of inputs that the ramp reads (what the
-values lose there is folded into the other inputs), and everything is trained on from there.
+The resampler's values carry no time, and softmax cancels what all frames share; a query can only tell earlier from
+later if its scores rise (or fall) with the temporal id over the whole range. The slow sines of the time embedding
+can be summed to such a ramp, but with weights that an hour of training does not reach. So training starts with them:
+one dimension of each head is the ramp, the content is removed from the block of inputs that the ramp reads (what the
+values lose there is folded into the other inputs), and everything is trained from there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge_runtime.vision.sine_positions import sine
 
 SLOPE = 1.5  # rise of the scores per temporal id (0.1 s)
 QUERY_GAIN = 8.0  # the query's share of the slope; the rest is in the key weights
-FIRST_QUERY, LAST_QUERY = 8, 9  # those that `batches.HEADS` asks for the track's ends
+FIRST_QUERY, LAST_QUERY = 8, 9  # those that must know the track's ends, see `batches.HEADS`
 BLOCK = slice(96, 128)  # inputs the ramp reads: slow sines, and one block of q8_0
 TIMES = np.arange(0, MAX_START + 120, 4)
 
@@ -34,12 +34,12 @@ def ramp_weights(dim: int) -> Tensor:
 
 
 def has_ramp(resampler: Resampler) -> bool:
-    """Whether the weights hold a ramp already."""
+    """Whether the weights already contain a ramp."""
     return not resampler.ln_kv.weight[BLOCK].any()
 
 
 def hold_ramp(resampler: Resampler) -> None:
-    """Keep the content out of the block, before each step; a thousandth of it would drown the time."""
+    """Keep the content out of the block, before each step; even a thousandth of it would drown the time."""
     for parameter in (resampler.ln_kv.weight, resampler.ln_kv.bias):
         if parameter.grad is not None:
             parameter.grad[BLOCK] = 0.0
@@ -47,7 +47,7 @@ def hold_ramp(resampler: Resampler) -> None:
 
 @torch.no_grad()
 def add_ramp(resampler: Resampler) -> None:
-    """Change the weights in place."""
+    """Add the ramp to the weights, in place."""
     dim, heads = resampler.query.shape[1], resampler.heads
     _fold_block(resampler)
     weight, bias = resampler.attn.in_proj_weight, resampler.attn.in_proj_bias

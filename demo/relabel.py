@@ -1,12 +1,11 @@
-"""Give a decoder file of the demo model the tokens of the skeleton that it lacks, and the word that it is a toy.
+"""Add the skeleton's missing tokens to a decoder file of the demo model, and mark it as a toy.
 
     python demo/relabel.py edge_runtime/demo/ggml-model-Q4_K_M.gguf
 
-The shipped model was trained before its tokenizer had the official added tokens for tool calls and places. Rows
-that no token used get their names. Training has made those rows what it makes of every token that is never an answer
-(the output rows of unused tokens and of `<image>` or `<think>` point the same way, cosine 0.99), so no tensor is
-touched, and no answer changes. A file that was converted from a checkpoint with today's skeleton has all of it
-already.
+The shipped model was trained before its tokenizer had the official added tokens for tool calls and places. Rows that
+no token used get their names. Training treats those rows like every token that is never an answer (the output rows
+of unused tokens and of `<image>` or `<think>` point the same way, cosine 0.99), so no tensor is touched, and no
+answer changes. A file converted from a checkpoint with today's skeleton already has all of it.
 """
 
 from __future__ import annotations

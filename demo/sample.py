@@ -1,4 +1,4 @@
-"""What the generator hands over: pictures, a question, the right answer."""
+"""The generator's output: pictures, a question, the right answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Mark:
-    """Something small in a picture that patches may learn to name; lengths are fractions of the picture's."""
+    """Something small in a picture that patches can learn to name; lengths are fractions of the picture's."""
 
     code: int
     """See `batches.PATCH_HEADS`."""
@@ -37,11 +37,11 @@ class Sample:
     temporal_ids: list[int] | None = None
     """Times of the frames of one group; None for still pictures."""
     earlier: tuple[str, str] | None = None
-    """Question and answer of the turn before, in which the pictures were shown."""
+    """Question and answer of the previous turn, in which the pictures were shown."""
     facts: dict[str, list[int]] = field(default_factory=dict)
-    """What auxiliary heads may learn from: see `batches.HEADS`."""
+    """Labels for auxiliary heads, see `batches.HEADS`."""
     marks: dict[str, list[Mark]] = field(default_factory=dict)
-    """Head → what is where in the first picture."""
+    """Head → marks in the first picture."""
 
     def messages(self) -> list[dict[str, object]]:
         """The conversation as `Model.chat` takes it."""

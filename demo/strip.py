@@ -1,8 +1,8 @@
-"""Draw the strip of pictures that the README shows, with what the demo model answers about each.
+"""Draw the README's strip of pictures, with the demo model's answer about each.
 
     python demo/strip.py examples/strip.png
 
-Samples are held out, picked for variety; answers are the model's own, right or wrong.
+Samples are held out and picked for variety; answers are the model's own, right or wrong.
 """
 
 from __future__ import annotations

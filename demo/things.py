@@ -1,6 +1,6 @@
 """Samples about shapes: colour and form, place, number, motion, which of two pictures.
 
-Answers are right by construction: the question is made from the things that were drawn.
+Answers are right by construction: questions are made from the things that were drawn.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def thing_facts(things: Sequence[Thing]) -> dict[str, list[int]]:
 
 
 def thing_marks(things: Sequence[Thing]) -> dict[str, list[Mark]]:
-    """Centres of the things; the code is that of shape and colour together."""
+    """Centres of the things; the code stands for shape and colour together."""
     codes = [SHAPES.index(thing.shape) * len(COLORS) + list(COLORS).index(thing.color) for thing in things]
     return {"thing": [Mark(code, t.x, t.y, t.x, t.y) for code, t in zip(codes, things, strict=True)]}
 
@@ -63,7 +63,7 @@ def distinct_things(rng: np.random.Generator, size: Size, count: int) -> list[Th
 
 
 def shape_sample(rng: np.random.Generator, size: Size, kind: str = "shape") -> Sample | None:
-    """Colour and shape of one to three objects; kinds beside `shape`: relation, absent, followup."""
+    """Colour and shape of one to three objects; other kinds than `shape`: relation, absent, followup."""
     count = int(rng.integers(2, 4)) if kind == "relation" else int(rng.integers(1, 4))
     things = distinct_things(rng, size, count)
     if things is None:
@@ -142,7 +142,7 @@ def count_sample(rng: np.random.Generator, size: Size, kind: str = "count") -> S
     if kind == "filter":
         others = int(rng.integers(1, 3))
         label = [0] * asked + [1 + int(rng.integers(others)) for _ in range(total - asked)]
-        mixed = rng.random() < 0.5  # whether the other attribute varies too
+        mixed = rng.random() < 0.5  # whether the other attribute varies, too
         free = [int(rng.integers(2)) if mixed else 0 for _ in range(total)]
         picks = [(f, n) if by_color else (n, f) for n, f in zip(label, free, strict=True)]
     elif rng.random() < 0.5:

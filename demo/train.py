@@ -1,11 +1,11 @@
-"""Train the demo model: a checkpoint in the official layout enters (or none), a better one leaves.
+"""Train the demo model: a checkpoint in the official layout (or none) enters, a better one leaves.
 
     python demo/train.py --out run --minutes 180               # from nothing; the same command resumes a run
     python demo/train.py --out more --init edge_runtime/demo   # starts from trained files, or from a checkpoint
     python demo/train.py --out quick --quick                   # tests the code, learns nothing
 
-Pictures are drawn by processes of their own while this one computes. The schedule follows the clock: a short rise, a
-plateau, and a linear decay over the last quarter, which is worth a great deal.
+Other processes draw pictures while this one computes. The schedule follows the clock: a short rise, a plateau, and a
+linear decay over the last quarter, which is worth a great deal.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ MIXTURE = {
 }
 """Share of the batches of each kind."""
 FILTER_BEGIN, FILTER_END = 0.62, 0.74
-"""Before and after these fractions of the run, "filter" trains the vision alone, and the decoder too. A decoder asked
-for one kind before the visual tokens hold it only unlearns to give the total."""
+"""Before and after these fractions of the run, "filter" trains the vision alone, and the decoder, too. A decoder
+asked for one kind before the visual tokens hold it only unlearns to give the total."""
 DENSE_ONLY, DENSE_SHARE, EASE_END = 0.07, 0.5, 0.65
-"""From nothing: at first pictures full of characters only, then this share of them and easy text, both falling to
-none at a fraction of the run."""
+"""From scratch: first only pictures full of characters, then this share of them and easy text, both falling to none
+at a fraction of the run."""
 RISE = 100  # steps until the full learning rate
-HEADS_ALONE = 60  # first steps of a run from a trained network: new heads would teach it their own ignorance
+HEADS_ALONE = 60  # first steps of a run from a trained network: gradients of untrained heads would harm it
 HEAD_WEIGHT = 0.3  # of the auxiliary losses in batches that also train the decoder
 LOG_EVERY, SAVE_EVERY_S, QUICK_STEPS = 25, 240, 8  # 8 steps of 2 batches go through all kinds
 
@@ -87,7 +87,7 @@ class Heads(nn.Module):
             loss = torch.stack(
                 [F.cross_entropy(reader(tokens[:, query]), target[:, i]) for i, (query, reader) in pairs]
             )
-            # Most shapes and colours are not in a picture, which is learnt at once; their mean would hide the rest.
+            # Most shapes and colours are absent, which is learnt at once; in a plain mean they would hide the rest.
             losses.append(loss.sum() if name in ("shapes", "colors") else loss.mean())
         return torch.stack(losses).mean() if losses else tokens.new_zeros(())
 
@@ -104,7 +104,7 @@ class Heads(nn.Module):
 
 @dataclass
 class Run:
-    """Everything a run needs to go on after a break."""
+    """Everything a run needs to resume."""
 
     model: DemoModel
     heads: Heads
@@ -117,7 +117,7 @@ class Run:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, out: Path) -> None:
-        """Write checkpoint, log and state; each replaces the old one in a single move."""
+        """Write checkpoint, log and state; each replaces the old one atomically."""
         save_model(self.model, out / "checkpoint.new", SKELETON)
         log = {
             "seed": self.seed,
@@ -146,7 +146,7 @@ class Run:
         (out / "checkpoint.new").rmdir()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on where `save` stopped."""
+        """Resume from what `save` wrote."""
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -171,7 +171,7 @@ def ease(progress: float, scratch: bool) -> float:
 
 
 def draw_batches(seed: int, scratch: bool, quick: bool, steps: Any, progress: Any, queue: Any) -> None:
-    """Body of a drawing process: every one draws whichever step is next; `quick` goes through all kinds."""
+    """Body of a drawing process: each takes the next step in turn; `quick` goes through all kinds."""
     os.nice(5)
     torch.set_num_threads(1)
     maker, parent = BatchMaker(seed), os.getppid()
@@ -200,7 +200,7 @@ def forward(run: Run, batch: Batch, device: str) -> tuple[Tensor, float]:
     extra = torch.zeros((), device=device)
     if batch.named:
         extra = extra + run.heads.read_patches(features, batch.named)
-    if batch.facts and batch.kind != "slices":  # in the overview the text cannot be read
+    if batch.facts and batch.kind != "slices":  # text is not legible in the overview
         extra = extra + run.heads(parts[0][:, 0], batch.facts)
     if batch.kind == "dense" or batch.kind.endswith("vision"):
         return extra, float("nan")
@@ -210,7 +210,7 @@ def forward(run: Run, batch: Batch, device: str) -> tuple[Tensor, float]:
     holes = torch.from_numpy(batch.holes).to(device)
     logits = run.model.logits(torch.from_numpy(batch.ids).to(device), tokens, holes, wanted)
     loss = F.cross_entropy(logits, labels[wanted])
-    # An answer whose every token is the most probable one after the right ones is what greedy decoding writes.
+    # If every token is the most probable one after the right ones, greedy decoding writes this answer.
     right = torch.ones_like(wanted)
     right[wanted] = logits.argmax(1) == labels[wanted]
     return loss + HEAD_WEIGHT * extra, right.all(1).float().mean().item()
@@ -223,7 +223,7 @@ def rate(run: Run, limit_s: float, decay_s: float) -> float:
 
 
 def train(run: Run, out: Path, options: argparse.Namespace) -> None:
-    """Train until the time is over; saves now and then."""
+    """Train until the time is up, saving now and then."""
     limit_s = options.minutes * 60
     decay_s = options.decay * 60 if options.decay else limit_s / 4
     context = mp.get_context("spawn")
@@ -279,7 +279,7 @@ def train(run: Run, out: Path, options: argparse.Namespace) -> None:
 
 
 def _log(run: Run, seen: dict[str, list[float]]) -> None:
-    """One line: share of right answers in batches never seen before (of `vision` kinds the negative loss)."""
+    """Print one line: share of right answers in new batches (for `vision` kinds the negative loss)."""
     means = {kind: round(sum(values) / len(values), 3) for kind, values in sorted(seen.items())}
     entry = {"step": run.step, "samples": run.samples, "minutes": round(run.spent_s / 60, 2), "right": means}
     run.curve.append(entry)

@@ -1,7 +1,7 @@
-"""Files of the runtime → weights to train on from: the way back of the converter.
+"""Files of the runtime → weights to continue training from: the converter in reverse.
 
-A run need not begin at nothing when the model in the package is at hand. What rounding took is not given back, but a
-few hundred steps find it again; afterwards the weights are float32 numbers like any others.
+A run need not start from scratch when the model in the package is at hand. What rounding lost is not restored, but a
+few hundred steps recover it; afterwards the weights are float32 numbers like any others.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def unpack(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
     Parameters
     ----------
-    folder : where both lie.
-    config : content of the network's config.json; says how many layers there are.
+    folder : folder of both files.
+    config : content of the network's config.json; gives the number of layers.
 
     Returns
     -------

@@ -47,7 +47,7 @@ ALL_WORDS = tuple(dict.fromkeys(_TEXT.split()))
 
 
 def is_test_word(word: str) -> bool:
-    """Whether training must not show `word`: one in six, chosen by its checksum; random strings included."""
+    """Whether `word` is kept from training: one in six, chosen by checksum; random strings included."""
     return zlib.crc32(word.encode()) % 6 == 0
 
 

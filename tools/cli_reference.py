@@ -2,7 +2,7 @@
 
     python tools/cli_reference.py
 
-What enters: the program's own commands. What leaves: the document, whole; a test holds it against the program.
+What enters: the program's own commands. What leaves: the whole document; a test compares it with the program.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def contexts(command: click.Command, name: str, parent: click.Context | None = N
 
 
 def reference() -> str:
-    """Return the document."""
+    """Return the text of the document."""
     parts = (
         f"## {context.command_path}\n\n```\n{context.get_help().strip()}\n```\n"
         for context in contexts(program, "edge-runtime")
@@ -45,7 +45,7 @@ def reference() -> str:
 
 
 def main() -> None:
-    """Write it."""
+    """Write the document."""
     TARGET.write_text(reference(), "utf-8")
     print("docs/cli.md is written.")
 

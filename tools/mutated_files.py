@@ -1,13 +1,13 @@
-"""Damaged files of every format through a server, while another client asks for text: counts of what came back.
+"""Sends damaged files of every format to a server while another client asks for text; counts the replies.
 
     .venv/bin/python tools/mutated_files.py --each 10000 [--format jpeg ...] [--seed 0] [--clients 4]
 
-Files are made here, then bytes are changed, repeated, left out, or numbers in them made large. They are sent to a
-server of its own on this machine, by the route that counts tokens, which decodes pictures and draws pages, and asks
-nothing of the model. Frames of videos are decoded for an answer only: every tenth video is asked about.
+Files are made here; then bytes are changed, repeated or removed, or numbers in them made large. They go to a separate
+server on this machine, to the route that counts tokens, which decodes pictures and renders pages without using the
+model. Frames of videos are decoded only for an answer, so every tenth video is asked about.
 
-What must be seen: no status but 200 and 400, no request beyond the limit, no worker left at work, and the other
-client answered each time. The exit code is 1 otherwise.
+Expected: no status but 200 and 400, no request beyond the time limit, no worker left running, and every request of
+the other client answered. The exit code is 1 otherwise.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from PIL import Image, features
 from reportlab.pdfgen.canvas import Canvas
 
 LIMIT_S = 10.0
-"""For one file, --decode-timeout of the server."""
+"""Time for one file, the server's --decode-timeout."""
 PAUSE_S = 3.0
-"""Between two questions of the other client."""
+"""Time between two questions of the other client."""
 LARGEST = b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x01\x00\x00", b"\x00\x00\x00\x00"
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture with something in it, and large areas of one colour."""
+    """A picture with some noise, and large areas of one colour."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     pixels[: height // 2] = 200
     return Image.fromarray(pixels)
@@ -138,7 +138,7 @@ def mutated(whole: bytes, chance: random.Random) -> bytes:
     """The file with one to six changes."""
     data = bytearray(whole)
     for _ in range(chance.randint(1, 6)):
-        at = min(int(chance.random() ** 2 * len(data)), len(data) - 1)  # more in the head
+        at = min(int(chance.random() ** 2 * len(data)), len(data) - 1)  # more often near the start
         length = chance.choice((1, 2, 4, 16, 200))
         change = chance.randrange(7)
         if change == 0:
@@ -162,7 +162,7 @@ def mutated(whole: bytes, chance: random.Random) -> bytes:
 
 
 def request_for(kind: str, data: bytes, *, answered: bool) -> tuple[str, dict[str, Any]]:
-    """Path and body of a request with a file."""
+    """Path and body of a request with the file."""
     uri = f"data:application/octet-stream;base64,{base64.b64encode(data).decode()}"
     if kind in VIDEOS:
         part: dict[str, Any] = {"type": "video_url", "video_url": {"url": uri}, "max_frames": 6, "packing": 6}
@@ -176,7 +176,7 @@ def request_for(kind: str, data: bytes, *, answered: bool) -> tuple[str, dict[st
 
 @contextlib.contextmanager
 def served() -> Iterator[tuple[str, int]]:
-    """A server of our own: its address and the number of its process."""
+    """Run a server of our own; yield its address and process id."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         command = [sys.executable, "-m", "edge_runtime", "serve", "--port", "0", "--grace", "2", "-m", "demo"]
@@ -198,7 +198,7 @@ def served() -> Iterator[tuple[str, int]]:
 
 
 class Neighbour:
-    """Another client, who asks for text all the time."""
+    """Another client, which asks for text all the time."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -230,7 +230,7 @@ class Neighbour:
 
 
 def children(pid: int) -> list[int]:
-    """Numbers of the processes that a process has started."""
+    """Ids of the processes that a process has started."""
     try:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -238,7 +238,7 @@ def children(pid: int) -> list[int]:
 
 
 def run(kind: str, each: int, seed: int, address: str, n_clients: int, folder: Path) -> dict[str, Any]:
-    """Send the files of one format."""
+    """Send damaged files of one format."""
     whole = {**PICTURES, **VIDEOS}[kind]()
     counts: collections.Counter[str] = collections.Counter()
     slowest, bad = 0.0, []
@@ -278,7 +278,7 @@ def run(kind: str, each: int, seed: int, address: str, n_clients: int, folder: P
 
 
 def main() -> int:
-    """Send all of them; returns the exit code."""
+    """Send the files of all formats; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=10_000)
     parser.add_argument("--format", action="append", choices=[*PICTURES, *VIDEOS])
@@ -286,7 +286,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--keep", type=Path, default=Path("build/mutated"), help="where files that did harm are kept")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server ends with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server ends with us
     options.keep.mkdir(parents=True, exist_ok=True)
     kinds = options.format or [*PICTURES, *VIDEOS]
     if not features.check("avif"):

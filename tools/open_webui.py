@@ -1,12 +1,12 @@
 """Open WebUI beside the demo model, in a real browser: a picture, a streamed answer, a stop, a second chat, a title.
 
-Both servers listen on this machine alone and have folders of their own, which are deleted at the end. Open WebUI is
-told to fetch nothing. Its package is 3 GB and wants an environment of its own (`make open-webui` makes it), so this
-is no part of the tests.
+Both servers listen on this machine only and have their own folders, which are deleted at the end. Open WebUI is set
+to fetch nothing. Its package has 3 GB and needs an environment of its own (`make open-webui` makes it), so this is
+not part of the tests.
 
     .venv/bin/python tools/open_webui.py --open-webui build/open-webui/bin/open-webui --pictures build/open-webui/seen
 
-Every step is printed with what was seen; the exit code is 1 when one fails. The pictures show the browser after each.
+Every step prints what it saw; the exit code is 1 when one fails. The pictures show the browser after each step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import httpx
 from playwright.sync_api import Locator, Page, sync_playwright
 
 SIGN = Path(__file__).parents[1] / "examples" / "sign.png"
-START_S, ANSWER_MS = 600, 300_000  # Open WebUI alone imports for minutes on a busy machine
+START_S, ANSWER_MS = 600, 300_000  # importing Open WebUI alone takes minutes on a busy machine
 LONG_ITEMS = 300
 LONG = {
     "type": "array",
@@ -38,18 +38,18 @@ LONG = {
     "minItems": LONG_ITEMS,
     "maxItems": LONG_ITEMS,
 }
-"""The demo has little to say; this makes it say it for a while. About 3000 tokens."""
+"""The demo's answers are short; this schema forces a long one, about 3000 tokens."""
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """A free port of the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 def settings(folder: Path, backend: str, address: str) -> dict[str, str]:
-    """Environment of Open WebUI: one person without a password, nothing from elsewhere."""
+    """Environment of Open WebUI: one user without a password, nothing fetched."""
     return {
         **os.environ,
         "DATA_DIR": str(folder),
@@ -62,7 +62,7 @@ def settings(folder: Path, backend: str, address: str) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "ENABLE_VERSION_UPDATE_CHECK": "False",
         "ENABLE_COMMUNITY_SHARING": "False",
-        "RAG_EMBEDDING_ENGINE": "ollama",  # else it wants a model from a hub
+        "RAG_EMBEDDING_ENGINE": "ollama",  # otherwise it fetches a model from a hub
         "BYPASS_EMBEDDING_AND_RETRIEVAL": "True",
         "ANONYMIZED_TELEMETRY": "False",
         "DO_NOT_TRACK": "True",
@@ -99,14 +99,14 @@ def _answers(url: str) -> bool:
 
 
 class Chat:
-    """The page, as a person uses it."""
+    """The page, used as a person would."""
 
     def __init__(self, page: Page, address: str, backend: str, pictures: Path) -> None:
         self.page, self._address, self._backend, self._pictures = page, address, backend, pictures
         self._n_pictures = 0
 
     def open(self, model: str | None = None) -> None:
-        """A new chat."""
+        """Open a new chat."""
         self.page.goto(f"{self._address}/" + (f"?models={model}" if model else ""), timeout=ANSWER_MS)
         self.page.wait_for_selector("#chat-input", timeout=ANSWER_MS)
         news = self.page.get_by_role("button", name="Okay, Let's Go!")
@@ -116,7 +116,7 @@ class Chat:
         self.page.get_by_label(f"Selected model: {model or 'demo:latest'}").wait_for(timeout=ANSWER_MS)
 
     def call(self, path: str, body: dict[str, Any]) -> Any:
-        """Ask Open WebUI's own API, as the page does."""
+        """Call Open WebUI's own API, as the page does."""
         script = """async ([path, body]) => {
             const headers = {"Authorization": `Bearer ${localStorage.token}`, "Content-Type": "application/json"};
             const reply = await fetch(path, {method: "POST", headers, body: JSON.stringify(body)});
@@ -127,7 +127,7 @@ class Chat:
         return json.loads(text)
 
     def ask(self, text: str, picture: Path | None = None) -> None:
-        """Type and send."""
+        """Type a question and send it."""
         if picture is not None:
             self.page.locator("input[type=file]").first.set_input_files(picture)
             self.page.get_by_label("Remove file").wait_for(timeout=ANSWER_MS)
@@ -142,29 +142,29 @@ class Chat:
 
     @property
     def stop(self) -> Locator:
-        """The button that ends an answer; there while one is being made."""
+        """The button that stops an answer; visible while one is generated."""
         return self.page.get_by_role("button", name="Stop", exact=True)
 
     def finished(self) -> str:
-        """Wait for the end of the answer; returns it."""
+        """Wait for the end of the answer, and return it."""
         self.answer.wait_for(timeout=ANSWER_MS)
-        self.stop.wait_for(state="hidden", timeout=ANSWER_MS)  # when the title has come, too
+        self.stop.wait_for(state="hidden", timeout=ANSWER_MS)  # once the title has arrived, too
         return self.answer.inner_text().strip()
 
     def requests(self, status: str) -> int:
-        """How many requests of a kind the model's server has counted."""
+        """Number of requests with this status that the model's server has counted."""
         text = httpx.get(f"{self._backend}/metrics", timeout=60, trust_env=False).text
         found = re.search(rf'^edge_runtime_requests_total{{[^}}]*status="{status}"}} (\S+)$', text, re.MULTILINE)
         return round(float(found[1])) if found else 0
 
     def show(self, name: str) -> None:
-        """Take a picture of the browser."""
+        """Take a screenshot of the browser."""
         self._n_pictures += 1
         self.page.screenshot(path=self._pictures / f"{self._n_pictures}-{name}.png")
 
 
 def until(what: str, holds: Callable[[], bool], seconds: float = ANSWER_MS / 1000) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
@@ -268,7 +268,7 @@ STEPS = (tools_refusal, picture, title, streamed, stopped, second)
 
 
 def run(options: argparse.Namespace, folder: Path) -> int:
-    """All steps; returns the number of those that failed."""
+    """Run all steps; return the number of failures."""
     ours, theirs = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
     host = ["--host", "127.0.0.1", "--port"]
     serve = [sys.executable, "-m", "edge_runtime", "serve", *host, ours.rsplit(":", 1)[1], "-m", "demo"]
@@ -290,7 +290,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
             name = (step.__doc__ or "").split(":")[0].rstrip(".")
             try:
                 print(f"ok      {name}: {step(chat)}", flush=True)
-            except Exception as error:  # noqa: BLE001 - the others are of interest, too
+            except Exception as error:  # noqa: BLE001 - the other steps still run
                 failed += 1
                 print(f"FAILED  {name}: {error}", flush=True)
                 chat.show("failed")
@@ -301,7 +301,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
 
 
 def main() -> None:
-    """Run the steps and say how many of them failed."""
+    """Run the steps and print how many failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--open-webui", type=Path, required=True, metavar="PROGRAM", help="open-webui of its package")
     parser.add_argument("--chromium", default=shutil.which("chromium"), metavar="PROGRAM")

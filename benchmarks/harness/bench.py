@@ -1,4 +1,4 @@
-"""The files that sides read, and the children that run them."""
+"""The files that sides read, and the child processes that run them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks.harness.child import Child, SideError, Skipped, environment
 ROOT = Path(__file__).resolve().parents[2]
 MMPROJ = {"f16": "mmproj-model-f16.gguf", "q8_0": "mmproj-model-q8_0.gguf"}
 DECODER = "ggml-model-Q4_K_M.gguf"
-CHECKPOINT_GB = 3.9  # one decoder layer: mtmd wants a decoder for its vocabulary
+CHECKPOINT_GB = 3.9  # one decoder layer: mtmd needs a decoder for its vocabulary
 
 
 def make_files(folder: Path, tokenizer: Path | None) -> None:
-    """Make the random checkpoint and its conversions unless they are there."""
+    """Make the random checkpoint and its conversions unless they exist."""
     missing = [kind for kind in MMPROJ if not (folder / kind / MMPROJ[kind]).exists()]
     if not missing:
         return
@@ -41,14 +41,14 @@ def _run(command: list[str]) -> None:
 
 
 class Bench:
-    """Makes children for sides, and remembers which cannot run here."""
+    """Starts child processes for sides, and remembers which cannot run here."""
 
     def __init__(self, files: Path, threads: int) -> None:
         self.files, self.threads = files, threads
         self.skipped: dict[str, str] = {}
         self.failed: dict[str, str] = {}
         self.facts: dict[str, Any] = {}
-        """What each side told when it was loaded."""
+        """What each side reported when it was loaded."""
 
     def _spec(self, side: str) -> tuple[str, dict[str, Any]]:
         peer, _, kind = side.partition("-")
@@ -73,7 +73,7 @@ class Bench:
             except BaseException:
                 child.close()
                 raise
-            # What quantising took in memory and threads is no part of the side.
+            # The memory and threads that quantising took must not count for the side.
             child.close()
             child = Child(f"benchmarks.sides.{module}", given | options, self.files / "logs" / f"{side}.log")
         return child
@@ -89,7 +89,7 @@ class Bench:
         return child
 
     def attempt(self, side: str, run: Callable[[], Any]) -> Any:
-        """Result of `run`, or None where the side is missing or breaks, which is told once."""
+        """Result of `run`, or None if the side is missing or fails, which is reported once."""
         if side in self.skipped or side in self.failed:
             return None
         try:

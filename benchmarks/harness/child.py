@@ -1,10 +1,10 @@
-"""One side of a benchmark in a process of its own, called over a pipe; it stands still while others are measured.
+"""One side of a benchmark in a process of its own, called over a pipe; it is stopped while others are measured.
 
 Parent and child exchange JSON lines: {"call": name, ...arguments} → {"result": …}, {"skip": reason}, {"error": text}.
-Threads of OpenMP and of thread pools go on spinning after their work and would take time from the next side. So a
-child is stopped (SIGSTOP) between its calls; where there is no such signal, a pause has to do.
+Threads of OpenMP and of thread pools keep spinning after their work and would take time from the next side. So a
+child is stopped (SIGSTOP) between its calls; on systems without that signal, a pause has to do.
 
-The child's module has a class that `serve` makes from the options; its public methods are what can be called.
+The child's module has a class that `serve` creates from the options; its public methods can be called.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Skipped(Exception):  # noqa: N818 - nothing went wrong
 
 
 class SideError(Exception):
-    """A side that broke, with what it said."""
+    """A side that failed, with its output."""
 
 
 def require(*modules: str) -> None:
@@ -53,7 +53,7 @@ def require(*modules: str) -> None:
 
 
 def serve(make: Callable[[dict[str, Any]], Any]) -> None:
-    """Answer calls until the parent closes the pipe. What libraries print to stdout goes to stderr."""
+    """Answer calls until the parent closes the pipe. Libraries' stdout is redirected to stderr."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     side: Any = None
@@ -69,7 +69,7 @@ def serve(make: Callable[[dict[str, Any]], Any]) -> None:
                 reply = {"result": getattr(side, name)(**request)}
         except Skipped as reason:
             reply = {"skip": str(reason)}
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises, the parent should tell it
+        except Exception as error:  # noqa: BLE001 - whatever a peer raises, the parent reports it
             traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}"}
         replies.write(json.dumps(reply) + "\n")
@@ -112,15 +112,15 @@ class Child:
     Parameters
     ----------
     module : the side's module, run with -m.
-    options : what its class is made from; `threads` sets the usual environment variables, too.
-    log : file that takes what it prints.
+    options : arguments for its class; `threads` also sets the usual environment variables.
+    log : file for its output.
 
     Raises
     ------
     Skipped
         When the side cannot run here.
     SideError
-        When it breaks; so does every call.
+        When it fails; calls raise it, too.
     """
 
     def __init__(self, module: str, options: dict[str, Any], log: Path) -> None:
@@ -141,7 +141,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process."""
+        """Process id of the child."""
         return self._process.pid
 
     def call(self, name: str, **arguments: Any) -> Any:
@@ -166,7 +166,7 @@ class Child:
         return reply["result"]
 
     def watch(self, name: str, **arguments: Any) -> tuple[Any, Memory]:
-        """Call a method, and see the largest memory meanwhile."""
+        """Call a method, and return the peak memory meanwhile, too."""
         with Peak(self.pid) as sampler:
             result = self.call(name, **arguments)
         return result, sampler.peak
@@ -216,7 +216,7 @@ class Child:
 
 
 def environment(threads: int | None) -> dict[str, str]:
-    """Folders already in PYTHONPATH come first: another build of a peer may lie there."""
+    """Environment of a child; folders already in PYTHONPATH come first, as they may hold another build of a peer."""
     roots = [*filter(None, [os.environ.get("PYTHONPATH")]), *(str(ROOT / part) for part in SOURCE_ROOTS)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(roots)}
     if threads:

@@ -1,4 +1,4 @@
-"""Results beside what was to be reached: one line for people, and the JSON object that ends every benchmark."""
+"""Results beside their goals: one line for people, and the JSON object that ends every benchmark."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Goal:
     bound: float
     unit: str = ""
     at_least: bool = False
-    """Whether the number is to be at least the bound; otherwise it is to stay under it."""
+    """Whether the number must be at least the bound; otherwise it must stay under it."""
 
     @property
     def is_met(self) -> bool:
-        """Whether it is reached."""
+        """Whether the goal is reached."""
         return self.value >= self.bound if self.at_least else self.value < self.bound
 
     def __str__(self) -> str:
@@ -31,12 +31,12 @@ class Goal:
         return f"{self.what}: {self.value:.3g}{self.unit} (goal: {sign} {self.bound:g}{self.unit}) {verdict}"
 
     def facts(self) -> dict[str, Any]:
-        """For the JSON object."""
+        """Fields for the JSON object."""
         return {"what": self.what, "value": round(self.value, 5), "bound": self.bound, "met": self.is_met}
 
 
 def finish(facts: dict[str, Any], goals: Sequence[Goal], path: Path | None) -> None:
-    """Print how each goal stands, then the whole result as one JSON object; the latter into a file, too, if asked."""
+    """Print each goal's verdict, then the result as one JSON object, which also goes to `path` if there is one."""
     for goal in goals:
         print(goal)
     facts = {**facts, "goals": [goal.facts() for goal in goals]}

@@ -1,4 +1,4 @@
-"""One function for each kind of scenario: measures its sides, prints a table, gives the numbers."""
+"""One function per kind of scenario: measures its sides, prints a table, returns the numbers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from benchmarks.harness.scenarios import Scenario
 
 Result = dict[str, Any]
 
-SLOW_S, SLOW_REPEATS = 30.0, 2  # a side that takes so long for a slice has no more samples than this
+SLOW_S, SLOW_REPEATS = 30.0, 2  # a side this slow per slice gets no more samples than this
 
 
 def measure_time(bench: Bench, scenario: Scenario) -> Result:
-    """All sides in turns; the order moves on by one in each round. Very slow sides have fewer turns."""
+    """Measure all sides in turns; the order rotates by one per round. Very slow sides get fewer turns."""
     width, height = scenario.picture
     children: dict[str, Child] = {}
     samples: dict[str, list[float]] = {}
@@ -37,7 +37,7 @@ def measure_time(bench: Bench, scenario: Scenario) -> Result:
         child = bench.load(side)
         try:
             child.call("prepare", width=448, height=448, slices=1)
-            timing = child.call("encode", width=448, height=448)  # pages, caches, threads; not counted
+            timing = child.call("encode", width=448, height=448)  # warms up pages, caches, threads; not counted
             warm_up[side] = max(timing.values())
             progress(f"{side}: warmed up on one slice, {warm_up[side]:.2f} s")
             child.call("prepare", width=width, height=height, slices=scenario.slices)
@@ -92,7 +92,7 @@ def measure_time(bench: Bench, scenario: Scenario) -> Result:
 
 
 def compare_outputs(bench: Bench, children: dict[str, Child], scenario: Scenario) -> dict[str, Any]:
-    """Cosines of each side's first slice to ours in float32: features and visual tokens, as far as it has them."""
+    """Cosines of each side's first slice to ours in float32: features and visual tokens, where it returns them."""
     width, height = scenario.picture
     outputs: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +118,7 @@ def compare_outputs(bench: Bench, children: dict[str, Child], scenario: Scenario
 
 
 def measure_memory(bench: Bench, scenario: Scenario) -> Result:
-    """One side after the other: memory at each stage, in bytes."""
+    """Measure one side after the other: memory at each stage, in bytes."""
     width, height = scenario.picture
     rows: dict[str, Any] = {}
 
@@ -131,7 +131,7 @@ def measure_memory(bench: Bench, scenario: Scenario) -> Result:
 
             def settled_memory() -> Memory:
                 if side.startswith("ours"):
-                    child.call("rest")  # as the engine does when it has nothing to do
+                    child.call("rest")  # as the engine does when idle
                 return child.memory()
 
             _, peak = child.watch("encode", width=width, height=height)
@@ -177,7 +177,7 @@ def measure_memory(bench: Bench, scenario: Scenario) -> Result:
 
 
 def measure_startup(bench: Bench, scenario: Scenario) -> Result:
-    """New processes after one that has compiled everything: the first picture against the second."""
+    """Measure new processes after one that compiled everything: the first picture against the second."""
     width, height = scenario.picture
     rows: dict[str, list[Result]] = {}
 
@@ -225,7 +225,7 @@ def measure_startup(bench: Bench, scenario: Scenario) -> Result:
 
 
 def measure_accuracy(bench: Bench, scenario: Scenario) -> Result:
-    """The same file in both arithmetics, as it is and with something planted."""
+    """Compare both arithmetics on the same file, unchanged and with planted weights."""
     width, height = scenario.picture
     rows: list[Result] = []
     source = str(bench.files / "f16" / MMPROJ["f16"])
@@ -257,7 +257,7 @@ def measure_accuracy(bench: Bench, scenario: Scenario) -> Result:
                     all_ = cosines(found[what], exact[what])
                     row[what] = {"mean": float(all_.mean()), "worst": float(all_.min()), "rows": len(all_)}
                 if plain is not None:
-                    # How far planting moves float32 itself: gains nowhere, fc2 a little.
+                    # How much planting changes float32 itself: gains not at all, fc2 a little.
                     row["float32_to_unplanted"] = float(cosines(exact["features"], plain["features"]).min())
                 rows.append(row)
                 cells = [f"{row[what][key]:.5f}" for what in ("features", "tokens") for key in ("mean", "worst")]
@@ -266,7 +266,7 @@ def measure_accuracy(bench: Bench, scenario: Scenario) -> Result:
 
 
 def measure_profile(bench: Bench, scenario: Scenario) -> Result:
-    """Where the time of one picture goes."""
+    """Measure where the time of one picture goes."""
     width, height = scenario.picture
     rows: dict[str, Any] = {}
 
@@ -299,5 +299,5 @@ MEASURE: dict[str, Callable[[Bench, Scenario], Result]] = {
 
 
 def progress(text: str) -> None:
-    """Tell what goes on, beside the tables."""
+    """Report progress, apart from the tables."""
     print(f"  {text}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """Memory of a process tree while it works.
 
-RSS counts every page in the process's address space: anonymous memory, which nothing else can give back, and pages
-of mapped files, which the kernel drops when memory is short. Both are told, since only the first can exhaust a small
-machine. VmHWM is the kernel's own high-water mark of RSS, which no sampling can miss; it is per process, so the
-largest is told. Outside Linux psutil's RSS is all there is.
+RSS counts every resident page of the process: anonymous memory, which only the process can give back, and pages of
+mapped files, which the kernel drops when memory is short. Both are reported, since only the first can exhaust a small
+machine. VmHWM is the kernel's own high-water mark of RSS, which misses no peak between samples; it is per process, so
+the largest is reported. Outside Linux psutil's RSS is all there is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Memory:
 
 
 def measure(pid: int) -> Memory:
-    """Memory of a process and its descendants now; a process that is gone counts as nothing."""
+    """Memory of a process and its descendants now; a process that has ended counts as nothing."""
     if not Path("/proc/self/status").exists():
         return _measure_with_psutil(pid)
     total = Memory()
@@ -74,7 +74,7 @@ def _measure_with_psutil(pid: int) -> Memory:
 
 
 def watch(command: Sequence[str | Path], environment: dict[str, str] | None = None) -> tuple[Memory, float]:
-    """Run a command to its end; return its peaks and how long it took, in seconds.
+    """Run a command to its end; return its peaks and its duration in seconds.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def watch(command: Sequence[str | Path], environment: dict[str, str] | None = No
     Raises
     ------
     SystemExit
-        When the command fails; with the last line of what it printed, none of which is shown otherwise.
+        When the command fails; with the last line of its output, which is not shown otherwise.
     """
     environment = environment or os.environ | {
         "PYTHONPATH": os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "converters"))

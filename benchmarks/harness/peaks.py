@@ -1,8 +1,8 @@
-"""What this machine can do at most: the register tiles of the kernels on operands that never leave the first cache.
+"""Peak rates of this machine: the kernels' register tiles on operands that never leave the first cache.
 
-A loop around the tile's own instructions on all threads, without packing, memory or anything between two tiles. In
-units of 1e9 operations per second, a multiplication and an addition being two. Operands are random, as a product's
-are.
+A loop around the tile's own instructions on all threads, without packing, memory or anything between two tiles. Rates
+are in units of 1e9 operations per second; a multiplication and an addition count as two. Operands are random, as a
+product's are.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -24,7 +24,7 @@ from edge_kernels.simd.int8 import DOT_MR, DOT_NR, DOT_TILE, GROUP, dot_tile
 from edge_kernels.simd.ir import MR, NR
 from edge_kernels.threads import parallel_region
 
-CELLS = 128  # panels of 4 KiB, of AMX 16, and less: a first cache has 32 or, with AMX, 48
+CELLS = 128  # panels take at most 4 KiB, with AMX 16: a first cache has 32 or, with AMX, 48
 SECONDS = 0.15
 
 
@@ -59,7 +59,7 @@ def _float32(a, b, calls, results, workers):
 
 
 def _rate(run: Callable[[int, int], None], per_call: float) -> float:
-    """GOP/s of all threads together; the number of calls is chosen so that they take a while."""
+    """GOP/s of all threads together; makes enough calls to take a while."""
     with parallel_region() as workers:
         run(1, workers)  # compiles
         calls, seconds = 1000, 0.0

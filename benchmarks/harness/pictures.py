@@ -1,4 +1,4 @@
-"""Pictures that every side makes alike from their size alone, and what our preprocessing cuts them into."""
+"""Pictures that depend on their size alone, so that all sides see the same, and the slices we cut them into."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def picture(width: int, height: int) -> npt.NDArray[np.uint8]:
-    """Half coarse shapes, half noise, so that neither is all there is: ndarray [shape=(height, width, 3), uint8]."""
+    """Half coarse shapes, half noise: ndarray [shape=(height, width, 3), uint8]."""
     random = np.random.default_rng([width, height])
     coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC
@@ -25,7 +25,7 @@ def picture(width: int, height: int) -> npt.NDArray[np.uint8]:
 
 
 def cut(config: SlicingConfig, width: int, height: int, expected: int | None = None) -> list[Slice]:
-    """Slices of `picture`; their number is held against what the scenario says."""
+    """Slices of `picture`; their number is checked against the scenario's."""
     from edge_runtime.inputs.slicing import plan_slices, slice_image
 
     plan = plan_slices(width, height, config)
@@ -35,7 +35,7 @@ def cut(config: SlicingConfig, width: int, height: int, expected: int | None = N
 
 
 def shapes(count: int, largest: int = 448, unit: int = 14) -> list[tuple[int, int]]:
-    """Widths and heights of many pictures of one slice each, the same in every run."""
+    """Widths and heights of many pictures that are one slice each, the same in every run."""
     random = np.random.default_rng(0)
     sides: Any = random.integers(largest // 2 // unit, largest // unit + 1, (count, 2)) * unit
     return [(int(width), int(height)) for width, height in sides]

@@ -1,9 +1,9 @@
 """Weights that are hard to quantise, planted in an mmproj file while it is read.
 
 `gains`: ten channels of every layer norm have fifty times the gain and bias, and the products that read them a
-fiftieth of the weight in those columns; in float32 nothing changes but roundings. `fc2`: five hidden units of every
-MLP have thirty times their weights and bias before GELU and a thirtieth after it; the reference is float32 of that
-changed model, since GELU is not linear. Both are what trained towers have and random ones have not.
+fiftieth of the weight in those columns; in float32 only rounding changes. `fc2`: five hidden units of every MLP have
+thirty times their weights and bias before GELU and a thirtieth after it; the reference is float32 of that changed
+model, since GELU is not linear. Trained towers have both kinds of outliers, random ones neither.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class PlantedFile(GGUFFile):
 
     @cached_property
     def unread(self) -> set[str]:
-        """Changed tensors that nobody has asked for yet: were one read another way, nothing would be planted."""
+        """Changed tensors not read yet: if one were read some other way, nothing would be planted in it."""
         return set(self._factors)
 
     def array(self, name: str, shape: tuple[int, ...] | None = None) -> Float32:  # type: ignore[override]
-        """The tensor as float32, changed where something is planted in it."""
+        """The tensor as float32, with what is planted in it."""
         value = super().array(name, shape)
         factor = self._factors.get(name)
         self.unread.discard(name)
@@ -39,7 +39,7 @@ class PlantedFile(GGUFFile):
 
     @cached_property
     def _factors(self) -> dict[str, Float32]:
-        """Changed tensors by name, with what they are multiplied by."""
+        """Changed tensors by name, with their factors."""
         factors: dict[str, Float32] = {}
         layer = 0
         while self.plant != "none" and f"v.blk.{layer}.ln1.weight" in self.tensors:
@@ -67,19 +67,19 @@ class PlantedFile(GGUFFile):
         }
 
     def _mlp(self, layer: int) -> tuple[str, str]:
-        """Names of (fc1, fc2), which MiniCPM-V files have swapped."""
+        """Names of (fc1, fc2), which are swapped in MiniCPM-V files."""
         down, up = f"v.blk.{layer}.ffn_down", f"v.blk.{layer}.ffn_up"
         swapped = self.tensor(f"{down}.weight").shape[-1] == self.tensor("v.post_ln.weight").shape[0]
         return (down, up) if swapped else (up, down)
 
 
 def planted(plant: str) -> type[PlantedFile]:
-    """Class that takes GGUFFile's place.
+    """Class that replaces GGUFFile.
 
     Raises
     ------
     ValueError
-        If there is no such plant.
+        If the plant is unknown.
     """
     if plant not in PLANTS:
         raise ValueError(f"The plant is {plant!r}; expected one of {', '.join(PLANTS)}.")
@@ -94,7 +94,7 @@ def _on_some(size: int, count: int, factor: float, seed: tuple[int, int]) -> Flo
 
 
 def cosines(a: Float32, b: Float32) -> npt.NDArray[np.float64]:
-    """Cosine between the rows of two matrices: ndarray [shape=(M,), float64]."""
+    """Cosines between the rows of two matrices: ndarray [shape=(M,), float64]."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     result: npt.NDArray[np.float64] = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)
     return result

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-INK, GRID = "#7d8590", "#7d859055"  # grey that reads on white and on near-black
+INK, GRID = "#7d8590", "#7d859055"  # grey that is readable on white and on near-black
 COLOURS = {"exact": "#d9822b", "int8": "#3b82f6"}
 MARKERS = {"exact": "s", "int8": "o"}
 
@@ -36,14 +36,14 @@ def plot_quality(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "ytick.color": INK,
         "grid.color": GRID,
         "font.size": 10,
-        "svg.fonttype": "path",  # the same everywhere
+        "svg.fonttype": "path",  # looks the same everywhere
         "svg.hashsalt": "edge-runtime",
     }
     panels: tuple[tuple[str, float, str], ...] = (
         ("average", 100.0, "right answers, average of the skills, %"),
         ("loss", 1.0, "answer loss, nats per token (lower is better)"),
     )
-    if all("kl" in row for row in rows):  # results from before it was measured lack it
+    if all("kl" in row for row in rows):  # older results lack it
         panels += (("kl", 1.0, "KL divergence from float32, nats per token (lower is better)"),)
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 6), layout="constrained")
@@ -80,13 +80,13 @@ def plot_quality(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _label(axis: Any, points: Sequence[tuple[float, float, dict[str, Any]]]) -> None:
-    """Name each pair of types once, at the nearest place beside its points where the name covers nothing."""
+    """Label each pair of types once, at the nearest place beside its points where the label covers nothing."""
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     places: dict[str, list[tuple[float, float]]] = {}
     for x, y, row in points:
         name = f"{row['decoder']} + {row['vision']}"
         places.setdefault(name, []).append(((x - left) / (right - left), (y - bottom) / (top - bottom)))
-    # Boxes in shares of the axes: (left, bottom, right, top).
+    # Boxes as fractions of the axes: (left, bottom, right, top).
     taken = [(x - 0.014, y - 0.02, x + 0.014, y + 0.02) for own in places.values() for x, y in own]
     for own in places.values():
         heights = [height for _, height in own]
@@ -112,7 +112,7 @@ def _label(axis: Any, points: Sequence[tuple[float, float, dict[str, Any]]]) -> 
 
 
 def _free_box(x: float, y: float, wide: float, taken: Sequence[Box], high: float = 0.042) -> Box:
-    """Box of that size inside the axes, nearest to a point, over none of `taken`; beside it if none is free."""
+    """Box of that size inside the axes, nearest to a point and clear of `taken`; beside the point if none is free."""
     steps = [n / 50 for n in range(-50, 51)]
     candidates = sorted(
         ((abs(dx) + 1.5 * abs(dy), x + dx, y + dy) for dx in steps for dy in steps),

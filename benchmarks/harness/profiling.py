@@ -1,7 +1,7 @@
 """Time per operation inside one encoding: wraps the public functions of `edge_kernels` while it runs.
 
-A function called by another wrapped one counts for itself only (a product that quantises its rows first is two
-entries). Which functions there are is not written here: a kernel that comes later is found as well.
+The time of a wrapped function called by another one counts only for itself (a product that quantises its rows first
+gives two entries). The functions are not listed here, so new kernels are found as well.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rows = dict[str, tuple[float, float]]
 """Label → seconds, operations in units of 1e9."""
 
 PLUMBING = ("arrays", "compile", "machine", "reference", "simd", "threads")
-"""Modules and folders of `edge_kernels` whose functions are no operations."""
+"""Modules and folders of `edge_kernels` whose functions are not operations."""
 
 PRODUCTS = {
     (588, 1152): "patches",
@@ -37,8 +37,8 @@ PRODUCTS = {
 class Profile:
     """While entered, adds up the time of every operation by label.
 
-    Functions are found in the modules that are loaded when it is entered, and what they were bound to before goes on
-    unseen: enter it after a first encoding and before the weights are packed.
+    Functions are found in the modules that are loaded when it is entered; references taken before stay unwrapped. So
+    enter it after a first encoding and before the weights are packed.
     """
 
     def __init__(self) -> None:
@@ -47,11 +47,11 @@ class Profile:
         self._put_back: list[tuple[Any, str, Any]] = []
 
     def clear(self) -> None:
-        """Forget what was added up."""
+        """Reset the sums."""
         self._rows.clear()
 
     def rows(self) -> Rows:
-        """What was added up."""
+        """The sums so far."""
         return {label: (seconds, work) for label, (seconds, work) in self._rows.items()}
 
     def __enter__(self) -> Profile:
@@ -106,14 +106,14 @@ def _operations() -> set[FunctionType]:
 
 
 def describe(name: str, arguments: dict[str, Any]) -> tuple[str, float]:
-    """Label of one call, and its multiplications and additions in units of 1e9 (0 where that is no measure)."""
+    """Label of one call, and its multiplications and additions in units of 1e9 (0 where they say nothing)."""
     weight: Any = arguments.get("weight")
     first: Any = next(iter(arguments.values()), None)
     if hasattr(weight, "n") and hasattr(weight, "k"):
         m = first.m if hasattr(first, "m") else len(first)
         after = ", GELU" if arguments.get("gelu") else ""
         after += ", residual" if arguments.get("residual") is not None else ""
-        # patch_embed's own time is the gathering of positions: the product inside is an entry of its own.
+        # patch_embed's own time is gathering positions: the product inside has its own entry.
         work = 0.0 if name == "patch_embed" else 2.0 * m * weight.n * weight.k / 1e9
         product = PRODUCTS.get((weight.k, weight.n), "")
         return f"{product}{': ' if product else ''}{name} {weight.k} → {weight.n}{after}", work
@@ -132,12 +132,12 @@ def describe(name: str, arguments: dict[str, Any]) -> tuple[str, float]:
 
 
 def peak_of(operation: str) -> str:
-    """Which peak an operation is held against, "int8" or "float32"; bfloat16's is half of int8's."""
+    """Peak that an operation is compared with, "int8" or "float32"; bfloat16's is half of int8's."""
     return "int8" if any(kind in operation for kind in ("int8", "int16", "bf16", "self_attention")) else "float32"
 
 
 def summarise(runs: list[tuple[float, Rows]], least_share: float = 0.002) -> list[dict[str, Any]]:
-    """Median seconds, share and rate per label, largest first; what is small or outside kernels is the last row."""
+    """Median seconds, share and rate per label, largest first; the last row is small labels and non-kernel time."""
     total = statistics.median(seconds for seconds, _ in runs)
     labels = {label for _, rows in runs for label in rows}
     medians = {label: statistics.median(rows.get(label, (0.0, 0.0))[0] for _, rows in runs) for label in labels}

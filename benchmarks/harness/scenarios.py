@@ -1,4 +1,4 @@
-"""Scenarios of the vision benchmark: `scenarios.toml` → checked `Scenario`s. Knows nothing of how they are run."""
+"""Scenarios of the vision benchmark: `scenarios.toml` → checked `Scenario`s. It does not know how they are run."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class Scenario:
     picture: list[int]
     """Width and height in pixels."""
     slices: int
-    """How many slices every side must cut that picture into; another number is another amount of work."""
+    """Number of slices that every side must cut the picture into; another number would be another amount of work."""
     sides: list[str]
     repeats: int = 1
     compare_output: bool = False
     """Compare each side's output with ours in float32, so that all do the same work."""
     growth_pictures: int = 0
     growth_settled: int = 0
-    """Pictures after which memory should grow no more."""
+    """Number of pictures after which memory should no longer grow."""
     plants: list[str] | None = None
     calibrated: list[str] | None = None
-    """Plants that are measured once more with what `convert --calibrate` finds out about them."""
+    """Plants that are also measured with the result of `convert --calibrate`."""
 
 
 class ScenarioError(SystemExit):
-    """A scenario that cannot be run; exits with its sentence."""
+    """A scenario that cannot be run; exits with its message."""
 
 
 def read_scenarios(text: str) -> dict[str, Scenario]:

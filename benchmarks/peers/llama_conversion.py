@@ -1,11 +1,11 @@
-"""What llama.cpp's conversion scripts are told, and given; run by the environment that `make reference` makes.
+"""Prepares llama.cpp's conversion scripts and their input; runs in the environment that `make reference` makes.
 
     python llama_conversion.py vision CHECKPOINT FOLDER         vision tensors as the scripts take them
     python llama_conversion.py decoder LLAMA_CPP FOLDER ...     convert_hf_to_gguf.py with its arguments
 
-The decoder is read from the official checkpoint's own shards, whose names lack nothing but a prefix; copied shards
-would cost the disk another 16 GB. The vision tensors are what `minicpmv-surgery.py` writes. The vocabulary's hash, by
-which the script knows tokenizers, is answered as in the tests.
+The decoder is read from the official checkpoint's own shards, whose names differ only by a prefix; copies would take
+another 16 GB of disk. The vision tensors are what `minicpmv-surgery.py` writes. The vocabulary's hash, by which the
+script recognises tokenizers, is answered as in the tests.
 """
 
 import runpy
@@ -16,14 +16,14 @@ from typing import Any
 
 
 def write_vision(checkpoint: Path, folder: Path) -> None:
-    """`minicpmv.projector` and `minicpmv.clip` in float32, with the settings beside them."""
+    """Write `minicpmv.projector` and `minicpmv.clip` in float32, with the settings beside them."""
     import torch
     from safetensors import safe_open
 
     parts: dict[str, dict[str, Any]] = {"resampler.": {}, "vpm.": {}}
     for shard in sorted(checkpoint.glob("*.safetensors")):
         with safe_open(shard, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
+            for name in file.keys():  # noqa: SIM118 - it is not a mapping
                 for prefix in parts:
                     if name.startswith(prefix):
                         parts[prefix][name] = file.get_tensor(name).float()
@@ -34,7 +34,7 @@ def write_vision(checkpoint: Path, folder: Path) -> None:
 
 
 def convert_decoder(llama_cpp: str, *arguments: str) -> None:
-    """The script, for tensors that are named `llm.…`."""
+    """Run the script on tensors that are named `llm.…`."""
     sys.path[:0] = [llama_cpp, f"{llama_cpp}/gguf-py"]
     sys.argv = [f"{llama_cpp}/convert_hf_to_gguf.py", *arguments]
     from conversion import base  # found in the folder given

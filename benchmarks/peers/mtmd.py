@@ -1,4 +1,4 @@
-"""llama.cpp's multimodal encoder (mtmd) as llama-cpp-python brings it: tower and resampler, slice by slice."""
+"""llama.cpp's multimodal encoder (mtmd) from llama-cpp-python: tower and resampler, slice by slice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.harness.pictures import picture, shapes
 
 
 class Mtmd:
-    """An mmproj file beside a decoder, which mtmd wants for its vocabulary.
+    """An mmproj file and a decoder, which mtmd needs for its vocabulary.
 
     Options: decoder, mmproj, threads.
     """
@@ -26,7 +26,7 @@ class Mtmd:
         self._log: list[str] = []
 
     def load(self) -> dict[str, Any]:
-        """Load as llama.cpp's own tools do: flash attention where it can be had, one warm-up of its own."""
+        """Load as llama.cpp's own tools do: flash attention where available, one warm-up of its own."""
         import llama_cpp.mtmd_cpp as mtmd
 
         from edge_runtime.decoder import llama_cpp as llama
@@ -35,7 +35,7 @@ class Mtmd:
         self._callback = self.lib.llama_log_callback(lambda level, text, data: self._log.append(text.decode()))
         mtmd.mtmd_log_set(self._callback, ctypes.c_void_p(0))
         params = self.lib.llama_model_default_params()
-        params.n_gpu_layers, params.use_extra_bufts = 0, False  # the decoder is not used: let it stay in the file
+        params.n_gpu_layers, params.use_extra_bufts = 0, False  # the decoder is not used: it stays in the file
         self.model = self.lib.llama_model_load_from_file(str(self._options["decoder"]).encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {self._options['decoder']}")
@@ -51,7 +51,7 @@ class Mtmd:
         return {"load_s": load_s, "flash_attention": said.group(1) if said else "unknown"}
 
     def _tokenise(self, width: int, height: int) -> tuple[Any, list[Any]]:
-        """What mtmd makes of a prompt that is one picture: the chunks, to be freed, and those with a slice."""
+        """Tokenise a prompt that is one picture; return the chunks (to be freed), and those with a slice."""
         mtmd = self.mtmd
         pixels = picture(width, height)
         with contextlib.ExitStack() as stack:
@@ -69,7 +69,7 @@ class Mtmd:
         return chunks, [chunk for chunk in every if mtmd.mtmd_input_chunk_get_type(chunk) == kind]
 
     def prepare(self, width: int, height: int, slices: int) -> int:
-        """Cut a picture; mtmd cuts some sizes differently, so their number is checked."""
+        """Cut a picture; mtmd cuts some sizes differently, so the number of slices is checked."""
         chunks, found = self._tokenise(width, height)
         if len(found) != slices:
             raise RuntimeError(f"mtmd cuts {width} x {height} into {len(found)} slices, the scenario says {slices}")
@@ -95,7 +95,7 @@ class Mtmd:
         np.savez(path, tokens=tokens)
 
     def many(self, count: int, first: int) -> None:
-        """Encode pictures of one slice and many shapes."""
+        """Encode one-slice pictures of many shapes."""
         for width, height in shapes(first + count)[first:]:
             chunks, found = self._tokenise(width, height)
             self._encode(found)

@@ -1,4 +1,4 @@
-"""OpenVINO's tower: int8 by NNCF's post-training quantisation, or float32. Without the resampler.
+"""The tower in OpenVINO: int8 by NNCF's post-training quantisation, or float32. Without the resampler.
 
 Quantising runs the float32 tower over some pictures, which takes minutes; the result is kept beside the other files.
 """
@@ -15,7 +15,7 @@ from benchmarks.harness.child import require, serve, timed
 from benchmarks.peers.tower import GRID, Affine, Float32, TowerFile, TowerSide
 
 CALIBRATION = (434, 420, 406, 392)
-"""Sides of the pictures that ranges are taken from: other pictures than those measured, each one slice."""
+"""Sides of the pictures that ranges are taken from: not those that are measured, each one slice."""
 
 
 class OpenVinoTower(TowerSide):
@@ -26,14 +26,14 @@ class OpenVinoTower(TowerSide):
         super().__init__(options)
 
     def _path(self) -> Path:
-        """Where the quantised model is kept: a new version of either library makes a new one."""
+        """Path of the quantised model; each version of either library has its own."""
         from importlib import metadata
 
         versions = f"openvino-{metadata.version('openvino')}-nncf-{metadata.version('nncf')}"
         return Path(self.options["folder"]) / f"tower-int8-{versions}.xml"
 
     def make(self) -> None:
-        """Quantise the tower, unless that is done already."""
+        """Quantise the tower, unless that has been done already."""
         import openvino
 
         if self.options["precision"] == "int8" and not self._path().exists():

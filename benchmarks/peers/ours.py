@@ -20,9 +20,9 @@ STARTED = time.perf_counter()
 
 
 class Ours:
-    """The image encoder as the engine has it.
+    """The image encoder as the engine uses it.
 
-    Options: mmproj, exact, threads; plant, and calibrated: fitted to some pictures as `convert --calibrate` does.
+    Options: mmproj, exact, threads; plant, and calibrated: with the result of `convert --calibrate` on some pictures.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class Ours:
         return {"open_s": open_s, "load_and_repack_s": pack_s, "isa": isa(), "threads": thread_count()}
 
     def _calibrate(self, file_class: type) -> Any:
-        """What the converter finds out about the file, from other pictures than those that are encoded."""
+        """Calibrate the file as the converter does, on other pictures than those that are encoded."""
         require("edge_converters.calibration.smoothing")
         from edge_converters.calibration import smoothing as calibrate
 
@@ -78,19 +78,19 @@ class Ours:
             return calibrate.calibrate(Path(self._options["mmproj"]), Path(folder), lambda what, done, total: None)
 
     def prepare(self, width: int, height: int, slices: int) -> int:
-        """Make and cut a picture; not part of what is timed, as with the peers."""
+        """Make and cut a picture; not timed, as with the peers."""
         items = cut(self.encoder.slicing, width, height, slices)
         self._groups[width, height] = [[(item, -1)] for item in items]
         return len(items)
 
     def encode(self, width: int, height: int) -> dict[str, float]:
-        """Time one picture: all of it, and the tower alone."""
+        """Time one picture: the whole, and the tower alone."""
         self._tower_s = 0.0
         _, seconds = timed(lambda: self.encoder.encode(self._groups[width, height]))
         return {"seconds": seconds, "tower_s": self._tower_s}
 
     def rest(self) -> None:
-        """What the engine does when nobody has asked for anything for a moment; requests and slices are gone."""
+        """Do what the engine does after a moment without requests; requests and slices are gone."""
         from edge_runtime.system.memory import give_back
 
         self._features = []
@@ -104,18 +104,18 @@ class Ours:
         np.savez(path, features=self._features[0], tokens=tokens)
 
     def many(self, count: int, first: int) -> None:
-        """Encode pictures of one slice and many shapes."""
+        """Encode one-slice pictures of many shapes."""
         for width, height in shapes(first + count)[first:]:
             self.encoder.encode([[(item, -1)] for item in cut(self.encoder.slicing, width, height)])
 
     def since_start(self) -> dict[str, Any]:
-        """Seconds since this module began to be imported, and what the kernel cache did."""
+        """Seconds since the import of this module began, and the kernel cache's statistics."""
         from edge_kernels.compile import cache_statistics
 
         return {"seconds": time.perf_counter() - STARTED, **cache_statistics()._asdict()}
 
     def profile(self, width: int, height: int, repeats: int) -> dict[str, Any]:
-        """Where the time of a picture goes; the peaks are measured before and after each."""
+        """Measure where the time of a picture goes; the peaks are measured before and after each picture."""
         from benchmarks.harness.peaks import float32_peak, int8_peak
         from benchmarks.harness.profiling import Profile, summarise
 

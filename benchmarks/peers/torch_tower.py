@@ -1,4 +1,4 @@
-"""PyTorch's tower, eager: linear layers in dynamic int8, or everything in bfloat16. Without the resampler."""
+"""The tower in eager PyTorch: linear layers in dynamic int8, or everything in bfloat16. Without the resampler."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TorchTower(TowerSide):
         tower = _build(self.file).eval()
         if self.options["precision"] == "int8":
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch.ao moves elsewhere one day
+                warnings.simplefilter("ignore")  # torch.ao warns that it will move
                 tower = torch.ao.quantization.quantize_dynamic(tower, {torch.nn.Linear}, dtype=torch.qint8)
             self._dtype = torch.float32
         else:

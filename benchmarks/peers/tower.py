@@ -1,4 +1,4 @@
-"""The SigLIP tower's weights and inputs, for peers that are built from them: NumPy in, NumPy out."""
+"""The SigLIP tower's weights and inputs, for peers that build it themselves: NumPy in, NumPy out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRID = (32, 32)
 
 @dataclass(frozen=True)
 class Affine:
-    """weight [N, K] and bias [N] of a product, or gain and bias [E] of a layer norm."""
+    """Weight [N, K] and bias [N] of a product, or gain and bias [E] of a layer norm."""
 
     weight: Float32
     bias: Float32
@@ -61,7 +61,7 @@ class TowerFile:
         return Affine(kernel.weight.reshape(self.config.width, -1), kernel.bias)
 
     def positions(self) -> Float32:
-        """What is added to the patches of a `GRID`: ndarray [shape=(P, width), float32]."""
+        """Position embeddings of the patches of a `GRID`: ndarray [shape=(P, width), float32]."""
         table = self.file.array("v.position_embd.weight").reshape(-1, self.config.width)
         return np.ascontiguousarray(table[position_ids(*GRID, self.config.position_side)])
 
@@ -83,7 +83,7 @@ class TowerFile:
 
 
 class TowerSide:
-    """What the sides built from a tower have in common; `run` takes flattened patches to features."""
+    """Base of the sides that build the tower; `run` turns flattened patches into features."""
 
     file: TowerFile
 
@@ -110,7 +110,7 @@ class TowerSide:
         np.savez(path, features=self.run(self._inputs[width, height][0]))
 
     def many(self, count: int, first: int) -> None:
-        """Encode a slice again and again; these peers have one shape only."""
+        """Encode one slice again and again; these peers have one shape only."""
         pixels = next(iter(self._inputs.values()))[0]
         for _ in range(count):
             self.run(pixels)

@@ -1,4 +1,4 @@
-"""llama.cpp's way to answer about a video: every frame a picture of its own (mtmd), encoded and read one by one."""
+"""llama.cpp's way to answer about a video: every frame is a picture (mtmd), encoded and read one by one."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ N_BATCH = 2048  # as llama-mtmd-cli has it
 
 
 class VideoMtmd(Mtmd):
-    """An mmproj file beside a decoder that reads what comes out.
+    """An mmproj file and a decoder that reads its visual tokens.
 
-    Weights of the decoder are read as they lie in the file, as on our side: both read prompts by the same code.
+    The decoder's weights stay as they are in the file, as on our side: both read prompts with the same code.
 
     Options: decoder, mmproj, threads, n_ctx, video.
     """
 
     def load(self) -> dict[str, Any]:
-        """Load both, decode the video's frames and cut them; none of this is timed with the answer."""
+        """Load both, decode the video's frames and cut them; none of this counts as part of the answer's time."""
         facts = super().load()
         params = self.lib.llama_context_default_params()
         params.n_ctx, params.n_batch = self._options["n_ctx"], N_BATCH
@@ -47,7 +47,7 @@ class VideoMtmd(Mtmd):
             cursor.close()
 
     def _cut(self, frames: list[Any]) -> tuple[list[Any], int]:
-        """Chunks of the whole prompt, and its tokens."""
+        """Chunks of the whole prompt, and its number of tokens."""
         mtmd = self.mtmd
         marker = mtmd.mtmd_default_marker().decode()
         text = f"<|im_start|>user\n{chr(10).join([marker] * len(frames))}\n{QUESTION}<|im_end|>\n"
@@ -76,9 +76,9 @@ class VideoMtmd(Mtmd):
         return {"seconds": seconds, "frames": len(images)}
 
     def prefill(self) -> dict[str, Any]:
-        """Time reading the whole prompt; every frame has the visual tokens of the one that was encoded last.
+        """Time reading the whole prompt; every frame has the visual tokens of the last encoded one.
 
-        What they are makes no difference to the time.
+        Their values make no difference to the time.
         """
         mtmd, lib = self.mtmd, self.lib
         image = next(chunk for chunk in self._prompt if self._is_image(chunk))

@@ -1,4 +1,4 @@
-"""Our side of the video benchmark: a whole request about a video file, as users make it."""
+"""Our side of the video benchmark: a whole request about a video file, as a user would send it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class VideoOurs:
         self._options = options
 
     def load(self) -> dict[str, Any]:
-        """Load, and encode one picture: kernels are compiled and weights packed then."""
+        """Load, and encode one picture so that kernels are compiled and weights packed."""
         from PIL import Image
 
         from benchmarks.harness.pictures import picture
@@ -36,7 +36,7 @@ class VideoOurs:
         return {"load_s": load_s, "n_ctx": self.model.n_ctx}
 
     def ask(self, video: str, packing: int) -> dict[str, Any]:
-        """Ask about the video; the first token ends it."""
+        """Ask about the video; stop at the first token."""
         part = {"type": "video", "video": video, "packing": packing}
         answer = self.model.chat([{"role": "user", "content": [part, QUESTION]}], greedy=True, max_tokens=1)
         return {

@@ -1,4 +1,4 @@
-"""Our whole model in a process of its own: loading, one request or many at once, where a token's time goes."""
+"""Our whole model in a process of its own: loading, one or many requests at once, where a token's time goes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class Calls:
 
     library: Any
     spans: list[tuple[float, float]] = field(default_factory=list)
-    """Beginning and end of each call, in seconds."""
+    """Start and end of each call, in seconds."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.library, name)
 
     def llama_decode(self, context: Any, batch: Any) -> int:
-        """The call, and waiting for what it may have left to be computed."""
+        """Make the call, and wait for what it may have left to compute."""
         started = time.perf_counter()
         status: int = self.library.llama_decode(context, batch)
         self.library.llama_synchronize(context)
@@ -58,7 +58,7 @@ class Whole:
         self._options = options
 
     def load(self) -> dict[str, float]:
-        """Import and load; both in seconds, the latter is what a running program waits for."""
+        """Import and load; both in seconds. A running program waits for the latter only."""
         started = time.perf_counter()
         from edge_runtime import Model
 
@@ -80,18 +80,18 @@ class Whole:
         self.model.engine.run(empty)
 
     def prompts(self, count: int, n_tokens: int) -> list[str]:
-        """Different questions whose prompts have `n_tokens` tokens each, template included."""
+        """Different questions with prompts of `n_tokens` tokens each, template included."""
         return [prompt_of(self.model, number, n_tokens) for number in range(count)]
 
     def ask(self, questions: Sequence[str], n_tokens: int, together: bool) -> dict[str, Any]:
-        """Answer all questions, at once or one after the other, with nothing known before.
+        """Answer all questions, at once or one after the other, with empty caches.
 
         Returns
         -------
         facts : `seconds` from the first question to the last answer, `tokens` generated, the `answers`.
         """
         options: dict[str, Any] = {"greedy": True, "max_tokens": n_tokens, "repetition_check": False}
-        # Random weights may say at any time that they have finished.
+        # Random weights may end an answer at any token.
         options["logit_bias"] = dict.fromkeys(self.model.tokenizer.stop_ids, -100.0)
         self.forget()
         seconds, answers = 0.0, []
@@ -114,13 +114,13 @@ class Whole:
         }
 
     def token(self, n_tokens: int) -> dict[str, Any]:
-        """Where the time of generated tokens goes: inside llama_decode, and between two calls of it.
+        """Measure where the time of generated tokens goes: inside llama_decode, and between two calls of it.
 
-        Sampling is the default one, and the answer is streamed to a reader, as a program would have it.
+        Sampling has its default settings, and the answer is streamed to a reader, as in a real program.
 
         Returns
         -------
-        facts : `inside_s` and `outside_s`, one for each token; `answer_s` from the first to the last piece.
+        facts : `inside_s` and `outside_s`, one per token; `answer_s` from the first to the last piece.
         """
         decoder = self.model.engine.decoder
         calls = Calls(decoder._lib)
@@ -142,7 +142,7 @@ class Whole:
 
 
 def prompt_of(model: Any, number: int, n_tokens: int) -> str:
-    """A question of words, and of single letters where a word is too long; it differs from others from the start.
+    """A question of words, and of single letters where a word is too long; questions differ from their first word.
 
     Raises
     ------
@@ -153,7 +153,7 @@ def prompt_of(model: Any, number: int, n_tokens: int) -> str:
     while (n := len(model.build_prompt(text).ids)) < n_tokens:
         longer = f"{text} {WORDS[at % len(WORDS)]}"
         text, at = (longer, at + 1) if len(model.build_prompt(longer).ids) <= n_tokens else (f"{text}.", at)
-        if len(model.build_prompt(text).ids) == n:  # points that merge into one token
+        if len(model.build_prompt(text).ids) == n:  # dots may merge into one token
             text = f"{text}{'?!,;'[len(text) % 4]}"
     if n > n_tokens:
         raise RuntimeError(f"the shortest prompt has {n} tokens, wanted {n_tokens}")

@@ -1,9 +1,9 @@
 """Hugging Face checkpoint → GGUF: `convert` writes the decoder and the mmproj file that `edge_runtime` loads.
 
-Reading order: `safetensors`, `nf4`, `awq`, `lora` and `checkpoint` (what enters), `vocabulary`, `tensor_names` (which
-tensor becomes which), `recipes` and `overrides` (which type each gets), `plan` (all tensors of a file), `metadata`
-(its keys), `quantize` (values → blocks), `writer` (blocks → file), `verify` and `report` (the file re-read),
-`adapter`, `importance` and `calibrate` (what else can be made or taken), `convert` (the whole flow).
+Reading order: `sources` (`safetensors`, `nf4`, `awq`, `lora`, `checkpoint`: the input), `plan` (`tensor_names`: which
+tensor becomes which, `recipes` and `overrides`: its type, `tensors`: all tensors of a file, `encode_rows`: values →
+blocks), `output` (`vocabulary`, `metadata`: the file's keys, `llama_quantize`, `gguf_writer`, `verify` and `report`:
+the file re-read, `adapter`), `calibration` (importance and factors), `convert` (the whole flow).
 """
 
 from edge_converters.convert import ConversionOptions, convert_checkpoint

@@ -1,4 +1,4 @@
-"""The whole conversion: a checkpoint folder enters, a decoder and an mmproj file leave, or an error and neither."""
+"""The whole conversion: a checkpoint folder enters; a decoder and an mmproj file leave, or an error and no file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from edge_runtime.store.find import ADAPTER_PREFIX
 
 @dataclass(frozen=True)
 class Converted:
-    """The files written, and what was noticed."""
+    """The files written, and notes for the user."""
 
     decoder: Path
     mmproj: Path
     adapter: Path | None = None
-    """The decoder's part of a LoRA, where one was asked for."""
+    """The decoder's part of a LoRA, if requested."""
     reports: tuple[FileReport, ...] = ()
     notes: tuple[str, ...] = ()
     """Sentences for the user."""
@@ -46,7 +46,7 @@ class Converted:
 
 @dataclass
 class Plan:
-    """All that is decided before a byte is written."""
+    """Everything that is decided before a byte is written."""
 
     checkpoint: Checkpoint
     recipe: DecoderType
@@ -58,7 +58,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # In this order: the tensors hold the number of tokens against the rows that there are.
+        # In this order: planning the tensors checks vocab_size against the rows that exist.
         self.tensors = plan_decoder(self.checkpoint, self.recipe, self.decoder_types)
         self.vocabulary: Vocabulary = read_vocabulary(self.checkpoint, self.checkpoint.size("vocab_size"))
         self.vision_tensors = plan_vision(self.checkpoint, self.vision, self.vision_types)
@@ -73,16 +73,16 @@ class ConversionOptions:
     ----------
     decoder_type : a key of `DECODER_TYPES`. Default: q4_k_m, and q4_1 for AWQ checkpoints, whose integers it keeps.
     vision_type : a key of `VISION_TYPES`. Default: q8_0.
-    lora : LoRA folder to be merged, in decoder and vision part.
-    lora_adapter : LoRA folder whose decoder part becomes a file of its own, `adapter-<NAME>.gguf`; its vision part is
+    lora : LoRA folder to merge into decoder and vision part.
+    lora_adapter : LoRA folder whose decoder part becomes a separate file, `adapter-<NAME>.gguf`; its vision part is
         merged, since an adapter cannot hold it.
     pictures : folder of pictures to calibrate the int8 path with, see `calibrate`; seconds per slice. With the texts
         in it, they also make the importance matrix of the decoder's quantizer, see `observe`.
-    imatrix : importance matrix of llama-imatrix for the decoder's quantizer, instead of one made here.
+    imatrix : llama-imatrix's importance matrix for the decoder's quantizer, instead of one made here.
     tensor_types, vision_tensor_types : `PATTERN=TYPE` for tensors of the two files; see `choose_types`.
     report : measure what the types cost, tensor by tensor.
     force : replace existing files.
-    progress : called while working, with what is done, how much of it, and how much there is.
+    progress : called with the name of the step, units done and units in all.
     """
 
     decoder_type: str | None = None
@@ -121,7 +121,7 @@ def convert_checkpoint(source: str | Path, folder: str | Path, **options: Unpack
     ----------
     source : folder with the checkpoint in the official layout: bfloat16, float16 or float32, bitsandbytes' 4 bits, or
         AutoAWQ's.
-    folder : where the files go; made if needed. They are named `ggml-model-<TYPE>.gguf` and
+    folder : where the files go; created if needed. They are named `ggml-model-<TYPE>.gguf` and
         `mmproj-model-<vtype>.gguf`.
     options : decoder_type, vision_type, lora, lora_adapter, pictures, imatrix, tensor_types, vision_tensor_types,
         report, force, progress; `help(edge_converters.ConversionOptions)` explains each.
@@ -129,9 +129,9 @@ def convert_checkpoint(source: str | Path, folder: str | Path, **options: Unpack
     Raises
     ------
     CheckpointError
-        When the checkpoint cannot be converted or the files cannot be written. Nothing is left behind then.
+        When the checkpoint cannot be converted or the files cannot be written. Nothing is left behind.
     TypeError
-        When there is no such option.
+        When an option is unknown.
     """
     unknown = sorted(options.keys() - ConversionOptions.__dataclass_fields__.keys())
     if unknown:
@@ -144,7 +144,7 @@ def convert_checkpoint(source: str | Path, folder: str | Path, **options: Unpack
 
 
 def _write_files(plan: Plan, folder: Path, options: ConversionOptions) -> Converted:
-    """Write all files beside their final places, and move them there when the last one is whole."""
+    """Write all files under temporary names, and rename them when the last one is complete."""
     pictures, progress = options.pictures, options.progress
     result = Converted(
         folder / f"ggml-model-{plan.recipe.label}.gguf",
@@ -170,7 +170,7 @@ def _write_files(plan: Plan, folder: Path, options: ConversionOptions) -> Conver
 
 
 def _plan(checkpoint: Checkpoint, options: ConversionOptions) -> Plan:
-    """Check everything before a byte is written: the reasons to refuse should not come after minutes."""
+    """Check everything before a byte is written: nobody should wait minutes for a refusal."""
     decoder_type, vision_type = options.decoder_type or _suitable_type(checkpoint), options.vision_type
     if decoder_type not in DECODER_TYPES or vision_type not in VISION_TYPES:
         raise CheckpointError(
@@ -201,7 +201,7 @@ def _plan(checkpoint: Checkpoint, options: ConversionOptions) -> Plan:
 
 
 def _suitable_type(checkpoint: Checkpoint) -> str:
-    """Default type of the decoder: the one that keeps a checkpoint's own integers, if there are any."""
+    """Default type of the decoder: the one that keeps the checkpoint's own integers, if it has any."""
     kinds = {tensor.block_type for tensor in checkpoint.tensors.values()}
     return recipes.DEFAULT_DECODER_OF_AWQ if recipes.Q.Q4_1 in kinds else recipes.DEFAULT_DECODER
 
@@ -215,7 +215,7 @@ def _with_types(plan: Plan, tensor_types: Sequence[str], vision_tensor_types: Se
 
 
 def _weigh(plan: Plan) -> None:
-    """Give an importance matrix to the tensors that are encoded here; those of a mix get theirs from llama.cpp."""
+    """Give the tensors that are encoded here an importance matrix; those of a mix get theirs from llama.cpp."""
     if plan.importance is None or plan.recipe.matrix is None:
         return
     squares = plan.importance.squares

@@ -1,11 +1,10 @@
 """Importance matrices: what an error in each column of the decoder's weights costs; read from llama.cpp's files.
 
-An entry is the mean square of what the column is multiplied by, over some text. Quantizers of fewer than eight bits
-choose scales with it. llama-imatrix writes GGUF files with sums and counts; older ones are a binary list of means
-times calls.
+An entry is the mean square of the column's inputs over some text. Quantizers below eight bits use it to choose
+scales. llama-imatrix writes GGUF files with sums and counts; its older files are a binary list of means times calls.
 
-Source of the formats: llama.cpp `common/imatrix-loader.cpp`, whose float32 arithmetic is kept, so that a file
-quantized here equals one of llama-quantize.
+Source of the formats: llama.cpp `common/imatrix-loader.cpp`. Its float32 arithmetic is kept, so a file quantized here
+equals llama-quantize's.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ from edge_runtime.errors import CheckpointError, ModelFileError
 from edge_runtime.weights.gguf_file import GGUFFile
 
 SUMS, COUNTS = ".in_sum2", ".counts"
-MAX_LEGACY_BYTES = 1 << 30  # an 8-billion-parameter model's has 5 MB
+MAX_LEGACY_BYTES = 1 << 30  # that of an 8-billion-parameter model has 5 MB
 _INT = struct.Struct("<i")
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Mean squares by GGUF tensor name, and where they come from."""
+    """Mean squares by GGUF tensor name, and their origin."""
 
     squares: Mapping[str, Float32]
     """Tensor name → ndarray [shape=(columns,), float32]."""
     name: str
-    """Of the file or folder, without its path."""
+    """Name of the file or folder, without its path."""
     dataset: str = ""
     n_chunks: int = 0
-    """How many pieces of text were seen."""
+    """Number of pieces of text seen."""
 
     def check(self, plan: list[PlannedTensor]) -> None:
-        """Hold the matrix against the tensors to be quantized.
+        """Check the matrix against the tensors to be quantized.
 
         Raises
         ------
         CheckpointError
-            When it was made of another model, or holds no numbers.
+            When it was made from another model, or holds no numbers.
         """
         wanted = {tensor.name: tensor.shape[-1] for tensor in plan if len(tensor.shape) == 2}
         for name, squares in self.squares.items():
@@ -63,12 +62,12 @@ class Importance:
 
 
 def read_importance(path: Path) -> Importance:
-    """Read an importance matrix of llama.cpp, of either format.
+    """Read one of llama.cpp's importance matrices, in either format.
 
     Raises
     ------
     CheckpointError
-        When the file is missing, damaged, or something else.
+        When the file is missing, damaged, or not an importance matrix.
     """
     try:
         if path.exists() and not path.is_file():

@@ -1,10 +1,10 @@
 """Pictures and texts → an importance matrix for the decoder's quantizer: `edge-runtime convert --calibrate`.
 
-The decoder runs in the types of the intermediate file over questions about the pictures, and over the texts. After
-every product llama.cpp calls back; for each of the layers' matrices the squares of its input columns are summed, over
-all positions, visual tokens included. llama-imatrix does the same with text alone.
+The decoder runs in the types of the intermediate file over questions about the pictures, and over the texts.
+llama.cpp calls back after every product; for each matrix of the layers the squares of its input columns are summed
+over all positions, visual tokens included. llama-imatrix does the same with text alone.
 
-Reads llama.cpp's tensors where they lie, so their layout is declared here, and checked by a name at first sight.
+llama.cpp's tensors are read in place, so their layout is declared here, and checked by each tensor's name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".txt", ".md")
 MAX_TOKENS = 8192  # of all prompts; mean squares settle within a few thousand
 PROMPT_TOKENS = 1024  # of one prompt at most
-CALL_TOKENS = 256  # each with a row of logits, or llama.cpp leaves rows out of the last layer: 155 MB at full size
+CALL_TOKENS = 256  # each with a row of logits, or llama.cpp skips rows in the last layer: 155 MB at full size
 QUESTIONS = (
     "What is in the picture?",
     "Read all the text in the image, line by line.",
@@ -49,7 +49,7 @@ QUESTIONS = (
     'Answer in JSON: {"title": ..., "date": ..., "total": ...}',
     "Which of the objects is the largest, and where is it?",
 )
-MATRICES = "blk."  # llama-imatrix leaves head and embedding out, too
+MATRICES = "blk."  # llama-imatrix skips head and embedding, too
 MAX_DIMS, MAX_SOURCES, NAME_BYTES, OP_PARAM_INTS = 4, 10, 64, 16
 
 
@@ -100,7 +100,7 @@ def observe(decoder: Path, mmproj: Path, folder: Path, progress: Progress) -> Im
 
 
 def prompts(decoder: GGUFFile, mmproj: Path, folder: Path) -> Iterator[Float32]:
-    """Embeddings of prompts, pictures and texts in turn: ndarray [shape=(n, hidden), float32] each."""
+    """Yield embeddings of prompts, pictures and texts in turn: ndarray [shape=(n, hidden), float32] each."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     pictures = [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES]
     texts = [path for path in paths if path.suffix.lower() in TEXT_SUFFIXES]
@@ -150,12 +150,12 @@ def _of_texts(decoder: GGUFFile, tokenizer: Tokenizer, texts: Sequence[Path]) ->
 def _text(raw: bytes) -> str:
     try:
         return decode_text(raw)
-    except ValueError:  # of another encoding: most of it is text
+    except ValueError:  # another encoding: most of it is still text
         return raw.decode("utf-8", "replace")
 
 
 class Observer:
-    """A decoder in llama.cpp that sums the squares of what its matrices are given.
+    """A decoder in llama.cpp that sums the squares of its matrices' inputs.
 
     Raises
     ------
@@ -230,9 +230,9 @@ class Observer:
         return {name: (sums / self._counts[name]).astype(np.float32) for name, sums in self._sums.items()}
 
     def _on_tensor(self, address: int, ask: bool, _data: Any) -> bool:
-        """Say whether a result is of interest, or take its input in; no exception may cross llama.cpp."""
+        """Say whether a result is of interest, or add its input; no exception may cross llama.cpp."""
         if self._failure is not None:
-            return not ask  # nothing is of interest any more; the rest is cut short
+            return not ask  # nothing is of interest any more; stop the rest early
         try:
             tensor = _Tensor.from_address(address)
             if self._op_name(tensor.op) != b"MUL_MAT":

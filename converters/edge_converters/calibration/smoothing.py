@@ -1,11 +1,11 @@
-"""Pictures → what the int8 path should know about a vision file: `edge-runtime convert --calibrate`.
+"""Pictures → smoothing factors and float32 exceptions for the int8 path: `edge-runtime convert --calibrate`.
 
-The file's tower and resampler run in float32 on real pictures. For every product that no layer norm precedes, the
-largest magnitude of each input column and some rows are kept; then the product is repeated in int8 with factors of
-several strengths between the columns of input and weight, and the ones that err least are taken. A product that stays
-worse than `WORST_ERROR` remains in float32. Where factors gain little, none are written.
+The file's tower and resampler run in float32 on real pictures. For every product without a layer norm before it, the
+largest magnitude of each input column and some rows are kept. The product is then repeated in int8 with factors of
+several strengths between the columns of input and weight; those with the least error are taken. A product whose error
+stays above `WORST_ERROR` remains in float32. Where factors gain little, none are written.
 
-Source of the factors: Xiao et al., "SmoothQuant" (2022), whose strength is chosen here for each product.
+Source of the factors: Xiao et al., "SmoothQuant" (2022); the strength is chosen here for each product.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ WORST_ERROR = 0.03  # of a product's output, root mean square; rounding normal r
 
 @dataclass
 class Seen:
-    """What a product was given."""
+    """The inputs of one product."""
 
     magnitudes: Float32
     """ndarray [shape=(K,), float32], largest of each column"""
     rows: list[Float32]
 
     def add(self, x: Float32) -> None:
-        """Take in a batch of rows."""
+        """Add a batch of rows."""
         np.maximum(self.magnitudes, np.abs(x).max(axis=0), out=self.magnitudes)
         self.rows.append(x[:: max(1, len(x) // ROWS_PER_SLICE)].copy())
 
 
 class Recorder(FloatArithmetic):
-    """float32 that keeps what enters products without a layer norm before them."""
+    """float32 arithmetic that records the inputs of products without a layer norm before them."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Seen] = {}
 
     def product(self, weights: Weights, after: Affine | None = None) -> Product:
-        """Pack a product that watches its input."""
+        """Pack a product that records its input."""
         inner = super().product(weights, after)
         if after is not None or not weights.name:
             return inner
@@ -83,7 +83,7 @@ def calibrate(path: Path, pictures: Path, progress: Callable[[str, int, int], No
     Parameters
     ----------
     pictures : folder of pictures like those the model will be asked about.
-    progress : called with what is being done, units done and units in all.
+    progress : called with the name of the step, units done and units in all.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def calibrate(path: Path, pictures: Path, progress: Callable[[str, int, int], No
 
 
 def best_factor(weight: Float32, rows: Float32, magnitudes: Float32) -> tuple[Float32 | None, float]:
-    """Factors with which the int8 product errs least, None where that is worth nothing, and the error left.
+    """Return the factors with the least int8 error (None where they gain too little), and the error that is left.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ def best_factor(weight: Float32, rows: Float32, magnitudes: Float32) -> tuple[Fl
 
 
 def _floored(magnitudes: Float32) -> Float32:
-    """Magnitudes without zeros, by which nothing can be divided; a column of zeros needs no precision."""
+    """Magnitudes with zeros replaced, so that they can divide; a column of zeros needs no precision."""
     floored: Float32 = np.maximum(magnitudes, 1e-4 * magnitudes.max() + np.finfo(np.float32).tiny)
     return floored
 
@@ -164,7 +164,7 @@ def _cut(picture: Path, file: GGUFFile) -> list[Slice]:
 
 
 def _slices(folder: Path, cut: Callable[[Path], Sequence[Slice]]) -> list[Slice]:
-    """Slices of the folder's pictures, taken in turns so that every picture has a say."""
+    """Slices of the folder's pictures, taken in turns so that every picture counts."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; --calibrate takes a folder of pictures.")
     found: list[Sequence[Slice]] = []

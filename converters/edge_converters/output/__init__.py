@@ -1,5 +1,5 @@
 """Planned tensors → GGUF files, verified and reported.
 
-A plan enters; whole files leave, or none.
-It knows no checkpoints beyond their plan.
+A plan enters; complete files leave, or none.
+It knows of a checkpoint only the plan.
 """

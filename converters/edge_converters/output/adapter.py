@@ -1,9 +1,9 @@
 """The decoder's part of a LoRA → a GGUF adapter that llama.cpp adds to the decoder as it runs.
 
 The pairs are named after the tensors they change, `blk.0.attn_q.weight.lora_a` [r, inputs] and `.lora_b` [outputs,
-r], and llama.cpp multiplies their product with `adapter.lora.alpha` / r. Where modules have other scales than that,
-the ratio is put into B. An adapter holds products of two matrices and nothing else, and llama.cpp knows adapters of
-the decoder alone: what else a LoRA changes has to be merged.
+r], and llama.cpp multiplies their product by `adapter.lora.alpha` / r. Where a module has another scale, the ratio
+goes into B. An adapter holds products of two matrices and nothing else, and llama.cpp has adapters for the decoder
+alone: everything else a LoRA changes has to be merged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def plan_adapter(lora: Lora, checkpoint: Checkpoint) -> list[PlannedTensor]:
     Raises
     ------
     CheckpointError
-        When the LoRA changes the decoder in a way that an adapter cannot.
+        When the LoRA changes the decoder in a way that an adapter cannot express.
     """
     tied = bool(checkpoint.config.get("tie_word_embeddings")) and "llm.lm_head.weight" not in checkpoint.tensors
     names = decoder_names(checkpoint.size("num_hidden_layers"), tied)
@@ -46,7 +46,7 @@ def plan_adapter(lora: Lora, checkpoint: Checkpoint) -> list[PlannedTensor]:
         raise CheckpointError(
             "The LoRA leaves the decoder as it is, so there is no adapter to write; merge it with --lora."
         )
-    if lora.alpha == 0:  # llama.cpp takes an alpha of zero for "not given"
+    if lora.alpha == 0:  # llama.cpp takes zero to mean "no alpha given"
         raise CheckpointError("The LoRA has an alpha of 0 and changes nothing; train it with another lora_alpha.")
     plan = []
     for source, name in names.items():

@@ -1,6 +1,6 @@
 """Planned tensors → one GGUF file, in chunks of rows and under a temporary name until it is complete.
 
-Memory stays at a few chunks whatever the size of the checkpoint. A file under its final name is always a whole file.
+Memory stays at a few chunks whatever the checkpoint's size. A file under its final name is always complete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_gguf(
 
     Parameters
     ----------
-    on_bytes : called with the number of bytes after each chunk.
+    on_bytes : called after each chunk with its number of bytes.
     """
     _check_space(path.parent, sum(t.n_bytes for t in tensors))
     writer = GGUFWriter(path, architecture)
@@ -49,7 +49,7 @@ def write_gguf(
         shape = (*tensor.shape[:-1], (tensor.shape[-1] + tensor.padding) // columns[0] * columns[1])
         if tensor.padding:
             writer.add_uint32(KEY_ROW_LENGTH + tensor.name, tensor.shape[-1])
-        # Quantised tensors are announced by their bytes: gguf-py then converts the last axis back to values.
+        # Quantised tensors are declared with their shape in bytes: gguf-py converts the last axis back to values.
         if columns[0] > 1:
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.n_bytes, tensor.type)
         else:
@@ -73,7 +73,7 @@ def write_gguf(
 
 @contextlib.contextmanager
 def replacing(paths: Sequence[Path], *, force: bool) -> Iterator[list[Path]]:
-    """Temporary files that become `paths` when the block ends well, together, and vanish when it does not.
+    """Yield temporary files; all become `paths` together if the block succeeds, and are deleted if it fails.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def replacing(paths: Sequence[Path], *, force: bool) -> Iterator[list[Path]]:
             raise CheckpointError(
                 f"Another conversion is writing to {folder}; wait for its end, or choose another folder with -o."
             )
-        for name in names:  # what killed conversions left: up to 17 GB each
+        for name in names:  # left by killed conversions: up to 17 GB each
             remove_abandoned(folder.glob(f".{glob.escape(name)}.incomplete-*"))
         temporaries = [stack.enter_context(beside(path)) for path in paths]
         yield temporaries
@@ -102,15 +102,15 @@ def replacing(paths: Sequence[Path], *, force: bool) -> Iterator[list[Path]]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
         for path in paths:
-            _check_place(path, force=force)  # another program may have been there meanwhile
-        paths[0].unlink(missing_ok=True)  # killed between two replacements, there is no model rather than a mixed one
+            _check_place(path, force=force)  # another program may have written it meanwhile
+        paths[0].unlink(missing_ok=True)  # if killed between two renames, no model is left rather than a mixed one
         for temporary, path in reversed([*zip(temporaries, paths, strict=True)]):
             temporary.replace(path)
 
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A hidden file in the folder of `path` to be written to, gone when the block ends unless it was renamed."""
+    """Yield a hidden file beside `path` to write to; it is deleted when the block ends unless it was renamed."""
     with unfinished(lambda token: path.with_name(f".{path.name}.incomplete-{token}")) as temporary:
         yield temporary
 
@@ -118,13 +118,13 @@ def beside(path: Path) -> Iterator[Path]:
 def _check_place(path: Path, *, force: bool) -> None:
     if path.exists() and not force:
         raise CheckpointError(f"{path} exists already; choose another folder with -o, or pass --force to replace it.")
-    if path.is_dir():  # found only after the work otherwise, when the other file is in place already
+    if path.is_dir():  # otherwise found only after the work, with the other file in place already
         raise CheckpointError(f"{path} is a folder, expected a file or nothing; choose another folder with -o.")
 
 
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Say in one sentence what a disk refuses: `CheckpointError`."""
+    """Turn a disk's refusal into a `CheckpointError` of one sentence."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """Values → blocks, through llama.cpp's own code: `ggml_quantize_chunk` for rows, `llama_model_quantize` for files.
 
-gguf-py writes the simple block types but only reads K-quants, and is slower; the C functions are in
-llama-cpp-python anyway, and their bytes are by definition those of llama.cpp's tools.
+gguf-py writes the simple block types but only reads K-quants, and is slower; the C functions come with
+llama-cpp-python anyway, and by definition write the bytes that llama.cpp's tools write.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from edge_runtime.errors import CheckpointError
 if TYPE_CHECKING:
     from edge_converters.calibration.importance import Importance
 
-# Upper bound for the slabs in which llama.cpp's quantizer works; its default of 1 GiB would dominate our memory.
+# Upper bound for the slabs that llama.cpp's quantizer works in; its default of 1 GiB would dominate our memory.
 QUANTIZER_BUFFER_BYTES = 256 << 20
-KEY_VALUE_BYTES = 127  # of text that llama.cpp's structure for keys takes
+KEY_VALUE_BYTES = 127  # text that fits into llama.cpp's structure for keys
 _PROGRESS = re.compile(r"^\[ *(\d+)/ *(\d+)\]")
 
 
@@ -41,22 +41,22 @@ def quantize_gguf(
     importance: Importance | None = None,
     types: Mapping[str, GGMLQuantizationType] | None = None,
 ) -> None:
-    """Quantize a whole GGUF file as `llama-quantize` does, which picks the type of each tensor of a mix.
+    """Quantize a whole GGUF file as `llama-quantize` does; for a mix it picks the type of each tensor.
 
     Parameters
     ----------
-    on_progress : called with (tensor number, number of tensors); read off llama.cpp's log, which is all it offers.
+    on_progress : called with (tensor number, number of tensors); parsed from llama.cpp's log, its only report.
     importance : what an error in each column costs.
     types : tensors that get a type of their own.
 
     Raises
     ------
     CheckpointError
-        When llama.cpp refuses, with its last words.
+        When llama.cpp refuses, with the last lines of its log.
     OSError
         When the disk is full.
     KeyboardInterrupt, or what `on_progress` raised
-        As soon as the tensor at work is done.
+        As soon as the current tensor is done.
     """
     lib = llama.library()
     params = lib.llama_model_quantize_default_params()
@@ -65,7 +65,7 @@ def quantize_gguf(
     if importance is not None:
         _add_importance(lib, params, importance)
     if types:
-        # Names, not patterns: they were chosen before, and a dialect of regular expressions is nothing to rely on.
+        # Exact names: the patterns were resolved before, and the regular expression dialect here may differ.
         patterns = [(f"^{re.escape(name)}$".encode(), int(kind)) for name, kind in types.items()]
         params.tt_overrides = (lib.llama_model_tensor_override * (len(types) + 1))(
             *patterns, (None, lib.GGML_TYPE_COUNT)
@@ -74,8 +74,8 @@ def quantize_gguf(
     failures: list[BaseException] = []
 
     def stop(error: BaseException) -> None:
-        # No exception can cross llama.cpp, and it has no way to be stopped. But it looks at dry_run before every
-        # tensor, and the rest is then counted instead of quantized.
+        # No exception can cross llama.cpp, and it cannot be stopped. But it reads dry_run before every tensor, and
+        # then only counts the rest instead of quantizing it.
         failures.append(error)
         params.dry_run = True
 
@@ -91,7 +91,7 @@ def quantize_gguf(
         if failures:
             raise failures[0]
         if status != 0:
-            if shutil.disk_usage(target.parent).free < FULL_BYTES:  # llama.cpp says "iostream error" alone
+            if shutil.disk_usage(target.parent).free < FULL_BYTES:  # llama.cpp says only "iostream error"
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             raise CheckpointError(
                 f"llama.cpp could not quantize to {file_type.name.removeprefix('MOSTLY_')}: {llama.last_errors()}; "
@@ -100,7 +100,7 @@ def quantize_gguf(
 
 
 def _add_importance(lib: Any, params: Any, importance: Importance) -> None:
-    """Pass an importance matrix, and write down where it came from under the keys that llama-quantize has."""
+    """Pass an importance matrix, and record its origin under llama-quantize's keys."""
     float_pointer = ctypes.POINTER(ctypes.c_float)
     entries = [
         (name.encode(), values.ctypes.data_as(float_pointer), values.size)
@@ -127,8 +127,8 @@ def _add_importance(lib: Any, params: Any, importance: Importance) -> None:
 
 @contextlib.contextmanager
 def _on_interrupt(react: Callable[[], None]) -> Iterator[None]:
-    """Call `react` on Ctrl-C, where a KeyboardInterrupt would be raised inside a C callback and get lost."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread is ever interrupted
+    """Call `react` on Ctrl-C: a KeyboardInterrupt would be raised inside a C callback and get lost."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
     before = signal.signal(signal.SIGINT, lambda number, frame: react())

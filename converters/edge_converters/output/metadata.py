@@ -1,4 +1,4 @@
-"""config.json and its companions → the keys of the two files: those of llama.cpp's qwen3 and clip architectures.
+"""config.json and the files beside it → the keys of both files, as llama.cpp's qwen3 and clip architectures need.
 
 The `edge_runtime.*` keys are documented in `edge_runtime.weights.config`.
 """
@@ -20,13 +20,13 @@ MINICPMV_VERSION = 6  # llama.cpp's number for the resampler of 4.0 and 4.5
 
 
 def model_name(checkpoint: Checkpoint) -> str:
-    """What the checkpoint calls itself, or its folder's name."""
+    """Name that the checkpoint gives itself, or its folder's name."""
     given = str(checkpoint.config.get("_name_or_path") or "").rstrip("/").rsplit("/", 1)[-1]
     return given or checkpoint.folder.resolve().name
 
 
 def decoder_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: LlamaFileType) -> None:
-    """Add the keys of a decoder file, but for the tokenizer's."""
+    """Add the keys of a decoder file, except the tokenizer's."""
     size, number = checkpoint.size, checkpoint.number
     hidden, n_heads = size("hidden_size"), size("num_attention_heads")
     head_dim = size("head_dim", default=hidden // n_heads)
@@ -44,7 +44,7 @@ def decoder_metadata(checkpoint: Checkpoint, writer: GGUFWriter, file_type: Llam
     writer.add_rope_freq_base(number("rope_theta"))
     writer.add_file_type(int(file_type))
     writer.add_quantization_version(GGML_QUANT_VERSION)
-    if checkpoint.config.get(keys.KEY_TOY) is True:  # no key of the official config.json; the demo's has it
+    if checkpoint.config.get(keys.KEY_TOY) is True:  # not in the official config.json, but in the demo's
         writer.add_bool(keys.KEY_TOY, True)
 
 
@@ -63,7 +63,7 @@ def vision_metadata(checkpoint: Checkpoint, vision: VisionType, writer: GGUFWrit
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.has_minicpmv_projector", True)
     writer.add_file_type(int(vision.file_type))
-    # llama.cpp refuses a projector it does not know; of padded rows it would learn in the middle of a picture.
+    # llama.cpp refuses unknown projectors at load; padded rows it would only notice in the middle of a picture.
     writer.add_string("clip.projector_type", keys.OWN_PROJECTOR if vision.ours_alone else keys.PROJECTOR)
     writer.add_int32("clip.minicpmv_version", MINICPMV_VERSION)
     writer.add_uint32("clip.minicpmv_query_num", size("query_num"))
@@ -84,14 +84,14 @@ def vision_metadata(checkpoint: Checkpoint, vision: VisionType, writer: GGUFWrit
 
 
 def calibrated_metadata(calibration: Calibration, plain: Callable[[GGUFWriter], None], writer: GGUFWriter) -> None:
-    """Add the keys of an mmproj file and what calibration found."""
+    """Add the keys of an mmproj file, and those that calibration found."""
     plain(writer)
     if calibration.in_float:
         writer.add_array(KEY_FLOAT_PRODUCTS, sorted(calibration.in_float))
 
 
 def _slicing(checkpoint: Checkpoint, name: str, default: int) -> int:
-    """Setting of preprocessor_config.json, else of config.json's slice_config, else the official default."""
+    """Setting from preprocessor_config.json, else from config.json's slice_config, else the official default."""
     value = settings = checkpoint.config.get("slice_config") or {}
     if isinstance(settings, dict):
         value = checkpoint.preprocessor.get(name, settings.get(name, default))

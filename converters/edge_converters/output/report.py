@@ -1,8 +1,8 @@
 """What a file's types cost: size, bits per weight, and the error of every tensor against the checkpoint.
 
-The error is the root mean square of (written - source) over that of the source. It is taken on an even spread of at
-most `SAMPLED_ROWS` rows of each tensor: a million values tell it to a part in a hundred, and a full-size model is
-read in seconds instead of minutes.
+The error is the root mean square of (written - source) over that of the source, measured on at most `SAMPLED_ROWS`
+evenly spread rows of each tensor: a million values give it to one per cent, and reading a full-size model takes
+seconds instead of minutes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TensorReport:
     type: str
     n_bytes: int
     error: float
-    """Relative, see above."""
+    """Relative error, see above."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class FileReport:
 
     @property
     def error(self) -> float:
-        """Root mean square of the matrices' errors, each counted by its values."""
+        """Root mean square of the matrices' errors, weighted by their number of values."""
         matrices = [tensor for tensor in self.tensors if len(tensor.shape) > 1]
         counts = [math.prod(tensor.shape) for tensor in matrices]
         squares = sum(n * tensor.error**2 for n, tensor in zip(counts, matrices, strict=True))
         return float((squares / max(1, sum(counts))) ** 0.5)
 
     def lines(self) -> list[str]:
-        """The report for people: a heading, a line per tensor, and one for all matrices."""
+        """The report as text: a heading, a line per tensor, and one for all matrices."""
         width = max(len(tensor.name) for tensor in self.tensors)
         lines = [f"{self.name}: {self.n_bytes / 1e6:.1f} MB, {self.bits_per_weight:.2f} bits per weight"]
         for tensor in self.tensors:
@@ -69,7 +69,7 @@ def report_file(
 
     Parameters
     ----------
-    name : what the file is called in the report.
+    name : the file's name in the report.
     progress : called with ("report", tensors done, tensors in all).
     """
     file, tensors = GGUFFile(path), []
@@ -85,7 +85,7 @@ def report_file(
 
 
 def report_against(file: str | Path, source: str | Path, progress: Callable[[str, int, int], None]) -> FileReport:
-    """Measure a decoder or mmproj file against the checkpoint that it was made from.
+    """Measure a decoder or mmproj file against the checkpoint it was made from.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""The written file re-read: every planned tensor is there, of the planned type and shape, and holds the right values.
+"""Re-reads the written file: every planned tensor is there, with the planned type and shape and the right values.
 
-Guards against the failure that is worst because it is silent: wrong weights that load and generate nonsense. Values
-are compared on a spread of rows, since dequantising 17 GB again would take longer than converting it.
+This guards against the worst failure, because it is silent: wrong weights that load and generate nonsense. Values are
+compared on a spread of rows, since dequantising 17 GB again would take longer than converting it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from edge_runtime.errors import CheckpointError, ModelFileError
 from edge_runtime.weights.gguf_file import GGUFFile
 
 SAMPLED_ROWS = 8
-# Largest error of a sampled row set, as RMS error over RMS value. Rounding a value uniformly to n bits per block
-# costs about 2^-n; normally distributed weights measure 0.9 % (8 bits), 5 % (5 to 6), 8 % (4); twice to three times
-# that says "wrong rows".
+# Largest error of a set of sampled rows, as RMS error over RMS value. Rounding uniformly to n bits per block costs
+# about 2^-n; normally distributed weights measure 0.9 % (8 bits), 5 % (5 to 6), 8 % (4); two to three times that
+# means wrong rows.
 TOLERANCE = {
     GGMLQuantizationType.F32: 1e-7,
     GGMLQuantizationType.F16: 1e-3,
@@ -29,7 +29,7 @@ TOLERANCE_BELOW_8_BITS = 0.25
 
 
 def verify_gguf(path: Path, tensors: list[PlannedTensor], final_name: str, *, types_may_differ: bool) -> None:
-    """Re-read `path` and hold it against the plan.
+    """Re-read `path` and check it against the plan.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def verify_gguf(path: Path, tensors: list[PlannedTensor], final_name: str, *, ty
     Raises
     ------
     CheckpointError
-        Naming the first tensor that is missing, of another shape or type, or off in value.
+        Naming the first tensor that is missing, or whose shape, type or values are wrong.
     """
     try:
         file = GGUFFile(path)
@@ -73,7 +73,7 @@ def sampled_error(
 
     Parameters
     ----------
-    weighted : weigh the columns as in encoding.
+    weighted : weight the columns as encoding does.
     """
     n_rows = tensor.n_rows
     index = np.unique(np.linspace(0, n_rows - 1, min(n_sampled, n_rows)).astype(np.int64))

@@ -1,8 +1,7 @@
 """The tokenizer of a checkpoint → the `tokenizer.*` keys of a GGUF file.
 
-Read from vocab.json + merges.txt + added tokens (the official layout) or from tokenizer.json alone. Only the
-byte-level BPE of Qwen2/Qwen3 with its split pattern is accepted, since that is what `tokenizer.ggml.pre = qwen2`
-promises.
+It is read from vocab.json + merges.txt + added tokens (the official layout) or from tokenizer.json alone. Only the
+byte-level BPE of Qwen2/Qwen3 with its split pattern is accepted, since `tokenizer.ggml.pre = qwen2` promises that.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from edge_runtime.prompt.tokenizer import NORMALIZER_KEY, QWEN2_PATTERN
 
 @dataclass
 class Vocabulary:
-    """All rows of the embedding table, each with a distinct text."""
+    """A distinct text for every row of the embedding table, and the tokenizer's settings."""
 
     tokens: list[str]
     types: list[TokenType]
     merges: list[str]
-    """Pairs joined by one blank, most frequent first."""
+    """Pairs joined by one space, most frequent first."""
     normalizer: str
     """`nfc` or `none`."""
     chat_template: str
     special_ids: dict[str, int]
-    """bos, eos, unknown and padding, as far as the checkpoint names them."""
+    """Those of bos, eos, unknown and padding that the checkpoint names."""
 
     def write(self, writer: GGUFWriter) -> None:
         """Add the `tokenizer.*` keys to a file being written."""
@@ -52,7 +51,7 @@ def read_vocabulary(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
     Raises
     ------
     CheckpointError
-        When there is no tokenizer, when it is another kind or damaged, or when a token has no row.
+        When there is no tokenizer, when it is of another kind or damaged, or when a token has no row.
     """
     try:
         return _read(checkpoint, n_rows)
@@ -62,7 +61,7 @@ def read_vocabulary(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
         TypeError,
         ValueError,
         OverflowError,
-    ) as error:  # JSON of another form than any tokenizer's
+    ) as error:  # valid JSON, but not a tokenizer's
         raise CheckpointError(
             f"The tokenizer files of {checkpoint.folder} do not have the usual form ({error!r}); download them again."
         ) from None
@@ -104,7 +103,7 @@ def _read(checkpoint: Checkpoint, n_rows: int) -> Vocabulary:
 
 
 def _check(base: dict[str, int], merges: list[str]) -> None:
-    """Refuse what no tokenizer could be made of: whoever loads the file would find out."""
+    """Refuse what no tokenizer could be built from; otherwise it would only show when the file is loaded."""
     odd = next((text for text, i in base.items() if type(i) is not int), None)
     if odd is not None or len(set(base.values())) < len(base):
         what = "one id for several tokens" if odd is None else f"no whole number as id of {odd[:40]!r}"
@@ -151,7 +150,7 @@ def _read_merges(text: str) -> list[str]:
 
 
 def _from_tokenizer_json(fast: Any) -> tuple[dict[str, int], list[str]]:
-    """Vocabulary and merges of a tokenizer.json, after checking that it is the Qwen2 kind."""
+    """Vocabulary and merges of a tokenizer.json, after checking that it is of the Qwen2 kind."""
     model = fast.get("model") or {}
     if model.get("type") != "BPE":
         raise CheckpointError(
@@ -171,11 +170,11 @@ def _from_tokenizer_json(fast: Any) -> tuple[dict[str, int], list[str]]:
 def _added_tokens(
     checkpoint: Checkpoint, settings: Any, fast: Any, base: dict[str, int]
 ) -> dict[int, tuple[str, bool]]:
-    """Id to (text, is special) of every token that is matched before BPE; later sources win."""
+    """Id → (text, is special) of every token that is matched before BPE; later sources win."""
     special_map = checkpoint.json("special_tokens_map.json") or {}
     names = {_text(value) for key, value in special_map.items() if key != "additional_special_tokens"}
     names |= {_text(value) for value in special_map.get("additional_special_tokens", [])}
-    # MiniCPM-V declares `<unk>`, a token of the base vocabulary, special in this way.
+    # MiniCPM-V marks `<unk>`, a token of the base vocabulary, as special in this way.
     added = {base[text]: (text, True) for text in names if text in base}
     added |= {i: (text, text in names) for text, i in (checkpoint.json("added_tokens.json") or {}).items()}
     for token in (fast or {}).get("added_tokens", []):
@@ -186,7 +185,7 @@ def _added_tokens(
 
 
 def _text(token: Any) -> str:
-    """A special token is written as a string or as an object with `content`."""
+    """Text of a special token, which is written as a string or as an object with `content`."""
     return str(token["content"] if isinstance(token, dict) else token)
 
 

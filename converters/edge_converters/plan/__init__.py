@@ -1,5 +1,5 @@
-"""What is to be written: which tensor under which name, in which type.
+"""What will be written: which tensor under which name, in which type.
 
 A checkpoint's tensors and the wanted types enter; planned tensors leave, none computed yet.
-It knows no files that are written.
+It knows no output files.
 """

@@ -40,9 +40,9 @@ def encode_rows(
     ----------
     values : ndarray [shape=(rows, columns), float32]; columns a multiple of the block.
     importance : ndarray [shape=(columns,), float32] or None
-        What an error in a column costs, relative to the others: the mean square of what it is multiplied by. With
-        it llama.cpp searches 19 scales per block for the cheapest instead of taking the largest value's; types of
-        8 and more bits have no search.
+        What an error in a column costs, relative to the others: the mean square of its inputs. With it llama.cpp
+        tries 19 scales per block and takes the cheapest instead of the largest value's; types of 8 and more bits
+        have no search.
 
     Returns
     -------

@@ -16,18 +16,18 @@ FLOAT_KERNELS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 def choose_types(
     given: Sequence[str], plan: Sequence[PlannedTensor], types: Mapping[str, GGMLQuantizationType], option: str
 ) -> dict[str, GGMLQuantizationType]:
-    """Resolve overrides to tensors; of several that match a tensor the first counts, as in llama-quantize.
+    """Resolve overrides to tensors; if several match a tensor, the first counts, as in llama-quantize.
 
     Parameters
     ----------
     given : `PATTERN=TYPE` each; the regular expression is searched for in the names of the file's matrices.
     types : those that the file may have, by name.
-    option : what the user wrote, for messages.
+    option : name of the option, for messages.
 
     Raises
     ------
     CheckpointError
-        When a pattern is none or matches nothing, or when a type is unknown or does not fit the rows.
+        When a pattern is invalid or matches nothing, or when a type is unknown or does not fit the rows.
     """
     matrices = [tensor for tensor in plan if len(tensor.shape) > 1 and tensor.name.endswith(".weight")]
     chosen: dict[str, GGMLQuantizationType] = {}

@@ -1,4 +1,4 @@
-"""A tensor of the file that is to be written: its name, type and shape, and how its rows are computed."""
+"""A tensor of the file to be written: its name, type and shape, and how its rows are computed."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class PlannedTensor:
     rows: Rows
     """(start, stop) → ndarray [shape=(stop - start, columns), float32]."""
     stored: Callable[[int, int], tuple[npt.NDArray[Any], str]] | None = None
-    """(start, stop) → values and dtype as stored, where rows may be copied as they are."""
+    """(start, stop) → values and dtype as stored, where rows may be copied unchanged."""
     importance: Callable[[], npt.NDArray[np.float32]] | None = None
     """() → what an error in each column costs [shape=(columns,), float32]; see `encode_rows`."""
     blocks: Callable[[int, int], npt.NDArray[np.uint8]] | None = None
-    """(start, stop) → rows as blocks of `type`, where the source has their integers."""
+    """(start, stop) → rows as blocks of `type`, where the source stores the blocks' integers."""
 
     @property
     def n_rows(self) -> int:
@@ -113,7 +113,7 @@ def copied(checkpoint: Checkpoint, source: str, name: str, kind: GGMLQuantizatio
         return checkpoint.float_rows(source, 0, tensor.n_rows).reshape(1, -1)
 
     stored = None
-    if isinstance(tensor, StoredTensor):  # of all others, rows are made anew in any case
+    if isinstance(tensor, StoredTensor):  # rows of all others are computed in any case
         plain = tensor
 
         def stored(start: int, stop: int) -> tuple[npt.NDArray[Any], str]:

@@ -1,7 +1,7 @@
 """Which type each tensor gets, with the reason.
 
 Vectors and norms stay float32 everywhere: they are a thousandth of the bytes and feed float32 arithmetic.
-K-quant mixes are not decided here but by llama.cpp's own quantizer (`quantize.quantize_gguf`).
+K-quant mixes are not decided here but by llama.cpp's own quantizer (`llama_quantize.quantize_gguf`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class DecoderType:
     """A `--type` of the converter."""
 
     label: str
-    """As it stands in the file name."""
+    """The type in the file name."""
     file_type: LlamaFileType
     matrix: GGMLQuantizationType | None
     """Type of every matrix, or None when llama.cpp's quantizer chooses a mix."""
@@ -41,7 +41,7 @@ DECODER_TYPES = {
     "iq4_nl": DecoderType("IQ4_NL", LlamaFileType.MOSTLY_IQ4_NL, None),
 }
 DEFAULT_DECODER, DEFAULT_VISION = "q4_k_m", "q8_0"
-# AutoAWQ's groups are Q4_1 blocks almost to the bit (see `awq`): every other type of four bits would round them anew.
+# AutoAWQ's groups are Q4_1 blocks almost to the bit (see `awq`); any other 4-bit type would round them again.
 DEFAULT_DECODER_OF_AWQ = "q4_1"
 
 
@@ -51,9 +51,9 @@ class VisionType:
 
     file_type: LlamaFileType
     matrix: GGMLQuantizationType
-    """Type of every matrix whose rows fit its blocks, but for `SENSITIVE` ones."""
+    """Type of every matrix whose rows fit its blocks, except `SENSITIVE` ones."""
     ours_alone: bool = False
-    """Rows that do not fit the blocks are padded, which this runtime alone can read."""
+    """Rows that do not fit the blocks are padded; only this runtime can read such files."""
 
 
 VISION_TYPES = {
@@ -65,19 +65,19 @@ VISION_TYPES = {
     "int4": VisionType(LlamaFileType.MOSTLY_Q4_0, Q.Q4_0, ours_alone=True),
 }
 
-# The values' way through the resampler: four products in series with no residual to carry what they lose. Eight bits
-# here take 27 MB more at full size and a quarter (trained weights) to two thirds (random ones) of the error away.
+# The path of the values through the resampler: four products in series, with no residual around them. Eight bits here
+# cost 27 MB at full size and remove a quarter (trained weights) to two thirds (random ones) of the error.
 SENSITIVE = frozenset(f"resampler.{name}.weight" for name in ("kv", "attn.v", "attn.out", "proj"))
-NOT_SEARCHED = frozenset({Q.F32, Q.F16, Q.BF16, Q.Q8_0})  # types whose scales no importance changes
+NOT_SEARCHED = frozenset({Q.F32, Q.F16, Q.BF16, Q.Q8_0})  # types whose scales do not depend on importance
 SEARCHED = frozenset(
     {Q.Q4_0}
 )  # of the vision file: types that `encode_rows` writes and whose scales it can search for
 
-# A tensor's dtype → its type in the intermediate file that llama.cpp quantizes: the one that loses nothing.
+# A tensor's dtype → its lossless type in the intermediate file that llama.cpp quantizes.
 LOSSLESS = {"F32": Q.F32, "F16": Q.F16, "BF16": Q.BF16}
 
-# What single tensors can be set to. llama.cpp quantizes to these without an importance matrix; the vision part has
-# integer products for two of them.
+# Types that single tensors can be set to. llama.cpp quantizes to these without an importance matrix; the vision part
+# has integer products for two of them.
 DECODER_OVERRIDES = {
     kind.name.lower(): kind
     for kind in (
@@ -102,7 +102,7 @@ def vision_tensor_type(name: str, shape: tuple[int, ...], vision: VisionType) ->
     shows in the fourth digit when the source is float32; llama.cpp loads both.
     """
     if name == RESAMPLER_POSITIONS and vision.matrix != Q.F16:
-        # llama.cpp wants it in the file but never reads it: 80 MB as float32 at full size, 21 MB in blocks.
+        # llama.cpp requires it in the file but never reads it: 80 MB as float32 at full size, 21 MB in blocks.
         return vision.matrix
     if vision.matrix == Q.F32 or not name.endswith(".weight") or len(shape) < 2:
         return Q.F32
@@ -113,10 +113,10 @@ def vision_tensor_type(name: str, shape: tuple[int, ...], vision: VisionType) ->
             return Q.F16
         return Q.F32 if name == "v.patch_embd.weight" else Q.BF16
     matrix = Q.Q8_0 if vision.matrix == Q.Q4_0 and name in SENSITIVE else vision.matrix
-    # fc2 of SigLIP has rows of 4304 = 134.5 blocks of 32: float16 is what llama.cpp can read.
+    # fc2 of SigLIP has rows of 4304 = 134.5 blocks of 32: llama.cpp can read it as float16.
     fits = shape[-1] % GGML_QUANT_SIZES[matrix][0] == 0
     return matrix if fits or vision.ours_alone else Q.F16
 
 
 Progress = Callable[[str, int, int], None]
-"""(what is being done, units done, units in all)"""
+"""(name of the step, units done, units in all)"""

@@ -1,8 +1,8 @@
 """One table: checkpoint name → GGUF name, for decoder, vision tower and resampler.
 
 Decoder names are gguf-py's for `qwen3`; mmproj names are those of llama.cpp's MiniCPM-V script, quirk included:
-**fc1 is written as `ffn_down` and fc2 as `ffn_up`**, and every loader (ours too) swaps them back when it sees their
-row lengths.
+**fc1 is written as `ffn_down` and fc2 as `ffn_up`**, and every loader (ours too) tells by the row lengths and swaps
+them back.
 """
 
 from __future__ import annotations
@@ -58,10 +58,9 @@ RESAMPLER_IN_PROJ = (
     "resampler.attn.in_proj_weight",
     "resampler.attn.in_proj_bias",
 )  # cut into q, k, v by rows
-RESAMPLER_POSITIONS = "resampler.pos_embed_k"  # computed; llama.cpp loads it, we compute positions ourselves
+RESAMPLER_POSITIONS = "resampler.pos_embed_k"  # computed; llama.cpp loads it, we compute positions at run time
 
-# GGUF name of a matrix of four bits, without the layer → the checkpoint's name of the layer norm whose output it
-# multiplies.
+# GGUF name of a 4-bit matrix, without the layer → the checkpoint's name of the layer norm whose output it multiplies.
 _NORM_BEFORE = {
     "attn_q": "layer_norm1",
     "attn_k": "layer_norm1",

@@ -1,7 +1,7 @@
 """Which tensors a model of the checkpoint's configuration has, with their shapes, types and sources.
 
-Every shape is held against config.json before a byte is written, and a tensor that belongs to no part of the model is
-an error: dropped silently it would be a fine-tune's lost part.
+Every shape is checked against config.json before a byte is written. A tensor that belongs to no part of the model is
+an error: dropping it silently might lose part of a fine-tune.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edge_runtime.vision.resampler import pos2d_table
 
 POSITIONS_SIDE = 70  # side of the position table that llama.cpp expects in the file, whatever the model
 
-MIN_IMPORTANCE = 0.01  # of a column, as a part of the mean
+MIN_IMPORTANCE = 0.01  # of a column, relative to the mean
 
 Shape = tuple[int, ...]
 Types = Mapping[str, GGMLQuantizationType]
@@ -31,7 +31,7 @@ Types = Mapping[str, GGMLQuantizationType]
 def n_vision_layers(checkpoint: Checkpoint) -> int:
     """Layers of the vision tower that are used."""
     n = checkpoint.size("vision_config", "num_hidden_layers")
-    # The configuration class defaults to true: an absent key drops the last layer.
+    # The configuration class defaults to true: without the key, the last layer is dropped.
     return n - 1 if checkpoint.config.get("drop_vision_last_layer", True) else n
 
 
@@ -57,7 +57,7 @@ def refuse_unknown_tensors(checkpoint: Checkpoint) -> None:
 def plan_decoder(
     checkpoint: Checkpoint, recipe: recipes.DecoderType, overrides: Types | None = None
 ) -> list[PlannedTensor]:
-    """Plan the decoder file, or the intermediate one that llama.cpp quantizes where the recipe is a mix.
+    """Plan the decoder file, or, if the recipe is a mix, the intermediate file that llama.cpp quantizes.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def _decoder_type(
         return recipes.Q.F32
     if recipe.matrix is not None:
         return overrides.get(name) or recipes.decoder_tensor_type(tensor.shape, recipe.matrix)
-    # llama.cpp copies what has the wanted type already, so integers of the source pass through the quantizer.
+    # llama.cpp copies tensors that already have the wanted type, so the source's integers pass its quantizer intact.
     if name not in overrides and tensor.block_type is not None and tensor.block_type.name == recipe.label:
         return tensor.block_type
     return recipes.LOSSLESS[tensor.dtype]
@@ -135,7 +135,7 @@ def plan_vision(
         _expect(checkpoint, source, shape)
         plan.append(copied(checkpoint, source, name, recipes.vision_tensor_type(name, shape, vision)))
     plan += _plan_rearranged(checkpoint, hidden, vision)
-    if vision.ours_alone:  # nobody reads the positions then
+    if vision.ours_alone:  # then nothing reads the positions
         plan = [tensor for tensor in plan if tensor.name != names.RESAMPLER_POSITIONS]
     chosen = overrides or {}
     plan = [dataclasses.replace(tensor, type=chosen.get(tensor.name, tensor.type)) for tensor in plan]
@@ -143,10 +143,11 @@ def plan_vision(
 
 
 def _weighted(checkpoint: Checkpoint, tensor: PlannedTensor, hidden: int) -> PlannedTensor:
-    """The same tensor with the importance of its columns, where its type makes use of it.
+    """The same tensor with the importance of its columns, where its type uses it.
 
-    What leaves a layer norm has mean square gain² + bias² in each column, whatever the picture; the resampler's keys
-    are made of that plus positions. Of other inputs nothing is known without pictures: there all columns count alike.
+    The output of a layer norm has mean square gain² + bias² in each column, whatever the picture; the resampler's
+    keys are made from that plus positions. Without pictures nothing is known of other inputs: all their columns count
+    alike.
     """
     if tensor.type not in recipes.SEARCHED:
         return tensor
@@ -160,7 +161,7 @@ def _weighted(checkpoint: Checkpoint, tensor: PlannedTensor, hidden: int) -> Pla
         if tensor.name == "resampler.attn.k.weight":
             table = pos2d_table(hidden, POSITIONS_SIDE, POSITIONS_SIDE)
             squares += np.einsum("pe,pe->e", table, table) / len(table)
-        # No column may be free: a block of them would lose its values altogether.
+        # No column may cost nothing: a block of such columns would lose its values altogether.
         return np.maximum(squares, MIN_IMPORTANCE * squares.mean() or 1.0)
 
     return dataclasses.replace(tensor, importance=importance)
@@ -202,7 +203,7 @@ def _plan_rearranged(checkpoint: Checkpoint, hidden: int, vision: recipes.Vision
 
 
 def _expect(checkpoint: Checkpoint, name: str, shape: Shape) -> None:
-    """Hold a tensor of the checkpoint against the configuration."""
+    """Check a tensor of the checkpoint against the configuration."""
     tensor = checkpoint.tensors.get(name)
     if tensor is None:
         raise CheckpointError(

@@ -1,5 +1,5 @@
-"""Checkpoints as they lie on a disk → tensors in the official layout.
+"""Checkpoints on disk → tensors in the official layout.
 
-A folder enters; names, shapes and rows of float32 leave.
+A folder enters; names, shapes and float32 rows leave.
 It knows no GGUF.
 """

@@ -7,12 +7,11 @@ a value is (q - z)·s; q and z are 0 to 15, there is no +1 on z:
     W.qzeros   int32 [i/128, o/8]  z, packed in the same way
     W.scales   float16 [i/128, o]
 
-**As Q4_1** the integers stay what they are: a group is four blocks of 32 with value = d·q + m, where d = s exactly
-and m = -z·s rounded to float16. z·s has up to 15 significant bits, float16 has 11, so m is off by at most 2⁻¹¹ of
-itself: 0.0073 steps of the 4-bit grid, and nothing where z is 0, 1, 2, 4 or 8. Every other type of four bits would
-round to a second grid.
+**As Q4_1** the integers are kept: a group is four blocks of 32 with value = d·q + m, where d = s exactly and m = -z·s
+rounded to float16. z·s has up to 15 significant bits, float16 has 11, so m is off by at most 2⁻¹¹ of itself: 0.0073
+steps of the 4-bit grid, and nothing where z is 0, 1, 2, 4 or 8. Any other 4-bit type would round to a second grid.
 
-In other types values are float32. AutoAWQ computes (q - z)·s in float16, so an intermediate file keeps them as that.
+For other types the values are float32. AutoAWQ computes (q - z)·s in float16, so an intermediate file keeps float16.
 Source of the layout: AutoAWQ `utils/packing_utils.py`.
 """
 
@@ -50,13 +49,13 @@ class AwqMatrix(SourceTensor):
         integers, zeros, scales = self._parts(start, stop)
         groups = integers.astype(np.float32).reshape(len(zeros), self.group, -1)
         groups -= zeros[:, None]
-        with np.errstate(invalid="ignore"):  # infinite scales; the writer finds what they make
+        with np.errstate(invalid="ignore"):  # infinite scales; the writer detects the result
             groups *= scales[:, None]
         return np.ascontiguousarray(groups.reshape(len(integers), -1).T)
 
     @property
     def block_type(self) -> GGMLQuantizationType | None:
-        """Q4_1, where groups consist of whole blocks."""
+        """Q4_1, if groups consist of whole blocks."""
         return None if self.group % BLOCK else GGMLQuantizationType.Q4_1
 
     def blocks(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
@@ -80,7 +79,7 @@ class AwqMatrix(SourceTensor):
         return blocks.reshape(stop - start, -1)
 
     def _parts(self, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], Float32, Float32]:
-        """Integers [i, rows], zero points and scales [groups, rows] of some rows, that is outputs."""
+        """Integers [i, rows], zero points and scales [groups, rows] of some rows (outputs)."""
         first, last = start // PER_WORD, -(-stop // PER_WORD)
         cut = slice(start - first * PER_WORD, stop - first * PER_WORD)
         qweight, qzeros, scales = _stored(self)
@@ -91,9 +90,9 @@ class AwqMatrix(SourceTensor):
 
 @lru_cache(maxsize=1)
 def _stored(matrix: AwqMatrix) -> tuple[npt.NDArray[Any], ...]:
-    """The three parts of the matrix at work: an output's values lie all over them, so they are read as a whole, once.
+    """The three parts of the current matrix, read whole and once: an output's values are spread all over them.
 
-    25 MB at full size. Matrices are told apart as objects, so no other checkpoint's is ever taken for it.
+    25 MB at full size. The cache key is the object itself, so it never returns another checkpoint's matrix.
     """
     return matrix.qweight.array(), matrix.qzeros.array(), matrix.scales.array()
 
@@ -108,7 +107,7 @@ def _unpack(words: npt.NDArray[np.int32]) -> npt.NDArray[np.uint8]:
 
 
 def assemble(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """Replace the parts of AWQ matrices by the matrices.
+    """Replace the parts of AWQ matrices with the matrices.
 
     Raises
     ------

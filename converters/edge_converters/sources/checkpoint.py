@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint in MiniCPM-V 4.5's official layout, read lazily: a folder enters, rows of tensors leave.
 
 Quantised checkpoints (bitsandbytes, AutoAWQ) and LoRA folders look the same from outside: tensors under the official
-names, whose values are made as they are read.
+names, whose values are computed as they are read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from edge_runtime.system.text_files import parse_json, read_text
 
 QUANTIZED = {"bitsandbytes": "4 bits", "awq": "4 bits in the GEMM layout"}
 MAX_TEXT_BYTES = 256 << 20
-"""Of a JSON or text file; the official tokenizer.json has 11 MB."""
+"""For a JSON or text file; the official tokenizer.json has 11 MB."""
 MAX_LAYERS, MAX_SIZE, MAX_VALUE = 1000, 1 << 24, 1e30
-"""Of layers, of any other size, and of any number: far above any model, far below what takes for ever."""
+"""Of layers, of any other size, and of any number: far above any model, far below what would take for ever."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -31,7 +31,7 @@ class Checkpoint:
     Raises
     ------
     CheckpointError
-        When the folder is no MiniCPM-V 4.5 checkpoint in the official layout, or a shard is missing or damaged.
+        When the folder is not a MiniCPM-V 4.5 checkpoint in the official layout, or a shard is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -49,13 +49,13 @@ class Checkpoint:
         self.tensors = self._index()
 
     def json(self, name: str) -> Any:
-        """Parsed JSON file of the folder, always an object, or None when it is not there."""
+        """Parsed JSON file of the folder, always an object, or None if it does not exist."""
         text = self.text(name)
         if text is None:
             return None
         try:
             value = parse_json(text)
-            if "\\u" in text:  # halves of characters, which no file can hold
+            if "\\u" in text:  # lone surrogates, which no file can hold
                 json.dumps(value, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{name} is not readable JSON ({error}); download the checkpoint again.") from None
@@ -66,7 +66,7 @@ class Checkpoint:
         return value
 
     def text(self, name: str) -> str | None:
-        """Text file of the folder, or None when it is not there."""
+        """Text file of the folder, or None if it does not exist."""
         try:
             return read_text(self.folder / name, MAX_TEXT_BYTES)
         except FileNotFoundError:
@@ -75,7 +75,7 @@ class Checkpoint:
             raise CheckpointError(f"{name} is not readable text ({error}); download the checkpoint again.") from None
 
     def size(self, *keys: str, default: int | None = None) -> int:
-        """Nested positive whole number of config.json that must be there, unless it has a default."""
+        """Nested positive integer from config.json, required unless there is a default."""
         value = self.number(*keys, default=default)
         most = MAX_LAYERS if keys[-1] == "num_hidden_layers" else MAX_SIZE
         if value != int(value) or not 1 <= value <= most:
@@ -86,7 +86,7 @@ class Checkpoint:
         return int(value)
 
     def number(self, *keys: str, default: float | None = None) -> float:
-        """Nested positive number of config.json that must be there, unless it has a default."""
+        """Nested positive number from config.json, required unless there is a default."""
         value: Any = self.config
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
@@ -108,12 +108,12 @@ class Checkpoint:
 
         Parameters
         ----------
-        decoder : false leaves the decoder as it is, for an adapter file.
+        decoder : false leaves the decoder unchanged, for an adapter file.
 
         Raises
         ------
         CheckpointError
-            When the folder is no LoRA of this model.
+            When the folder is not a LoRA of this model.
         """
         lora = read_lora(folder, self.tensors)
         self.tensors = lora.merged(self.tensors, decoder=decoder)
@@ -173,7 +173,7 @@ def _short(value: object) -> str:
 
 
 def _check_architecture(config: dict[str, Any]) -> None:
-    """Refuse what is no MiniCPM-V 4.5, before any weight is read."""
+    """Refuse anything but MiniCPM-V 4.5, before any weight is read."""
     if config.get("model_type") != "minicpmv":
         raise CheckpointError(
             f"config.json is of model_type {config.get('model_type')!r}; only 'minicpmv' (MiniCPM-V 4.5) can be "
@@ -194,7 +194,7 @@ def _check_architecture(config: dict[str, Any]) -> None:
 
 
 def _check_quantization(settings: Any) -> None:
-    """Refuse kinds of quantised checkpoints that cannot be read."""
+    """Refuse quantised checkpoints of kinds that cannot be read."""
     if not settings:
         return
     known = settings if isinstance(settings, dict) else {"quant_method": settings}

@@ -1,12 +1,12 @@
 """A LoRA folder as PEFT writes it → changed tensors of a checkpoint, or the decoder's part as a GGUF adapter.
 
 For a matrix W [o, i] the folder holds A [r, i] and B [o, r]; the fine-tuned matrix is W + s·B·A with s = alpha / r,
-or alpha / √r for rank-stabilised ones, where alpha and r may differ between modules. Tables of embeddings have A [r,
-rows] and B [width, r], convolutions a kernel in A. DoRA stores in addition the length that each row of the sum gets.
+or alpha / √r for rank-stabilised ones, where alpha and r may differ between modules. Embedding tables have A
+[r, rows] and B [width, r], convolutions a kernel in A. DoRA also stores the length that each row of the sum gets.
 Tensors that were trained whole (`modules_to_save`, biases) replace the checkpoint's.
 
 Merged values are float32: PEFT rounds the sum to the model's bfloat16, which swallows small changes. An intermediate
-file keeps them as float16, whose 11 bits lie far below any block type's error.
+file keeps them as float16; the error of its 11 bits is far below any block type's.
 Source of the format: PEFT `LoraConfig` and `get_peft_model_state_dict`.
 """
 
@@ -44,16 +44,16 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to one tensor: scale · B · A."""
+    """The change of one tensor: scale · B · A."""
 
     a: StoredTensor
-    """[r, inputs], or [r, rows] of a table of embeddings."""
+    """[r, inputs], or [r, rows] for an embedding table."""
     b: StoredTensor
-    """[outputs, r], or [width, r] of a table of embeddings."""
+    """[outputs, r], or [width, r] for an embedding table."""
     scale: float
     is_embedding: bool
     magnitude: StoredTensor | None = None
-    """Lengths of the rows of the sum [outputs], of DoRA alone."""
+    """Lengths of the rows of the sum [outputs], DoRA only."""
 
     @property
     def rank(self) -> int:
@@ -96,7 +96,7 @@ class Lora:
     replaced: dict[str, StoredTensor] = field(default_factory=dict)
 
     def merged(self, tensors: dict[str, SourceTensor], *, decoder: bool = True) -> dict[str, SourceTensor]:
-        """The tensors of a checkpoint with the changes, of everything or of all but the decoder."""
+        """The tensors of a checkpoint with the changes merged, in everything or in all but the decoder."""
         result = tensors | {n: t for n, t in self.replaced.items() if decoder or not n.startswith(DECODER)}
         for name, change in self.changes.items():
             if decoder or not name.startswith(DECODER):
@@ -110,12 +110,12 @@ class Lora:
 
 
 def read_lora(folder: str | Path, tensors: dict[str, SourceTensor]) -> Lora:
-    """Read a LoRA folder and hold it against the tensors of a checkpoint.
+    """Read a LoRA folder and check it against the tensors of a checkpoint.
 
     Raises
     ------
     CheckpointError
-        When the folder is no LoRA, is damaged, or belongs to another model.
+        When the folder is not a LoRA, is damaged, or belongs to another model.
     """
     folder = Path(folder)
     config = _config(folder)
@@ -125,7 +125,7 @@ def read_lora(folder: str | Path, tensors: dict[str, SourceTensor]) -> Lora:
         if stored.dtype not in FLOATS:
             raise CheckpointError(f"{WEIGHTS} holds {stored.name} as {stored.dtype}, expected F32, F16 or BF16.")
         if stored.name.endswith(".base_layer.weight"):
-            continue  # PEFT saves what is below a changed head or embedding too, as it was
+            continue  # PEFT also saves the unchanged weight below a changed head or embedding
         name = stored.name.removeprefix(PREFIX).replace(".base_layer", "")
         if match := _PART.fullmatch(name):
             parts.setdefault(match["module"], {})[match["part"]] = stored
@@ -220,7 +220,7 @@ def _change(module: str, found: dict[str, StoredTensor], config: dict[str, Any],
 
 
 def _scale(module: str, rank: int, config: dict[str, Any]) -> float:
-    """Scale of one module, alpha / r; PEFT takes the first pattern that the end of the module's name matches."""
+    """Scale of one module, alpha / r; PEFT takes the first pattern that matches the end of the module's name."""
     alpha = _number(config, "lora_alpha")
     patterns = config.get("alpha_pattern") or {}
     for pattern in patterns if isinstance(patterns, dict) else ():

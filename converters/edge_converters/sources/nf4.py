@@ -10,8 +10,8 @@ them, plus a common offset:
     W.weight.nested_absmax, .nested_quant_map f32 [⌈o·i/64/256⌉], f32 [256]
     W.weight.quant_state.bitsandbytes__nf4    uint8: JSON with shape, blocksize, nested_blocksize, nested_offset
 
-Values come out in float32. bitsandbytes itself rounds them to its compute type, float16 in the official int4
-checkpoint, before it multiplies; so an intermediate file keeps them as float16.
+Values are float32. Before it multiplies, bitsandbytes rounds them to its compute type, float16 in the official int4
+checkpoint; so an intermediate file keeps them as float16.
 Source of the layout: bitsandbytes `functional.QuantState`.
 """
 
@@ -36,7 +36,7 @@ PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 @dataclass(frozen=True)
 class BlockMaxima:
-    """The absolute maximum of every block: as stored, or of 8 bits with scales of their own."""
+    """The absolute maximum of every block: as stored, or in 8 bits with scales of their own."""
 
     stored: StoredTensor
     scales: Float32 | None = None
@@ -57,7 +57,7 @@ class BlockMaxima:
 
 @dataclass(frozen=True, eq=False)
 class FourBitMatrix(SourceTensor):
-    """A matrix of 4-bit numbers of a table."""
+    """A matrix of 4-bit indices into a table."""
 
     packed: StoredTensor
     table: Float32
@@ -88,7 +88,7 @@ class FourBitMatrix(SourceTensor):
 
 
 def assemble(tensors: dict[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """Replace the parts of 4-bit matrices by the matrices.
+    """Replace the parts of 4-bit matrices with the matrices.
 
     Raises
     ------

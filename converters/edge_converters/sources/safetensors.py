@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint: what the plan sees of them, and the plain ones, read lazily from safetensors files.
+"""Tensors of a checkpoint: the interface that the plan uses, and plain ones, read lazily from safetensors files.
 
 Files are read in chunks of rows, never mapped, so that a 17 GB checkpoint costs a few megabytes of memory. The header
-is parsed here and not by the safetensors library, because that one hands bfloat16 to torch only. Everything in it is
-checked against the file's length; nothing is allocated on its word.
+is parsed here because the safetensors library hands bfloat16 to torch only. Everything in it is checked against the
+file's length before anything is allocated.
 
 Source of the format: the safetensors README (8 bytes header length, JSON header, data).
 """
@@ -39,11 +39,11 @@ STORED_DTYPES: dict[str, tuple[str, int]] = {  # NumPy's name and bytes
 
 @dataclass(frozen=True, eq=False)
 class SourceTensor(abc.ABC):
-    """A tensor under its official name, whatever its values are stored as; two are the same only as objects."""
+    """A tensor under its official name, however its values are stored; compared by identity."""
 
     name: str
     dtype: str
-    """Of its values: F32, F16 or BF16. An intermediate file keeps them as that."""
+    """Type of the values, F32, F16 or BF16; an intermediate file keeps it."""
     shape: tuple[int, ...]
 
     @property
@@ -62,7 +62,7 @@ class SourceTensor(abc.ABC):
 
     @property
     def block_type(self) -> GGMLQuantizationType | None:
-        """Type whose blocks can be made of the integers that are stored, or None."""
+        """Type whose blocks can be made from the stored integers, or None."""
         return None
 
     def blocks(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
@@ -72,7 +72,7 @@ class SourceTensor(abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class StoredTensor(SourceTensor):
-    """A tensor as it lies in a safetensors file; its `dtype` may be one of integers too."""
+    """A tensor of a safetensors file; its `dtype` may also be an integer type."""
 
     file: Path
     offset: int
@@ -135,7 +135,7 @@ def float_array(tensor: SourceTensor) -> Float32:
 
 
 def read_index(files: list[Path]) -> dict[str, StoredTensor]:
-    """Index the tensors of some files that belong together.
+    """Index the tensors of files that belong together.
 
     Raises
     ------
@@ -160,14 +160,14 @@ def read_header(file: Path) -> list[StoredTensor]:
     Raises
     ------
     CheckpointError
-        When it is no such file, or not a whole one.
+        When it is not a safetensors file, or an incomplete one.
     """
 
     def broken(what: str) -> CheckpointError:
         return CheckpointError(f"{file.name} is not a usable safetensors file: {what}; download it again.")
 
     try:
-        if not file.is_file():  # a pipe has no end, and opening it may have none
+        if not file.is_file():  # a pipe has no end, and even opening it may block
             raise broken("it is no file")
         size = file.stat().st_size
         with file.open("rb") as opened:
@@ -184,7 +184,7 @@ def read_header(file: Path) -> list[StoredTensor]:
     header.pop("__metadata__", None)
     tensors = []
     for name, entry in header.items():
-        if not name.isprintable():  # it would be quoted in messages, and a terminal obey it
+        if not name.isprintable():  # messages quote it, and a terminal would obey it
             raise broken(f"the name {name[:80]!r} holds control characters")
         tensors.append(_entry(file, name, entry, 8 + length, size, broken))
     in_order = sorted((tensor for tensor in tensors if tensor.n_bytes), key=lambda tensor: tensor.offset)
@@ -206,7 +206,7 @@ def _entry(file: Path, name: str, entry: Any, data_start: int, size: int, broken
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise broken(f"the entry of {name} is incomplete") from None
-    # Bounds first: a product of thousands of numbers of thousands of digits takes minutes.
+    # Bounds first: multiplying thousands of numbers of thousands of digits takes minutes.
     if not isinstance(shape, list) or len(shape) > MAX_DIMS:
         raise broken(f"the entry of {name} has no usable shape")
     if not all(type(n) is int and abs(n) < MAX_SIZE for n in (*shape, begin, end)):

@@ -1,17 +1,17 @@
 // A chat and its files → the growing last message of that chat.
 //
-// A message of an answer is `{role, text, thinking, state, reason, error, timings}`; the state is "running", "done",
-// "stopped" or "failed". Times are what a user of this page waited, but for the model's own speed.
+// An answer is a message `{role, text, thinking, state, reason, error, timings}`; the state is "running", "done",
+// "stopped" or "failed". Times are what the user of this page waited, except the model's own speed.
 
 import { streamAnswer } from "./api.js";
 import { dataUri } from "./attachments.js";
 
-/** The message an answer begins as. */
+/** The message that an answer starts as. */
 export const emptyAnswer = () => ({ role: "assistant", text: "", thinking: "", state: "running", timings: {} });
 
 /**
- * Fill the message until the answer ends, calling `onchange()` whenever it has changed. Never throws: what went wrong
- * stands in the message, and is returned.
+ * Fill the message until the answer ends, calling `onchange()` after every change. Never throws: an error is stored in
+ * the message and returned.
  */
 export async function fillAnswer(message, history, files, { model, think, system, key, signal, onchange }) {
   const begin = performance.now();
@@ -53,14 +53,14 @@ function finish(message, { reason, tokens, seconds }) {
   message.reason = reason;
   message.timings.tokens = tokens;
   if (seconds.image >= 0.05) message.timings.image = seconds.image; // less: it was in the cache
-  // The first token costs no step of its own, and of a moment no rate can be told.
+  // The first token takes no step of its own, and very short times give no rate.
   if (seconds.decode >= 0.1) message.timings.rate = (tokens - 1) / seconds.decode;
 }
 
 async function toApi(history, files, system) {
   const messages = system ? [{ role: "system", text: system }] : [];
   for (const { role, text, files: ids = [] } of history) {
-    // A file can be gone when the browser was short of space; an answer without its picture would be made up.
+    // The browser may have deleted a file to save space; an answer without its picture would be made up.
     const missing = ids.find((id) => !files.has(id));
     if (missing) throw new Error("A picture of this chat is no longer in this browser; begin a new chat with it.");
     const attached = ids.map((id) => files.get(id)).map(async (file) => ({ kind: file.kind, name: file.name, uri: await dataUri(file) }));

@@ -1,8 +1,8 @@
 // The server's routes → names of models, and the events of one answer.
 //
 // Answers come from OpenAI's route, whose messages hold pictures, videos and documents in the order they were given;
-// models from Ollama's, which tells what they can do. Knows addresses, headers and the stream's format; nothing of the
-// page. Addresses are relative to the page, so a reverse proxy may put the server under a path of its own.
+// models come from Ollama's, which says what they can do. This module knows addresses, headers and the stream's format,
+// and nothing of the page. Addresses are relative to the page, so a reverse proxy may put the server under any path.
 
 export class ApiError extends Error {
   constructor(message, status = 0) {
@@ -11,7 +11,7 @@ export class ApiError extends Error {
   }
 }
 
-/** Models that the server can answer with, in its order: `{name, thinks, notice}`, a notice being what is to be known of it. */
+/** Models that the server can answer with, in its order: `{name, thinks, notice}`; the notice is for the user to read. */
 export async function listModels(key) {
   const response = await request("api/tags", { headers: withKey({}, key) });
   const { models } = await response.json();
@@ -23,8 +23,8 @@ export async function listModels(key) {
 }
 
 /**
- * Ask, and yield what comes: `{kind: "thinking" | "answer", text}`, and at the end `{kind: "end", reason, tokens,
- * seconds}`, where the seconds are `decode` and `image`. Throws ApiError, also in mid-stream; aborting the signal closes
+ * Ask, and yield events: `{kind: "thinking" | "answer", text}`, and at the end `{kind: "end", reason, tokens,
+ * seconds}`, where the seconds are `decode` and `image`. Throws ApiError, also mid-stream; aborting the signal closes
  * the connection, which stops the work on the server.
  *
  * Messages are `{role, text, files: [{kind, name, uri}]}`, each uri a data: URI.
@@ -42,7 +42,7 @@ export async function* streamAnswer({ model, messages, think, key, signal }) {
   let reason = null;
   let last = {};
   for await (const line of linesOf(response.body)) {
-    if (!line.startsWith("data:")) continue; // a comment: the server says that it is still working
+    if (!line.startsWith("data:")) continue; // a comment: the server is still working
     const data = line.slice(5).trim();
     if (data === "[DONE]") return yield endOf(reason, last);
     const chunk = JSON.parse(data);
@@ -85,7 +85,7 @@ async function request(address, options) {
     const { error } = await response.json();
     reason = error?.message ?? error ?? reason;
   } catch {
-    // Not JSON: a proxy's page, say; the status has to do.
+    // Not JSON, perhaps a proxy's page; the status has to do.
   }
   throw new ApiError(reason, response.status);
 }
@@ -110,6 +110,6 @@ async function* chunksOf(stream) {
       yield value;
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stopped reading wants no more of it
+    reader.cancel().catch(() => {}); // the caller stopped reading and wants no more
   }
 }

@@ -1,4 +1,4 @@
-// The page: which chat is shown, what is being answered, and what is kept. Read this first, then answering.js.
+// The page: which chat is shown, what is being answered, and what is saved. Read this first, then answering.js.
 
 import { emptyAnswer, fillAnswer } from "./answering.js";
 import { listModels } from "./api.js";
@@ -34,7 +34,7 @@ async function ask({ text, files: attached }) {
   const chat = current;
   if (!chat.messages.length) {
     chat.title = titleOf({ text, files: attached });
-    if (!chats.includes(chat)) chats.unshift(chat); // it is there when its first question was edited
+    if (!chats.includes(chat)) chats.unshift(chat); // already there if its first question was edited
     remember("chat", chat.id);
   }
   for (const file of attached) files.set(file.id, file);
@@ -56,7 +56,7 @@ async function answer(chat) {
   scrollToEnd();
   const follow = follower(chat, message, history.at(-1).files?.length > 0);
   await keep(() => store.saveChat(chat));
-  if (!models.length) await loadModels(); // the server was not there when the page was opened
+  if (!models.length) await loadModels(); // the server was down when the page was opened
   const error = await fillAnswer(message, history, theFiles, {
     model: byId("model").value,
     think: thinks() && byId("think").getAttribute("aria-pressed") === "true",
@@ -115,14 +115,14 @@ function stop() {
   running?.controller.abort();
 }
 
-/** Ask the question before a message once more, in place of what followed it. */
+/** Ask the question before a message again, replacing what followed it. */
 async function retry(message) {
   if (running) return notice("Another answer is being written; stop it first.");
   current.messages.splice(current.messages.indexOf(message));
   await answer(current);
 }
 
-/** Take a question back into the composer, with everything that followed it removed. */
+/** Move a question back into the composer, and remove everything that followed it. */
 async function edit(message) {
   if (running) return notice("An answer is being written; stop it first.");
   const { text, files: ids } = message;
@@ -136,7 +136,7 @@ async function edit(message) {
 function showConversation() {
   shown.clear();
   const turns = [];
-  let picture = null; // which places of an answer are about: the last one before it
+  let picture = null; // the picture that an answer's places refer to: the last one before it
   for (const message of current.messages) {
     if (message.role === "user") {
       const attached = message.files.map((id) => files.get(id)).filter(Boolean);
@@ -146,7 +146,7 @@ function showConversation() {
       const turn = new AnswerTurn(message, picture, {
         onretry: () => retry(message),
         oncopy: () => copy(message.text),
-        onunfold: () => (followsEnd = false), // what is unfolded is read from its beginning
+        onunfold: () => (followsEnd = false), // unfolded text is read from its start
       });
       shown.set(message, turn);
       turns.push(turn.node);
@@ -169,7 +169,7 @@ async function copy(text) {
 
 // --- Chats ---
 
-/** Let go of pictures that are no longer shown; the composer may still hold some of them. */
+/** Release pictures that are no longer shown, unless the composer still holds them. */
 function release() {
   for (const file of files.values()) {
     if (!composer.files.includes(file)) URL.revokeObjectURL(file.url);
@@ -223,7 +223,7 @@ function listChats() {
   showChats(chats, current, { onopen: open, ondelete: remove });
 }
 
-/** Do something with the store; a browser without one (private windows, full disks) still answers, but forgets. */
+/** Do something with the store; without one (private windows, full disks) the page still works, but forgets. */
 async function keep(work) {
   try {
     return await work();
@@ -254,7 +254,7 @@ async function loadModels() {
 const chosen = () => models.find(({ name }) => name === byId("model").value);
 const thinks = () => chosen()?.thinks ?? false;
 
-/** What depends on the model: whether it thinks, and what is to be known before its answers are believed. */
+/** Update what depends on the model: whether it thinks, and the notice about its answers. */
 function showModel() {
   const warning = chosen()?.notice ?? "";
   byId("think").hidden = !thinks();
@@ -275,7 +275,7 @@ function notice(text) {
 }
 
 const log = byId("log");
-let followsEnd = true; // until the user scrolls up, and again when they are back
+let followsEnd = true; // until the user scrolls up, and again once they are back at the end
 
 function scrollToEnd() {
   followsEnd = true;
@@ -285,11 +285,11 @@ function scrollToEnd() {
 function setUpScrolling() {
   let height = 0;
   log.addEventListener("scroll", () => {
-    // Only a user scrolls while the height stays; growth of the answer scrolls, too, in a sense.
+    // If the height is unchanged, the user scrolled; a growing answer fires scroll events, too.
     if (log.scrollHeight === height) followsEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
     height = log.scrollHeight;
   });
-  // Text that comes, pictures that load, a composer that grows: all of it moves the end.
+  // New text, pictures that load and a growing composer all move the end.
   const observer = new ResizeObserver(() => followsEnd && scrollToEnd());
   observer.observe(log);
   observer.observe(byId("turns"));
@@ -300,7 +300,7 @@ const narrow = matchMedia("(max-width: 800px)");
 function setSide(isOpen) {
   document.body.classList.toggle("side-open", isOpen);
   byId("menu").setAttribute("aria-expanded", isOpen);
-  // What cannot be seen must not be reached by Tab either.
+  // Tab must not reach what cannot be seen.
   byId("side").inert = narrow.matches && !isOpen;
   byId("main").inert = narrow.matches && isOpen;
 }
@@ -345,7 +345,7 @@ function setUp() {
   }
   setUpScrolling();
   setUpSettings({ onkey: loadModels, ondelete: removeAll });
-  // An answer that the page's closing cuts off is kept as far as it came.
+  // If closing the page cuts an answer off, the part so far is saved.
   addEventListener("pagehide", () => running && store.saveChat(running.chat).catch(() => {}));
 }
 
@@ -361,7 +361,7 @@ async function restore() {
 
 async function keepShell() {
   if (!("serviceWorker" in navigator)) return; // plain http from another machine: the page works, but not offline
-  // Under Trusted Types a script's address must come out of a policy; this one knows a single address.
+  // Under Trusted Types a script's address must come from a policy; this one allows a single address.
   const policy = globalThis.trustedTypes?.createPolicy("page", { createScriptURL: () => "sw.js" });
   await navigator.serviceWorker.register(policy ? policy.createScriptURL("") : "sw.js").catch(() => {});
 }

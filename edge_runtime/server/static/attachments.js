@@ -3,10 +3,10 @@
 import { element, icon, iconButton } from "./dom.js";
 
 export const ACCEPT = "image/*,video/*,application/pdf,.heic,.heif,.avif";
-// Browsers on some systems know no type for these.
+// Some systems' browsers report no type for these.
 const TYPES = { heic: "image/heic", heif: "image/heif", avif: "image/avif", pdf: "application/pdf", mkv: "video/x-matroska" };
 
-/** An attachment, or null when it is nothing the model could look at. */
+/** An attachment, or null if the model cannot look at such a file. */
 export function attachmentOf(file) {
   const name = file.name || "picture.png";
   const type = file.type || TYPES[name.split(".").pop().toLowerCase()] || "";
@@ -18,12 +18,12 @@ export function attachmentOf(file) {
 export const kindOf = (type) =>
   type === "application/pdf" ? "pdf" : ["image", "video"].find((kind) => type.startsWith(`${kind}/`));
 
-/** What came back from the store, with an address to show it by. */
+/** An attachment from the store, with a URL to show it. */
 export function withUrl(attachment) {
   return { ...attachment, kind: kindOf(attachment.type), url: URL.createObjectURL(attachment.blob) };
 }
 
-// crypto.randomUUID exists in secure contexts only, and a phone may reach the server by plain http.
+// crypto.randomUUID exists only in secure contexts, and a phone may use plain http.
 export function randomId() {
   return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
@@ -31,14 +31,14 @@ export function randomId() {
 export function dataUri(attachment) {
   return new Promise((resolve, reject) => {
     const reader = new FileReader();
-    // The type by name where the browser told none; the server goes by it.
+    // The type from the name if the browser gave none; the server relies on it.
     reader.onload = () => resolve(reader.result.replace(/^data:[^;,]*/, `data:${attachment.type}`));
     reader.onerror = () => reject(new Error(`${attachment.name} can no longer be read; attach it again.`));
     reader.readAsDataURL(attachment.blob);
   });
 }
 
-/** A small picture of an attachment; with `onremove`, a button to take it away. */
+/** A thumbnail of an attachment; with `onremove`, a button to remove it. */
 export function tile(attachment, { onremove, onopen } = {}) {
   const { name, kind } = attachment;
   const face = faceOf(attachment);
@@ -56,12 +56,12 @@ function faceOf({ name, kind, url }) {
     return element("span", { class: "film" }, video, icon("play"));
   }
   const image = element("img", { src: url, alt: name });
-  // HEIC, for one, the server can read but most browsers cannot show.
+  // The server can read HEIC, for example, but most browsers cannot show it.
   image.addEventListener("error", () => image.replaceWith(named("image", name)));
   return image;
 }
 
-/** What has no picture to be shown by; a long name is cut there, and whole under the pointer. */
+/** A tile for files without a picture; a long name is shortened, and shown in full under the pointer. */
 const named = (symbol, name) => element("span", { class: "document", title: name }, icon(symbol), element("span", {}, name));
 
 /** Files in a drop or paste, in order. */

@@ -1,8 +1,8 @@
-// A picture from the camera: the phone's own camera app where there is one, else a dialog with the live picture.
+// A picture from the camera: the phone's own camera app if there is one, otherwise a dialog with the live picture.
 
 import { byId } from "./dom.js";
 
-/** Take a picture; resolves with a File, or null when it was called off. */
+/** Take a picture; resolves with a File, or null when the user cancels. */
 export async function takePicture() {
   const dialog = byId("camera");
   const video = dialog.querySelector("video");
@@ -29,7 +29,7 @@ export async function takePicture() {
   return file;
 }
 
-/** Whether a dialog with a live picture is possible: browsers give cameras to secure pages only. */
+/** Whether a dialog with a live picture is possible: browsers give only secure pages access to cameras. */
 export const hasCamera = () => Boolean(navigator.mediaDevices?.getUserMedia);
 
 async function frameOf(video) {

@@ -4,7 +4,7 @@ import { byId, element, iconButton } from "./dom.js";
 
 const DAY = 24 * 3600 * 1000;
 
-/** Show chats under "Today", "Yesterday", …; `onopen(chat)` and `ondelete(chat)` tell what was chosen. */
+/** Show chats under "Today", "Yesterday", …; `onopen(chat)` and `ondelete(chat)` report the user's choice. */
 export function showChats(chats, current, { onopen, ondelete }) {
   const list = byId("chats");
   list.replaceChildren();

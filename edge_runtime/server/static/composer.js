@@ -1,4 +1,4 @@
-// Where a question is put together: text, files by drop, paste, choice or camera. Hands over `{text, files}`.
+// Where a question is composed: text, and files by drop, paste, file dialog or camera. Passes on `{text, files}`.
 
 import { ACCEPT, attachmentOf, filesIn, tile } from "./attachments.js";
 import { hasCamera, takePicture } from "./camera.js";
@@ -6,7 +6,7 @@ import { byId } from "./dom.js";
 import { say } from "./speech.js";
 
 export class Composer {
-  /** `onsend({text, files})` is called for a question, `onstop()` for the button while an answer runs. */
+  /** Calls `onsend({text, files})` for a question, and `onstop()` for the button while an answer runs. */
   constructor({ onsend, onstop, onnotice }) {
     Object.assign(this, { onsend, onstop, onnotice });
     this.files = [];
@@ -25,7 +25,7 @@ export class Composer {
     });
     this.text.addEventListener("input", () => this.update());
     this.text.addEventListener("keydown", (event) => {
-      // While a Japanese or Chinese word is being composed, Enter belongs to the input method.
+      // While a Japanese or Chinese word is being typed, Enter belongs to the input method.
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();
       if (!this.running) this.submit();
@@ -65,7 +65,7 @@ export class Composer {
 
   listenToDrops() {
     const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
-    let depth = 0; // entering a child comes before leaving its parent
+    let depth = 0; // a child is entered before its parent is left
     const show = (change) => {
       depth = Math.max(0, depth + change);
       document.body.classList.toggle("dropping", depth > 0);
@@ -100,7 +100,7 @@ export class Composer {
     this.onsend(question);
   }
 
-  /** Put a question in place, to be changed or sent. */
+  /** Put a question into the composer, to be edited or sent. */
   put({ text, files }) {
     this.text.value = text;
     this.files = files;

@@ -1,4 +1,4 @@
-// Elements, made without HTML.
+// Creates elements without HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -21,7 +21,7 @@ function fill(node, attributes, children) {
   return node;
 }
 
-/** A symbol of icons.svg's sprite in the page; always beside a label, so it says nothing itself. */
+/** A symbol from the page's icon sprite; always beside a label, so hidden from screen readers. */
 export function icon(name) {
   return svg("svg", { class: "icon", "aria-hidden": "true" }, svg("use", { href: `#icon-${name}` }));
 }

@@ -20,7 +20,7 @@ export function pointsOf(kind, numbers) {
   return points;
 }
 
-/** Places in order: `{kind, label, points}`; the label is the text of the nearest `<ref>` before. */
+/** Places in order: `{kind, label, points}`; the label is the text of the nearest `<ref>` before it. */
 export function findPlaces(text) {
   const places = [];
   let label = null;
@@ -37,7 +37,7 @@ export function findPlaces(text) {
 
 export const colourOf = (number) => `var(--place-${number % N_COLOURS})`;
 
-/** A picture with places drawn on it. Lines keep their width at every size, and have a light edge for dark ground. */
+/** A picture with places drawn on it. Lines keep their width at every size, and have a light edge for dark pictures. */
 export function drawPlaces(address, places) {
   const overlay = svg("svg", { viewBox: `0 0 ${SCALE} ${SCALE}`, preserveAspectRatio: "none", "aria-hidden": "true" });
   const labels = places.map((place, number) => {
@@ -57,7 +57,7 @@ export function drawPlaces(address, places) {
 
 function outline({ kind, points }, name) {
   const common = { class: name, "vector-effect": "non-scaling-stroke" };
-  // A line of no length with round ends is a dot that keeps its shape when the picture is stretched.
+  // A zero-length line with round ends is a dot that keeps its shape when the picture is stretched.
   if (kind === "point") return svg("path", { ...common, class: `${name} dot`, d: `M${points[0]}h0.01` });
   const [[x1, y1], [x2, y2]] = points;
   const corners = kind === "box" ? [[x1, y1], [x2, y1], [x2, y2], [x1, y2]] : points;

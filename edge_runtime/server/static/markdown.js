@@ -1,13 +1,13 @@
 // Markdown as models write it → DOM nodes.
 //
-// A model's text only ever becomes text nodes, and an address only the target of a link whose scheme is harmless.
-// Nothing is parsed as HTML and nothing is loaded: a picture in Markdown becomes a link, since fetching it would tell
-// somebody else what was asked. Grounding tags become numbers that point into the picture.
+// A model's text only ever becomes text nodes, and an address only the target of a link with a harmless scheme.
+// Nothing is parsed as HTML and nothing is loaded: a picture in Markdown becomes a link, since fetching it would reveal
+// to somebody else what was asked. Grounding tags become numbers that point into the picture.
 
 import { element, icon } from "./dom.js";
 import { colourOf, findPlaces, pointsOf } from "./grounding.js";
 
-const MAX_DEPTH = 8; // of quotes, lists and emphasis in each other; beyond it, marks are text
+const MAX_DEPTH = 8; // of nested quotes, lists and emphasis; beyond it, marks are plain text
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
@@ -17,7 +17,7 @@ const DELIMITERS = /^ {0,3}\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 const SAFE_ADDRESS = /^(?:https?:\/\/|mailto:)/i;
 const ENTITIES = { amp: "&", lt: "<", gt: ">", quot: '"', "#39": "'", nbsp: "\u00a0" };
 
-// Lengths are bounded so that a hostile text costs no more than its length, not its square.
+// Lengths are bounded so that hostile text costs time in proportion to its length, not to its square.
 const INLINE = new RegExp(
   [
     /\\(?<escaped>[\\`*_{}[\]()#+\-.!~|<>&])/,
@@ -40,8 +40,8 @@ const INLINE = new RegExp(
 const sources = new WeakMap();
 
 /**
- * Show a text in a container. Called again with a longer text, it leaves the blocks alone that have not changed, so a
- * selection survives and a long answer costs no more at its end than at its beginning.
+ * Show a text in a container. Called again with a longer text, it leaves unchanged blocks alone, so a selection
+ * survives and a long answer costs no more at its end than at its start.
  */
 export function renderMarkdown(container, text) {
   let place = 0;
@@ -70,7 +70,7 @@ export function renderMarkdown(container, text) {
   }
 }
 
-/** Blocks of some lines: their source, and a function that makes the element. `context.place` counts places. */
+/** Blocks of some lines: their source, and a function that creates the element. `context.place` counts places. */
 function* blocksOf(lines, depth) {
   let at = 0;
   while (at < lines.length) {
@@ -120,7 +120,7 @@ function codeBlock(code, language) {
     "div",
     { class: "code" },
     element("div", { class: "code-bar" }, element("span", {}, language || "text"), Boolean(navigator.clipboard) && copy),
-    element("pre", { tabindex: "0" }, element("code", {}, code)), // focusable: a keyboard must be able to scroll it
+    element("pre", { tabindex: "0" }, element("code", {}, code)), // focusable, so that the keyboard can scroll it
   );
 }
 
@@ -193,7 +193,7 @@ function cellsOf(line) {
   return line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/).map((cell) => cell.trim());
 }
 
-/** The blocks of some lines inside an element; a single paragraph goes in without its `p`. */
+/** Add the blocks of some lines to an element; a single paragraph goes in without its `p`. */
 function nested(parent, lines, depth, context) {
   const nodes = [];
   for (const { build } of blocksOf(lines, depth)) nodes.push(build(context));
@@ -234,7 +234,7 @@ function inlineNode(whole, found, context, depth, isLast) {
 
 function link(target, text) {
   const address = target.replace(/^<|>$/g, "");
-  if (!SAFE_ADDRESS.test(address)) return text; // javascript:, data:, and whatever else a browser might run
+  if (!SAFE_ADDRESS.test(address)) return text; // javascript:, data:, and anything else a browser might run
   return element("a", { href: address, target: "_blank", rel: "noopener noreferrer nofollow" }, text);
 }
 

@@ -1,4 +1,4 @@
-// What this browser remembers between visits, apart from chats. Where storage is forbidden, nothing is remembered.
+// What this browser remembers between visits, apart from chats. If storage is forbidden, nothing is remembered.
 
 function attempt(work) {
   try {
@@ -16,7 +16,7 @@ export function remember(name, value) {
 
 const KEY = "api-key";
 
-// A key stays in its tab unless it is asked to stay for longer.
+// A key stays in its tab unless the user wants it kept longer.
 export const recallKey = () => attempt(() => sessionStorage.getItem(KEY)) ?? recall(KEY) ?? "";
 
 export const keepsKey = () => Boolean(recall(KEY));

@@ -1,9 +1,9 @@
-// Dialogs: settings, the question for a key, confirmations, a picture at full size.
+// Dialogs: settings, the request for a key, confirmations, a picture at full size.
 
 import { byId, element } from "./dom.js";
 import { keepsKey, recall, recallKey, remember, rememberKey } from "./prefs.js";
 
-/** Fill and watch the settings; `onkey()` after the key has changed, `ondelete()` for "delete all chats". */
+/** Fill and watch the settings; calls `onkey()` after the key has changed, `ondelete()` for "delete all chats". */
 export function setUpSettings({ onkey, ondelete }) {
   const dialog = byId("settings");
   byId("open-settings").addEventListener("click", () => {
@@ -32,12 +32,12 @@ export function setUpSettings({ onkey, ondelete }) {
     });
   }
   for (const node of document.querySelectorAll("dialog")) {
-    // A click beside a dialog closes it, as Escape does.
+    // A click outside a dialog closes it, as Escape does.
     node.addEventListener("click", (event) => event.target === node && node.close(""));
   }
 }
 
-/** Ask for the key that the server wants; whether one was given. */
+/** Ask for the key that the server requires; resolves with whether one was given. */
 export async function askForKey(reason) {
   byId("asked-key").value = "";
   byId("key-reason").textContent = reason;

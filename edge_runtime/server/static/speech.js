@@ -1,4 +1,4 @@
-// What a screen reader says while an answer comes: whole sentences as they are complete, not every token.
+// What a screen reader says while an answer arrives: whole sentences once they are complete, not every token.
 
 import { byId } from "./dom.js";
 

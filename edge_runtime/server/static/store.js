@@ -1,7 +1,7 @@
 // Chats and their files, kept in this browser: IndexedDB, nothing else.
 //
-// A chat is `{id, title, updated, messages}`; a message names its files by id. Files lie apart, so that saving a chat
-// while an answer grows does not write its pictures again.
+// A chat is `{id, title, updated, messages}`; a message names its files by id. Files are stored separately, so that
+// saving a chat while an answer grows does not write its pictures again.
 
 const NAME = "edge-runtime";
 let opened;
@@ -29,7 +29,7 @@ async function transact(stores, mode, work) {
   });
 }
 
-/** All chats, the newest first. */
+/** All chats, newest first. */
 export async function allChats() {
   const chats = await transact("chats", "readonly", (t) => t.objectStore("chats").index("updated").getAll());
   return chats.reverse();
@@ -39,7 +39,7 @@ export function saveChat(chat) {
   return transact("chats", "readwrite", (t) => t.objectStore("chats").put(chat));
 }
 
-/** Keep files of a chat: `{id, chat, name, type, blob}`. */
+/** Store files of a chat: `{id, chat, name, type, blob}`. */
 export function saveFiles(files) {
   return transact("files", "readwrite", (t) => {
     for (const file of files) t.objectStore("files").put(file);

@@ -1,5 +1,5 @@
-// Keeps the page itself, so that it opens at once and without a network. Answers, pictures and whatever else the API
-// carries never pass through here: a request that is not for a file of the page is left to the browser.
+// Caches the page itself, so that it opens at once and without a network. Answers, pictures and anything else from the
+// API never pass through here: requests that are not for the page's files are left to the browser.
 
 const CACHE = "edge-runtime-page-VERSION"; // the server puts a digest of all files here
 const SHELL = [
@@ -32,7 +32,7 @@ self.addEventListener("install", (event) => {
   event.waitUntil(
     caches
       .open(CACHE)
-      // The root answers "Ollama is running" to whoever does not ask for a page.
+      // The root answers "Ollama is running" to requests that do not accept HTML.
       .then((cache) => cache.addAll(SHELL.map((url) => new Request(url, { cache: "reload", headers: { Accept: "text/html,*/*" } }))))
       .then(() => self.skipWaiting()),
   );
@@ -46,6 +46,6 @@ self.addEventListener("activate", (event) => {
 self.addEventListener("fetch", (event) => {
   const { method, url } = event.request;
   if (method !== "GET" || !SHELL.includes(url.split(/[?#]/)[0])) return;
-  // The server first: it is this machine or one in the same house, and what it has is never stale.
+  // The server first: it is this machine or one nearby, and its files are never stale.
   event.respondWith(fetch(event.request).catch(() => caches.match(url.split(/[?#]/)[0], { cacheName: CACHE, ignoreVary: true })));
 });

@@ -1,5 +1,5 @@
-// Sets light or dark before the first paint, from what was chosen here or else from the system. Not a module, because
-// modules run after the page has been painted once.
+// Sets light or dark before the first paint, as chosen here or else by the system. Not a module, because modules run
+// after the first paint.
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const apply = () => {

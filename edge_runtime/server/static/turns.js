@@ -1,4 +1,4 @@
-// One turn of a chat → its elements, made once and then kept up to date while an answer grows.
+// One turn of a chat → its elements, created once and then updated while an answer grows.
 
 import { tile } from "./attachments.js";
 import { element, icon } from "./dom.js";
@@ -78,7 +78,7 @@ export class AnswerTurn {
     this.drawing.replaceChildren(...(places.length ? [drawPlaces(this.picture.url, places)] : []));
   }
 
-  /** Bring out the place whose number or mark the pointer or the focus is on. */
+  /** Highlight the place whose number or mark has the pointer or the focus. */
   point(target, on) {
     const number = target.closest?.("[data-place]")?.dataset.place;
     if (number === undefined) return;
@@ -100,7 +100,7 @@ function thoughtLabel(timings) {
   return timings?.thinking ? `Thought for ${seconds(timings.thinking)}` : "Thoughts";
 }
 
-// The API tells no more than "length" where there was no room left, or where the answer went in circles.
+// The API says only "length" when the context was full or the answer repeated itself.
 const ENDS = { stopped: "Stopped", length: "Ended early" };
 
 /** "First word 0.6 s · picture 0.4 s · 23 tokens/s · 12 tokens" */
