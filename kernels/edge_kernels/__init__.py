@@ -11,7 +11,7 @@ letters: P rows (patches), E width, M rows, N outputs, K inputs, H heads, D head
       int8_rows     quantize_rows, layer_norm_quantized: rows → int8 with scale and offset, for one or more products
       int8          pack_weight_int8, linear_int8; linear_int8_quantized, whose result is int8 rows again
       gguf_blocks   pack_rows, pack_gated, linear_blocks: weights that stay in ggml's blocks; AMX
-      tasks         how all of these are shared out among workers
+      tasks         how all of these are split among workers
     attention/  q [Mq, H·D], k, v [Mk, H·D] → [Mq, H·D]
       float32       attention: full softmax attention within each of several sequences
       int16         attention_int16: the same with integer products
@@ -19,11 +19,11 @@ letters: P rows (patches), E width, M rows, N outputs, K inputs, H heads, D head
       qkv_fused     pack_heads, self_attention: projections and attention in one pass; AMX
       causal        attention_causal: of a prompt's new positions to a KV cache and themselves; AMX
       blocks        how queries and keys are cut into blocks
-    rows/       what is done to each row by itself
+    rows/       operations on each row by itself
       norm          layer_norm
       patch_embed   patch_embed: a product plus the position rows of the patches
       decoder_rows  rms_norm, norm_and_rotate
-    simd/       what stands inside the loops of all of these, as LLVM IR: loads, tiles, epilogues. Start at `simd.ir`
+    simd/       the inside of all their loops, as LLVM IR: loads, tiles, epilogues. Start at `simd.ir`
     reference/  operations, attention, decoder, gguf_blocks: the definitions
 
 Contracts shared by all of them:
@@ -34,10 +34,10 @@ Contracts shared by all of them:
 - A row of a result depends neither on the number of threads nor on the rows beside it, and is the same in
   every run on a machine.
 - NaN and infinity propagate as in the reference; in the int8 family they make their whole row NaN. Arguments
-  are not validated: that is done at the border, by the caller.
+  are not validated: that is the caller's job.
 - Calls may come from any thread, but run one at a time (`threads.parallel_region` says why). The GIL is released.
 
-`machine` tells processor, instruction set (EDGE_RUNTIME_ISA forces one) and cores; `threads` how many run;
+`machine` reports processor, instruction set (EDGE_RUNTIME_ISA forces one) and cores; `threads` how many threads run;
 `compile` is the only home of compiler flags and of the cache of machine code; `arrays` brings arguments into the
 form that kernels take. Tables say which instruction set gets which register tile: `simd.ir.TILES` (float32),
 `simd.int8.DOT_TILES`, `simd.int16.PAIR_TILES`. Importing this package imports neither numba nor any of its modules.

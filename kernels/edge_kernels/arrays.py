@@ -1,6 +1,6 @@
-"""Arrays as kernels take them: flat, contiguous, writable; and memory that begins on a cache line.
+"""Arrays as kernels take them: flat, contiguous, writable; and memory that starts on a cache line.
 
-What enters: any NumPy array. What leaves: views of it where that is possible, copies where not.
+What enters: any NumPy array. What leaves: views of it where possible, otherwise copies.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class _Memory:
 def vector_view(x: NDArray[Any]) -> NDArray[np.float32]:
     """View an array as the one type kernels are compiled for: 1-D, contiguous, float32, writable.
 
-    Copies only where dtype, order or alignment ask for it. Read-only memory (a mapped model file) gets a view
-    that numba takes for writable, because numba would compile a second specialisation for read-only arrays;
+    Copies only where dtype, order or alignment require it. Read-only memory (a mapped model file) gets a view
+    that numba treats as writable, because numba would compile a second specialisation for read-only arrays;
     kernels write to no input.
     """
     x = np.require(x, np.float32, ["C", "A"])
@@ -49,7 +49,7 @@ def vector_view(x: NDArray[Any]) -> NDArray[np.float32]:
 def rows_view(x: NDArray[Any]) -> Rows:
     """View a matrix as a vector (see `vector_view`) and the distance of its rows in elements.
 
-    Rows that lie apart but are contiguous themselves, as in a column slice, are taken as they are.
+    Rows that lie apart but are contiguous themselves, as in a column slice, are not copied.
     """
     m, n = x.shape
     in_place = (
@@ -72,7 +72,7 @@ def aligned_empty(length: int) -> NDArray[np.float32]:
 
 @helper
 def aligned(length: int, dtype: Any) -> NDArray[Any]:
-    """Allocate a vector of 4-byte elements in compiled code, from the start of a cache line on."""
+    """Allocate a vector of 4-byte elements in compiled code, starting on a cache line."""
     block = np.empty(length + 16, dtype)
     start = (-(block.ctypes.data // 4)) % 16
     return block[start : start + length]

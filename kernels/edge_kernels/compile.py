@@ -9,9 +9,8 @@ depends neither on the vectoriser nor on the thread count; no assumption about N
 the output and can be seen there.
 
 Machine code is kept in `<user cache>/edge-runtime/jit/<key>`, or below NUMBA_CACHE_DIR where the user has set
-it. numba's own index notices changes of the file a function stands in, but not of helpers it calls from other
-files; `key` is a digest of all of this package's sources, of the versions and of the CPU, so stale code is
-never loaded.
+it. numba's own index notices changes to the file that defines a function, but not to helpers in other files;
+`key` is a digest of all of this package's sources, of the versions and of the CPU, so stale code is never loaded.
 """
 
 from __future__ import annotations
@@ -75,16 +74,15 @@ def _cache_key() -> str:
 
 
 def _usable_directory(path: Path, *, private: bool = False) -> bool:
-    """Make sure of `path`; tell whether we can write there (and nobody else, if `private`)."""
+    """Create `path` if needed; return whether we can write there (and nobody else, if `private`)."""
     try:
-        if private:  # also above it nobody else may write, whatever the umask
+        if private:  # nobody else may write above it either, whatever the umask
             for parent in reversed(path.parents):
                 if not parent.is_dir():
                     parent.mkdir(mode=0o755, exist_ok=True)
         path.mkdir(mode=0o700 if private else 0o777, parents=True, exist_ok=True)
         if private and hasattr(os, "getuid"):
-            # Cached code is executed: a folder in a shared place must be ours alone and no link to somewhere
-            # else.
+            # Cached code is executed: a folder in a shared place must be ours alone and not a link elsewhere.
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
                 return False
@@ -122,11 +120,11 @@ def cache_directory() -> Path | None:
 
 
 def is_compiled(module: str) -> bool:
-    """Whether machine code of a module's kernels is kept from an earlier run.
+    """Whether machine code of a module's kernels is cached from an earlier run.
 
     Parameters
     ----------
-    module : below this package, as `linear.gguf_blocks`.
+    module : name below this package, such as `linear.gguf_blocks`.
     """
     room, stem = module.rsplit(".", 1)
     folder = cache_directory()
@@ -134,14 +132,14 @@ def is_compiled(module: str) -> bool:
 
 
 def kernel(function: F) -> F:
-    """Compile an entry point: parallel, kept in the cache. Nothing is compiled before the first call.
+    """Compile an entry point: parallel, cached. Nothing is compiled before the first call.
 
-    To have one specialisation only, call it with 1-D C-contiguous float32 or int64 arrays that are writable
-    (`rows_view` and `vector_view` make such), Python ints, floats and bools.
+    To get one specialisation only, call it with writable 1-D C-contiguous float32 or int64 arrays (`rows_view` and
+    `vector_view` make them), Python ints, floats and bools.
     """
     directory = cache_directory()
-    # numba reads the folder from its global setting when a function is decorated. It is put back at once,
-    # since other numba code in this process has no business in our folder.
+    # numba reads the folder from its global setting when a function is decorated. It is restored at once, since
+    # other numba code in this process must not use our folder.
     before = numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(directory or "")
     try:
@@ -154,18 +152,17 @@ def kernel(function: F) -> F:
 
 def helper(function: F) -> F:
     """Compile a function that kernels call; its code is cached as part of theirs."""
-    # Said aloud, as it would be taken from the caller.
+    # Explicit, as numba would take it from the caller.
     compiled: F = numba.jit(_nrt=True, forceinline=False, **_FLAGS)(function)
     return compiled
 
 
 def leaf(function: F) -> F:
-    """Compile a helper that makes no arrays: without reference counts, and into its caller.
+    """Compile a helper that makes no arrays: without reference counts, and inlined into its caller.
 
-    numba counts references of every array that a helper is given, or that a variable is bound to, with atomic
-    instructions. Each of them waits until all stores before it are done, so a processor that has a thousand cycles
-    of tile products under way stands still instead of computing on. A call with its arrays, seven numbers each,
-    costs as much.
+    numba counts references to every array that is passed to a helper or bound to a variable, with atomic
+    instructions. Each of them waits until all stores before it are done, so a processor with a thousand cycles of
+    tile products in flight stalls. A call with its arrays, seven numbers each, costs as much.
     """
     compiled: F = numba.jit(_nrt=False, forceinline=True, **_FLAGS)(function)
     return compiled

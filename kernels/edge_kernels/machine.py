@@ -1,6 +1,6 @@
-"""What this machine is: its processor, the instruction set that kernels are made for, the cores we may use.
+"""Facts about this machine: its processor, the instruction set that kernels are made for, the cores we may use.
 
-What enters: what LLVM, Linux and the environment say. What leaves: names and numbers; nothing is compiled here.
+What enters: facts from LLVM, Linux and the environment. What leaves: names and numbers; nothing is compiled here.
 EDGE_RUNTIME_ISA forces an instruction set, which is how the code of older processors is tested on newer ones.
 """
 
@@ -36,7 +36,7 @@ def cpu_features() -> frozenset[str]:
     else:
         try:
             listed = llvm.get_host_cpu_features().flatten()
-        except RuntimeError:  # LLVM cannot tell on this system
+        except RuntimeError:  # LLVM does not know on this system
             listed = ""
     names = {name[1:] for name in listed.split(",") if name.startswith("+")}
     if not numba.config.ENABLE_AVX:
@@ -49,7 +49,7 @@ def cpu_features() -> frozenset[str]:
 
 
 def _tiles_permitted() -> bool:
-    """Ask Linux for AMX's tile registers, which a process may use only after this; elsewhere they are left alone.
+    """Ask Linux for AMX's tile registers, which a process may use only then; elsewhere they are not used.
 
     Source: Linux, Documentation/arch/x86/xstate.rst.
     """

@@ -1,4 +1,4 @@
-"""How many threads kernels run on, and the one door to parallel code.
+"""How many threads kernels run on, and the only entry to parallel code.
 
 What enters: a number of threads. What leaves: `parallel_region`, inside which kernels are called, one call at a time.
 """
@@ -15,10 +15,10 @@ import numba
 from edge_kernels.machine import cpu_count
 
 # omp first: numba's own workqueue layer aborts the process when two Python threads are inside parallel code
-# at the same time (numba issue 8563), and OpenMP idles between calls instead of being torn down. workqueue
-# stays as the layer that is always there (macOS wheels have no OpenMP). A layer the user has chosen in the
-# environment is left alone. OpenMP's one limit: a process that has run a kernel must not fork() and run
-# kernels in the child; spawn instead.
+# at the same time (numba issue 8563), and OpenMP idles between calls instead of being torn down. workqueue is
+# the fallback that always exists (macOS wheels have no OpenMP). A layer that the user chose in the environment
+# is left alone. OpenMP's one limit: a process that has run a kernel must not fork() and run kernels in the
+# child; spawn instead.
 if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 
@@ -54,12 +54,12 @@ def thread_count() -> int:
 
 @contextmanager
 def parallel_region() -> Iterator[int]:
-    """Enter parallel code; gives the number of workers to pass to the kernel.
+    """Enter parallel code; yield the number of workers to pass to the kernel.
 
-    One thread at a time: a second caller waits. Under the workqueue layer this is what keeps the process
-    alive, under OpenMP it keeps two calls from sharing the cores, which is slower than one after the other.
-    numba code of others that runs in parallel in another thread is not covered. The caller's own numba thread
-    count is put back afterwards.
+    One thread at a time: a second caller waits. Under the workqueue layer this keeps the process alive; under
+    OpenMP it keeps two calls from sharing the cores, which is slower than one after the other. Other packages'
+    parallel numba code in another thread is not covered. The caller's own numba thread count is restored
+    afterwards.
     """
     with _one_at_a_time:
         before = numba.get_num_threads()

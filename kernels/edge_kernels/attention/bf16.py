@@ -1,12 +1,11 @@
 """The attention of `attention` in bfloat16 with float32 sums, for machines with AMX.
 
-What enters and what leaves: as there, all float32. `reference.attention.attention_bf16` tells what is rounded.
+What enters and what leaves: as there, all float32. `reference.attention.attention_bf16` defines what is rounded.
 
 A task is one head of one sequence: it lays keys and values into tiles and takes 32 queries at a time, with all keys
 at once. Scores are computed transposed, keys down and queries across, as in `attention`; they take 128 bytes per key
 and stay in the second-level cache. The powers that softmax makes of them are written as pairs of two successive keys,
-which is what the second product takes. Values have one more column, of ones: its sum is what
-the others are divided by.
+the form that the second product takes. Values have one more column, of ones: its sum is the divisor of the others.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -144,7 +143,7 @@ def _score(keys, steps, queries, at, n_kv, turn, block, buffers):
 
 @leaf
 def _raise(n_kv, turn, block, buffers):
-    """Take a block of keys into the maxima of a turn."""
+    """Include a block of keys in the maxima of a turn."""
     scores, maxima, n_blocks = buffers[0], buffers[3], (n_kv + BLOCK - 1) // BLOCK
     for half in range(2):
         at = turn % 2 * scores.size // 2 + half * n_blocks * BLOCK * LANES + block * 2 * TILE_WORDS
@@ -153,7 +152,7 @@ def _raise(n_kv, turn, block, buffers):
 
 @leaf
 def first_scores(queries, steps, keys, n_kv, buffers):
-    """Compute what `attend_block` begins with, for the block of queries in the first tiles."""
+    """Compute the scores that `attend_block` starts with, for the block of queries in the first tiles."""
     n_blocks = (n_kv + BLOCK - 1) // BLOCK
     buffers[3][: 2 * LANES] = -np.inf
     for block in range(n_blocks):
@@ -164,10 +163,10 @@ def first_scores(queries, steps, keys, n_kv, buffers):
 
 @leaf
 def attend_block(queries, following, turn, shape, keys, values, n_kv, out, out_at, out_stride, n_q, buffers):
-    """Attend with the block of queries number `turn`, whose scores are there, to all keys; all of them in tiles.
+    """Attend with block number `turn` of queries, whose scores are computed, to all keys; all of them in tiles.
 
     The scores of the next block, whose queries are at word `following` (none: -1), are computed on the way: tiles are
-    multiplied while powers are taken. What was computed is used while it is in the first cache: scores for maxima one
+    multiplied while powers are computed. Results are used while they are in the first cache: scores for maxima one
     block of keys later, powers VALUE_BLOCKS at a time. `out` gets n_q rows of d, `out_stride` apart.
     """
     d, steps, columns = shape
@@ -199,7 +198,7 @@ def attend_block(queries, following, turn, shape, keys, values, n_kv, out, out_a
                 )  # fmt: skip
     if following >= 0:
         _raise(n_kv, turn + 1, n_blocks - 1, buffers)
-    rows = scores.view(np.int32)  # those of this block are of no more use: [16][columns], a half's results
+    rows = scores.view(np.int32)  # this block's scores are no longer needed: [16][columns], a half's results
     for half in range((n_q + LANES - 1) // LANES):
         for block in range(columns // LANES):
             transpose_words(
@@ -303,7 +302,7 @@ def attention_bf16(
     """Attend with every query to all keys of its own sequence; `reference.attention.attention_bf16` defines it.
 
     Runs in parallel, on machines with AMX only (`IS_POSSIBLE`). Sums are taken in another order than the reference's.
-    A worker has some 700 bytes per key, of its sequence with the most.
+    A worker needs some 700 bytes per key of the sequence with the most keys.
 
     Parameters
     ----------
@@ -318,8 +317,8 @@ def attention_bf16(
     q_offsets, kv_offsets : ndarray [shape=(S+1,), int64]
         First row of each sequence, and the number of rows at the end.
     fine_scores : bool
-        Keep the digits that rounding takes from queries and keys, in products of their own: scores are then as good
-        as float32's, for three times the operations of the first product.
+        Keep the digits that rounding takes from queries and keys, in separate products: scores are then as good as
+        float32's, for three times the operations of the first product.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""How attention is shared out: blocks of queries and blocks of keys, sequence by sequence.
+"""How attention is split into tasks: blocks of queries and blocks of keys, sequence by sequence.
 
 sequence 0                 sequence 1
 queries  keys              queries  keys
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-TASKS_PER_WORKER = 4  # blocks of queries are cut until there are so many: no worker waits long for the last
+TASKS_PER_WORKER = 4  # blocks of queries are cut until there are this many, so that no worker waits long for the last
 TASK = 5
 """Numbers of a row of `Plan.queries`."""
 
@@ -58,15 +58,15 @@ def plan(
 ) -> Plan:
     """Cut queries and keys into blocks; sequences without queries or keys have none.
 
-    Blocks of queries are as large as the caches like, but small enough to keep all workers busy. Rows do not depend
-    on their block; blocks of keys are of a fixed size, as these decide the order of summation.
+    Blocks of queries are as large as fits the caches, but small enough to keep all workers busy. Rows do not depend
+    on their block; blocks of keys have a fixed size, as it decides the order of summation.
 
     Parameters
     ----------
     q_offsets, kv_offsets : ndarray [shape=(S+1,), int64]
         First row of each sequence, and the number of rows at the end.
     panel, most : int
-        Queries of a panel, and of a block at most (whole panels).
+        Queries of a panel, and the most of a block (whole panels).
     key_block : int
         Keys of a block.
     """

@@ -1,4 +1,4 @@
-"""Attention of new positions to themselves and to a KV cache, on AMX: what a decoder's prompt takes.
+"""Attention of new positions to themselves and to a KV cache, on AMX: for a decoder's prompt.
 
 Several query heads share one head of keys and values. A task is 32 queries of one head: scores with the keys up to
 the last of them, the powers in one go, and the sum of values. Scores are made of both bfloat16 parts of queries and
@@ -32,7 +32,7 @@ Halves = NDArray[np.uint16]
 
 @leaf
 def _pack_keys(past, new, n_past, width, head, n, dims, high, low, tile):
-    """Split 32 keys of a head, from key 32 · tile on; those behind the last become 0."""
+    """Split 32 keys of a head, from key 32 · tile on; those after the last become 0."""
     steps = dims // STEP
     for i in range(SIDE):
         row = tile * SIDE + i
@@ -50,7 +50,7 @@ def _pack_keys(past, new, n_past, width, head, n, dims, high, low, tile):
 
 @leaf
 def _pack_values(past, new, n_past, width, head, n, dims, out, tile, tiles, lines):
-    """Turn 32 values of a head round: a tile of [16 numbers][32 positions] for every 16 numbers."""
+    """Transpose 32 values of a head: a tile of [16 numbers][32 positions] for every 16 numbers."""
     first, column = tile * SIDE, head * dims
     is_mixed = first < n_past < min(n, first + SIDE)
     for i in range(min(SIDE, n - first) if is_mixed else 0):
@@ -164,7 +164,7 @@ def _worker(queries, heads, group, m, past, dims, factor, packed, out, tickets):
     begin_tiles()
     task = take_ticket(tickets)
     while task < heads * row_tiles:
-        # The last rows see the most keys, so they come first: what is left at the end is small.
+        # The last rows see the most keys, so they come first: the tasks at the end are small.
         head, row = task % heads, (row_tiles - 1 - task // heads) * SIDE
         _task(queries, width, head, group, row, m, past, dims, factor, packed, size, tiles, out, buffers)
         task = take_ticket(tickets)
@@ -186,7 +186,7 @@ def attention_causal(
     past: tuple[Halves, Halves] | None = None,
     out: Float32 | None = None,
 ) -> Float32:
-    """Attend from M new positions, behind those of the past, to all that are not behind them.
+    """Attend from M new positions, which follow those of the past, to themselves and all before them.
 
     Runs in parallel, on machines with AMX. Scores are exact to some 2^-16 of |q| · |k|, the sum of values to 2^-9.
     8·M·N·heads·dims operations where every one of M positions sees N.
@@ -199,7 +199,7 @@ def attention_causal(
     dims : int
         Numbers of a head, a multiple of 32.
     past : ndarrays [shape=(P, kv_heads · dims), uint16, C-contiguous], optional
-        Keys and values of the positions before.
+        Keys and values of the earlier positions.
     out : ndarray [shape=(M, heads · dims), float32, C-contiguous], optional
 
     Returns

@@ -37,7 +37,7 @@ Int64 = NDArray[np.int64]
 
 # Keys per block. Fixed, because it decides the order of summation. KEY_BLOCK · NR scores take 12 to 36 KiB.
 KEY_BLOCK = 192
-QUERY_BLOCK = 192 // NR * NR  # queries per task at most: keys are read from memory once for so many
+QUERY_BLOCK = 192 // NR * NR  # queries per task at most: keys are read from memory once per block
 LOG2_E = math.log2(math.e)
 
 
@@ -146,9 +146,9 @@ def attention(
 ) -> Float32:
     """Attend with every query to all keys of its own sequence; `reference.operations.attention` defines it.
 
-    Runs in parallel. Error against the reference: about 2e-7 of the largest value, plus what rounding of the
-    scores makes of it (a score of size s carries s · 1e-7, and the exponential turns that into a relative
-    error of the same size). Per sequence and head 4·Mq·Mk·D operations; keys and values are read once per
+    Runs in parallel. Error against the reference: about 2e-7 of the largest value, plus the effect of rounding
+    the scores (a score of size s carries s · 1e-7, and the exponential turns that into a relative error of the
+    same size). Per sequence and head 4·Mq·Mk·D operations; keys and values are read once per
     QUERY_BLOCK queries.
 
     Parameters

@@ -1,14 +1,14 @@
 """The attention of `attention`, with both products in integers: int16 pairs and int32 sums.
 
-What enters and what leaves: as there, all float32. `reference.attention.attention_int16` tells which integers lie
+What enters and what leaves: as there, all float32. `reference.attention.attention_int16` defines the integers in
 between, and why no sum of them overflows.
 
 A task is one head of one sequence and a block of its queries, which it quantises itself. Keys and values are
-quantised block of keys by block: before all tasks, since several need each, or by the task where a sequence has one
-block of queries. Scores are computed transposed, as in `attention`; the powers that softmax makes of them are
-written as pairs of two successive keys, which is what the tile of the second product takes.
+quantised one block of keys at a time: before all tasks, since several need each, or by the task if a sequence has
+only one block of queries. Scores are computed transposed, as in `attention`; the powers that softmax makes of them
+are written as pairs of two successive keys, the form that the tile of the second product takes.
 
-Whether a machine gains by it, GAINS tells; it is right on all of them.
+GAINS says whether this machine gains by it; it is correct on all machines.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -55,7 +55,7 @@ Int64 = NDArray[np.int64]
 GAINS = PAIR_TILE.gains
 """Whether this is faster than `attention` here."""
 
-QUERY_BLOCK = 192 // PAIR_NR * PAIR_NR  # queries per task at most: keys are read from memory once for so many
+QUERY_BLOCK = 192 // PAIR_NR * PAIR_NR  # queries per task at most: keys are read from memory once per block
 
 
 @helper
@@ -125,11 +125,11 @@ def _quantize_block(operands, heads, head, first, n_keys, part, quantised):
         raise_magnitudes(factors, 0, v, (first + i) * v_stride + column, d)
     for i in range(d):
         factors[i], scale = _factor_and_scale(factors[i], np.float32(LARGEST_VALUE))
-        # A key that is not finite gets no weight; from here its NaN comes to all results.
+        # A key that is not finite gets no weight; its NaN reaches all results from here.
         v_scale[part * d + i] = scale + broken
     for i in range(0, n_keys, 2):
         one = (first + i) * v_stride + column
-        other = one + v_stride if i + 1 < n_keys else one  # any: the weight of a key that is not there is 0
+        other = one + v_stride if i + 1 < n_keys else one  # any row will do: the weight of the missing key is 0
         quantize_column_pairs(v, one, other, d, factors, 0, values, (part * (KEYS_PER_BLOCK // 2) + i // 2) * d)
 
 
@@ -153,7 +153,7 @@ def _quantize(operands, heads, blocks, quantised, tickets, workers):
 
 @helper
 def _quantize_queries(operands, heads, head, start, n_q, buffers):
-    """Write queries into panels [pairs of d][PAIR_NR], 0 where there is none, and begin their state."""
+    """Write queries into panels [pairs of d][PAIR_NR], 0 where there is none, and initialise their state."""
     q, q_stride = operands.q, operands.q_stride
     d, column, scale, limit = heads.d, head * heads.d, np.float32(heads.scale), np.float32(heads.limit)
     queries, words, state = buffers.queries, buffers.words, buffers.state
@@ -178,7 +178,7 @@ def _quantize_queries(operands, heads, head, start, n_q, buffers):
 
 @helper
 def _attend(quantised, d, part, n_keys, p, buffers):
-    """Take a block of keys into the sums of panel p."""
+    """Add a block of keys to the sums of panel p."""
     keys, values, k_scale, v_scale = quantised
     queries, _, sums, scores, powers, state = buffers
     cells, pairs = (d + 1) // 2, (n_keys + 1) // 2
@@ -240,7 +240,7 @@ def _attention_worker(operands, heads, plan, is_ready, quantised, out, tickets):
         np.empty(KEYS_PER_BLOCK // 2 * PAIR_NR, np.int32),
         np.empty(panels * STATE_ROWS * PAIR_NR, np.float32),
     )
-    if not is_ready:  # room for one part, which every block is quantised into as its turn comes
+    if not is_ready:  # room for one part, which every block in turn is quantised into
         quantised = _Quantised(
             np.empty(KEYS_PER_BLOCK * cells, np.int32),
             np.empty(KEYS_PER_BLOCK // 2 * d, np.int32),
@@ -279,11 +279,12 @@ def attention_int16(
     Runs in parallel. Against that reference a power may be off by 1 of LARGEST_POWER, and sums by a few roundings.
     Against `attention`, errors are half a step of each integer: for normal data some 0.1 % of the result, root mean
     square, and 0.4 % at most; where the scores are eight times that, 0.1 % and 1 %; where one key has nine tenths
-    of the weight, 0.15 % and 0.4 %. Values that are much larger than the others of their column and block take
-    digits from these. The tests bound it element by element.
+    of the weight, 0.15 % and 0.4 %. Values that are much larger than the others of their column and block cost
+    these digits. The tests bound the error element by element.
 
-    As many operations as there; on AVX2 in two thirds of the time at 1024 × 1024 and heads of 72 (Zen 3), and three
-    quarters at 64 × 1024 and heads of 128. Quantised keys and values take as much memory as one of them in float32.
+    As many operations as `attention`; on AVX2 in two thirds of the time at 1024 × 1024 and heads of 72 (Zen 3), and
+    three quarters at 64 × 1024 and heads of 128. Quantised keys and values together take as much memory as one of
+    them in float32.
 
     Parameters
     ----------
@@ -321,7 +322,7 @@ def attention_int16(
         operands = Operands(*rows_view(q), *rows_view(k), *rows_view(v))
         # Scores in units of log2(e), so that softmax is a power of 2.
         sizes = _Heads(heads, d, scale * math.log2(math.e), float(limit))
-        # Where a sequence's queries are one block, its task quantises keys and values as it comes to them.
+        # If a sequence's queries are one block, its task quantises keys and values as it reaches them.
         is_ready = len(np.unique(blocks.queries[4::TASK])) < n_tasks
         parts = blocks.keys.size // 2 * heads if is_ready else 0
         quantised = _Quantised(

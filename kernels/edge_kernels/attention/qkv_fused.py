@@ -1,9 +1,9 @@
 """Queries, keys, values and attention of one layer in one pass: `linear_int8` and `attention_bf16`, for AMX.
 
 What enters: quantised rows and a weight packed head by head. What leaves: attended rows. A task is one head of one
-sequence: it multiplies the sequence's rows with the head's weights, lays the results into tiles as it goes, and
-attends. So queries, keys and values, three times the rows and in float32 the most that a layer writes, never leave
-the second-level cache.
+sequence: it multiplies the sequence's rows by the head's weights, arranges the results in tiles as it goes, and
+attends. So queries, keys and values, which are three times the rows and in float32 the most that a layer writes,
+never leave the second-level cache.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -118,7 +118,7 @@ class _Tiles(NamedTuple):
 
 @leaf
 def _lay(lines, heads, block, n_rows, tiles):
-    """Lay a block of rows, of which n_rows are there, into tiles of queries, keys and values."""
+    """Arrange a block of rows, of which n_rows exist, in tiles of queries, keys and values."""
     _, d, _, steps, columns, stride = heads
     queries, keys, values, words = tiles
     one, tile = np.float32(1.0), 2 * TILE_WORDS
@@ -141,14 +141,14 @@ def _lay(lines, heads, block, n_rows, tiles):
 
 @leaf
 def _project(rows, weight, heads, head, start, stop, lines, sums, zeros, tiles):
-    """Queries, keys and values of one head of rows start to stop, in tiles."""
+    """Compute queries, keys and values of one head for rows start to stop, in tiles."""
     x, x_scale, x_offset, cells = rows
     w, scales, w_sums, shifts, bias = weight
     panels, stride = heads.panels, heads.stride
     for panel in range(start // DOT_MR, (stop + DOT_MR - 1) // DOT_MR):
         first, last = max(start, panel * DOT_MR), min(stop, (panel + 1) * DOT_MR)
-        # Blocks of rows begin where the sequence begins, panels do not: rows may belong to two blocks, one after the
-        # other in the lines.
+        # Blocks of rows start where the sequence starts, panels do not: a panel's rows may belong to two blocks, one
+        # after the other in the lines.
         here = (first - start) % BLOCK
         for p in range(panels):
             slab = (head * panels + p) * cells * DOT_NR * GROUP
@@ -176,7 +176,7 @@ def _project(rows, weight, heads, head, start, stop, lines, sums, zeros, tiles):
 def _worker(rows, weight, heads, offsets, most_rows, out, tickets):
     _, d, panels, steps, columns, stride = heads
     n_blocks = (most_rows + BLOCK - 1) // BLOCK
-    # Zeros, because what pads is never written: columns behind the values, and those behind queries and keys.
+    # Zeros, because padding is never written: columns after the values, and those after queries and keys.
     queries, keys = (
         aligned(n_blocks * 2 * steps * TILE_WORDS, np.int32),
         aligned(n_blocks * 2 * steps * TILE_WORDS, np.int32),

@@ -1,8 +1,8 @@
 """`linear` on AMX: every float32 as a sum of three bfloat16, multiplied on tiles with sums in float32.
 
-What enters and what leaves: as there. What is left out of a product is below 2^-26 of it, a quarter of what rounding
-it to float32 changes, and a sum is rounded six times in 32 products instead of 32 times: the result is as near to the
-true one as `linear`'s. Rows are split in a pass of their own, weights once at load; blocks and tasks are those of
+What enters and what leaves: as there. The omitted part of a product is below 2^-26 of it, a quarter of the error of
+rounding it to float32, and a sum is rounded six times in 32 products instead of 32 times: the result is as close to
+the true one as `linear`'s. Rows are split in a separate pass, weights once at load; blocks and tasks are those of
 `linear.tasks`.
 """
 
@@ -46,7 +46,7 @@ class SplitWeight(NamedTuple):
     panels : ndarray [shape=(⌈n/32⌉ · ⌈k/32⌉ · parts · 1024,), int16]
         bfloat16, in panels of 32 outputs as `simd.bf16_split` describes them, padded with zeros. Not for files.
     parts : int
-        3, or 2 where a third one would be 0 everywhere: what a file keeps in float16 or bfloat16.
+        3, or 2 where the third would be 0 everywhere: weights that a file stores in float16 or bfloat16.
     n, k : int
         Number of outputs and of inputs.
     """
@@ -86,7 +86,7 @@ def _split(x, x_stride, m, k, out, tickets, workers):
 
 @helper
 def _pack_panel(weight, row_stride, n, k, panels, parts, panel):
-    """Split a panel of 32 outputs, and tell whether its third parts are all 0; keep as many parts as wanted."""
+    """Split a panel of 32 outputs into as many parts as wanted, and report whether its third parts are all 0."""
     steps = (k + STEP - 1) // STEP
     lines, words = np.zeros(16 * STEP, np.float32), np.empty(PARTS * TILE, np.int32)
     third = np.int32(0)
@@ -131,7 +131,7 @@ def pack_split(weight: Float32) -> SplitWeight:
     rows, row_stride = rows_view(weight)
     thirds = np.empty(-(-n // SIDE), np.int32)
     first = np.ascontiguousarray(weight[:1], np.float32).view(np.int32)
-    for parts in (PARTS,) if np.any(first & 0xFF) else (PARTS - 1, PARTS):  # the first row tells what is worth trying
+    for parts in (PARTS,) if np.any(first & 0xFF) else (PARTS - 1, PARTS):  # the first row says what is worth trying
         panels = aligned_empty(thirds.size * -(-k // STEP) * parts * TILE)
         with parallel_region():
             _pack(rows, row_stride, n, k, panels.view(np.int32), parts, thirds)
@@ -169,7 +169,7 @@ def _linear_task(product, grid, block, buffers):
     k_blocks, size = (k + K_BLOCK - 1) // K_BLOCK, SIDE * SIDE
     for b in range(k_blocks):
         first, last = steps * b // k_blocks, steps * (b + 1) // k_blocks  # equal parts: no short last block
-        # One tile behind: what follows the sums is done while the next are multiplied.
+        # One tile behind: a tile's epilogue runs while the next is multiplied.
         for t in range(block.n_panels * row_tiles + 1):
             if t < block.n_panels * row_tiles:
                 p, r = t // row_tiles, t % row_tiles
@@ -202,9 +202,9 @@ _space = aligned_empty(0)
 
 
 def _row_space(length: int) -> Int16:
-    """Memory for split rows, the same at every call: fresh memory is dearer than what fills it.
+    """Memory for split rows, the same at every call: getting fresh memory costs more than filling it.
 
-    To be asked for inside a parallel region, where no other thread is.
+    Call it inside a parallel region, where no other thread is.
     """
     global _space
     if _space.size < length:

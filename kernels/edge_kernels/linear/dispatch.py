@@ -1,4 +1,4 @@
-"""The float32 product that is fastest here: of bfloat16 parts on AMX, of float32 elsewhere; both are as exact."""
+"""The float32 product that is fastest here: of bfloat16 parts on AMX, of float32 elsewhere; both equally exact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Float32 = NDArray[np.float32]
 PackedFloatWeight = PackedWeight | SplitWeight
 
 BYTES_PER_WEIGHT = 6 if split.IS_POSSIBLE else 4
-"""At most, once it is packed."""
+"""Bytes of a packed weight, at most."""
 
 
 def pack_float_weight(weight: Float32) -> PackedFloatWeight:

@@ -3,8 +3,8 @@
 What enters: rows and a weight packed once at load. What leaves: rows. The weight lies in panels of NR
 outputs, [panel][k][NR], so that the inner loop reads it strictly forward. A task is a block of rows × a block
 of panels; inside it K is cut into blocks, so that a slab of one panel stays in the first-level cache while
-all rows of the task pass it, and the rows' slab in the second. Sums of a task are kept in a buffer of its
-own; bias, GELU and residual are applied on the way out of it.
+all rows of the task pass it, and the rows' slab in the second. A task keeps its sums in its own buffer; bias,
+GELU and residual are applied when they are written out.
 
 Source of the blocking: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008),
 without the packing of A, which the register tile reads in place.
@@ -141,7 +141,7 @@ def _linear_task(product, grid, block, sums):
                     panels, slab, last - first,
                     sums, (r * block.n_panels + p) * MR * NR, int(b > 0),
                 )  # fmt: skip
-    # Row by row, not tile by tile: what lies side by side in the long rows of the result goes to memory together.
+    # Row by row, not tile by tile: neighbours in the long rows of the result go to memory together.
     for i in range(block.n_rows):
         row = block.row + i
         for p in range(block.n_panels):

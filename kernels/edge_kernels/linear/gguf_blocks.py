@@ -1,9 +1,9 @@
 """Products with weights that stay in ggml's blocks, on AMX in bfloat16: for prompts, which have many rows.
 
-A task unpacks a panel of outputs to bfloat16, in the cache, and multiplies all rows with it. So weights cost no
-memory but the file's, and unpacking them is paid once for all rows of a call. Rows and unpacked weights are rounded
-to bfloat16, sums are float32: with a relative error of 2^-9 in each this is nearer to the file's weights than 8-bit
-blocks of activations, which is what ggml multiplies them with.
+A task unpacks a panel of outputs to bfloat16, in the cache, and multiplies all rows by it. So weights take no memory
+beyond the file's, and are unpacked once for all rows of a call. Rows and unpacked weights are rounded to bfloat16,
+sums are float32: with a relative error of 2^-9 in each this is closer to the exact product than ggml, which rounds
+activations to 8-bit blocks.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -47,24 +47,24 @@ IS_POSSIBLE = HAS_TILES
 
 BLOCK = 256  # weights that are unpacked at a time
 BLOCK_BYTES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210, "Q8_0": 8 * 34}
-"""Of 256 weights, for each type that can be multiplied."""
+"""Bytes of 256 weights, for each type that can be multiplied."""
 _KINDS = tuple(BLOCK_BYTES)
 
 STEPS = BLOCK // STEP
-"""Of a block: 32 outputs or rows of it, a square, are multiplied at a time."""
+"""Steps of a block: 32 outputs or rows of it, a square, are multiplied at a time."""
 SQUARE = STEPS * STEP_ELEMENTS
 
 LOG2_E = 1.4426950408889634
 
 TASKS_PER_WORKER = 3
-# Outputs of a task, at least. Of many rows it has in the second cache a panel of OUTPUT_BLOCK · K_BLOCK weights, the
-# same k of ROW_TILES · 32 rows, and the sums; 2 MB together. All rows come from memory once for each panel.
+# Outputs of a task, at least. With many rows, the second cache holds a panel of OUTPUT_BLOCK · K_BLOCK weights, the
+# same k of ROW_TILES · 32 rows, and the sums; 2 MB together. All rows come from memory once per panel.
 OUTPUT_BLOCK = 256
 K_BLOCK = 512
 ROW_TILES = 16
 
 FEW_BYTES = 1 << 19
-"""Of rows, up to which a panel is a square of 16 KB, which stays in the first cache; all rows are read for each."""
+"""Bytes of rows up to which a panel is a square of 16 KB, which stays in the first cache; each reads all rows."""
 
 
 class PackedRows(NamedTuple):
@@ -104,7 +104,7 @@ class BlockWeight(NamedTuple):
 
 @leaf
 def _place(m, panel, half, step):
-    """Where, in words of two bfloat16, the pairs of 16 rows and 32 k go."""
+    """Place of the pairs of 16 rows and 32 k, in words of two bfloat16."""
     tiles = (m + SIDE - 1) // SIDE
     return ((step // STEPS * tiles + panel) * SQUARE + step % STEPS * STEP_ELEMENTS + half * TILE) // 2
 
@@ -113,7 +113,7 @@ def _place(m, panel, half, step):
 def _pack(x, x_stride, m, k, out, tickets, workers):
     blocks = k // BLOCK
     for _ in numba.prange(workers):
-        task = take_ticket(tickets)  # 16 rows of a block; half a square of which there is no row is never read
+        task = take_ticket(tickets)  # 16 rows of a block; half a square without rows is never read
         while task < (m + 15) // 16 * blocks:
             first, block = task // blocks * 16, task % blocks
             for step in range(block * STEPS, (block + 1) * STEPS):
@@ -143,7 +143,7 @@ def _pack_gated(gate, up, m, k, out, tickets, workers):
 
 @leaf
 def _unpack(blocks, kind, row_bytes, at, n_outputs, numbers, square):
-    """Unpack a block of up to 32 outputs, the first of which lies at `at`; outputs that are not there become 0."""
+    """Unpack a block of up to 32 outputs, the first of which lies at `at`; missing outputs become 0."""
     for i in range(min(n_outputs, SIDE)):
         if kind < 2:
             read_minima(blocks, at + i * row_bytes, numbers, i * NUMBERS)
@@ -162,7 +162,7 @@ def _unpack(blocks, kind, row_bytes, at, n_outputs, numbers, square):
             unpack_q6_k(blocks, place, ahead, numbers, i * NUMBERS, square, to)
         else:
             unpack_q8_0(blocks, place, ahead, numbers, i * NUMBERS, square, to)
-        if kind > 0 and i % 8 == 7:  # Q4_K takes no longer than the unit stays awake by itself
+        if kind > 0 and i % 8 == 7:  # Q4_K is done before the tile unit falls asleep
             keep_awake()
 
 
@@ -197,7 +197,7 @@ class _Product(NamedTuple):
 class _Buffers(NamedTuple):
     panel: NDArray[np.int16]  # unpacked weights
     sums: Float32  # [output tile][row tile][32][32]
-    numbers: Float32  # what 32 blocks take to be unpacked
+    numbers: Float32  # scales and minima for unpacking 32 blocks
 
 
 @helper
@@ -272,7 +272,7 @@ def _empty_rows(m: int, k: int) -> NDArray[np.float32]:
 
 
 def pack_rows(x: Float32) -> PackedRows:
-    """Round rows to bfloat16 and bring them into the order of tiles, once for all products that take them.
+    """Round rows to bfloat16 and bring them into tile order, once for all products that take them.
 
     Parameters
     ----------
@@ -291,7 +291,7 @@ def pack_rows(x: Float32) -> PackedRows:
 
 
 def pack_gated(gate: Float32, up: Float32) -> PackedRows:
-    """Do what `pack_rows` does with the rows gate / (1 + e^-gate) · up, which are written nowhere.
+    """Pack the rows gate / (1 + e^-gate) · up as `pack_rows` does, without writing them out first.
 
     Parameters
     ----------
@@ -338,7 +338,7 @@ def linear_blocks(
     Raises
     ------
     ValueError
-        If rows and weight do not go together, or `out` cannot be written into.
+        If rows and weight do not match, or `out` cannot be written into.
     """
     m, n, k = rows.m, weight.n, weight.k
     if rows.k != k or weight.blocks.size != n * k // BLOCK * BLOCK_BYTES[weight.kind]:
@@ -348,11 +348,11 @@ def linear_blocks(
         return out
     nothing = _Residual(np.empty(0, np.float32), 0, 0)
     stored = weight.blocks.view()
-    stored.flags.writeable = False  # one specialisation, whether they lie in a file or not
+    stored.flags.writeable = False  # one specialisation, whether they are in a mapped file or not
     blocks = _Weight(stored, _KINDS.index(weight.kind), BLOCK_BYTES[weight.kind], k)
     blocking = _Blocking(SIDE, BLOCK) if 2 * m * k <= FEW_BYTES else _Blocking(OUTPUT_BLOCK, K_BLOCK)
     with parallel_region() as workers:
-        # Whoever begins somewhere else finds nothing asked for: tasks are as large as that leaves work for all.
+        # The start of a task has not been prefetched, so tasks are as large as leaves work for all workers.
         outputs = OUTPUT_BLOCK * max(1, n // (OUTPUT_BLOCK * TASKS_PER_WORKER * workers))
         _linear(
             rows.panels, blocks, nothing if residual is None else _Residual(*rows_view(residual), 1),

@@ -41,11 +41,11 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 # In elements. A slab of a panel is K_BLOCK · DOT_NR bytes (8 to 38 KiB), the rows' slab ROW_BLOCK · K_BLOCK of one
-# or two bytes. AMX has a larger one: its sums come and go through memory, as dear as a quarter of a block of 512.
+# or two bytes. AMX has a larger K_BLOCK: its sums go through memory, which costs a quarter of a block of 512.
 K_BLOCK = 1216 if HAS_TILES else 512
 ROW_BLOCK = 192 // DOT_MR * DOT_MR
 COLUMN_BLOCK = 576 // DOT_NR * DOT_NR
-STEP = GROUP * STEP_CELLS  # columns that blocks of K are cut into
+STEP = GROUP * STEP_CELLS  # blocks of K are whole multiples of this many columns
 _CELL = np.dtype(f"i{GROUP}")  # a cell of a weight is moved as one integer
 
 
@@ -55,8 +55,8 @@ class PackedInt8Weight(NamedTuple):
     Attributes
     ----------
     panels : ndarray [shape=(⌈n/DOT_NR⌉ · n_cells(k) · DOT_NR · GROUP,), int8]
-        Panels of DOT_NR outputs, in cells at the places that `simd.int8.output_cell` tells, padded with zeros. Not
-        for files.
+        Panels of DOT_NR outputs, in cells at the places given by `simd.int8.output_cell`, padded with zeros. Not for
+        files.
     scales : ndarray [shape=(⌈n/DOT_NR⌉ · DOT_NR,), float32]
         weight ≈ scale · q, per output; padded with zeros.
     sums : ndarray [shape=(G, ⌈n/DOT_NR⌉ · DOT_NR), int32]
@@ -77,7 +77,7 @@ class PackedInt8Weight(NamedTuple):
 
 @helper
 def _pack_output(weight, row_stride, factors, integers, n, k, source, scales, row, normal, line):
-    """Integers of one output, row `source` of the weight, to `line`, its scale to its place."""
+    """Write the integers of one output, row `source` of the weight, to `line`, and its scale to its place."""
     if not 0 <= source < n:
         scales[row] = 0.0
         line[:k] = 0
@@ -133,8 +133,7 @@ def pack_weight_int8(
     Parameters
     ----------
     weight : ndarray [shape=(N, K), float32 or int8]
-        One row per output; K from 1 to 65,536, above which sums could overflow. Integers, -127 to 127, are
-        taken as they are.
+        One row per output; K from 1 to 65,536, above which sums could overflow. Integers, -127 to 127, are kept.
     scales : ndarray [shape=(N,), float32] or None
         Where the weight is int8: weight ≈ scale · integer.
     factor : ndarray [shape=(K,), float32] or None
@@ -204,7 +203,7 @@ class _Product(NamedTuple):
 
 class _Buffers(NamedTuple):
     tiles: Int32  # [row tile][DOT_MR][DOT_NR], int32 sums of one panel
-    lines: Float32  # [row][DOT_NR], what the groups so far amount to; of rows to be quantised [row][panel][DOT_NR]
+    lines: Float32  # [row][DOT_NR], total of the groups so far; for rows to be quantised [row][panel][DOT_NR]
     zeros: Float32  # [DOT_NR]
     scratch: Any  # a row of integers
 
@@ -224,9 +223,9 @@ def _allocate(product, grid):
 def _linear_task(product, grid, block, buffers):
     """Compute a block of rows × a block of panels.
 
-    One panel after the other goes through all columns, so that its sums stay in the first cache. What becomes of them
-    waits until all rows are multiplied: tile registers lose a third of their rate when vector instructions come after
-    every tile.
+    One panel after the other goes through all columns, so that its sums stay in the first cache. The epilogue waits
+    until all rows are multiplied: tile registers lose a third of their rate when vector instructions follow every
+    tile.
     """
     rows, weight = product.rows.panels, product.weight
     cells, group_cells = weight.cells, weight.group_cells
@@ -262,7 +261,7 @@ def _finish_tile(product, grid, block, buffers, p, group, r):
     line, width = r * DOT_MR * DOT_NR, DOT_NR
     if in_rows:
         line, width = r * DOT_MR * block.n_panels * DOT_NR + p * DOT_NR, block.n_panels * DOT_NR
-    # Straight to where it belongs, unless more is to be done with it or a panel has more than belongs.
+    # Written straight to the result, unless more work follows or the panel is wider than the result.
     is_direct = not (in_rows or column + DOT_NR > grid.n or (after.gelu != 0 and after.residual.size > 0))
     before, before_at, before_stride = lines, line, width
     if group == 0:
@@ -298,7 +297,7 @@ def _finish_tile(product, grid, block, buffers, p, group, r):
 
 @leaf
 def _quantize_lines(result, grid, block, buffers):
-    """Make rows of the next product of a block that is one group of its columns."""
+    """Turn a block, which is one group of the next product's columns, into rows for that product."""
     lines, scratch = buffers.lines, buffers.scratch
     integers, all_cells = scratch.view(ROW_INTEGER), cells_of(grid.n)
     width, column = block.n_panels * DOT_NR, block.panel * DOT_NR
@@ -424,8 +423,8 @@ def linear_int8_quantized(
     """Multiply rows as `linear_int8` does and quantise the result, which is never written out in float32.
 
     Runs in parallel; `reference.operations.linear_int8_quantized` defines it. An integer may differ by 1 from the
-    reference's, where the two results lie on two sides of a half. Writes M·N bytes instead of M·N floats, which
-    would be read again to be quantised.
+    reference's if the two results lie on either side of a half. Writes M·N bytes instead of M·N floats, which would
+    be read again to be quantised.
 
     Parameters
     ----------

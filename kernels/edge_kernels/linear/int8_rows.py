@@ -1,4 +1,4 @@
-"""Rows → int8, on the fly: quantised alone, after a factor per column, or as the last step of a layer norm.
+"""Rows → int8, on the fly: quantised directly, after a factor per column, or as the last step of a layer norm.
 
 What enters: float32 rows. What leaves: integers in panels, in cells of GROUP successive k as `simd.int8` describes
 them, with a scale and an offset per row; several products can read them. `reference.operations.quantize_rows`
@@ -37,13 +37,13 @@ assert SCALE_COLUMNS % (DOT_TILE.step_cells * GROUP) == SCALE_COLUMNS % DOT_NR =
 
 
 class QuantizedRows(NamedTuple):
-    """Rows as `reference.operations.quantize_rows` has them, x ≈ scale · q + offset, in the order of the product.
+    """Rows as `reference.operations.quantize_rows` makes them, x ≈ scale · q + offset, in the product's order.
 
     Attributes
     ----------
     panels : ndarray [shape=(⌈m/DOT_MR⌉ · n_cells(k) · DOT_MR · GROUP,), int8 or int16]
-        q in panels of DOT_MR rows, in cells at the places that `simd.int8.row_cell` tells, padded with zeros. The
-        layout belongs to this machine. Machines that multiply unsigned × signed have q + 128, as bit pattern.
+        q in panels of DOT_MR rows, in cells at the places given by `simd.int8.row_cell`, padded with zeros. The
+        layout belongs to this machine. Machines that multiply unsigned × signed hold q + 128, as a bit pattern.
     scale, offset : ndarray [shape=(G, m), float32]
         Per row; or, where G > 1, per row and group of SCALE_COLUMNS columns.
     m, k : int
@@ -58,7 +58,7 @@ class QuantizedRows(NamedTuple):
 
 
 def empty_panels(m: int, k: int) -> NDArray[Any]:
-    """Allocate panels for m rows of k columns, from the start of a cache line on."""
+    """Allocate panels for m rows of k columns, starting on a cache line."""
     integers = -(-m // DOT_MR) * n_cells(k) * DOT_MR * GROUP
     return aligned_empty(-(-integers * ROW_INTEGER.itemsize // 4)).view(ROW_INTEGER)[:integers]
 
@@ -88,7 +88,7 @@ def quantize_into(x, start, k, middle, half, scratch):
 
 @leaf
 def scatter_row(cells, n, panels, start, first, row):
-    """Put n cells of a row, from cell `first` of the row on, into the panel that begins at cell `start`."""
+    """Put n cells of a row, from cell `first` of the row on, into the panel that starts at cell `start`."""
     if STEP_CELLS > 1 and first % STEP_CELLS == n % STEP_CELLS == 0:
         for step in range(0, n, STEP_CELLS):
             move_step(cells, step, panels, start + row_cell(first + step, row))
@@ -107,7 +107,7 @@ def _quantize_panel(x, x_stride, m, k, factors, normalise, eps, panels, scale, o
         elif normalise:
             mean = sum_row(x, row * x_stride, k) / np.float32(k)
             variance = sum_squares_row(x, row * x_stride, k, mean) / np.float32(k)
-            # The row as it is, with the scale and the offset of the normal one: two passes less.
+            # The row itself, with the scale and offset of the normalised one: saves two passes.
             factor = np.float32(1.0) / math.sqrt(variance + eps)
             middle, half = row_range(x, row * x_stride, k)
             scale[row] = quantize_into(x, row * x_stride, k, middle, half, integers) * factor
@@ -180,7 +180,7 @@ def layer_norm_quantized(x: Float32, eps: float) -> QuantizedRows:
     """Normalise rows and quantise them in one pass; `reference.operations.layer_norm_quantized` defines it.
 
     Runs in parallel. Without gain and bias, which belong in the weight and bias that follow. An integer may
-    differ by 1 from the reference's, where the two normal values lie on two sides of a half.
+    differ by 1 from the reference's if the two normalised values lie on either side of a half.
 
     Parameters
     ----------

@@ -1,18 +1,18 @@
-"""How a product is shared out: tasks of rows × outputs, and the worker that takes them by ticket.
+"""How a product is split: tasks of rows × outputs, and the worker that takes them by ticket.
 
 What enters: the sizes of a product and of its register tile. What leaves: blocks, and a worker for kernels to run.
 
                        panels of outputs →
                      panel_block   panel_block
                     ┌────────────┬────────────┬───
-        row_block   │  task 0    │  task 2    │          A panel is what one register tile computes of all rows:
+        row_block   │  task 0    │  task 2    │          A panel is what one register tile computes for all rows:
             rows    ├────────────┼────────────┼───       NR outputs, whose weights lie together.
         row_block   │  task 1    │  task 3    │
             rows    └────────────┴────────────┴───
 
 Workers take numbers from one counter until none is left, so a worker that is slow, or was interrupted, takes fewer.
-Neighbouring tasks share panels: what one worker has just brought into the shared cache the other finds there. Which
-worker computes what changes no bit of it: a task's sums are its own.
+Neighbouring tasks share panels: one worker finds in the shared cache what another has just loaded. Which worker
+computes a task changes no bit of it: a task's sums are its own.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -32,7 +32,7 @@ from edge_kernels.simd.ir import take_ticket
 
 Float32 = NDArray[np.float32]
 
-TASKS_PER_WORKER = 4  # smaller blocks are cut until there are so many, so that no worker waits long for the last one
+TASKS_PER_WORKER = 4  # blocks are cut smaller until there are this many, so that no worker waits long for the last
 
 
 class Grid(NamedTuple):
@@ -54,7 +54,7 @@ class Block(NamedTuple):
 
 
 class After(NamedTuple):
-    """What is done with sums: add the bias, apply tanh-GELU where `gelu` is not 0, add the residual.
+    """The epilogue of sums: add the bias, apply tanh-GELU where `gelu` is not 0, add the residual.
 
     Attributes
     ----------
@@ -90,11 +90,11 @@ def even_block(total: int, most: int, unit: int) -> int:
 
 
 def task_grid(m: int, n: int, workers: int, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
-    """Choose rows and panels per task: what the caches like, but enough tasks for all workers.
+    """Choose rows and panels per task: what fits the caches, but enough tasks for all workers.
 
     Parameters
     ----------
-    rows, columns : most per task, and those of a register tile.
+    rows, columns : the most per task, and those of a register tile.
     """
     (most_rows, tile_rows), (most_columns, tile_columns) = rows, columns
     row_block, column_block = even_block(m, most_rows, tile_rows), even_block(n, most_columns, tile_columns)
@@ -105,14 +105,14 @@ def task_grid(m: int, n: int, workers: int, rows: tuple[int, int], columns: tupl
 
 
 def product_worker(allocate: Any, compute: Any, columns: int) -> Any:
-    """Make the worker of a product, compiled code that takes tasks until there are none.
+    """Make the worker of a product: compiled code that takes tasks until there are none.
 
     Parameters
     ----------
     allocate : helper (product, grid) → buffers
         What a worker needs for any task; made once.
     compute : leaf (product, grid, block, buffers)
-        Compute a task. It is compiled into the worker: a call would cost counts of references to every array.
+        Compute a task. It is inlined into the worker: a call would count references to every array.
     columns : int
         Outputs of a panel.
 

@@ -1,4 +1,4 @@
-"""The definition of attention with rounded operands, in plain NumPy: what `reference` is for everything else.
+"""The definition of attention with rounded operands, in plain NumPy, as `reference.operations` is for the rest.
 
 Arguments and results are those of `reference.operations.attention`.
 """
@@ -70,8 +70,8 @@ def attention_int16(
     Queries and keys have a scale per row and head. Keys are taken KEYS_PER_BLOCK at a time from the start of their
     sequence; the weights of a query in a block are integers relative to its largest weight **in that block**, so
     that one key with most of the weight leaves those of the other blocks their digits. Values have a scale per
-    column and block. Each weight counts in the sum that divides as it counts in the product: where all values are
-    equal the result is that value.
+    column and block. The divisor sums the same rounded weights as the product: where all values are equal, the
+    result is that value.
 
     Where a row of q is not finite its result is NaN; where one of k is not, that of all queries of its sequence and
     head; where v is not, that of its column.
@@ -130,13 +130,13 @@ def attention_bf16(
 ) -> Float32:
     """`attention` with queries (times the factor on scores), keys, values and weights in bfloat16; sums in float32.
 
-    Weights are relative to the largest of their query. Each counts in the sum that divides as it counts in the
-    product: where all values are equal the result is that value.
+    Weights are relative to the largest of their query. The divisor sums the same rounded weights as the product:
+    where all values are equal, the result is that value.
 
     Parameters
     ----------
     fine_scores : bool
-        Add what the rests of queries and of keys, in bfloat16 too, contribute to the scores.
+        Add the contribution of the rounding remainders of queries and keys, also in bfloat16, to the scores.
     """
     q, k, v = (np.asarray(a, np.float32) for a in (q, k, v))
     q = q * np.float32(scale * math.log2(math.e))  # in units of log2(e), so that softmax is a power of 2

@@ -39,7 +39,7 @@ def gated(gate: NDArray[Any], up: NDArray[Any]) -> Float64:
 
 
 def attention_causal(queries: NDArray[Any], keys: NDArray[Any], values: NDArray[Any], dims: int) -> Float64:
-    """Attention of the last M of N positions to all that are not behind them.
+    """Attention of the last M of N positions to themselves and all before them.
 
     Parameters
     ----------

@@ -86,7 +86,7 @@ _UNPACK = {"Q4_K": (144, _q4_k), "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k), "Q8
 
 
 def unpack_blocks(blocks: Bytes, kind: str, n: int, k: int) -> Float32:
-    """Unpack a weight as it lies in a GGUF file.
+    """Unpack a weight as stored in a GGUF file.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def round_to_even_bf16(x: Float32) -> Float32:
 def linear_blocks(x: NDArray[Any], blocks: Bytes, kind: str, n: int, *, residual: Float32 | None = None) -> Float32:
     """Multiply rows by a weight in blocks, both rounded to bfloat16, and add a residual; sums in float32.
 
-    Rows are rounded halves away from zero, weights ties to even: what costs least where each is done.
+    Rows are rounded halves away from zero, weights ties to even: the cheapest way in each place.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 Written to be read and to be obviously right, not to be fast: the compiled kernels are tested against these
 functions, and these against float64 evaluations of the same formulas. Arguments and results are described
-once, here; the compiled functions of the same names keep them.
+once, here; they hold for the compiled functions of the same names.
 """
 
 from __future__ import annotations
@@ -178,10 +178,10 @@ def patch_embed(
 
 
 def _round_to_int8(x: Float32, centre: Float32, half: Float32) -> tuple[Int8, Float32]:
-    """Map centre ± half of each row to ±127, rounding halves to even; gives integers and the size of a step.
+    """Map centre ± half of each row to ±127, rounding halves to even; return integers and the size of a step.
 
-    Where half is 0 (or so small that 127 / half overflows) integers and step are 0. Where it is not finite
-    the step is NaN, and with it all that is computed from the row.
+    Where half is 0 (or so small that 127 / half overflows) integers and step are 0. Where it is not finite,
+    the step is NaN, and so is everything computed from the row.
     """
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         factor = np.float32(127.0) / half
@@ -209,7 +209,7 @@ def quantize_rows(x: Float32) -> tuple[Int8, Float32, Float32]:
         0, in a row that has NaN or infinity.
     """
     x = np.asarray(x, np.float32)
-    # Halved before they are added: the range of large values must not overflow.
+    # Halved before the addition, so that the range of large values does not overflow.
     low, high = np.float32(0.5) * x.min(axis=1), np.float32(0.5) * x.max(axis=1)
     with np.errstate(invalid="ignore"):
         broken = ~np.isfinite(x).all(axis=1)
@@ -220,7 +220,7 @@ def quantize_rows(x: Float32) -> tuple[Int8, Float32, Float32]:
 
 
 SCALE_COLUMNS = 576
-"""Columns that share a scale where rows are quantised as they come out of a product: a task of it sees no more. A
+"""Columns that share a scale where rows are quantised as they leave a product, whose tasks see no more of them. A
 multiple of every register tile's outputs and of every step."""
 
 

@@ -1,4 +1,4 @@
-"""What is done to each row by itself: norms, rotations, embeddings of patches.
+"""Operations on each row by itself: norms, rotations, patch embeddings.
 
 Rows enter; rows leave, float32.
 It knows no models.

@@ -1,4 +1,4 @@
-"""What stands between the products of a decoder's layer: RMS norms and rotated positions. float32, in parallel."""
+"""Operations between the products of a decoder layer: RMS norms and rotary positions. float32, in parallel."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 # (what numba compiles takes its types from the call)
@@ -74,7 +74,7 @@ def _norm_and_rotate(x, weight, eps, cosines, sines, m, heads, dims, tickets, wo
 
 
 def norm_and_rotate(x: Float32, weight: Float32, eps: float, cosines: Float32, sines: Float32) -> None:
-    """RMS norm of every head, then numbers j and j + dims/2 of it turned by the angle of its position; in place.
+    """Apply RMS norm to every head, then rotate its numbers j and j + dims/2 by its position's angle; in place.
 
     Parameters
     ----------

@@ -15,8 +15,8 @@ A tile register holds 16 rows of 64 bytes. One instruction multiplies a tile of 
     tdpbssd     int8, signed × signed, 64 k a step, int32 sums
     tdpbf16ps   bfloat16, 32 k a step, float32 sums
 
-A tile that does not begin on a cache line is loaded at a third of the speed, so panels are aligned and lie in whole
-tiles of 1 KiB. The shape of the registers is a thread's own state: `begin_tiles` sets it, `end_tiles` clears it.
+A tile that does not start on a cache line is loaded at a third of the speed, so panels are aligned and consist of
+whole tiles of 1 KiB. The shape of the registers is per-thread state: `begin_tiles` sets it, `end_tiles` clears it.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -90,7 +90,7 @@ def multiply_tiles(builder: ir.IRBuilder, instruction: str, sums: int, a: int, b
 
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value, cache: int) -> None:
-    """Emit a request for a line, into the first or second cache; an address that is not there is no error."""
+    """Emit a prefetch of a line into the first or second cache; an invalid address is not an error."""
     arguments = [builder.bitcast(address, _POINTER), INT(0), INT(4 - cache), INT(1)]  # to read; how near; data
     call(builder, "llvm.prefetch.p0", ir.VoidType(), arguments)
 
@@ -99,7 +99,7 @@ def prefetch(builder: ir.IRBuilder, address: ir.Value, cache: int) -> None:
 
 
 class Sums(NamedTuple):
-    """Where the registers of sums go.
+    """Where the registers of sums are stored.
 
     Attributes
     ----------
@@ -125,7 +125,7 @@ def multiply_square(
     registers: Iterable[int] = range(4),
     after_each: Callable[[int], None] | None = None,
 ) -> None:
-    """Emit the products of a step; `after_each` emits what the processor does while a register is multiplied."""
+    """Emit the products of a step; `after_each` emits other work for while a register is multiplied."""
     for register in registers:
         multiply_tiles(builder, instruction, register, 4 + register // 2, 6 + register % 2)
         if after_each:
@@ -149,7 +149,7 @@ def emit_square(
     counted_by: int = 1,
     after_each: Callable[[ir.Value, int], None] | None = None,
 ) -> None:
-    """Emit the loop where the time of every product on AMX goes: four tiles of sums out of two and two operands.
+    """Emit the hot loop of every product on AMX: four tiles of sums from two and two operands.
 
                         right 6     right 7
             left 4      sums 0      sums 1           Every operand that is loaded is used twice: 4 loads for
@@ -164,9 +164,9 @@ def emit_square(
         Counter → {register: address}, in the order of loading. 4, 6, 7, 5 lets the first product start after two
         loads. Without 7 there are only the sums 0 and 2.
     sums
-        Where they are stored, and loaded before where `add`, at run time, is not 0; without `add` they begin at 0.
+        Where they are stored, and first loaded from if `add`, at run time, is not 0; without `add` they start at 0.
     after_each
-        Emits, from counter and register of sums, what is done beside a product.
+        Emits, given counter and register of sums, work to do beside a product.
     """
     if add is None:
         zero_sums(builder, sums.places)
@@ -209,7 +209,7 @@ def emit_tile_product(
         return {4: at(a, cell, 0), 6: at(b, cell, 0), 7: at(b, cell, TILE_BYTES), 5: at(a, cell, TILE_BYTES)}
 
     def fetch_rows(cell: ir.Value, register: int) -> None:
-        # The next step's rows, while this one is multiplied: outputs are in the first cache, rows in the second.
+        # Prefetch the next step's rows during this one: outputs are in the first cache, rows in the second.
         for line in range(register * 8, register * 8 + 8):
             prefetch(builder, at(a, cell, 2 * TILE_BYTES + line * ROW_BYTES), cache=1)
 
@@ -239,7 +239,7 @@ def begin_tiles(typing_context):
 
 @intrinsic
 def end_tiles(typing_context):
-    """Give the tile registers back: a thread that holds some has more to save at every switch."""
+    """Release the tile registers: a thread that holds some has more to save at every context switch."""
 
     def generate(context, builder, signature, args):
         if HAS_TILES:
@@ -251,11 +251,11 @@ def end_tiles(typing_context):
 
 @intrinsic
 def keep_awake(typing_context):
-    """Multiply what happens to be in two registers into a third, 7, which every product loads before it uses it.
+    """Multiply whatever is in two registers into a third, 7, which every product loads before it uses it.
 
-    After some 300 ns without a product the unit falls asleep, and the next one slows the whole core down for the
-    better part of a microsecond: vector instructions and scalar ones, too. So long stretches without tiles have one
-    of these in between.
+    After some 300 ns without a product the unit falls asleep, and the next product slows down the whole core, vector
+    and scalar instructions included, for the better part of a microsecond. So long stretches of code without tiles
+    have one of these in between.
     """
 
     def generate(context, builder, signature, args):

@@ -2,13 +2,13 @@
 
 What enters: flat arrays with element offsets, inside compiled code. What leaves: numba intrinsics that
 `attention_bf16` puts its loops around. All of it is made for vectors of 16 float32 and the tiles of `simd.amx`;
-other machines may compile it, but not run it.
+other machines can compile it, but not run it.
 
 A float32 is rounded to bfloat16 by adding half a step to its bits and taking the upper 16 (halves away from zero);
-two of them in one word make the *pairs* that a tile of right operands has.
+two of them in one word make the *pairs* that a tile of right operands consists of.
 
     float32    │± eeeeeeee mmmmmmm│mmmmmmmmmmmmmmmm│      bfloat16 is the left part. A carry out of the mantissa
-             +                     1000000000000000       goes into the exponent, which is what rounding up asks for.
+             +                     1000000000000000       goes into the exponent, as rounding up requires.
 
     pair       │ bfloat16 of k + 1 │ bfloat16 of k  │      bits 31 … 16 and 15 … 0
 """
@@ -97,7 +97,7 @@ def as_bf16(typing_context, x):
 
 
 def _each(builder: ir.IRBuilder, n: ir.Value, emit: Callable[[ir.Value, ir.Value], None]) -> None:
-    """Emit `emit(first, mask)` for n elements in vectors of 16; the last one's mask leaves out what is too much."""
+    """Emit `emit(first, mask)` for n elements in vectors of 16; the last one's mask leaves out the excess."""
     everything = ir.Constant(ir.VectorType(BIT, LANES), [1] * LANES)
 
     def body(j: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
@@ -112,7 +112,7 @@ def _each(builder: ir.IRBuilder, n: ir.Value, emit: Callable[[ir.Value, ir.Value
 
 @intrinsic
 def round_row(typing_context, x, offset, n, factor, out, out_offset):
-    """Write x · factor, n elements of it, to out (int16) as bfloat16."""
+    """Write n elements of x · factor to out (int16) as bfloat16."""
 
     def generate(context, builder, signature, args):
         row, to = elements_at(context, builder, signature, args, (0, 4))
@@ -131,7 +131,7 @@ def round_row(typing_context, x, offset, n, factor, out, out_offset):
 
 @intrinsic
 def scale_row(typing_context, x, offset, n, factor, out, out_offset):
-    """Write x · factor, n elements of it, to out."""
+    """Write n elements of x · factor to out."""
 
     def generate(context, builder, signature, args):
         row, to = elements_at(context, builder, signature, args, (0, 4))
@@ -222,7 +222,7 @@ def score_tiles(typing_context, keys, keys_offset, queries, queries_offset, step
 
 
 def _power(builder: ir.IRBuilder, difference: ir.Value) -> ir.Value:
-    """Emit the bits of 2^difference, difference ≤ 0, rounded as `rounded_bits` tells; 0 below -126.5."""
+    """Emit the bits of 2^difference, difference ≤ 0, rounded as in `rounded_bits`; 0 below -126.5."""
     low, magic = constant(FLOATS, -127.0), constant(FLOATS, ROUND_TO_EXPONENT)
     x = builder.select(builder.fcmp_ordered("<", difference, low), low, difference)
     shifted = builder.fadd(x, magic)
@@ -267,7 +267,7 @@ def raise_maxima(typing_context, scores, offset, keys, maxima, maxima_offset):
 def powers_bf16(typing_context, scores, offset, keys, maxima, maxima_offset, powers, powers_offset):
     """Write 2^(score - the column's maximum) of 16 queries as pairs of successive keys; NaN stays NaN.
 
-    scores: float32 [key][16]; powers: int32 words [pair][16]. Behind an odd last key comes 0.
+    scores: float32 [key][16]; powers: int32 words [pair][16]. An odd last key is paired with 0.
     """
 
     def generate(context, builder, signature, args):

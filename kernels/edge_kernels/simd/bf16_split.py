@@ -1,8 +1,8 @@
-"""float32 products out of bfloat16 tiles as LLVM IR.
+"""float32 products from bfloat16 tiles as LLVM IR.
 
-A float32 is the sum of three bfloat16: 8 bits of its significand each, the upper ones first. So a product of float32
-is one of six of bfloat16, with the sums in float32 as ever; the three smallest of the nine, below 2^-26 of the
-product, are left out. AMX multiplies bfloat16 more than ten times as fast as AVX-512 multiplies float32.
+A float32 is the sum of three bfloat16: 8 bits of its significand each, the upper ones first. So a float32 product
+becomes six bfloat16 products, summed in float32 as ever; the three smallest of the nine, below 2^-26 of the product,
+are left out. AMX multiplies bfloat16 more than ten times as fast as AVX-512 multiplies float32.
 
 Tiles are those of `simd.amx`. Rows lie [step of 32 k][part][half][16 rows][32], weights [step][part][half of 32
 outputs][16 pairs of k][16 outputs][2]; sums [row][32].
@@ -44,12 +44,12 @@ from edge_kernels.simd.ir import INT, SHORT, address_of, constant, elements_at, 
 
 PARTS = 3
 
-# (part of the rows, part of the weight), such that only what changes is loaded anew.
+# (part of the rows, part of the weight), in an order where only what changes is loaded.
 _ORDER = ((0, 0), (0, 1), (1, 1), (1, 0), (2, 0), (0, 2))
 
 
 def _split(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
-    """Emit the bits of three vectors of bfloat16, in upper halves, whose sum the value is."""
+    """Emit the bits of three vectors of bfloat16, in upper halves, that add up to the value."""
     parts = []
     for _ in range(PARTS):
         bits = builder.and_(rounded_bits(builder, value), constant(INTS, UPPER_HALF))
@@ -61,7 +61,7 @@ def _split(builder: ir.IRBuilder, value: ir.Value) -> list[ir.Value]:
 def _multiply_parts(
     builder: ir.IRBuilder, rows: ir.Value, outputs: ir.Value, order: Sequence[tuple[int, int]]
 ) -> None:
-    """Emit the products of one step, part by part; a part that is in the registers already stays there."""
+    """Emit the products of one step, part by part; a part that is already in the registers stays there."""
     before = (-1, -1)
     for pair in order:
         for side, start in enumerate((rows, outputs)):
@@ -74,7 +74,7 @@ def _multiply_parts(
 
 @intrinsic
 def split_rows(typing_context, x, offset, out, out_offset):
-    """Write 32 float32 of a row, to its place in a half of part 0 of a step (int16); the other parts lie behind."""
+    """Write 32 float32 of a row to its place in a half of part 0 of a step (int16); the other parts follow."""
 
     def generate(context, builder, signature, args):
         x, out = elements_at(context, builder, signature, args, (0, 2))
@@ -90,7 +90,7 @@ def split_rows(typing_context, x, offset, out, out_offset):
 
 @intrinsic
 def split_outputs(typing_context, weight, offset, stride, out, out_offset):
-    """Write 32 float32 of each of 16 outputs, `stride` apart, as pairs: half of part 0 of a step, the others behind.
+    """Write 32 float32 of each of 16 outputs, `stride` apart, as pairs: half of part 0 of a step; the others follow.
 
     weight: float32, out: int32 words of two.
     """
@@ -134,7 +134,7 @@ def split_tile(
     """Multiply 32 rows with 32 outputs: sums (float32) = the products, or += where `add` is not 0.
 
     parts: of the weight, 3, or 2 where the third is 0 everywhere; block: 1024 float32 of scratch. Blocks of k are
-    added up outside the tiles, so that no more than a block's products meet in one chain of roundings.
+    added up outside the tiles, so that one chain of roundings holds no more than a block's products.
     """
 
     def generate(context, builder, signature, args):

@@ -1,4 +1,4 @@
-"""What comes before and after the products as LLVM IR: the range of a row, its integers, and what becomes of sums.
+"""Before and after the products, as LLVM IR: the range of a row, its integers, and the epilogues of sums.
 
 What enters: flat arrays with element offsets, inside compiled code. What leaves: rows of integers, or of float32 with
 bias, GELU and residual applied. Four kinds of sums have an epilogue here:
@@ -89,7 +89,7 @@ def _reduce_row(
 
 
 def _poison(builder: ir.IRBuilder, value: ir.Value, sum_: ir.Value) -> ir.Value:
-    """Emit a sum that stays 0, or is NaN once a value was not finite."""
+    """Emit a sum that stays 0, or becomes NaN once a value is not finite."""
     return builder.fadd(sum_, builder.fmul(value, constant(value.type, 0.0)))
 
 
@@ -147,9 +147,9 @@ def row_magnitude(typing_context, x, offset, n):
 
 @intrinsic
 def quantize_row(typing_context, x, offset, n, middle, factor, q, q_offset):
-    """Write (x - middle) · factor to q (int8 or int16), rounded (halves to even) and kept within ±127.
+    """Write (x - middle) · factor, n elements, to q (int8 or int16), rounded (halves to even) and clamped to ±127.
 
-    Of n elements. NaN becomes some integer in that range.
+    NaN becomes some integer in that range.
     """
     element = ir.IntType(q.dtype.bitwidth)
 
@@ -188,8 +188,8 @@ def _scaler(after):
     out[i, j] = after(start[i, j] + (bias[j] + offsets[i] · shifts[group_column + j]
                                      + scales[i] · (weight_scales[column + j] · total)))
 
-    for i < rows, where total is sums[i, j], less what rows kept as unsigned have too much: row_zero ·
-    weight_sums[group_column + j]. `scales` and `offsets` begin at `scales_offset`; `start` and `out` have rows that
+    for i < rows, where total is sums[i, j] less the excess of rows stored as unsigned, row_zero ·
+    weight_sums[group_column + j]. `scales` and `offsets` start at `scales_offset`; `start` and `out` have rows that
     lie `start_stride` and `out_stride` elements apart.
     """
 
@@ -253,7 +253,7 @@ scale_tile, scale_gelu_tile = _scaler(lambda _, value: value), _scaler(emit_gelu
 
 @intrinsic
 def move_step(typing_context, cells, offset, out, out_offset):
-    """Copy the cells of a step, which lie together, as one vector; for rows that are kept as they are."""
+    """Copy the cells of a step, which lie together, as one vector; for rows that are stored unchanged."""
 
     def generate(context, builder, signature, args):
         element = ir.IntType(signature.args[0].dtype.bitwidth)
@@ -303,8 +303,8 @@ def finish_row(sums, line, bias, column, with_gelu, residual, start_residual, ou
 
     An empty residual adds nothing. `bias` has NR elements there, whatever the width. The sums are overwritten.
     """
-    # All NR at first, as `bias` is padded: whole vectors, without a remainder. Said in IR: in a loop that has been
-    # taken into its caller LLVM no longer sees that the arrays are different ones, and takes numbers one by one.
+    # All NR first, as `bias` is padded: whole vectors, without a remainder. Written in IR: in an inlined loop LLVM no
+    # longer sees that the arrays do not alias, and would process numbers one by one.
     activate(sums, line, bias, column, with_gelu)
     if residual.size > 0:
         for j in range(width):
@@ -315,7 +315,7 @@ def finish_row(sums, line, bias, column, with_gelu, residual, start_residual, ou
 
 
 def _with_residual(builder: ir.IRBuilder, value: ir.Value, residual: ir.Value, mask: ir.Value) -> ir.Value:
-    """Emit value + what lies at `residual` where the mask is on, + 0 elsewhere."""
+    """Emit value + the residual at this address where the mask is on, + 0 elsewhere."""
     return builder.fadd(value, masked_load(builder, residual, mask))
 
 

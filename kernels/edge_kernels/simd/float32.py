@@ -2,7 +2,7 @@
 
 What enters: flat float32 arrays with element offsets, inside compiled code. What leaves: numba intrinsics
 (`*_tile`, `*_panel`, `*_row` and scalar functions) that the operation modules put their loops around. They
-know nothing of blocking, threads or sequences. `simd.ir` tells how an intrinsic is written.
+know nothing of blocking, threads or sequences. `simd.ir` explains how an intrinsic is written.
 
 A power of 2 is taken from the two parts of a float32, without a table:
 
@@ -51,7 +51,7 @@ _HAS_ESTIMATE = isa() in ("amx", "avx512vnni", "avx512")
 # exp2 on [-1/2, 1/2]: minimax in relative error, 1.6e-8 with the coefficients rounded to float32. Constant
 # term 1.
 _EXP2_POLYNOMIAL = (0.00015353363, 0.0013398875, 0.009618437, 0.055503324, 0.24022648, 0.6931472)
-# A float32 of 2^23 and more has no bits behind the point. So adding 1.5 · 2^23 rounds to an integer, halves to even,
+# A float32 of 2^23 or more has no fraction bits. So adding 1.5 · 2^23 rounds to an integer, halves to even,
 # and leaves it in the low bits of the mantissa; the .5 is there for negative numbers to borrow from. 127 more makes
 # it a biased exponent: shifted up by 23, it is the float 2^integer.
 ROUND = 12582912.0
@@ -118,7 +118,7 @@ def _quotient(builder: ir.IRBuilder, dividend: ir.Value, x: ir.Value) -> ir.Valu
 
 @intrinsic
 def exp2(typing_context, x):
-    """Return 2^x in float32; accuracy and limits as told in `emit_exp2`."""
+    """Return 2^x in float32; accuracy and limits as in `emit_exp2`."""
 
     def generate(context, builder, signature, args):
         return emit_exp2(builder, args[0])
@@ -144,7 +144,7 @@ def gelu(typing_context, x):
 def product_tile(
     typing_context, a, a_offset, a_row_stride, a_k_stride, rows, b, b_offset, n_k, c, c_offset, accumulate
 ):
-    """Multiply MR rows with one panel; this loop is where the time of `linear` and `attention` goes.
+    """Multiply MR rows by one panel; the hot loop of `linear` and `attention`.
 
     c[i, j] (+)= Σ_k a[a_offset + min(i, rows - 1) · a_row_stride + k · a_k_stride] · b[b_offset + k · NR + j]
 
@@ -198,12 +198,12 @@ def product_tile(
 
 @intrinsic
 def softmax_panel(typing_context, scores, offset, rows, state, state_offset):
-    """Take `rows` further rows of scores into a running softmax over the rows, one per column of the panel.
+    """Add `rows` further rows of scores to a running softmax over the rows, one per column of the panel.
 
     scores[offset + r · NR + j] becomes 2^(score - maximum so far). `state` holds three rows of NR: the maxima
-    (start with -inf), the sums of the powers (start with 0), and, written here, the factors by which the
-    change of the maximum shrinks all that was accumulated before. Base 2 saves the multiplication inside exp:
-    scores come scaled by log2(e).
+    (start with -inf), the sums of the powers (start with 0), and, written here, the factors by which the new
+    maximum shrinks everything accumulated before. Base 2 saves the multiplication inside exp: scores come scaled
+    by log2(e).
     """
 
     def generate(context, builder, signature, args):
@@ -273,7 +273,7 @@ def _sum_row(
 ) -> ir.Value:
     """Emit the sum of term(x[j], partial sum) over a row: vectors first, then the rest one by one.
 
-    `term` gets (value, sum so far) and gives the new sum, for vectors as for scalars.
+    `term` takes (value, sum so far) and returns the new sum, for vectors and scalars alike.
     """
     chunk = _SUMS * TILE.width
     whole = builder.mul(builder.sdiv(n, index(chunk)), index(chunk))

@@ -1,14 +1,14 @@
 """Weights in ggml's blocks as LLVM IR: unpacked to bfloat16 in the order of AMX's tiles, and multiplied there.
 
-A tile of weights is a *left* operand here: 16 outputs of 32 k, which are the 64 bytes that one group of a block
-becomes, so nothing is transposed. Rows of activations are the right operand, as pairs of k. The sums come out with
-outputs as rows, and are turned round when they are written.
+A tile of weights is a *left* operand here: 16 outputs of 32 k, the 64 bytes that one group of a block becomes, so
+nothing is transposed. Rows of activations are the right operand, as pairs of k. The sums have outputs as rows, and
+are transposed when they are written.
 
     weights   [step of 32 k][half of 32 outputs][16 outputs][32]      bfloat16, unpacked for each task
     rows      [step of 32 k][half of 32 rows][16 pairs][16 rows][2]   bfloat16
     sums      [32 outputs][32 rows]                                   float32
 
-What a block holds: ggml's `ggml-common.h` and `dequantize_row_*`; `reference.decoder` has the same in NumPy.
+Layout of a block: ggml's `ggml-common.h` and `dequantize_row_*`; `reference.gguf_blocks` has the same in NumPy.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -47,9 +47,9 @@ from edge_kernels.simd.ir import (
 )
 
 STEP_ELEMENTS = 2 * TILE
-"""From one step to the next, of rows as of weights."""
+"""Elements from one step to the next, of rows and of weights."""
 NUMBERS = 32
-"""Room for what an output's block takes to be unpacked."""
+"""Space for the numbers needed to unpack an output's block."""
 GROUP = 32  # weights of a block that share a scale, and a row of a tile
 
 
@@ -99,7 +99,7 @@ def _write(builder: ir.IRBuilder, rounded: ir.Value, out: ir.Value, group: int) 
 
 
 def _shifted(builder: ir.IRBuilder, values: ir.Value, n: int, mask: int) -> ir.Value:
-    """Emit bits of bytes, n places further down, or -n further up: as words, which is what the machine can shift."""
+    """Emit bytes' bits shifted n places down, or -n up: as words, since the machine cannot shift bytes."""
     if n:
         words = builder.bitcast(values, _WORDS)
         moved = (builder.lshr if n > 0 else builder.shl)(words, constant(_WORDS, abs(n)))
@@ -108,7 +108,7 @@ def _shifted(builder: ir.IRBuilder, values: ir.Value, n: int, mask: int) -> ir.V
 
 
 def _nibbles(builder: ir.IRBuilder, block: ir.Value, first: int, group: int) -> ir.Value:
-    """Emit 32 bytes' upper or lower halves, as groups share them, in words."""
+    """Emit the upper or lower halves of 32 bytes, which two groups share, in words."""
     return builder.zext(
         _shifted(builder, _bytes_at(builder, block, first + GROUP * (group // 2), _BYTES), group % 2 * 4, 15),
         _GROUP_WORDS,
@@ -152,7 +152,7 @@ def _number(builder: ir.IRBuilder, numbers: ir.Value, at: int) -> ir.Value:
 
 
 def _table(builder: ir.IRBuilder, numbers: ir.Value, group: int, first: int) -> ir.Value:
-    """Emit what `first` to `first` + 15 stand for in a group: number · scale - minimum."""
+    """Emit the values of `first` to `first` + 15 in a group: number · scale - minimum."""
     ramp = ir.Constant(FLOATS, [float(first + lane) for lane in range(LANES)])
     scale, minimum = _number(builder, numbers, group), _number(builder, numbers, 8 + group)
     return multiply_add(builder, ramp, scale, builder.fneg(minimum))
@@ -226,7 +226,7 @@ def _write_scales(builder: ir.IRBuilder, block: ir.Value, out: ir.Value) -> None
 
 
 def _reader(emit):
-    """Make an intrinsic that writes, to NUMBERS float32, what unpacking a block takes."""
+    """Make an intrinsic that writes the numbers needed to unpack a block to NUMBERS float32."""
 
     @intrinsic
     def read(typing_context, blocks, offset, numbers, numbers_offset):
@@ -241,15 +241,15 @@ def _reader(emit):
 
 
 read_minima, read_scales = _reader(_write_minima), _reader(_write_scales)
-"""Of Q4_K and Q5_K: 8 scales and 8 minima. Of Q6_K: 16 scales, and -32 times each. Q8_0 takes none."""
+"""For Q4_K and Q5_K: 8 scales and 8 minima. For Q6_K: 16 scales, and -32 times each. Q8_0 needs none."""
 
 
 def _unpacker(emit, n_bytes):
     """Make an intrinsic that unpacks 256 weights of an output to its rows of eight tiles.
 
-    Blocks of 32 outputs are far apart in a file, too many streams for the processor to see them coming. So each asks
-    for the one that is as far behind as those that it belongs to are wide: one by one, as there is only room for a
-    dozen requests, and whoever has one more waits.
+    Blocks of 32 outputs are far apart in a file: too many streams for the hardware prefetcher. So unpacking a block
+    prefetches the one `ahead` bytes after it, one by one: the core has room for only a dozen requests, and stalls on
+    one more.
     """
 
     @intrinsic

@@ -5,8 +5,8 @@ What enters: flat arrays with element offsets, inside compiled code. What leaves
 
 Integers lie in *pairs*: int32 words of two int16, the one with the smaller index in the lower half. One instruction
 multiplies pair by pair and sums each pair into an int32 lane (pmaddwd and an addition; vpdpwssds does both), so a
-register tile takes words where that of `simd.float32` takes floats. `reference.attention.attention_int16` tells
-what the numbers are.
+register tile takes words where that of `simd.float32` takes floats. `reference.attention.attention_int16` defines
+the numbers.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -93,7 +93,7 @@ _POWER_POLYNOMIAL = (0.00958285294, 0.0559064262, 0.240240991, 0.693124175)
 
 
 def _bits(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """Take a float, or each of a vector, for an int32."""
+    """Reinterpret a float, or each of a vector, as int32."""
     return builder.bitcast(value, _INTS if isinstance(value.type, ir.VectorType) else INT)
 
 
@@ -109,7 +109,7 @@ def _pair(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
 
 
 def _magnitude(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """Emit the bits of |value|: as integers they are in order, infinity above all numbers and NaN above that."""
+    """Emit the bits of |value|: as integers they keep the order, infinity above all numbers and NaN above that."""
     bits = _bits(builder, value)
     return builder.and_(bits, constant(bits.type, 0x7FFFFFFF))
 
@@ -124,7 +124,7 @@ def _power(builder: ir.IRBuilder, difference: ir.Value, scale: ir.Value) -> ir.V
 
     The result is in the lower 16 bits of each word, at most LARGEST_POWER; NaN gives 0.
     """
-    # LARGEST_POWER goes into the exponent. What is below 2^-2 rounds to 0 anyway.
+    # LARGEST_POWER goes into the exponent. Anything below 2^-2 rounds to 0 anyway.
     x = multiply_add(builder, difference, scale, constant(VECTOR, math.log2(LARGEST_POWER)))
     x = larger(builder, x, constant(VECTOR, -2.0))
     shifted = builder.fadd(x, constant(VECTOR, ROUND_TO_EXPONENT))
@@ -139,8 +139,8 @@ def _power(builder: ir.IRBuilder, difference: ir.Value, scale: ir.Value) -> ir.V
 def _add_pairs(builder: ir.IRBuilder, tile: PairTile, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
     """Emit sums + the products of the pairs in the words of a and b."""
     if tile.instruction == "vpdpwssds":
-        # The saturating one: no sum comes near the limits, and LLVM does not take it apart again, as it does
-        # vpdpwssd on processors where that has a longer latency.
+        # The saturating one: no sum comes near the limits, and LLVM does not split it again, as it does vpdpwssd on
+        # processors where that has a longer latency.
         return call(builder, f"llvm.x86.avx512.vpdpwssds.{32 * tile.width}", sums.type, [sums, a, b])
     shorts = ir.VectorType(SHORT, 2 * tile.width)
     return multiply_pairs(builder, sums, builder.bitcast(a, shorts), builder.bitcast(b, shorts))
@@ -150,7 +150,7 @@ def emit_pair_sums(
     builder: ir.IRBuilder, tile: PairTile, row_starts: Sequence[ir.Value], cell_stride: ir.Value, panel: ir.Value,
     cells: ir.Value,
 ) -> list[ir.Value]:  # fmt: skip
-    """Emit the loop where the time goes: int32 sums over `cells` pairs, [row][vector], from addresses of words."""
+    """Emit the hot loop: int32 sums over `cells` pairs, [row][vector], from addresses of words."""
     ints = ir.VectorType(INT, tile.width)
 
     def step(cell: ir.Value, carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
@@ -186,7 +186,7 @@ def _scaled_sums(
 
 
 def _state_row(builder: ir.IRBuilder, state: ir.Value, row: int) -> list[ir.Value]:
-    """Give the addresses of the vectors of a row of a panel's state."""
+    """Return the addresses of the vectors of a row of a panel's state."""
     return [address_of(builder, state, index(row * PAIR_NR + v * TILE.width)) for v in range(PAIR_TILE.vectors)]
 
 
@@ -220,7 +220,7 @@ def largest_magnitude(typing_context, x, offset, n):
 
 @intrinsic
 def raise_magnitudes(typing_context, largest, largest_offset, x, offset, n):
-    """Raise largest[largest_offset + j] to |x[offset + j]| for j < n; infinity stays, and NaN more so."""
+    """Raise largest[largest_offset + j] to |x[offset + j]| for j < n; infinity stays, and NaN even over infinity."""
 
     def generate(context, builder, signature, args):
         out, row = elements_at(context, builder, signature, args, (0, 2))
@@ -240,7 +240,7 @@ def raise_magnitudes(typing_context, largest, largest_offset, x, offset, n):
 def quantize_row_pairs(typing_context, x, offset, n, factor, pairs, pairs_offset):
     """Write x[offset + j] · factor for j < n, rounded, as pairs of successive j.
 
-    Where n is odd the upper half of the last word is left alone. What is beyond ±32767 or NaN gives any integer.
+    If n is odd, the upper half of the last word is left alone. Values beyond ±32767 and NaN give any integer.
     """
 
     def generate(context, builder, signature, args):
@@ -321,8 +321,8 @@ def powers_panel(typing_context, scores, scores_offset, cells, state, state_offs
     """Turn the scores of a block of keys into integers 0 to LARGEST_POWER, as pairs of successive keys.
 
     LARGEST_POWER · 2^((score - BLOCK_MAXIMUM) · QUERY_SCALE), rounded, off by 1 at most; 0 where NaN. `cells` counts
-    pairs. Takes the block into MAXIMUM and TOTAL of `state`, and leaves in KEEP and TAKE the factors of what was
-    summed up before and of what comes from this block.
+    pairs. Includes the block in MAXIMUM and TOTAL of `state`, and sets KEEP and TAKE to the factors of the sums so
+    far and of this block's.
     """
 
     def generate(context, builder, signature, args):
@@ -330,7 +330,7 @@ def powers_panel(typing_context, scores, scores_offset, cells, state, state_offs
         scores, state = elements_at(context, builder, signature, args, (0, 3))
         powers = element_at(context, builder, signature, args, 5)
 
-        # Vector by vector, not all of a row at once: what one needs fits the registers.
+        # Vector by vector, not a whole row at once, so that everything fits the registers.
         def generate_vector(v: int, at: Sequence[ir.Value]) -> None:
             before, total, scale, maximum = (load(builder, address) for address in at[:KEEP])
 
@@ -362,7 +362,7 @@ def value_tile(
     typing_context, values, values_offset, cell_stride, rows, powers, powers_offset, cells, scales, scales_offset,
     state, state_offset, sums, sums_offset,
 ):  # fmt: skip
-    """Multiply PAIR_MR columns of values with the powers of a panel, and take them into the sums.
+    """Multiply PAIR_MR columns of values by the powers of a panel, and add them to the sums.
 
     block[i, j] = float32(Σ over c < cells of values[i + c · cell_stride] · powers[c · PAIR_NR + j])
     sums[i, j] = sums[i, j] · KEEP[j] + block[i, j] · scales[i] · TAKE[j]

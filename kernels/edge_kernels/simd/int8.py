@@ -64,7 +64,7 @@ class DotTile(NamedTuple):
     """A tile of int32 sums held in registers: `rows` × (`vectors` · `width`), made by `instruction`.
 
     With smmla a vector of sums covers 2 rows × 2 outputs, so `rows` is even, and `vectors` · `width` outputs take
-    2 · `vectors` vectors of weights. With AMX the registers are its own: 2 × 2 tiles of 16 × 16 sums.
+    2 · `vectors` vectors of weights. AMX has registers of its own: 2 × 2 tiles of 16 × 16 sums.
     """
 
     instruction: str
@@ -84,12 +84,12 @@ class DotTile(NamedTuple):
 
     @property
     def row_bits(self) -> int:
-        """Width of the integers that rows are kept in."""
+        """Width of the integers that rows are stored in."""
         return 16 if self.instruction == "pairs" else 8
 
     @property
     def row_zero(self) -> int:
-        """What is added to the integers of the rows, to make them unsigned."""
+        """Added to the integers of the rows to make them unsigned."""
         return 128 if self.instruction == "vpdpbusd" else 0
 
 
@@ -142,7 +142,7 @@ def output_cell(cell, output):
 
 
 def multiply_pairs(builder: ir.IRBuilder, sums: ir.Value, a: ir.Value, b: ir.Value) -> ir.Value:
-    """Emit sums + a[even] · b[even] + a[odd] · b[odd] for int16, in the form that LLVM knows as pmaddwd."""
+    """Emit sums + a[even] · b[even] + a[odd] · b[odd] for int16, in the form that LLVM recognises as pmaddwd."""
     n = sums.type.count
     wide = ir.VectorType(INT, 2 * n)
     products = builder.mul(builder.sext(a, wide), builder.sext(b, wide))
@@ -165,7 +165,7 @@ def _cell_step(
         if tile.instruction == "pairs":
             operands.append(builder.sext(weight, ir.VectorType(SHORT, lanes)))
         elif tile.instruction == "vpdpbusd":
-            # As older LLVM declares it, in int32 lanes; newer LLVM reads this too and turns it into bytes.
+            # As older LLVM declares it, in int32 lanes; newer LLVM accepts this, too, and converts it to bytes.
             operands.append(builder.bitcast(weight, ir.VectorType(INT, tile.width)))
         else:
             operands.append(weight)
@@ -252,7 +252,7 @@ def emit_dot_tile(
 
 @intrinsic
 def dot_tile(typing_context, a, a_offset, b, b_offset, cells, c, c_offset, accumulate):
-    """Multiply DOT_MR rows with one panel; this loop is where the time of `linear_int8` goes.
+    """Multiply DOT_MR rows by one panel; the hot loop of `linear_int8`.
 
     c[i, j] (+)= Σ a[a_offset + row_cell(g, i) · GROUP + l] · b[b_offset + output_cell(g, j) · GROUP + l]
 

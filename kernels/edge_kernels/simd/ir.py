@@ -1,8 +1,8 @@
-"""The words that all vector code is written in: LLVM IR's loads, loops and constants, and the table of float32 tiles.
+"""Building blocks of all vector code: LLVM IR's loads, loops and constants, and the table of float32 tiles.
 
-How a kernel comes to its instructions. numba compiles the loops around a tile from Python. The tile itself is an
+How a kernel gets its instructions: numba compiles the loops around a tile from Python. The tile itself is an
 *intrinsic*: a Python function that runs once, while the kernel is compiled, and appends instructions to `builder`;
-numba puts them where the call stood. So a Python loop in here unrolls code, and `loop` emits one that runs.
+numba puts them in place of the call. So a Python loop in here unrolls code, and `loop` emits one that runs.
 
     Python              LLVM IR that it appends
     load(...)           %1 = load <8 x float>, ptr %a, align 4
@@ -10,10 +10,10 @@ numba puts them where the call stood. So a Python loop in here unrolls code, and
     loop(...)           a block with a phi node for the counter and for each value that is carried in a register
 
 Why IR and not loops: without reassociation LLVM vectorises no reduction, and it keeps a tile of sums in registers
-over a whole loop only when told so. Vectors are generic (`<W x float>`), so the code is right on every instruction
-set: what the machine does not have, LLVM splits into what it has.
+over a whole loop only when told to. Vectors are generic (`<W x float>`), so the code is correct on every instruction
+set: LLVM splits what the machine lacks into what it has.
 
-Arrays are flat; an intrinsic takes an array and an offset in elements, and `element_at` makes an address of the two.
+Arrays are flat; an intrinsic takes an array and an offset in elements, and `element_at` turns both into an address.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -86,7 +86,7 @@ def constant(type_: ir.Type, value: float) -> ir.Constant:
 
 
 def index(value: int) -> ir.Constant:
-    """Make a constant of the type that offsets and counters have."""
+    """Make a constant of the type of offsets and counters."""
     return ir.Constant(INDEX, value)
 
 
@@ -166,7 +166,7 @@ Body = Callable[[ir.Value, Sequence[ir.Value]], Sequence[ir.Value]]
 def loop(
     builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, initial: Sequence[ir.Value], body: Body
 ) -> list[ir.Value]:
-    """Emit `for i in range(start, stop, step)` carrying values in registers; give the last of them.
+    """Emit `for i in range(start, stop, step)` carrying values in registers; return their last values.
 
     before:     ...                                  branch to head
     loop.head:  i = phi [start, before], [i + step, body]; carried likewise
@@ -244,7 +244,7 @@ def signature_of(*arguments: Any, returns: Any = types.none) -> Any:
 
 @intrinsic
 def take_ticket(typing_context, counter):
-    """Return counter[0] and increment it, atomically: how workers share out tasks."""
+    """Return counter[0] and increment it, atomically: how workers share the tasks."""
 
     def generate(context, builder, signature, args):
         array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])

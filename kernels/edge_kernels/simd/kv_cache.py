@@ -1,9 +1,9 @@
 """float16 keys and values of a KV cache as LLVM IR: brought into the order of AMX's tiles.
 
 A float16 is the sum of two bfloat16: 8 bits of its significand, and the other 3 (it has 11, the first of them not
-stored; bfloat16 has 8, and the larger exponents). Keys are taken in both parts, values
-in the first. Keys are left operands as they lie; values are turned round, so that positions are what is summed over.
-Scores become pairs of powers. Tiles are those of `simd.gguf_blocks`.
+stored; bfloat16 has 8, and the larger exponents). Keys are used in both parts, values in the first. Keys are left
+operands as stored; values are transposed, so that the sum runs over positions. Scores become pairs of powers. Tiles
+are those of `simd.gguf_blocks`.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -51,7 +51,7 @@ def _shorts(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
 
 @intrinsic
 def split_key(typing_context, x, offset, high, high_offset, low, low_offset):
-    """Write 32 float16 (uint16) of a key as a row of a tile (int16), and what they are more as a row of another."""
+    """Write 32 float16 (uint16) of a key as a row of a tile (int16), and their remainders as a row of another."""
 
     def generate(context, builder, signature, args):
         x, high, low = elements_at(context, builder, signature, args, (0, 2, 4))
