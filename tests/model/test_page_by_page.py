@@ -95,7 +95,7 @@ def test_a_damaged_page_costs_its_own_answer_only(demo: Model) -> None:
     "content, reason",
     [
         (["What?"], "no document and no picture"),
-        ([b"%PDF-1.7", "q"], "no PDF"),
+        ([b"%PDF-1.7", "q"], "not a readable PDF"),
         ([Path("absent.pdf"), "q"], "absent.pdf does not exist"),
     ],
 )
