@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from edge_runtime.errors import MessageError
-from edge_runtime.generation.logprobs import MOST_ALTERNATIVES
+from edge_runtime.generation.logprobs import MAX_ALTERNATIVES
 from edge_runtime.generation.sampling import LARGEST_BIAS, MAX_SEED
 from edge_runtime.inputs.messages import checked_max_slices
 from edge_runtime.inputs.presets import preset_named
@@ -209,7 +209,7 @@ def _check_counts(options: GenerationOptions, limits: ModelLimits) -> None:
     for name, value, low, high in (
         ("n", n, 1, limits.max_answers),
         ("beams", n_beams, 1, limits.max_beams),
-        ("top_logprobs", options.top_logprobs, 0, MOST_ALTERNATIVES),
+        ("top_logprobs", options.top_logprobs, 0, MAX_ALTERNATIVES),
     ):
         if type(value) is not int or not low <= value <= high:
             raise MessageError(f"{name} is {value!r}; expected a whole number from {low} to {high}.")

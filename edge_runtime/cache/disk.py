@@ -48,7 +48,7 @@ SUFFIX = ".entry"
 _NAME = re.compile(r"[0-9a-f]{32}\.entry")
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f.]+\.tmp")
 ADVICE = "Delete it, or choose another --cache-dir."
-MOST_FACTS_BYTES = 1 << 20
+MAX_FACTS_BYTES = 1 << 20
 DEFAULT_LIMIT_BYTES = 4 << 30
 QUEUE_BYTES = 256 << 20
 """Maximum waiting to be written; more is dropped."""
@@ -331,7 +331,7 @@ def _checked(name: str, data: Bytes) -> Entry | None:
     if len(data) < _HEAD.size:
         return None
     magic, version, n_header, n_content, digest = _HEAD.unpack(data[: _HEAD.size].tobytes())
-    if (magic, version) != (MAGIC, VERSION) or n_header > MOST_FACTS_BYTES:
+    if (magic, version) != (MAGIC, VERSION) or n_header > MAX_FACTS_BYTES:
         return None
     if _HEAD.size + n_header + n_content != len(data):
         return None

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.gguf_file import Float32
 
-MOST_ALTERNATIVES = 20  # OpenAI's limit
-LEAST_LOGPROB = -9999.0  # OpenAI writes this instead of minus infinity, which JSON does not have
+MAX_ALTERNATIVES = 20  # OpenAI's limit
+MIN_LOGPROB = -9999.0  # OpenAI writes this instead of minus infinity, which JSON does not have
 BLOCK = 256
 Kind = Literal["prompt", "reasoning", "answer"]
 
@@ -83,7 +83,7 @@ def score(logits: Float32, token_id: int, n_alternatives: int) -> TokenScores:
     total = highest + float(np.log(np.exp(logits - np.float32(highest)).sum()))
 
     def logprob(i: int) -> float:
-        return max(float(logits[i]) - total, LEAST_LOGPROB)
+        return max(float(logits[i]) - total, MIN_LOGPROB)
 
     best = top_ids(logits, n_alternatives).tolist() if n_alternatives else []
     return TokenScores(token_id, logprob(token_id), [(i, logprob(i)) for i in best])

@@ -206,12 +206,12 @@ def _overlap(text: str, stop: str) -> int:
 class RepetitionDetector:
     """Detects an answer that repeats itself.
 
-    A loop is a run of tokens that equal those `period` tokens before, over at least `LEAST_SPAN` tokens and
-    `LEAST_TURNS` periods: more than rows of a table or a drawn line need.
+    A loop is a run of tokens that equal those `period` tokens before, over at least `MIN_SPAN` tokens and
+    `MIN_TURNS` periods: more than rows of a table or a drawn line need.
     """
 
     LONGEST_PERIOD = 64
-    LEAST_SPAN, LEAST_TURNS = 256, 6
+    MIN_SPAN, MIN_TURNS = 256, 6
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -223,7 +223,7 @@ class RepetitionDetector:
         ids.append(token_id)
         for period in range(1, min(self.LONGEST_PERIOD, len(ids) - 1) + 1):
             runs[period] = runs[period] + 1 if ids[-1 - period] == token_id else 0
-            if runs[period] >= max(self.LEAST_SPAN, self.LEAST_TURNS * period):
+            if runs[period] >= max(self.MIN_SPAN, self.MIN_TURNS * period):
                 return True
         del ids[: -self.LONGEST_PERIOD - 1]
         return False

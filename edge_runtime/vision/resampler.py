@@ -63,7 +63,7 @@ class PositionKeys:
     weight : returns Wk, ndarray [shape=(hidden, hidden), float32].
     """
 
-    MOST_TIMES = 1024  # cached at once; 16 MB at full size
+    MAX_TIMES = 1024  # cached at once; 16 MB at full size
 
     def __init__(self, weight: Callable[[], Float32], hidden: int) -> None:
         self._weight, self._hidden = weight, hidden
@@ -101,7 +101,7 @@ class PositionKeys:
         if side > len(self._rows):
             places = sine(half, np.arange(side))  # the first half of an embedding encodes the column
             self._columns, self._rows = project(places, slice(half)), project(places, slice(half, None))
-        if len(self._times | dict.fromkeys(times)) > self.MOST_TIMES:
+        if len(self._times | dict.fromkeys(times)) > self.MAX_TIMES:
             self._times = {STILL: self._times[STILL]}
         new = sorted(times - self._times.keys())
         if new:

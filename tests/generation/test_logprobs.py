@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_runtime import MessageError, Model
 from edge_runtime.cli.program import main
-from edge_runtime.generation.logprobs import LEAST_LOGPROB, TokenScores, log_softmax, score, top_ids
+from edge_runtime.generation.logprobs import MIN_LOGPROB, TokenScores, log_softmax, score, top_ids
 from edge_runtime.generation.text_stream import TextStream
 from generation.test_text_stream import THINK_END, Bytes
 
@@ -58,7 +58,7 @@ def test_scores_are_the_logarithms_of_the_softmax(values):
 
 
 def test_no_probability_at_all_is_a_number_that_json_has():
-    assert score(np.array([0.0, -np.inf], np.float32), 1, 0).logprob == LEAST_LOGPROB
+    assert score(np.array([0.0, -np.inf], np.float32), 1, 0).logprob == MIN_LOGPROB
 
 
 @pytest.mark.parametrize(

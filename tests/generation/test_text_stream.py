@@ -138,7 +138,7 @@ def test_nothing_is_held_back_longer_than_needed():
 @pytest.mark.parametrize("period", [1, 2, 7, 64])
 def test_circles_are_noticed(period):
     detector, turn = RepetitionDetector(), list(range(100, 100 + period))
-    needed = max(RepetitionDetector.LEAST_SPAN, RepetitionDetector.LEAST_TURNS * period)
+    needed = max(RepetitionDetector.MIN_SPAN, RepetitionDetector.MIN_TURNS * period)
     found = [detector.feed(token) for token in [*range(50), *turn * (needed // period + 2)]]
     assert found.index(True) == 50 + period + needed - 1
 

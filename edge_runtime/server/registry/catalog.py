@@ -31,7 +31,7 @@ FOLDER = ".served"
 """Folder of names and uploads, in the model store."""
 CHANGES = "names that clients gave"
 """Name of the lock that is held while a name is changed."""
-MOST_NAMES_BYTES = 64 << 20
+MAX_NAMES_BYTES = 64 << 20
 """Limit for all records together, which are read for every list."""
 
 
@@ -222,10 +222,10 @@ class Catalog:
     def _put(self, record: Record, name: str) -> Record:
         old = self.names.get(name)
         n_names, n_bytes = self.names.size()
-        if (old is None and n_names >= self._most_names) or n_bytes > MOST_NAMES_BYTES:
+        if (old is None and n_names >= self._most_names) or n_bytes > MAX_NAMES_BYTES:
             raise StoreFull(
                 f"There are {n_names} models that clients made, with {n_bytes / 1e6:.0f} MB of texts; at most "
-                f"{self._most_names} and {MOST_NAMES_BYTES / 1e6:.0f} MB are kept. Delete one first."
+                f"{self._most_names} and {MAX_NAMES_BYTES / 1e6:.0f} MB are kept. Delete one first."
             )
         record = replace(record, name=name if old is None else old.name, hidden=False)
         if self._made(record) is None:
