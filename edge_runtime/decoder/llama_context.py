@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 
 from edge_runtime.decoder import llama_cpp as llama
 from edge_runtime.decoder.adapters import Adapters
+from edge_runtime.decoder.kernel_products import new_context, wants_kernels
 from edge_runtime.decoder.kv_rows import Bytes, KVRows, UnknownState, build, parse
 from edge_runtime.decoder.kv_types import choose_kv_type
 from edge_runtime.decoder.options import CHUNK_TOKENS, DecoderOptions
@@ -139,12 +140,13 @@ class LlamaContext:
         self._model, self._region, self._unwatch = load_model(self.file, repack=options.repack)
         try:
             self._adapters = Adapters(self._model, self.file, options.adapters)
+            self.n_ctx = min(options.n_ctx, self.config.context_length)
+            self._abort = lib.ggml_abort_callback(lambda _data: self._cancelled())
+            with new_context(with_kernels=wants_kernels(self.file, options)) as self.uses_kernels:
+                self._context = lib.llama_init_from_model(self._model, self._parameters(options))
         except BaseException:
             self.close()
             raise
-        self.n_ctx = min(options.n_ctx, self.config.context_length)
-        self._abort = lib.ggml_abort_callback(lambda _data: self._cancelled())
-        self._context = lib.llama_init_from_model(self._model, self._parameters(options))
         if not self._context:
             self.close()
             raise ModelFileError(
@@ -327,15 +329,7 @@ class LlamaContext:
                 status = self._lib.llama_decode(self._context, batch)
         finally:
             self._cancelled = lambda: False
-        if status == FULL:
-            raise CacheFull
-        if status == ABORTED:
-            raise Cancelled
-        if status != 0:
-            raise ModelFileError(
-                f"llama.cpp failed to decode (status {status}): {llama.last_errors()}; the model file may be "
-                "damaged: download it again."
-            )
+        _check_status(status)
 
     def logits_view(self, row: int) -> Float32:
         """Logits of a row of the last call: ndarray [shape=(vocabulary,), float32].
@@ -359,6 +353,19 @@ class LlamaContext:
         if self._model:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
+
+
+def _check_status(status: int) -> None:
+    """Raise what `compute` raises for a status of llama_decode."""
+    if status == FULL:
+        raise CacheFull
+    if status == ABORTED:
+        raise Cancelled
+    if status != 0:
+        raise ModelFileError(
+            f"llama.cpp failed to decode (status {status}): {llama.last_errors()}; the model file may be damaged: "
+            "download it again."
+        )
 
 
 def _pointer(data: npt.NDArray[np.uint8]) -> Any:

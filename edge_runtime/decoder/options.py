@@ -35,3 +35,5 @@ class DecoderOptions:
     """LoRA file by name."""
     amx_prefill: bool | None = None
     """Whether our AMX kernels (`amx_prefill`) compute prompts; None: where that pays. Never with `exact`."""
+    kernels: bool | None = None
+    """Whether our kernels multiply inside llama.cpp (`kernel_products`); None: where that pays."""

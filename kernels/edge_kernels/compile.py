@@ -31,6 +31,7 @@ import numba
 import platformdirs
 
 from edge_kernels.machine import cpu_features, cpu_name, isa
+from edge_kernels.threads import start_threads
 
 logger = logging.getLogger("edge_kernels")
 
@@ -148,6 +149,27 @@ def kernel(function: F) -> F:
         numba.config.CACHE_DIR = before
     _kernels.append(compiled)
     return compiled
+
+
+def callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a C function for a library to call, cached as kernels are; `ctypes` of the result is the pointer.
+
+    It is compiled when it is decorated, and needs no Python when it is called. It may call kernels: these run on the
+    threads that numba has started.
+    """
+    start_threads()  # cached code is linked at once, and needs the symbols of numba's threads
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        directory = cache_directory()
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(directory or "")
+        try:
+            options = {name: value for name, value in _FLAGS.items() if name not in ("nopython", "nogil")}
+            return numba.cfunc(signature, cache=directory is not None, nopython=True, **options)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    return decorate
 
 
 def helper(function: F) -> F:

@@ -11,6 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from edge_kernels.machine import cpu_count
 
@@ -69,3 +73,31 @@ def parallel_region() -> Iterator[int]:
             yield workers
         finally:
             numba.set_num_threads(before)
+
+
+def start_threads() -> str:
+    """Start numba's threads, which compiled callbacks cannot; return the name of the thread layer."""
+    from numba.np.ufunc.parallel import _launch_threads
+
+    _launch_threads()
+    return str(numba.threading_layer())
+
+
+@intrinsic
+def exchange_threads(typing_context, n):  # type: ignore[no-untyped-def]
+    """Set the number of threads of the calling thread's parallel code to n; return what it was.
+
+    As `numba.set_num_threads`, whose code cannot be cached: it holds the function's address. LLVM knows its name.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        number = ir.IntType(32)
+        read = cgutils.get_or_insert_function(builder.module, ir.FunctionType(number, []), "get_num_threads")
+        write = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [number]), "set_num_threads"
+        )
+        before = builder.call(read, [])
+        builder.call(write, [builder.trunc(args[0], number)])
+        return builder.sext(before, ir.IntType(64))
+
+    return types.int64(types.int64), generate

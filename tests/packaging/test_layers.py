@@ -38,7 +38,7 @@ LEVELS = {
         arrays
         simd
         linear
-        attention rows
+        attention rows ggml_backend
     """,
     "edge_converters": """
         sources
@@ -62,7 +62,7 @@ LEVELS = {
 }
 # Which rooms may know the kernels and llama.cpp, each by its own modules.
 KNOWS = {
-    "edge_kernels": ("vision", "decoder.amx_prefill", "loading", "cli"),
+    "edge_kernels": ("vision", "decoder.amx_prefill", "decoder.kernel_products", "loading", "cli"),
     "llama_cpp": ("decoder",),
     "edge_converters": ("cli.program",),
 }

@@ -2,13 +2,17 @@
 
 A block holds 256 weights of one output. Integers of a few bits are scaled in groups of 16 or 32:
 
-    Q4_K  144 bytes  d, m: float16 | 12 bytes: 8 scales and 8 minima of 6 bits | 128 bytes: 256 · 4 bits
-    Q5_K  176 bytes  d, m: float16 | 12 bytes, as there | 32 bytes: fifth bits | 128 bytes: lower 4 bits
-    Q6_K  210 bytes  128 bytes: lower 4 bits | 64 bytes: upper 2 bits | 16 scales: int8 | d: float16
-    Q8_0  272 bytes  8 times: d: float16 | 32 · int8
+    Q4_K    144 bytes  d, m: float16 | 12 bytes: 8 scales and 8 minima of 6 bits | 128 bytes: 256 · 4 bits
+    Q5_K    176 bytes  d, m: float16 | 12 bytes, as there | 32 bytes: fifth bits | 128 bytes: lower 4 bits
+    Q6_K    210 bytes  128 bytes: lower 4 bits | 64 bytes: upper 2 bits | 16 scales: int8 | d: float16
+    Q8_0    272 bytes  8 times: d: float16 | 32 · int8
+    Q4_0    144 bytes  8 times: d: float16 | 16 bytes: 32 · 4 bits, 8 stands for 0
+    Q4_1    160 bytes  8 times: d, m: float16 | 16 bytes: 32 · 4 bits, m is added
+    IQ4_NL  144 bytes  8 times: d: float16 | 16 bytes: 32 · 4 bits, places in a table of 16 integers
 
 Nibbles of Q4_K and Q5_K: byte i of the j-th 32 bytes has weight i of group 2j in its lower half, and weight i of
-group 2j + 1 in its upper. Source: ggml's `ggml-common.h` and `dequantize_row_*` in `ggml-quants.c`.
+group 2j + 1 in its upper. Of the last three, byte i has weights i and i + 16.
+Source: ggml's `ggml-common.h` and `dequantize_row_*` in `ggml-quants.c`.
 """
 
 from __future__ import annotations
@@ -82,7 +86,39 @@ def _q8_0(blocks: Bytes) -> Float32:
     return np.ascontiguousarray(parts[:, 2:]).view(np.int8) * _float16(parts, 0)
 
 
-_UNPACK = {"Q4_K": (144, _q4_k), "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k), "Q8_0": (272, _q8_0)}
+def _small_nibbles(packed: Bytes) -> Bytes:
+    """Unpack 16 bytes to 32 integers of 4 bits, [blocks, 32]."""
+    return np.concatenate([packed & 15, packed >> 4], axis=1)
+
+
+def _q4_0(blocks: Bytes) -> Float32:
+    parts = blocks.reshape(-1, 18)
+    return (_small_nibbles(parts[:, 2:]).astype(np.float32) - 8) * _float16(parts, 0)
+
+
+def _q4_1(blocks: Bytes) -> Float32:
+    parts = blocks.reshape(-1, 20)
+    return _small_nibbles(parts[:, 4:]) * _float16(parts, 0) + _float16(parts, 2)
+
+
+IQ4_NL_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What the nibbles of IQ4_NL stand for: `kvalues_iq4nl` of ggml-common.h."""
+
+
+def _iq4_nl(blocks: Bytes) -> Float32:
+    parts = blocks.reshape(-1, 18)
+    return np.array(IQ4_NL_VALUES, np.float32)[_small_nibbles(parts[:, 2:])] * _float16(parts, 0)
+
+
+_UNPACK = {
+    "Q4_K": (144, _q4_k),
+    "Q5_K": (176, _q5_k),
+    "Q6_K": (210, _q6_k),
+    "Q8_0": (272, _q8_0),
+    "Q4_0": (144, _q4_0),
+    "Q4_1": (160, _q4_1),
+    "IQ4_NL": (144, _iq4_nl),
+}
 
 
 def unpack_blocks(blocks: Bytes, kind: str, n: int, k: int) -> Float32:
@@ -93,7 +129,7 @@ def unpack_blocks(blocks: Bytes, kind: str, n: int, k: int) -> Float32:
     blocks : ndarray [shape=(n · k / 256 · bytes of a block,), uint8]
         Rows of blocks, one row per output.
     kind : str
-        "Q4_K", "Q5_K", "Q6_K" or "Q8_0".
+        One of those above.
     n, k : int
         Number of outputs and of inputs; k is a multiple of 256.
 
@@ -133,3 +169,37 @@ def linear_blocks(x: NDArray[Any], blocks: Bytes, kind: str, n: int, *, residual
     weight = round_to_even_bf16(unpack_blocks(blocks, kind, n, x.shape[1]))
     y = round_to_bf16(x) @ weight.T
     return y if residual is None else y + residual
+
+
+def round_rows(x: Float32, kind: str) -> NDArray[np.float64]:
+    """Round rows as products in 8 bits with a type of weights do: 127 for the largest of 256 numbers, or of 32.
+
+    Types whose blocks hold 256 weights take 256, the others 32, each like its blocks.
+
+    Returns
+    -------
+    ndarray [shape of x, float64]
+        scale · integer. NaN for all numbers of a part that holds a NaN or an infinity.
+    """
+    part = 256 if kind.endswith("_K") else 32
+    parts = x.reshape(*x.shape[:-1], -1, part)
+    largest = np.abs(parts).max(-1, keepdims=True).astype(np.float32)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        factor = np.float32(127) / largest
+        factor = np.where(np.isfinite(factor), factor, np.float32(0))
+        integers = np.rint(parts * factor)
+    scale = largest / np.float32(127)
+    scale = np.where(np.isfinite(scale), scale, np.float32(np.nan))
+    return (np.where(np.isfinite(integers), integers, 0).astype(np.float64) * scale).reshape(x.shape)
+
+
+def linear_gguf(x: Float32, blocks: Bytes, kind: str, n: int) -> NDArray[np.float64]:
+    """Multiply rows, rounded to 8 bits, by a weight in blocks; exact but for float64.
+
+    Parameters and errors as in `linear_blocks`.
+
+    Returns
+    -------
+    ndarray [shape=(M, N), float64]
+    """
+    return round_rows(x, kind) @ unpack_blocks(blocks, kind, n, x.shape[1]).astype(np.float64).T

@@ -1,0 +1,294 @@
+"""Registering the kernels with ggml as an accelerator, and proving first that both mean the same structures.
+
+llama.cpp gives every context the accelerators that are registered when it is made, and `used_in_new_contexts` says if
+ours is one of them. Its buffers are ggml's own for the CPU, so nothing is copied: weights stay in the mapped file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator
+from ctypes import CFUNCTYPE, POINTER, addressof, byref, c_bool, c_char_p, c_int, c_size_t, c_void_p, cast
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from edge_kernels.ggml_backend import compiled
+from edge_kernels.ggml_backend.library import BackendError, address, function
+from edge_kernels.ggml_backend.structures import (
+    ACCELERATOR,
+    API_VERSION,
+    CPU,
+    FLOAT32,
+    MUST_BE_COMPUTED,
+    Backend,
+    Capabilities,
+    Device,
+    InitParameters,
+    Properties,
+    Registration,
+    Tensor,
+)
+from edge_kernels.linear.gguf_int8 import KIND_NAMES
+from edge_kernels.simd.gguf_layout import BLOCK, KINDS
+from edge_kernels.threads import start_threads, thread_count
+
+NAME = b"edge-kernels"
+_FREE_OPERATIONS = ("NONE", "RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE")
+MAX_OPERATION, MAX_TYPE = 64, 20  # past the last of interest; ggml's functions check no bounds
+MAX_ERROR = 0.02
+"""Of a product, relative to its largest number: both sides round rows to 8 bits, each in its own way."""
+
+
+class _Registered:
+    """The structures that ggml holds pointers to; they live as long as the process."""
+
+    def __init__(self) -> None:
+        self.is_used = True
+        self._callbacks: list[Any] = []
+        self._backends: dict[int, tuple[Backend, Any]] = {}
+        self._free = self._callback(None, c_void_p)(self._free_backend)
+        self._name = c_char_p(NAME)
+        self._name_at = cast(self._name, c_void_p).value
+        self._guid = (ctypes.c_uint8 * 16)(*b"edge-kernels\0\0\0\1")
+        self._cpu_buffers = function("ggml_backend_cpu_buffer_type")()
+        self.table = _table()
+        self.device, self.registration = Device(), Registration(API_VERSION)
+        self._fill_device()
+        self._fill_registration()
+
+    def _callback(self, result: Any, *arguments: Any) -> Any:
+        """Turn a Python function into a C one: for what is called when a context is made, not while it computes."""
+
+        def decorate(python: Any) -> int:
+            self._callbacks.append(CFUNCTYPE(result, *arguments)(python))
+            return cast(self._callbacks[-1], c_void_p).value or 0
+
+        return decorate
+
+    def _get_name(self) -> int:
+        return int(self._callback(c_void_p, c_void_p)(lambda _: self._name_at))
+
+    def _fill_device(self) -> None:
+        functions, make = self.device.functions, self._callback
+        functions.get_name = functions.get_description = self._get_name()
+        functions.get_memory = make(None, c_void_p, POINTER(c_size_t), POINTER(c_size_t))(_no_memory)
+        # llama.cpp asks for the type when it makes a context, and takes accelerators.
+        functions.get_type = make(c_int, c_void_p)(lambda _: ACCELERATOR if self.is_used else CPU)
+        functions.get_props = make(None, c_void_p, POINTER(Properties))(_fill_properties)
+        functions.init_backend = make(c_void_p, c_void_p, c_char_p)(lambda _, __: self.new_backend())
+        functions.get_buffer_type = make(c_void_p, c_void_p)(lambda _: self._cpu_buffers)
+        from_pointer = function("ggml_backend_cpu_buffer_from_ptr")
+        functions.buffer_from_host_ptr = make(c_void_p, c_void_p, c_void_p, c_size_t, c_size_t)(
+            lambda _, pointer, size, __: from_pointer(c_void_p(pointer), c_size_t(size))
+        )
+        functions.supports_op = compiled.supports_op.address
+        is_host = function("ggml_backend_buft_is_host")
+        functions.supports_buft = make(c_bool, c_void_p, c_void_p)(lambda _, kind: is_host(c_void_p(kind)))
+        self.device.registration, self.device.context = addressof(self.registration), self.table.ctypes.data
+
+    def _fill_registration(self) -> None:
+        functions, make = self.registration.functions, self._callback
+        functions.get_name = self._get_name()
+        functions.get_device_count = make(c_size_t, c_void_p)(lambda _: 1)
+        functions.get_device = make(c_void_p, c_void_p, c_size_t)(lambda _, __: addressof(self.device))
+        functions.get_proc_address = make(c_void_p, c_void_p, c_char_p)(
+            lambda _, name: compiled.set_n_threads.address if name == b"ggml_backend_set_n_threads" else None
+        )
+
+    def new_backend(self) -> int:
+        """Make the backend of one context, with a table of its own."""
+        backend, table = Backend(), self.table.copy()
+        backend.guid, backend.device, backend.context = (
+            addressof(self._guid),
+            addressof(self.device),
+            table.ctypes.data,
+        )
+        backend.functions.get_name = self.device.functions.get_name
+        backend.functions.free = self._free
+        backend.functions.graph_compute = compiled.graph_compute.address
+        self._backends[addressof(backend)] = backend, table
+        return addressof(backend)
+
+    def _free_backend(self, backend: int) -> None:
+        self._backends.pop(backend, None)
+
+
+def _no_memory(_device: Any, free: Any, total: Any) -> None:
+    free[0] = total[0] = 0  # "no memory to report"
+
+
+def _fill_properties(_device: Any, properties: Any) -> None:
+    found = properties.contents
+    found.name = found.description = NAME
+    found.memory_free = found.memory_total = 0
+    found.type, found.device_id = ACCELERATOR, None
+    found.capabilities = Capabilities(False, False, True, False, True)
+
+
+def _operations() -> dict[str, int]:
+    """Codes of the operations that matter, by ggml's names of them."""
+    codes: dict[str, int] = {}
+    wanted = {"MUL_MAT", *_FREE_OPERATIONS}
+    for code in range(MAX_OPERATION):
+        name = (function("ggml_op_name")(c_int(code)) or b"").decode()
+        if name in wanted:
+            codes[name] = code
+        if len(codes) == len(wanted):
+            return codes
+    raise BackendError(f"this ggml names no operation {', '.join(sorted(wanted - set(codes)))}.")
+
+
+def _table() -> Any:
+    """The table for `compiled`: what this ggml calls things."""
+    operations = _operations()
+    table = np.full(compiled.TABLE_SIZE, -1, np.int64)
+    table[compiled.THREADS], table[compiled.MAX_THREADS] = thread_count(), numba.config.NUMBA_NUM_THREADS
+    table[compiled.MIN_ROWS], table[compiled.MUL_MAT] = 1, operations["MUL_MAT"]
+    table[compiled.GRAPH_NODES] = address("ggml_graph_nodes")
+    table[compiled.GRAPH_N_NODES] = address("ggml_graph_n_nodes")
+    for i, name in enumerate(_FREE_OPERATIONS):
+        table[compiled.FREE + i] = operations[name]
+    for code in range(MAX_TYPE + 1):
+        name = (function("ggml_type_name")(c_int(code)) or b"").decode().upper()
+        if name not in KINDS:
+            continue
+        n_bytes = BLOCK // function("ggml_blck_size")(c_int(code)) * function("ggml_type_size")(c_int(code))
+        if n_bytes != KINDS[name].block_bytes:
+            raise BackendError(
+                f"this ggml stores 256 weights of {name} in {n_bytes} bytes; {KINDS[name].block_bytes} were expected."
+            )
+        table[compiled.KIND + code], table[compiled.BLOCK_BYTES + code] = KIND_NAMES.index(name), n_bytes
+    return table
+
+
+# --- proof --------------------------------------------------------------------------------------------------
+
+
+def _product(kind: int, n: int, k: int, m: int) -> tuple[Any, Any, int]:
+    """Make a graph of one product in ggml: the memory that holds all of it, its node, and the graph."""
+    memory = np.zeros(1 << 20, np.uint8)
+    begin = memory.ctypes.data + -memory.ctypes.data % 64
+    context = function("ggml_init")(InitParameters(len(memory) - 64, begin, False))
+    if not context:
+        raise BackendError("ggml makes no context.")
+
+    def tensor(type_: int, *shape: int) -> int:
+        return int(function("ggml_new_tensor_2d")(c_void_p(context), c_int(type_), *map(ctypes.c_int64, shape)))
+
+    weight, rows = tensor(kind, k, n), tensor(FLOAT32, k, m)
+    node = function("ggml_mul_mat")(c_void_p(context), c_void_p(weight), c_void_p(rows))
+    graph = function("ggml_new_graph")(c_void_p(context))
+    function("ggml_build_forward_expand")(c_void_p(graph), c_void_p(node))
+    return (memory, context), cast(node, POINTER(Tensor)), graph
+
+
+def _check(registered: _Registered) -> None:
+    """Compute a small product with ggml and with the kernels.
+
+    Raises
+    ------
+    BackendError
+        When fields are not where they should be, or the results differ.
+    """
+    kind = next(code for code in range(MAX_TYPE + 1) if registered.table[compiled.KIND + code] == 0)
+    n, k, m = 48, 512, 5
+    (memory, context), node, graph = _product(kind, n, k, m)
+    try:
+        found = node.contents
+        weight, rows = found.src[0].contents, found.src[1].contents
+        block_bytes = int(registered.table[compiled.BLOCK_BYTES + kind])
+        facts = (
+            weight.type, rows.type, found.op, *weight.ne, *rows.ne, *found.ne, weight.nb[1], rows.nb[1], found.nb[1],
+            bool(found.flags & MUST_BE_COMPUTED), ctypes.sizeof(Tensor) <= function("ggml_tensor_overhead")(),
+        )  # fmt: skip
+        expected = (
+            kind, FLOAT32, registered.table[compiled.MUL_MAT], k, n, 1, 1, k, m, 1, 1, n, m, 1, 1,
+            k // BLOCK * block_bytes, 4 * k, 4 * n, True, True,
+        )  # fmt: skip
+        if facts != expected:
+            raise BackendError(f"this ggml's tensors look different: {facts} instead of {expected}.")
+        _fill(weight, rows, n * k // BLOCK, block_bytes, m * k)
+        results = []
+        for backend in (function("ggml_backend_init_by_type")(c_int(CPU), None), registered.new_backend()):
+            status = function("ggml_backend_graph_compute")(c_void_p(backend), c_void_p(graph))
+            result = np.ctypeslib.as_array(cast(found.data, POINTER(ctypes.c_float)), (m * n,))
+            results.append(result.copy())
+            result[:] = 0
+            function("ggml_backend_free")(c_void_p(backend))
+            if status != compiled.SUCCESS:
+                raise BackendError(f"a product ended with status {status}.")
+    finally:
+        function("ggml_free")(c_void_p(context))
+        del memory
+    error = np.abs(results[0] - results[1]).max() / np.abs(results[0]).max()
+    if not error <= MAX_ERROR:
+        raise BackendError(f"a product differs from ggml's by {error:.3g} of its largest number.")
+
+
+def _fill(weight: Tensor, rows: Tensor, n_blocks: int, block_bytes: int, n_numbers: int) -> None:
+    random = np.random.default_rng(0)
+    blocks = np.ctypeslib.as_array(cast(weight.data, POINTER(ctypes.c_uint8)), (n_blocks, block_bytes))
+    blocks[:] = random.integers(0, 256, blocks.shape)
+    blocks[:, :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
+    numbers = np.ctypeslib.as_array(cast(rows.data, POINTER(ctypes.c_float)), (n_numbers,))
+    numbers[:] = random.standard_normal(n_numbers)
+
+
+# --- registering --------------------------------------------------------------------------------------------
+
+_lock = threading.RLock()
+
+
+@cache
+def _registered() -> _Registered:
+    layer = start_threads()
+    if layer == "workqueue":
+        raise BackendError(
+            "numba has no thread layer here that several Python threads may use at once; install the package tbb, or "
+            "libgomp."
+        )
+    registered = _Registered()
+    _check(registered)
+    function("ggml_backend_register")(byref(registered.registration))
+    return registered
+
+
+def register() -> None:
+    """Register the kernels with the ggml that this process has loaded; calling it again does nothing.
+
+    All contexts of llama.cpp made from now on use them, unless `used_in_new_contexts` says otherwise. Compiles them
+    where they are not cached, half a minute.
+
+    Raises
+    ------
+    BackendError
+        When ggml is not loaded, or is not the one that the kernels know; nothing is registered then.
+    """
+    with _lock:
+        _registered()
+
+
+@contextlib.contextmanager
+def used_in_new_contexts(used: bool) -> Iterator[None]:
+    """Say whether contexts of llama.cpp that are made inside the block use the kernels.
+
+    Raises
+    ------
+    BackendError
+        As `register`, if `used` is true.
+    """
+    with _lock:
+        if not used and not _registered.cache_info().currsize:
+            yield
+            return
+        registered, before = _registered(), _registered().is_used
+        registered.is_used = used
+        try:
+            yield
+        finally:
+            registered.is_used = before

@@ -1,0 +1,238 @@
+"""Products with weights that stay in ggml's blocks × rows in 8 bits: prompts, batches and single rows, on any CPU.
+
+What enters: addresses of rows and of weights where they lie, in a mapped file or in ggml's buffers. What leaves:
+float32 rows. A worker takes a panel of BLOCK_NR outputs, unpacks some blocks of it into the first cache, and
+multiplies all rows by them:
+
+    for panel of the task                       outputs
+        for blocks of k that fit the cache      unpack: every weight is read and unpacked once, for all rows
+            for tile of up to 6 rows            multiply
+
+So one row and a thousand take the same way, and a row's numbers are the same in any company.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (what numba compiles takes its types from the call)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_kernels.arrays import aligned
+from edge_kernels.compile import helper, kernel
+from edge_kernels.linear.tasks import result_rows
+from edge_kernels.simd.gguf_int8 import tiles
+from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_NR, KINDS, ROW_BYTES, UNPACKED_BYTES
+from edge_kernels.simd.gguf_panels import unpackers
+from edge_kernels.simd.gguf_rows import quantize_float, quantize_integer, write_rows
+from edge_kernels.simd.ir import take_ticket
+from edge_kernels.threads import parallel_region
+
+Float32 = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+KIND_NAMES = tuple(KINDS)
+_FIRST_FLOAT = next(i for i, kind in enumerate(KINDS.values()) if kind.is_float)
+
+CACHED_BLOCKS = 4
+"""Blocks of a panel unpacked at a time: 20 kB on AVX2, beside the 8 kB of a tile's rows in the first cache."""
+TASKS_PER_WORKER = 16
+SERIAL_NUMBERS = 1 << 15
+"""Numbers of all rows up to which one thread quantises them: sharing costs more."""
+
+
+def _unpacking(name):
+    unpack = unpackers[name]
+
+    @helper
+    def run(blocks, row_bytes, panel):
+        unpack(blocks, row_bytes, panel)
+
+    return run
+
+
+def _multiplying(name):
+    tile_6, tile_4, tile_2, tile_1 = (tiles[name, n] for n in (6, 4, 2, 1))
+
+    @helper
+    def run(panel, n_blocks, rows, row_stride, m, totals):
+        row = 0
+        while m - row >= 6:
+            tile_6(panel, n_blocks, rows + row * row_stride, row_stride, totals + row * 4 * BLOCK_NR)
+            row += 6
+        if m - row >= 4:
+            tile_4(panel, n_blocks, rows + row * row_stride, row_stride, totals + row * 4 * BLOCK_NR)
+            row += 4
+        if m - row >= 2:
+            tile_2(panel, n_blocks, rows + row * row_stride, row_stride, totals + row * 4 * BLOCK_NR)
+            row += 2
+        if m - row >= 1:
+            tile_1(panel, n_blocks, rows + row * row_stride, row_stride, totals + row * 4 * BLOCK_NR)
+
+    return run
+
+
+_unpack_0, _unpack_1, _unpack_2, _unpack_3, _unpack_4, _unpack_5, _unpack_6 = map(_unpacking, KIND_NAMES)
+_multiply_0, _multiply_1, _multiply_2, _multiply_3, _multiply_4, _multiply_5, _multiply_6 = map(
+    _multiplying, KIND_NAMES
+)
+
+
+@helper
+def _unpack(kind, blocks, row_bytes, panel):
+    if kind == 0:
+        _unpack_0(blocks, row_bytes, panel)
+    elif kind == 1:
+        _unpack_1(blocks, row_bytes, panel)
+    elif kind == 2:
+        _unpack_2(blocks, row_bytes, panel)
+    elif kind == 3:
+        _unpack_3(blocks, row_bytes, panel)
+    elif kind == 4:
+        _unpack_4(blocks, row_bytes, panel)
+    elif kind == 5:
+        _unpack_5(blocks, row_bytes, panel)
+    else:
+        _unpack_6(blocks, row_bytes, panel)
+
+
+@helper
+def _multiply(kind, panel, n_blocks, rows, row_stride, m, totals):
+    if kind == 0:
+        _multiply_0(panel, n_blocks, rows, row_stride, m, totals)
+    elif kind == 1:
+        _multiply_1(panel, n_blocks, rows, row_stride, m, totals)
+    elif kind == 2:
+        _multiply_2(panel, n_blocks, rows, row_stride, m, totals)
+    elif kind == 3:
+        _multiply_3(panel, n_blocks, rows, row_stride, m, totals)
+    elif kind == 4:
+        _multiply_4(panel, n_blocks, rows, row_stride, m, totals)
+    elif kind == 5:
+        _multiply_5(panel, n_blocks, rows, row_stride, m, totals)
+    else:
+        _multiply_6(panel, n_blocks, rows, row_stride, m, totals)
+
+
+class Weight(NamedTuple):
+    """A weight [n, k] in blocks: its address, index of its type in KINDS, bytes of a block and of an output."""
+
+    address: int
+    kind: int
+    block_bytes: int
+    row_bytes: int
+    n: int
+    k: int
+
+
+class Matrix(NamedTuple):
+    """Rows of float32: their address, and the bytes from one to the next."""
+
+    address: int
+    stride: int
+
+
+@helper
+def _quantize_row(weight, x, row, quantized):
+    blocks = weight.k // BLOCK
+    for b in range(blocks):
+        source = x.address + row * x.stride + b * BLOCK * 4
+        to = quantized.ctypes.data + (row * blocks + b) * ROW_BYTES
+        if weight.kind < _FIRST_FLOAT:
+            quantize_integer(source, to)
+        else:
+            quantize_float(source, to)
+
+
+@helper
+def _work(weight, quantized, m, y, tickets, panels_of_task):
+    """Compute tasks until there are none."""
+    rows = quantized.ctypes.data
+    panels, blocks = (weight.n + BLOCK_NR - 1) // BLOCK_NR, weight.k // BLOCK
+    tasks = (panels + panels_of_task - 1) // panels_of_task
+    unpacked = aligned(CACHED_BLOCKS * UNPACKED_BYTES // 4, np.float32)
+    totals = aligned(m * BLOCK_NR, np.float32)
+    panel_at, totals_at = unpacked.ctypes.data, totals.ctypes.data
+    task = take_ticket(tickets)
+    while task < tasks:
+        for panel in range(task * panels_of_task, min((task + 1) * panels_of_task, panels)):
+            output = min(panel * BLOCK_NR, weight.n - BLOCK_NR)  # the last panel overlaps the one before
+            totals[:] = 0.0
+            first = weight.address + output * weight.row_bytes
+            for start in range(0, blocks, CACHED_BLOCKS):
+                n_blocks = min(CACHED_BLOCKS, blocks - start)
+                for b in range(n_blocks):
+                    at = first + (start + b) * weight.block_bytes
+                    _unpack(weight.kind, at, weight.row_bytes, panel_at + b * UNPACKED_BYTES)
+                _multiply(weight.kind, panel_at, n_blocks, rows + start * ROW_BYTES, blocks * ROW_BYTES, m, totals_at)
+            write_rows(totals_at, m, y.address + output * 4, y.stride)
+        task = take_ticket(tickets)
+    unpacked[0] = totals[0]  # both are in use until here
+
+
+@kernel
+def multiply(weight, x, m, y, workers):
+    """Multiply m rows x by a weight, into y: a `Weight` and two of `Matrix`. The caller is in a parallel region."""
+    blocks = weight.k // BLOCK
+    quantized = aligned(m * blocks * ROW_BYTES // 4, np.float32)
+    tickets = np.zeros(1, np.int64)
+    if m * weight.k <= SERIAL_NUMBERS:
+        for row in range(m):
+            _quantize_row(weight, x, row, quantized)
+    else:
+        for row in numba.prange(m):
+            _quantize_row(weight, x, row, quantized)
+    panels = (weight.n + BLOCK_NR - 1) // BLOCK_NR
+    panels_of_task = max(1, panels // (TASKS_PER_WORKER * workers))
+    for _ in numba.prange(workers):
+        _work(weight, quantized, m, y, tickets, panels_of_task)
+
+
+def linear_gguf(x: Float32, blocks: Bytes, kind: str, n: int, *, out: Float32 | None = None) -> Float32:
+    """Multiply rows, rounded to 8 bits, by a weight in ggml's blocks; `reference.gguf_blocks.linear_gguf` defines it.
+
+    Runs in parallel. A result depends neither on the other rows nor on the number of threads. Reads the weight once:
+    N·K / 256 blocks.
+
+    Parameters
+    ----------
+    x : ndarray [shape=(M, K), float32]
+        Rows; K is a multiple of 256.
+    blocks : ndarray [shape=(N · K / 256 · bytes of a block,), uint8]
+        The weight as it lies in a GGUF file, one row of blocks per output.
+    kind : str
+        A key of `simd.gguf_layout.KINDS`.
+    n : int
+        Outputs, at least BLOCK_NR.
+    out : ndarray [shape=(M, N), float32, C-contiguous] or None
+
+    Returns
+    -------
+    ndarray [shape=(M, N), float32, C-contiguous]
+        `out`, or a new array.
+
+    Raises
+    ------
+    ValueError
+        If rows and weight do not match, or `out` cannot be written into.
+    """
+    m, k = x.shape
+    block_bytes = KINDS[kind].block_bytes
+    if k % BLOCK or n < BLOCK_NR or blocks.size != n * k // BLOCK * block_bytes:
+        raise ValueError(f"Rows of {k} meet {blocks.size} bytes of {kind} for {n} outputs.")
+    out = result_rows(out, m, n)
+    if m == 0:
+        return out
+    x, blocks = np.require(x, np.float32, ["C", "A"]), np.ascontiguousarray(blocks)
+    weight = Weight(_address(blocks), KIND_NAMES.index(kind), block_bytes, k // BLOCK * block_bytes, n, k)
+    with parallel_region() as workers:
+        multiply(weight, Matrix(_address(x), 4 * k), m, Matrix(_address(out), 4 * n), workers)
+    return out
+
+
+def _address(array) -> int:
+    return int(array.__array_interface__["data"][0])

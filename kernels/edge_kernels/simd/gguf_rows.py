@@ -1,0 +1,149 @@
+"""Rows of float32 → 8 bits with a scale per 256 numbers or per 32, and results back into rows, as LLVM IR."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# (what numba compiles takes its types from the call)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from edge_kernels.simd.gguf_layout import (
+    BLOCK,
+    BLOCK_NR,
+    FLOATS,
+    ROW_SCALE_AT,
+    ROW_SCALES_AT,
+    ROW_SUMS_AT,
+    SUMS_16_AT,
+    SUMS_32_AT,
+    VECTORS,
+    WIDTH,
+    byte_at,
+    pointer,
+)
+from edge_kernels.simd.ir import (
+    BYTE,
+    FLOAT,
+    INT,
+    SHORT,
+    address_of,
+    call,
+    constant,
+    index,
+    load,
+    loop,
+    multiply_add,
+    splat,
+    store,
+)
+
+_ROW_WIDTH = min(WIDTH, 8)
+_ROW_FLOATS, _ROW_INTS = ir.VectorType(FLOAT, _ROW_WIDTH), ir.VectorType(INT, _ROW_WIDTH)
+
+
+def _horizontal(builder: ir.IRBuilder, name: str, value: ir.Value) -> ir.Value:
+    suffix = f"v{value.type.count}{'f32' if value.type.element == FLOAT else 'i32'}"
+    return call(builder, f"llvm.vector.reduce.{name}.{suffix}", value.type.element, [value])
+
+
+def _absolute(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    return call(builder, f"llvm.fabs.v{_ROW_WIDTH}f32", _ROW_FLOATS, [value])
+
+
+def _quantize(builder: ir.IRBuilder, x: ir.Value, out: ir.Value, n: int) -> tuple[ir.Value, list[ir.Value]]:
+    """Emit n numbers as bytes, 127 for the largest; return the scale, and the sums of 16 bytes each.
+
+    The scale is NaN where a number is NaN or infinite, so that it is seen in the result.
+    """
+    values = [load(builder, address_of(builder, x, index(i)), _ROW_FLOATS) for i in range(0, n, _ROW_WIDTH)]
+    largest = [_absolute(builder, v) for v in values]
+    while len(largest) > 1:
+        pairs = zip(largest[::2], largest[1::2], strict=True)
+        largest = [builder.select(builder.fcmp_ordered(">", a, b), a, b) for a, b in pairs]
+    most = _horizontal(builder, "fmax", largest[0])
+    spoilt = constant(_ROW_FLOATS, 0.0)
+    for value in values:
+        spoilt = multiply_add(builder, value, constant(_ROW_FLOATS, 0.0), spoilt)
+    extra = ir.Constant(FLOAT, -0.0)
+    nothing = call(builder, f"llvm.vector.reduce.fadd.v{_ROW_WIDTH}f32", FLOAT, [extra, spoilt])
+    scale = builder.fadd(builder.fdiv(most, ir.Constant(FLOAT, 127.0)), nothing)
+    inverse = builder.fdiv(ir.Constant(FLOAT, 127.0), most)
+    is_finite = builder.fcmp_ordered("<", builder.fadd(inverse, nothing), ir.Constant(FLOAT, float("inf")))
+    factor = splat(builder, builder.select(is_finite, inverse, ir.Constant(FLOAT, 0.0)), _ROW_WIDTH)
+    zero, sums = constant(_ROW_FLOATS, 0.0), []
+    for i, value in enumerate(values):
+        scaled = builder.fmul(value, factor)
+        scaled = builder.select(builder.fcmp_ordered("ord", scaled, zero), scaled, zero)
+        rounded = call(builder, f"llvm.rint.v{_ROW_WIDTH}f32", _ROW_FLOATS, [scaled])
+        integers = builder.fptosi(rounded, _ROW_INTS)
+        bytes_ = builder.trunc(integers, ir.VectorType(BYTE, _ROW_WIDTH))
+        store(builder, bytes_, byte_at(builder, out, i * _ROW_WIDTH), 1)
+        if i * _ROW_WIDTH % 16 == 0:
+            sums.append(integers)
+        else:
+            sums[-1] = builder.add(sums[-1], integers)
+    return scale, [_horizontal(builder, "add", s) for s in sums]
+
+
+@intrinsic
+def quantize_integer(typing_context, x, out):
+    """Quantise 256 float32 at address x to ROW_BYTES at `out`, with one scale."""
+
+    def generate(context, builder, signature, args):
+        x, out = (pointer(builder, a) for a in args)
+        scale, sums = _quantize(builder, x, out, BLOCK)
+        store(builder, scale, byte_at(builder, out, ROW_SCALE_AT))
+        for i, value in enumerate(sums):
+            store(builder, builder.trunc(value, SHORT), byte_at(builder, out, SUMS_16_AT + 2 * i), 2)
+        for i, (a, b) in enumerate(zip(sums[::2], sums[1::2], strict=True)):
+            store(builder, builder.trunc(builder.add(a, b), SHORT), byte_at(builder, out, SUMS_32_AT + 2 * i), 2)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), generate
+
+
+@intrinsic
+def quantize_float(typing_context, x, out):
+    """Quantise 256 float32 at address x to ROW_BYTES at `out`, with a scale per 32."""
+
+    def generate(context, builder, signature, args):
+        x, out = (pointer(builder, a) for a in args)
+
+        def group(g: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            first = builder.mul(g, index(32))
+            scale, (a, b) = _quantize(builder, address_of(builder, x, first), byte_at(builder, out, first), 32)
+            place = byte_at(builder, out, builder.mul(g, index(4)))
+            store(builder, scale, byte_at(builder, place, ROW_SCALES_AT))
+            total = builder.fmul(scale, builder.sitofp(builder.add(a, b), FLOAT))
+            store(builder, total, byte_at(builder, place, ROW_SUMS_AT))
+            return []
+
+        loop(builder, index(0), index(8), 1, [], group)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), generate
+
+
+@intrinsic
+def write_rows(typing_context, totals, n_rows, out, out_stride):
+    """Copy n_rows × BLOCK_NR float32 to rows `out_stride` bytes apart; the others are addresses."""
+
+    def generate(context, builder, signature, args):
+        totals, out = pointer(builder, args[0]), pointer(builder, args[2])
+
+        def row(r: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            source = byte_at(builder, totals, builder.mul(r, index(4 * BLOCK_NR)))
+            to = byte_at(builder, out, builder.mul(r, args[3]))
+            for v in range(VECTORS):
+                value = load(builder, byte_at(builder, source, v * 4 * WIDTH), FLOATS)
+                store(builder, value, byte_at(builder, to, v * 4 * WIDTH))
+            return []
+
+        loop(builder, index(0), args[1], 1, [], row)
+        return context.get_dummy_value()
+
+    return types.none(*[types.int64] * 4), generate
