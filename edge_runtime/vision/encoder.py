@@ -13,6 +13,7 @@ from edge_runtime.inputs.slice_groups import Group, LazyGroup, n_patches
 from edge_runtime.inputs.slicing import Slice
 from edge_runtime.vision.arithmetic import Arithmetic, FloatArithmetic, Int8Arithmetic
 from edge_runtime.vision.calibration import read_calibration
+from edge_runtime.vision.known_features import KnownFeatures, slice_digest
 from edge_runtime.vision.resampler import GroupItem, Resampler
 from edge_runtime.vision.tower import OnLayer, VisionTower, no_report
 from edge_runtime.weights.config import check_mmproj, resampler_config, slicing_config, vision_config
@@ -48,6 +49,7 @@ class ImageEncoder:
         arithmetic: Arithmetic = FloatArithmetic() if exact else Int8Arithmetic(read_calibration(self.file))
         self.tower = VisionTower(self.file, vision, self.slicing, arithmetic)
         self.resampler = Resampler(self.file, resampler_config(self.file), vision.width, arithmetic)
+        self._known = KnownFeatures()
 
     @property
     def n_queries(self) -> int:
@@ -63,9 +65,15 @@ class ImageEncoder:
         """Drop all weights; the next picture loads them again."""
         self.tower.unload()
         self.resampler.unload()
+        self.forget_slices()
+
+    def forget_slices(self) -> None:
+        """Encode slices again that were encoded before."""
+        self._known.clear()
 
     def release_idle_memory(self) -> None:
-        """Drop what only pictures of the same size would use again."""
+        """Drop what only pictures of the same size, or the same slices, would use again."""
+        self.forget_slices()
         self.resampler.release_idle_memory()
 
     def encode(self, groups: Sequence[Group], on_layer: OnLayer = no_report) -> list[Float32]:
@@ -92,12 +100,18 @@ class ImageEncoder:
         return tokens
 
     def _features(self, slices: Sequence[Slice], on_layer: OnLayer) -> list[Float32]:
-        """Patch features of each slice; a large group of frames goes through the tower in several runs."""
-        runs = [*_runs(slices)]
-        features: list[Float32] = []
+        """Patch features of each slice, equal ones encoded once; a large group of frames takes several runs."""
+        digests = [slice_digest(item) for item in slices]
+        known = {digest: self._known.get(digest) for digest in digests}
+        missing = {d: item for d, item in zip(digests, slices, strict=True) if known[d] is None}
+        runs = [*_runs([*missing.values()])]
+        found: list[Float32] = []
         for i, run in enumerate(runs):
-            features += self.tower.encode(run, partial(_report_run, on_layer, i, len(runs)))
-        return features
+            found += self.tower.encode(run, partial(_report_run, on_layer, i, len(runs)))
+        for digest, features in zip(missing, found, strict=True):
+            known[digest] = features
+            self._known.put(digest, features)
+        return [rows for digest in digests if (rows := known[digest]) is not None]
 
 
 def _report_run(on_layer: OnLayer, run: int, n_runs: int, done: int, total: int) -> None:
@@ -115,7 +129,8 @@ def _runs(slices: Sequence[Slice]) -> Iterator[list[Slice]]:
             run, patches = [], 0
         run.append(item)
         patches += item.n_patches
-    yield run
+    if run:
+        yield run
 
 
 def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
