@@ -1,4 +1,4 @@
-"""Peak rates of this machine: the kernels' register tiles on operands that never leave the first cache.
+"""Peak rates of this machine: the kernels' register tiles on operands in the first cache, and reading memory.
 
 A loop around the tile's own instructions on all threads, without packing, memory or anything between two tiles. Rates
 are in units of 1e9 operations per second; a multiplication and an addition count as two. Operands are random, as a
@@ -56,6 +56,29 @@ def _int8(a, b, calls, results, workers):
 def _float32(a, b, calls, results, workers):
     for worker in numba.prange(workers):
         results[worker] = _float32_tiles(a, b, calls)
+
+
+@numba.njit(parallel=True, nogil=True)
+def _read(data, results, workers):
+    for worker in numba.prange(workers):
+        first, end = data.size * worker // workers, data.size * (worker + 1) // workers
+        total = np.int64(0)
+        for i in range(first, end):
+            total += data[i]
+        results[worker] = total
+
+
+def read_bandwidth(n_bytes: int = 1 << 30, times: int = 3) -> float:
+    """GB/s at which all threads together read memory that no cache holds; the best of some times."""
+    data, results = np.ones(n_bytes // 8, np.int64), np.zeros(256, np.int64)
+    best = 0.0
+    with parallel_region() as workers:
+        _read(data[:8], results, workers)  # compiles
+        for _ in range(times):
+            start = time.perf_counter()
+            _read(data, results, workers)
+            best = max(best, n_bytes / (time.perf_counter() - start) / 1e9)
+    return best
 
 
 def _rate(run: Callable[[int, int], None], per_call: float) -> float:

@@ -76,6 +76,7 @@ class Whole:
             for sequence in range(decoder.n_sequences + 1):
                 decoder.rewind(sequence)
             scheduler.encoding.visual_tokens = type(scheduler.encoding.visual_tokens)()
+            self.model.engine.encoder.forget_slices()
 
         self.model.engine.run(empty)
 

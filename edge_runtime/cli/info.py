@@ -8,6 +8,7 @@ from collections import Counter
 from importlib import metadata
 from typing import Any
 
+from edge_runtime.decoder.kernel_products import kernel_setting
 from edge_runtime.store.find import find_model
 from edge_runtime.version import __version__
 from edge_runtime.vision.arithmetic import check_instruction_set
@@ -29,6 +30,8 @@ def describe_machine() -> dict[str, Any]:
     from edge_runtime.decoder import llama_cpp as llama
 
     check_instruction_set()
+    off = kernel_setting() is False
+    products = "llama.cpp" if off else "llama.cpp, products of quantised weights in these kernels"
     from edge_kernels.linear.gguf_blocks import IS_POSSIBLE  # reads the instruction set when imported
 
     return {
@@ -37,7 +40,8 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "kernels": isa(),
-        "prefill": "these kernels" if IS_POSSIBLE else "llama.cpp",
+        "prompts": "these kernels (AMX)" if IS_POSSIBLE else products,
+        "answers": products,
         "threads": cpu_count(),
         "kernel cache": str(cache_directory() or "none (not writable)"),
         "numba": metadata.version("numba"),
