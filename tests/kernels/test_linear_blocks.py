@@ -26,9 +26,10 @@ from edge_kernels.linear.gguf_blocks import (
 from edge_kernels.reference import decoder as reference_decoder
 from edge_kernels.threads import set_threads
 
-pytestmark = pytest.mark.skipif(
-    not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"
-)
+pytestmark = [
+    pytest.mark.every_core,
+    pytest.mark.skipif(not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"),
+]
 
 HALF_STEP = 2.0**-9  # of bfloat16, relative
 SCALES = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q8_0": [34 * i for i in range(8)]}

@@ -102,6 +102,7 @@ def ended(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @has_bus_errors
+@pytest.mark.every_core
 def test_a_decoder_that_is_cut_while_it_answers_is_named(folder):
     """In llama.cpp's threads, and in its own mapping."""
     path = decoder_of(folder)
