@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import pytest
 
 from edge_converters import convert_checkpoint
@@ -45,8 +46,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """As many processes as there are cores."""
-    return cpu_count()
+    """As many processes as there are cores, and memory for: one takes up to 2 GB with what it starts."""
+    return max(1, min(cpu_count(), psutil.virtual_memory().total // 2_000_000_000))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
