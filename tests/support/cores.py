@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_CAN_PIN = hasattr(os, "sched_setaffinity")
+_CAN_PIN = sys.platform == "linux"
 _all_cpus: set[int] = set(os.sched_getaffinity(0)) if _CAN_PIN else set()
 _own_cpus = _all_cpus
 
