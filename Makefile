@@ -13,19 +13,22 @@ setup: .venv/ready
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch .venv/ready
 
+# A process for every core, each of which keeps to one (tests/support/cores.py); files are handed out whole, for their
+# fixtures, the longest first.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # What depends on the instruction set, once more with older ones than this machine's best, as on other people's.
 ISA_TESTS := tests/kernels tests/decoder/test_amx_prefill.py tests/loading/test_startup.py tests/vision/test_int8.py
 test-isas: setup
 	@for isa in $$($(BIN)/python -m tests.older_isas avx512vnni avx2); do \
 		echo "EDGE_RUNTIME_ISA=$$isa"; \
-		EDGE_RUNTIME_ISA=$$isa $(BIN)/python -m pytest $(ISA_TESTS) || exit 1; \
+		EDGE_RUNTIME_ISA=$$isa $(PYTEST) $(ISA_TESTS) || exit 1; \
 	done
 
 quick: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff format --check .

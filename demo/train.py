@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     if saved:
         run.load(saved)
     if options.quick:
-        options.steps, options.minutes = run.step + QUICK_STEPS, 1e3
+        options.steps, options.minutes = min(options.steps, run.step + QUICK_STEPS), 1e3
     train(run, options.out, options)
 
 

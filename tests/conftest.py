@@ -1,20 +1,29 @@
-"""Fixtures shared by all tests: the tiny checkpoint, what it converts to, and loaded models."""
+"""Fixtures shared by all tests: the tiny checkpoint, what it converts to, and loaded models; and test processes."""
 
 from __future__ import annotations
 
+from support.cores import every_core, pin_worker
+
+pin_worker()
+
+# ruff: noqa: E402 - what follows counts the cores when it is imported
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import psutil
 import pytest
 
 from edge_converters import convert_checkpoint
+from edge_kernels.machine import cpu_count
 from edge_runtime import Model
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -33,6 +42,26 @@ def pytest_unconfigure() -> None:
     for name in ("outnull_file", "errnull_file"):
         if utils is not None:
             getattr(utils, name).close()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """As many processes as there are cores, and memory for: one takes up to 2 GB with what it starts."""
+    return max(1, min(cpu_count(), psutil.virtual_memory().total // 2_000_000_000))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several processes, hand out the longest files first, lest one process works alone at the end."""
+    if hasattr(config, "workerinput"):
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Give a test marked every_core what the mark says, its fixtures included."""
+    with every_core() if item.get_closest_marker("every_core") else nullcontext():
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)

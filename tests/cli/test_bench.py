@@ -20,6 +20,8 @@ from edge_runtime.loading import load as loading
 from edge_runtime.loading.tuning import Tuning, forget_tuning, remember_tuning, remembered_tuning, tuning_path
 from edge_runtime.weights.gguf_file import GGUFFile
 
+pytestmark = pytest.mark.every_core
+
 
 @pytest.fixture(autouse=True)
 def data_folder(tmp_path: Path, monkeypatch) -> Path:

@@ -284,21 +284,11 @@ def our_logits(folder: Path, lora: Path | None = None) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def peft(parts: Parts) -> Callable[[str], tuple[Path, np.ndarray]]:
-    """Name to a LoRA folder that PEFT wrote, and PyTorch's logits with it; each is made once."""
-
-    def make(name: str) -> tuple[Path, np.ndarray]:
-        folder = parts.folder / f"lora-{list(LORAS).index(name)}"
-        if not folder.exists():
-            python(
-                "peft_logits.py",
-                parts.folder / "decoder",
-                folder,
-                folder.with_suffix(".npy"),
-                json.dumps(LORAS[name]),
-            )
-        return folder, np.load(folder.with_suffix(".npy"))
-
-    return make
+    """Name to a LoRA folder that PEFT wrote, and PyTorch's logits with it."""
+    folder = parts.folder / "loras"
+    python("peft_logits.py", parts.folder / "decoder", folder, json.dumps(list(LORAS.values())))
+    paths = {name: folder / f"lora-{i}" for i, name in enumerate(LORAS)}
+    return lambda name: (paths[name], np.load(paths[name].with_suffix(".npy")))
 
 
 @pytest.mark.parametrize("name", LORAS)

@@ -23,6 +23,7 @@ from demo.initialise import new_model  # noqa: E402
 from demo.model import DemoModel, load_model, save_model  # noqa: E402
 from demo.ramp import add_ramp, has_ramp, ramp_weights  # noqa: E402
 from demo.sample import Sample  # noqa: E402
+from demo.train import QUICK_STEPS  # noqa: E402
 from edge_runtime.vision.sine_positions import sine  # noqa: E402
 from tolerances import LOGITS  # noqa: E402
 
@@ -118,10 +119,10 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
 
 def test_the_quick_run_trains_resumes_and_converts(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "demo" / "train.py"), "--out", str(tmp_path / "run"), "--quick"]
-    for steps in (1, 2):  # the second run goes on where the first stopped
-        subprocess.run(command, check=True, timeout=300)
+    for steps in (QUICK_STEPS, QUICK_STEPS + 2):  # the second run resumes the first
+        subprocess.run([*command, "--steps", str(steps)], check=True, timeout=300)
         log = json.loads((tmp_path / "run" / "log.json").read_text("utf-8"))
-        assert log["steps"] == steps * log["quick_steps"]
+        assert log["steps"] == steps
     load_model(tmp_path / "run" / "checkpoint", SKELETON)
     convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "gguf")
     with Model.load(tmp_path / "gguf") as model:

@@ -92,7 +92,7 @@ def test_damaged_files_raise_only_our_errors(tmp_path: Path) -> None:
         nonlocal slowest
         path.unlink(missing_ok=True)  # a new file: the old one may still be mapped
         path.write_bytes(damaged(rng))
-        started = time.perf_counter()
+        started = time.thread_time()  # of this thread alone: others may have the core for a second
         try:
             read_everything(path)
             outcomes["read"] += 1
@@ -101,7 +101,7 @@ def test_damaged_files_raise_only_our_errors(tmp_path: Path) -> None:
             assert "\n" not in message
             assert len(message) < 1000
             outcomes["refused"] += 1
-        slowest = max(slowest, time.perf_counter() - started)
+        slowest = max(slowest, time.thread_time() - started)
 
     before = peak_bytes()
     fuzz()

@@ -9,6 +9,8 @@ from edge_kernels.attention.float32 import KEY_BLOCK, QUERY_BLOCK, attention
 from edge_kernels.reference import operations as reference
 from kernel_checks import ATTENTION_PER_VALUE, U, check, offsets, random, score_tolerance
 
+pytestmark = pytest.mark.every_core
+
 
 def check_attention(heads, d, q_lengths, kv_lengths):
     n_q, n_kv = sum(q_lengths), sum(kv_lengths)

@@ -14,6 +14,8 @@ from edge_kernels.reference import operations as reference
 from edge_kernels.threads import set_threads
 from kernel_checks import offsets, random
 
+pytestmark = pytest.mark.every_core
+
 needs_amx = pytest.mark.skipif(
     not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"
 )

@@ -23,6 +23,8 @@ from edge_kernels.simd.ir import TILES
 from edge_kernels.threads import set_threads
 from kernel_checks import U, offsets, random
 
+pytestmark = pytest.mark.every_core
+
 
 def inputs(heads, d, q_lengths, kv_lengths, seed=0):
     n_q, n_kv = sum(q_lengths), sum(kv_lengths)

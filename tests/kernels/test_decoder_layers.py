@@ -12,6 +12,8 @@ from edge_kernels.linear.gguf_blocks import IS_POSSIBLE
 from edge_kernels.reference import decoder as reference_decoder
 from edge_kernels.rows.decoder_rows import norm_and_rotate, rms_norm
 
+pytestmark = pytest.mark.every_core
+
 needs_amx = pytest.mark.skipif(
     not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"
 )

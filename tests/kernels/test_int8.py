@@ -33,6 +33,8 @@ from edge_kernels.simd.ir import TILES
 from edge_kernels.threads import set_threads
 from kernel_checks import U, random
 
+pytestmark = pytest.mark.every_core
+
 # GELU as in test_operations: 3 U · |x| on either side.
 GELU_PER_X = 6 * U
 # The float32 part is three products and two sums of three terms; either side rounds each of them once at most.

@@ -15,6 +15,8 @@ from edge_kernels.reference import operations as reference
 from edge_kernels.simd.ir import MR, NR
 from kernel_checks import check, linear_tolerance, random
 
+pytestmark = pytest.mark.every_core
+
 needs_amx = pytest.mark.skipif(
     not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"
 )

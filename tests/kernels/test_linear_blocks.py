@@ -24,11 +24,13 @@ from edge_kernels.linear.gguf_blocks import (
     pack_rows,
 )
 from edge_kernels.reference import decoder as reference_decoder
+from edge_kernels.reference import gguf_blocks as reference
 from edge_kernels.threads import set_threads
 
-pytestmark = pytest.mark.skipif(
-    not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"
-)
+pytestmark = [
+    pytest.mark.every_core,
+    pytest.mark.skipif(not IS_POSSIBLE, reason="this machine has no AMX, or EDGE_RUNTIME_ISA names another set"),
+]
 
 HALF_STEP = 2.0**-9  # of bfloat16, relative
 SCALES = {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q8_0": [34 * i for i in range(8)]}
@@ -90,6 +92,17 @@ def test_products_against_float64(kind, m, n, k):
     assert found.shape == (m, n)
     # A neighbour that was taken for a weight here and there, and float32 sums.
     assert (np.abs(found - expected) <= (HALF_STEP / 64 + 1e-6 * np.sqrt(k)) * size).all()
+
+
+@pytest.mark.parametrize("kind", BLOCK_BYTES)
+def test_products_are_those_of_the_definition(kind):
+    weight, x, before = blocks_of(kind, 70, 1024), random(37, 1024), random(37, 70, seed=2)
+    found = linear_blocks(pack_rows(x), weight, residual=before)
+    expected = reference.linear_blocks(x, weight.blocks, kind, 70, residual=before)
+    assert found.dtype == expected.dtype
+    size = np.abs(x) @ np.abs(unpacked(weight)).T + np.abs(before)
+    # As against float64; sums here are of float32 on both sides.
+    assert (np.abs(found - expected) <= (HALF_STEP / 64 + 2e-6 * np.sqrt(1024)) * size).all()
 
 
 def test_a_residual_is_added_where_it_lies():

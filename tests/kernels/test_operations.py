@@ -34,6 +34,8 @@ from kernel_checks import (
     score_tolerance,
 )
 
+pytestmark = pytest.mark.every_core
+
 # --- the reference against float64 --------------------------------------------------------------------------
 
 

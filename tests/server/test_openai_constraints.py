@@ -69,7 +69,7 @@ def text_of(route: str, reply: httpx.Response) -> str:
         *(("chat/completions", *form) for form in FORMS),
         *((route, *form) for route in ("completions", "responses") for form in FORMS[::4]),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: value.__name__ if callable(value) else str(value)[:40],
 )
 def test_the_answer_has_the_form(client: httpx.Client, route: str, fields: dict[str, Any], keeps: Any):
     text = text_of(route, client.post(f"/v1/{route}", json={**ROUTES[route], "seed": 3, **fields}))

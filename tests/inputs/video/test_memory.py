@@ -18,18 +18,24 @@ from inputs.video.test_files import recipe
 MINUTES, RATE, SIZE = 10, 10, (1920, 1080)
 LIMIT = 400 << 20
 N_FRAMES = MINUTES * 60 * RATE
+N_DISTINCT = 601
 
 
 @pytest.fixture(scope="module")
 def long_video(tmp_path_factory) -> Path:
-    """Ten minutes in full HD: a bright bar over noise that changes every five seconds."""
+    """Ten minutes in full HD: a bright bar over noise that changes every five seconds.
+
+    After a minute the same packets come again, which takes a tenth of the time to make. The number of frames between
+    is such that no group of the recipe holds the frames of another.
+    """
     path = tmp_path_factory.mktemp("long") / "long.mp4"
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=RATE, options={"preset": "ultrafast", "g": "50"})
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         stream.codec_context.time_base = Fraction(1, RATE)
-        for i in range(N_FRAMES):
+        packets = []
+        for i in range(N_DISTINCT):
             if i % 50 == 0:
                 small = rng.integers(0, 200, (SIZE[1] * 3 // 2 // 60, SIZE[0] // 60), np.uint8)
                 ground = np.kron(small, np.ones((60, 60), np.uint8))
@@ -37,8 +43,16 @@ def long_video(tmp_path_factory) -> Path:
             planes[: SIZE[1], i * 3 % SIZE[0] :][:, :40] = 235
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), format="yuv420p")
             frame.pts, frame.time_base = i, Fraction(1, RATE)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        assert len(packets) == N_DISTINCT
+        kept = [(bytes(packet), packet.is_keyframe) for packet in packets]
+        for i in range(N_FRAMES):
+            data, is_keyframe = kept[i % N_DISTINCT]
+            packet = av.Packet(data)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, RATE), is_keyframe
+            packet.pts = packet.dts = i
+            container.mux(packet)
     return path
 
 
