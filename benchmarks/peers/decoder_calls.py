@@ -22,7 +22,7 @@ class DecoderCalls:
         from edge_runtime.decoder.sequence_chunk import SequenceChunk
 
         self._chunk = SequenceChunk
-        self._decoder = Decoder(
+        self.decoder = Decoder(
             options["decoder"],
             DecoderOptions(
                 n_ctx=4096,
@@ -33,28 +33,28 @@ class DecoderCalls:
                 amx_prefill=None if options["kernels"] else False,
             ),
         )
-        if options["kernels"] and not self._decoder.uses_kernels:
+        if options["kernels"] and not self.decoder.uses_kernels:
             raise Skipped("llama.cpp does not take the kernels")
         random = np.random.default_rng(0)
-        self._ids = [int(i) for i in random.integers(0, self._decoder.config.vocabulary, 4096)]
+        self._ids = [int(i) for i in random.integers(0, self.decoder.config.vocabulary, 4096)]
 
     def _step(self, chunks: list[Any]) -> float:
         started = time.perf_counter()
-        self._decoder.step(chunks)
-        self._decoder.logits()  # llama.cpp may return before it has computed
+        self.decoder.step(chunks)
+        self.decoder.logits()  # llama.cpp may return before it has computed
         return time.perf_counter() - started
 
     def prompt(self, n: int) -> float:
         """Seconds of a prompt of n tokens, in chunks of at most a call's size."""
-        self._decoder.rewind(0)
-        size = self._decoder.n_batch
+        self.decoder.rewind(0)
+        size = self.decoder.n_batch
         return sum(self._step([self._chunk(0, self._ids[i : min(i + size, n)])]) for i in range(0, n, size))
 
     def rows(self, n: int, repeats: int) -> list[float]:
         """Seconds of each of some calls with n rows, one for each of n sequences."""
         for sequence in range(n):
-            self._decoder.rewind(sequence)
-            self._decoder.step([self._chunk(sequence, self._ids[sequence : sequence + PROMPT])])
+            self.decoder.rewind(sequence)
+            self.decoder.step([self._chunk(sequence, self._ids[sequence : sequence + PROMPT])])
         return [
             self._step([self._chunk(sequence, [self._ids[sequence + i]]) for sequence in range(n)])
             for i in range(repeats)
@@ -68,7 +68,7 @@ class DecoderCalls:
 
     def close(self) -> None:
         """Free the model."""
-        self._decoder.close()
+        self.decoder.close()
 
 
 if __name__ == "__main__":

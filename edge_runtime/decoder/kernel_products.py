@@ -65,7 +65,7 @@ def new_context(*, with_kernels: bool) -> Iterator[bool]:
 
     try:
         if with_kernels:
-            register.register()
+            register.register(claims_weights=False)  # `load_model` repacks nothing that we multiply
     except BackendError as error:
         logger.warning("llama.cpp computes without our kernels: %s", error)
         with_kernels = False

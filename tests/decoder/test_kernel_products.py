@@ -164,7 +164,7 @@ def test_the_environment_variable_is_checked(monkeypatch):
 def test_doubts_leave_the_work_to_llama_cpp(monkeypatch, caplog):
     """A ggml that is not the one the kernels know: one line, and the answer comes all the same."""
 
-    def refuse() -> None:
+    def refuse(*, claims_weights: bool) -> None:
         raise library.BackendError("a product differs from ggml's by 1 of its largest number.")
 
     monkeypatch.setattr(register, "register", refuse)
@@ -197,6 +197,23 @@ def run_python(text: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_any_program_of_llama_cpp_python_can_use_them():
+    """Three lines before the model is loaded; the same tokens, and logits that show the kernels were at work."""
+    program = """
+        import llama_cpp
+        {lines}
+        model = llama_cpp.Llama({path!r}, n_ctx=256, n_threads=1, logits_all=True, verbose=False)
+        model.eval(range(40, 60))
+        print(*model.scores[19])
+    """
+    lines = "from edge_kernels.ggml_backend.register import register; register()"
+    with_, without = (
+        np.array(run_python(program.format(lines=text, path=str(DEMO))).split(), np.float64) for text in (lines, "")
+    )
+    assert (with_ != without).mean() > 0.9
+    assert np.corrcoef(with_, without)[0, 1] > 0.999
 
 
 def test_ggml_must_be_loaded_first():

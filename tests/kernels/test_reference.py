@@ -31,6 +31,7 @@ DEFINITIONS = {
     "linear.int8_rows.quantize_rows": operations.quantize_rows,
     "linear.int8_rows.layer_norm_quantized": operations.layer_norm_quantized,
     "linear.gguf_blocks.linear_blocks": gguf_blocks.linear_blocks,
+    "linear.gguf_int8.linear_gguf": gguf_blocks.linear_gguf,
     "linear.gguf_blocks.pack_rows": attention.round_to_bf16,
     "linear.gguf_blocks.pack_gated": decoder.gated,
     "attention.float32.attention": operations.attention,

@@ -69,6 +69,7 @@ _RESULTS: dict[str, Any] = {
     "ggml_backend_cpu_buffer_type": ctypes.c_void_p,
     "ggml_backend_cpu_buffer_from_ptr": ctypes.c_void_p,
     "ggml_backend_buft_is_host": ctypes.c_bool,
+    "ggml_backend_buffer_get_type": ctypes.c_void_p,
     "ggml_backend_init_by_type": ctypes.c_void_p,
     "ggml_backend_graph_compute": ctypes.c_int,
 }

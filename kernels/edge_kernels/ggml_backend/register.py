@@ -26,6 +26,8 @@ from edge_kernels.ggml_backend.structures import (
     FLOAT32,
     MUST_BE_COMPUTED,
     Backend,
+    Buffer,
+    BufferType,
     Capabilities,
     Device,
     InitParameters,
@@ -55,9 +57,11 @@ class _Registered:
         self._name = c_char_p(NAME)
         self._name_at = cast(self._name, c_void_p).value
         self._guid = (ctypes.c_uint8 * 16)(*b"edge-kernels\0\0\0\1")
-        self._cpu_buffers = function("ggml_backend_cpu_buffer_type")()
+        self.cpu_buffers: int = function("ggml_backend_cpu_buffer_type")()
+        self.own_buffers, self.claims_weights = BufferType(), False
         self.table = _table()
         self.device, self.registration = Device(), Registration(API_VERSION)
+        self._fill_buffer_type()
         self._fill_device()
         self._fill_registration()
 
@@ -73,6 +77,24 @@ class _Registered:
     def _get_name(self) -> int:
         return int(self._callback(c_void_p, c_void_p)(lambda _: self._name_at))
 
+    def _fill_buffer_type(self) -> None:
+        """Make a type of buffers like ggml's for the CPU, by another name.
+
+        llama.cpp asks accelerators for their buffers before it asks what repacks weights, but passes over the CPU's.
+        """
+        ctypes.memmove(addressof(self.own_buffers), self.cpu_buffers, ctypes.sizeof(BufferType))
+        self.own_buffers.get_name, self.own_buffers.device = self._get_name(), addressof(self.device)
+
+    def buffer_type(self) -> int:
+        """The type of the buffers for weights, and for what is computed."""
+        return addressof(self.own_buffers) if self.claims_weights else self.cpu_buffers
+
+    def buffer_at(self, pointer: int, n_bytes: int) -> int:
+        """Make a buffer of memory that is there: of a mapped file."""
+        buffer = int(function("ggml_backend_cpu_buffer_from_ptr")(c_void_p(pointer), c_size_t(n_bytes)))
+        Buffer.from_address(buffer).type = self.buffer_type()
+        return buffer
+
     def _fill_device(self) -> None:
         functions, make = self.device.functions, self._callback
         functions.get_name = functions.get_description = self._get_name()
@@ -81,10 +103,9 @@ class _Registered:
         functions.get_type = make(c_int, c_void_p)(lambda _: ACCELERATOR if self.is_used else CPU)
         functions.get_props = make(None, c_void_p, POINTER(Properties))(_fill_properties)
         functions.init_backend = make(c_void_p, c_void_p, c_char_p)(lambda _, __: self.new_backend())
-        functions.get_buffer_type = make(c_void_p, c_void_p)(lambda _: self._cpu_buffers)
-        from_pointer = function("ggml_backend_cpu_buffer_from_ptr")
+        functions.get_buffer_type = make(c_void_p, c_void_p)(lambda _: self.buffer_type())
         functions.buffer_from_host_ptr = make(c_void_p, c_void_p, c_void_p, c_size_t, c_size_t)(
-            lambda _, pointer, size, __: from_pointer(c_void_p(pointer), c_size_t(size))
+            lambda _, pointer, n_bytes, __: self.buffer_at(pointer, n_bytes)
         )
         functions.supports_op = compiled.supports_op.address
         is_host = function("ggml_backend_buft_is_host")
@@ -230,6 +251,23 @@ def _check(registered: _Registered) -> None:
         raise BackendError(f"a product differs from ggml's by {error:.3g} of its largest number.")
 
 
+def _check_buffers(registered: _Registered) -> None:
+    """See that a buffer of ggml names its type where it should.
+
+    Raises
+    ------
+    BackendError
+        When it does not.
+    """
+    memory = np.zeros(256, np.uint8)
+    begin = memory.ctypes.data + -memory.ctypes.data % 64
+    buffer = int(function("ggml_backend_cpu_buffer_from_ptr")(c_void_p(begin), c_size_t(64)))
+    is_known = function("ggml_backend_buffer_get_type")(c_void_p(buffer)) == Buffer.from_address(buffer).type
+    function("ggml_backend_buffer_free")(c_void_p(buffer))
+    if not is_known:
+        raise BackendError("this ggml's buffers look different.")
+
+
 def _fill(weight: Tensor, rows: Tensor, n_blocks: int, block_bytes: int, n_numbers: int) -> None:
     random = np.random.default_rng(0)
     blocks = np.ctypeslib.as_array(cast(weight.data, POINTER(ctypes.c_uint8)), (n_blocks, block_bytes))
@@ -254,15 +292,22 @@ def _registered() -> _Registered:
         )
     registered = _Registered()
     _check(registered)
+    _check_buffers(registered)
     function("ggml_backend_register")(byref(registered.registration))
     return registered
 
 
-def register() -> None:
-    """Register the kernels with the ggml that this process has loaded; calling it again does nothing.
+def register(*, claims_weights: bool = True) -> None:
+    """Register the kernels with the ggml that this process has loaded.
 
     All contexts of llama.cpp made from now on use them, unless `used_in_new_contexts` says otherwise. Compiles them
-    where they are not cached, half a minute.
+    where they are not cached, half a minute. Calling it again changes `claims_weights` alone.
+
+    Parameters
+    ----------
+    claims_weights : bool
+        Keep llama.cpp from repacking weights that the kernels take as they are. Programs that load models with
+        `use_extra_bufts` false need not: results then share llama.cpp's own buffers, which takes less memory.
 
     Raises
     ------
@@ -270,7 +315,7 @@ def register() -> None:
         When ggml is not loaded, or is not the one that the kernels know; nothing is registered then.
     """
     with _lock:
-        _registered()
+        _registered().claims_weights = claims_weights
 
 
 @contextlib.contextmanager

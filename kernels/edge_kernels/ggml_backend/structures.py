@@ -40,6 +40,23 @@ def _pointers(*names: str) -> list[tuple[str, type]]:
     return [(name, c_void_p) for name in names]
 
 
+class BufferType(ctypes.Structure):
+    """`struct ggml_backend_buffer_type`."""
+
+    _fields_ = _pointers(
+        "get_name", "alloc_buffer", "get_alignment", "get_max_size", "get_alloc_size", "is_host", "device", "context"
+    )  # fmt: skip
+
+
+class Buffer(ctypes.Structure):
+    """The beginning of `struct ggml_backend_buffer`."""
+
+    _fields_ = _pointers(
+        "free_buffer", "get_base", "init_tensor", "memset_tensor", "set_tensor", "get_tensor", "set_tensor_2d",
+        "get_tensor_2d", "cpy_tensor", "clear", "reset", "type",
+    )  # fmt: skip
+
+
 class BackendFunctions(ctypes.Structure):
     """`struct ggml_backend_i`."""
 
