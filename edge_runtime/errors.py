@@ -72,7 +72,7 @@ class PromptTooLongError(EdgeRuntimeError):
 
     Parameters
     ----------
-    n_prompt, n_ctx : tokens in the prompt and in the context.
+    n_prompt, n_ctx : tokens in the prompt, at least, and in the context.
     """
 
     def __init__(self, message: str, n_prompt: int | None = None, n_ctx: int | None = None) -> None:

@@ -69,17 +69,18 @@ class PromptLimit:
     def check_text(self, n_tokens: int, n_characters: int) -> None:
         """Refuse text that is certain to have so many tokens."""
         if n_tokens > self.text:
-            raise self._refusal(f"{n_tokens} tokens of text", n_characters)
+            raise self._refusal(n_tokens, "tokens of text", n_characters)
 
     def check_total(self, n_tokens: int, n_characters: int) -> None:
         """Refuse a prompt of which so many tokens have been counted."""
         if n_tokens > self.total:
-            raise self._refusal(f"{n_tokens} tokens", n_characters)
+            raise self._refusal(n_tokens, "tokens", n_characters)
 
-    def _refusal(self, size: str, n_characters: int) -> PromptTooLongError:
+    def _refusal(self, n_tokens: int, what: str, n_characters: int) -> PromptTooLongError:
         return PromptTooLongError(
-            f"The prompt has at least {size} ({n_characters} characters), but the context holds {self.n_ctx}, one of "
-            "them for the answer; use a shorter text, or a larger --ctx."
+            f"The prompt has at least {n_tokens} {what} ({n_characters} characters), but the context holds "
+            f"{self.n_ctx}, one of them for the answer; use a shorter text, or a larger --ctx.",
+            *(n_tokens, self.n_ctx),
         )
 
 

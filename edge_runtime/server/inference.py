@@ -220,12 +220,14 @@ class _Gone(Exception):  # noqa: N818 - says what is the matter
     """Nobody waits for the prepared call any more."""
 
 
-def _noticing(gone: threading.Event) -> dict[str, Any]:
+def _noticing(gone: threading.Event, stopping: threading.Event) -> dict[str, Any]:
     """Arguments that make `Model.submit` stop between pictures, pages, frames or pieces of text when nobody waits."""
 
     def look(*_: object) -> None:
         if gone.is_set():
             raise _Gone
+        if stopping.is_set():
+            raise ShuttingDown("The server is shutting down; try again later.")
 
     return {"on_image": look, "on_look": look, "on_check": look}
 
@@ -247,6 +249,7 @@ class Inference:
         n_decoders = min(MAX_DECODERS, os.cpu_count() or 1)
         self.decoders = DecoderPool(n_decoders, settings.decode_timeout_s, settings.max_pixels)
         self._running: set[Answering] = set()
+        self._stopping = threading.Event()
         self._fetcher = Fetcher(settings)
         self._limits = {
             "pixel_limit": settings.max_pixels,
@@ -351,7 +354,7 @@ class Inference:
         def submit(gone: threading.Event) -> list[AnswerStream]:
             refuse_what_it_cannot(use.listed, self.settings, options)
             try:
-                streams = use.model.submit(messages, n=call.n, **options, **_noticing(gone))
+                streams = use.model.submit(messages, n=call.n, **options, **_noticing(gone, self._stopping))
             except TypeError as error:  # an option that Model.submit does not know
                 raise MessageError(f"An option is unknown: {error}.") from error
             if gone.is_set():  # if set later, nobody holds the streams, which cancels them, too
@@ -386,7 +389,7 @@ class Inference:
         gone = threading.Event()
         with self.admitted():
             try:
-                look = _noticing(gone)["on_check"]
+                look = _noticing(gone, self._stopping)["on_check"]
                 return await asyncio.get_running_loop().run_in_executor(self._long, work, look)
             finally:
                 gone.set()
@@ -418,12 +421,13 @@ class Inference:
                 )
 
             def build(gone: threading.Event) -> Prompt:
-                return use.model.build_prompt(messages, **options, **_noticing(gone))
+                return use.model.build_prompt(messages, **options, **_noticing(gone, self._stopping))
 
             return await self._while_wanted(messages, options, build)
 
     def stop(self) -> None:
         """Cancel all answers and end the decoders; waiting clients learn that the server is shutting down."""
+        self._stopping.set()
         self.decoders.close()
         for answering in [*self._running]:
             for stream in answering._streams:
@@ -431,6 +435,7 @@ class Inference:
 
     def close(self) -> None:
         """End the threads and the decoders."""
+        self._stopping.set()
         for threads in (self._texts, self._long):
             threads.shutdown(wait=False, cancel_futures=True)
         self.decoders.close()

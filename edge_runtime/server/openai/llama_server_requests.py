@@ -72,7 +72,8 @@ class TextReader:
         if n_tokens > MAX_COUNTED * self.n_ctx:
             raise PromptTooLongError(
                 f"The prompt has at least {n_tokens} tokens, but the context holds {self.n_ctx}, one of them for the "
-                "answer; use a shorter text, or a larger --ctx."
+                "answer; use a shorter text, or a larger --ctx.",
+                *(n_tokens, self.n_ctx),
             )
 
 
