@@ -20,6 +20,7 @@ from typing import Any, Literal
 from edge_runtime.system import sandbox
 
 MAX_RENDERED_CHARACTERS = 16 << 20
+"""Beyond twice the characters of the conversation."""
 MAX_S = 5.0
 """Per rendering; the official template takes a millisecond."""
 MAX_BYTES = 1 << 30
@@ -74,11 +75,12 @@ def render(template: str, context: dict[str, Any]) -> str:
 
     compiled = _compile(template)
     text, length = [], 0
+    most = MAX_RENDERED_CHARACTERS + 2 * _n_characters(context)
     try:
         for piece in compiled.generate(**context):
             text.append(piece)
             length += len(piece)
-            if length > MAX_RENDERED_CHARACTERS:
+            if length > most:
                 raise TemplateFault("template", "writes endlessly; use a file with the official template")
     except MemoryError:
         raise TemplateFault("template", "fills the memory; use a file with the official template") from None
@@ -87,6 +89,20 @@ def render(template: str, context: dict[str, Any]) -> str:
     ) as error:
         raise TemplateFault("conversation", str(error)) from None
     return "".join(text)
+
+
+def _n_characters(value: Any) -> int:
+    """Characters of all texts inside a JSON value."""
+    left, found = [value], 0
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            found += len(item)
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            left += item
+    return found
 
 
 def main() -> None:
