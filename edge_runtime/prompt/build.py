@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
 from edge_runtime.inputs.messages import ImagePart, Message
 from edge_runtime.prompt.continuation import BegunTurn, render_continuation
-from edge_runtime.prompt.long_text import PIECE, nothing
+from edge_runtime.prompt.long_text import LONG_TEXT, LONG_TEXTS, PIECE, nothing
 from edge_runtime.prompt.templates import render
 from edge_runtime.prompt.tokenizer import Tokenizer
 
@@ -39,6 +40,8 @@ _ASSISTANT_MAY_WRITE = frozenset(
 # The official way to ask where something is: name it in `<ref>`. These tags never start or end a turn or a picture.
 _USER_MAY_WRITE = frozenset(f"<{slash}{name}>" for name in ("ref", "box", "quad", "point") for slash in ("", "/"))
 _MAY_WRITE = {"assistant": _ASSISTANT_MAY_WRITE, "user": _USER_MAY_WRITE}
+MESSAGE = 50
+"""Characters of text that take as long as what is done for every message."""
 _PRIVATE_USE = range(0xE000, 0xF900)
 _PRIVATE = re.compile(f"[{chr(_PRIVATE_USE[0])}-{chr(_PRIVATE_USE[-1])}]")
 
@@ -133,21 +136,39 @@ def build_prompt(
     ModelFileError
         When the vocabulary lacks the tokens that mark pictures, or the template is broken.
     """
-    mark = _unused_character(messages, tools, check)
-    guard = _Guard(tokenizer, mark, check)
-    text = _raw_text(messages, guard) if raw else _render(messages, guard, template, thinking, tools, begun)
-    rendered = _replace_surrogates(text)
-    marked = _expand(rendered, layouts, n_queries, use_image_id, mark)
+
+    def look() -> None:
+        check()
+        LONG_TEXTS.pass_on()
+
+    with LONG_TEXTS.turn() if _is_long(messages, tools) else nullcontext():
+        mark = _unused_character(messages, tools, look)
+        guard = _Guard(tokenizer, mark, look)
+        text = _raw_text(messages, guard) if raw else _render(messages, guard, template, thinking, tools, begun)
+        marked = _expand(_replace_surrogates(text), layouts, n_queries, use_image_id, mark)
+        ids = _tokenize(marked, guard, limit)
+        return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
+
+
+def _is_long(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> bool:
+    """Whether a conversation has a long text, or many short ones."""
+    n_characters = sum(
+        MESSAGE + sum(len(part) for part in message.parts if isinstance(part, str)) for message in messages
+    )
+    return n_characters > LONG_TEXT or sum(map(len, _texts(tools))) > LONG_TEXT
+
+
+def _tokenize(marked: str, guard: _Guard, limit: PromptLimit | None) -> list[int]:
+    """Ids of a rendered prompt, within its limit."""
     if limit is not None:
-        limit.check_text(tokenizer.min_n_tokens(marked, mark, check), len(marked))
+        limit.check_text(guard.tokenizer.min_n_tokens(marked, guard.mark, guard.check), len(marked))
 
     def check_count(n_tokens: int) -> None:
-        check()
+        guard.check()
         if limit is not None:
             limit.check_total(n_tokens, len(marked))
 
-    ids = tokenizer.encode_special(marked, mark, check_count)
-    return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
+    return guard.tokenizer.encode_special(marked, guard.mark, check_count)
 
 
 @dataclass(frozen=True)
@@ -248,8 +269,7 @@ def _render(
             "add_generation_prompt": asks,
             "enable_thinking": thinking,
         }
-        guard.check()
-        return render(template, context)
+        return render(template, context, guard.check)
 
     return rendered(guarded, True) if begun is None else render_continuation(begun, guarded, rendered, guard.mark)
 

@@ -74,10 +74,15 @@ def _between_groups(starts: Iterable[int], conversation: Sequence[Message], plac
 
 
 def without_oldest(
-    conversation: Sequence[Message], placed: Sequence[Placed], n_turns: int
+    conversation: Sequence[Message], placed: Sequence[Placed], n_turns: int, starts: Sequence[int] = ()
 ) -> tuple[list[Message], list[Placed]]:
-    """The conversation without its first turns (or `cuts`), and the remaining pictures, renumbered."""
-    starts = cuts(conversation, placed)
+    """The conversation without its first turns, and the remaining pictures, renumbered.
+
+    Parameters
+    ----------
+    starts : its `cuts`, if they are known.
+    """
+    starts = starts or cuts(conversation, placed)
     dropped = conversation[starts[0] : starts[n_turns]]
     system = [message for message in dropped if message.role == "system"]
     n = sum(isinstance(part, ImagePart) for message in dropped for part in message.parts)
@@ -123,14 +128,15 @@ class _Shorter:
     def __init__(self, build: Build, conversation: Sequence[Message], placed: Sequence[Placed]) -> None:
         self._build, self._conversation, self._placed = build, conversation, placed
         self._built: dict[int, tuple[Prompt, Sequence[Placed]] | None] = {}
-        self.n_cuts = len(cuts(conversation, placed))
+        self._starts = cuts(conversation, placed)
+        self.n_cuts = len(self._starts)
 
     def without(self, n_turns: int) -> tuple[Prompt, Sequence[Placed]] | None:
         """The prompt without so many turns, and its pictures; None if it is too long to be counted."""
         if n_turns not in self._built:
             messages, left = self._conversation, self._placed
             if n_turns:
-                messages, left = without_oldest(messages, left, n_turns)
+                messages, left = without_oldest(messages, left, n_turns, self._starts)
             try:
                 self._built[n_turns] = self._build(messages, left), left
             except PromptTooLongError:

@@ -18,11 +18,18 @@ Runs of letters, of punctuation or of white space have no such place; they are o
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 
+from edge_runtime.system.turns import Turns
+
+LONG_TEXT = 10_000
+"""Characters that are tokenised at once, with the GIL."""
 PIECE = 32_768
 """Characters in a piece at least; about 10 ms of work."""
+LONG_TEXTS = Turns(max(1, (os.cpu_count() or 1) // 2))
+"""Long texts that are worked on at the same time; the other cores are for everything else."""
 
 _LETTERS = "A-Za-z\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5"
 _CHINESE_MARKS = "\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"

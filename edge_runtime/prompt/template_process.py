@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
@@ -64,8 +65,12 @@ def _compile(template: str) -> Any:
         raise TemplateFault("template", why) from None
 
 
-def render(template: str, context: dict[str, Any]) -> str:
+def render(template: str, context: dict[str, Any], check: Callable[[], None] = lambda: None) -> str:
     """Render a template.
+
+    Parameters
+    ----------
+    check : called for every piece of the text; what it raises ends the work.
 
     Raises
     ------
@@ -78,6 +83,7 @@ def render(template: str, context: dict[str, Any]) -> str:
     most = MAX_RENDERED_CHARACTERS + 2 * _n_characters(context)
     try:
         for piece in compiled.generate(**context):
+            check()
             text.append(piece)
             length += len(piece)
             if length > most:

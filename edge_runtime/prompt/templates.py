@@ -15,12 +15,14 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.prompt import template_process
+from edge_runtime.prompt.long_text import LONG_TEXTS
 from edge_runtime.prompt.template_process import MAX_BYTES, MAX_S, TemplateFault
 from edge_runtime.system.forks import only_here
 
@@ -32,12 +34,13 @@ START_S = 60.0
 """Time for the process to start on a busy machine."""
 
 
-def render(template: str, context: dict[str, Any]) -> str:
+def render(template: str, context: dict[str, Any], check: Callable[[], None] = lambda: None) -> str:
     """Render a chat template.
 
     Parameters
     ----------
     context : its variables, of JSON types.
+    check : called often if the conversation is long; what it raises ends the work.
 
     Raises
     ------
@@ -48,8 +51,9 @@ def render(template: str, context: dict[str, Any]) -> str:
     """
     try:
         if template == OFFICIAL_CHAT_TEMPLATE:
-            return template_process.render(template, context)
-        return shared_renderers().render(template, context)
+            return template_process.render(template, context, check)
+        with LONG_TEXTS.without():
+            return shared_renderers().render(template, context)
     except TemplateFault as error:
         if error.fault == "template":
             raise ModelFileError(f"The model's chat template {error}.") from None

@@ -17,15 +17,10 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Bpe
 
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
-from edge_runtime.prompt.long_text import matches, nothing, pieces
-from edge_runtime.system.turns import Turns
+from edge_runtime.prompt.long_text import LONG_TEXT, LONG_TEXTS, matches, nothing, pieces
 from edge_runtime.weights.config import Vocabulary, read_vocabulary
 from edge_runtime.weights.gguf_file import GGUFFile
 
-LONG_TEXT = 10_000
-"""Characters that are tokenised at once, with the GIL."""
-LONG_TEXTS = Turns(max(1, (os.cpu_count() or 1) // 2))
-"""Pieces of long texts that are tokenised at the same time; the other cores are for everything else."""
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one gain nothing, and forks cause warnings
 
 NORMALIZER_KEY = "edge_runtime.tokenizer.normalizer"

@@ -41,6 +41,8 @@ TEXT_THREADS = 4
 decoder, or for their turn to be tokenised."""
 FORMS = ("schema", "choices", "regex", "grammar", "tools")
 """Options that are compiled before the answer starts."""
+BUSY_S, PAUSE_S = 0.001, 0.0003
+"""Work on a request before it is submitted is paused so often, and for so long."""
 MAX_DECODERS = 4
 """Files that are decoded at the same time; more would only hold more pictures in memory."""
 
@@ -220,16 +222,28 @@ class _Gone(Exception):  # noqa: N818 - says what is the matter
     """Nobody waits for the prepared call any more."""
 
 
-def _noticing(gone: threading.Event, stopping: threading.Event) -> dict[str, Any]:
-    """Arguments that make `Model.submit` stop between pictures, pages, frames or pieces of text when nobody waits."""
+class _Look:
+    """Stops work that nobody waits for, and lets other threads have the GIL in between.
 
-    def look(*_: object) -> None:
-        if gone.is_set():
+    A thread that wants it waits 5 ms for each one that computes in Python, and a token takes it many times.
+    """
+
+    def __init__(self, gone: threading.Event, stopping: threading.Event) -> None:
+        self._gone, self._stopping = gone, stopping
+        self._paused = time.perf_counter()
+
+    def __call__(self, *_: object) -> None:
+        if self._gone.is_set():
             raise _Gone
-        if stopping.is_set():
+        if self._stopping.is_set():
             raise ShuttingDown("The server is shutting down; try again later.")
+        if time.perf_counter() - self._paused > BUSY_S:
+            time.sleep(PAUSE_S)
+            self._paused = time.perf_counter()
 
-    return {"on_image": look, "on_look": look, "on_check": look}
+    def everywhere(self) -> dict[str, Any]:
+        """Arguments with which `Model.submit` looks between pictures, pages, frames and pieces of text."""
+        return {"on_image": self, "on_look": self, "on_check": self}
 
 
 class Inference:
@@ -354,7 +368,7 @@ class Inference:
         def submit(gone: threading.Event) -> list[AnswerStream]:
             refuse_what_it_cannot(use.listed, self.settings, options)
             try:
-                streams = use.model.submit(messages, n=call.n, **options, **_noticing(gone, self._stopping))
+                streams = use.model.submit(messages, n=call.n, **options, **_Look(gone, self._stopping).everywhere())
             except TypeError as error:  # an option that Model.submit does not know
                 raise MessageError(f"An option is unknown: {error}.") from error
             if gone.is_set():  # if set later, nobody holds the streams, which cancels them, too
@@ -389,7 +403,7 @@ class Inference:
         gone = threading.Event()
         with self.admitted():
             try:
-                look = _noticing(gone, self._stopping)["on_check"]
+                look = _Look(gone, self._stopping)
                 return await asyncio.get_running_loop().run_in_executor(self._long, work, look)
             finally:
                 gone.set()
@@ -421,7 +435,7 @@ class Inference:
                 )
 
             def build(gone: threading.Event) -> Prompt:
-                return use.model.build_prompt(messages, **options, **_noticing(gone, self._stopping))
+                return use.model.build_prompt(messages, **options, **_Look(gone, self._stopping).everywhere())
 
             return await self._while_wanted(messages, options, build)
 

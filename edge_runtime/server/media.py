@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime.errors import ImageError
-from edge_runtime.prompt.tokenizer import LONG_TEXT
+from edge_runtime.prompt.long_text import LONG_TEXT
 from edge_runtime.server.errors import NotAllowed, RequestError, TooLarge
 from edge_runtime.server.fetch import Fetcher
 from edge_runtime.server.settings import Settings

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SLICE_S = 0.01
+"""How long a thread keeps its turn while others wait."""
+
 
 class Turns:
-    """Long work takes a turn for each of its pieces, so that all long works advance together.
+    """Long work takes a turn and passes it on at times, so that all long works advance together.
 
     Parameters
     ----------
@@ -30,10 +34,44 @@ class Turns:
         self._lock = threading.Lock()
         self._n_free = self._n
         self._waiting: deque[threading.Event] = deque()
+        self._mine = threading.local()
+        """`since`: when this thread got its turn, by time.monotonic(); None if it has none."""
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Wait for a turn, and have it while the block lasts."""
+        """Wait for a turn, unless this thread has one, and have it while the block lasts."""
+        if self._has_turn:
+            yield
+            return
+        self._take()
+        try:
+            yield
+        finally:
+            self._give()
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """Have no turn while the block lasts, which waits for something else."""
+        if not self._has_turn:
+            yield
+            return
+        self._give()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def pass_on(self) -> None:
+        """If this thread has had its turn for a while and others wait, wait for the next."""
+        if self._has_turn and self._waiting and time.monotonic() - self._mine.since > SLICE_S:
+            with self.without():
+                pass
+
+    @property
+    def _has_turn(self) -> bool:
+        return getattr(self._mine, "since", None) is not None
+
+    def _take(self) -> None:
         called: threading.Event | None = None
         with self._lock:
             if self._n_free:
@@ -43,9 +81,11 @@ class Turns:
                 self._waiting.append(called)
         if called is not None:
             self._wait(called)
-        try:
-            yield
-        finally:
+        self._mine.since = time.monotonic()
+
+    def _give(self) -> None:
+        if self._has_turn:  # not in a fork of a thread that had one, nor after Ctrl-C while it waited
+            self._mine.since = None
             self._end()
 
     def _wait(self, called: threading.Event) -> None:

@@ -240,3 +240,48 @@ def test_an_error_ends_a_turn():
         raise Left
     with turns.turn():
         pass
+
+
+def test_a_thread_with_a_turn_takes_no_other_and_gives_it_back_while_it_waits():
+    turns = Turns(1)
+    with turns.turn():
+        with turns.turn():
+            assert turns._n_free == 0
+        assert turns._n_free == 0
+        with turns.without():
+            assert turns._n_free == 1
+        assert turns._n_free == 0
+        turns.pass_on()  # nobody waits
+        assert turns._n_free == 0
+    with turns.without():
+        assert turns._n_free == 1
+    assert turns._n_free == 1
+
+
+def test_a_turn_is_passed_on_to_those_who_wait(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("edge_runtime.system.turns.SLICE_S", 0.0)
+    turns, order = Turns(1), []
+
+    def work(name: str) -> None:
+        with turns.turn():
+            for _ in range(3):
+                order.append(name)
+                threading.Event().wait(0.001)
+                turns.pass_on()
+
+    with turns.turn():
+        threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+        for number, thread in enumerate(threads):
+            thread.start()
+            while len(turns._waiting) <= number:
+                threading.Event().wait(0.001)
+    for thread in threads:
+        thread.join(30)
+    assert "".join(order) == "ababab"
+
+
+def test_a_fork_of_a_thread_that_had_a_turn_has_all_of_them():
+    turns = Turns(2)
+    with turns.turn():
+        turns._reset()  # as in the child
+    assert turns._n_free == 2

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_runtime.prompt import tokenizer
+from edge_runtime.prompt import build, long_text, templates, tokenizer
 from edge_runtime.server.context_tokens import ids_of
 from edge_runtime.server.inference import TEXT_THREADS
 from edge_runtime.system.turns import Turns
@@ -26,8 +26,14 @@ WORDS = "word " * 5000
 COUNTED = {"model": "demo", "messages": [{"role": "user", "content": "word " * 190_000}]}
 
 
+def use(monkeypatch: pytest.MonkeyPatch, turns: Turns) -> None:
+    """Let all long texts wait for these turns."""
+    for module in (build, long_text, tokenizer, templates):
+        monkeypatch.setattr(module, "LONG_TEXTS", turns)
+
+
 class SlowTurns(Turns):
-    """Turns that take a while, and are counted."""
+    """Turns in which every piece takes a while, and is counted."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -35,9 +41,11 @@ class SlowTurns(Turns):
 
     @contextmanager
     def turn(self) -> Iterator[None]:
+        is_piece = self._has_turn
         with super().turn():
-            self.n_taken += 1
-            time.sleep(0.1)
+            if is_piece:
+                self.n_taken += 1
+                time.sleep(0.1)
             yield
 
 
@@ -45,14 +53,14 @@ class SlowTurns(Turns):
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[contextlib.ExitStack]:
     """Somebody has the only turn until this is closed."""
     turns = Turns(1)
-    monkeypatch.setattr(tokenizer, "LONG_TEXTS", turns)
+    use(monkeypatch, turns)
     with contextlib.ExitStack() as stack:
         stack.enter_context(turns.turn())
         yield stack
 
 
 def n_waiting() -> int:
-    return len(tokenizer.LONG_TEXTS._waiting)
+    return len(long_text.LONG_TEXTS._waiting)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +70,7 @@ def test_a_text_is_given_up_when_its_client_leaves(serve: Serve, monkeypatch: py
     served = serve()
     post(served, "/api/chat", chat(options={"num_predict": 1}))
     turns = SlowTurns()
-    monkeypatch.setattr(tokenizer, "LONG_TEXTS", turns)
+    use(monkeypatch, turns)
     data = json.dumps(COUNTED).encode()
     with connected(served, head(path, f"Content-Length: {len(data)}") + data):
         wait_until(lambda: turns.n_taken >= 2, 60)
@@ -114,7 +122,7 @@ def test_who_waits_for_a_turn_at_the_end_is_told_so(serve: Serve, taken: context
 def test_a_text_that_is_read_at_the_end_is_given_up(serve: Serve, monkeypatch: pytest.MonkeyPatch):
     served, turns = serve(grace_s=0.3), SlowTurns()
     post(served, "/api/chat", chat(options={"num_predict": 1}))
-    monkeypatch.setattr(tokenizer, "LONG_TEXTS", turns)
+    use(monkeypatch, turns)
     with ThreadPoolExecutor(1) as clients:
         asking = clients.submit(post, served, "/v1/messages/count_tokens", COUNTED)
         wait_until(lambda: turns.n_taken > 0, 60)

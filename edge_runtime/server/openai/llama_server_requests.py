@@ -17,7 +17,8 @@ from edge_runtime.generation.sampling import SamplingOptions
 from edge_runtime.option_checks import check_sampling
 from edge_runtime.options import GenerationOptions
 from edge_runtime.pipeline import MAX_COUNTED
-from edge_runtime.prompt.tokenizer import LONG_TEXT, Tokenizer
+from edge_runtime.prompt.long_text import LONG_TEXT
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.server.content_parts import Part
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.fields.refused import Refused
