@@ -28,6 +28,7 @@ from edge_runtime.prompt.build import Prompt
 from edge_runtime.server.context_tokens import messages_of
 from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, TooLarge
 from edge_runtime.server.fetch import Fetcher
+from edge_runtime.server.look import Look
 from edge_runtime.server.media import brought_in, has_long_text, has_media, text_bytes
 from edge_runtime.server.middleware.shares import Places, asking
 from edge_runtime.server.registry.catalog import Listed
@@ -41,8 +42,6 @@ TEXT_THREADS = 4
 decoder, or for their turn to be tokenised."""
 FORMS = ("schema", "choices", "regex", "grammar", "tools")
 """Options that are compiled before the answer starts."""
-BUSY_S, PAUSE_S = 0.001, 0.0003
-"""Work on a request before it is submitted is paused so often, and for so long."""
 MAX_DECODERS = 4
 """Files that are decoded at the same time; more would only hold more pictures in memory."""
 
@@ -218,34 +217,6 @@ def _cut_into(most_tokens: int, max_slices: int | None, n_queries: int) -> dict[
     return {"max_slices": min(cells, max_slices or cells)}
 
 
-class _Gone(Exception):  # noqa: N818 - says what is the matter
-    """Nobody waits for the prepared call any more."""
-
-
-class _Look:
-    """Stops work that nobody waits for, and lets other threads have the GIL in between.
-
-    A thread that wants it waits 5 ms for each one that computes in Python, and a token takes it many times.
-    """
-
-    def __init__(self, gone: threading.Event, stopping: threading.Event) -> None:
-        self._gone, self._stopping = gone, stopping
-        self._paused = time.perf_counter()
-
-    def __call__(self, *_: object) -> None:
-        if self._gone.is_set():
-            raise _Gone
-        if self._stopping.is_set():
-            raise ShuttingDown("The server is shutting down; try again later.")
-        if time.perf_counter() - self._paused > BUSY_S:
-            time.sleep(PAUSE_S)
-            self._paused = time.perf_counter()
-
-    def everywhere(self) -> dict[str, Any]:
-        """Arguments with which `Model.submit` looks between pictures, pages, frames and pieces of text."""
-        return {"on_image": self, "on_look": self, "on_check": self}
-
-
 class Inference:
     """Admits, prepares and submits calls.
 
@@ -368,7 +339,7 @@ class Inference:
         def submit(gone: threading.Event) -> list[AnswerStream]:
             refuse_what_it_cannot(use.listed, self.settings, options)
             try:
-                streams = use.model.submit(messages, n=call.n, **options, **_Look(gone, self._stopping).everywhere())
+                streams = use.model.submit(messages, n=call.n, **options, **Look(gone, self._stopping).everywhere())
             except TypeError as error:  # an option that Model.submit does not know
                 raise MessageError(f"An option is unknown: {error}.") from error
             if gone.is_set():  # if set later, nobody holds the streams, which cancels them, too
@@ -403,7 +374,7 @@ class Inference:
         gone = threading.Event()
         with self.admitted():
             try:
-                look = _Look(gone, self._stopping)
+                look = Look(gone, self._stopping)
                 return await asyncio.get_running_loop().run_in_executor(self._long, work, look)
             finally:
                 gone.set()
@@ -435,7 +406,7 @@ class Inference:
                 )
 
             def build(gone: threading.Event) -> Prompt:
-                return use.model.build_prompt(messages, **options, **_Look(gone, self._stopping).everywhere())
+                return use.model.build_prompt(messages, **options, **Look(gone, self._stopping).everywhere())
 
             return await self._while_wanted(messages, options, build)
 

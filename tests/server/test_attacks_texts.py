@@ -138,6 +138,8 @@ def test_a_text_that_is_read_at_the_end_is_given_up(serve: Serve, monkeypatch: p
     [
         ([["7" * 5000, 1]], "token id"),
         ({"7" * 5000: 1}, "token id"),
+        ([[5, 10**4000]], "logit_bias"),
+        ({"5": -(10**400)}, "logit_bias"),
         ([["word " * 3000, 1]], "more than 10000 characters"),
         ([[f"word {i}", 1] for i in range(2000)], "more than 10000 characters"),
     ],
