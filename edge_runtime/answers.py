@@ -265,7 +265,7 @@ class AsyncAnswer:
     def _unless_cancelled(self, call: Callable[..., None] | None) -> Callable[..., None]:
         def called(*arguments: Any) -> None:
             if self._cancelled.is_set():
-                raise RequestCancelled("The request was cancelled while its pictures and videos were read.")
+                raise RequestCancelled("The request was cancelled while its texts, pictures and videos were read.")
             if call is not None:
                 call(*arguments)
 

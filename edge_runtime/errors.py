@@ -11,7 +11,7 @@ Each message is one or two sentences with three parts: what was found, what was 
     ├── ImageError              a picture or document cannot be read, or is too large to be encoded
     │   └── VideoError              a video, or a frame of it, cannot be read, or is larger than allowed
     ├── MessageError            a message, option or temporal id has the wrong form
-    ├── RequestCancelled        the caller cancelled while pictures and videos were read
+    ├── RequestCancelled        the caller cancelled while texts, pictures and videos were read
     ├── PromptTooLongError      the prompt does not fit into the context
     ├── CacheFull               the KV cache has no free cells, and nothing in it can be given up
     └── BackendUnavailable      a required library or machine feature is missing
@@ -72,7 +72,7 @@ class PromptTooLongError(EdgeRuntimeError):
 
     Parameters
     ----------
-    n_prompt, n_ctx : tokens in the prompt and in the context.
+    n_prompt, n_ctx : tokens in the prompt, at least, and in the context.
     """
 
     def __init__(self, message: str, n_prompt: int | None = None, n_ctx: int | None = None) -> None:

@@ -176,14 +176,14 @@ def _check_bias(bias: Any, n_logits: int | None) -> None:
     if not isinstance(bias, Mapping):
         raise MessageError(f"logit_bias is {bias!r}; expected a mapping of token ids to numbers.")
     for key, value in bias.items():
-        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
         if type(token_id) is not int or not 0 <= token_id < (n_logits or token_id + 1):
             raise MessageError(
-                f"logit_bias has the token id {key!r}; expected a number from 0 to {(n_logits or 1) - 1}."
+                f"logit_bias has the token id {key!r:.60}; expected a number from 0 to {(n_logits or 1) - 1}."
             )
         if type(value) not in (int, float) or not abs(value) <= LARGEST_BIAS:
             raise MessageError(
-                f"logit_bias of token {token_id} is {value!r}; expected a number from {-LARGEST_BIAS} to "
+                f"logit_bias of token {token_id} is {value!r:.60}; expected a number from {-LARGEST_BIAS} to "
                 f"{LARGEST_BIAS}."
             )
 

@@ -29,12 +29,18 @@ from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup
 from edge_runtime.inputs.slicing import Size, Slice, SlicePlan, plan_slices
 from edge_runtime.inputs.video.frame_choice import check_groups
 from edge_runtime.options import NO_HOOKS, PreparationHooks, PromptOptions
-from edge_runtime.prompt.build import ImageLayout, Prompt, build_prompt, iter_images
+from edge_runtime.prompt.build import ImageLayout, Prompt, PromptLimit, build_prompt, iter_images
 from edge_runtime.prompt.context_budget import Budget, check_tools_fit, share_of_tools
 from edge_runtime.prompt.context_shift import Placed, fit
 from edge_runtime.prompt.continuation import BegunTurn, find_begun_turn
+from edge_runtime.prompt.long_text import nothing
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.weights.config import SlicingConfig
+
+MAX_COUNTED = 16
+"""Contexts that a prompt may fill for its tokens to be counted, for the error or for the turns to be dropped."""
+MAX_SHIFTED = 2
+"""Contexts that a conversation must fill for certain for its oldest turns to be dropped uncounted."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,10 @@ class _PromptWriter:
     begun: BegunTurn | None
     numbered: bool
     """Whether pictures are numbered."""
-    max_tokens: int | None
-    """Maximum tokens of a prompt; None if the limit is not known yet."""
+    limit: PromptLimit | None
+    """Of the length of a prompt; None if the engine is not to compute it."""
+    check: Callable[[], None]
+    """Called often while a long text is read; what it raises ends the work."""
 
     def prompt(self, messages: Sequence[Message], pictures: Sequence[Placed]) -> Prompt:
         """The prompt that an answer continues, including a turn that was begun."""
@@ -122,7 +130,8 @@ class _PromptWriter:
             tools=tools,
             raw=self.options.raw,
             begun=begun,
-            max_prompt_tokens=self.max_tokens,
+            limit=self.limit,
+            check=self.check,
         )
 
 
@@ -168,8 +177,8 @@ def prepare(
     conversation = expand_videos(conversation, model.slicing, options.video_limits, hooks.on_look, opener.video)
     times = _picture_groups(conversation, options)
     numbered = _numbers_pictures(conversation, options, model.slicing)
-    max_tokens = _max_tokens(options, model.n_ctx) if refuse else None
-    writer = _PromptWriter(options, model, begun, numbered, max_tokens)
+    limit = _limit(options, model.n_ctx) if refuse else None
+    writer = _PromptWriter(options, model, begun, numbered, limit, hooks.on_check)
     fitted_slices: int | None = None
     if refuse or options.fit:
         conversation, fitted_slices = _fit_cells(conversation, times, writer, reserve_tokens)
@@ -207,9 +216,11 @@ def _numbers_pictures(conversation: Sequence[Message], options: PromptOptions, s
     return slicing.use_image_id and not has_video
 
 
-def _max_tokens(options: PromptOptions, n_ctx: int) -> int | None:
-    """Maximum tokens of a prompt; None while turns may be dropped or pictures made smaller."""
-    return None if not n_ctx or options.context_shift or options.fit else n_ctx - 1
+def _limit(options: PromptOptions, n_ctx: int) -> PromptLimit | None:
+    """How long a prompt is worth tokenising."""
+    if not n_ctx:
+        return None
+    return PromptLimit(n_ctx, MAX_SHIFTED * n_ctx if options.context_shift else n_ctx - 1, MAX_COUNTED * n_ctx)
 
 
 def _fit_cells(
@@ -286,7 +297,8 @@ def _with_more(
     conversation: Sequence[Message], placed: Sequence[Placed], writer: _PromptWriter
 ) -> Callable[[Sequence[Message]], Prompt]:
     known = conversation if writer.begun is None else conversation[:-1]
-    return lambda more: writer.new_turn([*known, *more], placed)
+    later = replace(writer, check=nothing)  # the callback belongs to the request, which may have ended
+    return lambda more: later.new_turn([*known, *more], placed)
 
 
 def _shared_positions(

@@ -13,6 +13,7 @@ and nothing stays forever.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -44,7 +45,8 @@ class Beginnings:
     """
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, list[int]] = OrderedDict()
+        self._known: OrderedDict[bytes, list[int]] = OrderedDict()
+        """Digest of what decides the prefix → its ids."""
         self._lock = threading.Lock()
 
     def length(
@@ -68,8 +70,9 @@ class Beginnings:
         name = json.dumps([written, [*tools], repr(more)], sort_keys=True, default=str)
         if len(name) < MIN_SHARED:  # no token is shorter than a character
             return 0
+        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         with self._lock:
-            found = self._known.get(name)
+            found = self._known.get(digest)
         if found is None:
             try:
                 one, other = (build([*opening, *parse_messages(question)]).ids for question in QUESTIONS)
@@ -77,7 +80,7 @@ class Beginnings:
                 return 0
             found = one[: common_beginning(one, other)]
             with self._lock:
-                self._known[name] = found
+                self._known[digest] = found
                 while len(self._known) > MAX_KNOWN:
                     self._known.popitem(last=False)
         n = common_beginning(found, ids)  # less than expected if a template looks at the end of the conversation

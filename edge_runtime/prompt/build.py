@@ -10,8 +10,9 @@ a picture.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from edge_runtime.errors import MessageError, ModelFileError, PromptTooLongError
 from edge_runtime.inputs.messages import ImagePart, Message
 from edge_runtime.prompt.continuation import BegunTurn, render_continuation
+from edge_runtime.prompt.long_text import LONG_TEXT, LONG_TEXTS, PIECE, nothing
 from edge_runtime.prompt.templates import render
 from edge_runtime.prompt.tokenizer import Tokenizer
 
@@ -38,7 +40,10 @@ _ASSISTANT_MAY_WRITE = frozenset(
 # The official way to ask where something is: name it in `<ref>`. These tags never start or end a turn or a picture.
 _USER_MAY_WRITE = frozenset(f"<{slash}{name}>" for name in ("ref", "box", "quad", "point") for slash in ("", "/"))
 _MAY_WRITE = {"assistant": _ASSISTANT_MAY_WRITE, "user": _USER_MAY_WRITE}
+MESSAGE = 50
+"""Characters of text that take as long as what is done for every message."""
 _PRIVATE_USE = range(0xE000, 0xF900)
+_PRIVATE = re.compile(f"[{chr(_PRIVATE_USE[0])}-{chr(_PRIVATE_USE[-1])}]")
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,35 @@ class ImageLayout:
     """(columns, rows) of cells; (0, 0) without cells."""
     frames: int = 1
     """Pictures that share the placeholder: more than one for packed video frames."""
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """How long a prompt may be that is worth tokenising."""
+
+    n_ctx: int
+    """Positions of the context, for the error."""
+    text: int
+    """Tokens of text that it has for certain: that many of the longest tokens."""
+    total: int
+    """Tokens that are counted; the count ends beyond them."""
+
+    def check_text(self, n_tokens: int, n_characters: int) -> None:
+        """Refuse text that is certain to have so many tokens."""
+        if n_tokens > self.text:
+            raise self._refusal(n_tokens, "tokens of text", n_characters)
+
+    def check_total(self, n_tokens: int, n_characters: int) -> None:
+        """Refuse a prompt of which so many tokens have been counted."""
+        if n_tokens > self.total:
+            raise self._refusal(n_tokens, "tokens", n_characters)
+
+    def _refusal(self, n_tokens: int, what: str, n_characters: int) -> PromptTooLongError:
+        return PromptTooLongError(
+            f"The prompt has at least {n_tokens} {what} ({n_characters} characters), but the context holds "
+            f"{self.n_ctx}, one of them for the answer; use a shorter text, or a larger --ctx.",
+            *(n_tokens, self.n_ctx),
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +110,8 @@ def build_prompt(
     tools: Sequence[dict[str, Any]] = (),
     raw: bool = False,
     begun: BegunTurn | None = None,
-    max_prompt_tokens: int | None = None,
+    limit: PromptLimit | None = None,
+    check: Callable[[], None] = nothing,
 ) -> Prompt:
     """Build the prompt of a conversation.
 
@@ -89,79 +124,143 @@ def build_prompt(
     raw : use the messages' text as the prompt, without the template; special tokens in it count, except those that
         mark pictures.
     begun : the last message, if the prompt is to end inside it.
-    max_prompt_tokens : limit of the prompt; text that is certain to exceed it is not tokenised.
+    limit : where a long prompt is refused before it is tokenised, or while it is.
+    check : called often while a long text is read; what it raises ends the work.
 
     Raises
     ------
     PromptTooLongError
-        When the text has more than `max_prompt_tokens` even of the longest tokens; other text may be too long, too.
+        When it exceeds `limit`; a prompt within it may be too long for the context, too.
     MessageError
         When the template refuses the conversation, or pictures and layouts do not match.
     ModelFileError
         When the vocabulary lacks the tokens that mark pictures, or the template is broken.
     """
-    mark = _unused_character(messages, tools)
-    text = (
-        _raw_text(messages, tokenizer, mark)
-        if raw
-        else _render(messages, tokenizer, mark, template, thinking, tools, begun)
+
+    def look() -> None:
+        check()
+        LONG_TEXTS.pass_on()
+
+    with LONG_TEXTS.turn() if _is_long(messages, tools) else nullcontext():
+        mark = _unused_character(messages, tools, look)
+        guard = _Guard(tokenizer, mark, look)
+        text = _raw_text(messages, guard) if raw else _render(messages, guard, template, thinking, tools, begun)
+        marked = _expand(_replace_surrogates(text), layouts, n_queries, use_image_id, mark)
+        ids = _tokenize(marked, guard, limit)
+        return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
+
+
+def _is_long(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> bool:
+    """Whether a conversation has a long text, or many short ones."""
+    n_characters = sum(
+        MESSAGE + sum(len(part) for part in message.parts if isinstance(part, str)) for message in messages
     )
-    rendered = _replace_surrogates(text)
-    marked = _expand(rendered, layouts, n_queries, use_image_id, mark)
-    if max_prompt_tokens is not None and (least := tokenizer.min_n_tokens(marked, mark)) > max_prompt_tokens:
-        raise PromptTooLongError(
-            f"The prompt has at least {least} tokens of text ({len(marked)} characters), but the context holds "
-            f"{max_prompt_tokens + 1}, one of them for the answer; use a shorter text, or a larger --ctx."
-        )
-    ids = tokenizer.encode_special(marked, mark)
-    return Prompt(marked.replace(mark, ""), ids, _find_bounds(ids, layouts, tokenizer, n_queries))
+    return n_characters > LONG_TEXT or sum(map(len, _texts(tools))) > LONG_TEXT
 
 
-def _raw_text(messages: Sequence[Message], tokenizer: Tokenizer, mark: str) -> str:
+def _tokenize(marked: str, guard: _Guard, limit: PromptLimit | None) -> list[int]:
+    """Ids of a rendered prompt, within its limit."""
+    if limit is not None:
+        limit.check_text(guard.tokenizer.min_n_tokens(marked, guard.mark, guard.check), len(marked))
+
+    def check_count(n_tokens: int) -> None:
+        guard.check()
+        if limit is not None:
+            limit.check_total(n_tokens, len(marked))
+
+    return guard.tokenizer.encode_special(marked, guard.mark, check_count)
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """Guards the texts of one conversation; see `Tokenizer.guard`."""
+
+    tokenizer: Tokenizer
+    mark: str
+    check: Callable[[], None]
+
+    def text(self, text: str, allowed: frozenset[str] = frozenset()) -> str:
+        return self.tokenizer.guard(text, self.mark, allowed, self.check)
+
+    def all(self, value: Any) -> Any:
+        """A JSON value with all its texts guarded, keys included."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, dict):
+            return {self.all(key): self.all(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.all(item) for item in value]
+        return value
+
+
+def _raw_text(messages: Sequence[Message], guard: _Guard) -> str:
     """The text of all messages, with a placeholder for each picture."""
     if not any(part for message in messages for part in message.parts):
         raise MessageError("The raw prompt is empty; expected text for the model to continue.")
     holders = {UNK, IMAGE, IMAGE_END, SLICE, SLICE_END, ID, ID_END}
-    allowed = frozenset(tokenizer.special_ids) - holders
+    allowed = frozenset(guard.tokenizer.special_ids) - holders
     parts = (part for message in messages for part in message.parts)
     # Adjacent texts are one text, in which `<ima` and `ge>` form a special token.
     runs = [(is_text, list(run)) for is_text, run in groupby(parts, lambda part: isinstance(part, str))]
     # Pictures before all text get lines of their own, as in the template; between texts they stay where they are.
     before = (PLACEHOLDER + "\n") * len(runs.pop(0)[1]) if not runs[0][0] else ""
     return before + "".join(
-        tokenizer.guard("".join(map(str, run)), mark, allowed) if is_text else PLACEHOLDER * len(run)
-        for is_text, run in runs
+        guard.text("".join(map(str, run)), allowed) if is_text else PLACEHOLDER * len(run) for is_text, run in runs
     )
 
 
 def _replace_surrogates(text: str) -> str:
     """Replace lone surrogates, which terminals and JSON can produce and no tokenizer accepts, with U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _unused_character(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
+def _unused_character(
+    messages: Sequence[Message], tools: Sequence[dict[str, Any]], check: Callable[[], None] = nothing
+) -> str:
     """Pick a private-use character that occurs nowhere in the conversation."""
-    used = set(json.dumps(list(tools), ensure_ascii=False))
-    for message in messages:
-        used.update(message.role, message.reasoning or "", json.dumps(message.tool_calls, ensure_ascii=False))
-        used.update(*(part for part in message.parts if isinstance(part, str)))
+    used: set[str] = set()
+    for text in _texts(
+        [[message.role, message.reasoning, message.tool_calls, message.parts] for message in messages]
+    ):
+        _add_private(text, used, check)
+    for text in _texts(tools):
+        _add_private(text, used, check)
     for code in _PRIVATE_USE:
         if chr(code) not in used:
             return chr(code)
     raise MessageError("The messages use every private-use character of Unicode; expected text. Send readable text.")
 
 
+def _add_private(text: str, used: set[str], check: Callable[[], None]) -> None:
+    if not text.isascii():
+        for start in range(0, len(text), PIECE):  # other threads run in between
+            used.update(_PRIVATE.findall(text, start, start + PIECE))
+            check()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts inside a value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _texts(key)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
 def _render(
     messages: Sequence[Message],
-    tokenizer: Tokenizer,
-    mark: str,
+    guard: _Guard,
     template: str,
     thinking: bool,
     tools: Sequence[Any],
     begun: BegunTurn | None,
 ) -> str:
-    guarded = [_template_message(message, tokenizer, mark) for message in messages]
-    guarded_tools = [_guard_all(tool, tokenizer, mark) for tool in tools]
+    guarded = [_template_message(message, guard) for message in messages]
+    guarded_tools = [guard.all(tool) for tool in tools]
 
     def rendered(entries: Sequence[dict[str, Any]], asks: bool) -> str:
         context = {
@@ -170,35 +269,22 @@ def _render(
             "add_generation_prompt": asks,
             "enable_thinking": thinking,
         }
-        return render(template, context)
+        return render(template, context, guard.check)
 
-    return rendered(guarded, True) if begun is None else render_continuation(begun, guarded, rendered, mark)
+    return rendered(guarded, True) if begun is None else render_continuation(begun, guarded, rendered, guard.mark)
 
 
-def _template_message(message: Message, tokenizer: Tokenizer, mark: str) -> dict[str, Any]:
+def _template_message(message: Message, guard: _Guard) -> dict[str, Any]:
     """One message as templates expect it: its content is a string with a placeholder for each picture."""
     allowed = _MAY_WRITE.get(message.role, frozenset())
-    texts = [tokenizer.guard(part, mark, allowed) if isinstance(part, str) else PLACEHOLDER for part in message.parts]
+    texts = [guard.text(part, allowed) if isinstance(part, str) else PLACEHOLDER for part in message.parts]
     entry: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
     if message.reasoning is not None:
         # The model wrote both: officially, tags are markup in both, and the ids are those that it generated.
-        entry["reasoning_content"] = tokenizer.guard(message.reasoning, mark, allowed)
+        entry["reasoning_content"] = guard.text(message.reasoning, allowed)
     if message.tool_calls:
-        entry["tool_calls"] = _guard_all(message.tool_calls, tokenizer, mark)
+        entry["tool_calls"] = guard.all(message.tool_calls)
     return entry
-
-
-def _guard_all(value: Any, tokenizer: Tokenizer, mark: str) -> Any:
-    if isinstance(value, str):
-        return tokenizer.guard(value, mark)
-    if isinstance(value, dict):
-        guarded = (
-            (_guard_all(key, tokenizer, mark), _guard_all(item, tokenizer, mark)) for key, item in value.items()
-        )
-        return dict(guarded)
-    if isinstance(value, list | tuple):
-        return [_guard_all(item, tokenizer, mark) for item in value]
-    return value
 
 
 def _expand(rendered: str, layouts: Sequence[ImageLayout], n_queries: int, use_image_id: bool, mark: str) -> str:

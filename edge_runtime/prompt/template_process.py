@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from edge_runtime.system import sandbox
 
 MAX_RENDERED_CHARACTERS = 16 << 20
+"""Beyond twice the characters of the conversation."""
 MAX_S = 5.0
 """Per rendering; the official template takes a millisecond."""
 MAX_BYTES = 1 << 30
@@ -63,8 +65,12 @@ def _compile(template: str) -> Any:
         raise TemplateFault("template", why) from None
 
 
-def render(template: str, context: dict[str, Any]) -> str:
+def render(template: str, context: dict[str, Any], check: Callable[[], None] = lambda: None) -> str:
     """Render a template.
+
+    Parameters
+    ----------
+    check : called for every piece of the text; what it raises ends the work.
 
     Raises
     ------
@@ -74,11 +80,13 @@ def render(template: str, context: dict[str, Any]) -> str:
 
     compiled = _compile(template)
     text, length = [], 0
+    most = MAX_RENDERED_CHARACTERS + 2 * _n_characters(context)
     try:
         for piece in compiled.generate(**context):
+            check()
             text.append(piece)
             length += len(piece)
-            if length > MAX_RENDERED_CHARACTERS:
+            if length > most:
                 raise TemplateFault("template", "writes endlessly; use a file with the official template")
     except MemoryError:
         raise TemplateFault("template", "fills the memory; use a file with the official template") from None
@@ -87,6 +95,20 @@ def render(template: str, context: dict[str, Any]) -> str:
     ) as error:
         raise TemplateFault("conversation", str(error)) from None
     return "".join(text)
+
+
+def _n_characters(value: Any) -> int:
+    """Characters of all texts inside a JSON value."""
+    left, found = [value], 0
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            found += len(item)
+        elif isinstance(item, dict):
+            left += [*item, *item.values()]
+        elif isinstance(item, list | tuple):
+            left += item
+    return found
 
 
 def main() -> None:

@@ -14,27 +14,33 @@ import os
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from edge_runtime.errors import MessageError, ModelFileError
 from edge_runtime.prompt import template_process
+from edge_runtime.prompt.long_text import LONG_TEXTS
 from edge_runtime.prompt.template_process import MAX_BYTES, MAX_S, TemplateFault
 from edge_runtime.system.forks import only_here
 
 OFFICIAL_CHAT_TEMPLATE = resources.files("edge_runtime.prompt").joinpath("chat_template.jinja").read_text("utf-8")
 """The chat template of MiniCPM-V 4.5, for files without one."""
+MAX_PROCESSES = 3
+"""Kept for their next rendering; each takes about 30 MB."""
 START_S = 60.0
 """Time for the process to start on a busy machine."""
 
 
-def render(template: str, context: dict[str, Any]) -> str:
+def render(template: str, context: dict[str, Any], check: Callable[[], None] = lambda: None) -> str:
     """Render a chat template.
 
     Parameters
     ----------
     context : its variables, of JSON types.
+    check : called often if the conversation is long; what it raises ends the work.
 
     Raises
     ------
@@ -45,8 +51,9 @@ def render(template: str, context: dict[str, Any]) -> str:
     """
     try:
         if template == OFFICIAL_CHAT_TEMPLATE:
-            return template_process.render(template, context)
-        return shared_renderer().render(template, context)
+            return template_process.render(template, context, check)
+        with LONG_TEXTS.without():
+            return shared_renderers().render(template, context)
     except TemplateFault as error:
         if error.fault == "template":
             raise ModelFileError(f"The model's chat template {error}.") from None
@@ -57,23 +64,54 @@ def render(template: str, context: dict[str, Any]) -> str:
 
 
 @cache
-def shared_renderer() -> Renderer:
-    """The one of this process, started when it is first needed."""
-    renderer = Renderer()
-    atexit.register(only_here(renderer.close))
-    return renderer
+def shared_renderers() -> Renderers:
+    """Those of this process."""
+    renderers = Renderers()
+    atexit.register(only_here(renderers.close))
+    return renderers
 
 
-if hasattr(
-    os, "register_at_fork"
-):  # the process is the parent's, and its lock may be held by a thread that is not here
-    os.register_at_fork(after_in_child=shared_renderer.cache_clear)
+if hasattr(os, "register_at_fork"):
+    # The processes are the parent's, and a lock may be held by a thread that is not here.
+    os.register_at_fork(after_in_child=shared_renderers.cache_clear)
+
+
+class Renderers:
+    """A process for each template, so that one that computes for long delays no other's users."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, Renderer] = OrderedDict()
+        """Template → its process, the last used at the end."""
+
+    def render(self, template: str, context: dict[str, Any]) -> str:
+        """As `Renderer.render`; starts a process if there is none."""
+        with self._lock:
+            renderer = self._known.setdefault(template, Renderer())
+            self._known.move_to_end(template)
+            renderer.n_users += 1
+        try:
+            return renderer.render(template, context)
+        finally:
+            with self._lock:
+                renderer.n_users -= 1
+                idle = [name for name, known in self._known.items() if not known.n_users]
+                surplus = [self._known.pop(name) for name in idle[: max(0, len(self._known) - MAX_PROCESSES)]]
+            for unused in surplus:
+                unused.close()
+
+    def close(self) -> None:
+        """End all processes."""
+        for renderer in [*self._known.values()]:
+            renderer.close()
 
 
 class Renderer:
     """The process that renders, replaced after it had to be ended. One rendering at a time."""
 
     def __init__(self) -> None:
+        self.n_users = 0
+        """Threads that render, or wait for that."""
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 

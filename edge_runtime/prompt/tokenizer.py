@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Bpe
 
 from edge_runtime.errors import ModelFileError, UnsupportedModelError
+from edge_runtime.prompt.long_text import LONG_TEXT, LONG_TEXTS, matches, nothing, pieces
 from edge_runtime.weights.config import Vocabulary, read_vocabulary
 from edge_runtime.weights.gguf_file import GGUFFile
 
-LONG_TEXT = 10_000  # characters
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one gain nothing, and forks cause warnings
 
 NORMALIZER_KEY = "edge_runtime.tokenizer.normalizer"
@@ -98,38 +99,102 @@ class Tokenizer:
         longest_first = sorted(self.special_ids, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text: `<|im_end|>` and the like are ordinary characters here, lone surrogates are U+FFFD."""
-        if not text:
-            return []
-        if not text.isascii():
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if len(text) > LONG_TEXT:  # a batch is processed without the GIL, a single text is not
-            return list(self._bpe.encode_batch([text], add_special_tokens=False)[0].ids)
-        return list(self._bpe.encode(text, add_special_tokens=False).ids)
+    @cached_property
+    def _longest_special(self) -> int:
+        """Characters of the longest special token."""
+        return max(map(len, self.special_ids), default=1)
 
-    def guard(self, text: str, mark: str, allowed: frozenset[str] = frozenset()) -> str:
+    def encode(self, text: str, check: Callable[[int], None] = lambda n: None) -> list[int]:
+        """Ids of plain text: `<|im_end|>` and the like are ordinary characters here, lone surrogates are U+FFFD.
+
+        Parameters
+        ----------
+        check : called between the pieces of a long text, with the number of ids so far; what it raises ends the work.
+        """
+        ids: list[int] = []
+        self._add(ids, text, check)
+        return ids
+
+    def _add(self, ids: list[int], text: str, check: Callable[[int], None]) -> None:
+        """Append the ids of plain text."""
+        if not text:
+            return
+        if len(text) <= LONG_TEXT:
+            ids.extend(self._bpe.encode(_without_surrogates(text), add_special_tokens=False).ids)
+            return
+        for piece in pieces(text, lambda: check(len(ids))):
+            with LONG_TEXTS.turn():  # a batch is processed without the GIL, a single text is not
+                found = self._bpe.encode_batch_fast([_without_surrogates(piece)], add_special_tokens=False)
+                ids.extend(found[0].ids)
+                del found  # takes a hundred times the memory of the ids
+
+    def guard(
+        self, text: str, mark: str, allowed: frozenset[str] = frozenset(), check: Callable[[], None] = nothing
+    ) -> str:
         """Turn special tokens in `text` into ordinary text, by a `mark` after their first character.
 
         Parameters
         ----------
         mark : a character that occurs nowhere in the conversation; `encode_special` removes it.
         allowed : special tokens left as they are.
+        check : called often if the text is long; what it raises ends the work.
         """
-        return self._special_pattern.sub(lambda m: m[0] if m[0] in allowed else m[0][0] + mark + m[0][1:], text)
+        parts, done = [], 0
+        for match in self._special(text, check):
+            if match[0] not in allowed:
+                parts += [text[done : match.start() + 1], mark]
+                done = match.start() + 1
+        return "".join([*parts, text[done:]])
 
-    def encode_special(self, text: str, mark: str) -> list[int]:
+    def encode_special(self, text: str, mark: str, check: Callable[[int], None] = lambda n: None) -> list[int]:
         """Ids of a rendered prompt, in which special tokens count unless they were guarded.
 
-        The text is split only at special tokens; each run between two of them is tokenised whole, so that merges
+        The text is split only at special tokens; each run between two of them is tokenised as a whole, so that merges
         across the border between template and user text are the official ones.
+
+        Parameters
+        ----------
+        check : as for `encode`.
         """
-        ids, position = [], 0
-        for match in self._special_pattern.finditer(text):
-            ids += self.encode(text[position : match.start()].replace(mark, ""))
-            ids.append(self.special_ids[match[0]])
-            position = match.end()
-        return ids + self.encode(text[position:].replace(mark, ""))
+        ids: list[int] = []
+        for run, special in self._runs(text, mark, lambda: check(len(ids))):
+            self._add(ids, run, check)
+            if special is not None:
+                ids.append(self.special_ids[special])
+        return ids
+
+    def min_n_tokens(self, text: str, mark: str, check: Callable[[], None] = nothing) -> int:
+        """Lower bound of the tokens in the plain text of a rendered prompt, without tokenising it.
+
+        No token stands for more bytes than the longest one. Bytes are counted after normalisation, which may shorten
+        text. Special tokens are not counted.
+
+        Parameters
+        ----------
+        check : as for `guard`.
+        """
+        if self._longest is None:
+            return 0
+        n_tokens = 0
+        for run, _ in self._runs(text, mark, check):
+            for piece in pieces(run, check) if run else ():
+                plain = piece
+                if self._normalizer == "nfc" and not plain.isascii():
+                    plain = unicodedata.normalize("NFC", plain)
+                n_tokens += -(-len(plain.encode("utf-8", "surrogatepass")) // self._longest)
+        return n_tokens
+
+    def _special(self, text: str, check: Callable[[], None]) -> Iterator[re.Match[str]]:
+        """All special tokens in a text."""
+        return matches(self._special_pattern, self._longest_special, text, check)
+
+    def _runs(self, text: str, mark: str, check: Callable[[], None]) -> Iterator[tuple[str, str | None]]:
+        """Each run of plain text, without marks, and the special token after it."""
+        done = 0
+        for match in self._special(text, check):
+            yield text[done : match.start()].replace(mark, ""), match[0]
+            done = match.end()
+        yield text[done:].replace(mark, ""), None
 
     @cached_property
     def _longest(self) -> int | None:
@@ -137,22 +202,6 @@ class Tokenizer:
         if not all(character in self.ids for character in _bytes_to_unicode().values()):
             return None
         return max(map(len, self.ids))  # a character stands for a byte; special tokens can only make it longer
-
-    def min_n_tokens(self, text: str, mark: str) -> int:
-        """Lower bound of the tokens in the plain text of a rendered prompt, without tokenising it.
-
-        No token stands for more bytes than the longest one. Bytes are counted after normalisation, which may shorten
-        text. Special tokens are not counted.
-        """
-        if self._longest is None:
-            return 0
-        n_tokens = 0
-        for run in self._special_pattern.split(text):
-            plain = run.replace(mark, "")
-            if self._normalizer == "nfc" and not plain.isascii():
-                plain = unicodedata.normalize("NFC", plain)
-            n_tokens += -(-len(plain.encode("utf-8", "surrogatepass")) // self._longest)
-        return n_tokens
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; empty for rows without a token."""
@@ -162,6 +211,10 @@ class Tokenizer:
         if kind in (CONTROL, USER_DEFINED):
             return text.encode()
         return bytes(_BYTE_OF[c] for c in text) if all(c in _BYTE_OF for c in text) else text.encode()
+
+
+def _without_surrogates(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _check_kind(file: GGUFFile) -> None:

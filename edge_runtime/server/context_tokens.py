@@ -36,12 +36,15 @@ def ids_of(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, most: in
         n_images += n
     kept: list[list[int]] = []
     system = [i for i, message in enumerate(messages) if message.get("role") == "system"]
-    found = {i: _turn("system", marked[i], tokenizer) for i in system}
+    found = {i: _turn("system", marked[i], tokenizer) for i in system}  # they were in the prompt, so they fit
     left = most - sum(map(len, found.values()))
     for i in reversed(range(len(messages))):
         if i in found:
             kept.append(found[i])
         elif left >= 0:
+            if tokenizer.min_n_tokens(marked[i], "") > left:  # a turn that was dropped may be of any length
+                left = -1
+                continue
             ids = _turn(str(messages[i].get("role")), marked[i], tokenizer)
             left -= len(ids)
             if left >= 0:

@@ -111,7 +111,7 @@ class Fetcher:
             if response.status != 200:
                 raise ImageError(f"{shown!r} answered with status {response.status}; expected 200 and a picture.")
             announced = found.get(b"content-length", "")
-            if announced.isdecimal() and int(announced) > max_bytes:
+            if announced.isdecimal() and (len(announced) > 18 or int(announced) > max_bytes):
                 raise _too_large(shown, max_bytes)
             body = bytearray()
             async for chunk in response.aiter_stream():

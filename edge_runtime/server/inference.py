@@ -28,7 +28,8 @@ from edge_runtime.prompt.build import Prompt
 from edge_runtime.server.context_tokens import messages_of
 from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, TooLarge
 from edge_runtime.server.fetch import Fetcher
-from edge_runtime.server.media import brought_in, has_media, text_bytes
+from edge_runtime.server.look import Look
+from edge_runtime.server.media import brought_in, has_long_text, has_media, text_bytes
 from edge_runtime.server.middleware.shares import Places, asking
 from edge_runtime.server.registry.catalog import Listed
 from edge_runtime.server.registry.facts import refuse_what_it_cannot
@@ -37,7 +38,10 @@ from edge_runtime.server.settings import Settings
 
 R = TypeVar("R")
 TEXT_THREADS = 4
-"""Threads that prepare conversations without pictures; others have one each, and wait there for a decoder."""
+"""Threads that prepare short texts. Pictures, long texts and forms of answers have one each, and wait there for a
+decoder, or for their turn to be tokenised."""
+FORMS = ("schema", "choices", "regex", "grammar", "tools")
+"""Options that are compiled before the answer starts."""
 MAX_DECODERS = 4
 """Files that are decoded at the same time; more would only hold more pictures in memory."""
 
@@ -213,20 +217,6 @@ def _cut_into(most_tokens: int, max_slices: int | None, n_queries: int) -> dict[
     return {"max_slices": min(cells, max_slices or cells)}
 
 
-class _Gone(Exception):  # noqa: N818 - says what is the matter
-    """Nobody waits for the prepared call any more."""
-
-
-def _noticing(gone: threading.Event) -> dict[str, Any]:
-    """Arguments that make `Model.submit` stop between two pictures, pages or frames when nobody waits."""
-
-    def look(*_: object) -> None:
-        if gone.is_set():
-            raise _Gone
-
-    return {"on_image": look, "on_look": look, "on_check": look}
-
-
 class Inference:
     """Admits, prepares and submits calls.
 
@@ -240,10 +230,11 @@ class Inference:
         self._places = Places(settings.max_queue, settings.queue_of_one, "requests are waiting or running")
         self.on_end: list[Callable[[Outcome], None]] = []
         self._texts = ThreadPoolExecutor(TEXT_THREADS, "edge-runtime texts")
-        self._media = ThreadPoolExecutor(settings.max_queue, "edge-runtime pictures")
+        self._long = ThreadPoolExecutor(settings.max_queue, "edge-runtime pictures")
         n_decoders = min(MAX_DECODERS, os.cpu_count() or 1)
         self.decoders = DecoderPool(n_decoders, settings.decode_timeout_s, settings.max_pixels)
         self._running: set[Answering] = set()
+        self._stopping = threading.Event()
         self._fetcher = Fetcher(settings)
         self._limits = {
             "pixel_limit": settings.max_pixels,
@@ -348,7 +339,7 @@ class Inference:
         def submit(gone: threading.Event) -> list[AnswerStream]:
             refuse_what_it_cannot(use.listed, self.settings, options)
             try:
-                streams = use.model.submit(messages, n=call.n, **options, **_noticing(gone))
+                streams = use.model.submit(messages, n=call.n, **options, **Look(gone, self._stopping).everywhere())
             except TypeError as error:  # an option that Model.submit does not know
                 raise MessageError(f"An option is unknown: {error}.") from error
             if gone.is_set():  # if set later, nobody holds the streams, which cancels them, too
@@ -356,19 +347,37 @@ class Inference:
                     stream.cancel()
             return streams
 
-        return await self._while_wanted(messages, submit)
+        return await self._while_wanted(messages, options, submit)
 
-    async def _while_wanted(self, messages: Any, work: Callable[[threading.Event], R]) -> R:
+    async def _while_wanted(
+        self, messages: Any, options: Mapping[str, Any], work: Callable[[threading.Event], R]
+    ) -> R:
         """Run work on a conversation in a thread; it is notified when nobody waits for it any more.
 
-        Text has its own threads, so it never waits for a picture.
+        Short texts have their own threads, so they never wait for a picture, a long text or a schema.
         """
         gone = threading.Event()
-        threads = self._media if has_media(messages) else self._texts
+        takes_long = has_media(messages) or any(options.get(name) for name in FORMS) or has_long_text(messages)
+        threads = self._long if takes_long else self._texts
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, work, gone)
         finally:
             gone.set()
+
+    async def read(self, work: Callable[[Callable[[], None]], R]) -> R:
+        """Run what makes calls of a long request, in a thread; admitted as `begin` does.
+
+        Parameters
+        ----------
+        work : its argument has to be called often; it raises when nobody waits any more.
+        """
+        gone = threading.Event()
+        with self.admitted():
+            try:
+                look = Look(gone, self._stopping)
+                return await asyncio.get_running_loop().run_in_executor(self._long, work, look)
+            finally:
+                gone.set()
 
     async def count_tokens(self, call: ChatCall) -> int:
         """Tokens of the prompt that a call would have; otherwise as `build_prompt`."""
@@ -397,12 +406,13 @@ class Inference:
                 )
 
             def build(gone: threading.Event) -> Prompt:
-                return use.model.build_prompt(messages, **options, **_noticing(gone))
+                return use.model.build_prompt(messages, **options, **Look(gone, self._stopping).everywhere())
 
-            return await self._while_wanted(messages, build)
+            return await self._while_wanted(messages, options, build)
 
     def stop(self) -> None:
         """Cancel all answers and end the decoders; waiting clients learn that the server is shutting down."""
+        self._stopping.set()
         self.decoders.close()
         for answering in [*self._running]:
             for stream in answering._streams:
@@ -410,6 +420,7 @@ class Inference:
 
     def close(self) -> None:
         """End the threads and the decoders."""
-        for threads in (self._texts, self._media):
+        self._stopping.set()
+        for threads in (self._texts, self._long):
             threads.shutdown(wait=False, cancel_futures=True)
         self.decoders.close()

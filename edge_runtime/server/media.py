@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_runtime.errors import ImageError
+from edge_runtime.prompt.long_text import LONG_TEXT
 from edge_runtime.server.errors import NotAllowed, RequestError, TooLarge
 from edge_runtime.server.fetch import Fetcher
 from edge_runtime.server.settings import Settings
@@ -100,6 +101,20 @@ def _is_text(part: Any) -> bool:
     return part.get("type", "text") in TEXT_KINDS and not part.keys() & {"image", "video"}
 
 
+def has_long_text(messages: Any) -> bool:
+    """Whether a conversation has so much text that tokenising it takes long; `data:` URIs count, too."""
+    left, n_characters = [messages], 0
+    while left and n_characters <= LONG_TEXT:
+        item = left.pop()
+        if isinstance(item, str):
+            n_characters += len(item)
+        elif isinstance(item, Mapping):
+            left += item.values()
+        elif isinstance(item, list | tuple):
+            left += item
+    return n_characters > LONG_TEXT
+
+
 def text_bytes(value: Any, key: str = "") -> int:
     """UTF-8 bytes of all texts in a self-contained conversation, without `data:` URIs of media."""
     left, n_bytes = [(key, value)], 0
@@ -107,7 +122,8 @@ def text_bytes(value: Any, key: str = "") -> int:
         key, item = left.pop()
         if isinstance(item, str):
             is_media = key not in TEXT_KEYS and is_data_uri(item)
-            n_bytes += 0 if is_media else len(item.encode("utf-8", "surrogatepass"))
+            if not is_media:
+                n_bytes += len(item) if item.isascii() else len(item.encode("utf-8", "surrogatepass"))
         elif isinstance(item, Mapping):
             left += [("text", name) for name in item]
             left += [(str(name), inner) for name, inner in item.items()]

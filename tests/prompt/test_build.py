@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from conftest import golden
 from edge_runtime import MessageError, Model, ModelFileError
 from edge_runtime.inputs.messages import parse_messages
-from edge_runtime.prompt import templates
+from edge_runtime.prompt import template_process, templates
 from edge_runtime.prompt.build import ImageLayout, build_prompt, placeholder_text
 from edge_runtime.prompt.templates import OFFICIAL_CHAT_TEMPLATE
 
@@ -271,7 +272,38 @@ def test_a_renderer_that_was_killed_is_replaced():
         renderer.close()
 
 
+def test_a_template_that_computes_for_long_delays_no_other():
+    """Each has a process of its own; those that are not in use are few."""
+    renderers = templates.Renderers()
+    assert renderers.render("long", {}) == "long"
+    done = []
+    computing = threading.Thread(target=lambda: done.append(renderers.render("long", {})))
+    try:
+        with renderers._known["long"]._lock:  # as while it computes
+            computing.start()
+            for number in range(6):
+                assert renderers.render(f"{number}", {}) == f"{number}"
+            assert not done
+            assert "long" in renderers._known  # it is in use
+            assert "5" in renderers._known
+            assert len(renderers._known) == templates.MAX_PROCESSES
+        computing.join(60)
+        assert done == ["long"]
+    finally:
+        renderers.close()
+
+
+@pytest.mark.parametrize("template", [OFFICIAL_CHAT_TEMPLATE, "{{ messages[0].content }}"])
+def test_a_long_conversation_is_no_fault_of_its_template(template):
+    content = "word " * 4_000_000
+    context = {"messages": [{"role": "user", "content": content}], "tools": None, "add_generation_prompt": True}
+    assert content.strip() in template_process.render(template, context)
+    endless = "{% for i in range(40) %}{{ messages[0].content }}{% endfor %}"
+    with pytest.raises(templates.TemplateFault, match="writes endlessly"):
+        template_process.render(endless, context)
+
+
 def test_the_official_template_needs_no_process(monkeypatch):
-    monkeypatch.setattr(templates, "shared_renderer", lambda: pytest.fail("a process was asked for"))
+    monkeypatch.setattr(templates, "shared_renderers", lambda: pytest.fail("a process was asked for"))
     context = {"messages": [{"role": "user", "content": "q"}], "tools": None, "add_generation_prompt": True}
     assert "user\nq" in templates.render(OFFICIAL_CHAT_TEMPLATE, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -216,9 +217,9 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenised(demo: Model, mon
     sure = "a " * ((demo.n_ctx * longest + fits) // 2)
     n_called, encode = [], Tokenizer.encode_special
 
-    def recorded(self: Tokenizer, text: str, mark: str) -> list[int]:
+    def recorded(self: Tokenizer, text: str, *arguments: Any) -> list[int]:
         n_called.append(text)
-        return encode(self, text, mark)
+        return encode(self, text, *arguments)
 
     monkeypatch.setattr(Tokenizer, "encode_special", recorded)
     for ask in (sure, [{"role": "system", "content": sure}, {"role": "user", "content": "a"}]):

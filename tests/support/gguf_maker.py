@@ -1,15 +1,14 @@
 """GGUF files made byte by byte: sound tiny models, and broken ones of every kind.
 
 `Gguf` writes what it is told, checks nothing and so can contradict itself, which `gguf.GGUFWriter` refuses to do.
+Scripts load this file by its path, outside of `sys.modules`: annotations of dataclasses are not strings for that.
 """
-
-from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -67,24 +66,24 @@ class Gguf:
     """Raw bytes after the last key, for example a key that exists already; count them in `n_keys`."""
     more_tensors: bytes = b""
 
-    def key(self, name: str, kind: int, value: Any) -> Gguf:
+    def key(self, name: str, kind: int, value: Any) -> Self:
         """Set a scalar key."""
         self.keys[name] = (kind, scalar(kind, value))
         return self
 
-    def array(self, name: str, kind: int, values: Sequence[Any]) -> Gguf:
+    def array(self, name: str, kind: int, values: Sequence[Any]) -> Self:
         """Set an array key."""
         self.keys[name] = (ARRAY, array(kind, values))
         return self
 
-    def tensor(self, name: str, shape: tuple[int, ...], kind: Type = Type.F32, seed: int = 0) -> Gguf:
+    def tensor(self, name: str, shape: tuple[int, ...], kind: Type = Type.F32, seed: int = 0) -> Self:
         """Add a tensor of small random numbers; `shape` in NumPy order."""
         values = np.random.default_rng(seed).standard_normal((int(np.prod(shape[:-1])), shape[-1])) / 8
         blocks = encode_rows(values.astype(np.float32), kind)
         self.tensors[name] = Tensor(name, shape[::-1], int(kind), blocks.tobytes())
         return self
 
-    def padded_tensor(self, name: str, shape: tuple[int, int], kind: Type, seed: int = 0) -> Gguf:
+    def padded_tensor(self, name: str, shape: tuple[int, int], kind: Type, seed: int = 0) -> Self:
         """Add a matrix whose rows are stored with zeros up to the next multiple of 32, and the key that says so."""
         n_rows, n_columns = shape
         values = np.zeros((n_rows, padded(n_columns, 32)), np.float32)

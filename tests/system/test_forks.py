@@ -102,9 +102,10 @@ def test_a_fork_that_exits_normally_ends_nothing_of_its_parent(exact_folder, tmp
 
 
 def test_templates_are_rendered_in_forks_too(exact_folder):
-    from edge_runtime.prompt.templates import render, shared_renderer
+    from edge_runtime.prompt.templates import render, shared_renderers
 
     assert render(TEMPLATE, {"messages": 1}) == "1"
-    with shared_renderer()._lock:  # as if another thread were rendering at that moment
+    (renderer,) = [found for name, found in shared_renderers()._known.items() if name == TEMPLATE]
+    with shared_renderers()._lock, renderer._lock:  # as if another thread were rendering at that moment
         assert in_a_fork(lambda: render(TEMPLATE, {"messages": 2})) == "2"
     assert render(TEMPLATE, {"messages": 3}) == "3"

@@ -6,6 +6,8 @@ vLLM and Ollama that clients send in `extra_body`.
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -147,6 +149,8 @@ def _bias(bias: Bias | None) -> dict[str, float] | None:
                 "forbids a token. POST /tokenize returns the ids of a text.",
                 "logit_bias",
             )
+        if abs(value) > sys.float_info.max:  # a whole number of hundreds of digits
+            value = math.inf
         found[str(token_id)] = -LARGEST_BIAS if value is False else float(value)
     return found
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
@@ -40,7 +39,8 @@ router.include_router(ollama_models.router)
 API_VERSION = "0.12.6"
 """Version of Ollama's API: clients check it before they use newer features."""
 
-_MARK = re.compile(r"(\[img(?:-[0-9]{1,9})?\])")
+_ANY = "[img]"
+"""The place of a picture in a raw prompt, whichever is next."""
 Fields = dict[str, Any]
 Part = Callable[..., Fields]
 """The part of a reply that holds text, reasoning and calls; differs between chat and generate."""
@@ -78,23 +78,39 @@ async def generate(body: GenerateBody, request: Request, state: State) -> Respon
         return await _load_or_leave(body, state, _response)
     options = {**_options(body), **({"raw": True} if body.raw else {})}
     messages: list[Fields] = [{"role": "system", "content": body.system}] if body.system else []
-    messages.append(_raw(body) if body.raw else {"role": "user", "content": body.prompt or "", "images": body.images})
+    messages.append(
+        _raw(body, state.settings.max_images)
+        if body.raw
+        else {"role": "user", "content": body.prompt or "", "images": body.images}
+    )
     keep_s = keep_alive_seconds(body.keep_alive)
     call = ChatCall(body.wanted, messages, options, keep_alive_s=keep_s, context=body.context or None)
     return await _answer(call, body, request, state, _response)
 
 
-def _raw(body: GenerateBody) -> Fields:
+def _raw(body: GenerateBody, max_images: int) -> Fields:
     """A prompt used verbatim: each picture at its `[img-N]` or `[img]`, the others before everything."""
-    pieces: list[Any] = _MARK.split(body.prompt or "")
-    pictures: list[Fields | None] = [{"type": "image", "image": image} for image in body.images or []]
-    marks = range(1, len(pieces), 2)
-    for place in sorted(marks, key=lambda i: pieces[i] == "[img]"):  # those with a number first
-        free = [n for n, picture in enumerate(pictures) if picture is not None]
-        wanted = free[:1] if pieces[place] == "[img]" else [n for n in free if pieces[place] == f"[img-{n}]"]
-        for n in wanted:
-            pieces[place], pictures[n] = pictures[n], None
-    return {"role": "user", "content": [*filter(None, pictures), *(piece for piece in pieces if piece != "")]}
+    prompt = body.prompt or ""
+    left = {n: {"type": "image", "image": image} for n, image in enumerate(body.images or [])}
+    if len(left) > max_images:  # refused later; here, each would be searched for
+        return {"role": "user", "content": [*left.values(), prompt]}
+    places: dict[int, tuple[str, Fields]] = {}
+    for n in [*left]:
+        mark = f"[img-{n}]"
+        if (place := prompt.find(mark)) >= 0:
+            places[place] = mark, left.pop(n)
+    place = -1
+    for n in [*left]:
+        if (place := prompt.find(_ANY, place + 1)) < 0:
+            break
+        places[place] = _ANY, left.pop(n)
+    content: list[Any] = [*left.values()]
+    done = 0
+    for place in sorted(places):
+        mark, picture = places[place]
+        content += [prompt[done:place], picture]
+        done = place + len(mark)
+    return {"role": "user", "content": [piece for piece in (*content, prompt[done:]) if piece != ""]}
 
 
 def _joined_at_the_end(messages: list[Fields]) -> list[Fields]:
@@ -102,11 +118,13 @@ def _joined_at_the_end(messages: list[Fields]) -> list[Fields]:
 
     Ollama joins them so; with two turns it would be unclear which one is continued.
     """
-    found = [*messages]
-    while len(found) > 1 and all(_is_plain_answer(message) for message in found[-2:]):
-        last, before = found.pop(), found.pop()
-        found.append({**before, "content": f"{before['content']}\n\n{last['content']}"})
-    return found
+    start = len(messages)
+    while start and _is_plain_answer(messages[start - 1]):
+        start -= 1
+    answers = messages[start:]
+    if len(answers) < 2:
+        return messages
+    return [*messages[:start], {**answers[0], "content": "\n\n".join(answer["content"] for answer in answers)}]
 
 
 def _is_plain_answer(message: Fields) -> bool:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -23,7 +23,7 @@ from edge_runtime.server.inference import ChatCall
 from edge_runtime.server.openai.chunks import ProgressReport, lines, one_call, whole_answers
 from edge_runtime.server.openai.llama_server_facts import MEDIA_MARKER, props, sampling_settings
 from edge_runtime.server.openai.llama_server_replies import LlamaCompletions
-from edge_runtime.server.openai.llama_server_requests import LlamaCompletionRequest
+from edge_runtime.server.openai.llama_server_requests import LlamaCompletionRequest, TextReader
 from edge_runtime.server.openai.requests import ChatCompletionRequest
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected
 from edge_runtime.server.routing import JSONRoute
@@ -61,8 +61,13 @@ async def completion(request: Request, state: State, body: LlamaCompletionReques
     warnings = body.all_warnings()
     state.inference.check_answers(body.n_answers)
     async with state.registry.use(body.model) as use:  # reading the prompt needs its vocabulary
-        calls = body.calls(use.model.tokenizer)
-        replies = _replies(body, use.model, body.model or use.listed.name, state.settings.max_tokens)
+        name, most = body.model or use.listed.name, state.settings.max_tokens
+
+        def read(check: Callable[[], None]) -> tuple[list[ChatCall], LlamaCompletions]:
+            reader = TextReader(use.model.tokenizer, use.model.n_ctx, check)
+            return body.calls(reader), _replies(body, use.model, reader, name, most)
+
+        calls, replies = await while_connected(request, state.inference.read(read))
         with fields_as_sent(body.names()):
             if body.stream:
                 answering = await begin(request, state.inference, one_call(calls))
@@ -79,9 +84,10 @@ async def completion(request: Request, state: State, body: LlamaCompletionReques
     return with_warnings(sse.body(found if is_list or len(found) > 1 else found[0]), warnings)
 
 
-def _replies(body: LlamaCompletionRequest, model: Model, name: str, max_tokens: int) -> LlamaCompletions:
-    options = body.settings(model.tokenizer)
-    texts = body.texts(model.tokenizer)
+def _replies(
+    body: LlamaCompletionRequest, model: Model, reader: TextReader, name: str, max_tokens: int
+) -> LlamaCompletions:
+    options, texts = body.settings(reader), body.texts(reader)
     most = min(MAX_NEW_TOKENS if body.most_tokens is None else body.most_tokens, max_tokens)
     settings = sampling_settings(options) | {
         "n_predict": most,

@@ -6,13 +6,18 @@ Enters: the body, checked by pydantic, and the model's tokenizer, since prompts 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field
 
+from edge_runtime.errors import PromptTooLongError
 from edge_runtime.generation.sampling import SamplingOptions
 from edge_runtime.option_checks import check_sampling
 from edge_runtime.options import GenerationOptions
+from edge_runtime.pipeline import MAX_COUNTED
+from edge_runtime.prompt.long_text import LONG_TEXT
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.server.content_parts import Part
 from edge_runtime.server.errors import RequestError
@@ -38,6 +43,39 @@ _SHAPES = (
     'expected a string, a list of token ids and strings, {"prompt_string": ..., "multimodal_data": [...]}, or a list '
     "of these"
 )
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """Tokenises the texts between token ids, for one model; off the event loop, since they may be long."""
+
+    tokenizer: Tokenizer
+    n_ctx: int
+    """Positions of the context."""
+    check: Callable[[], None]
+    """Called often; what it raises ends the work."""
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a part of a prompt, special tokens included.
+
+        Raises
+        ------
+        PromptTooLongError
+            When it is too long to be counted.
+        """
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        self.check_total(self.tokenizer.min_n_tokens(text, "", self.check))
+        return self.tokenizer.encode_special(text, "", self.check_total)
+
+    def check_total(self, n_tokens: int) -> None:
+        """Refuse a prompt of so many tokens if it need not be counted further."""
+        self.check()
+        if n_tokens > MAX_COUNTED * self.n_ctx:
+            raise PromptTooLongError(
+                f"The prompt has at least {n_tokens} tokens, but the context holds {self.n_ctx}, one of them for the "
+                "answer; use a shorter text, or a larger --ctx.",
+                *(n_tokens, self.n_ctx),
+            )
 
 
 class LlamaCompletionRequest(SamplingFields):
@@ -102,7 +140,7 @@ class LlamaCompletionRequest(SamplingFields):
             return {"json": True}, {"json": names["schema"]}
         return options, names
 
-    def calls(self, tokenizer: Tokenizer) -> list[ChatCall]:
+    def calls(self, reader: TextReader) -> list[ChatCall]:
         """One for each prompt.
 
         Raises
@@ -110,7 +148,7 @@ class LlamaCompletionRequest(SamplingFields):
         RequestError
             When a prompt is malformed, or the request asks for something that this server does not do.
         """
-        most, options = self.most_tokens, self._options(tokenizer)
+        most, options = self.most_tokens, self._options(reader)
         options |= given(max_tokens=most or None, prompt_only=most == 0 or None, **self._form()[0])
         if self.n_top or self.returns_ids:
             options |= {"logprobs": True, "top_logprobs": self.n_top}
@@ -118,10 +156,10 @@ class LlamaCompletionRequest(SamplingFields):
             ChatCall(
                 self.model, messages, {**options, **more}, self.n_answers, reports_progress=self.reports_progress
             )
-            for messages, more in (_prompt(item, where, tokenizer) for where, item in self._prompts())
+            for messages, more in (_prompt(item, where, reader) for where, item in self._prompts())
         ]
 
-    def settings(self, tokenizer: Tokenizer) -> SamplingOptions:
+    def settings(self, reader: TextReader) -> SamplingOptions:
         """Sampling settings, defaults included.
 
         Raises
@@ -129,24 +167,31 @@ class LlamaCompletionRequest(SamplingFields):
         MessageError
             Names the option that is out of range.
         """
-        wanted, names = self._options(tokenizer), SamplingOptions.__dataclass_fields__
+        wanted, names = self._options(reader), SamplingOptions.__dataclass_fields__
         options = GenerationOptions(**{name: value for name, value in wanted.items() if name in names})
         check_sampling(options)
         return options.sampling_options()
 
-    def texts(self, tokenizer: Tokenizer) -> list[str]:
+    def texts(self, reader: TextReader) -> list[str]:
         """The prompts as text."""
-        return [_as_text(item, tokenizer) for _, item in self._prompts()]
+        return [_as_text(item, reader) for _, item in self._prompts()]
 
-    def _options(self, tokenizer: Tokenizer) -> dict[str, Any]:
+    def _options(self, reader: TextReader) -> dict[str, Any]:
         """Options other than the length, with texts in `logit_bias` replaced by their tokens."""
         bias = self.logit_bias
         pairs = [*bias.items()] if isinstance(bias, dict) else [*(bias or ())]
         plain: list[Any] = []
+        n_characters = 0
         for pair in pairs:
             key = pair[0] if isinstance(pair, list | tuple) and len(pair) == 2 else None
             if isinstance(key, str) and not (key.isascii() and key.isdecimal()):
-                plain += [(token_id, pair[1]) for token_id in tokenizer.encode(key)]
+                n_characters += len(key)
+                if n_characters > LONG_TEXT:
+                    raise RequestError(
+                        f"logit_bias holds texts of more than {LONG_TEXT} characters; expected words. Shorten it.",
+                        "logit_bias",
+                    )
+                plain += [(token_id, pair[1]) for token_id in reader.tokenizer.encode(key)]
             else:
                 plain.append(pair)
         body = self.model_copy(update={"logit_bias": plain or None})
@@ -166,7 +211,7 @@ def _is_id(item: Any) -> bool:
     return isinstance(item, int | float) and not isinstance(item, bool)
 
 
-def _prompt(item: Any, where: str, tokenizer: Tokenizer) -> tuple[str | list[dict[str, Any]], dict[str, Any]]:
+def _prompt(item: Any, where: str, reader: TextReader) -> tuple[str | list[dict[str, Any]], dict[str, Any]]:
     """Messages of a raw prompt, and further options for it."""
     if isinstance(item, dict) and isinstance(item.get("prompt_string"), str):
         data = item.get("multimodal_data")
@@ -174,26 +219,27 @@ def _prompt(item: Any, where: str, tokenizer: Tokenizer) -> tuple[str | list[dic
             return item["prompt_string"], {}
         return [{"role": "user", "content": _with_media(item["prompt_string"], data, where)}], {}
     if isinstance(item, dict) and isinstance(item.get("prompt_string"), list):
-        return _prompt(item["prompt_string"], f"{where}.prompt_string", tokenizer)
+        return _prompt(item["prompt_string"], f"{where}.prompt_string", reader)
     if isinstance(item, str):
         return item, {}
     if isinstance(item, list) and item and any(_is_id(part) for part in item):
-        return "", {"prompt_ids": _ids(item, where, tokenizer)}
+        return "", {"prompt_ids": _ids(item, where, reader)}
     raise RequestError(f"{where} is {str(item)[:60]!r}; {_SHAPES}.", where)
 
 
-def _ids(parts: list[Any], where: str, tokenizer: Tokenizer) -> list[int]:
+def _ids(parts: list[Any], where: str, reader: TextReader) -> list[int]:
     """Token ids; each text between them is tokenised by itself."""
     found: list[int] = []
     for number, part in enumerate(parts):
         if isinstance(part, str):
-            found += tokenizer.encode_special(part.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), "")
-        elif type(part) is int and 0 <= part < len(tokenizer.tokens):
+            found += reader.prompt(part)
+            reader.check_total(len(found))
+        elif type(part) is int and 0 <= part < len(reader.tokenizer.tokens):
             found.append(part)
         else:
             raise RequestError(
                 f"{where}[{number}] is {str(part)[:40]!r}; expected a string, or a token id from 0 to "
-                f"{len(tokenizer.tokens) - 1}.",
+                f"{len(reader.tokenizer.tokens) - 1}.",
                 where,
             )
     return found
@@ -220,9 +266,9 @@ def _with_media(text: str, data: Any, where: str) -> list[Part]:
     return parts
 
 
-def _as_text(item: Any, tokenizer: Tokenizer) -> str:
+def _as_text(item: Any, reader: TextReader) -> str:
     if isinstance(item, dict):
-        return _as_text(item["prompt_string"], tokenizer)
+        return _as_text(item["prompt_string"], reader)
     if isinstance(item, str):
         return item
-    return b"".join(map(tokenizer.token_bytes, _ids(item, "prompt", tokenizer))).decode("utf-8", "replace")
+    return b"".join(map(reader.tokenizer.token_bytes, _ids(item, "prompt", reader))).decode("utf-8", "replace")
