@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from edge_kernels.arrays import aligned
 from edge_kernels.compile import helper, kernel
 from edge_kernels.linear.tasks import result_rows
-from edge_kernels.simd.gguf_int8 import tiles
-from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_NR, KINDS, ROW_BYTES, UNPACKED_BYTES
+from edge_kernels.simd.gguf_int8 import dots, tiles
+from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_NR, KINDS, ROW_BYTES, UNPACKED_BYTES, VECTORS, WIDTH
 from edge_kernels.simd.gguf_panels import unpackers
-from edge_kernels.simd.gguf_rows import quantize_float, quantize_integer, write_rows
+from edge_kernels.simd.gguf_rows import lay_side_by_side, quantize_float, quantize_integer, write_float, write_rows
 from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
@@ -47,16 +47,41 @@ PANEL_BLOCK = 4
 FEW_ROWS = 32
 """Up to here panels are finished one by one, so that weights are read in the order in which they lie."""
 TASKS_PER_WORKER = 16
+AHEAD_BYTES = 4096
+"""How far ahead one row's weights are prefetched: beyond the page, where hardware stops."""
 SERIAL_NUMBERS = 1 << 15
 """Numbers of all rows up to which one thread quantises them: sharing costs more."""
+
+
+def _chosen(functions):
+    """Make a helper that calls the function of a kind: (index of the kind, tuple of arguments)."""
+    f0, f1, f2, f3, f4, f5, f6 = functions
+
+    @helper
+    def choose(kind, arguments):
+        if kind == 0:
+            return f0(*arguments)
+        if kind == 1:
+            return f1(*arguments)
+        if kind == 2:
+            return f2(*arguments)
+        if kind == 3:
+            return f3(*arguments)
+        if kind == 4:
+            return f4(*arguments)
+        if kind == 5:
+            return f5(*arguments)
+        return f6(*arguments)
+
+    return choose
 
 
 def _unpacking(name):
     unpack = unpackers[name]
 
     @helper
-    def run(blocks, row_bytes, panel):
-        unpack(blocks, row_bytes, panel)
+    def run(blocks, row_bytes, ahead, panel, vectors):
+        unpack(blocks, row_bytes, ahead, panel, vectors)
 
     return run
 
@@ -82,46 +107,26 @@ def _multiplying(name):
     return run
 
 
-_unpack_0, _unpack_1, _unpack_2, _unpack_3, _unpack_4, _unpack_5, _unpack_6 = map(_unpacking, KIND_NAMES)
-_multiply_0, _multiply_1, _multiply_2, _multiply_3, _multiply_4, _multiply_5, _multiply_6 = map(
-    _multiplying, KIND_NAMES
-)
+def _one_row(name):
+    unpack, dot = unpackers[name], dots[name]
+
+    @helper
+    def run(weight, row, first, last, y, panel):
+        """Compute outputs of one row, one after the other, as they lie in the file."""
+        for output in range(first, last):
+            total, at = np.float32(0.0), weight.address + output * weight.row_bytes
+            for start in range(0, weight.k // BLOCK, WIDTH):
+                blocks = at + start * weight.block_bytes
+                unpack(blocks, weight.block_bytes, blocks + AHEAD_BYTES, panel, 1)
+                total = dot(panel, row + start * ROW_BYTES, total)
+            write_float(y + output * 4, total)
+
+    return run
 
 
-@helper
-def _unpack(kind, blocks, row_bytes, panel):
-    if kind == 0:
-        _unpack_0(blocks, row_bytes, panel)
-    elif kind == 1:
-        _unpack_1(blocks, row_bytes, panel)
-    elif kind == 2:
-        _unpack_2(blocks, row_bytes, panel)
-    elif kind == 3:
-        _unpack_3(blocks, row_bytes, panel)
-    elif kind == 4:
-        _unpack_4(blocks, row_bytes, panel)
-    elif kind == 5:
-        _unpack_5(blocks, row_bytes, panel)
-    else:
-        _unpack_6(blocks, row_bytes, panel)
-
-
-@helper
-def _multiply(kind, panel, n_blocks, rows, row_stride, m, totals):
-    if kind == 0:
-        _multiply_0(panel, n_blocks, rows, row_stride, m, totals)
-    elif kind == 1:
-        _multiply_1(panel, n_blocks, rows, row_stride, m, totals)
-    elif kind == 2:
-        _multiply_2(panel, n_blocks, rows, row_stride, m, totals)
-    elif kind == 3:
-        _multiply_3(panel, n_blocks, rows, row_stride, m, totals)
-    elif kind == 4:
-        _multiply_4(panel, n_blocks, rows, row_stride, m, totals)
-    elif kind == 5:
-        _multiply_5(panel, n_blocks, rows, row_stride, m, totals)
-    else:
-        _multiply_6(panel, n_blocks, rows, row_stride, m, totals)
+_unpack = _chosen([_unpacking(name) for name in KIND_NAMES])
+_multiply = _chosen([_multiplying(name) for name in KIND_NAMES])
+_compute_one_row = _chosen([_one_row(name) for name in KIND_NAMES])
 
 
 class Weight(NamedTuple):
@@ -184,9 +189,10 @@ def _compute(weight, rows, m, y, part, unpacked, totals):
             first = weight.address + _first_output(weight, part.panel + p) * weight.row_bytes
             for b in range(n_blocks):
                 block = first + (start + b) * weight.block_bytes
-                _unpack(weight.kind, block, weight.row_bytes, unpacked + b * UNPACKED_BYTES)
+                ahead = first + BLOCK_NR * (weight.row_bytes + (start + b) * weight.block_bytes)
+                _unpack(weight.kind, (block, weight.row_bytes, ahead, unpacked + b * UNPACKED_BYTES, VECTORS))
             sums = totals + p * part.n_rows * BLOCK_NR * 4
-            _multiply(weight.kind, unpacked, n_blocks, at, n_blocks * ROW_BYTES, part.n_rows, sums)
+            _multiply(weight.kind, (unpacked, n_blocks, at, n_blocks * ROW_BYTES, part.n_rows, sums))
     for p in range(part.n_panels):
         to = y.address + part.row * y.stride + _first_output(weight, part.panel + p) * 4
         write_rows(totals + p * part.n_rows * BLOCK_NR * 4, part.n_rows, to, y.stride)
@@ -220,18 +226,52 @@ def _work(weight, quantized, m, y, tickets, panels_of_task):
     unpacked[0] = totals[0]  # both are in use until here
 
 
+@helper
+def _work_on_one_row(weight, quantized, y, tickets, outputs_of_task):
+    """Compute tasks of one row until there are none: its blocks lie side by side after its own."""
+    blocks = weight.k // BLOCK
+    tasks = (weight.n + outputs_of_task - 1) // outputs_of_task
+    unpacked = aligned(UNPACKED_BYTES // 4, np.float32)
+    row = quantized.ctypes.data + blocks * ROW_BYTES
+    task = take_ticket(tickets)
+    while task < tasks:
+        first, last = task * outputs_of_task, min((task + 1) * outputs_of_task, weight.n)
+        _compute_one_row(weight.kind, (weight, row, first, last, y.address, unpacked.ctypes.data))
+        task = take_ticket(tickets)
+    unpacked[0] = 0.0  # in use until here
+
+
+@helper
+def _quantize_alone(weight, x, m, quantized):
+    """Quantise rows on this thread; one row's blocks are laid side by side, too."""
+    for row in range(m):
+        _quantize_row(weight, x, row, m, quantized)
+    if m == 1:
+        first, n_bytes = quantized.ctypes.data, weight.k // BLOCK * ROW_BYTES
+        for start in range(0, n_bytes - WIDTH * ROW_BYTES + 1, WIDTH * ROW_BYTES):
+            lay_side_by_side(first + start, first + n_bytes + start)
+
+
+@helper
+def _new_tickets():
+    return np.zeros(1, np.int64)
+
+
 @kernel
 def multiply(weight, x, m, y, workers):
     """Multiply m rows x by a weight, into y: a `Weight` and two of `Matrix`. The caller is in a parallel region."""
     blocks = weight.k // BLOCK
-    quantized = aligned(m * blocks * ROW_BYTES // 4, np.float32)
-    tickets = np.zeros(1, np.int64)
-    if m * weight.k <= SERIAL_NUMBERS:
-        for row in range(m):
-            _quantize_row(weight, x, row, m, quantized)
+    quantized, tickets = aligned((m + (m == 1)) * blocks * ROW_BYTES // 4, np.float32), _new_tickets()
+    if m == 1 or m * weight.k <= SERIAL_NUMBERS:
+        _quantize_alone(weight, x, m, quantized)
     else:
         for row in numba.prange(m):
             _quantize_row(weight, x, row, m, quantized)
+    if m == 1 and blocks % WIDTH == 0:
+        outputs = max(1, weight.n // (TASKS_PER_WORKER * workers))
+        for _ in numba.prange(workers):
+            _work_on_one_row(weight, quantized, y, tickets, outputs)
+        return
     panels = (weight.n + BLOCK_NR - 1) // BLOCK_NR
     panels_of_task = max(1, panels // (TASKS_PER_WORKER * workers))
     for _ in numba.prange(workers):

@@ -96,24 +96,34 @@ _WORDS_MASK = ir.VectorType(INT, 2 * WIDTH)
 
 
 class _Block(NamedTuple):
-    """A block at hand: addresses of the unpacked weights, and of a row's numbers for each row of the tile."""
+    """A block at hand: addresses of the unpacked weights, and of a row's numbers for each row of the tile.
+
+    Lanes are outputs, in `vectors` vectors, and a row's number is copied into all of them; or lanes are blocks of one
+    output and one row, whose numbers lie side by side as the weights do (`dots`).
+    """
 
     kind: Kind
     panel: ir.Value
     rows: Sequence[ir.Value]
+    vectors: int = VECTORS
+    lanes_are_blocks: bool = False
 
-    def sums_of(self) -> int:
+    @property
+    def n_sums(self) -> int:
         """Sums in the tile."""
-        return len(self.rows) * VECTORS
+        return len(self.rows) * self.vectors
 
+    def of_panel(self, builder: ir.IRBuilder, type_: ir.Type, *places: int | ir.Value) -> list[ir.Value]:
+        """Emit the vectors of the panel at so many bytes."""
+        at = byte_at(builder, self.panel, *places)
+        return [load(builder, byte_at(builder, at, v * 4 * WIDTH), type_) for v in range(self.vectors)]
 
-def _vectors(builder: ir.IRBuilder, address: ir.Value, type_: ir.Type) -> list[ir.Value]:
-    return [load(builder, byte_at(builder, address, v * 4 * WIDTH), type_) for v in range(VECTORS)]
-
-
-def _number(builder: ir.IRBuilder, row: ir.Value, place: int | ir.Value, type_: ir.Type) -> ir.Value:
-    """Emit four bytes of a row, copied into all lanes."""
-    return splat(builder, load(builder, byte_at(builder, row, place), type_), WIDTH)
+    def of_row(self, builder: ir.IRBuilder, row: int, type_: ir.Type, *places: int | ir.Value) -> ir.Value:
+        """Emit the four bytes at so many bytes of a row's block, in all lanes; or those of every lane's block."""
+        if not self.lanes_are_blocks:
+            return splat(builder, load(builder, byte_at(builder, self.rows[row], *places), type_), WIDTH)
+        wide = [p * WIDTH if isinstance(p, int) else builder.mul(p, index(WIDTH)) for p in places]
+        return load(builder, byte_at(builder, self.rows[row], *wide), ir.VectorType(type_, WIDTH))
 
 
 def _words_sums(builder: ir.IRBuilder, block: _Block, place: ir.Value, step: ir.Value, meet: int) -> list[ir.Value]:
@@ -124,15 +134,15 @@ def _words_sums(builder: ir.IRBuilder, block: _Block, place: ir.Value, step: ir.
     sums: list[ir.Value] = []
     is_signed = meet == 1
     for s in range(meet):
-        weights = _vectors(builder, byte_at(builder, block.panel, step, s * STEP_BYTES), BYTES)
+        weights = block.of_panel(builder, BYTES, step, s * STEP_BYTES)
         factors = (
             [call(builder, "llvm.abs.v32i8", BYTES, [w, ir.Constant(BIT, 0)]) for w in weights]
             if is_signed
             else weights
         )
         products = []
-        for row in block.rows:
-            number = builder.bitcast(_number(builder, byte_at(builder, row, place), 4 * s, INT), BYTES)
+        for row in range(len(block.rows)):
+            number = builder.bitcast(block.of_row(builder, row, INT, place, 4 * s), BYTES)
             for weight, factor in zip(weights, factors, strict=True):
                 signed = call(builder, "llvm.x86.avx2.psign.b", BYTES, [number, weight]) if is_signed else number
                 products.append(_maddubs(builder, factor, signed))
@@ -157,93 +167,94 @@ def _group_sums(builder: ir.IRBuilder, block: _Block, group: ir.Value, scales: S
     """Emit the int32 sums of a group, multiplied by its scales where these are integers."""
     steps = block.kind.group // 4
     place, step = builder.mul(group, index(4 * steps)), builder.mul(group, index(steps * STEP_BYTES))
-    sums: list[ir.Value] = [constant(INTS, 0)] * block.sums_of()
+    sums: list[ir.Value] = [constant(INTS, 0)] * block.n_sums
     if MADDUBS:
-        factors = [builder.bitcast(scale, WORDS) for scale in scales] or [constant(WORDS, 1)] * VECTORS
+        factors = [builder.bitcast(scale, WORDS) for scale in scales] or [constant(WORDS, 1)] * block.vectors
         for first in range(0, steps, block.kind.meet):
             at, panel = _sum(builder, place, 4 * first), _sum(builder, step, first * STEP_BYTES)
             words = _words_sums(builder, block, at, panel, block.kind.meet)
             sums = [
-                multiply_pairs(builder, s, w, factors[i % VECTORS])
+                multiply_pairs(builder, s, w, factors[i % block.vectors])
                 for i, (s, w) in enumerate(zip(sums, words, strict=True))
             ]
         return sums
     for s in range(steps):
-        weights = _vectors(builder, byte_at(builder, block.panel, step, s * STEP_BYTES), BYTES)
-        for r, row in enumerate(block.rows):
-            number = builder.bitcast(_number(builder, byte_at(builder, row, place), 4 * s, INT), BYTES)
-            for v in range(VECTORS):
-                sums[r * VECTORS + v] = _dot(builder, sums[r * VECTORS + v], weights[v], number)
-    return [builder.mul(s, scales[i % VECTORS]) for i, s in enumerate(sums)] if scales else sums
+        weights = block.of_panel(builder, BYTES, step, s * STEP_BYTES)
+        for r in range(len(block.rows)):
+            number = builder.bitcast(block.of_row(builder, r, INT, place, 4 * s), BYTES)
+            for v, weight in enumerate(weights, r * block.vectors):
+                sums[v] = _dot(builder, sums[v], weight, number)
+    return [builder.mul(s, scales[i % block.vectors]) for i, s in enumerate(sums)] if scales else sums
 
 
 def _sum(builder: ir.IRBuilder, value: ir.Value, n: int) -> ir.Value:
     return builder.add(value, index(n)) if n else value
 
 
-def _add_integer_block(builder: ir.IRBuilder, block: _Block, totals: Sequence[ir.Value]) -> list[ir.Value]:
-    """Emit totals + scale of the row · (d · Σ scale · sum - m · Σ minimum · sum of the row's numbers)."""
-    groups, n = BLOCK // block.kind.group, block.sums_of()
+def _integer_block(builder: ir.IRBuilder, block: _Block) -> list[ir.Value]:
+    """Emit d · Σ scale · sum - m · Σ minimum · sum of the row's numbers, for each row and vector."""
+    groups = BLOCK // block.kind.group
     is_q6 = block.kind.group == 16  # its minima are 32 times the scales, and have the same factor
 
     def add_group(group: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        at = byte_at(builder, block.panel, builder.mul(group, index(NUMBERS)), SCALES_AT)
-        found = _group_sums(builder, block, group, _vectors(builder, at, INTS))
-        return [builder.add(a, b) for a, b in zip(sums, found, strict=True)]
-
-    zeros = [constant(INTS, 0)] * n
-    sums = loop(builder, index(0), index(groups), 1, zeros, add_group)
+        scales = block.of_panel(builder, INTS, builder.mul(group, index(NUMBERS)), SCALES_AT)
+        return [builder.add(a, b) for a, b in zip(sums, _group_sums(builder, block, group, scales), strict=True)]
 
     def add_minima(pair: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
-        at = byte_at(builder, block.panel, builder.mul(pair, index(NUMBERS)), MINIMA_AT)
-        minima = [builder.bitcast(m, WORDS) for m in _vectors(builder, at, INTS)]
+        minima = block.of_panel(builder, INTS, builder.mul(pair, index(NUMBERS)), MINIMA_AT)
         result = []
-        for r, row in enumerate(block.rows):
+        for r in range(len(block.rows)):
             place = builder.mul(pair, index(4))
-            number = _number(builder, byte_at(builder, row, place), SUMS_16_AT if is_q6 else SUMS_32_AT, INT)
+            number = block.of_row(builder, r, INT, place, SUMS_16_AT if is_q6 else SUMS_32_AT)
             pairs = builder.bitcast(number, WORDS)
-            result += [multiply_pairs(builder, sums[r * VECTORS + v], minima[v], pairs) for v in range(VECTORS)]
+            for v, minimum in enumerate(minima, r * block.vectors):
+                result.append(multiply_pairs(builder, sums[v], builder.bitcast(minimum, WORDS), pairs))
         return result
 
+    zeros = [constant(INTS, 0)] * block.n_sums
+    sums = loop(builder, index(0), index(groups), 1, zeros, add_group)
     offsets = loop(builder, index(0), index(groups // 2), 1, zeros, add_minima)
-    factors = _vectors(builder, byte_at(builder, block.panel, FACTORS_AT), FLOATS)
-    others = factors if is_q6 else _vectors(builder, byte_at(builder, block.panel, FACTORS_AT + NUMBERS), FLOATS)
+    factors = block.of_panel(builder, FLOATS, FACTORS_AT)
+    others = factors if is_q6 else block.of_panel(builder, FLOATS, FACTORS_AT + NUMBERS)
     result = []
-    for r, row in enumerate(block.rows):
-        scale = _number(builder, row, ROW_SCALE_AT, FLOAT)
-        for v in range(VECTORS):
-            i = r * VECTORS + v
-            if is_q6:
-                value = builder.fmul(factors[v], builder.sitofp(builder.sub(sums[i], offsets[i]), FLOATS))
-            else:
-                below = builder.fneg(builder.fmul(others[v], builder.sitofp(offsets[i], FLOATS)))
-                value = multiply_add(builder, factors[v], builder.sitofp(sums[i], FLOATS), below)
-            result.append(multiply_add(builder, value, scale, totals[i]))
+    for i, (total, offset) in enumerate(zip(sums, offsets, strict=True)):
+        d, m = factors[i % block.vectors], others[i % block.vectors]
+        if is_q6:
+            result.append(builder.fmul(d, builder.sitofp(builder.sub(total, offset), FLOATS)))
+        else:
+            below = builder.fneg(builder.fmul(m, builder.sitofp(offset, FLOATS)))
+            result.append(multiply_add(builder, d, builder.sitofp(total, FLOATS), below))
     return result
 
 
-def _add_float_block(builder: ir.IRBuilder, block: _Block, totals: Sequence[ir.Value]) -> list[ir.Value]:
-    """Emit totals + Σ of the groups: scale of the row · scale · sum + minimum · scaled sum of the row's numbers."""
+def _float_block(builder: ir.IRBuilder, block: _Block) -> list[ir.Value]:
+    """Emit Σ of the groups: scale of the row · scale · sum + minimum · scaled sum of the row's numbers."""
 
     def add_group(group: ir.Value, totals: Sequence[ir.Value]) -> Sequence[ir.Value]:
         numbers, place = builder.mul(group, index(NUMBERS)), builder.mul(group, index(4))
-        scales = _vectors(builder, byte_at(builder, block.panel, numbers, SCALES_AT), FLOATS)
-        sums = _group_sums(builder, block, group, [])
+        scales = block.of_panel(builder, FLOATS, numbers, SCALES_AT)
+        minima = block.of_panel(builder, FLOATS, numbers, MINIMA_AT) if block.kind.has_minima else []
         result = []
-        for r, row in enumerate(block.rows):
-            scale = _number(builder, byte_at(builder, row, place), ROW_SCALES_AT, FLOAT)
-            for v in range(VECTORS):
-                value = builder.fmul(builder.sitofp(sums[r * VECTORS + v], FLOATS), scales[v])
-                result.append(multiply_add(builder, value, scale, totals[r * VECTORS + v]))
-        if block.kind.has_minima:
-            minima = _vectors(builder, byte_at(builder, block.panel, numbers, MINIMA_AT), FLOATS)
-            for r, row in enumerate(block.rows):
-                total = _number(builder, byte_at(builder, row, place), ROW_SUMS_AT, FLOAT)
-                for v in range(VECTORS):
-                    result[r * VECTORS + v] = multiply_add(builder, minima[v], total, result[r * VECTORS + v])
+        for i, total in enumerate(_group_sums(builder, block, group, [])):
+            r, v = divmod(i, block.vectors)
+            value = builder.fmul(builder.sitofp(total, FLOATS), scales[v])
+            scale = block.of_row(builder, r, FLOAT, place, ROW_SCALES_AT)
+            result.append(multiply_add(builder, value, scale, totals[i]))
+            if minima:
+                numbers_sum = block.of_row(builder, r, FLOAT, place, ROW_SUMS_AT)
+                result[i] = multiply_add(builder, minima[v], numbers_sum, result[i])
         return result
 
-    return loop(builder, index(0), index(BLOCK // block.kind.group), 1, totals, add_group)
+    zeros = [constant(FLOATS, 0.0)] * block.n_sums
+    return loop(builder, index(0), index(BLOCK // block.kind.group), 1, zeros, add_group)
+
+
+def _block_values(builder: ir.IRBuilder, block: _Block) -> list[tuple[ir.Value, ir.Value]]:
+    """Emit what a block adds to the totals, as two factors, for each row and vector."""
+    if block.kind.is_float:
+        return [(value, constant(FLOATS, 1.0)) for value in _float_block(builder, block)]
+    scales = [block.of_row(builder, r, FLOAT, ROW_SCALE_AT) for r in range(len(block.rows))]
+    return [(value, scales[i // block.vectors]) for i, value in enumerate(_integer_block(builder, block))]
 
 
 def _tile(kind: Kind, n_rows: int):
@@ -264,7 +275,8 @@ def _tile(kind: Kind, n_rows: int):
                 at = byte_at(builder, panel, builder.mul(b, index(UNPACKED_BYTES)))
                 in_row = builder.mul(b, index(ROW_BYTES))
                 block = _Block(kind, at, [byte_at(builder, start, in_row) for start in starts])
-                return (_add_float_block if kind.is_float else _add_integer_block)(builder, block, sums)
+                values = _block_values(builder, block)
+                return [multiply_add(builder, *pair, total) for pair, total in zip(values, sums, strict=True)]
 
             before = [load(builder, place, FLOATS) for place in places]
             for value, place in zip(loop(builder, index(0), args[1], 1, before, add_block), places, strict=True):
@@ -279,3 +291,32 @@ def _tile(kind: Kind, n_rows: int):
 TILE_ROWS = (6, 4, 2, 1)
 tiles = {(name, n): _tile(kind, n) for name, kind in KINDS.items() for n in TILE_ROWS}
 """By type and number of rows."""
+
+
+def _dot_product(kind: Kind):
+    """Make an intrinsic that multiplies one row by one output: a block in each lane."""
+
+    @intrinsic
+    def dot(typing_context, panel, row, total):
+        """Return total + the products of WIDTH successive blocks, added block by block.
+
+        `panel` is where the output's blocks were unpacked as if they were outputs, `row` where the row's blocks lie
+        side by side, four bytes of each in turn.
+        """
+
+        def generate(context, builder, signature, args):
+            panel, row = (pointer(builder, args[i]) for i in range(2))
+            ((value, scale),) = _block_values(builder, _Block(kind, panel, [row], 1, lanes_are_blocks=True))
+            total = args[2]
+            for lane in range(WIDTH):
+                a, b = (builder.extract_element(x, ir.Constant(INT, lane)) for x in (value, scale))
+                total = multiply_add(builder, a, b, total)
+            return total
+
+        return types.float32(types.int64, types.int64, types.float32), generate
+
+    return dot
+
+
+dots = {name: _dot_product(kind) for name, kind in KINDS.items()}
+"""By type."""

@@ -19,7 +19,6 @@ from numba.extending import intrinsic
 from edge_kernels.reference.gguf_blocks import IQ4_NL_VALUES
 from edge_kernels.simd.amx import prefetch
 from edge_kernels.simd.gguf_layout import (
-    BLOCK_NR,
     BLOCK_TILE,
     BYTES,
     FACTORS_AT,
@@ -32,7 +31,6 @@ from edge_kernels.simd.gguf_layout import (
     SCALES_AT,
     STEP_BYTES,
     UNSIGNED,
-    VECTORS,
     WIDTH,
     WORDS,
     Kind,
@@ -289,34 +287,37 @@ def _unpack_iq4_nl(builder: ir.IRBuilder, blocks: Sequence[ir.Value], panel: _Pa
 def _unpacker(kind: Kind, emit: Callable[[ir.IRBuilder, Sequence[ir.Value], _Panel], None]):
     """Make an intrinsic that unpacks a block of a panel's outputs.
 
-    Outputs lie `row_bytes` apart in the file: too many streams for the hardware prefetcher. So unpacking a block
-    prefetches the one of the next panel, a panel's bytes ahead.
+    Outputs lie `row_bytes` apart in the file: too many streams for the hardware prefetcher. So unpacking a block also
+    prefetches as many bytes from the address `ahead`, line after line.
     """
 
     @intrinsic
-    def unpack(typing_context, blocks, row_bytes, panel):
+    def unpack(typing_context, blocks, row_bytes, ahead, panel, vectors):
         def generate(context, builder, signature, args):
-            first, row_bytes, out = pointer(builder, args[0]), args[1], pointer(builder, args[2])
-            ahead = builder.mul(row_bytes, index(BLOCK_NR))
+            first, row_bytes, out = pointer(builder, args[0]), args[1], pointer(builder, args[3])
+            ahead = pointer(builder, args[2])
 
             def vector(v: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
                 begin = byte_at(builder, first, builder.mul(v, builder.mul(row_bytes, index(WIDTH))))
                 outputs = [begin]
                 for _lane in range(1, WIDTH):
                     outputs.append(byte_at(builder, outputs[-1], row_bytes))
-                for output in outputs:
-                    for line in range(0, kind.block_bytes, 64):
-                        prefetch(builder, byte_at(builder, output, ahead, line), cache=2)
+                n_bytes = kind.block_bytes * WIDTH
+                for line in range(0, n_bytes, LINE):
+                    prefetch(builder, byte_at(builder, ahead, builder.mul(v, index(n_bytes)), line), cache=2)
                 emit(builder, outputs, _Panel(builder, byte_at(builder, out, builder.mul(v, index(4 * WIDTH)))))
                 return []
 
-            loop(builder, index(0), index(VECTORS), 1, [], vector)
+            loop(builder, index(0), args[4], 1, [], vector)
             return context.get_dummy_value()
 
-        return types.none(types.int64, types.int64, types.int64), generate
+        return types.none(*[types.int64] * 5), generate
 
     return unpack
 
+
+LINE = 64
+"""Bytes of a cache line."""
 
 unpackers = {
     name: _unpacker(KINDS[name], emit)
@@ -330,4 +331,5 @@ unpackers = {
         ("IQ4_NL", _unpack_iq4_nl),
     )
 }
-"""By type: unpack(address of the first output's block, bytes from output to output, address of the panel)."""
+"""By type: unpack(address of the first output's block, bytes from output to output, where to prefetch, the panel's
+address, vectors of outputs)."""

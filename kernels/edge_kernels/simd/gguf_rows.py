@@ -15,6 +15,7 @@ from edge_kernels.simd.gguf_layout import (
     BLOCK,
     BLOCK_NR,
     FLOATS,
+    ROW_BYTES,
     ROW_SCALE_AT,
     ROW_SCALES_AT,
     ROW_SUMS_AT,
@@ -147,3 +148,34 @@ def write_rows(typing_context, totals, n_rows, out, out_stride):
         return context.get_dummy_value()
 
     return types.none(*[types.int64] * 4), generate
+
+
+@intrinsic
+def lay_side_by_side(typing_context, blocks, out):
+    """Write WIDTH quantised blocks of a row so that four bytes of each lie side by side; both are addresses."""
+
+    def generate(context, builder, signature, args):
+        blocks, out = (pointer(builder, a) for a in args)
+
+        def word(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+            place = builder.mul(i, index(4))
+            for lane in range(WIDTH):
+                value = load(builder, byte_at(builder, blocks, place, lane * ROW_BYTES), INT)
+                store(builder, value, byte_at(builder, out, builder.mul(place, index(WIDTH)), 4 * lane))
+            return []
+
+        loop(builder, index(0), index(ROW_BYTES // 4), 1, [], word)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), generate
+
+
+@intrinsic
+def write_float(typing_context, address, value):
+    """Write a float32 to an address."""
+
+    def generate(context, builder, signature, args):
+        store(builder, args[1], pointer(builder, args[0]))
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.float32), generate
