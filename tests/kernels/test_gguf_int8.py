@@ -11,9 +11,9 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_kernels.linear.gguf_int8 import CACHED_BLOCKS, SERIAL_NUMBERS, linear_gguf
+from edge_kernels.linear.gguf_int8 import FEW_BLOCKS, FEW_ROWS, MANY_BLOCKS, ROW_BLOCK, SERIAL_NUMBERS, linear_gguf
 from edge_kernels.reference import gguf_blocks as reference
-from edge_kernels.simd.gguf_layout import BLOCK_MR, BLOCK_NR, KINDS
+from edge_kernels.simd.gguf_layout import BLOCK_MR, BLOCK_NR, KINDS, WIDTH
 from edge_kernels.threads import set_threads
 
 FACTORS = {
@@ -55,9 +55,12 @@ def test_the_definition_unpacks_as_gguf_does(kind):
     [
         (1, BLOCK_NR, 256),
         (2, BLOCK_NR + 1, 512),
-        (BLOCK_MR, 3 * BLOCK_NR - 1, 256 * CACHED_BLOCKS),
-        (BLOCK_MR + 1, 100, 256 * (CACHED_BLOCKS + 1)),
-        (45, 70, 768),
+        (BLOCK_MR, 3 * BLOCK_NR - 1, 256 * FEW_BLOCKS),
+        (BLOCK_MR + 1, 100, 256 * (FEW_BLOCKS + 1)),
+        (FEW_ROWS + 13, 200, 256 * (MANY_BLOCKS + 1)),
+        (ROW_BLOCK + 5, 2 * BLOCK_NR, 256),
+        (1, 70, 256 * WIDTH),
+        (1, 70, 256 * (WIDTH + 1)),
     ],
 )
 def test_products_are_those_of_the_definition(kind, m, n, k):
@@ -87,9 +90,9 @@ def test_largest_integers_do_not_overflow(kind):
 
 
 @settings(max_examples=25, deadline=None)
-@given(kind=st.sampled_from([*KINDS]), m=st.integers(1, 40), data=st.data())
+@given(kind=st.sampled_from([*KINDS]), m=st.integers(1, FEW_ROWS + 8), data=st.data())
 def test_a_row_is_the_same_in_any_company(kind, m, data):
-    n, k = 3 * BLOCK_NR, 512
+    n, k = 3 * BLOCK_NR, 256 * WIDTH  # one row alone takes another way through these
     x, blocks = random(m, k), blocks_of(kind, n, k)
     whole = linear_gguf(x, blocks, kind, n)
     first = data.draw(st.integers(0, m - 1))

@@ -38,8 +38,9 @@ Bytes = NDArray[np.uint8]
 KIND_NAMES = tuple(KINDS)
 _FIRST_FLOAT = next(i for i, kind in enumerate(KINDS.values()) if kind.is_float)
 
-CACHED_BLOCKS = 4
-"""Blocks of a panel unpacked at a time: 20 kB on AVX2, beside the 8 kB of a tile's rows in the first cache."""
+# Blocks of a panel unpacked at a time, 5.8 kB each on AVX2, so that the first cache holds them beside a tile's rows.
+# With many rows four of them, which load and store the sums less often; with few all rows should stay there, too.
+MANY_BLOCKS, FEW_BLOCKS = 4, 2
 # With many rows, parts of ROW_BLOCK rows × PANEL_BLOCK panels: the rows' numbers for the blocks at hand, 245 kB, and
 # the sums, 50 kB on AVX2, stay in the second cache while panel after panel is multiplied. The third is too slow.
 ROW_BLOCK = 192
@@ -90,19 +91,23 @@ def _multiplying(name):
     tile_6, tile_4, tile_2, tile_1 = (tiles[name, n] for n in (6, 4, 2, 1))
 
     @helper
-    def run(panel, n_blocks, rows, row_stride, m, totals):
+    def run(panel, n_blocks, rows, row_stride, m, totals, ahead):
         row = 0
         while m - row >= 6:
-            tile_6(panel, n_blocks, rows + row * row_stride, row_stride, totals + row * 4 * BLOCK_NR)
-            row += 6
+            at, sums = rows + row * row_stride, totals + row * 4 * BLOCK_NR
+            tile_6(panel, n_blocks, at, row_stride, sums, ahead)
+            ahead, row = 0, row + 6
         if m - row >= 4:
-            tile_4(panel, n_blocks, rows + row * row_stride, row_stride, totals + row * 4 * BLOCK_NR)
-            row += 4
+            at, sums = rows + row * row_stride, totals + row * 4 * BLOCK_NR
+            tile_4(panel, n_blocks, at, row_stride, sums, ahead)
+            ahead, row = 0, row + 4
         if m - row >= 2:
-            tile_2(panel, n_blocks, rows + row * row_stride, row_stride, totals + row * 4 * BLOCK_NR)
-            row += 2
+            at, sums = rows + row * row_stride, totals + row * 4 * BLOCK_NR
+            tile_2(panel, n_blocks, at, row_stride, sums, ahead)
+            ahead, row = 0, row + 2
         if m - row >= 1:
-            tile_1(panel, n_blocks, rows + row * row_stride, row_stride, totals + row * 4 * BLOCK_NR)
+            at, sums = rows + row * row_stride, totals + row * 4 * BLOCK_NR
+            tile_1(panel, n_blocks, at, row_stride, sums, ahead)
 
     return run
 
@@ -160,13 +165,19 @@ def _quantize_row(weight, x, row, m, quantized):
 
 
 @helper
+def _blocks_together(m):
+    return MANY_BLOCKS if m > FEW_ROWS else FEW_BLOCKS
+
+
+@helper
 def _place(blocks, m, row, block):
     """Place of a row's block: all rows' blocks that are multiplied together lie side by side, row after row.
 
     So tile after tile reads on where the last one ended, which is what hardware prefetchers expect.
     """
-    start = block // CACHED_BLOCKS * CACHED_BLOCKS
-    return start * m + row * min(CACHED_BLOCKS, blocks - start) + block - start
+    together = _blocks_together(m)
+    start = block // together * together
+    return start * m + row * min(together, blocks - start) + block - start
 
 
 class _Part(NamedTuple):
@@ -181,18 +192,19 @@ class _Part(NamedTuple):
 @helper
 def _compute(weight, rows, m, y, part, unpacked, totals):
     """Compute a part; the addresses are those of the quantised rows, of unpacked blocks and of sums."""
-    blocks = weight.k // BLOCK
-    for start in range(0, blocks, CACHED_BLOCKS):
-        n_blocks = min(CACHED_BLOCKS, blocks - start)
+    blocks, together = weight.k // BLOCK, _blocks_together(m)
+    for start in range(0, blocks, together):
+        n_blocks = min(together, blocks - start)
         at = rows + (start * m + part.row * n_blocks) * ROW_BYTES
         for p in range(part.n_panels):
             first = weight.address + _first_output(weight, part.panel + p) * weight.row_bytes
             for b in range(n_blocks):
                 block = first + (start + b) * weight.block_bytes
-                ahead = first + BLOCK_NR * (weight.row_bytes + (start + b) * weight.block_bytes)
-                _unpack(weight.kind, (block, weight.row_bytes, ahead, unpacked + b * UNPACKED_BYTES, VECTORS))
+                _unpack(weight.kind, (block, weight.row_bytes, 0, unpacked + b * UNPACKED_BYTES, VECTORS))
             sums = totals + p * part.n_rows * BLOCK_NR * 4
-            _multiply(weight.kind, (unpacked, n_blocks, at, n_blocks * ROW_BYTES, part.n_rows, sums))
+            # The next panel's bytes follow this one's: as many of them as were unpacked now.
+            ahead = first + BLOCK_NR * (weight.row_bytes + start * weight.block_bytes)
+            _multiply(weight.kind, (unpacked, n_blocks, at, n_blocks * ROW_BYTES, part.n_rows, sums, ahead))
     for p in range(part.n_panels):
         to = y.address + part.row * y.stride + _first_output(weight, part.panel + p) * 4
         write_rows(totals + p * part.n_rows * BLOCK_NR * 4, part.n_rows, to, y.stride)
@@ -211,7 +223,7 @@ def _work(weight, quantized, m, y, tickets, panels_of_task):
     tasks = (panels + panels_of_task - 1) // panels_of_task
     row_blocks = (m + ROW_BLOCK - 1) // ROW_BLOCK
     panel_block = PANEL_BLOCK if m > FEW_ROWS else 1
-    unpacked = aligned(CACHED_BLOCKS * UNPACKED_BYTES // 4, np.float32)
+    unpacked = aligned(MANY_BLOCKS * UNPACKED_BYTES // 4, np.float32)
     totals = aligned(panel_block * min(m, ROW_BLOCK) * BLOCK_NR, np.float32)
     task = take_ticket(tickets)
     while task < tasks:

@@ -30,14 +30,17 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from edge_kernels.simd.amx import prefetch
 from edge_kernels.simd.gguf_layout import (
     BLOCK,
+    BLOCK_NR,
     BLOCK_TILE,
     BYTES,
     FACTORS_AT,
     FLOATS,
     INTS,
     KINDS,
+    LINE,
     MADDUBS,
     MINIMA_AT,
     NUMBERS,
@@ -107,6 +110,18 @@ class _Block(NamedTuple):
     rows: Sequence[ir.Value]
     vectors: int = VECTORS
     lanes_are_blocks: bool = False
+    ahead: ir.Value | None = None
+    """Where as many bytes begin as the block had in the file, to be prefetched meanwhile; 0: nowhere."""
+
+    def prefetch(self, builder: ir.IRBuilder, group: ir.Value) -> None:
+        """Emit a group's share of the prefetches: spread out, since the core has room for two dozen requests."""
+        if self.ahead is None:
+            return
+        n_lines = -(-self.kind.block_bytes * BLOCK_NR * self.kind.group // (BLOCK * LINE))
+        with builder.if_then(builder.icmp_signed("!=", self.ahead, index(0))):
+            first = builder.add(self.ahead, builder.mul(group, index(n_lines * LINE)))
+            for line in range(n_lines):
+                prefetch(builder, byte_at(builder, pointer(builder, first), line * LINE), cache=2)
 
     @property
     def n_sums(self) -> int:
@@ -197,6 +212,7 @@ def _integer_block(builder: ir.IRBuilder, block: _Block) -> list[ir.Value]:
     is_q6 = block.kind.group == 16  # its minima are 32 times the scales, and have the same factor
 
     def add_group(group: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        block.prefetch(builder, group)
         scales = block.of_panel(builder, INTS, builder.mul(group, index(NUMBERS)), SCALES_AT)
         return [builder.add(a, b) for a, b in zip(sums, _group_sums(builder, block, group, scales), strict=True)]
 
@@ -231,6 +247,7 @@ def _float_block(builder: ir.IRBuilder, block: _Block) -> list[ir.Value]:
     """Emit Σ of the groups: scale of the row · scale · sum + minimum · scaled sum of the row's numbers."""
 
     def add_group(group: ir.Value, totals: Sequence[ir.Value]) -> Sequence[ir.Value]:
+        block.prefetch(builder, group)
         numbers, place = builder.mul(group, index(NUMBERS)), builder.mul(group, index(4))
         scales = block.of_panel(builder, FLOATS, numbers, SCALES_AT)
         minima = block.of_panel(builder, FLOATS, numbers, MINIMA_AT) if block.kind.has_minima else []
@@ -261,8 +278,11 @@ def _tile(kind: Kind, n_rows: int):
     """Make an intrinsic that multiplies `n_rows` rows by some unpacked blocks of a panel."""
 
     @intrinsic
-    def tile(typing_context, panel, n_blocks, rows, row_stride, totals):
-        """Add products to totals [row][output], float32; all are addresses, `row_stride` is in bytes."""
+    def tile(typing_context, panel, n_blocks, rows, row_stride, totals, ahead):
+        """Add products to totals [row][output], float32; all are addresses, `row_stride` is in bytes.
+
+        Meanwhile as many bytes as the blocks had in the file are prefetched from `ahead`, if it is not 0.
+        """
 
         def generate(context, builder, signature, args):
             panel, rows, totals = (pointer(builder, args[i]) for i in (0, 2, 4))
@@ -274,7 +294,10 @@ def _tile(kind: Kind, n_rows: int):
             def add_block(b: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
                 at = byte_at(builder, panel, builder.mul(b, index(UNPACKED_BYTES)))
                 in_row = builder.mul(b, index(ROW_BYTES))
-                block = _Block(kind, at, [byte_at(builder, start, in_row) for start in starts])
+                n_bytes = builder.mul(b, index(kind.block_bytes * BLOCK_NR))
+                is_there = builder.icmp_signed("!=", args[5], index(0))
+                ahead = builder.select(is_there, builder.add(args[5], n_bytes), index(0))
+                block = _Block(kind, at, [byte_at(builder, start, in_row) for start in starts], ahead=ahead)
                 values = _block_values(builder, block)
                 return [multiply_add(builder, *pair, total) for pair, total in zip(values, sums, strict=True)]
 
@@ -283,7 +306,7 @@ def _tile(kind: Kind, n_rows: int):
                 store(builder, value, place)
             return context.get_dummy_value()
 
-        return types.none(*[types.int64] * 5), generate
+        return types.none(*[types.int64] * 6), generate
 
     return tile
 

@@ -56,6 +56,8 @@ MADDUBS = BLOCK_TILE.instruction == "vpmaddubsw"
 UNSIGNED = BLOCK_TILE.instruction == "vpdpbusd"  # 8-bit weights carry +128 there
 
 BLOCK = 256
+LINE = 64
+"""Bytes of a cache line."""
 STEP_BYTES = 4 * BLOCK_NR
 """Bytes of a step of four k of a panel."""
 

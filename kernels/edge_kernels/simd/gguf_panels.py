@@ -25,6 +25,7 @@ from edge_kernels.simd.gguf_layout import (
     FLOATS,
     INTS,
     KINDS,
+    LINE,
     MADDUBS,
     MINIMA_AT,
     NUMBERS,
@@ -287,8 +288,7 @@ def _unpack_iq4_nl(builder: ir.IRBuilder, blocks: Sequence[ir.Value], panel: _Pa
 def _unpacker(kind: Kind, emit: Callable[[ir.IRBuilder, Sequence[ir.Value], _Panel], None]):
     """Make an intrinsic that unpacks a block of a panel's outputs.
 
-    Outputs lie `row_bytes` apart in the file: too many streams for the hardware prefetcher. So unpacking a block also
-    prefetches as many bytes from the address `ahead`, line after line.
+    Unpacking a block prefetches as many bytes from the address `ahead`, line after line, if it is not 0.
     """
 
     @intrinsic
@@ -303,8 +303,9 @@ def _unpacker(kind: Kind, emit: Callable[[ir.IRBuilder, Sequence[ir.Value], _Pan
                 for _lane in range(1, WIDTH):
                     outputs.append(byte_at(builder, outputs[-1], row_bytes))
                 n_bytes = kind.block_bytes * WIDTH
-                for line in range(0, n_bytes, LINE):
-                    prefetch(builder, byte_at(builder, ahead, builder.mul(v, index(n_bytes)), line), cache=2)
+                with builder.if_then(builder.icmp_signed("!=", args[2], index(0))):
+                    for line in range(0, n_bytes, LINE):
+                        prefetch(builder, byte_at(builder, ahead, builder.mul(v, index(n_bytes)), line), cache=2)
                 emit(builder, outputs, _Panel(builder, byte_at(builder, out, builder.mul(v, index(4 * WIDTH)))))
                 return []
 
@@ -315,9 +316,6 @@ def _unpacker(kind: Kind, emit: Callable[[ir.IRBuilder, Sequence[ir.Value], _Pan
 
     return unpack
 
-
-LINE = 64
-"""Bytes of a cache line."""
 
 unpackers = {
     name: _unpacker(KINDS[name], emit)
