@@ -20,7 +20,7 @@ test: setup
 	$(PYTEST)
 
 # What depends on the instruction set, once more with older ones than this machine's best, as on other people's.
-ISA_TESTS := tests/kernels tests/decoder/test_amx_prefill.py tests/loading/test_startup.py tests/vision/test_int8.py
+ISA_TESTS := tests/kernels tests/decoder/test_amx_prefill.py tests/decoder/test_kernel_products.py tests/loading/test_startup.py tests/vision/test_int8.py
 test-isas: setup
 	@for isa in $$($(BIN)/python -m tests.older_isas avx512vnni avx2); do \
 		echo "EDGE_RUNTIME_ISA=$$isa"; \

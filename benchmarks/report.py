@@ -319,6 +319,33 @@ def video(result: Result) -> str:
     return f"{about_machine(result)}\n\n{table(heading, rows)}\n\n{note}"
 
 
+def calls(result: Result) -> str:
+    """Prompts, or calls with some rows, through the decoder: our kernels beside llama.cpp."""
+    is_prefill = result["scenario"] == "prefill"
+    sides = {"edge-runtime": result["ours_s"], **result["peers_s"]}
+    counts = [*result["ours_s"]]
+    rows = []
+    for side, seconds in sides.items():
+        if is_prefill:
+            cells = [number(int(n) / seconds[n], 1) for n in counts]
+        else:
+            cells = [f"{1e3 * seconds[n]:.0f} ({seconds[n] / seconds['1']:.2f})" for n in counts]
+        rows.append([side, *cells])
+    if is_prefill:
+        rows.append(["times the faster llama.cpp", *(number(result["ratios"].get(n)) for n in counts)])
+        heading = ["prompts, tokens/s", *(f"{n} tokens" for n in counts)]
+    else:
+        heading = ["a call, ms (times one row)", *(f"{n} row{'s' * (n != '1')}" for n in counts)]
+    note = f"Kernels: {result['kernels']}, {result['threads']} threads, `{result['decoder']}`."
+    if not is_prefill:
+        rates = sorted(result["memory_GB_per_s"])
+        note += (
+            f" One row reads {result['read_GB_per_s']:.1f} GB/s; plain reading of memory reached "
+            f"{rates[0]:.1f} to {rates[-1]:.1f} in the same run."
+        )
+    return f"{table(heading, rows)}\n\n{note}\n\n{goals(result)}"
+
+
 def load(result: Result) -> str:
     """A server under many clients."""
     ends = ", ".join(f"{count} {end}" for end, count in result["ends"].items())
@@ -367,7 +394,7 @@ def render(result: Result) -> str:
     """
     scenario = str(result.get("scenario"))
     known = {"vision": vision, "quality-demo": quality, "vision-kernels": kernels, "video": video}
-    known |= {"load": load, "load_peer": load_peer, "attacked": attacked}
+    known |= {"load": load, "load_peer": load_peer, "attacked": attacked, "prefill": calls, "batch": calls}
     known |= dict.fromkeys(("turns", "first_token", "together", "decode"), goals)
     if scenario in known:
         return known[scenario](result)

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.harness.child import Skipped, serve
 
-PROMPT = 64
+PROMPT = 8
 """Positions that each sequence holds before its calls are timed."""
 
 

@@ -77,7 +77,9 @@ class Caches:
         disk = DiskCache(folder, limit_bytes)
         arithmetic = f"{__version__} exact={exact} {isa} ".encode()
         vision = hashlib.blake2b(arithmetic + file_identity(encoder.file), digest_size=16).digest()
-        context = f"llama.cpp {metadata.version('llama-cpp-python')} kv={decoder.kv_type} exact={exact} ".encode()
+        products = "kernels" if decoder.uses_kernels else "llama.cpp"
+        version = metadata.version("llama-cpp-python")
+        context = f"llama.cpp {version} kv={decoder.kv_type} exact={exact} products={products} ".encode()
         root = hashlib.blake2b(context + vision + file_identity(decoder.file), digest_size=16).digest()
         tokens = SavedTokens(disk, vision, (encoder.n_queries, encoder.hidden))
         return cls(disk, tokens, SavedPrefixes(disk, root), low_memory)

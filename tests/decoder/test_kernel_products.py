@@ -182,7 +182,7 @@ def test_doubts_leave_the_work_to_llama_cpp(monkeypatch, caplog):
 def test_a_wrong_product_is_noticed(monkeypatch):
     registered = register._registered()
     monkeypatch.setattr(register, "MAX_ERROR", -1.0)
-    with pytest.raises(library.BackendError, match="a product differs from ggml's by"):
+    with pytest.raises(library.BackendError, match="a product with Q4_0 differs from ggml's by"):
         register._check(registered)
 
 

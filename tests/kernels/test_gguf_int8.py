@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,8 @@ from edge_kernels.linear.gguf_int8 import FEW_BLOCKS, FEW_ROWS, MANY_BLOCKS, ROW
 from edge_kernels.reference import gguf_blocks as reference
 from edge_kernels.simd.gguf_layout import BLOCK_MR, BLOCK_NR, KINDS, WIDTH
 from edge_kernels.threads import set_threads
+
+pytestmark = pytest.mark.every_core
 
 FACTORS = {
     "Q4_K": [0, 2],
@@ -137,3 +143,48 @@ def test_rows_and_weight_must_match():
         with pytest.raises(ValueError, match="Rows of"):
             linear_gguf(x, blocks, "Q4_K", n)
     assert linear_gguf(random(0, 512), blocks, "Q4_K", BLOCK_NR).shape == (0, BLOCK_NR)
+
+
+COMPILE = """
+import numba
+from edge_kernels.simd.gguf_int8 import dots, tiles
+from edge_kernels.simd.gguf_panels import unpackers
+
+def assembly(run, n):
+    run = numba.njit(fastmath={"contract"}, error_model="numpy")(run)
+    run.compile((numba.int64,) * n)
+    return run.inspect_asm(run.signatures[0])
+
+for kind in ("Q4_K", "Q6_K", "Q8_0", "IQ4_NL"):
+    tile, unpack, dot = tiles[kind, 6], unpackers[kind], dots[kind]
+    print(assembly(lambda a, b, c, d, e, f: tile(a, b, c, d, e, f), 6))
+    assembly(lambda a, b, c, d, e: unpack(a, b, c, d, e), 5)
+    assembly(lambda a, b: dot(a, b, numba.float32(0)), 2)
+"""
+SETS = {
+    "avx512vnni": ("cascadelake", "+avx2,+fma,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni", "vpdpbusd", "zmm"),
+    "avxvnni": ("alderlake", "+avx2,+fma,+f16c,+avxvnni", "vpdpbusd", "ymm"),
+    "avx512": ("skylake-avx512", "+avx2,+fma,+f16c,+avx512f,+avx512bw,+avx512vl", "vpmaddubsw", "ymm"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="LLVM compiles for the machine's own family"
+)
+@pytest.mark.parametrize("isa", SETS)
+def test_sets_that_are_not_there_are_compiled_and_read(isa):
+    """The instruction is in the tile; every type can be unpacked and multiplied."""
+    cpu, features, instruction, register = SETS[isa]
+    environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": features, "EDGE_RUNTIME_ISA": isa}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if instruction in line]
+    assert len(lines) >= 4 * 6 * 8
+    assert all(register in line for line in lines)

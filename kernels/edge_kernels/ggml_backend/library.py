@@ -63,6 +63,7 @@ _RESULTS: dict[str, Any] = {
     "ggml_init": ctypes.c_void_p,
     "ggml_new_tensor_2d": ctypes.c_void_p,
     "ggml_mul_mat": ctypes.c_void_p,
+    "ggml_quantize_chunk": ctypes.c_size_t,
     "ggml_new_graph": ctypes.c_void_p,
     "ggml_graph_nodes": ctypes.c_void_p,
     "ggml_graph_n_nodes": ctypes.c_int,

@@ -36,7 +36,8 @@ from edge_kernels.ggml_backend.structures import (
     Tensor,
 )
 from edge_kernels.linear.gguf_int8 import KIND_NAMES
-from edge_kernels.simd.gguf_layout import BLOCK, KINDS
+from edge_kernels.simd.gguf_int8 import TILE_ROWS
+from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_NR, KINDS, WIDTH
 from edge_kernels.threads import start_threads, thread_count
 
 NAME = b"edge-kernels"
@@ -192,7 +193,7 @@ def _table() -> Any:
 
 def _product(kind: int, n: int, k: int, m: int) -> tuple[Any, Any, int]:
     """Make a graph of one product in ggml: the memory that holds all of it, its node, and the graph."""
-    memory = np.zeros(1 << 20, np.uint8)
+    memory = np.zeros(1 << 21, np.uint8)
     begin = memory.ctypes.data + -memory.ctypes.data % 64
     context = function("ggml_init")(InitParameters(len(memory) - 64, begin, False))
     if not context:
@@ -209,16 +210,26 @@ def _product(kind: int, n: int, k: int, m: int) -> tuple[Any, Any, int]:
 
 
 def _check(registered: _Registered) -> None:
-    """Compute a small product with ggml and with the kernels.
+    """Compute small products of every type with ggml and with the kernels: one row, and one of each size of tile.
 
     Raises
     ------
     BackendError
         When fields are not where they should be, or the results differ.
     """
-    kind = next(code for code in range(MAX_TYPE + 1) if registered.table[compiled.KIND + code] == 0)
-    n, k, m = 48, 512, 5
-    (memory, context), node, graph = _product(kind, n, k, m)
+    for code in range(MAX_TYPE + 1):
+        kind = int(registered.table[compiled.KIND + code])
+        for m in (1, sum(TILE_ROWS)) if kind >= 0 else ():
+            error = _error(registered, code, 3 * BLOCK_NR + 1, BLOCK * WIDTH, m)
+            if not error <= MAX_ERROR:
+                raise BackendError(
+                    f"a product with {KIND_NAMES[kind]} differs from ggml's by {error:.3g} of its largest number."
+                )
+
+
+def _error(registered: _Registered, kind: int, n: int, k: int, m: int) -> float:
+    """Largest difference of a product, relative to its largest number."""
+    memory, node, graph = _product(kind, n, k, m)
     try:
         found = node.contents
         weight, rows = found.src[0].contents, found.src[1].contents
@@ -233,22 +244,37 @@ def _check(registered: _Registered) -> None:
         )  # fmt: skip
         if facts != expected:
             raise BackendError(f"this ggml's tensors look different: {facts} instead of {expected}.")
-        _fill(weight, rows, n * k // BLOCK, block_bytes, m * k)
-        results = []
-        for backend in (function("ggml_backend_init_by_type")(c_int(CPU), None), registered.new_backend()):
-            status = function("ggml_backend_graph_compute")(c_void_p(backend), c_void_p(graph))
-            result = np.ctypeslib.as_array(cast(found.data, POINTER(ctypes.c_float)), (m * n,))
-            results.append(result.copy())
-            result[:] = 0
-            function("ggml_backend_free")(c_void_p(backend))
-            if status != compiled.SUCCESS:
-                raise BackendError(f"a product ended with status {status}.")
+        _fill(weight, rows, n * k, m * k)
+        theirs, ours = (
+            _computed(backend, graph, found, m * n)
+            for backend in (function("ggml_backend_init_by_type")(c_int(CPU), None), registered.new_backend())
+        )
     finally:
-        function("ggml_free")(c_void_p(context))
-        del memory
-    error = np.abs(results[0] - results[1]).max() / np.abs(results[0]).max()
-    if not error <= MAX_ERROR:
-        raise BackendError(f"a product differs from ggml's by {error:.3g} of its largest number.")
+        function("ggml_free")(c_void_p(memory[1]))
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def _computed(backend: int, graph: int, result: Tensor, n: int) -> Any:
+    """Compute a graph with a backend, free it, and return the n numbers of its result."""
+    numbers = np.ctypeslib.as_array(cast(result.data, POINTER(ctypes.c_float)), (n,))
+    numbers[:] = np.nan
+    status = function("ggml_backend_graph_compute")(c_void_p(backend), c_void_p(graph))
+    function("ggml_backend_free")(c_void_p(backend))
+    if status != compiled.SUCCESS:
+        raise BackendError(f"a product ended with status {status}.")
+    return numbers.copy()
+
+
+def _fill(weight: Tensor, rows: Tensor, n_weights: int, n_numbers: int) -> None:
+    """Fill a product's operands with random numbers; ggml quantises the weight."""
+    random = np.random.default_rng(0)
+    numbers = random.standard_normal(n_weights, np.float32)
+    function("ggml_quantize_chunk")(
+        c_int(weight.type), numbers.ctypes.data_as(c_void_p), c_void_p(weight.data), ctypes.c_int64(0),
+        ctypes.c_int64(weight.ne[1]), ctypes.c_int64(weight.ne[0]), c_void_p(None),
+    )  # fmt: skip
+    x = np.ctypeslib.as_array(cast(rows.data, POINTER(ctypes.c_float)), (n_numbers,))
+    x[:] = random.standard_normal(n_numbers)
 
 
 def _check_buffers(registered: _Registered) -> None:
@@ -266,15 +292,6 @@ def _check_buffers(registered: _Registered) -> None:
     function("ggml_backend_buffer_free")(c_void_p(buffer))
     if not is_known:
         raise BackendError("this ggml's buffers look different.")
-
-
-def _fill(weight: Tensor, rows: Tensor, n_blocks: int, block_bytes: int, n_numbers: int) -> None:
-    random = np.random.default_rng(0)
-    blocks = np.ctypeslib.as_array(cast(weight.data, POINTER(ctypes.c_uint8)), (n_blocks, block_bytes))
-    blocks[:] = random.integers(0, 256, blocks.shape)
-    blocks[:, :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
-    numbers = np.ctypeslib.as_array(cast(rows.data, POINTER(ctypes.c_float)), (n_numbers,))
-    numbers[:] = random.standard_normal(n_numbers)
 
 
 # --- registering --------------------------------------------------------------------------------------------
