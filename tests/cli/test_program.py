@@ -152,7 +152,7 @@ def test_a_picture_cannot_send_escape_sequences_to_the_terminal():
 
 def test_info_tells_about_machine_model_and_file():
     machine = json.loads(run("info", "--json").stdout)
-    assert {"cpu", "kernels", "prefill", "threads", "kernel cache", "llama-cpp-python"} <= set(machine)
+    assert {"cpu", "kernels", "prompts", "answers", "threads", "kernel cache", "llama-cpp-python"} <= set(machine)
     model = json.loads(run("info", "demo", "--json").stdout)
     assert model["visual tokens per slice"] == 16
     assert model["layers"] == 3
