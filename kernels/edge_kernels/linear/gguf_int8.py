@@ -93,21 +93,21 @@ def _multiplying(name):
     @helper
     def run(panel, n_blocks, rows, row_stride, m, totals, ahead):
         row = 0
-        while m - row >= 6:
-            at, sums = rows + row * row_stride, totals + row * 4 * BLOCK_NR
-            tile_6(panel, n_blocks, at, row_stride, sums, ahead)
-            ahead, row = 0, row + 6
-        if m - row >= 4:
-            at, sums = rows + row * row_stride, totals + row * 4 * BLOCK_NR
-            tile_4(panel, n_blocks, at, row_stride, sums, ahead)
-            ahead, row = 0, row + 4
-        if m - row >= 2:
-            at, sums = rows + row * row_stride, totals + row * 4 * BLOCK_NR
-            tile_2(panel, n_blocks, at, row_stride, sums, ahead)
-            ahead, row = 0, row + 2
-        if m - row >= 1:
-            at, sums = rows + row * row_stride, totals + row * 4 * BLOCK_NR
-            tile_1(panel, n_blocks, at, row_stride, sums, ahead)
+        while row < m:
+            at, sums, left = rows + row * row_stride, totals + row * 4 * BLOCK_NR, m - row
+            if left >= 6:
+                tile_6(panel, n_blocks, at, row_stride, sums, ahead)
+                row += 6
+            elif left >= 4:
+                tile_4(panel, n_blocks, at, row_stride, sums, ahead)
+                row += 4
+            elif left >= 2:
+                tile_2(panel, n_blocks, at, row_stride, sums, ahead)
+                row += 2
+            else:
+                tile_1(panel, n_blocks, at, row_stride, sums, ahead)
+                row += 1
+            ahead = 0  # the first tile has asked for all of it
 
     return run
 
