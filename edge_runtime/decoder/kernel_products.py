@@ -55,10 +55,8 @@ def wants_kernels(file: GGUFFile, options: DecoderOptions) -> bool:
 @contextlib.contextmanager
 def new_context(*, with_kernels: bool) -> Iterator[bool]:
     """Make contexts of llama.cpp inside this block, with our kernels or without; yields whether they have them."""
-    if (
-        not with_kernels and "edge_kernels.ggml_backend.register" not in sys.modules
-    ):  # nobody can have registered them
-        yield False
+    if not with_kernels and "edge_kernels.ggml_backend.register" not in sys.modules:
+        yield False  # nobody can have registered them
         return
     from edge_kernels.ggml_backend import register
     from edge_kernels.ggml_backend.library import BackendError

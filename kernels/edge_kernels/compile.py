@@ -15,13 +15,14 @@ it. numba's own index notices changes to the file that defines a function, but n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import platform
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -132,21 +133,29 @@ def is_compiled(module: str) -> bool:
     return folder is not None and any(folder.glob(f"{room}_*/{stem}.*.nbc"))
 
 
+@contextlib.contextmanager
+def _own_cache() -> Iterator[bool]:
+    """Let functions that are decorated inside the block be cached in our folder; yield whether there is one.
+
+    numba reads the folder from its global setting when a function is decorated. It is restored at once, since other
+    numba code in this process must not use our folder.
+    """
+    directory, before = cache_directory(), numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(directory or "")
+    try:
+        yield directory is not None
+    finally:
+        numba.config.CACHE_DIR = before
+
+
 def kernel(function: F) -> F:
     """Compile an entry point: parallel, cached. Nothing is compiled before the first call.
 
     To get one specialisation only, call it with writable 1-D C-contiguous float32 or int64 arrays (`rows_view` and
     `vector_view` make them), Python ints, floats and bools.
     """
-    directory = cache_directory()
-    # numba reads the folder from its global setting when a function is decorated. It is restored at once, since
-    # other numba code in this process must not use our folder.
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(directory or "")
-    try:
-        compiled: F = numba.jit(parallel=True, cache=directory is not None, **_FLAGS)(function)
-    finally:
-        numba.config.CACHE_DIR = before
+    with _own_cache() as is_cached:
+        compiled: F = numba.jit(parallel=True, cache=is_cached, **_FLAGS)(function)
     _kernels.append(compiled)
     return compiled
 
@@ -160,14 +169,9 @@ def callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     start_threads()  # cached code is linked at once, and needs the symbols of numba's threads
 
     def decorate(function: Callable[..., Any]) -> Any:
-        directory = cache_directory()
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = str(directory or "")
-        try:
-            options = {name: value for name, value in _FLAGS.items() if name not in ("nopython", "nogil")}
-            return numba.cfunc(signature, cache=directory is not None, nopython=True, **options)(function)
-        finally:
-            numba.config.CACHE_DIR = before
+        options = {name: value for name, value in _FLAGS.items() if name != "nogil"}
+        with _own_cache() as is_cached:
+            return numba.cfunc(signature, cache=is_cached, **options)(function)
 
     return decorate
 

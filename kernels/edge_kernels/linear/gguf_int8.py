@@ -8,7 +8,9 @@ multiplies all rows by them:
         for blocks of k that fit the cache      unpack: every weight is read and unpacked once, for all rows
             for tile of up to 6 rows            multiply
 
-So one row and a thousand take the same way, and a row's numbers are the same in any company.
+One row alone reads every output in the order of the file instead, with a block of it in each lane: it is as fast as
+the memory. Sums are integers, and blocks are added up in the same order either way, so a row has the same bits alone
+and in any company.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"

@@ -35,6 +35,7 @@ from edge_kernels.simd.ir import (
     call,
     constant,
     index,
+    larger,
     load,
     loop,
     multiply_add,
@@ -64,7 +65,7 @@ def _quantize(builder: ir.IRBuilder, x: ir.Value, out: ir.Value, n: int) -> tupl
     largest = [_absolute(builder, v) for v in values]
     while len(largest) > 1:
         pairs = zip(largest[::2], largest[1::2], strict=True)
-        largest = [builder.select(builder.fcmp_ordered(">", a, b), a, b) for a, b in pairs]
+        largest = [larger(builder, a, b) for a, b in pairs]
     most = _horizontal(builder, "fmax", largest[0])
     spoilt = constant(_ROW_FLOATS, 0.0)
     for value in values:
