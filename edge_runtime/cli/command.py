@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import io
 import os
 import sys
@@ -48,6 +50,16 @@ def set_up_streams() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         with contextlib.suppress(io.UnsupportedOperation):  # already read from
             sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def end_quickly() -> None:
+    """Leave out Python's last garbage collections: 0.3 s once numba was used. Files are flushed all the same."""
+
+    def leave_garbage() -> None:
+        gc.disable()
+        gc.freeze()
+
+    atexit.register(leave_garbage)
 
 
 class Command(click.Command):

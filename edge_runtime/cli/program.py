@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
-from edge_runtime.cli.command import INTERRUPTED, Command, set_up_streams
+from edge_runtime.cli.command import INTERRUPTED, Command, end_quickly, set_up_streams
 from edge_runtime.cli.document_options import (
     Asked,
     SliceLimits,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Ask about pictures with MiniCPM-V 4.5 on this machine's CPU; nothing leaves it."""
     set_up_streams()
+    end_quickly()
 
 
 for command_elsewhere in (*COMMANDS, serve):

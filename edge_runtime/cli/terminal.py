@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edge_runtime.model import Model
 
 _KEPT_CONTROLS = "\n\t"
+PICTURE_KERNELS, PROMPT_KERNELS = "rows.norm", "linear.gguf_blocks"
+"""Modules of `edge_kernels` whose machine code every picture needs, every prompt on AMX."""
 
 
 def note(text: str) -> None:
@@ -35,9 +37,9 @@ def first_compile(*, pictures: bool, prompts: bool) -> list[str]:
     from edge_kernels.compile import is_compiled
 
     notes = []
-    if pictures and not is_compiled("rows.patch_embed"):
+    if pictures and not is_compiled(PICTURE_KERNELS):
         notes.append("First picture on this machine: compiling the vision kernels, 20 to 40 seconds.")
-    if prompts and not is_compiled("linear.gguf_blocks"):
+    if prompts and not is_compiled(PROMPT_KERNELS):
         notes.append("First prompt on this machine: compiling its kernels, 10 to 20 seconds.")
     return notes
 

@@ -20,6 +20,8 @@ from edge_runtime.weights.gguf_file import GGUFFile
 logger = logging.getLogger("edge_runtime")
 
 VARIABLE = "EDGE_RUNTIME_KERNELS"
+COMPILED = "ggml_backend.compiled"
+"""The module of `edge_kernels` that llama.cpp calls."""
 MIN_FILE_BYTES = 1 << 28
 """Minimum size of a decoder file; with smaller ones there is nothing to gain."""
 
@@ -58,9 +60,12 @@ def new_context(*, with_kernels: bool) -> Iterator[bool]:
     if not with_kernels and "edge_kernels.ggml_backend.register" not in sys.modules:
         yield False  # nobody can have registered them
         return
+    from edge_kernels.compile import is_compiled
     from edge_kernels.ggml_backend import register
     from edge_kernels.ggml_backend.library import BackendError
 
+    if with_kernels and not is_compiled(COMPILED):
+        logger.warning("First start on this machine: compiling the decoder's kernels, 30 to 90 seconds.")
     try:
         if with_kernels:
             register.register(claims_weights=False)  # `load_model` repacks nothing that we multiply
