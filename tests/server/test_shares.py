@@ -277,3 +277,19 @@ def test_readers_have_a_pace(serve: Serve, monkeypatch, least, is_kept):
         sending.join()
         assert (time.monotonic() - started >= 2.0) is is_kept
     wait_until(lambda: not served.server.server_state.connections)
+
+
+def test_replies_are_sent_at_once(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise every packet but the first waits until the client's system acknowledges the one before."""
+    options, begin = [], GuardedConnection.connection_made
+
+    def note_option(self: GuardedConnection, transport: Any) -> None:
+        begin(self, transport)
+        accepted = transport.get_extra_info("socket")
+        options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+    monkeypatch.setattr(GuardedConnection, "connection_made", note_option)
+    with connected(serve(), HEALTH) as connection:
+        assert b" 200 " in rest_of(connection)
+    assert options
+    assert all(options)
