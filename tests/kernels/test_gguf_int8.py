@@ -65,6 +65,7 @@ def test_the_definition_unpacks_as_gguf_does(kind):
         (BLOCK_MR + 1, 100, 256 * (FEW_BLOCKS + 1)),
         (FEW_ROWS + 13, 200, 256 * (MANY_BLOCKS + 1)),
         (ROW_BLOCK + 5, 2 * BLOCK_NR, 256),
+        (2 * ROW_BLOCK + 3, BLOCK_NR, 256),
         (1, 70, 256 * WIDTH),
         (1, 70, 256 * (WIDTH + 1)),
     ],
@@ -157,7 +158,7 @@ def assembly(run, n):
 
 for kind in ("Q4_K", "Q6_K", "Q8_0", "IQ4_NL"):
     tile, unpack, dot = tiles[kind, 6], unpackers[kind], dots[kind]
-    print(assembly(lambda a, b, c, d, e, f: tile(a, b, c, d, e, f), 6))
+    print(assembly(lambda a, b, c, d, e: tile(a, b, c, d, e), 5))
     assembly(lambda a, b, c, d, e: unpack(a, b, c, d, e), 5)
     assembly(lambda a, b: dot(a, b, numba.float32(0)), 2)
 """

@@ -28,7 +28,7 @@ from edge_kernels.arrays import aligned
 from edge_kernels.compile import helper, kernel
 from edge_kernels.linear.tasks import result_rows
 from edge_kernels.simd.gguf_int8 import dots, tiles
-from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_NR, KINDS, ROW_BYTES, UNPACKED_BYTES, VECTORS, WIDTH
+from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_MR, BLOCK_NR, KINDS, ROW_BYTES, UNPACKED_BYTES, VECTORS, WIDTH
 from edge_kernels.simd.gguf_panels import unpackers
 from edge_kernels.simd.gguf_rows import lay_side_by_side, quantize_float, quantize_integer, write_float, write_rows
 from edge_kernels.simd.ir import take_ticket
@@ -54,6 +54,14 @@ AHEAD_BYTES = 4096
 """How far ahead one row's weights are prefetched: beyond the page, where hardware stops."""
 SERIAL_NUMBERS = 1 << 15
 """Numbers of all rows up to which one thread quantises them: sharing costs more."""
+
+
+@helper
+def _tile_rows(left):
+    """Rows of the next tile, when so many are left."""
+    if left >= 6:
+        return 6
+    return 4 if left >= 4 else min(left, 2)
 
 
 def _chosen(functions):
@@ -93,22 +101,19 @@ def _multiplying(name):
     tile_6, tile_4, tile_2, tile_1 = (tiles[name, n] for n in (6, 4, 2, 1))
 
     @helper
-    def run(panel, n_blocks, rows, row_stride, m, totals, ahead):
+    def run(panel, n_blocks, rows, m, totals, ahead):
         row = 0
         while row < m:
-            at, sums, left = rows + row * row_stride, totals + row * 4 * BLOCK_NR, m - row
-            if left >= 6:
-                tile_6(panel, n_blocks, at, row_stride, sums, ahead)
-                row += 6
-            elif left >= 4:
-                tile_4(panel, n_blocks, at, row_stride, sums, ahead)
-                row += 4
-            elif left >= 2:
-                tile_2(panel, n_blocks, at, row_stride, sums, ahead)
-                row += 2
+            at, sums, size = rows + row * n_blocks * ROW_BYTES, totals + row * 4 * BLOCK_NR, _tile_rows(m - row)
+            if size == 6:
+                tile_6(panel, n_blocks, at, sums, ahead)
+            elif size == 4:
+                tile_4(panel, n_blocks, at, sums, ahead)
+            elif size == 2:
+                tile_2(panel, n_blocks, at, sums, ahead)
             else:
-                tile_1(panel, n_blocks, at, row_stride, sums, ahead)
-                row += 1
+                tile_1(panel, n_blocks, at, sums, ahead)
+            row += size
             ahead = 0  # the first tile has asked for all of it
 
     return run
@@ -156,30 +161,28 @@ class Matrix(NamedTuple):
 
 @helper
 def _quantize_row(weight, x, row, m, quantized):
-    blocks = weight.k // BLOCK
+    blocks, together = weight.k // BLOCK, _blocks_together(m)
+    first = row // BLOCK_MR * BLOCK_MR
+    size = _tile_rows(m - first)
+    while first + size <= row:
+        first += size
+        size = _tile_rows(m - first)
     for b in range(blocks):
         source = x.address + row * x.stride + b * BLOCK * 4
-        to = quantized.ctypes.data + _place(blocks, m, row, b) * ROW_BYTES
+        # Blocks that are multiplied together lie side by side, and inside them tile after tile, block after block: so
+        # every tile reads on where the one before it ended, as hardware that prefetches expects.
+        start = b // together * together
+        place = start * m + first * min(together, blocks - start) + (b - start) * size
+        to = quantized.ctypes.data + place * ROW_BYTES + 4 * (row - first)
         if weight.kind < _FIRST_FLOAT:
-            quantize_integer(source, to)
+            quantize_integer(source, to, size)
         else:
-            quantize_float(source, to)
+            quantize_float(source, to, size)
 
 
 @helper
 def _blocks_together(m):
     return MANY_BLOCKS if m > FEW_ROWS else FEW_BLOCKS
-
-
-@helper
-def _place(blocks, m, row, block):
-    """Place of a row's block: all rows' blocks that are multiplied together lie side by side, row after row.
-
-    So tile after tile reads on where the last one ended, which is what hardware prefetchers expect.
-    """
-    together = _blocks_together(m)
-    start = block // together * together
-    return start * m + row * min(together, blocks - start) + block - start
 
 
 class _Part(NamedTuple):
@@ -206,7 +209,7 @@ def _compute(weight, rows, m, y, part, unpacked, totals):
             sums = totals + p * part.n_rows * BLOCK_NR * 4
             # The next panel's bytes follow this one's: as many of them as were unpacked now.
             ahead = first + BLOCK_NR * (weight.row_bytes + start * weight.block_bytes)
-            _multiply(weight.kind, (unpacked, n_blocks, at, n_blocks * ROW_BYTES, part.n_rows, sums, ahead))
+            _multiply(weight.kind, (unpacked, n_blocks, at, part.n_rows, sums, ahead))
     for p in range(part.n_panels):
         to = y.address + part.row * y.stride + _first_output(weight, part.panel + p) * 4
         write_rows(totals + p * part.n_rows * BLOCK_NR * 4, part.n_rows, to, y.stride)
@@ -219,6 +222,12 @@ def _first_output(weight, panel):
 
 
 @helper
+def _row_of_part(m, part, parts):
+    """First row of a part; tiles are not divided."""
+    return m if part == parts else m * part // parts // BLOCK_MR * BLOCK_MR
+
+
+@helper
 def _work(weight, quantized, m, y, tickets, panels_of_task):
     """Compute tasks until there are none."""
     panels = (weight.n + BLOCK_NR - 1) // BLOCK_NR
@@ -226,13 +235,13 @@ def _work(weight, quantized, m, y, tickets, panels_of_task):
     row_blocks = (m + ROW_BLOCK - 1) // ROW_BLOCK
     panel_block = PANEL_BLOCK if m > FEW_ROWS else 1
     unpacked = aligned(MANY_BLOCKS * UNPACKED_BYTES // 4, np.float32)
-    totals = aligned(panel_block * min(m, ROW_BLOCK) * BLOCK_NR, np.float32)
+    totals = aligned(panel_block * min(m, ROW_BLOCK + BLOCK_MR) * BLOCK_NR, np.float32)
     task = take_ticket(tickets)
     while task < tasks:
         end = min((task + 1) * panels_of_task, panels)
         for panel in range(task * panels_of_task, end, panel_block):
             for r in range(row_blocks):
-                row, row_end = m * r // row_blocks, m * (r + 1) // row_blocks
+                row, row_end = _row_of_part(m, r, row_blocks), _row_of_part(m, r + 1, row_blocks)
                 part = _Part(panel, min(panel_block, end - panel), row, row_end - row)
                 totals[:] = 0.0
                 _compute(weight, quantized.ctypes.data, m, y, part, unpacked.ctypes.data, totals.ctypes.data)

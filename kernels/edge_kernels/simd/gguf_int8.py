@@ -99,7 +99,7 @@ _WORDS_MASK = ir.VectorType(INT, 2 * WIDTH)
 
 
 class _Block(NamedTuple):
-    """A block at hand: addresses of the unpacked weights, and of a row's numbers for each row of the tile.
+    """A block at hand: addresses of the unpacked weights, and of the numbers of the tile's rows.
 
     Lanes are outputs, in `vectors` vectors, and a row's number is copied into all of them; or lanes are blocks of one
     output and one row, whose numbers lie side by side as the weights do (`dots`).
@@ -107,7 +107,8 @@ class _Block(NamedTuple):
 
     kind: Kind
     panel: ir.Value
-    rows: Sequence[ir.Value]
+    rows: ir.Value
+    n_rows: int
     vectors: int = VECTORS
     lanes_are_blocks: bool = False
     ahead: ir.Value | None = None
@@ -126,7 +127,7 @@ class _Block(NamedTuple):
     @property
     def n_sums(self) -> int:
         """Sums in the tile."""
-        return len(self.rows) * self.vectors
+        return self.n_rows * self.vectors
 
     def of_panel(self, builder: ir.IRBuilder, type_: ir.Type, *places: int | ir.Value) -> list[ir.Value]:
         """Emit the vectors of the panel at so many bytes."""
@@ -135,10 +136,12 @@ class _Block(NamedTuple):
 
     def of_row(self, builder: ir.IRBuilder, row: int, type_: ir.Type, *places: int | ir.Value) -> ir.Value:
         """Emit the four bytes at so many bytes of a row's block, in all lanes; or those of every lane's block."""
-        if not self.lanes_are_blocks:
-            return splat(builder, load(builder, byte_at(builder, self.rows[row], *places), type_), WIDTH)
-        wide = [p * WIDTH if isinstance(p, int) else builder.mul(p, index(WIDTH)) for p in places]
-        return load(builder, byte_at(builder, self.rows[row], *wide), ir.VectorType(type_, WIDTH))
+        n = WIDTH if self.lanes_are_blocks else self.n_rows
+        places = tuple(p * n if isinstance(p, int) else builder.mul(p, index(n)) for p in places)
+        at = byte_at(builder, self.rows, *places)
+        if self.lanes_are_blocks:
+            return load(builder, at, ir.VectorType(type_, WIDTH))
+        return splat(builder, load(builder, byte_at(builder, at, 4 * row), type_), WIDTH)
 
 
 def _words_sums(builder: ir.IRBuilder, block: _Block, place: ir.Value, step: ir.Value, meet: int) -> list[ir.Value]:
@@ -156,7 +159,7 @@ def _words_sums(builder: ir.IRBuilder, block: _Block, place: ir.Value, step: ir.
             else weights
         )
         products = []
-        for row in range(len(block.rows)):
+        for row in range(block.n_rows):
             number = builder.bitcast(block.of_row(builder, row, INT, place, 4 * s), BYTES)
             for weight, factor in zip(weights, factors, strict=True):
                 signed = call(builder, "llvm.x86.avx2.psign.b", BYTES, [number, weight]) if is_signed else number
@@ -195,7 +198,7 @@ def _group_sums(builder: ir.IRBuilder, block: _Block, group: ir.Value, scales: S
         return sums
     for s in range(steps):
         weights = block.of_panel(builder, BYTES, step, s * STEP_BYTES)
-        for r in range(len(block.rows)):
+        for r in range(block.n_rows):
             number = builder.bitcast(block.of_row(builder, r, INT, place, 4 * s), BYTES)
             for v, weight in enumerate(weights, r * block.vectors):
                 sums[v] = _dot(builder, sums[v], weight, number)
@@ -219,7 +222,7 @@ def _integer_block(builder: ir.IRBuilder, block: _Block) -> list[ir.Value]:
     def add_minima(pair: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
         minima = block.of_panel(builder, INTS, builder.mul(pair, index(NUMBERS)), MINIMA_AT)
         result = []
-        for r in range(len(block.rows)):
+        for r in range(block.n_rows):
             place = builder.mul(pair, index(4))
             number = block.of_row(builder, r, INT, place, SUMS_16_AT if is_q6 else SUMS_32_AT)
             pairs = builder.bitcast(number, WORDS)
@@ -270,7 +273,7 @@ def _block_values(builder: ir.IRBuilder, block: _Block) -> list[tuple[ir.Value, 
     """Emit what a block adds to the totals, as two factors, for each row and vector."""
     if block.kind.is_float:
         return [(value, constant(FLOATS, 1.0)) for value in _float_block(builder, block)]
-    scales = [block.of_row(builder, r, FLOAT, ROW_SCALE_AT) for r in range(len(block.rows))]
+    scales = [block.of_row(builder, r, FLOAT, ROW_SCALE_AT) for r in range(block.n_rows)]
     return [(value, scales[i // block.vectors]) for i, value in enumerate(_integer_block(builder, block))]
 
 
@@ -278,26 +281,23 @@ def _tile(kind: Kind, n_rows: int):
     """Make an intrinsic that multiplies `n_rows` rows by some unpacked blocks of a panel."""
 
     @intrinsic
-    def tile(typing_context, panel, n_blocks, rows, row_stride, totals, ahead):
-        """Add products to totals [row][output], float32; all are addresses, `row_stride` is in bytes.
+    def tile(typing_context, panel, n_blocks, rows, totals, ahead):
+        """Add products to totals [row][output], float32; all are addresses.
 
         Meanwhile as many bytes as the blocks had in the file are prefetched from `ahead`, if it is not 0.
         """
 
         def generate(context, builder, signature, args):
-            panel, rows, totals = (pointer(builder, args[i]) for i in (0, 2, 4))
-            starts = [rows]
-            for _ in range(1, n_rows):
-                starts.append(byte_at(builder, starts[-1], args[3]))
+            panel, rows, totals = (pointer(builder, args[i]) for i in (0, 2, 3))
             places = [byte_at(builder, totals, i * 4 * WIDTH) for i in range(n_rows * VECTORS)]
 
             def add_block(b: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
                 at = byte_at(builder, panel, builder.mul(b, index(UNPACKED_BYTES)))
-                in_row = builder.mul(b, index(ROW_BYTES))
+                numbers = byte_at(builder, rows, builder.mul(b, index(n_rows * ROW_BYTES)))
                 n_bytes = builder.mul(b, index(kind.block_bytes * BLOCK_NR))
-                is_there = builder.icmp_signed("!=", args[5], index(0))
-                ahead = builder.select(is_there, builder.add(args[5], n_bytes), index(0))
-                block = _Block(kind, at, [byte_at(builder, start, in_row) for start in starts], ahead=ahead)
+                is_there = builder.icmp_signed("!=", args[4], index(0))
+                ahead = builder.select(is_there, builder.add(args[4], n_bytes), index(0))
+                block = _Block(kind, at, numbers, n_rows, ahead=ahead)
                 values = _block_values(builder, block)
                 return [multiply_add(builder, *pair, total) for pair, total in zip(values, sums, strict=True)]
 
@@ -306,7 +306,7 @@ def _tile(kind: Kind, n_rows: int):
                 store(builder, value, place)
             return context.get_dummy_value()
 
-        return types.none(*[types.int64] * 6), generate
+        return types.none(*[types.int64] * 5), generate
 
     return tile
 
@@ -329,7 +329,7 @@ def _dot_product(kind: Kind):
 
         def generate(context, builder, signature, args):
             panel, row = (pointer(builder, args[i]) for i in range(2))
-            ((value, scale),) = _block_values(builder, _Block(kind, panel, [row], 1, lanes_are_blocks=True))
+            ((value, scale),) = _block_values(builder, _Block(kind, panel, row, 1, 1, lanes_are_blocks=True))
             total = args[2]
             for lane in range(WIDTH):
                 a, b = (builder.extract_element(x, ir.Constant(INT, lane)) for x in (value, scale))

@@ -112,6 +112,9 @@ UNPACKED_BYTES = FACTORS_AT + 2 * NUMBERS
 #
 #     integer scales   256 bytes | 16 sums of 16 numbers: int16 | 8 sums of 32: int16 | scale: float32 | nothing
 #     float scales     256 bytes | 8 scales of 32 numbers: float32 | 8 sums of 32, scaled: float32
+#
+# A tile reads the same four bytes of each of its rows, one row after the other. So its rows lie interleaved, and it
+# reads every line once, from first to last: byte 4 · i of row r of n is at 4 · (i · n + r).
 ROW_BYTES = 320
 SUMS_16_AT, SUMS_32_AT, ROW_SCALE_AT = 256, 288, 304
 ROW_SCALES_AT, ROW_SUMS_AT = 256, 288

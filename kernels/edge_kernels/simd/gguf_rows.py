@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -30,7 +31,6 @@ from edge_kernels.simd.ir import (
     BYTE,
     FLOAT,
     INT,
-    SHORT,
     address_of,
     call,
     constant,
@@ -56,7 +56,38 @@ def _absolute(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return call(builder, f"llvm.fabs.v{_ROW_WIDTH}f32", _ROW_FLOATS, [value])
 
 
-def _quantize(builder: ir.IRBuilder, x: ir.Value, out: ir.Value, n: int) -> tuple[ir.Value, list[ir.Value]]:
+class _Row(NamedTuple):
+    """Where a row's quantised block goes: the address of its first dword, and the number of rows in its tile."""
+
+    builder: ir.IRBuilder
+    address: ir.Value
+    n_rows: ir.Value
+
+    def after(self, place: ir.Value) -> _Row:
+        """The same row, so many bytes further on in its block."""
+        address = byte_at(self.builder, self.address, self.builder.mul(place, self.n_rows))
+        return _Row(self.builder, address, self.n_rows)
+
+    def put(self, value: ir.Value, place: int) -> None:
+        """Emit the store of a number of 32 bits that belongs at so many bytes of the block."""
+        store(self.builder, value, self.after(index(place)).address)
+
+    def put_bytes(self, values: ir.Value, place: int) -> None:
+        """Emit the stores of a vector of bytes, four by four."""
+        n = values.type.count // 4
+        dwords = self.builder.bitcast(values, ir.VectorType(INT, n))
+        for i in range(n):
+            self.put(self.builder.extract_element(dwords, ir.Constant(INT, i)), place + 4 * i)
+
+    def put_words(self, values: Sequence[ir.Value], place: int) -> None:
+        """Emit the stores of integers as int16, two by two."""
+        for i, (first, second) in enumerate(zip(values[::2], values[1::2], strict=True)):
+            lower = self.builder.and_(first, ir.Constant(INT, 0xFFFF))
+            upper = self.builder.shl(second, ir.Constant(INT, 16))
+            self.put(self.builder.or_(lower, upper), place + 4 * i)
+
+
+def _quantize(builder: ir.IRBuilder, x: ir.Value, row: _Row, n: int) -> tuple[ir.Value, list[ir.Value]]:
     """Emit n numbers as bytes, 127 for the largest; return the scale, and the sums of 16 bytes each.
 
     The scale is NaN where a number is NaN or infinite, so that it is seen in the result.
@@ -83,7 +114,7 @@ def _quantize(builder: ir.IRBuilder, x: ir.Value, out: ir.Value, n: int) -> tupl
         rounded = call(builder, f"llvm.rint.v{_ROW_WIDTH}f32", _ROW_FLOATS, [scaled])
         integers = builder.fptosi(rounded, _ROW_INTS)
         bytes_ = builder.trunc(integers, ir.VectorType(BYTE, _ROW_WIDTH))
-        store(builder, bytes_, byte_at(builder, out, i * _ROW_WIDTH), 1)
+        row.put_bytes(bytes_, i * _ROW_WIDTH)
         if i * _ROW_WIDTH % 16 == 0:
             sums.append(integers)
         else:
@@ -92,42 +123,39 @@ def _quantize(builder: ir.IRBuilder, x: ir.Value, out: ir.Value, n: int) -> tupl
 
 
 @intrinsic
-def quantize_integer(typing_context, x, out):
-    """Quantise 256 float32 at address x to ROW_BYTES at `out`, with one scale."""
+def quantize_integer(typing_context, x, out, n_rows):
+    """Quantise 256 float32 at address x, with one scale, to the row at `out` in a tile of `n_rows`."""
 
     def generate(context, builder, signature, args):
-        x, out = (pointer(builder, a) for a in args)
-        scale, sums = _quantize(builder, x, out, BLOCK)
-        store(builder, scale, byte_at(builder, out, ROW_SCALE_AT))
-        for i, value in enumerate(sums):
-            store(builder, builder.trunc(value, SHORT), byte_at(builder, out, SUMS_16_AT + 2 * i), 2)
-        for i, (a, b) in enumerate(zip(sums[::2], sums[1::2], strict=True)):
-            store(builder, builder.trunc(builder.add(a, b), SHORT), byte_at(builder, out, SUMS_32_AT + 2 * i), 2)
+        x, row = pointer(builder, args[0]), _Row(builder, pointer(builder, args[1]), args[2])
+        scale, sums = _quantize(builder, x, row, BLOCK)
+        row.put(scale, ROW_SCALE_AT)
+        row.put_words(sums, SUMS_16_AT)
+        row.put_words([builder.add(a, b) for a, b in zip(sums[::2], sums[1::2], strict=True)], SUMS_32_AT)
         return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64), generate
+    return types.none(*[types.int64] * 3), generate
 
 
 @intrinsic
-def quantize_float(typing_context, x, out):
-    """Quantise 256 float32 at address x to ROW_BYTES at `out`, with a scale per 32."""
+def quantize_float(typing_context, x, out, n_rows):
+    """Quantise 256 float32 at address x, with a scale per 32, to the row at `out` in a tile of `n_rows`."""
 
     def generate(context, builder, signature, args):
-        x, out = (pointer(builder, a) for a in args)
+        x, row = pointer(builder, args[0]), _Row(builder, pointer(builder, args[1]), args[2])
 
         def group(g: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
             first = builder.mul(g, index(32))
-            scale, (a, b) = _quantize(builder, address_of(builder, x, first), byte_at(builder, out, first), 32)
-            place = byte_at(builder, out, builder.mul(g, index(4)))
-            store(builder, scale, byte_at(builder, place, ROW_SCALES_AT))
-            total = builder.fmul(scale, builder.sitofp(builder.add(a, b), FLOAT))
-            store(builder, total, byte_at(builder, place, ROW_SUMS_AT))
+            scale, (a, b) = _quantize(builder, address_of(builder, x, first), row.after(first), 32)
+            in_group = row.after(builder.mul(g, index(4)))
+            in_group.put(scale, ROW_SCALES_AT)
+            in_group.put(builder.fmul(scale, builder.sitofp(builder.add(a, b), FLOAT)), ROW_SUMS_AT)
             return []
 
         loop(builder, index(0), index(8), 1, [], group)
         return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64), generate
+    return types.none(*[types.int64] * 3), generate
 
 
 @intrinsic
