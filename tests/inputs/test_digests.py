@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -88,3 +89,37 @@ def test_groups_of_frames_differ_with_what_they_show_and_when(other):
     assert digests(clip(PACKED)) == digests(clip(PACKED))
     assert digests(clip(PACKED)) != digests(other)
     assert len(set(digests(other))) == len(digests(other))
+
+
+def counted(*shape):
+    """Pixels whose bytes are the same whatever the shape, and that look different once they are resized."""
+    return (np.arange(np.prod(shape) * 3) % 251).astype(np.uint8).reshape(*shape, 3)
+
+
+SHOWN = {
+    "numbers": [numbered(i) for i in range(4)],
+    "numbers in another order": [numbered(i) for i in (0, 2, 1, 3)],
+    "low": [counted(10, 48)] * 2,
+    "high": [counted(12, 40)] * 2,  # one slice, of the same size as that of "low"
+}
+SLICINGS = [
+    SLICING,
+    replace(SLICING, scale_resolution=28),
+    replace(SLICING, scale_resolution=28, mean=(0.4, 0.5, 0.5)),
+]
+
+
+def test_groups_of_frames_with_one_fingerprint_are_one_group():
+    """Their slices are the same, of the same times, whatever else is the same about them."""
+    held = {}
+    for shown, slicing, most, packing, fps in product(SHOWN.values(), SLICINGS, (1, 2, 3, 4), (1, 2), (1, 3)):
+        options = VideoOptions(packing=packing, fps=fps, max_slices=most)
+        part = VideoPart([Image.fromarray(pixels) for pixels in shown], options)
+        found = Clip(choose(part, VideoLimits()), options, slicing)
+        for number in range(len(found.chosen.groups)):
+            for frames in found.group(number):
+                slices = [
+                    (item.config, item.pixels.shape, item.pixels.tobytes(), time) for item, time in frames.load()
+                ]
+                assert held.setdefault(frames.digest, slices) == slices
+    assert len({shape for slices in held.values() for _, shape, *_ in slices}) > 3

@@ -134,6 +134,11 @@ def test_values_that_are_none_are_refused(fields):
             {"output_config": {"effort": "medium"}, "thinking": {"type": "enabled", "budget_tokens": 99}},
             {"thinking": True, "thinking_budget": 99},
         ),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, {"thinking": True, "thinking_budget": 0}),
+        (
+            {"output_config": {"effort": "low"}, "thinking": {"type": "enabled", "budget_tokens": 0}},
+            {"thinking": True, "thinking_budget": 0},
+        ),
         ({"thinking": {"type": "adaptive", "display": "omitted"}}, {"thinking": True}),
         ({"stop_sequences": [" ", "\n\n"]}, {"stop": [" ", "\n\n"]}),
         ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}}, {}),

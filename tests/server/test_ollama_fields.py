@@ -31,8 +31,9 @@ def ask(own_store):
     """Send a request; returns the reply and what the model was asked for."""
     model = ScriptedModel(say("Hi"))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr(models, "Model", lambda paths, options: model)
-        url = stack.enter_context(running(Settings(port=0, models=("demo",)))).url
+        with pytest.MonkeyPatch.context() as patch:  # until it has started: other servers load the model itself
+            patch.setattr(models, "Model", lambda paths, options: model)
+            url = stack.enter_context(running(Settings(port=0, models=("demo",)))).url
         client = stack.enter_context(httpx.Client(base_url=url, timeout=60, trust_env=False))
 
         def send(route: str, **fields: Any) -> tuple[httpx.Response, dict[str, Any]]:

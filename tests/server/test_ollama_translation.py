@@ -231,6 +231,17 @@ def test_a_model_leaves_after_its_time(scripted):
         assert chat(client, keep_alive=value).status_code == status, value
 
 
+def test_a_model_that_stays_beyond_any_date_is_listed(scripted):
+    """Dates end with the year 9999, and timers before."""
+    _, client = scripted(say("x"))
+    for value in (1e12, 1e300, 10**30, "99999999999h", "1000000h30m", "1e3", -1e300):
+        reply = chat(client, keep_alive=value, stream=False)
+        assert reply.status_code == (400 if value == "1e3" else 200), value
+        (running,) = client.get("/api/ps").json()["models"]
+        stays = datetime.datetime.fromisoformat(running["expires_at"]) - datetime.datetime.now(datetime.UTC)
+        assert stays.days > 3000, value
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": "hello"}, "messages: Input should be a valid list"),
     ({"messages": [{"role": "king", "content": "x"}]}, "role 'king'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import string
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,11 @@ def read_or_refused(record: Any) -> Entry | None:
         entry = parse_record(json.dumps(record).encode(), ROOT / "model.json")
     except ModelFileError:
         return None
+    assert parse_source(entry.name).name == entry.name
+    assert entry.kind in ("gguf", "checkpoint", "ollama")
+    assert re.fullmatch(r"([0-9a-f]{12})?", entry.snapshot), "a folder's name, and no path"
+    texts = [text for part in (entry, *entry.files) for text in vars(part).values() if isinstance(text, str)]
+    assert all(text.isprintable() for text in texts), "no sequence that moves a terminal"
     snapshot = Library(ROOT).snapshot(entry)
     assert snapshot.resolve().is_relative_to(Library(ROOT).folder(entry.name))
     paths = [file.path for file in entry.files]
