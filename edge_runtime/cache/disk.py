@@ -242,7 +242,9 @@ class DiskCache:
                 os.utime(temporary, ns=(now, now))
                 temporary.replace(self.path(name))
         except OSError:
-            if not self.has(name):  # else another process was faster and reads it: some systems refuse to replace it
+            # Else another process was faster and reads it (some systems refuse to replace it), or the folder was
+            # deleted just now.
+            if self.folder.is_dir() and not self.has(name):
                 raise
         self._written += size
 

@@ -21,6 +21,7 @@ from edge_runtime.loading.load import LoadOptions
 from edge_runtime.options import GenerationOptions
 from edge_runtime.prompt.build import Prompt
 from edge_runtime.store.find import find_model
+from edge_runtime.system.atomic_files import make_folder
 
 A, B = "a" * 32, "b" * 32
 TEXT = "a question that is longer than a block of thirty-two positions, " * 3
@@ -125,6 +126,24 @@ def test_a_folder_that_was_deleted_is_made_again(exact_folder, tmp_path, caplog)
     assert not caplog.text
     if os.name != "nt":
         assert cache.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_may_be_deleted_while_something_is_written_to_it(exact_folder, tmp_path, caplog, monkeypatch):
+    cache = tmp_path / "cache"
+
+    def make_and_lose(path, mode):
+        make_folder(path, mode)
+        shutil.rmtree(path)
+
+    with load(exact_folder, cache) as model:
+        monkeypatch.setattr("edge_runtime.cache.disk.make_folder", make_and_lose)
+        endless(model, "one", 3).result()
+        model.engine.run(model.engine.caches.disk.flush)
+        assert not cache.exists()
+        monkeypatch.undo()
+        endless(model, "two", 3).result()
+    assert [*cache.iterdir()]
+    assert not caplog.text
 
 
 def test_requests_do_not_wait_for_the_disk(exact_folder, tmp_path, monkeypatch):
