@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from edge_kernels.waiting import spin_briefly
 from edge_runtime.errors import BackendUnavailable
 
 LOG_ERROR = 4  # ggml_log_level; a continued line has 5
@@ -36,6 +37,7 @@ def library() -> Any:
     BackendUnavailable
         When llama-cpp-python is not installed or its shared library cannot be loaded.
     """
+    spin_briefly()  # ggml's threads are OpenMP's, and llama_cpp loads it
     try:
         from llama_cpp import llama_cpp as lib
     except ImportError as error:

@@ -17,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from edge_kernels.machine import cpu_count
+from edge_kernels.waiting import spin_briefly
 
 # omp first: numba's own workqueue layer aborts the process when two Python threads are inside parallel code
 # at the same time (numba issue 8563), and OpenMP idles between calls instead of being torn down. workqueue is
@@ -25,6 +26,7 @@ from edge_kernels.machine import cpu_count
 # child; spawn instead.
 if "NUMBA_THREADING_LAYER_PRIORITY" not in os.environ:
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+spin_briefly()
 
 _threads: int | None = None  # None: cpu_count() at the first use
 _one_at_a_time = threading.RLock()

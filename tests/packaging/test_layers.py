@@ -32,7 +32,7 @@ LEVELS = {
         cli
     """,
     "edge_kernels": """
-        machine reference
+        machine waiting reference
         threads
         compile
         arrays
@@ -62,7 +62,14 @@ LEVELS = {
 }
 # Which rooms may know the kernels and llama.cpp, each by its own modules.
 KNOWS = {
-    "edge_kernels": ("vision", "decoder.amx_prefill", "decoder.kernel_products", "loading", "cli"),
+    "edge_kernels": (
+        "vision",
+        "decoder.amx_prefill",
+        "decoder.kernel_products",
+        "decoder.llama_cpp",
+        "loading",
+        "cli",
+    ),
     "llama_cpp": ("decoder",),
     "edge_converters": ("cli.program",),
 }
