@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import warnings
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_runtime import EdgeRuntimeError, Model
+from edge_runtime import Model
 from edge_runtime.decoder.kernel_products import VARIABLE
+from support.forks import in_a_fork
 from support.lora_maker import make_adapter
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -94,31 +94,8 @@ def test_a_long_prompt_is_cancelled_and_leaves_nothing(model):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_fork_is_refused_and_ends_without_harm(model):
-    def run(end: Any) -> None:
-        for work in (lambda: model.chat("Why?", max_tokens=2), lambda: load(), lambda: model.close()):
-            try:
-                end.send(str(work()))
-            except EdgeRuntimeError as error:
-                end.send(str(error))
-        end.close()
-
-    receiving, sending = multiprocessing.Pipe(duplex=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, that threads are lost
-        child = multiprocessing.get_context("fork").Process(target=run, args=(sending,))
-        child.start()
-    sending.close()
-    said = []
-    try:
-        for _ in range(3):
-            assert receiving.poll(60), "the child waits for ever"
-            said.append(receiving.recv())
-        child.join(60)
-        assert child.exitcode == 0
-    finally:
-        child.kill()
-        child.join()
-    assert "load models after the fork" in said[0]
-    assert "load no model before the fork" in said[1]
-    assert said[2] == "None"
+    assert "load models after the fork" in in_a_fork(lambda: model.chat("Why?", max_tokens=2))
+    assert "load no model before the fork" in in_a_fork(load)
+    assert in_a_fork(model.close) == "None"
+    assert in_a_fork(lambda: 1, leave=sys.exit) == "1"  # with what is registered for exit
     assert str(model.chat(SIGN, greedy=True, max_tokens=6)) == "CAFE"

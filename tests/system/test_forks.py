@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from edge_runtime import EdgeRuntimeError, Model
+from edge_runtime import Model
 from edge_runtime.prompt.templates import Renderer
 from edge_runtime.system.forks import only_here
+from support.forks import in_a_fork
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 PICTURE = Path(__file__).parents[2] / "examples" / "sign.png"
 TEMPLATE = "{{ messages }}"
-
-
-def in_a_fork(work: Callable[[], Any], *, leave: Callable[[int], Any] = os._exit) -> str:
-    """Run it in a child: the text of its result or error, within a minute."""
-
-    def run(end: Any) -> None:
-        try:
-            end.send(str(work()))
-        except EdgeRuntimeError as error:
-            end.send(str(error))
-        end.close()
-        leave(0)
-
-    receiving, sending = multiprocessing.Pipe(duplex=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, that threads are lost
-        child = multiprocessing.get_context("fork").Process(target=run, args=(sending,))
-        child.start()
-    sending.close()
-    try:
-        assert receiving.poll(60), "the child waits for ever"
-        return str(receiving.recv())
-    finally:
-        child.join(20)
-        has_ended = child.exitcode is not None
-        child.kill()
-        child.join()
-        assert has_ended, "the child does not end"
-        assert child.exitcode == 0
 
 
 def test_what_needs_threads_is_refused_in_a_fork(exact_folder):
