@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,14 @@ def test_compiling_for_the_decoder_is_announced(
         with caplog.at_level(logging.WARNING), kernel_products.new_context(with_kernels=True) as with_kernels:
             assert not with_kernels
         assert ("compiling the decoder's kernels" in caplog.text) is not compiled
+
+
+def test_garbage_is_left_at_the_end() -> None:
+    program = """
+import atexit, gc
+atexit.register(lambda: print("collected" if gc.isenabled() or not gc.get_freeze_count() else "left"))
+from edge_runtime.cli import main
+main(["info"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "left"

@@ -28,7 +28,7 @@ from edge_runtime.errors import CacheFull
 from edge_runtime.loading.memory_needs import estimate_memory
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile
-from edge_runtime.weights.memory_map import foreign_regions, map_file, region_bytes, watched
+from edge_runtime.weights.memory_map import Region, foreign_regions, map_file, region_bytes, release_region, watched
 from plain_decoder import PlainDecoder
 
 DEMO = Path(__file__).parents[2] / "edge_runtime" / "demo" / "ggml-model-Q4_K_M.gguf"
@@ -399,3 +399,29 @@ def test_what_is_copied_is_reckoned_with(amx: str, monkeypatch: pytest.MonkeyPat
     assert with_amx - estimate_memory(file, encoder, 1024, exact=True).compute == copied
     monkeypatch.setattr("edge_runtime.loading.memory_needs.MAX_PAST_BYTES", 1000)
     assert with_amx - estimate_memory(file, encoder, 1024, exact=False).compute == copied - 1000
+
+
+def resident_pages(region: Region) -> int:
+    """Pages of a mapping that count as this process's memory."""
+    told = Path("/proc/self/smaps").read_text("utf-8").split(f"{region.begin:x}-{region.end:x} ", 1)[1]
+    return int(told.split("Rss:", 1)[1].split()[0]) * 1024 // mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_a_part_of_a_mapping_leaves_memory_and_comes_back(tmp_path: Path) -> None:
+    path, page = tmp_path / "file", mmap.PAGESIZE
+    content = bytes(i % 251 for i in range(8 * page))
+    path.write_bytes(content)
+    with path.open("rb") as opened, watched(path) as found:
+        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    (region,) = found
+    assert mapped[:] == content
+    assert resident_pages(region) == 8
+    release_region(region, page + 1, 6 * page - 1)  # two pages of it in part
+    assert resident_pages(region) == 5
+    for first, end in ((page, 99 * page), (3 * page - 5, 3 * page + 5), (-9 * page, page)):
+        release_region(region, first, end)  # not within it, or no whole page
+    assert resident_pages(region) == 5
+    assert mapped[:] == content
+    assert resident_pages(region) == 8
+    mapped.close()
