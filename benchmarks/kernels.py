@@ -45,7 +45,8 @@ def cases() -> dict[str, tuple[Callable[[], Any], Callable[[], Any], float, Call
 
     from edge_kernels.attention.float32 import attention
     from edge_kernels.linear.float32 import linear, pack_weight
-    from edge_kernels.linear.int8 import linear_int8, pack_weight_int8
+    from edge_kernels.linear.int8 import linear_int8
+    from edge_kernels.linear.int8_weights import pack_weight_int8
     from edge_kernels.reference import operations as reference
     from edge_kernels.rows.norm import layer_norm
 

@@ -29,11 +29,11 @@ SECONDS = 0.15
 
 
 @helper
-def _int8_tiles(a, b, calls):
+def _int8_tiles(a, b, multipliers, calls):
     sums = aligned(DOT_MR * DOT_NR, np.int32)
     begin_tiles()
     for _ in range(calls):
-        dot_tile(a, 0, b, 0, CELLS, sums, 0, 0)
+        dot_tile(a, 0, b, 0, multipliers, CELLS, sums, 0, 0)
     end_tiles()
     return sums[0]
 
@@ -47,9 +47,9 @@ def _float32_tiles(a, b, calls):
 
 
 @numba.njit(parallel=True, nogil=True)
-def _int8(a, b, calls, results, workers):
+def _int8(a, b, multipliers, calls, results, workers):
     for worker in numba.prange(workers):
-        results[worker] = _int8_tiles(a, b, calls)
+        results[worker] = _int8_tiles(a, b, multipliers, calls)
 
 
 @numba.njit(parallel=True, nogil=True)
@@ -107,8 +107,12 @@ def int8_peak() -> float:
     random = np.random.default_rng(0)
     for operand, zero in ((a, DOT_TILE.row_zero), (b, 0)):
         operand[:] = np.clip(40 * random.standard_normal(operand.size), -127, 127).astype(np.int64) + zero
+    multipliers = np.ones(CELLS * DOT_NR, np.uint8)
     results = np.zeros(256, np.int32)
-    return _rate(lambda calls, workers: _int8(a, b, calls, results, workers), 2.0 * CELLS * GROUP * DOT_MR * DOT_NR)
+    return _rate(
+        lambda calls, workers: _int8(a, b, multipliers, calls, results, workers),
+        2.0 * CELLS * GROUP * DOT_MR * DOT_NR,
+    )
 
 
 def float32_peak() -> float:

@@ -21,6 +21,8 @@ from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.identity import file_identity
 
 logger = logging.getLogger("edge_runtime")
+ROUNDING = 2
+"""How the default arithmetic rounds; another number when that changes, so that tokens do not mix."""
 
 
 def usual_folder() -> Path | None:
@@ -75,7 +77,7 @@ class Caches:
             When the folder cannot be written to.
         """
         disk = DiskCache(folder, limit_bytes)
-        arithmetic = f"{__version__} exact={exact} {isa} ".encode()
+        arithmetic = f"{__version__} exact={exact} {isa} {ROUNDING} ".encode()
         vision = hashlib.blake2b(arithmetic + file_identity(encoder.file), digest_size=16).digest()
         products = "kernels" if decoder.uses_kernels else "llama.cpp"
         version = metadata.version("llama-cpp-python")

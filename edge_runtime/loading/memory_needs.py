@@ -75,7 +75,7 @@ def estimate_memory(
         weights=decoder.path.stat().st_size * (2 if repack else 1),
         kv_cache=n_ctx * per_position,
         compute=CHUNK_TOKENS * 4 * (6 * width + 3 * mlp) + copied,
-        vision=matrices * bytes_per_weight(exact=exact) + activations,
+        vision=int(matrices * bytes_per_weight(exact=exact)) + activations,
         in_turns=low_memory and not repack,
     )
 

@@ -1,11 +1,11 @@
 """Matrix products and layer norms of the vision part, in one of two arithmetics with the same interface.
 
 `FloatArithmetic` is the official one: float32 weights and activations (on AMX as three bfloat16 each, which loses
-nothing). `Int8Arithmetic` stores weights as int8 (one scale per output) and quantises activations row by row, with
-int32 sums, and attends in bfloat16 or int16 where that is faster; layer norm, softmax and the residual stream stay
-float32. A layer norm's gain and bias are folded into the products after it before those are quantised: otherwise
-channels that a gain makes fifty times larger than the rest would use up their row's range. For products without a
-norm before them, calibration finds factors to the same end (see `calibration`).
+nothing). `Int8Arithmetic` stores weights as int8 (one scale per output, or rounded in fours) and quantises
+activations row by row, with int32 sums, and attends in bfloat16 or int16 where that is faster; layer norm, softmax
+and the residual stream stay float32. A layer norm's gain and bias are folded into the products after it before those
+are quantised: otherwise channels that a gain makes fifty times larger than the rest would use up their row's range.
+For products without a norm before them, calibration finds factors to the same end (see `calibration`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from edge_runtime.weights.gguf_file import Float32
 
 if TYPE_CHECKING:
     from edge_kernels.linear.dispatch import PackedFloatWeight
-    from edge_kernels.linear.int8 import PackedInt8Weight
     from edge_kernels.linear.int8_rows import QuantizedRows
+    from edge_kernels.linear.int8_weights import PackedInt8Weight
 
     Rows = Float32 | QuantizedRows
     Int64 = npt.NDArray[np.int64]
@@ -46,10 +46,10 @@ def check_instruction_set() -> None:
         raise BackendUnavailable(str(error)) from None
 
 
-def bytes_per_weight(*, exact: bool) -> int:
+def bytes_per_weight(*, exact: bool) -> float:
     """Maximum bytes per packed weight."""
     if not exact:
-        return 1
+        return 1.25  # with multipliers; without asking the kernels, whose import takes time
     from edge_kernels.linear.dispatch import BYTES_PER_WEIGHT
 
     return BYTES_PER_WEIGHT
@@ -200,7 +200,7 @@ class Int8Arithmetic(FloatArithmetic):
 
     def product(self, weights: Weights, after: Affine | None = None) -> Product:
         """Quantise and pack a product, with the norm's gain and bias folded in: W(g·n + b) = (W g) n + W b."""
-        from edge_kernels.linear.int8 import pack_weight_int8
+        from edge_kernels.linear.int8_weights import pack_weight_int8
 
         weight, bias, name = weights.weight, weights.bias, weights.name
         if after is not None:
@@ -213,7 +213,8 @@ class Int8Arithmetic(FloatArithmetic):
 
     def mlp(self, first: Weights, second: Weights, after: Affine) -> Mlp:
         """Pack two products; values between them are quantised where they are computed, never stored in float32."""
-        from edge_kernels.linear.int8 import linear_int8, linear_int8_quantized, pack_weight_int8
+        from edge_kernels.linear.int8 import linear_int8, linear_int8_quantized
+        from edge_kernels.linear.int8_weights import pack_weight_int8
 
         if second.name in self._calibration.in_float:
             return super().mlp(first, second, after)

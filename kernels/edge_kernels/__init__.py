@@ -9,7 +9,8 @@ letters: P rows (patches), E width, M rows, N outputs, K inputs, H heads, D head
       bf16_split    pack_split, linear_split: as exact, out of three bfloat16 for each float32; AMX
       dispatch      pack_float_weight, linear_float: the one of these two that is faster here
       int8_rows     quantize_rows, layer_norm_quantized: rows → int8 with scale and offset, for one or more products
-      int8          pack_weight_int8, linear_int8; linear_int8_quantized, whose result is int8 rows again
+      int8_weights  pack_weight_int8: weights → int8 in panels, with one scale per output or rounded in fours
+      int8          linear_int8; linear_int8_quantized, whose result is int8 rows again
       gguf_blocks   pack_rows, pack_gated, linear_blocks: weights that stay in ggml's blocks; AMX
       tasks         how all of these are split among workers
     attention/  q [Mq, H·D], k, v [Mk, H·D] → [Mq, H·D]

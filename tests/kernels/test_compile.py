@@ -25,7 +25,8 @@ USE_EVERYTHING = textwrap.dedent(
     from edge_kernels.attention.int16 import attention_int16
     from edge_kernels.compile import _kernels, cache_statistics
     from edge_kernels.linear.float32 import linear, pack_weight
-    from edge_kernels.linear.int8 import linear_int8, linear_int8_quantized, pack_weight_int8
+    from edge_kernels.linear.int8 import linear_int8, linear_int8_quantized
+    from edge_kernels.linear.int8_weights import pack_weight_int8
     from edge_kernels.simd.amx import HAS_TILES
     from edge_kernels.linear.int8_rows import layer_norm_quantized, quantize_rows
     from edge_kernels.rows.norm import layer_norm
@@ -43,7 +44,7 @@ USE_EVERYTHING = textwrap.dedent(
         attention_int16(x, x, x, 2, 1, ends, ends)
         patch_embed(x, weight, gain, x, np.zeros(m, np.int64))
         weight = pack_weight_int8(np.ones((40, 40), np.float32))
-        linear_int8(x, pack_weight_int8(np.ones((40, 40), np.int8), gain), gain)
+        linear_int8(x, pack_weight_int8(np.ones((40, 40), np.float32), factor=gain), gain)
         linear_int8(layer_norm_quantized(x[:, ::-1], 1e-6), weight, gain, gelu=True, residual=x)
         linear_int8(linear_int8_quantized(quantize_rows(x), weight, factor=gain), weight, residual=x)
         if HAS_TILES:

@@ -23,12 +23,12 @@ from edge_kernels.linear.int8 import (
     ROW_BLOCK,
     linear_int8,
     linear_int8_quantized,
-    pack_weight_int8,
 )
 from edge_kernels.linear.int8_rows import ROW_ZERO, QuantizedRows, layer_norm_quantized, quantize_rows
+from edge_kernels.linear.int8_weights import pack_weight_int8
 from edge_kernels.reference import operations as reference
 from edge_kernels.simd import int8 as simd_int8
-from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, n_cells
+from edge_kernels.simd.int8 import DOT_MR, DOT_NR, DOT_TILE, GROUP, STEP_CELLS, n_cells
 from edge_kernels.simd.ir import TILES
 from edge_kernels.threads import set_threads
 from kernel_checks import U, random
@@ -52,11 +52,14 @@ def unpack(rows):
     return q[: rows.m, : rows.k]
 
 
-def sums_of(rows, weight):
+quantize_weight = reference.quantize_weight_in_fours if DOT_TILE.has_multipliers else reference.quantize_weight
+
+
+def sums_of(rows, packed):
     """Run the product with all scales 1 and offsets 0: the sums themselves, as float32 has them."""
     ones, zeros = np.ones((1, rows.m), np.float32), np.zeros((1, rows.m), np.float32)
     plain = QuantizedRows(rows.panels, ones, zeros, rows.m, rows.k)
-    return linear_int8(plain, pack_weight_int8(weight, np.ones(len(weight), np.float32)))
+    return linear_int8(plain, packed._replace(scales=np.ones_like(packed.scales)))
 
 
 def tolerance(x, q_weight, scale, bias, result):
@@ -72,7 +75,7 @@ def check_linear_int8(m, n, k, *, with_bias=True, gelu=False, with_residual=Fals
     bias = random(n, seed=seed) if with_bias else None
     residual = random(m, n, seed=seed + 2) if with_residual else None
     q, scale, offset = reference.quantize_rows(x)
-    q_weight, w_scale = reference.quantize_weight(weight)
+    q_weight, w_scale = quantize_weight(weight)
 
     rows, packed = quantize_rows(x), pack_weight_int8(weight)
     np.testing.assert_array_equal(unpack(rows), q)
@@ -80,7 +83,7 @@ def check_linear_int8(m, n, k, *, with_bias=True, gelu=False, with_residual=Fals
     np.testing.assert_array_equal(rows.offset[0], offset)
     np.testing.assert_array_equal(packed.scales[:n], w_scale)
     np.testing.assert_array_equal(packed.sums[0, :n], q_weight.sum(1, dtype=np.int32))
-    np.testing.assert_array_equal(sums_of(rows, q_weight), reference.int8_sums(q, q_weight).astype(np.float32))
+    np.testing.assert_array_equal(sums_of(rows, packed), reference.int8_sums(q, q_weight).astype(np.float32))
 
     expected = reference.linear_int8(x, q_weight, w_scale, bias, gelu=gelu, residual=residual)
     actual = linear_int8(rows, packed, bias, gelu=gelu, residual=residual)
@@ -133,7 +136,7 @@ def test_linear_int8_at_block_borders_against_reference(m, n, k):
 def test_a_product_quantised_as_it_is_made_against_reference(m, n, gelu, with_factor):
     x, weight, bias = random(m, 304) + np.float32(0.3), random(n, 304, seed=1, scale=304**-0.5), random(n)
     factor = np.abs(random(n, seed=3)) + np.float32(0.1) if with_factor else None
-    q_weight, w_scale = reference.quantize_weight(weight)
+    q_weight, w_scale = quantize_weight(weight)
     q, scale, offset = reference.linear_int8_quantized(x, q_weight, w_scale, bias, gelu=gelu, factor=factor)
     rows = linear_int8_quantized(x, pack_weight_int8(weight), bias, gelu=gelu, factor=factor)
     found = unpack(rows)
@@ -146,7 +149,7 @@ def test_a_product_quantised_as_it_is_made_against_reference(m, n, gelu, with_fa
 
     # What takes it sums group by group, each with its own scale.
     next_weight = random(40, n, seed=4, scale=n**-0.5)
-    q_next, next_scale = reference.quantize_weight(next_weight)
+    q_next, next_scale = quantize_weight(next_weight)
     packed = pack_weight_int8(next_weight, in_groups=True)
     residual = random(m, 40, seed=5)
     sums = np.add.reduceat(q_next, np.arange(0, n, reference.SCALE_COLUMNS), 1, np.int32)
@@ -164,20 +167,57 @@ def test_a_product_quantised_as_it_is_made_against_reference(m, n, gelu, with_fa
 
 @pytest.mark.parametrize("k", [4, 301, 4304])
 def test_the_largest_integers_do_not_saturate_against_reference(k):
-    """All ±127: sums of two products are 32258, just below what 16 bits hold, those of four are twice that."""
+    """Rows and weights at their limits: sums of two or four products come close to what 16 bits hold."""
     for signs in ([1], [-1], [1, -1], [1, 1, -1, -1]):
         x = np.resize(np.array(signs, np.float32), k)
         x = np.stack([127 * x, -127 * x, np.resize(np.float32([127, -127]), k)])
-        q = np.where(np.arange(k) % 3 < 2, 127, -127) * np.ones((DOT_NR + 1, 1))
-        q_weight = np.concatenate([q, np.full((3, k), 127), np.full((2, k), -127), x]).astype(np.int8)
+        mixed = np.where(np.arange(k) % 3 < 2, 127, -127) * np.ones((DOT_NR + 1, 1))
+        weight = np.concatenate([mixed, np.full((3, k), 127), np.full((2, k), -127), x]).astype(np.float32)
         if k > 1:
             x = np.concatenate([x, [np.resize(np.float32([127, 127, 127, -127]), k)]]).astype(np.float32)
         rows = quantize_rows(x)
         np.testing.assert_array_equal(unpack(rows), reference.quantize_rows(x)[0])
-        expected = reference.int8_sums(unpack(rows), q_weight)
-        np.testing.assert_array_equal(sums_of(rows, q_weight), expected.astype(np.float32))
+        integers, _ = quantize_weight(weight)
+        expected = reference.int8_sums(unpack(rows), integers)
+        np.testing.assert_array_equal(sums_of(rows, pack_weight_int8(weight)), expected.astype(np.float32))
         # The reference itself, in 64 bits.
-        np.testing.assert_array_equal(expected, unpack(rows).astype(np.int64) @ q_weight.T.astype(np.int64))
+        np.testing.assert_array_equal(expected, unpack(rows).astype(np.int64) @ integers.T.astype(np.int64))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**32 - 1), k=st.integers(1, 3000), spread=st.sampled_from([0.0, 0.5, 3.0]))
+def test_fours_stay_within_their_limits(seed, k, spread):
+    """Whatever the weights, no sum of a four reaches 16 bits, and none of a row 32."""
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((3, k)) * np.exp(spread * rng.standard_normal((3, k)))).astype(np.float32)
+    weight[2] = np.abs(weight[0]).max()
+    integers, scale = reference.quantize_weight_in_fours(weight)
+    padded = np.zeros((3, -(-k // 8) * 8), np.int64)
+    padded[:, :k] = integers
+    fours = padded.reshape(3, -1, 2, 2, 2).swapaxes(2, 3).reshape(3, -1, 4)
+    steps = np.gcd.reduce(fours, axis=2, keepdims=True)  # at least the multiplier
+    q = fours // np.maximum(steps, 1)
+    assert max(np.maximum(q, 0).sum(2).max(), np.maximum(-q, 0).sum(2).max()) <= reference.FOUR_LIMIT
+    for side in (integers, -integers):
+        assert 255 * np.maximum(side, 0).sum(1, dtype=np.int64).max() < 2**31
+    # A four of equal weights is the coarsest: 32 steps each.
+    largest = np.abs(weight).max(1, keepdims=True)
+    error = np.abs(integers * scale[:, None].astype(np.float64) - weight)
+    assert (error <= 0.5001 * (largest / 32 * 1.03 + 6 * scale[:, None])).all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1), n=st.integers(1, 40), k=st.integers(1, 700), spread=st.sampled_from([0.5, 3.0])
+)
+def test_packing_any_weight_against_reference(seed, n, k, spread):
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((n, k)) * np.exp(spread * rng.standard_normal((n, k)))).astype(np.float32)
+    integers, scale = quantize_weight(weight)
+    packed, rows = pack_weight_int8(weight), quantize_rows(np.eye(k, dtype=np.float32)[:20])
+    np.testing.assert_array_equal(packed.scales[:n], scale)
+    expected = reference.int8_sums(unpack(rows), integers)
+    np.testing.assert_array_equal(sums_of(rows, packed), expected.astype(np.float32))
 
 
 # --- quantising ---------------------------------------------------------------------------------------------
@@ -223,7 +263,7 @@ def test_extreme_rows_against_reference():
     np.testing.assert_array_equal(unpack(rows), q)
     np.testing.assert_array_equal(rows.scale[0], scale)
     np.testing.assert_array_equal(rows.offset[0], offset)
-    q, scale = reference.quantize_weight(EXTREME)
+    q, scale = quantize_weight(EXTREME)
     packed = pack_weight_int8(EXTREME)
     np.testing.assert_array_equal(packed.scales[: len(scale)], scale)
     np.testing.assert_array_equal(packed.sums[0, : len(scale)], q.sum(1, dtype=np.int32))
@@ -231,7 +271,7 @@ def test_extreme_rows_against_reference():
 
 def test_constant_rows_are_exact():
     weight = random(20, 50)
-    q_weight, scale = reference.quantize_weight(weight)
+    q_weight, scale = quantize_weight(weight)
     x = np.repeat(np.array([[7.0], [0.0], [-3.5]], np.float32), 50, axis=1)
     result = linear_int8(x, pack_weight_int8(weight))
     exact = x[:, :1].astype(np.float64) * (scale.astype(np.float64) * q_weight.sum(1))
@@ -291,7 +331,6 @@ def test_pack_weight_after_a_factor_is_pack_weight_of_the_product(n, k):
 
 def test_linear_int8_takes_any_layout():
     x, weight, bias, residual = random(31, 40), random(20, 40, seed=1), random(20), random(31, 20)
-    q_weight, scale = reference.quantize_weight(weight)
     expected = linear_int8(x, pack_weight_int8(weight), bias, residual=residual)
     wide, wide_residual = random(31, 100), random(31, 50)
     wide[:, 7:47], wide_residual[:, 3:23] = x, residual
@@ -301,8 +340,6 @@ def test_linear_int8_takes_any_layout():
         pack_weight_int8(frozen),
         pack_weight_int8(np.asfortranarray(weight)),
         pack_weight_int8(weight.astype(np.float64)),
-        pack_weight_int8(q_weight, scale),
-        pack_weight_int8(np.asfortranarray(q_weight), scale),
     ):
         np.testing.assert_array_equal(linear_int8(x, packed, bias, residual=residual), expected)
     for other in (wide[:, 7:47], np.asfortranarray(x), x.astype(np.float64), quantize_rows(x)):
@@ -349,7 +386,7 @@ def test_every_instruction_set_has_its_tiles():
             continue
         registers = 32 if name.startswith(("amx", "avx512", "neon")) else 16
         spare = 2 if tile.instruction == "pairs" else 1
-        operands = tile.vectors * (2 if tile.instruction == "smmla" else 1)
+        operands = tile.vectors * {"smmla": 2, "pmaddubsw": 3}.get(tile.instruction, 1)
         assert tile.rows * tile.vectors + operands + spare <= registers
 
 
@@ -358,7 +395,8 @@ def assembly(name, triple, features):
     tile = simd_int8.DOT_TILES[name]
     module = ir.Module()
     pointer, index = ir.IntType(8).as_pointer(), ir.IntType(64)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [pointer, pointer, index, pointer, index]), "tile")
+    kinds = [pointer, pointer, pointer, index, pointer, index]
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
     simd_int8.emit_dot_tile(builder, tile, *function.args)
     builder.ret_void()
@@ -372,7 +410,9 @@ def assembly(name, triple, features):
         ("avxvnni", X86, "+avx2,+fma,+avxvnni", "vpdpbusd", "%ymm"),
         ("avxvnni", X86, "+avx512f,+avx512vl,+avx512vnni", "vpdpbusd", "%ymm"),
         ("avx512", X86, "+avx512f,+avx512bw", "vpmaddwd", "%zmm"),
+        ("avx512", X86, "+avx512f,+avx512bw", "vpmaddubsw", "%zmm"),
         ("avx2", X86, "+avx2,+fma", "vpmaddwd", "%ymm"),
+        ("avx2", X86, "+avx2,+fma", "vpmaddubsw", "%ymm"),
         ("portable", X86, "", "pmaddwd", "%xmm"),
         ("neon-dot", ARM, "+neon,+dotprod", "sdot", ".4s"),
         ("neon-i8mm", ARM, "+neon,+i8mm", "smmla", ".4s"),

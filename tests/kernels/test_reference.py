@@ -27,7 +27,7 @@ DEFINITIONS = {
     "linear.bf16_split.pack_split": operations.linear,
     "linear.int8.linear_int8": operations.linear_int8,
     "linear.int8.linear_int8_quantized": operations.linear_int8_quantized,
-    "linear.int8.pack_weight_int8": operations.quantize_weight,
+    "linear.int8_weights.pack_weight_int8": operations.quantize_weight,
     "linear.int8_rows.quantize_rows": operations.quantize_rows,
     "linear.int8_rows.layer_norm_quantized": operations.layer_norm_quantized,
     "linear.gguf_blocks.linear_blocks": gguf_blocks.linear_blocks,

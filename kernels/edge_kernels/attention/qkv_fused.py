@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from edge_kernels.arrays import aligned
 from edge_kernels.attention.bf16 import BLOCK, Shape, attend_block, attention_buffers, first_scores, round_in_steps
 from edge_kernels.compile import helper, kernel, leaf
-from edge_kernels.linear.int8 import PackedInt8Weight, pack_weight_int8
 from edge_kernels.linear.int8_rows import QuantizedRows
+from edge_kernels.linear.int8_weights import PackedInt8Weight, pack_weight_int8
 from edge_kernels.simd.amx import begin_tiles, end_tiles
 from edge_kernels.simd.bf16 import LANES, TILE_WORDS, transpose_rounded, transpose_words
 from edge_kernels.simd.epilogue import scale_tile
@@ -32,6 +32,7 @@ from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
+UInt8 = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -94,6 +95,7 @@ class _Rows(NamedTuple):
 
 class _Weight(NamedTuple):
     panels: Int8
+    multipliers: UInt8
     scales: Float32
     sums: Int32
     shifts: Float32  # scale · sum: what an offset of 1 adds
@@ -143,7 +145,7 @@ def _lay(lines, heads, block, n_rows, tiles):
 def _project(rows, weight, heads, head, start, stop, lines, sums, zeros, tiles):
     """Compute queries, keys and values of one head for rows start to stop, in tiles."""
     x, x_scale, x_offset, cells = rows
-    w, scales, w_sums, shifts, bias = weight
+    w, multipliers, scales, w_sums, shifts, bias = weight
     panels, stride = heads.panels, heads.stride
     for panel in range(start // DOT_MR, (stop + DOT_MR - 1) // DOT_MR):
         first, last = max(start, panel * DOT_MR), min(stop, (panel + 1) * DOT_MR)
@@ -152,7 +154,7 @@ def _project(rows, weight, heads, head, start, stop, lines, sums, zeros, tiles):
         here = (first - start) % BLOCK
         for p in range(panels):
             slab = (head * panels + p) * cells * DOT_NR * GROUP
-            dot_tile(x, panel * cells * DOT_MR * GROUP, w, slab, cells, sums, p * DOT_MR * DOT_NR, 0)
+            dot_tile(x, panel * cells * DOT_MR * GROUP, w, slab, multipliers, cells, sums, p * DOT_MR * DOT_NR, 0)
         for p in range(panels):  # not one by one, see `linear.int8`
             column = (head * panels + p) * DOT_NR
             scale_tile(
@@ -243,7 +245,7 @@ def self_attention(x: QuantizedRows, packed: PackedHeads, offsets: Int64) -> Flo
     with parallel_region() as workers:
         _self_attention(
             _Rows(x.panels, x.scale.reshape(-1), x.offset.reshape(-1), n_cells(x.k)),
-            _Weight(weight.panels, weight.scales, weight.sums.reshape(-1), shifts, packed.bias),
+            _Weight(weight.panels, weight.multipliers, weight.scales, weight.sums.reshape(-1), shifts, packed.bias),
             _Heads(heads, d, panels, steps, columns, max(panels * DOT_NR, 2 * d + columns)),
             offsets, most_rows, out.reshape(-1), np.zeros(1, np.int64), workers,
         )  # fmt: skip

@@ -1,9 +1,9 @@
 """`linear` in int8: rows quantised on the fly, weights once at load, sums in int32, what follows in float32.
 
-What enters: float32 rows (or rows quantised before, so that several products share one pass) and a packed
-weight. What leaves: float32 rows. Rows and weights both lie in panels, in cells of GROUP successive k as
-`simd.int8` describes them; blocks and tasks are those of `linear.tasks`. Integer sums are exact, so neither blocks
-nor threads nor the instruction set change them.
+What enters: float32 rows (or rows quantised before, so that several products share one pass) and a weight packed by
+`linear.int8_weights`. What leaves: float32 rows. Rows and weights both lie in panels, in cells of GROUP successive k
+as `simd.int8` describes them; blocks and tasks are those of `linear.tasks`. Integer sums are exact, so neither
+blocks nor threads change them.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_kernels.arrays import aligned, aligned_empty, rows_view, vector_view
+from edge_kernels.arrays import aligned, vector_view
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.int8_rows import (
     ROW_CELL,
@@ -28,17 +28,18 @@ from edge_kernels.linear.int8_rows import (
     quantize_rows,
     scatter_row,
 )
+from edge_kernels.linear.int8_weights import PackedInt8Weight
 from edge_kernels.linear.tasks import After, product_worker, result_rows, task_grid, what_follows
 from edge_kernels.reference.operations import SCALE_COLUMNS
 from edge_kernels.simd.amx import HAS_TILES
-from edge_kernels.simd.epilogue import row_magnitude, row_range, scale_gelu_tile, scale_tile
-from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, cells_of, dot_tile, n_cells, output_cell
+from edge_kernels.simd.epilogue import row_range, scale_gelu_tile, scale_tile
+from edge_kernels.simd.int8 import DOT_MR, DOT_NR, GROUP, STEP_CELLS, cells_of, dot_tile, n_cells
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
+UInt8 = NDArray[np.uint8]
 Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 
 # In elements. A slab of a panel is K_BLOCK · DOT_NR bytes (8 to 38 KiB), the rows' slab ROW_BLOCK · K_BLOCK of one
 # or two bytes. AMX has a larger K_BLOCK: its sums go through memory, which costs a quarter of a block of 512.
@@ -46,127 +47,6 @@ K_BLOCK = 1216 if HAS_TILES else 512
 ROW_BLOCK = 192 // DOT_MR * DOT_MR
 COLUMN_BLOCK = 576 // DOT_NR * DOT_NR
 STEP = GROUP * STEP_CELLS  # blocks of K are whole multiples of this many columns
-_CELL = np.dtype(f"i{GROUP}")  # a cell of a weight is moved as one integer
-
-
-class PackedInt8Weight(NamedTuple):
-    """A weight in int8, in the order the product reads it.
-
-    Attributes
-    ----------
-    panels : ndarray [shape=(⌈n/DOT_NR⌉ · n_cells(k) · DOT_NR · GROUP,), int8]
-        Panels of DOT_NR outputs, in cells at the places given by `simd.int8.output_cell`, padded with zeros. Not for
-        files.
-    scales : ndarray [shape=(⌈n/DOT_NR⌉ · DOT_NR,), float32]
-        weight ≈ scale · q, per output; padded with zeros.
-    sums : ndarray [shape=(G, ⌈n/DOT_NR⌉ · DOT_NR), int32]
-        Sum of q over k, per output; or, where G > 1, over each group of SCALE_COLUMNS columns.
-    n, k : int
-        Number of outputs and of inputs.
-    """
-
-    panels: Int8
-    scales: Float32
-    sums: Int32
-    n: int
-    k: int
-
-
-# --- packing ------------------------------------------------------------------------------------------------
-
-
-@helper
-def _pack_output(weight, row_stride, factors, integers, n, k, source, scales, row, normal, line):
-    """Write the integers of one output, row `source` of the weight, to `line`, and its scale to its place."""
-    if not 0 <= source < n:
-        scales[row] = 0.0
-        line[:k] = 0
-    elif integers.size > 0:
-        for j in range(k):
-            line[j] = integers[source * k + j]
-    elif factors.size > 0:
-        for j in range(k):
-            normal[j] = weight[source * row_stride + j] * factors[j]
-        scales[row] = quantize_into(normal, 0, k, np.float32(0.0), row_magnitude(normal, 0, k), line)
-    else:
-        half = row_magnitude(weight, source * row_stride, k)
-        scales[row] = quantize_into(weight, source * row_stride, k, np.float32(0.0), half, line)
-
-
-@helper
-def _pack_panel(weight, row_stride, factors, integers, n, k, order, panels, scales, sums, group_columns, panel):
-    scratch, normal = np.zeros(cells_of(k), _CELL), np.empty(k, np.float32)
-    line = scratch.view(np.int8)
-    for j in range(DOT_NR):
-        row = panel * DOT_NR + j
-        source = row
-        if order.size > 0:
-            source = order[row] if row < order.size else -1
-        _pack_output(weight, row_stride, factors, integers, n, k, source, scales, row, normal, line)
-        for first in range(0, k, group_columns):
-            total = np.int32(0)
-            for i in range(first, min(first + group_columns, k)):
-                total += line[i]
-            sums[first // group_columns * scales.size + row] = total
-        for cell in range(scratch.size):
-            panels[panel * scratch.size * DOT_NR + output_cell(cell, j)] = scratch[cell]
-
-
-@kernel
-def _pack(weight, row_stride, factors, integers, n, k, order, panels, scales, sums, group_columns):
-    for panel in numba.prange(scales.size // DOT_NR):
-        _pack_panel(weight, row_stride, factors, integers, n, k, order, panels, scales, sums, group_columns, panel)
-
-
-def pack_weight_int8(
-    weight: Float32 | Int8,
-    scales: Float32 | None = None,
-    *,
-    factor: Float32 | None = None,
-    in_groups: bool = False,
-    order: Int64 | None = None,
-) -> PackedInt8Weight:
-    """Quantise a weight as `reference.operations.quantize_weight` does and bring it into panels, once at load.
-
-    Runs in parallel; reads N·K·4 bytes and writes N·K.
-
-    Parameters
-    ----------
-    weight : ndarray [shape=(N, K), float32 or int8]
-        One row per output; K from 1 to 65,536, above which sums could overflow. Integers, -127 to 127, are kept.
-    scales : ndarray [shape=(N,), float32] or None
-        Where the weight is int8: weight ≈ scale · integer.
-    factor : ndarray [shape=(K,), float32] or None
-        Multiplied into the columns of a float32 weight first.
-    in_groups : bool
-        For rows that come in groups of SCALE_COLUMNS columns with a scale each, out of another product.
-    order : ndarray [shape=(outputs,), int64] or None
-        For each output its row of a float32 weight, or -1 for an output that is always 0; None takes them in order.
-
-    Returns
-    -------
-    PackedInt8Weight
-    """
-    (n_rows, k), n = weight.shape, len(weight) if order is None else len(order)
-    n_padded, group_columns = -(-n // DOT_NR) * DOT_NR, SCALE_COLUMNS if in_groups else k
-    panels = aligned_empty(-(-n_padded * n_cells(k) * GROUP // 4)).view(np.int8)
-    sums = np.empty((-(-k // group_columns), n_padded), np.int32)
-    packed = PackedInt8Weight(panels, np.zeros(n_padded, np.float32), sums, n, k)
-    factors = vector_view(np.empty(0, np.float32) if factor is None else factor)
-    if scales is None:
-        (rows, row_stride), integers = rows_view(np.asarray(weight, np.float32)), np.empty(0, np.int8)
-    else:
-        rows, row_stride, integers = np.empty(0, np.float32), 0, np.array(weight, np.int8, order="C").reshape(-1)
-        packed.scales[:n] = scales
-    with parallel_region():
-        _pack(
-            rows, row_stride, factors, integers, n_rows, k, np.empty(0, np.int64) if order is None else order,
-            packed.panels.view(_CELL), packed.scales, sums.reshape(-1), group_columns,
-        )  # fmt: skip
-    return packed
-
-
-# --- the product --------------------------------------------------------------------------------------------
 
 
 class _Rows(NamedTuple):
@@ -177,6 +57,7 @@ class _Rows(NamedTuple):
 
 class _Weight(NamedTuple):
     panels: Int8
+    multipliers: UInt8
     scales: Float32
     sums: Int32  # [group][padded n], as `shifts`
     shifts: Float32  # scale · sum: what an offset of 1 adds
@@ -240,8 +121,8 @@ def _linear_task(product, grid, block, buffers):
                 for r in range(row_tiles):
                     dot_tile(
                         rows, ((block.row // DOT_MR + r) * cells + first) * DOT_MR * GROUP,
-                        weight.panels, ((block.panel + p) * cells + first) * DOT_NR * GROUP, last - first,
-                        buffers.tiles, r * DOT_MR * DOT_NR, int(b > 0),
+                        weight.panels, ((block.panel + p) * cells + first) * DOT_NR * GROUP, weight.multipliers,
+                        last - first, buffers.tiles, r * DOT_MR * DOT_NR, int(b > 0),
                     )  # fmt: skip
             for r in range(row_tiles):
                 _finish_tile(product, grid, block, buffers, p, start // group_cells, r)
@@ -344,7 +225,7 @@ def _run(
     cells = n_cells(weight.k)
     shifts = weight.scales * weight.sums.astype(np.float32)
     flat = _Weight(
-        weight.panels, weight.scales, weight.sums.reshape(-1), shifts.reshape(-1),
+        weight.panels, weight.multipliers, weight.scales, weight.sums.reshape(-1), shifts.reshape(-1),
         cells, cells if groups == 1 else SCALE_COLUMNS // GROUP,
     )  # fmt: skip
     nothing = np.empty(0, np.float32)
@@ -385,7 +266,7 @@ def linear_int8(
     x : QuantizedRows or ndarray [shape=(M, K), float32]
         Rows; quantised here if they are not yet.
     weight : PackedInt8Weight
-        What `pack_weight_int8` made of [N, K].
+        What `int8_weights.pack_weight_int8` made of [N, K].
     bias : ndarray [shape=(N,), float32] or None
         Added to each row.
     gelu : bool

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
+Integers = Int8 | NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 SQRT_2_OVER_PI = np.float32(np.sqrt(2.0 / np.pi))
@@ -256,14 +257,84 @@ def quantize_weight(weight: Float32) -> tuple[Int8, Float32]:
     return _round_to_int8(weight, np.zeros(len(weight), np.float32), np.abs(weight).max(axis=1))
 
 
-def int8_sums(q: Int8, q_weight: Int8) -> NDArray[np.int32]:
-    """Return Σ q · q_weight [M, N] in int32, exactly. K ≤ 65,536, or it may overflow."""
+FOUR_LIMIT = 128
+"""Largest sum of a four's positive integers, and of its negative ones: times rows of up to 255, 16 bits hold it."""
+MULTIPLIERS_TRIED = 6
+"""Of a four, the smallest first. One of these always fits, and the best halves the loss."""
+LARGEST_MULTIPLIER = 249
+"""First one tried of the four with the largest weights; or 250, by rounding, so that the last one is 255."""
+LARGEST_SUM = (2**31 - 1) // 255
+"""Of multipliers · integers of one sign over k: times rows of up to 255, 32 bits hold it."""
+FINEST_SHARE, FINEST_LESS = 4.1, FOUR_LIMIT * (MULTIPLIERS_TRIED + 1) // 4
+"""A scale of Σ limits · 4.1 / (LARGEST_SUM - k · FINEST_LESS) makes sure of LARGEST_SUM. A multiplier is at most
+limit · 4 / (FOUR_LIMIT · scale) + 6, rounded; 4.1 leaves room for its roundings."""
+
+
+def quantize_weight_in_fours(weight: Float32) -> tuple[NDArray[np.int32], Float32]:
+    """Write each row of a weight as weight ≈ scale · multiplier · q, with a multiplier for every four.
+
+    Columns 0, 1, 4, 5 of each eight are a four, columns 2, 3, 6, 7 the other. Of the
+    MULTIPLIERS_TRIED smallest multipliers that a four's sums allow, it has the one that loses least, in squares.
+
+    Parameters
+    ----------
+    weight : ndarray [shape=(N, K), float32]
+        One row per output; K ≤ 32,768.
+
+    Returns
+    -------
+    integers : ndarray [shape=(N, K), int32]
+        multiplier · q, q from -128 to 127.
+    scale : ndarray [shape=(N,), float32]
+        NaN, with integers 0, in a row that has NaN or infinity.
+    """
+    weight = np.asarray(weight, np.float32)
+    n, k = weight.shape
+    padded = np.zeros((n, -(-k // 8) * 8), np.float32)
+    padded[:, :k] = weight
+    broken = ~np.isfinite(padded).all(axis=1)
+    padded[broken] = 0
+    fours = padded.reshape(n, -1, 2, 2, 2).swapaxes(2, 3).reshape(n, -1, 4)
+
+    def larger_side(four: NDArray[np.float32]) -> NDArray[np.float32]:
+        sides = [np.maximum(side, 0) for side in (four, -four)]
+        sums = [(side[..., 0] + side[..., 1]) + (side[..., 2] + side[..., 3]) for side in sides]
+        result: Float32 = np.maximum(*sums)
+        return result
+
+    limits = larger_side(np.float32(0.25) * fours)  # of quarters, which cannot overflow
+    totals = np.cumsum(limits, axis=1, dtype=np.float64)[:, -1]
+    finest = (totals * FINEST_SHARE / (LARGEST_SUM - FINEST_LESS * k)).astype(np.float32)
+    scale = np.maximum(limits.max(axis=1) / np.float32(FOUR_LIMIT // 4 * LARGEST_MULTIPLIER), finest)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = (np.float32(1) / scale)[:, None]
+    inverse[np.isinf(inverse)] = 0
+    multipliers = np.maximum(np.ceil(limits * (inverse / np.float32(FOUR_LIMIT // 4))), np.float32(1))
+    integers, least = np.zeros_like(fours), np.full(limits.shape, np.inf, np.float32)
+    for _ in range(MULTIPLIERS_TRIED):
+        factors = (inverse / multipliers)[..., None]
+        q = np.rint(fours * factors)
+        squares = (fours * factors - q) ** 2
+        loss = (squares[..., 0] + squares[..., 1]) + (squares[..., 2] + squares[..., 3])
+        loss *= multipliers * multipliers
+        better = (larger_side(q) <= FOUR_LIMIT) & (loss < least)
+        least = np.where(better, loss, least)
+        integers = np.where(better[..., None], np.minimum(q, 127) * multipliers[..., None], integers)
+        multipliers += 1
+    scale[inverse[:, 0] == 0] = 0
+    scale[broken] = np.nan
+    rows = integers.reshape(n, -1, 2, 2, 2).swapaxes(2, 3).reshape(n, -1)[:, :k]
+    return rows.astype(np.int32), scale
+
+
+def int8_sums(q: Int8, q_weight: Integers) -> NDArray[np.int32]:
+    """Return Σ q · q_weight [M, N] in int32, exactly; what is quantised here fits, K ≤ 32,768."""
     return q.astype(np.int32) @ q_weight.astype(np.int32).T
 
 
 def linear_int8(
     x: Float32,
-    q_weight: Int8,
+    q_weight: Integers,
     weight_scale: Float32,
     bias: Float32 | None = None,
     *,
@@ -277,8 +348,8 @@ def linear_int8(
     ----------
     x : ndarray [shape=(M, K), float32]
         Rows, quantised here by `quantize_rows`, or by `quantize_row_groups` with `in_groups`.
-    q_weight, weight_scale : ndarray [shape=(N, K), int8], ndarray [shape=(N,), float32]
-        From `quantize_weight`.
+    q_weight, weight_scale : ndarray [shape=(N, K), int8 or int32], ndarray [shape=(N,), float32]
+        From `quantize_weight` or `quantize_weight_in_fours`.
     bias, gelu, residual
         As in `linear`.
 
@@ -310,7 +381,7 @@ def linear_int8(
 
 def linear_int8_quantized(
     x: Float32,
-    q_weight: Int8,
+    q_weight: Integers,
     weight_scale: Float32,
     bias: Float32 | None = None,
     *,

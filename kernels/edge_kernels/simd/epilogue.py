@@ -253,7 +253,7 @@ scale_tile, scale_gelu_tile = _scaler(lambda _, value: value), _scaler(emit_gelu
 
 @intrinsic
 def move_step(typing_context, cells, offset, out, out_offset):
-    """Copy the cells of a step, which lie together, as one vector; for rows that are stored unchanged."""
+    """Copy the cells of a step, which lie together, as one vector, with `row_zero` added to every byte."""
 
     def generate(context, builder, signature, args):
         element = ir.IntType(signature.args[0].dtype.bitwidth)
@@ -264,7 +264,11 @@ def move_step(typing_context, cells, offset, out, out_offset):
             )
             for position in (0, 2)
         )
-        store(builder, load(builder, source, vector, 1), to, 1)
+        step = load(builder, source, vector, 1)
+        if DOT_TILE.row_zero:  # an exclusive or, as bytes wrap
+            zero = int.from_bytes([DOT_TILE.row_zero] * (element.width // 8), "little")
+            step = builder.xor(step, constant(vector, zero))
+        store(builder, step, to, 1)
         return context.get_dummy_value()
 
     return signature_of(cells, offset, out, out_offset), generate
