@@ -11,12 +11,16 @@ float32 decoder and vice versa; the shipped pair and all-float32 are always incl
 Two arithmetics: `exact` is float32 throughout, as `--exact`; `int8` is the default, which also rounds the inputs of
 the tower's products. Decoder types are compared in `exact`, so that nothing else changes, and everything that
 concerns the vision file in both. The reference is all-float32 in `exact`. The last line is one JSON object.
+
+With a folder of GGUF files instead of a checkpoint, these files are measured as they are: `exact`, which is the
+reference then, and `int8` with llama.cpp's products in the decoder and with ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -36,6 +40,7 @@ from demo.sample import Sample  # noqa: E402
 from edge_converters import convert_checkpoint  # noqa: E402
 from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E402
 from edge_runtime import Model, __version__  # noqa: E402
+from edge_runtime.decoder.kernel_products import VARIABLE  # noqa: E402
 
 FLOAT, SHIPPED = ("f32", "f32"), ("q4_k_m", "q8_0")
 LEFT_OUT = {"bf16"}  # as large as f16
@@ -148,6 +153,30 @@ def run(checkpoint: Path, count: int, *, exact_only: bool) -> list[dict[str, Any
     return rows
 
 
+def run_files(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Measure files as they are in three arithmetics, the first of which is the reference."""
+    samples = {kind: [draw(kind, number) for number in range(count)] for kind in CORE}
+    rows: list[dict[str, Any]] = []
+    reference: dict[str, list[str]] = {}
+    reference_logs: Logs = []
+    before = os.environ.get(VARIABLE)
+    try:
+        for arithmetic, kernels in (("exact", "off"), ("int8, llama.cpp's products", "off"), ("int8", "on")):
+            os.environ[VARIABLE] = kernels
+            result = measure(folder, samples, exact=arithmetic == "exact")
+            answers, logs = result.pop("answers"), result.pop("logs")
+            reference, reference_logs = reference or answers, reference_logs or logs
+            kl, top1 = divergence(reference_logs, logs)
+            types = {"decoder": "as it is", "vision": "as it is", "arithmetic": arithmetic}
+            rows.append({**types, "agreement": agreement(answers, reference), "kl": kl, "top1": top1, **result})
+            _print_row(rows[-1])
+    finally:
+        os.environ.pop(VARIABLE)
+        if before is not None:
+            os.environ[VARIABLE] = before
+    return rows
+
+
 def _print_row(row: dict[str, Any]) -> None:
     each = "  ".join(f"{share:>{len(kind)}.1%}" for kind, share in row["right"].items())
     print(
@@ -160,22 +189,29 @@ def _print_row(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("checkpoint", type=Path, help="demo checkpoint in the official layout, float32")
+    parser.add_argument(
+        "checkpoint", type=Path, help="demo checkpoint in the official layout, float32; or a folder of GGUF files"
+    )
     parser.add_argument("--samples", type=int, default=100, help="per core skill")
     parser.add_argument("--exact", action="store_true", help="leave out the rows in int8")
     parser.add_argument("--plot", type=Path, help="also draw size against quality into this file (.svg or .png)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
     started = time.perf_counter()
-    rows = run(options.checkpoint, options.samples, exact_only=options.exact)
-    by_pair = {(row["decoder"], row["vision"]): row for row in rows}  # the last of a pair: int8 where it was measured
-    by_pair[FLOAT] = rows[0]
-    lost = by_pair[FLOAT]["average"] - by_pair[SHIPPED]["average"]
-    print(f"The shipped types lose {100 * lost:.2f} points against float32.")
+    is_files = any(options.checkpoint.glob("*.gguf"))
+    if is_files:
+        rows = run_files(options.checkpoint, options.samples)
+        last = rows[-1]
+    else:
+        rows = run(options.checkpoint, options.samples, exact_only=options.exact)
+        # The last of a pair: int8 where it was measured.
+        last = {(row["decoder"], row["vision"]): row for row in rows}[SHIPPED]
+    lost = rows[0]["average"] - last["average"]
+    print(f"The shipped types lose {100 * lost:.2f} points against {'exact' if is_files else 'float32'}.")
     for row in rows:
-        row |= {key: round(value, 5) for key, value in row.items() if isinstance(value, float)}
+        row |= {key: round(value, 8) for key, value in row.items() if isinstance(value, float)}
     summary = {
-        "scenario": "quality-demo",
+        "scenario": "quality-files" if is_files else "quality-demo",
         "samples_per_skill": options.samples,
         "rows": rows,
         "points_lost": round(100 * lost, 3),

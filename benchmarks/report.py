@@ -243,7 +243,8 @@ def quality(result: Result) -> str:
     heading = ["decoder, vision, arithmetic of the tower", "MB", "right answers", "same as float32", "answer loss"]
     heading += ["KL divergence, nats", "same first token"] if measured else []
     note = f"{result['samples_per_skill']} held-out samples per skill; the shipped types lose"
-    return f"{table(heading, rows)}\n\n{note} {result['points_lost']:.2f} points against float32."
+    reference = "float32" if result["scenario"] == "quality-demo" else "exact"
+    return f"{table(heading, rows)}\n\n{note} {result['points_lost']:.2f} points against {reference}."
 
 
 def conversion(result: Result) -> str:
@@ -393,7 +394,13 @@ def render(result: Result) -> str:
         When the result's scenario is unknown.
     """
     scenario = str(result.get("scenario"))
-    known = {"vision": vision, "quality-demo": quality, "vision-kernels": kernels, "video": video}
+    known = {
+        "vision": vision,
+        "quality-demo": quality,
+        "quality-files": quality,
+        "vision-kernels": kernels,
+        "video": video,
+    }
     known |= {"load": load, "load_peer": load_peer, "attacked": attacked, "prefill": calls, "batch": calls}
     known |= dict.fromkeys(("turns", "first_token", "together", "decode"), goals)
     if scenario in known:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import edge_runtime
 from benchmarks import quality, report
+
+DEMO = Path(edge_runtime.__file__).parent / "demo"
 
 PAIRS = [("f32", "f32"), ("f16", "f32"), ("q8_0", "f32"), ("q4_0", "f32"), ("f32", "q4_0"), ("q4_k_m", "q8_0")]
 
@@ -68,3 +72,19 @@ def test_tables_take_old_and_new_results(result: dict) -> None:
     for row in result["rows"]:
         del row["kl"], row["top1"]
     assert "KL divergence" not in report.quality(result)
+
+
+def test_files_are_measured_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "CORE", quality.CORE[:2])
+        patch.setattr(sys, "argv", ["quality.py", str(DEMO), "--samples", "2", "--json", str(path)])
+        patch.delenv(quality.VARIABLE, raising=False)
+        quality.main()
+        assert quality.VARIABLE not in os.environ
+    result = json.loads(path.read_text())
+    exact, llama_cpp, ours = result["rows"]
+    assert (exact["arithmetic"], exact["kl"], exact["top1"]) == ("exact", 0, 1)
+    assert llama_cpp["kl"] > 0
+    assert ours["kl"] == pytest.approx(llama_cpp["kl"], rel=0.1)  # the same roundings of rows, other orders of sums
+    assert "against exact" in report.quality(result)
