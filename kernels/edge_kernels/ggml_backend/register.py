@@ -17,6 +17,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from edge_kernels.attention.kv_cache import KV_KINDS
 from edge_kernels.ggml_backend import compiled
 from edge_kernels.ggml_backend.library import BackendError, address, function
 from edge_kernels.ggml_backend.structures import (
@@ -42,7 +43,8 @@ from edge_kernels.threads import start_threads, thread_count
 
 NAME = b"edge-kernels"
 _FREE_OPERATIONS = ("NONE", "RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE")
-MAX_OPERATION, MAX_TYPE = 64, 20  # past the last of interest; ggml's functions check no bounds
+MAX_OPERATION, MAX_TYPE = 96, 20  # past the last of interest; ggml's functions check no bounds
+ATTENTION_ROWS = 1
 MAX_ERROR = 0.02
 """Of a product, relative to its largest number: both sides round rows to 8 bits, each in its own way."""
 
@@ -155,7 +157,7 @@ def _fill_properties(_device: Any, properties: Any) -> None:
 def _operations() -> dict[str, int]:
     """Codes of the operations that matter, by ggml's names of them."""
     codes: dict[str, int] = {}
-    wanted = {"MUL_MAT", *_FREE_OPERATIONS}
+    wanted = {"MUL_MAT", "FLASH_ATTN_EXT", *_FREE_OPERATIONS}
     for code in range(MAX_OPERATION):
         name = (function("ggml_op_name")(c_int(code)) or b"").decode()
         if name in wanted:
@@ -171,12 +173,16 @@ def _table() -> Any:
     table = np.full(compiled.TABLE_SIZE, -1, np.int64)
     table[compiled.THREADS], table[compiled.MAX_THREADS] = thread_count(), numba.config.NUMBA_NUM_THREADS
     table[compiled.MIN_ROWS], table[compiled.MUL_MAT] = 1, operations["MUL_MAT"]
+    table[compiled.ATTENTION], table[compiled.ATTENTION_ROWS] = operations["FLASH_ATTN_EXT"], ATTENTION_ROWS
     table[compiled.GRAPH_NODES] = address("ggml_graph_nodes")
     table[compiled.GRAPH_N_NODES] = address("ggml_graph_n_nodes")
     for i, name in enumerate(_FREE_OPERATIONS):
         table[compiled.FREE + i] = operations[name]
     for code in range(MAX_TYPE + 1):
         name = (function("ggml_type_name")(c_int(code)) or b"").decode().upper()
+        if name in KV_KINDS:
+            table[compiled.KV_KIND + code] = KV_KINDS.index(name)
+            table[compiled.ELEMENT_BYTES + code] = function("ggml_type_size")(c_int(code))
         if name not in KINDS:
             continue
         n_bytes = BLOCK // function("ggml_blck_size")(c_int(code)) * function("ggml_type_size")(c_int(code))
