@@ -8,10 +8,12 @@ brought to float32 once for all of them. It is computed as in `attention.float32
     column of a panel    row 0, head 0 | row 0, head 1 | … | row 1, head 0 | …
     keys                 blocks of KEY_BLOCK cells of the cache
 
-The mask says which cells a row sees: a position of its own sequence, up to its own. In a block only the cells from the
-first to the last that a panel's rows see are computed. Leaving out the others changes no bit: their powers are 0. As
-blocks begin at fixed cells and columns do not mix, a row's result depends neither on the other rows of the call nor on
-the number of threads.
+Where few columns are left, as with one row, their panel is one vector wide.
+
+The mask says which cells a row sees: those of its own sequence, up to its position. In a block only the cells from
+the first to the last that a panel's rows see are computed. Columns do not mix, and blocks leave no trace
+(`simd.whole_softmax`): a row's result depends on what it sees and on the order of that alone, not on where it lies in
+the cache, nor on the other rows of the call, nor on the number of threads.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -28,9 +30,9 @@ from numpy.typing import NDArray
 from edge_kernels.arrays import aligned
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.gguf_blocks import LOG2_E
-from edge_kernels.simd.float32 import product_tile, scale_panel, softmax_panel
+from edge_kernels.simd.float32 import product_of, product_tile, scale_of, scale_panel
 from edge_kernels.simd.gguf_rows import write_float
-from edge_kernels.simd.ir import MR, NR, take_ticket
+from edge_kernels.simd.ir import MR, NR, TILE, take_ticket
 from edge_kernels.simd.kv_rows import (
     GROUP_BYTES,
     read_bits,
@@ -40,19 +42,20 @@ from edge_kernels.simd.kv_rows import (
     read_q4_0,
     read_q8_0,
 )
+from edge_kernels.simd.whole_softmax import LOWEST_MAXIMUM, whole_softmax
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
 KV_KINDS = tuple(GROUP_BYTES)
 KEY_BLOCK = 96
-"""Keys per block: whole tiles everywhere. Fixed, because it decides the order of summation."""
+"""Keys per block: whole tiles everywhere."""
 COLUMNS = 192
 """Columns of a task at most: their queries and sums, 196 kB with heads of 128, stay in the second cache."""
 TASKS_PER_WORKER = 4
 _MASKED = 0xFC00  # -infinity in float16
-_LOWEST = np.float32(-1e30)
-"""The running maximum at first. Finite, so that the power of a masked score is 0 and not NaN."""
+NARROW_MR, NARROW_NR = MR * TILE.vectors, TILE.width
+"""The register tile for few columns: one vector wide, with as many sums."""
 
 
 class Strided(NamedTuple):
@@ -93,10 +96,10 @@ class Sizes(NamedTuple):
 
 
 class _Buffers(NamedTuple):
-    queries: Float32  # [panel][d][NR], scaled
-    sums: Float32  # [panel][d_padded][NR]
-    scores: Float32  # [KEY_BLOCK + MR][NR]
-    state: Float32  # [panel][3][NR], see `softmax_panel`
+    queries: Float32  # [panel][d][width of the panel], scaled
+    sums: Float32  # [panel][_padded(d)][width]
+    scores: Float32  # [KEY_BLOCK][width]
+    state: Float32  # [panel][3][width], see `softmax_panel`
     keys: Float32  # [KEY_BLOCK][d]
     values: Float32  # [KEY_BLOCK][d]
     seen: Int64  # [row][3]: first key of the block that it sees, the one after the last, whether some number is not 0
@@ -113,108 +116,155 @@ def _read(kind, address, n, out, offset):
 
 
 @leaf
-def _pack_queries(q, sizes, factor, first, n_rows, buffers):
-    """Bring a task's queries into panels; `q` begins at its first head. Columns that are left over are 0."""
-    queries, d, columns = buffers.queries, sizes.dims, n_rows * sizes.group
-    for p in range((columns + NR - 1) // NR):
-        for j in range(NR):
-            column = p * NR + j
-            if column < columns:
-                at = q.address + (first + column // sizes.group) * q.row + column % sizes.group * q.head
-                for i in range(d):
-                    queries[(p * d + i) * NR + j] = read_float(at + 4 * i) * factor
-            else:
-                for i in range(d):
-                    queries[(p * d + i) * NR + j] = 0.0
-            buffers.state[p * 3 * NR + j] = _LOWEST
-            buffers.state[(p * 3 + 1) * NR + j] = 0.0
+def _padded(dims):
+    return (dims + NARROW_MR - 1) // NARROW_MR * NARROW_MR
 
 
 @leaf
-def _look(mask, row, n_keys, seen, place):
-    """Find out what a row sees of a block whose mask begins at address `row`."""
+def _next_panel(columns, start):
+    """Columns of the panel that begins at one: NR, or those of one vector where fewer are left."""
+    return NR if columns - start > NR - NARROW_NR else NARROW_NR
+
+
+@leaf
+def _pack_queries(q, sizes, factor, first, n_rows, buffers):
+    """Bring a task's queries into panels; `q` begins at its first head. Columns that are left over are 0."""
+    queries, state, d, columns = buffers.queries, buffers.state, sizes.dims, n_rows * sizes.group
+    start = 0
+    while start < columns:
+        width = _next_panel(columns, start)
+        for j in range(width):
+            column = start + j
+            if column < columns:
+                at = q.address + (first + column // sizes.group) * q.row + column % sizes.group * q.head
+                for i in range(d):
+                    queries[start * d + i * width + j] = read_float(at + 4 * i) * factor
+            else:
+                for i in range(d):
+                    queries[start * d + i * width + j] = 0.0
+            state[start * 3 + j] = LOWEST_MAXIMUM
+            state[start * 3 + width + j] = 0.0
+        start += width
+
+
+@leaf
+def _look(address, n_keys, seen, place):
+    """Find out what a row sees of a block whose mask is at an address."""
     low, high, other = 0, n_keys, 0
-    if mask.address != 0:
-        while low < high and read_bits(row + 2 * low) == _MASKED:
-            low += 1
-        while high > low and read_bits(row + 2 * high - 2) == _MASKED:
-            high -= 1
-        for i in range(low, high):
-            other |= read_bits(row + 2 * i)
+    while low < high and read_bits(address + 2 * low) == _MASKED:
+        low += 1
+    while high > low and read_bits(address + 2 * high - 2) == _MASKED:
+        high -= 1
+    for i in range(low, high):
+        other |= read_bits(address + 2 * i)
     seen[place], seen[place + 1], seen[place + 2] = low, high, other
 
 
 @leaf
-def _add_mask(mask, sizes, first, n_rows, panel, low, high, scores):
-    """Add the mask to a panel's scores of keys low … high - 1; its first address is that of the block."""
-    for j in range(NR):
-        row = (panel * NR + j) // sizes.group
-        if row < n_rows:
-            at = mask.address + (first + row) * mask.row
+def _add_mask(mask, sizes, rows, start, width, low, high, scores):
+    """Add the mask, from the block and the task on, to a panel's scores of keys low … high - 1."""
+    for j in range(width):
+        row = (start + j) // sizes.group
+        if row < rows:
+            at = mask.address + row * mask.row
             for key in range(low, high):
-                scores[(key - low) * NR + j] += read_half(at + 2 * key) * np.float32(LOG2_E)
+                scores[(key - low) * width + j] += read_half(at + 2 * key) * np.float32(LOG2_E)
 
 
 @leaf
-def _block(mask, sizes, first, n_rows, n_keys, buffers):
+def _range_of(seen, first, last, low, high):
+    """Widen low … high - 1 by what rows first … last - 1 see."""
+    for row in range(first, last):
+        if seen[3 * row] < seen[3 * row + 1]:
+            low, high = min(low, seen[3 * row]), max(high, seen[3 * row + 1])
+    return low, high
+
+
+def _panel_of(mr, vectors, product, scale):
+    """Make the code of a panel of so many vectors, computed in tiles of mr rows."""
+    width, softmax, add_product = (
+        vectors * TILE.width,
+        whole_softmax(vectors),
+        product_of(mr, vectors, continues=True),
+    )
+
+    @leaf
+    def run(mask, sizes, n_rows, start, low, high, is_masked, buffers):
+        """Add keys low … high - 1 to the panel that begins at column `start`."""
+        queries, sums, scores, state, keys, values, _ = buffers
+        d, to, at = sizes.dims, start * _padded(sizes.dims), start * 3
+        for r in range(low, high, mr):
+            product(keys, r * d, d, 1, min(mr, high - r), queries, start * d, d, scores, (r - low) * width, 0)
+        if is_masked:
+            _add_mask(mask, sizes, n_rows, start, width, low, high, scores)
+        softmax(scores, 0, high - low, state, at)
+        scale(sums, to, d, state, at + 2 * width)
+        for r in range(0, d, mr):
+            add_product(values, low * d + r, 1, d, min(mr, d - r), scores, 0, high - low, sums, to + r * width, 1)
+
+    return run
+
+
+_panel = _panel_of(MR, TILE.vectors, product_tile, scale_panel)
+_narrow_panel = _panel_of(NARROW_MR, 1, product_of(NARROW_MR, 1), scale_of(1))
+
+
+@leaf
+def _block(mask, sizes, n_rows, n_keys, buffers):
     """Add a block of keys, in `buffers`, to all panels of a task."""
-    queries, sums, scores, state, keys, values, seen = buffers
-    d = sizes.dims
-    d_padded = (d + MR - 1) // MR * MR
-    for p in range((n_rows * sizes.group + NR - 1) // NR):
-        low, high, is_open = n_keys, 0, True
-        first_row = p * NR // sizes.group
-        last_row = min((p * NR + NR - 1) // sizes.group, n_rows - 1)
-        for row in range(first_row, last_row + 1):
-            if seen[3 * row] < seen[3 * row + 1]:
-                low, high = min(low, seen[3 * row]), max(high, seen[3 * row + 1])
-        if low >= high:
-            continue
-        for row in range(first_row, last_row + 1):
-            is_open = is_open and seen[3 * row] == low and seen[3 * row + 1] == high and seen[3 * row + 2] == 0
-        for r in range(low, high, MR):
-            product_tile(
-                keys, r * d, d, 1, min(MR, high - r), queries, p * d * NR, d, scores, (r - low) * NR, 0
-            )  # fmt: skip
-        if not is_open:
-            _add_mask(mask, sizes, first, n_rows, p, low, high, scores)
-        softmax_panel(scores, 0, high - low, state, p * 3 * NR)
-        scale_panel(sums, p * d_padded * NR, d_padded, state, (p * 3 + 2) * NR)
-        for r in range(0, d, MR):
-            product_tile(
-                values, low * d + r, 1, d, min(MR, d - r), scores, 0, high - low, sums, (p * d_padded + r) * NR, 1
-            )  # fmt: skip
+    seen, columns, start = buffers.seen, n_rows * sizes.group, 0
+    while start < columns:
+        width = _next_panel(columns, start)
+        first, last = start // sizes.group, min((start + width - 1) // sizes.group + 1, n_rows)
+        low, high = _range_of(seen, first, last, n_keys, 0)
+        is_masked = False
+        for row in range(first, last):
+            is_masked = is_masked or seen[3 * row] != low or seen[3 * row + 1] != high or seen[3 * row + 2] != 0
+        if low < high and width == NR:
+            _panel(mask, sizes, n_rows, start, low, high, is_masked, buffers)
+        elif low < high:
+            _narrow_panel(mask, sizes, n_rows, start, low, high, is_masked, buffers)
+        start += width
+
+
+@leaf
+def _write(out, sizes, n_rows, buffers):
+    """Divide a task's sums by those of the powers; rows that see nothing become 0."""
+    d, d_padded, columns, start = sizes.dims, _padded(sizes.dims), n_rows * sizes.group, 0
+    while start < columns:
+        width = _next_panel(columns, start)
+        for column in range(start, min(start + width, columns)):
+            j = column - start
+            total = buffers.state[start * 3 + width + j]
+            norm = np.float32(1.0) / total if total != 0.0 else np.float32(0.0)
+            to = out.address + column // sizes.group * out.row + column % sizes.group * out.head
+            for i in range(d):
+                write_float(to + 4 * i, buffers.sums[start * d_padded + i * width + j] * norm)
+        start += width
 
 
 @leaf
 def _task(q, k, v, mask, out, sizes, factor, first, n_rows, buffers):
     """Attend with a block of rows; every address is that of the task's first head."""
-    d = sizes.dims
-    d_padded = (d + MR - 1) // MR * MR
-    columns = n_rows * sizes.group
+    d, columns, seen = sizes.dims, n_rows * sizes.group, buffers.seen
     _pack_queries(q, sizes, factor, first, n_rows, buffers)
-    for i in range((columns + NR - 1) // NR * d_padded * NR):
+    for i in range((columns + NR - 1) // NR * NR * _padded(d)):
         buffers.sums[i] = 0.0
     for start in range(0, sizes.keys, KEY_BLOCK):
         n_keys = min(KEY_BLOCK, sizes.keys - start)
-        low, high = n_keys, 0
+        block_mask = Strided(mask.address + first * mask.row + 2 * start, mask.row, 0, 0)
         for row in range(n_rows):
-            _look(mask, mask.address + (first + row) * mask.row + 2 * start, n_keys, buffers.seen, 3 * row)
-            if buffers.seen[3 * row] < buffers.seen[3 * row + 1]:
-                low, high = min(low, buffers.seen[3 * row]), max(high, buffers.seen[3 * row + 1])
+            if mask.address != 0:
+                _look(block_mask.address + row * mask.row, n_keys, seen, 3 * row)
+            else:
+                seen[3 * row], seen[3 * row + 1], seen[3 * row + 2] = 0, n_keys, 0
+        low, high = _range_of(seen, 0, n_rows, n_keys, 0)
         for i in range(low, high):
             _read(sizes.key_kind, k.address + (start + i) * k.row, d, buffers.keys, i * d)
             _read(sizes.value_kind, v.address + (start + i) * v.row, d, buffers.values, i * d)
         if low < high:
-            block_mask = Strided(mask.address + 2 * start, mask.row, 0, 0)
-            _block(block_mask, sizes, first, n_rows, n_keys, buffers)
-    for column in range(columns):
-        p, j = column // NR, column % NR
-        total = buffers.state[(p * 3 + 1) * NR + j]
-        norm = np.float32(1.0) / total if total != 0.0 else np.float32(0.0)
-        to = out.address + (first + column // sizes.group) * out.row + column % sizes.group * out.head
-        for i in range(d):
-            write_float(to + 4 * i, buffers.sums[(p * d_padded + i) * NR + j] * norm)
+            _block(block_mask, sizes, n_rows, n_keys, buffers)
+    _write(Strided(out.address + first * out.row, out.row, out.head, 0), sizes, n_rows, buffers)
 
 
 @leaf
@@ -228,8 +278,8 @@ def _worker(q, k, v, mask, out, sizes, factor, block, tickets):
     d, group = sizes.dims, sizes.group
     panels = (block * group + NR - 1) // NR
     buffers = _Buffers(
-        aligned(panels * d * NR, np.float32), aligned(panels * (d + MR) * NR, np.float32),
-        aligned((KEY_BLOCK + MR) * NR, np.float32), aligned(panels * 3 * NR, np.float32),
+        aligned(panels * d * NR, np.float32), aligned(panels * _padded(d) * NR, np.float32),
+        aligned(KEY_BLOCK * NR, np.float32), aligned(panels * 3 * NR, np.float32),
         aligned(KEY_BLOCK * d, np.float32), aligned(KEY_BLOCK * d, np.float32), np.empty(3 * block, np.int64),
     )  # fmt: skip
     blocks, both = (sizes.rows + block - 1) // block, sizes.kv_heads * sizes.streams

@@ -1,9 +1,9 @@
 """Keys, values and masks as they lie in llama.cpp's KV cache and graph, as LLVM IR: to float32, at addresses.
 
-    f16     a float16 each
-    q8_0    32 numbers: a float16 scale, 32 signed bytes                     34 bytes
-    q4_0    32 numbers: a float16 scale, 16 bytes, each with the number i in its lower and i + 16 in its upper half,
-            both with 8 added                                                18 bytes
+f16     a float16 each
+q8_0    32 numbers: a float16 scale, 32 signed bytes                     34 bytes
+q4_0    32 numbers: a float16 scale, 16 bytes, each with the number i in its lower and i + 16 in its upper half,
+        both with 8 added                                                18 bytes
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -62,7 +62,8 @@ def _scaled(builder: ir.IRBuilder, bytes_: ir.Value, scale: ir.Value) -> ir.Valu
 def _q8_0(builder: ir.IRBuilder, at: ir.Value) -> list[ir.Value]:
     scale, bytes_ = _scale(builder, at), ir.VectorType(BYTE, _WIDTH)
     return [
-        _scaled(builder, load(builder, byte_at(builder, at, 2 + i), bytes_, 1), scale) for i in range(0, GROUP, _WIDTH)
+        _scaled(builder, load(builder, byte_at(builder, at, 2 + i), bytes_, 1), scale)
+        for i in range(0, GROUP, _WIDTH)
     ]
 
 
