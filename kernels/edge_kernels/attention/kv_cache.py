@@ -42,7 +42,7 @@ from edge_kernels.simd.kv_rows import (
     read_q4_0,
     read_q8_0,
 )
-from edge_kernels.simd.whole_softmax import LOWEST_MAXIMUM, whole_softmax
+from edge_kernels.simd.whole_softmax import LOWEST_MAXIMUM, STATE_ROWS, whole_softmax
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
@@ -99,7 +99,7 @@ class _Buffers(NamedTuple):
     queries: Float32  # [panel][d][width of the panel], scaled
     sums: Float32  # [panel][_padded(d)][width]
     scores: Float32  # [KEY_BLOCK][width]
-    state: Float32  # [panel][3][width], see `softmax_panel`
+    state: Float32  # [panel][STATE_ROWS][width], see `whole_softmax`
     keys: Float32  # [KEY_BLOCK][d]
     values: Float32  # [KEY_BLOCK][d]
     seen: Int64  # [row][3]: first key of the block that it sees, the one after the last, whether some number is not 0
@@ -142,8 +142,8 @@ def _pack_queries(q, sizes, factor, first, n_rows, buffers):
             else:
                 for i in range(d):
                     queries[start * d + i * width + j] = 0.0
-            state[start * 3 + j] = LOWEST_MAXIMUM
-            state[start * 3 + width + j] = 0.0
+            state[start * STATE_ROWS + j] = LOWEST_MAXIMUM
+            state[start * STATE_ROWS + width + j] = state[start * STATE_ROWS + 2 * width + j] = 0.0
         start += width
 
 
@@ -192,13 +192,13 @@ def _panel_of(mr, vectors, product, scale):
     def run(mask, sizes, n_rows, start, low, high, is_masked, buffers):
         """Add keys low … high - 1 to the panel that begins at column `start`."""
         queries, sums, scores, state, keys, values, _ = buffers
-        d, to, at = sizes.dims, start * _padded(sizes.dims), start * 3
+        d, to, at = sizes.dims, start * _padded(sizes.dims), start * STATE_ROWS
         for r in range(low, high, mr):
             product(keys, r * d, d, 1, min(mr, high - r), queries, start * d, d, scores, (r - low) * width, 0)
         if is_masked:
             _add_mask(mask, sizes, n_rows, start, width, low, high, scores)
         softmax(scores, 0, high - low, state, at)
-        scale(sums, to, d, state, at + 2 * width)
+        scale(sums, to, d, state, at + (STATE_ROWS - 1) * width)
         for r in range(0, d, mr):
             add_product(values, low * d + r, 1, d, min(mr, d - r), scores, 0, high - low, sums, to + r * width, 1)
 
@@ -235,7 +235,7 @@ def _write(out, sizes, n_rows, buffers):
         width = _next_panel(columns, start)
         for column in range(start, min(start + width, columns)):
             j = column - start
-            total = buffers.state[start * 3 + width + j]
+            total = buffers.state[start * STATE_ROWS + width + j]
             norm = np.float32(1.0) / total if total != 0.0 else np.float32(0.0)
             to = out.address + column // sizes.group * out.row + column % sizes.group * out.head
             for i in range(d):
@@ -279,7 +279,7 @@ def _worker(q, k, v, mask, out, sizes, factor, block, tickets):
     panels = (block * group + NR - 1) // NR
     buffers = _Buffers(
         aligned(panels * d * NR, np.float32), aligned(panels * _padded(d) * NR, np.float32),
-        aligned(KEY_BLOCK * NR, np.float32), aligned(panels * 3 * NR, np.float32),
+        aligned(KEY_BLOCK * NR, np.float32), aligned(panels * STATE_ROWS * NR, np.float32),
         aligned(KEY_BLOCK * d, np.float32), aligned(KEY_BLOCK * d, np.float32), np.empty(3 * block, np.int64),
     )  # fmt: skip
     blocks, both = (sizes.rows + block - 1) // block, sizes.kv_heads * sizes.streams

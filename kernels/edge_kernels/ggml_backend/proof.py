@@ -35,7 +35,7 @@ MAX_ERROR = 0.02
 NewBackend = Callable[[], int]
 
 
-class _Graph:
+class Graph:
     """A graph of one node in ggml, and the memory that holds all of it."""
 
     def __init__(self, n_bytes: int) -> None:
@@ -55,10 +55,12 @@ class _Graph:
         sizes = [*shape, 1, 1, 1][:4]
         return self.make("ggml_new_tensor_4d", c_int(type_), *map(c_int64, sizes))
 
-    def fill(self, tensor: Tensor) -> None:
-        """Fill a tensor with random numbers; ggml quantises them where it is not float32."""
+    def fill(self, tensor: Tensor, numbers: Any = None) -> None:
+        """Fill a tensor with numbers, by default random ones; ggml quantises them where it is not float32."""
         n = int(np.prod(tensor.ne))
-        numbers = self._random.standard_normal(n, np.float32)
+        if numbers is None:
+            numbers = self._random.standard_normal(n)
+        numbers = np.ascontiguousarray(numbers, np.float32)
         if tensor.type == FLOAT32:
             ctypes.memmove(tensor.data, numbers.ctypes.data, numbers.nbytes)
             return
@@ -71,11 +73,10 @@ class _Graph:
         """Compute a node both ways; return the largest difference, relative to the largest number."""
         graph = self.make("ggml_new_graph")
         function("ggml_build_forward_expand")(c_void_p(graph), c_void_p(node))
-        result = tensor_at(node)
-        if not result.flags & MUST_BE_COMPUTED:
+        if not tensor_at(node).flags & MUST_BE_COMPUTED:
             raise BackendError("this ggml marks no nodes that must be computed.")
         theirs, ours = (
-            _computed(backend, graph, result)
+            computed(backend, graph, tensor_at(node))
             for backend in (function("ggml_backend_init_by_type")(c_int(CPU), None), new_backend())
         )
         return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
@@ -91,7 +92,7 @@ def tensor_at(address: int) -> Tensor:
     return found
 
 
-def _computed(backend: int, graph: int, result: Tensor) -> Any:
+def computed(backend: int, graph: int, result: Tensor) -> Any:
     """Compute a graph with a backend, free it, and return the numbers of its result."""
     numbers = np.ctypeslib.as_array(cast(result.data, POINTER(c_float)), (int(np.prod(result.ne)),))
     numbers[:] = np.nan
@@ -130,7 +131,7 @@ def check_products(table: Any, new_backend: NewBackend) -> None:
 
 def _product_error(table: Any, new_backend: NewBackend, kind: int, n: int, k: int, m: int) -> float:
     """Largest difference of a product, relative to its largest number."""
-    graph = _Graph(1 << 21)
+    graph = Graph(1 << 21)
     try:
         weight_at, rows_at = graph.tensor(kind, k, n), graph.tensor(FLOAT32, k, m)
         node = graph.make("ggml_mul_mat", c_void_p(weight_at), c_void_p(rows_at))
@@ -177,7 +178,7 @@ def check_attention(table: Any, new_backend: NewBackend) -> None:
 def _attention_error(table: Any, new_backend: NewBackend, kind: int) -> float:
     """Largest difference of an attention of 5 rows, each of which sees one key more than the one before."""
     dims, rows, heads, keys, kv_heads, scale = 64, 5, 6, KEY_BLOCK + 7, 2, 0.125
-    graph = _Graph(1 << 20)
+    graph = Graph(1 << 20)
     try:
         lying = [(FLOAT32, heads, rows), (kind, kv_heads, keys), (kind, kv_heads, keys)]
         q, k, v = (

@@ -6,6 +6,8 @@ is an integer of its own, the maximum is subtracted from that:
 
     2^(score - maximum) = 2^(score - n) · 2^(n - maximum),  n = score rounded; the polynomial sees no maximum
 
+Powers are added up with compensation (Kahan), as there may be thousands: the sum's error is that of one addition.
+
 So a column's results depend on its scores and their order alone, not on where blocks begin; and scores of -infinity,
 whose powers are 0, may be left out.
 """
@@ -41,6 +43,8 @@ from edge_kernels.simd.ir import (
 
 LOWEST_MAXIMUM = -float(1 << 20)
 """The maximum of a column that has seen no key: its scores would be the lowest that count."""
+STATE_ROWS = 4
+"""Rows of a panel's state; the last has the factors."""
 _LOWEST, _HIGHEST = -float(1 << 21), float(1 << 21)  # beyond, adding ROUND does not round to an integer
 _ROUND_BITS = struct.unpack("<i", struct.pack("<f", ROUND))[0]
 _INTS = ir.VectorType(INT, TILE.width)
@@ -70,9 +74,9 @@ def whole_softmax(vectors: int):
     def softmax(typing_context, scores, offset, rows, state, state_offset):
         """Add `rows` further rows of scores to a running softmax over the rows, one per column of the panel.
 
-        scores[offset + r · width + j] becomes 2^(score - maximum so far). `state` holds three rows of `width`: the
-        maxima (start with LOWEST_MAXIMUM), the sums of the powers (start with 0), and, written here, the factors by
-        which everything that was accumulated before shrinks.
+        scores[offset + r · width + j] becomes 2^(score - maximum so far). `state` holds STATE_ROWS rows of `width`:
+        the maxima (start with LOWEST_MAXIMUM), the sums of the powers and what rounding has added to them (both start
+        with 0), and, written here, the factors by which everything that was accumulated before shrinks.
         """
 
         def generate(context, builder, signature, args):
@@ -80,8 +84,9 @@ def whole_softmax(vectors: int):
             scores = address_of(builder, data_of(context, builder, signature, args, 0), offset)
             state = address_of(builder, data_of(context, builder, signature, args, 3), state_offset)
             starts = [index(v * TILE.width) for v in range(vectors)]
-            maxima_at, sums_at, factors_at = (
-                [address_of(builder, state, index(part * width), start) for start in starts] for part in range(3)
+            maxima_at, sums_at, excess_at, factors_at = (
+                [address_of(builder, state, index(part * width), start) for start in starts]
+                for part in range(STATE_ROWS)
             )
 
             def cells(row: ir.Value) -> list[ir.Value]:
@@ -98,18 +103,27 @@ def whole_softmax(vectors: int):
                 maxima.append(call(builder, f"llvm.rint.v{TILE.width}f32", VECTOR, [bounded]))
                 bases.append(builder.add(builder.fptosi(maxima[-1], _INTS), constant(_INTS, _ROUND_BITS)))
             factors = [emit_exp2(builder, builder.fsub(old, new)) for old, new in zip(before, maxima, strict=True)]
-            sums = [builder.fmul(load(builder, at), factor) for at, factor in zip(sums_at, factors, strict=True)]
+            totals = [
+                builder.fmul(load(builder, at), factor)
+                for places in (sums_at, excess_at)
+                for at, factor in zip(places, factors, strict=True)
+            ]
 
-            def raise_(row: ir.Value, sums: Sequence[ir.Value]) -> Sequence[ir.Value]:
-                results = []
-                for cell, base, sum_ in zip(cells(row), bases, sums, strict=True):
+            def raise_(row: ir.Value, totals: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                sums, excess = [], []
+                for cell, base, total, rounded in zip(
+                    cells(row), bases, totals[:vectors], totals[vectors:], strict=True
+                ):
                     power = _power(builder, load(builder, cell), base)
                     store(builder, power, cell)
-                    results.append(builder.fadd(sum_, power))
-                return results
+                    wanted = builder.fsub(power, rounded)
+                    sums.append(builder.fadd(total, wanted))
+                    excess.append(builder.fsub(builder.fsub(sums[-1], total), wanted))
+                return [*sums, *excess]
 
-            sums = loop(builder, index(0), rows, 1, sums, raise_)
-            for values, addresses in ((maxima, maxima_at), (sums, sums_at), (factors, factors_at)):
+            totals = loop(builder, index(0), rows, 1, totals, raise_)
+            found = (maxima, totals[:vectors], totals[vectors:], factors)
+            for values, addresses in zip(found, (maxima_at, sums_at, excess_at, factors_at), strict=True):
                 for value, address in zip(values, addresses, strict=True):
                     store(builder, value, address)
             return context.get_dummy_value()
