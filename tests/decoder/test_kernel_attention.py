@@ -29,7 +29,7 @@ class Sizes(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Queries [streams, rows, heads, dims], keys and values [streams, keys, kv_heads, dims], [streams, rows, keys]."""
+    """Shapes: q [streams, rows, heads, dims]; k, v [streams, keys, kv_heads, dims]; mask [streams, rows, keys]."""
 
     q: Any
     k: Any
