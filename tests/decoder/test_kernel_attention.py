@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import addressof, c_float, c_int, c_void_p
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from edge_kernels import machine
 from edge_kernels.attention.kv_cache import COLUMNS, KEY_BLOCK
 from edge_kernels.ggml_backend import compiled, proof, register
 from edge_kernels.ggml_backend.library import function
@@ -255,3 +260,22 @@ def test_what_the_kernels_cannot_do_is_left_to_ggml(options):
 def test_odd_heads_are_left_to_ggml(dims):
     with node_of(random_case(Sizes(4, 32, dims=dims))) as node:
         assert not node.is_ours()
+
+
+OTHERS = [n for n, f in machine.ISAS.items() if f <= machine.cpu_features() and n != machine.isa()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", OTHERS)
+def test_the_other_instruction_sets_of_this_machine_pass_too(isa):
+    """Run this file once more on each."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not other_instruction_sets"]
+    result = subprocess.run(
+        [*command, str(Path(__file__))],
+        env=os.environ | {"EDGE_RUNTIME_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_kernels.ggml_backend import library, proof, register
+from edge_kernels.ggml_backend import compiled, library, proof, register
 from edge_runtime.decoder import kernel_products
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kernel_products import kernel_setting
@@ -57,6 +57,25 @@ def test_logits_are_as_near_to_the_exact_ones_as_llama_cpps(n, kv_type):
     ours, theirs = (np.abs(found[name] - found["exact"]).max() for name in ("ours", "theirs"))
     assert (found["ours"] != found["theirs"]).any()  # the kernels were at work
     assert ours <= 2 * theirs + 0.02 * spread
+
+
+@pytest.mark.parametrize("kv_type", [None, "q8_0", "q4_0"])
+@pytest.mark.parametrize("n", [1, 80])
+def test_attention_is_computed_by_the_kernels_too(n, kv_type):
+    """Without it, ggml's own gives other bits: it is flash attention that llama.cpp hands over, in every call."""
+    table, found = register._registered().table, []
+    for rows in (register.ATTENTION_ROWS, 1 << 40):
+        table[compiled.ATTENTION_ROWS] = rows
+        try:
+            decoder = open_decoder(kernels=True, kv_type=kv_type)
+            logits_of(decoder, tokens(30))
+            decoder.step([SequenceChunk(0, tokens(n, seed=3))])
+            found.append(decoder.logits())
+            decoder.close()
+        finally:
+            table[compiled.ATTENTION_ROWS] = register.ATTENTION_ROWS
+    assert (found[0] != found[1]).any()
+    assert np.corrcoef(*found)[0, 1] > 0.999
 
 
 @pytest.mark.parametrize(("n", "company"), [(1, 1), (1, 7), (5, 3), (40, 1), (1, 150), (100, 30)])
