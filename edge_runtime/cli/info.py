@@ -31,7 +31,7 @@ def describe_machine() -> dict[str, Any]:
 
     check_instruction_set()
     off = kernel_setting() is False
-    products = "llama.cpp" if off else "llama.cpp, products of quantised weights in these kernels"
+    products = "llama.cpp" if off else "llama.cpp, products of quantised weights and attention in these kernels"
     from edge_kernels.linear.gguf_blocks import IS_POSSIBLE  # reads the instruction set when imported
 
     return {

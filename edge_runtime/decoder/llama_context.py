@@ -167,10 +167,10 @@ class LlamaContext:
         params.kv_unified = True  # free cells belong to all sequences, and a shared prefix is held once
         params.n_threads = params.n_threads_batch = options.n_threads
         params.type_k = params.type_v = GGMLQuantizationType[self.kv_type.upper()]
-        if options.exact:
-            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        elif self.kv_type != "f16":
-            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED  # quantised values need it
+        # Not "auto", which would turn it off where our kernels compute it: they are not the device of the layer.
+        params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_DISABLED if options.exact else lib.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        )
         params.abort_callback = self._abort
         return params
 

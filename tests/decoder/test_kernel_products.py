@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_kernels.ggml_backend import library, register
+from edge_kernels.ggml_backend import compiled, library, proof, register
 from edge_runtime.decoder import kernel_products
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.kernel_products import kernel_setting
@@ -59,13 +59,30 @@ def test_logits_are_as_near_to_the_exact_ones_as_llama_cpps(n, kv_type):
     assert ours <= 2 * theirs + 0.02 * spread
 
 
-@pytest.mark.parametrize(("n", "company"), [(1, 1), (1, 7), (5, 3), (40, 1)])
-def test_a_row_does_not_depend_on_its_call(n, company):
-    """Alone or beside another sequence: the same bits, so batches and drafts change nothing in an answer.
+@pytest.mark.parametrize("kv_type", [None, "q8_0", "q4_0"])
+@pytest.mark.parametrize("n", [1, 80])
+def test_attention_is_computed_by_the_kernels_too(n, kv_type):
+    """Without it, ggml's own gives other bits: it is flash attention that llama.cpp hands over, in every call."""
+    table, found = register._registered().table, []
+    for rows in (register.ATTENTION_ROWS, 1 << 40):
+        table[compiled.ATTENTION_ROWS] = rows
+        try:
+            decoder = open_decoder(kernels=True, kv_type=kv_type)
+            logits_of(decoder, tokens(30))
+            decoder.step([SequenceChunk(0, tokens(n, seed=3))])
+            found.append(decoder.logits())
+            decoder.close()
+        finally:
+            table[compiled.ATTENTION_ROWS] = register.ATTENTION_ROWS
+    assert (found[0] != found[1]).any()
+    assert np.corrcoef(*found)[0, 1] > 0.999
 
-    Up to the number of rows from which ggml's attention takes another order of its own.
-    """
-    decoder = open_decoder(kernels=True)
+
+@pytest.mark.parametrize(("n", "company"), [(1, 1), (1, 7), (5, 3), (40, 1), (1, 150), (100, 30)])
+@pytest.mark.parametrize("kv_type", [None, "q8_0"])
+def test_a_row_does_not_depend_on_its_call(n, company, kv_type):
+    """Alone or beside another sequence: the same bits, so batches and drafts change nothing in an answer."""
+    decoder = open_decoder(kernels=True, kv_type=kv_type)
     try:
         found = []
         for others in ([], [SequenceChunk(1, tokens(company, seed=1))]):
@@ -179,11 +196,18 @@ def test_doubts_leave_the_work_to_llama_cpp(monkeypatch, caplog):
     ]
 
 
-def test_a_wrong_product_is_noticed(monkeypatch):
+@pytest.mark.parametrize(
+    ("check", "found"),
+    [
+        (proof.check_products, "a product with Q4_0 differs from ggml's by"),
+        (proof.check_attention, "attention with keys in F16 differs from ggml's by"),
+    ],
+)
+def test_a_wrong_result_is_noticed(check, found, monkeypatch):
     registered = register._registered()
-    monkeypatch.setattr(register, "MAX_ERROR", -1.0)
-    with pytest.raises(library.BackendError, match="a product with Q4_0 differs from ggml's by"):
-        register._check(registered)
+    monkeypatch.setattr(proof, "MAX_ERROR", -1.0)
+    with pytest.raises(library.BackendError, match=found):
+        check(registered.table, registered.new_backend)
 
 
 def test_a_ggml_without_a_function_is_refused():

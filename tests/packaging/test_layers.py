@@ -38,7 +38,8 @@ LEVELS = {
         arrays
         simd
         linear
-        attention rows ggml_backend
+        attention rows
+        ggml_backend
     """,
     "edge_converters": """
         sources

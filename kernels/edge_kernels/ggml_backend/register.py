@@ -17,34 +17,32 @@ from typing import Any
 import numba
 import numpy as np
 
+from edge_kernels.attention.kv_cache import KV_KINDS
 from edge_kernels.ggml_backend import compiled
 from edge_kernels.ggml_backend.library import BackendError, address, function
+from edge_kernels.ggml_backend.proof import MAX_TYPE, check_attention, check_buffers, check_products
 from edge_kernels.ggml_backend.structures import (
     ACCELERATOR,
     API_VERSION,
     CPU,
-    FLOAT32,
-    MUST_BE_COMPUTED,
     Backend,
     Buffer,
     BufferType,
     Capabilities,
     Device,
-    InitParameters,
     Properties,
     Registration,
-    Tensor,
 )
 from edge_kernels.linear.gguf_int8 import KIND_NAMES
-from edge_kernels.simd.gguf_int8 import TILE_ROWS
-from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_NR, KINDS, WIDTH
+from edge_kernels.simd.gguf_layout import BLOCK, KINDS
+from edge_kernels.simd.kv_rows import GROUP, GROUP_BYTES
 from edge_kernels.threads import start_threads, thread_count
 
 NAME = b"edge-kernels"
 _FREE_OPERATIONS = ("NONE", "RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE")
-MAX_OPERATION, MAX_TYPE = 64, 20  # past the last of interest; ggml's functions check no bounds
-MAX_ERROR = 0.02
-"""Of a product, relative to its largest number: both sides round rows to 8 bits, each in its own way."""
+MAX_OPERATION = 96  # past the last of interest; ggml's functions check no bounds
+ATTENTION_ROWS = 1
+"""Rows from which attention is computed here: all, or a row's result would depend on the other rows of its call."""
 
 
 class _Registered:
@@ -155,7 +153,7 @@ def _fill_properties(_device: Any, properties: Any) -> None:
 def _operations() -> dict[str, int]:
     """Codes of the operations that matter, by ggml's names of them."""
     codes: dict[str, int] = {}
-    wanted = {"MUL_MAT", *_FREE_OPERATIONS}
+    wanted = {"MUL_MAT", "FLASH_ATTN_EXT", *_FREE_OPERATIONS}
     for code in range(MAX_OPERATION):
         name = (function("ggml_op_name")(c_int(code)) or b"").decode()
         if name in wanted:
@@ -171,127 +169,29 @@ def _table() -> Any:
     table = np.full(compiled.TABLE_SIZE, -1, np.int64)
     table[compiled.THREADS], table[compiled.MAX_THREADS] = thread_count(), numba.config.NUMBA_NUM_THREADS
     table[compiled.MIN_ROWS], table[compiled.MUL_MAT] = 1, operations["MUL_MAT"]
+    table[compiled.ATTENTION], table[compiled.ATTENTION_ROWS] = operations["FLASH_ATTN_EXT"], ATTENTION_ROWS
     table[compiled.GRAPH_NODES] = address("ggml_graph_nodes")
     table[compiled.GRAPH_N_NODES] = address("ggml_graph_n_nodes")
     for i, name in enumerate(_FREE_OPERATIONS):
         table[compiled.FREE + i] = operations[name]
     for code in range(MAX_TYPE + 1):
         name = (function("ggml_type_name")(c_int(code)) or b"").decode().upper()
-        if name not in KINDS:
-            continue
-        n_bytes = BLOCK // function("ggml_blck_size")(c_int(code)) * function("ggml_type_size")(c_int(code))
-        if n_bytes != KINDS[name].block_bytes:
-            raise BackendError(
-                f"this ggml stores 256 weights of {name} in {n_bytes} bytes; {KINDS[name].block_bytes} were expected."
-            )
-        table[compiled.KIND + code], table[compiled.BLOCK_BYTES + code] = KIND_NAMES.index(name), n_bytes
+        if name in KV_KINDS:
+            _check_size(code, name, GROUP, GROUP_BYTES[name])
+            table[compiled.KV_KIND + code] = KV_KINDS.index(name)
+            table[compiled.ELEMENT_BYTES + code] = function("ggml_type_size")(c_int(code))
+        if name in KINDS:
+            _check_size(code, name, BLOCK, KINDS[name].block_bytes)
+            table[compiled.KIND + code] = KIND_NAMES.index(name)
+            table[compiled.BLOCK_BYTES + code] = KINDS[name].block_bytes
     return table
 
 
-# --- proof --------------------------------------------------------------------------------------------------
-
-
-def _product(kind: int, n: int, k: int, m: int) -> tuple[Any, Any, int]:
-    """Make a graph of one product in ggml: the memory that holds all of it, its node, and the graph."""
-    memory = np.zeros(1 << 21, np.uint8)
-    begin = memory.ctypes.data + -memory.ctypes.data % 64
-    context = function("ggml_init")(InitParameters(len(memory) - 64, begin, False))
-    if not context:
-        raise BackendError("ggml makes no context.")
-
-    def tensor(type_: int, *shape: int) -> int:
-        return int(function("ggml_new_tensor_2d")(c_void_p(context), c_int(type_), *map(ctypes.c_int64, shape)))
-
-    weight, rows = tensor(kind, k, n), tensor(FLOAT32, k, m)
-    node = function("ggml_mul_mat")(c_void_p(context), c_void_p(weight), c_void_p(rows))
-    graph = function("ggml_new_graph")(c_void_p(context))
-    function("ggml_build_forward_expand")(c_void_p(graph), c_void_p(node))
-    return (memory, context), cast(node, POINTER(Tensor)), graph
-
-
-def _check(registered: _Registered) -> None:
-    """Compute small products of every type with ggml and with the kernels: one row, and one of each size of tile.
-
-    Raises
-    ------
-    BackendError
-        When fields are not where they should be, or the results differ.
-    """
-    for code in range(MAX_TYPE + 1):
-        kind = int(registered.table[compiled.KIND + code])
-        for m in (1, sum(TILE_ROWS)) if kind >= 0 else ():
-            error = _error(registered, code, 3 * BLOCK_NR + 1, BLOCK * WIDTH, m)
-            if not error <= MAX_ERROR:
-                raise BackendError(
-                    f"a product with {KIND_NAMES[kind]} differs from ggml's by {error:.3g} of its largest number."
-                )
-
-
-def _error(registered: _Registered, kind: int, n: int, k: int, m: int) -> float:
-    """Largest difference of a product, relative to its largest number."""
-    memory, node, graph = _product(kind, n, k, m)
-    try:
-        found = node.contents
-        weight, rows = found.src[0].contents, found.src[1].contents
-        block_bytes = int(registered.table[compiled.BLOCK_BYTES + kind])
-        facts = (
-            weight.type, rows.type, found.op, *weight.ne, *rows.ne, *found.ne, weight.nb[1], rows.nb[1], found.nb[1],
-            bool(found.flags & MUST_BE_COMPUTED), ctypes.sizeof(Tensor) <= function("ggml_tensor_overhead")(),
-        )  # fmt: skip
-        expected = (
-            kind, FLOAT32, registered.table[compiled.MUL_MAT], k, n, 1, 1, k, m, 1, 1, n, m, 1, 1,
-            k // BLOCK * block_bytes, 4 * k, 4 * n, True, True,
-        )  # fmt: skip
-        if facts != expected:
-            raise BackendError(f"this ggml's tensors look different: {facts} instead of {expected}.")
-        _fill(weight, rows, n * k, m * k)
-        theirs, ours = (
-            _computed(backend, graph, found, m * n)
-            for backend in (function("ggml_backend_init_by_type")(c_int(CPU), None), registered.new_backend())
-        )
-    finally:
-        function("ggml_free")(c_void_p(memory[1]))
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def _computed(backend: int, graph: int, result: Tensor, n: int) -> Any:
-    """Compute a graph with a backend, free it, and return the n numbers of its result."""
-    numbers = np.ctypeslib.as_array(cast(result.data, POINTER(ctypes.c_float)), (n,))
-    numbers[:] = np.nan
-    status = function("ggml_backend_graph_compute")(c_void_p(backend), c_void_p(graph))
-    function("ggml_backend_free")(c_void_p(backend))
-    if status != compiled.SUCCESS:
-        raise BackendError(f"a product ended with status {status}.")
-    return numbers.copy()
-
-
-def _fill(weight: Tensor, rows: Tensor, n_weights: int, n_numbers: int) -> None:
-    """Fill a product's operands with random numbers; ggml quantises the weight."""
-    random = np.random.default_rng(0)
-    numbers = random.standard_normal(n_weights, np.float32)
-    function("ggml_quantize_chunk")(
-        c_int(weight.type), numbers.ctypes.data_as(c_void_p), c_void_p(weight.data), ctypes.c_int64(0),
-        ctypes.c_int64(weight.ne[1]), ctypes.c_int64(weight.ne[0]), c_void_p(None),
-    )  # fmt: skip
-    x = np.ctypeslib.as_array(cast(rows.data, POINTER(ctypes.c_float)), (n_numbers,))
-    x[:] = random.standard_normal(n_numbers)
-
-
-def _check_buffers(registered: _Registered) -> None:
-    """See that a buffer of ggml names its type where it should.
-
-    Raises
-    ------
-    BackendError
-        When it does not.
-    """
-    memory = np.zeros(256, np.uint8)
-    begin = memory.ctypes.data + -memory.ctypes.data % 64
-    buffer = int(function("ggml_backend_cpu_buffer_from_ptr")(c_void_p(begin), c_size_t(64)))
-    is_known = function("ggml_backend_buffer_get_type")(c_void_p(buffer)) == Buffer.from_address(buffer).type
-    function("ggml_backend_buffer_free")(c_void_p(buffer))
-    if not is_known:
-        raise BackendError("this ggml's buffers look different.")
+def _check_size(code: int, name: str, n: int, n_bytes: int) -> None:
+    """See that n numbers of a type take so many bytes."""
+    found = n // function("ggml_blck_size")(c_int(code)) * function("ggml_type_size")(c_int(code))
+    if found != n_bytes:
+        raise BackendError(f"this ggml stores {n} numbers of {name} in {found} bytes; {n_bytes} were expected.")
 
 
 # --- registering --------------------------------------------------------------------------------------------
@@ -308,8 +208,9 @@ def _registered() -> _Registered:
             "libgomp."
         )
     registered = _Registered()
-    _check(registered)
-    _check_buffers(registered)
+    check_products(registered.table, registered.new_backend)
+    check_attention(registered.table, registered.new_backend)
+    check_buffers()
     function("ggml_backend_register")(byref(registered.registration))
     return registered
 

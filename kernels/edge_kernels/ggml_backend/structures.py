@@ -10,8 +10,8 @@ CPU, ACCELERATOR = 0, 3
 """Of `enum ggml_backend_dev_type`."""
 MUST_BE_COMPUTED = 16
 """GGML_TENSOR_FLAG_COMPUTE."""
-FLOAT32 = 0
-"""GGML_TYPE_F32."""
+FLOAT32, FLOAT16 = 0, 1
+"""GGML_TYPE_F32, GGML_TYPE_F16."""
 
 
 class Tensor(ctypes.Structure):

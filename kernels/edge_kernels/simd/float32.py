@@ -50,7 +50,7 @@ _HAS_ESTIMATE = isa() in ("amx", "avx512vnni", "avx512")
 
 # exp2 on [-1/2, 1/2]: minimax in relative error, 1.6e-8 with the coefficients rounded to float32. Constant
 # term 1.
-_EXP2_POLYNOMIAL = (0.00015353363, 0.0013398875, 0.009618437, 0.055503324, 0.24022648, 0.6931472)
+EXP2_POLYNOMIAL = (0.00015353363, 0.0013398875, 0.009618437, 0.055503324, 0.24022648, 0.6931472)
 # A float32 of 2^23 or more has no fraction bits. So adding 1.5 · 2^23 rounds to an integer, halves to even,
 # and leaves it in the low bits of the mantissa; the .5 is there for negative numbers to borrow from. 127 more makes
 # it a biased exponent: shifted up by 23, it is the float 2^integer.
@@ -80,8 +80,8 @@ def emit_exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     x = builder.select(builder.fcmp_ordered(">", x, high), high, x)
     shifted = builder.fadd(x, constant(floats, ROUND_TO_EXPONENT))
     rest = builder.fsub(x, builder.fsub(shifted, constant(floats, ROUND_TO_EXPONENT)))  # exact, in [-1/2, 1/2]
-    result = constant(floats, _EXP2_POLYNOMIAL[0])
-    for coefficient in (*_EXP2_POLYNOMIAL[1:], 1.0):
+    result = constant(floats, EXP2_POLYNOMIAL[0])
+    for coefficient in (*EXP2_POLYNOMIAL[1:], 1.0):
         result = multiply_add(builder, result, rest, constant(floats, coefficient))
     # Low mantissa bits 0..255 moved into the exponent field: 0 is the float 0, 255 is infinity.
     power = builder.bitcast(builder.shl(builder.bitcast(shifted, ints), constant(ints, 23)), floats)
@@ -140,60 +140,74 @@ def gelu(typing_context, x):
     return types.float32(types.float32), generate
 
 
-@intrinsic
-def product_tile(
-    typing_context, a, a_offset, a_row_stride, a_k_stride, rows, b, b_offset, n_k, c, c_offset, accumulate
-):
-    """Multiply MR rows by one panel; the hot loop of `linear` and `attention`.
+def product_of(mr: int, vectors: int, *, continues: bool = False):
+    """Make the product of mr rows and one panel of `vectors` vectors; the hot loop of `linear` and `attention`.
 
-    c[i, j] (+)= Σ_k a[a_offset + min(i, rows - 1) · a_row_stride + k · a_k_stride] · b[b_offset + k · NR + j]
-
-    for i < MR, j < NR. `c` has MR rows of NR elements, all of which are written: when a is shorter (`rows` <
-    MR), its last row is repeated, so nothing outside is read. `accumulate` 0 overwrites c, 1 adds to it. With
-    a k stride of 1 `a` is a row-major matrix, with a row stride of 1 a transposed one; neither is packed.
+    `continues`: sums go on from what c holds, product by product, whatever `accumulate` says; so cutting k into parts
+    changes no bit.
     """
+    width = vectors * TILE.width
 
-    def generate(context, builder, signature, args):
-        _, a_offset, a_row_stride, a_k_stride, rows, _, b_offset, n_k, _, c_offset, accumulate = args
-        a, b, c = (data_of(context, builder, signature, args, position) for position in (0, 5, 8))
-        a, b, c = (
-            address_of(builder, a, a_offset),
-            address_of(builder, b, b_offset),
-            address_of(builder, c, c_offset),
+    @intrinsic
+    def product_tile(
+        typing_context, a, a_offset, a_row_stride, a_k_stride, rows, b, b_offset, n_k, c, c_offset, accumulate
+    ):
+        """Multiply mr rows by one panel.
+
+        c[i, j] (+)= Σ_k a[a_offset + min(i, rows - 1) · a_row_stride + k · a_k_stride] · b[b_offset + k · width + j]
+
+        for i < mr, j < width. `c` has mr rows of `width` elements, all of which are written: when a is shorter
+        (`rows` < mr), its last row is repeated, so nothing outside is read. `accumulate` 0 overwrites c, 1 adds to
+        it. With a k stride of 1 `a` is a row-major matrix, with a row stride of 1 a transposed one; neither is
+        packed.
+        """
+
+        def generate(context, builder, signature, args):
+            _, a_offset, a_row_stride, a_k_stride, rows, _, b_offset, n_k, _, c_offset, accumulate = args
+            a, b, c = (data_of(context, builder, signature, args, position) for position in (0, 5, 8))
+            a, b, c = (
+                address_of(builder, a, a_offset),
+                address_of(builder, b, b_offset),
+                address_of(builder, c, c_offset),
+            )
+
+            last = builder.sub(rows, index(1))
+            row_starts = []
+            for i in range(mr):
+                row = builder.select(builder.icmp_signed("<", index(i), last), index(i), last)
+                row_starts.append(address_of(builder, a, builder.mul(row, a_row_stride)))
+
+            def step(k: ir.Value, carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                sums, a_k = list(carried[:-1]), carried[-1]
+                b_k = address_of(builder, b, builder.mul(k, index(width)))
+                operands = [load(builder, address_of(builder, b_k, index(v * TILE.width))) for v in range(vectors)]
+                for i in range(mr):
+                    factor = splat(builder, load(builder, address_of(builder, row_starts[i], a_k), FLOAT))
+                    for v in range(vectors):
+                        s = i * vectors + v
+                        sums[s] = multiply_add(builder, factor, operands[v], sums[s])
+                return [*sums, builder.add(a_k, a_k_stride)]
+
+            addresses = [address_of(builder, c, index(s * TILE.width)) for s in range(mr * vectors)]
+            before = [load(builder, at) if continues else constant(VECTOR, 0.0) for at in addresses]
+            *sums, _ = loop(builder, index(0), n_k, 1, [*before, index(0)], step)
+            if continues:
+                accumulate = index(0)
+            with builder.if_else(builder.icmp_signed("!=", accumulate, index(0))) as (then, otherwise):
+                with then:
+                    for s, address in zip(sums, addresses, strict=True):
+                        store(builder, builder.fadd(load(builder, address), s), address)
+                with otherwise:
+                    for s, address in zip(sums, addresses, strict=True):
+                        store(builder, s, address)
+            return context.get_dummy_value()
+
+        signature = signature_of(
+            a, a_offset, a_row_stride, a_k_stride, rows, b, b_offset, n_k, c, c_offset, accumulate
         )
+        return signature, generate
 
-        last = builder.sub(rows, index(1))
-        row_starts = []
-        for i in range(MR):
-            row = builder.select(builder.icmp_signed("<", index(i), last), index(i), last)
-            row_starts.append(address_of(builder, a, builder.mul(row, a_row_stride)))
-
-        def step(k: ir.Value, carried: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            sums, a_k = list(carried[:-1]), carried[-1]
-            b_k = address_of(builder, b, builder.mul(k, index(NR)))
-            operands = [load(builder, address_of(builder, b_k, index(v * TILE.width))) for v in range(TILE.vectors)]
-            for i in range(MR):
-                factor = splat(builder, load(builder, address_of(builder, row_starts[i], a_k), FLOAT))
-                for v in range(TILE.vectors):
-                    s = i * TILE.vectors + v
-                    sums[s] = multiply_add(builder, factor, operands[v], sums[s])
-            return [*sums, builder.add(a_k, a_k_stride)]
-
-        zeros = [constant(VECTOR, 0.0)] * (MR * TILE.vectors)
-        *sums, _ = loop(builder, index(0), n_k, 1, [*zeros, index(0)], step)
-
-        addresses = [address_of(builder, c, index(s * TILE.width)) for s in range(len(sums))]
-        with builder.if_else(builder.icmp_signed("!=", accumulate, index(0))) as (then, otherwise):
-            with then:
-                for s, address in zip(sums, addresses, strict=True):
-                    store(builder, builder.fadd(load(builder, address), s), address)
-            with otherwise:
-                for s, address in zip(sums, addresses, strict=True):
-                    store(builder, s, address)
-        return context.get_dummy_value()
-
-    signature = signature_of(a, a_offset, a_row_stride, a_k_stride, rows, b, b_offset, n_k, c, c_offset, accumulate)
-    return signature, generate
+    return product_tile
 
 
 @intrinsic
@@ -243,26 +257,36 @@ def softmax_panel(typing_context, scores, offset, rows, state, state_offset):
     return signature_of(scores, offset, rows, state, state_offset), generate
 
 
-@intrinsic
-def scale_panel(typing_context, panel, offset, rows, factors, factors_offset):
-    """Multiply each column of a panel of `rows` × NR by its factor, in place."""
+def scale_of(vectors: int):
+    """Make the scaling of a panel of `vectors` vectors."""
+    width = vectors * TILE.width
 
-    def generate(context, builder, signature, args):
-        _, offset, rows, _, factors_offset = args
-        panel = address_of(builder, data_of(context, builder, signature, args, 0), offset)
-        at = address_of(builder, data_of(context, builder, signature, args, 3), factors_offset)
-        factors = [load(builder, address_of(builder, at, index(v * TILE.width))) for v in range(TILE.vectors)]
+    @intrinsic
+    def scale_panel(typing_context, panel, offset, rows, factors, factors_offset):
+        """Multiply each column of a panel of `rows` × `width` by its factor, in place."""
 
-        def scale(row: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
-            for v, factor in enumerate(factors):
-                cell = address_of(builder, panel, builder.mul(row, index(NR)), index(v * TILE.width))
-                store(builder, builder.fmul(load(builder, cell), factor), cell)
-            return []
+        def generate(context, builder, signature, args):
+            _, offset, rows, _, factors_offset = args
+            panel = address_of(builder, data_of(context, builder, signature, args, 0), offset)
+            at = address_of(builder, data_of(context, builder, signature, args, 3), factors_offset)
+            factors = [load(builder, address_of(builder, at, index(v * TILE.width))) for v in range(vectors)]
 
-        loop(builder, index(0), rows, 1, [], scale)
-        return context.get_dummy_value()
+            def scale(row: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
+                for v, factor in enumerate(factors):
+                    cell = address_of(builder, panel, builder.mul(row, index(width)), index(v * TILE.width))
+                    store(builder, builder.fmul(load(builder, cell), factor), cell)
+                return []
 
-    return signature_of(panel, offset, rows, factors, factors_offset), generate
+            loop(builder, index(0), rows, 1, [], scale)
+            return context.get_dummy_value()
+
+        return signature_of(panel, offset, rows, factors, factors_offset), generate
+
+    return scale_panel
+
+
+product_tile, scale_panel = product_of(MR, TILE.vectors), scale_of(TILE.vectors)
+"""For panels of NR columns."""
 
 
 _SUMS = 4  # vectors of partial sums in a row reduction: enough to hide the latency of an addition
