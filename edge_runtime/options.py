@@ -36,6 +36,7 @@ class PreparationHooks:
     on_look: Callable[[float], None] = lambda share: None
     on_check: Callable[[], None] = lambda: None
     decoders: Decoders | None = None
+    gives_way: Callable[[], bool] | None = None
 
 
 NO_HOOKS = PreparationHooks()
@@ -148,6 +149,9 @@ class GenerationOptions(PromptOptions):
             later, in parallel with the encoding.
         on_check : called often while the form of the answer is compiled, and while waiting for decoders. An exception
             from one of these three ends the work.
+        gives_way : the request is computed only while no other is queued or running, and while this returns False; it
+            is called often, on the engine's thread. What is at work when another request comes is interrupted.
+            Default: it takes its turn.
         decoders : processes that decode pictures, documents and videos, within limits of time and memory: for files
             from strangers. Default: this process.
     """
@@ -308,3 +312,4 @@ class GenerationKeywords(PromptKeywords, total=False):
     adapter: str | None
     reuse: bool
     follow_up: bool
+    gives_way: Callable[[], bool] | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from edge_runtime.errors import MessageError
@@ -41,6 +41,8 @@ class Request:
     """Report log probabilities of the prompt's tokens, too, with `n_alternatives`; then nothing is reused."""
     is_prefetch: bool = False
     """Compute the prompt and nothing else, while the engine is idle; see `next_turn`."""
+    gives_way: Callable[[], bool] | None = None
+    """Whether the request waits although no other one is here; None: it takes its turn. See `giving_way`."""
     shared: int = 0
     """Leading positions that other chats have, too: system prompt and tools; see `cache.shared_prefixes`."""
 
