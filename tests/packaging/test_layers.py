@@ -50,8 +50,9 @@ LEVELS = {
     "edge_runtime.server": """
         sse settings
         errors
-        middleware registry context_tokens fetch content_parts web_page responses_store reply_parts
-        fields media look batches
+        middleware context_tokens fetch content_parts web_page responses_store reply_parts
+        registry batches
+        fields media look
         inference
         metrics replies idle_memory hard_end
         state

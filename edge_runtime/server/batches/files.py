@@ -93,7 +93,7 @@ class Files:
     def __len__(self) -> int:
         return len(self._records)
 
-    # --- asking ------------------------------------------------------------------------------------------------
+    # --- asking -----------------------------------------------------------------------------------------------
 
     def get(self, owner: str, name: str) -> FileRecord:
         """A file of this owner.
@@ -118,9 +118,10 @@ class Files:
         ]
 
     def _is_over(self, record: FileRecord) -> bool:
-        return record.expires_at is not None and record.expires_at <= time.time()
+        is_old = record.expires_at is not None and record.expires_at <= time.time()
+        return is_old and not self._is_needed(record.id)
 
-    # --- changing ----------------------------------------------------------------------------------------------
+    # --- changing ---------------------------------------------------------------------------------------------
 
     def delete(self, owner: str, name: str) -> None:
         """Delete a file.
@@ -149,7 +150,7 @@ class Files:
         """Remove files whose time is over and that no batch needs."""
         with self._lock:
             for record in [*self._records.values()]:
-                if self._is_over(record) and not self._is_needed(record.id):
+                if self._is_over(record):
                     self._remove(record)
 
     def put(self, record: FileRecord) -> None:
@@ -200,8 +201,8 @@ class Files:
         room = self._most_bytes - self.n_bytes
         if n_bytes > room:
             raise StoreFull(
-                f"The file does not fit: clients may store another {max(0, room) / 1e6:.1f} MB here. Delete files, or "
-                "ask the server's owner for a larger --max-files."
+                f"The file does not fit: clients may store another {max(0, room) / 1e6:.1f} MB here. Delete files, "
+                "or ask the server's owner for a larger --max-files."
             )
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(self.folder).free

@@ -108,7 +108,7 @@ _last_ns = 0
 
 def now_ns() -> int:
     """Unix time; later than that of every earlier call, so that records have an order."""
-    global _last_ns  # noqa: PLW0603 - one clock
+    global _last_ns
     _last_ns = max(time.time_ns(), _last_ns + 1)
     return _last_ns
 
@@ -143,7 +143,8 @@ def _read(path: Path, kind: type[Record]) -> Record | None:
         if value.pop("format") != FORMAT or value["id"] != path.stem:
             return None
         known = {each.name for each in fields(kind)}
-        record = kind(**{name: tuple(v) if name == "errors" else v for name, v in value.items() if name in known})
+        given: dict[str, Any] = {name: value[name] for name in known & value.keys()}
+        record = kind(**given)
         return record if isinstance(record.created_ns, int) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

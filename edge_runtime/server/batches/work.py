@@ -57,6 +57,8 @@ class Appended:
     def append(self, data: bytes) -> None:
         """Append a whole line, or nothing.
 
+        It need not reach the disk at once: what a power failure takes is computed again.
+
         Raises
         ------
         OSError
@@ -68,7 +70,6 @@ class Appended:
                 rest = memoryview(data)
                 while rest:
                     rest = rest[os.write(handle, rest) :]
-                os.fsync(handle)
             except OSError:
                 with contextlib.suppress(OSError):
                     os.ftruncate(handle, self._end)
@@ -76,6 +77,19 @@ class Appended:
         finally:
             os.close(handle)
         self._end += len(data)
+
+    def finish(self) -> None:
+        """Let everything reach the disk, before the lines are called complete.
+
+        Raises
+        ------
+        OSError
+        """
+        handle = os.open(self.path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _custom_id(data: bytes) -> str | None:
