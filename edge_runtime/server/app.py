@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from edge_runtime.server import errors, idle_memory, system
 from edge_runtime.server import web_page as pages
+from edge_runtime.server.anthropic import batches as anthropic_batches
 from edge_runtime.server.anthropic import messages as anthropic
 from edge_runtime.server.batches.runner import Batches
 from edge_runtime.server.inference import Inference
@@ -84,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.server = state
     errors.install(app)
     openai_routers = (openai.router, files.router, openai_batches.router)
-    others = (anthropic.router, llama_server.router, system.router, pages.router)
+    others = (anthropic.router, anthropic_batches.router, llama_server.router, system.router, pages.router)
     for router in (ollama.router, *openai_routers, *others):
         app.include_router(router)
     app.include_router(llama_server.without_version(openai.router, responses.router))

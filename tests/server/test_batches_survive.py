@@ -97,10 +97,10 @@ def test_a_torn_line_is_cut_off_wherever_it_is_torn(tmp_path: Path, n_bytes: int
     whole, torn = answered("a"), answered("b")[:-1]
     path.write_bytes(whole + torn[:n_bytes])
     appended = Appended(path)
-    assert appended.mend() == ["a"]
+    assert appended.mend() == {"a": True}
     assert path.read_bytes() == whole
     appended.append(answered("b"))
-    assert Appended(path).mend() == ["a", "b"]
+    assert Appended(path).mend() == {"a": True, "b": True}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_torn_line_is_cut_off_wherever_it_is_torn(tmp_path: Path, n_bytes: int
 def test_so_is_what_a_power_failure_leaves(tmp_path: Path, rest: bytes):
     path = tmp_path / "a.output"
     path.write_bytes(answered("a") + rest)
-    assert Appended(path).mend() == ["a"]
+    assert Appended(path).mend() == {"a": True}
     assert path.read_bytes().count(b"\n") == 1
 
 
@@ -170,7 +170,7 @@ def test_an_answer_that_does_not_fit_is_not_there_in_part(tmp_path: Path, monkey
     assert (tmp_path / "a.output").read_bytes().count(b"\n") == 1
     assert len(calls) == 2
     appended.append(answered("b"))
-    assert Appended(tmp_path / "a.output").mend() == ["a", "b"]
+    assert Appended(tmp_path / "a.output").mend() == {"a": True, "b": True}
 
 
 @pytest.mark.parametrize("step", range(4))

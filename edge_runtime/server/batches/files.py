@@ -13,12 +13,13 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from edge_runtime.errors import StoreError, StoreFull
 from edge_runtime.server.batches.records import OWNER_ONLY, FileRecord, new_id, now_ns, read_all, write
 from edge_runtime.server.errors import ServerError, TooLarge
+from edge_runtime.server.responses_store import owner_of
 from edge_runtime.server.settings import Settings
 from edge_runtime.store.download import storing
 from edge_runtime.store.names import visible
@@ -138,6 +139,17 @@ class Files:
                 )
             with storing(self.folder, "try again"):
                 self._remove(record, strict=True)
+
+    def delete_all(self, owner: str, names: Collection[str]) -> None:
+        """Delete those of these files that there are.
+
+        Raises
+        ------
+        StoreError
+        """
+        for name in names:
+            with contextlib.suppress(FileNotKept):
+                self.delete(owner, name)
 
     def _remove(self, record: FileRecord, *, strict: bool = False) -> None:
         """Remove the record, then the contents: what is left of the latter goes at the next start."""
@@ -259,6 +271,11 @@ class Arriving:
             self._path.replace(self._files.path(record))
             self._files.put(record)
         return record
+
+
+def owner_of_files(headers: Mapping[str, str], settings: Settings) -> str:
+    """Whose files and batches a request may see: of a server with a key there is one owner, whatever the key is."""
+    return "" if settings.api_key is not None else owner_of(headers)
 
 
 def too_large(max_bytes: int) -> TooLarge:

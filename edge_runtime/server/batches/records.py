@@ -77,6 +77,9 @@ class BatchRecord:
     completed: int = 0
     """Lines with answers; while the batch is in progress, as of the last start of the server."""
     failed: int = 0
+    """Lines with errors."""
+    unanswered: int = 0
+    """Of these, lines that nobody tried to answer any more: the batch was cancelled, or expired."""
     output_file_id: str | None = None
     error_file_id: str | None = None
     output_seconds: int | None = None

@@ -216,7 +216,7 @@ class Batches:
 
     def _counted(self, record: BatchRecord) -> BatchRecord:
         work = self._works.get(record.id)
-        return record if work is None else replace(record, completed=work.completed, failed=work.failed)
+        return record if work is None else _with_counts(record, work)
 
     def create(self, record: BatchRecord) -> BatchRecord:
         """Start a batch; its input is checked soon.
@@ -467,7 +467,7 @@ class Batches:
                 if has_rest:
                     await asyncio.to_thread(_put_rest, work, record)
                 work.close()
-                record = replace(record, completed=work.completed, failed=work.failed)
+                record = _with_counts(record, work)
             output, errors = new_id("file-"), new_id("file-")
             record = self._change(record, record.status, output_file_id=output, error_file_id=errors)
             self._works.pop(record.id, None)
@@ -503,6 +503,10 @@ class Batches:
         return name
 
 
+def _with_counts(record: BatchRecord, work: Work) -> BatchRecord:
+    return replace(record, completed=work.completed, failed=work.failed, unanswered=work.unanswered)
+
+
 def _put_rest(work: Work, record: BatchRecord) -> None:
     """Write an error for every line that gets no answer any more."""
     if record.ends_as == "cancelled":
@@ -512,7 +516,7 @@ def _put_rest(work: Work, record: BatchRecord) -> None:
         message = "This request could not be executed before the completion window expired."
     with contextlib.suppress(LineRefused):
         while (line := work.take()) is not None:
-            work.put(line, lines.error_line(line.custom_id, code, message), is_answer=False)
+            work.put(line, lines.error_line(line.custom_id, code, message), is_answer=False, has_reply=False)
 
 
 def _error(code: str, message: str) -> dict[str, Any]:

@@ -30,14 +30,14 @@ class Appended:
         self.path = path
         self._end = 0
 
-    def mend(self) -> list[str]:
-        """Cut off what is no whole line; returns the custom_ids of those that are there.
+    def mend(self) -> dict[str, bool]:
+        """Cut off what is no whole line; returns the custom_ids of those that are there: whether they have replies.
 
         Raises
         ------
         OSError
         """
-        found: list[str] = []
+        found: dict[str, bool] = {}
         self._end = 0
         try:
             file = self.path.open("rb")
@@ -45,10 +45,10 @@ class Appended:
             return found
         with file:
             for data in file:
-                custom_id = _custom_id(data)
-                if custom_id is None:  # torn; or, after a power failure, blocks of zeros
+                written = _written(data)
+                if written is None:  # torn; or, after a power failure, blocks of zeros
                     break
-                found.append(custom_id)
+                found[written[0]] = written[1]
                 self._end += len(data)
         if self._end < self.path.stat().st_size:
             os.truncate(self.path, self._end)
@@ -92,14 +92,16 @@ class Appended:
             os.close(handle)
 
 
-def _custom_id(data: bytes) -> str | None:
+def _written(data: bytes) -> tuple[str, bool] | None:
+    """The custom_id of a whole line, and whether it has a reply."""
     if not data.endswith(b"\n"):
         return None
     try:
-        found = json.loads(data)["custom_id"]
+        line = json.loads(data)
+        found, has_reply = line["custom_id"], line["response"] is not None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return found if isinstance(found, str) else None
+    return (found, has_reply) if isinstance(found, str) else None
 
 
 class Work:
@@ -115,7 +117,7 @@ class Work:
         self._source, self._settings = source, settings
         self.output, self.errors = Appended(folder / f"{name}{OUTPUT}"), Appended(folder / f"{name}{ERRORS}")
         self._done: set[str] = set()
-        self.completed = self.failed = 0
+        self.completed = self.failed = self.unanswered = 0
         self._file: BinaryIO | None = None
         self._lines: Iterator[tuple[int, bytes]] = iter(())
         self._returned: deque[Line] = deque()
@@ -132,6 +134,7 @@ class Work:
         """
         completed, failed = self.output.mend(), self.errors.mend()
         self.completed, self.failed = len(completed), len(failed)
+        self.unanswered = sum(not has_reply for has_reply in failed.values())
         self._done = {*completed, *failed}
         self._file = self._source.open("rb")
         self._lines = raw_lines(self._file, max_line_bytes(self._settings))
@@ -172,7 +175,7 @@ class Work:
         self.at_hand -= 1
         self._returned.appendleft(line)
 
-    def put(self, line: Line, data: bytes, *, is_answer: bool) -> None:
+    def put(self, line: Line, data: bytes, *, is_answer: bool, has_reply: bool = True) -> None:
         """Append a line's answer, or error.
 
         Raises
@@ -185,3 +188,4 @@ class Work:
         self._done.add(line.custom_id)
         self.completed += is_answer
         self.failed += not is_answer
+        self.unanswered += not has_reply

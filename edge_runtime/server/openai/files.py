@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import FileResponse, Response
 
 from edge_runtime.server import sse
-from edge_runtime.server.batches.files import too_large
+from edge_runtime.server.batches.files import owner_of_files, too_large
 from edge_runtime.server.batches.records import FileRecord
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.middleware.bodies import FORM_BYTES
@@ -18,7 +18,6 @@ from edge_runtime.server.openai import reply_types as shapes
 from edge_runtime.server.openai.file_types import FileDeleted, FileObject
 from edge_runtime.server.openai.forms import Form
 from edge_runtime.server.openai.lists import IdList, page
-from edge_runtime.server.responses_store import owner_of
 from edge_runtime.server.state import ServerState, State
 
 router = APIRouter(tags=["OpenAI"])
@@ -50,8 +49,8 @@ FORM = {
 
 
 def owner(request: Request, state: ServerState) -> str:
-    """Whose files and batches a request may see: with a key, there is one owner, whatever the key is."""
-    return "" if state.settings.api_key is not None else owner_of(request.headers)
+    """Whose files and batches a request may see."""
+    return owner_of_files(request.headers, state.settings)
 
 
 def shown(record: FileRecord) -> FileObject:
