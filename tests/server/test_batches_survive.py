@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -215,6 +216,64 @@ def test_the_end_is_done_again_after_a_kill(own_folder: Path, serve: Any, monkey
         assert (done.status, done.request_counts.completed, done.error_file_id) == ("completed", 2, None)
         assert len([*ai.files.list()]) == 2
     assert [path.suffix for path in (own_folder / "batches").iterdir()] == [".json"]
+
+
+def test_it_goes_on_without_being_asked(own_folder: Path):
+    from server.conftest import openai_client, running
+
+    with running(Settings(port=0)) as served, openai_client(served) as ai:
+        served.state.batches._is_asked = lambda: True
+        batch = start(ai, request("a")).id
+    with running(Settings(port=0)) as served:
+        end = time.monotonic() + 60
+        while served.state.batches.counts().get("completed") != 1:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert served.state.batches._records[batch].completed == 1
+
+
+def test_a_line_that_is_withdrawn_before_it_begins_goes_back(own_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A task that is cancelled before its first step never runs."""
+    from server.conftest import openai_client, running
+
+    withdrawn = []
+    create_task = asyncio.create_task
+
+    def cancelled_at_once(work: Any, **more: Any) -> Any:
+        task = create_task(work, **more)
+        if getattr(work, "__name__", "") == "_answer" and len(withdrawn) < 5:
+            withdrawn.append(task.cancel())
+        return task
+
+    with running(Settings(port=0)) as served, openai_client(served) as ai:
+        monkeypatch.setattr(runner.asyncio, "create_task", cancelled_at_once)
+        done = ended(ai, start(ai, request("a"), request("b")).id)
+        assert served.state.batches.n_answered[True] == 2
+        assert sorted(line["custom_id"] for line in content(ai, done.output_file_id)) == ["a", "b"]
+    assert len(withdrawn) == 5
+
+
+def test_the_rest_of_an_expired_batch_waits_for_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = tmp_path / "source"
+    source.write_bytes(jsonl(*(request(f"{i}") for i in range(5))))
+    work = Work(tmp_path, "batch", source, Settings())
+    work.open()
+    record = BatchRecord("batch_x", "", CHAT, "file-x", "24h", 1, 1, ends_as="expired")
+    append, calls = Appended.append, []
+
+    def full(self: Appended, data: bytes) -> None:
+        calls.append(data)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        append(self, data)
+
+    monkeypatch.setattr(Appended, "append", full)
+    with pytest.raises(OSError):
+        runner._put_rest(work, record)
+    runner._put_rest(work, record)
+    work.close()
+    assert [*Appended(tmp_path / "batch.errors").mend()] == [f"{i}" for i in range(5)]
+    assert (work.failed, work.unanswered) == (5, 5)
 
 
 def test_damaged_records_and_leftovers_are_no_trouble(own_folder: Path, serve: Any):

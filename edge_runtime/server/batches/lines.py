@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import json
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -224,9 +224,18 @@ class CheckedFile:
 
 
 def check_file(
-    path: Path, settings: Settings, endpoint: str, max_lines: int = MAX_LINES, max_errors: int = 50
+    path: Path,
+    settings: Settings,
+    endpoint: str,
+    max_lines: int = MAX_LINES,
+    max_errors: int = 50,
+    on_line: Callable[[], None] = lambda: None,
 ) -> CheckedFile:
     """Read every line of a file, as it is done before any of them is answered.
+
+    Parameters
+    ----------
+    on_line : called before each; an exception from it ends the work.
 
     Raises
     ------
@@ -246,6 +255,7 @@ def check_file(
             except LineRefused as error:
                 errors.append(error)
                 break
+            on_line()
             total += 1
             if total > max_lines:
                 message = f"The file has more than {max_lines} requests, which is the limit; split it."

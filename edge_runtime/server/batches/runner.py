@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from edge_runtime.server.batches.files import FileNotKept, Files
 from edge_runtime.server.batches.lines import Line, LineRefused, check_file
 from edge_runtime.server.batches.records import BatchRecord, FileRecord, new_id, now_ns, read_all, write
 from edge_runtime.server.batches.work import ERRORS, OUTPUT, Appended, Work
-from edge_runtime.server.errors import RequestError, ServerError, problem_of
+from edge_runtime.server.errors import RequestError, ServerError, ShuttingDown, problem_of
 from edge_runtime.server.middleware.shares import Background
 from edge_runtime.server.settings import Settings
 from edge_runtime.store.download import storing
@@ -55,6 +56,8 @@ RETRIED = frozenset({429, 503, 507})
 """Statuses that may pass: no memory, no room on the disk."""
 RETRY_S = (1.0, 5.0, 15.0, 30.0, 60.0)
 """Pauses before a line is tried again; after the last one its error is its answer."""
+BUSY_S = 0.001
+"""How long a file is checked before others have the processor for as long."""
 FULL_S = 10.0
 """Pause before an answer is written again to a full disk."""
 
@@ -236,9 +239,9 @@ class Batches:
         if unfinished >= MAX_UNFINISHED:
             raise StoreFull(f"{unfinished} batches have not ended, which is the limit; wait for one, or cancel it.")
         with storing(self._folder, "try again"):
-            write(self._folder, record)
             while len(self._records) >= MAX_BATCHES:
                 self._forget(next(each for each in self._records.values() if not each.is_unfinished))
+            write(self._folder, record)
         self._records[record.id] = record
         self._needed[source.id] = record.id
         self._wake.set()
@@ -292,7 +295,7 @@ class Batches:
 
     async def _run(self) -> None:
         """Work until the server ends."""
-        if (self.root / "lock").exists():
+        if self._folder.is_dir():
             with contextlib.suppress(EdgeRuntimeError):  # told to clients when they ask
                 await self.opened()
         tidied = time.monotonic()
@@ -302,6 +305,9 @@ class Batches:
                 await self._step()
             except (EdgeRuntimeError, OSError) as error:
                 logger.warning("Batches wait a moment: %s", error)
+                await asyncio.sleep(FULL_S)
+            except Exception:  # without this task, batches would stand still in silence
+                logger.exception("Batches wait a moment")
                 await asyncio.sleep(FULL_S)
             if time.monotonic() - tidied > TIDY_S and self._held is not None:
                 tidied = time.monotonic()
@@ -331,7 +337,7 @@ class Batches:
             elif record.status == "in_progress" and record.id not in self._works:
                 await self._open_work(record)
         if not self._is_asked():
-            self._start_lines()
+            await self._start_lines()
 
     def _withdraw_from(self, batch: str) -> None:
         for task, name in [*self._at_hand.items()]:
@@ -353,13 +359,17 @@ class Batches:
         """Check every line of the input."""
         try:
             source = self.files.path(self._source(record))
-            found = await asyncio.to_thread(check_file, source, self._settings, record.endpoint)
+            found = await asyncio.to_thread(
+                check_file, source, self._settings, record.endpoint, on_line=_Breather(lambda: self._stopping)
+            )
             errors = [error.as_error() for error in found.errors]
             total, model = found.total, found.model
             if not errors:
                 await asyncio.to_thread(self._knows, model)
         except OSError as error:
             errors, total, model = [_error("invalid_input_file", error.strerror or "unreadable")], 0, None
+        except ShuttingDown:
+            return  # checked again after the next start
         except EdgeRuntimeError as error:  # the file is gone, or there is no such model
             problem = problem_of(error)
             errors, total, model = [_error(problem.code or "invalid_input_file", problem.message)], 0, None
@@ -387,43 +397,48 @@ class Batches:
             return
         self._works[record.id] = work
 
-    def _start_lines(self) -> None:
+    async def _start_lines(self) -> None:
         """Take lines from the open batches in turn until all places are taken."""
         works = [(name, work) for name, work in self._works.items() if self._records[name].status == "in_progress"]
         while works and len(self._at_hand) < AT_ONCE and not self._stopping:
             name, work = works.pop(0)
             record = self._records[name]
             try:
-                line = work.take()
+                line = await asyncio.to_thread(work.take)  # after a restart, many done ones are skipped
             except (LineRefused, OSError) as error:
                 errors = (_error("invalid_input_file", f"The input has changed: {error}"),)
                 self._withdraw_from(name)
                 self._change(record, "finalizing", ends_as="failed", errors=errors)
                 continue
-            if line is not None:
+            if line is not None and (self._stopping or self._records[name].status != "in_progress"):
+                work.give_back(line)  # cancelled meanwhile
+            elif line is not None:
                 task = asyncio.create_task(self._answer(record, work, line))
                 self._at_hand[task] = name
-                task.add_done_callback(self._left)
+                task.add_done_callback(partial(self._left, work, line))
                 works.append((name, work))
             elif work.is_done:
                 self._change(record, "finalizing", ends_as="completed")
                 self._wake.set()
 
-    def _left(self, task: asyncio.Task[None]) -> None:
+    def _left(self, work: Work, line: Line, task: asyncio.Task[None]) -> None:
+        """Return a line that has no answer: its task was cancelled, perhaps before it began."""
         self._at_hand.pop(task, None)
+        if line.custom_id in work.at_hand:
+            work.give_back(line)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("A line of a batch failed unexpectedly", exc_info=error)
         self._wake.set()
 
     async def _answer(self, record: BatchRecord, work: Work, line: Line) -> None:
-        """Answer a line, and write that down; or return it."""
+        """Answer a line, and write that down."""
+        reply = await self._tried(record, line)
         try:
-            reply = await self._tried(record, line)
             data = await asyncio.to_thread(lines.output_line, line.custom_id, reply)
-        except asyncio.CancelledError:
-            work.give_back(line)
-            return
-        except BaseException:
-            work.give_back(line)
-            raise
+        except ValueError:
+            logger.exception("A reply to a line of a batch is not JSON")
+            data = lines.error_line(line.custom_id, "internal_error", "The reply cannot be written as JSON.")
+            reply = replace(reply, status=500)
         await self._written(work, line, data, is_answer=reply.status == 200)
 
     async def _tried(self, record: BatchRecord, line: Line) -> lines.Reply:
@@ -448,11 +463,7 @@ class Batches:
             else:
                 self.n_answered[is_answer] += 1
                 return
-            try:
-                await asyncio.sleep(FULL_S)
-            except asyncio.CancelledError:
-                work.give_back(line)
-                return
+            await asyncio.sleep(FULL_S)
 
     # --- the end ----------------------------------------------------------------------------------------------
 
@@ -466,11 +477,12 @@ class Batches:
             if work is not None:
                 if has_rest:
                     await asyncio.to_thread(_put_rest, work, record)
-                work.close()
                 record = _with_counts(record, work)
             output, errors = new_id("file-"), new_id("file-")
             record = self._change(record, record.status, output_file_id=output, error_file_id=errors)
-            self._works.pop(record.id, None)
+            if work is not None:
+                work.close()
+                del self._works[record.id]
         found = [
             await asyncio.to_thread(self._as_file, record, kind, name)
             for kind, name in ((OUTPUT, record.output_file_id), (ERRORS, record.error_file_id))
@@ -494,6 +506,8 @@ class Batches:
         shown = f"{record.id}_{kind[1:]}.jsonl"
         made = FileRecord(name, record.owner, shown, "batch_output", 0, created, expires_at)
         target = self.files.path(made)
+        if path.exists() and not path.stat().st_size:
+            path.unlink()  # nothing fitted on the disk
         if path.exists() and not target.exists():
             Appended(path).finish()
             path.replace(target)
@@ -501,6 +515,25 @@ class Batches:
             return None
         self.files.put(replace(made, n_bytes=target.stat().st_size))
         return name
+
+
+class _Breather:
+    """Lets other threads have the GIL while files are checked: a token takes it many times.
+
+    Parameters
+    ----------
+    is_stopping : whether to end the work.
+    """
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping, self._paused = is_stopping, time.perf_counter()
+
+    def __call__(self) -> None:
+        if self._is_stopping():
+            raise ShuttingDown("The server is shutting down.")
+        if time.perf_counter() - self._paused > BUSY_S:
+            time.sleep(BUSY_S)
+            self._paused = time.perf_counter()
 
 
 def _with_counts(record: BatchRecord, work: Work) -> BatchRecord:
@@ -516,7 +549,11 @@ def _put_rest(work: Work, record: BatchRecord) -> None:
         message = "This request could not be executed before the completion window expired."
     with contextlib.suppress(LineRefused):
         while (line := work.take()) is not None:
-            work.put(line, lines.error_line(line.custom_id, code, message), is_answer=False, has_reply=False)
+            try:
+                work.put(line, lines.error_line(line.custom_id, code, message), is_answer=False, has_reply=False)
+            except OSError:
+                work.give_back(line)
+                raise
 
 
 def _error(code: str, message: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _written(data: bytes) -> tuple[str, bool] | None:
 
 
 class Work:
-    """The work on one batch. Used by one thread at a time.
+    """The work on one batch. Lines may be taken in one thread while answers are put in another.
 
     Parameters
     ----------
@@ -122,8 +122,8 @@ class Work:
         self._lines: Iterator[tuple[int, bytes]] = iter(())
         self._returned: deque[Line] = deque()
         self._is_read = False
-        self.at_hand = 0
-        """Lines that were taken and are neither done nor returned."""
+        self.at_hand: set[str] = set()
+        """Ids of lines that were taken and are neither done nor returned."""
 
     def open(self) -> None:
         """Find out what is done.
@@ -160,20 +160,21 @@ class Work:
             When the input has become unreadable.
         """
         if self._returned:
-            self.at_hand += 1
-            return self._returned.popleft()
+            line = self._returned.popleft()
+            self.at_hand.add(line.custom_id)
+            return line
         for number, data in self._lines:
             line = parse(data, number, self._settings, ALL_ENDPOINTS)
             if line.custom_id not in self._done:
-                self.at_hand += 1
+                self.at_hand.add(line.custom_id)
                 return line
         self._is_read = True
         return None
 
     def give_back(self, line: Line) -> None:
         """Return a line that got no answer; it is the next one."""
-        self.at_hand -= 1
         self._returned.appendleft(line)
+        self.at_hand.discard(line.custom_id)
 
     def put(self, line: Line, data: bytes, *, is_answer: bool, has_reply: bool = True) -> None:
         """Append a line's answer, or error.
@@ -184,8 +185,8 @@ class Work:
             Nothing was appended; the line is still at hand.
         """
         (self.output if is_answer else self.errors).append(data)
-        self.at_hand -= 1
         self._done.add(line.custom_id)
+        self.at_hand.discard(line.custom_id)
         self.completed += is_answer
         self.failed += not is_answer
         self.unanswered += not has_reply
