@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -198,7 +198,7 @@ class Model(LoadedModel):
         form = self._form(asked, Effort(check=hooks.on_check))
         reserve_tokens = 0 if asked.prompt_only else asked.max_tokens
         prepared = self._prepare(messages, asked, hooks, reserve_tokens, refuse=True)
-        request = self._request(prepared, asked, form, hooks.gives_way)
+        request = self._request(prepared, asked, form)
         finish = partial(self._finish, _Submitted(prepared, request, started, time.perf_counter() - started))
         sampling = asked.sampling_options()
         requests = [
@@ -229,13 +229,7 @@ class Model(LoadedModel):
         """The vocabulary for llguidance; built when a form is first requested."""
         return GrammarVocabulary(self.tokenizer, self._decoder.config.vocabulary)
 
-    def _request(
-        self,
-        prepared: Prepared,
-        options: GenerationOptions,
-        form: AnswerForm | TextForm | None,
-        gives_way: Callable[[], bool] | None,
-    ) -> Request:
+    def _request(self, prepared: Prepared, options: GenerationOptions, form: AnswerForm | TextForm | None) -> Request:
         """Build the engine's request, with the options adapted to this conversation."""
         begun, thinking, budget = prepared.begun, options.thinking, options.thinking_budget
         check_conversation(options, begun, has_pictures=bool(prepared.groups))
@@ -258,7 +252,6 @@ class Model(LoadedModel):
             rules=options.token_rules(self.tokenizer.stop_ids),
             form=form,
             begun=begun,
-            gives_way=gives_way,
             shared=prepared.shared,
         )
 

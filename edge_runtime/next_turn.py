@@ -54,9 +54,8 @@ class NextTurnPrefill:
                 request,
                 prompt=beginning,
                 groups=[[] for _ in request.groups],  # their pixels can be freed: nothing is encoded for this
-                options=replace(request.options, beams=1, max_tokens=0),
+                options=replace(request.options, beams=1, max_tokens=0, gives_way=None),
                 form=None,
-                gives_way=None,  # the person who will ask on is who others give way to
                 is_prefetch=True,
             )
             with self._lock:

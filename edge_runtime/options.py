@@ -36,7 +36,6 @@ class PreparationHooks:
     on_look: Callable[[float], None] = lambda share: None
     on_check: Callable[[], None] = lambda: None
     decoders: Decoders | None = None
-    gives_way: Callable[[], bool] | None = None
 
 
 NO_HOOKS = PreparationHooks()
@@ -192,6 +191,7 @@ class GenerationOptions(PromptOptions):
     adapter: str | None = None
     reuse: bool = True
     follow_up: bool = False
+    gives_way: Callable[[], bool] | None = None
 
     @property
     def n_beams(self) -> int:

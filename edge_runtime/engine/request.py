@@ -41,8 +41,6 @@ class Request:
     """Report log probabilities of the prompt's tokens, too, with `n_alternatives`; then nothing is reused."""
     is_prefetch: bool = False
     """Compute the prompt and nothing else, while the engine is idle; see `next_turn`."""
-    gives_way: Callable[[], bool] | None = None
-    """Whether the request waits although no other one is here; None: it takes its turn. See `giving_way`."""
     shared: int = 0
     """Leading positions that other chats have, too: system prompt and tools; see `cache.shared_prefixes`."""
 
@@ -50,6 +48,11 @@ class Request:
     def n_alternatives(self) -> int | None:
         """Alternatives reported with each token's log probability; None: no log probabilities."""
         return self.options.top_logprobs if self.options.logprobs else None
+
+    @property
+    def gives_way(self) -> Callable[[], bool] | None:
+        """Whether the request waits although no other one is here; None: it takes its turn. See `giving_way`."""
+        return self.options.gives_way
 
     @property
     def tools(self) -> Sequence[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_runtime import EngineBusy, Model
+from edge_runtime import EngineBusy, MessageError, Model
 from edge_runtime.engine.engine import Engine
 
 QUESTIONS = ["What is it?", "Say something.", "Why?", "Count to three.", "Hello", "Who are you?", "One more.", "And?"]
@@ -186,6 +186,11 @@ def test_a_model_can_be_closed_while_it_waits(exact_folder):
         behind = ask(model, "Tell me a story.", waits=lambda: True)
         wait_until(lambda: model.engine.scheduler.n_tasks == 1)
     assert behind.result().finish_reason == "cancelled"
+
+
+def test_what_is_no_function_is_refused(model):
+    with pytest.raises(MessageError, match="gives_way is True; expected a function"):
+        ask(model, "Hello", waits=True)
 
 
 def test_it_takes_nobodys_place(model, monkeypatch):
