@@ -54,7 +54,7 @@ class NextTurnPrefill:
                 request,
                 prompt=beginning,
                 groups=[[] for _ in request.groups],  # their pixels can be freed: nothing is encoded for this
-                options=replace(request.options, beams=1, max_tokens=0),
+                options=replace(request.options, beams=1, max_tokens=0, gives_way=None),
                 form=None,
                 is_prefetch=True,
             )

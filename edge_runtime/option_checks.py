@@ -79,6 +79,8 @@ def checked_options(options: GenerationOptions, limits: ModelLimits) -> Generati
     _check_token_rules(options, limits, is_bound=has_form or options.n_beams > 1)
     if options.prompt_logprobs:
         _check_prompt_logprobs(options)
+    if options.gives_way is not None and not callable(options.gives_way):
+        raise MessageError(f"gives_way is {options.gives_way!r}; expected a function that says whether to wait.")
     return checked_prompt_options(options, limits)
 
 

@@ -148,6 +148,9 @@ class GenerationOptions(PromptOptions):
             later, in parallel with the encoding.
         on_check : called often while the form of the answer is compiled, and while waiting for decoders. An exception
             from one of these three ends the work.
+        gives_way : the request is computed only while no other is queued or running, and while this returns False; it
+            is called often, on the engine's thread. What is at work when another request comes is interrupted.
+            Default: it takes its turn.
         decoders : processes that decode pictures, documents and videos, within limits of time and memory: for files
             from strangers. Default: this process.
     """
@@ -188,6 +191,7 @@ class GenerationOptions(PromptOptions):
     adapter: str | None = None
     reuse: bool = True
     follow_up: bool = False
+    gives_way: Callable[[], bool] | None = None
 
     @property
     def n_beams(self) -> int:
@@ -308,3 +312,4 @@ class GenerationKeywords(PromptKeywords, total=False):
     adapter: str | None
     reuse: bool
     follow_up: bool
+    gives_way: Callable[[], bool] | None

@@ -19,7 +19,7 @@ from edge_runtime.errors import BackendUnavailable
 if TYPE_CHECKING:
     from edge_runtime.server.settings import Settings
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
 SECONDS: dict[str, Any] = {"type": click.FloatRange(0, min_open=True), "metavar": "S"}
 SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
@@ -89,6 +89,8 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
     "--max-store", **SIZE, default=256, metavar="GB", help="Size at which pulls and uploads are refused.  [256]"
 )
 @click.option("--max-names", **COUNT, default=1000, help="Maximum models that clients create.  [1000]")
+@click.option("--max-files", **SIZE, default=8, metavar="GB", help="Size of all files for batches.  [8]")
+@click.option("--max-file", **SIZE, default=200, metavar="MB", help="Size of one of them.  [200]")
 @click.option("--tools", type=click.Choice(["auto", "off"]), default="auto", help="off: no model claims tools.")
 @click.option("--force", is_flag=True, help="Load models even if memory seems insufficient.")
 def serve(**options: Any) -> None:
@@ -152,6 +154,8 @@ def settings_of(options: dict[str, Any]) -> Settings:
     settings = Settings(
         max_body_bytes=int(options.pop("max_body") * MEGABYTE),
         max_stored_bytes=int(options.pop("max_store") * 2**30),
+        max_files_bytes=max(1, int(options.pop("max_files") * 2**30)),
+        max_file_bytes=max(1, int(options.pop("max_file") * MEGABYTE)),
         max_bodies_bytes=None if bodies is None else int(bodies * MEGABYTE),
         max_video_bytes=int(options.pop("max_video") * MEGABYTE),
         max_loaded_bytes=None if memory is None else int(memory * 1e9),

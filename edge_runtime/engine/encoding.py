@@ -5,7 +5,7 @@ Knows nothing of sequences, and of prompts only the positions to be computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edge_runtime.cache.caches import Caches
 from edge_runtime.cache.visual_tokens import VisualTokenCache
@@ -38,21 +38,24 @@ class PictureEncoding:
         missing = {request.digests[i]: request.groups[i] for i in behind if known[request.digests[i]] is None}
         return Pictures(tokens, missing, sum(len(group) for group in missing.values()))
 
-    def encode(self, batch: dict[bytes, LoadedGroup], tasks: Sequence[Task]) -> dict[bytes, Float32]:
+    def encode(
+        self, batch: dict[bytes, LoadedGroup], tasks: Sequence[Task], must_leave: Callable[[], bool] = lambda: False
+    ) -> dict[bytes, Float32]:
         """Encode a batch of groups; returns visual tokens by digest and caches them.
 
         Parameters
         ----------
         tasks : tasks that wait for some of them; they get progress reports between layers of the tower.
+        must_leave : whether others need the processor; asked between layers, too.
 
         Raises
         ------
         Cancelled
-            When all of these tasks were cancelled.
+            When all of these tasks were cancelled, or others need the processor.
         """
 
         def on_layer(done: int, total: int) -> None:
-            if all(task.is_cancelled() for task in tasks):
+            if must_leave() or all(task.is_cancelled() for task in tasks):
                 raise Cancelled
             for task in tasks:
                 n_slices = sum(len(batch[digest]) for digest in batch.keys() & task.pictures.missing.keys())

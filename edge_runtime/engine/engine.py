@@ -36,6 +36,8 @@ IDLE_AFTER_S = 0.2
 """Time without a request after which memory is given back."""
 SAVE_PAUSE_S = 0.02
 """Pause between checks for more to save."""
+HELD_PAUSE_S = 0.02
+"""Pause between looks whether tasks that give way may go on."""
 R = TypeVar("R")
 
 
@@ -53,11 +55,14 @@ class _Inbox:
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[Task | _Call | None] = queue.SimpleQueue()
         self._is_open, self._lock, self._home = True, threading.Lock(), Home()
+        self.n_urgent = 0
+        """Things to do in it, apart from tasks that give way."""
 
     def put(self, item: Task | _Call) -> None:
         self._home.check()
         with self._lock:
             self.check_open()
+            self.n_urgent += _is_urgent(item)
             self._queue.put(item)
 
     def check_open(self) -> None:
@@ -68,13 +73,21 @@ class _Inbox:
     def close(self) -> None:
         with self._lock:
             self._is_open = False
+            self.n_urgent += 1
             self._queue.put(None)
 
     def get(self, timeout: float | None = None) -> Task | _Call | None:
-        return self._queue.get(timeout=timeout)
+        item = self._queue.get(timeout=timeout)
+        with self._lock:
+            self.n_urgent -= _is_urgent(item)
+        return item
 
     def empty(self) -> bool:
         return self._queue.empty()
+
+
+def _is_urgent(item: Task | _Call | None) -> bool:
+    return not (isinstance(item, Task) and item.gives_way)
 
 
 class Running:
@@ -137,6 +150,8 @@ class Engine:
         self.inbox = _Inbox()
         self._stopping = threading.Event()
         self.scheduler = Scheduler(encoder, decoder, tokenizer, self.caches)
+        inbox = self.inbox
+        self.scheduler.has_arrivals = lambda: inbox.n_urgent > 0
         self.thread = threading.Thread(
             target=_work, args=(self.inbox, self.scheduler), name="edge-runtime inference", daemon=True
         )
@@ -165,8 +180,8 @@ class Engine:
         self.decoder.adapters.check(request.options.adapter)
         cancelled, stopping = threading.Event(), self._stopping
         task = Task(request, lambda: cancelled.is_set() or stopping.is_set(), keys=request.keys())
-        with self._opening:
-            waiting = sum(not task.events.is_closed for task in self._open)
+        with self._opening:  # those that give way take nobody's place
+            waiting = sum(not other.events.is_closed for other in self._open if other.gives_way == task.gives_way)
             if waiting >= MAX_REQUESTS:
                 raise EngineBusy(f"{waiting} requests are waiting or running, which is the limit; try again later.")
             self._open.add(task)
@@ -190,7 +205,7 @@ class Engine:
         cancelled, stopping, inbox, scheduler = threading.Event(), self._stopping, self.inbox, self.scheduler
         task = Task(
             request,
-            lambda: cancelled.is_set() or stopping.is_set() or not inbox.empty() or scheduler.n_tasks > 1,
+            lambda: cancelled.is_set() or stopping.is_set() or inbox.n_urgent > 0 or scheduler.n_urgent > 1,
             keys=request.keys(),
         )
         inbox.put(task)
@@ -273,6 +288,11 @@ def _add(task: Task, scheduler: Scheduler) -> None:
 
 def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
     """Wait for work; after a moment without any, release memory and do what was put off."""
+    while scheduler.n_tasks:  # all of them are held: what may be done meanwhile is not ours to know
+        with contextlib.suppress(queue.Empty):
+            return inbox.get(timeout=HELD_PAUSE_S)
+        if scheduler.is_busy:
+            return _Call(lambda: None)
     try:
         return inbox.get(timeout=IDLE_AFTER_S)
     except queue.Empty:
@@ -280,7 +300,7 @@ def _next_item(inbox: _Inbox, scheduler: Scheduler) -> Task | _Call | None:
     while scheduler.save_more():
         with contextlib.suppress(queue.Empty):
             return inbox.get(timeout=SAVE_PAUSE_S)
-    return scheduler.expected_task(lambda: not inbox.empty()) or inbox.get()
+    return scheduler.expected_task(lambda: inbox.n_urgent > 0) or inbox.get()
 
 
 def _wait_for_batch(inbox: _Inbox, scheduler: Scheduler, began: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from edge_runtime.errors import MessageError
@@ -48,6 +48,11 @@ class Request:
     def n_alternatives(self) -> int | None:
         """Alternatives reported with each token's log probability; None: no log probabilities."""
         return self.options.top_logprobs if self.options.logprobs else None
+
+    @property
+    def gives_way(self) -> Callable[[], bool] | None:
+        """Whether the request waits although no other one is here; None: it takes its turn. See `giving_way`."""
+        return self.options.gives_way
 
     @property
     def tools(self) -> Sequence[str]:

@@ -3,7 +3,7 @@
 A step encodes at most one batch of slices and computes at most one batch of the decoder (`call_plan`). Queued tasks
 are admitted in order, as soon as there are sequences for them; a task whose prefix another task is computing waits
 for it. When the KV cache is full, idle sequences are given up first (`sequences`); after that the youngest task is
-preempted, and recomputed later.
+preempted, and recomputed later. Tasks that give way wait for all others (`giving_way`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from edge_runtime.decoder.sequence_chunk import Cancelled
 from edge_runtime.engine.call_plan import CallPlan, CallPlanner
 from edge_runtime.engine.encoding import PictureEncoding
 from edge_runtime.engine.events import Activity, FinishReason
+from edge_runtime.engine.giving_way import first_to_leave, in_turn
 from edge_runtime.engine.next_token import advance, finish_beam_search
 from edge_runtime.engine.sequences import Sequences
 from edge_runtime.engine.slice_batches import await_frames, next_batch
@@ -42,6 +43,8 @@ class Scheduler:
         self.encoding = PictureEncoding(encoder, caches)
         self.planner = CallPlanner(decoder)
         self.warm_up = WarmUp()
+        self.has_arrivals: Callable[[], bool] = lambda: False
+        """Whether tasks that do not give way are about to be added; asked in the middle of steps."""
         self._admission_paused = False
         """Whether a task was preempted and none has ended since: one admitted now would be preempted next."""
 
@@ -59,8 +62,13 @@ class Scheduler:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is anything to do."""
-        return self.n_tasks > 0
+        """Whether there is anything to do now."""
+        return any(not task.is_held or task.is_cancelled() for task in [*self.waiting, *self.active])
+
+    @property
+    def n_urgent(self) -> int:
+        """Tasks that do not give way."""
+        return sum(not task.gives_way for task in [*self.waiting, *self.active])
 
     @property
     def waiting_s(self) -> float:
@@ -82,17 +90,37 @@ class Scheduler:
         for task in [*self.waiting, *self.active]:
             if task.is_cancelled():
                 self._end(task, "cancelled")
-        for task in [*self.waiting]:
-            if len(self.sequences.idle) < task.request.options.n_beams or (self._admission_paused and self.active):
+        turn = in_turn([*self.waiting, *self.active])
+        for task in [task for task in self.waiting if task in turn]:
+            at_work = [other for other in self.active if other in turn]
+            if (self._admission_paused and at_work) or not self._find_sequences(task):
                 break
             if task.is_scoring or not self.sequences.waits_for_prefix(task):
                 self._alone(self._admit, task)
-        self._encode()
-        self._compute()
+        self._encode([task for task in self.active if task in turn])
+        self._compute([task for task in self.active if task in turn])
+
+    def _find_sequences(self, task: Task) -> bool:
+        """Whether there are sequences for a task; those of tasks that give way to it are taken away."""
+        n = task.request.options.n_beams
+        while not self.sequences.can_give(n):
+            giving_way = [other for other in self.active if other.gives_way and not task.gives_way]
+            if not giving_way:
+                return False
+            leaving = first_to_leave(giving_way)
+            self.active.remove(leaving)
+            self.sequences.release(leaving)  # what they hold stays, unless this task needs them all
+            leaving.preempt()
+            self.waiting.appendleft(leaving)
+        return True
+
+    def _must_leave(self, tasks: Sequence[Task]) -> bool:
+        """Whether a step of these tasks is interrupted: all of them give way, and have to."""
+        return all(task.gives_way for task in tasks) and (self.has_arrivals() or any(task.is_held for task in tasks))
 
     def expected_task(self, is_asked: Callable[[], bool]) -> Task | None:
         """A task that computes a prefix in advance, if one is expected; it ends as soon as a request comes."""
-        return self.warm_up.next_task(lambda: is_asked() or self.n_tasks > 1)
+        return self.warm_up.next_task(lambda: is_asked() or self.n_urgent > 1)
 
     def release_idle_memory(self) -> None:
         """While idle: free the memory that pictures have left behind."""
@@ -138,7 +166,9 @@ class Scheduler:
         self._drop(task)
         task.finish(reason)
         self.warm_up.ended(task, reason)
-        if sequence is not None:
+        if (
+            sequence is not None and not task.gives_way
+        ):  # thousands of others, each asked once, would displace what is kept
             self.sequences.save_prompt(task, sequence)
 
     def _fail(self, task: Task, error: Exception) -> None:
@@ -167,20 +197,20 @@ class Scheduler:
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
-    def _encode(self) -> None:
+    def _encode(self, tasks: Sequence[Task]) -> None:
         """Encode one batch of slices for as many tasks as fit; a single group while answers are running."""
-        limit = 0 if any(task.n_tokens for task in self.active) else BATCH_PATCHES
-        batch = next_batch(self.active, limit)
+        limit = 0 if any(task.n_tokens for task in tasks) else BATCH_PATCHES
+        batch = next_batch(tasks, limit)
         for task, error in batch.failed.items():
             self._fail(task, error)
         if not batch.groups:
-            await_frames(batch.waiting, idle=len(batch.waiting) == len(self.active))
+            await_frames(batch.waiting, idle=len(batch.waiting) == len(tasks))
             return
-        wanting = [task for task in self.active if batch.groups.keys() & task.pictures.missing.keys()]
+        wanting = [task for task in tasks if batch.groups.keys() & task.pictures.missing.keys()]
         try:
-            found = self.encoding.encode(batch.groups, wanting)
+            found = self.encoding.encode(batch.groups, wanting, lambda: self._must_leave(wanting))
         except Cancelled:
-            return  # the next step ends them
+            return  # the next step ends them, or is another task's
         except Exception as error:  # noqa: BLE001 - reported to the tasks that need these pictures
             for task in wanting:
                 self._fail(task, error)
@@ -203,18 +233,20 @@ class Scheduler:
 
     # --- prefill and decoding ------------------------------------------------------------------------------------
 
-    def _compute(self) -> None:
+    def _compute(self, tasks: Sequence[Task]) -> None:
         """Compute one batch of the decoder: the last token of every running answer, and chunks of prompts."""
-        plan = self.planner.plan(self.active)
+        plan = self.planner.plan([task for task in tasks if task in self.active])
         if not plan.tasks:
             return
         started = time.perf_counter()
         try:
             rows = self._decoder.step(
-                plan.chunks, lambda: plan.is_worth_leaving(started, self.planner.row_s), plan.adapter
+                plan.chunks,
+                lambda: self._must_leave(plan.tasks) or plan.is_worth_leaving(started, self.planner.row_s),
+                plan.adapter,
             )
         except Cancelled:
-            return  # the next step ends the cancelled tasks and recomputes the others' chunks
+            return  # a later step ends the cancelled tasks and recomputes the others' chunks
         except CacheFull:
             self._free_cells(plan)
             return
@@ -261,7 +293,8 @@ class Scheduler:
         elif self.sequences.give_up_one():
             return
         elif len(self.active) > 1:
-            self._preempt(max(self.active, key=lambda task: task.laps.started))
+            self._preempt(leaving := first_to_leave(self.active))
+            self._admission_paused = leaving.gives_way == plan.tasks[0].gives_way
         elif (beams := self.active[0].beams) is not None:
             beams.search.stop()  # beams that have diverged need more cells than the context has tokens
             self._end(self.active[0], finish_beam_search(self.active[0], self._tokenizer))
@@ -274,4 +307,3 @@ class Scheduler:
         self.sequences.preempt(task)
         task.preempt()
         self.waiting.appendleft(task)
-        self._admission_paused = True

@@ -71,6 +71,7 @@ class Sequences:
         for other in dict.fromkeys(self._holders.values()):
             if (
                 other.n_tokens
+                or (other.gives_way and not task.gives_way)  # it waits for this one
                 or other.request.options.adapter != task.request.options.adapter
                 or not task.may_take(other)
             ):
@@ -139,6 +140,10 @@ class Sequences:
             del self._holders[sequence]
         self.idle += task.sequences
         task.sequences = []
+
+    def can_give(self, n: int) -> bool:
+        """Whether so many sequences are without a task."""
+        return len(self.idle) >= n
 
     def preempt(self, task: Task) -> None:
         """Take a task's sequences back and empty them."""

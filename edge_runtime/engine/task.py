@@ -168,6 +168,18 @@ class Task:
     n_cached: int = 0
     """Positions of the prompt that needed no prefill."""
     decoding: Decoding | None = None
+    is_paused: bool = False
+    """Whether it gave way to others in the last step."""
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether it is computed only while no other task is; see `giving_way`."""
+        return self.request.gives_way is not None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits although no other task is here."""
+        return self.request.gives_way is not None and self.request.gives_way()
 
     def enter(self, state: TaskState) -> None:
         """Change to another state; every change of state is made here.

@@ -7,17 +7,21 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
 from edge_runtime.server import errors, idle_memory, system
 from edge_runtime.server import web_page as pages
+from edge_runtime.server.anthropic import batches as anthropic_batches
 from edge_runtime.server.anthropic import messages as anthropic
+from edge_runtime.server.batches.runner import Batches
 from edge_runtime.server.inference import Inference
 from edge_runtime.server.metrics import Metrics
 from edge_runtime.server.middleware import envelope, stack
 from edge_runtime.server.ollama import chat as ollama
+from edge_runtime.server.openai import batches as openai_batches
 from edge_runtime.server.openai import chat as openai
-from edge_runtime.server.openai import llama_server, responses
-from edge_runtime.server.registry.catalog import Catalog
+from edge_runtime.server.openai import files, llama_server, responses
+from edge_runtime.server.registry.catalog import FOLDER, Catalog
 from edge_runtime.server.registry.loaded import ModelRegistry
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import ServerState
@@ -47,17 +51,25 @@ def create_app(settings: Settings) -> FastAPI:
     catalog = Catalog(settings)
     registry = ModelRegistry(settings, catalog)
     inference = Inference(settings, registry)
-    state = ServerState(settings, catalog, registry, inference, Metrics(inference))
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, receive, send)
+
+    batches = Batches(catalog.library.root / FOLDER / "batches", settings, answer, inference.is_asked, catalog.find)
+    registry.withdraw = batches.withdraw
+    state = ServerState(settings, catalog, registry, inference, Metrics(inference, batches), batches)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(catalog.tidy)
         await registry.preload()
         tidying = asyncio.create_task(_tidy_now_and_then(catalog))
+        batches.start()
         try:
             yield
         finally:
             tidying.cancel()
+            await batches.close()
             state.inference.close()
             state.making.shutdown(wait=False, cancel_futures=True)
             await registry.close()
@@ -72,7 +84,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.server = state
     errors.install(app)
-    for router in (ollama.router, openai.router, anthropic.router, llama_server.router, system.router, pages.router):
+    openai_routers = (openai.router, files.router, openai_batches.router)
+    others = (anthropic.router, anthropic_batches.router, llama_server.router, system.router, pages.router)
+    for router in (ollama.router, *openai_routers, *others):
         app.include_router(router)
     app.include_router(llama_server.without_version(openai.router, responses.router))
     return app

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import threading
 import time
@@ -30,7 +31,7 @@ from edge_runtime.server.errors import RequestError, ShuttingDown, TimedOut, Too
 from edge_runtime.server.fetch import Fetcher
 from edge_runtime.server.look import Look
 from edge_runtime.server.media import brought_in, has_long_text, has_media, text_bytes
-from edge_runtime.server.middleware.shares import Places, asking
+from edge_runtime.server.middleware.shares import Places, asking, in_background
 from edge_runtime.server.registry.catalog import Listed
 from edge_runtime.server.registry.facts import refuse_what_it_cannot
 from edge_runtime.server.registry.loaded import ModelRegistry, Use
@@ -40,6 +41,8 @@ R = TypeVar("R")
 TEXT_THREADS = 4
 """Threads that prepare short texts. Pictures, long texts and forms of answers have one each, and wait there for a
 decoder, or for their turn to be tokenised."""
+BACKGROUND_THREADS = 8
+"""More of them, for requests that take nobody's place."""
 FORMS = ("schema", "choices", "regex", "grammar", "tools")
 """Options that are compiled before the answer starts."""
 MAX_DECODERS = 4
@@ -86,6 +89,8 @@ class Outcome:
     answers: list[Answer] = field(default_factory=list)
     error: BaseException | None = None
     seconds: float = 0.0
+    in_background: bool = False
+    """Whether nobody waited for it."""
 
 
 class Answering:
@@ -230,7 +235,7 @@ class Inference:
         self._places = Places(settings.max_queue, settings.queue_of_one, "requests are waiting or running")
         self.on_end: list[Callable[[Outcome], None]] = []
         self._texts = ThreadPoolExecutor(TEXT_THREADS, "edge-runtime texts")
-        self._long = ThreadPoolExecutor(settings.max_queue, "edge-runtime pictures")
+        self._long = ThreadPoolExecutor(settings.max_queue + BACKGROUND_THREADS, "edge-runtime pictures")
         n_decoders = min(MAX_DECODERS, os.cpu_count() or 1)
         self.decoders = DecoderPool(n_decoders, settings.decode_timeout_s, settings.max_pixels)
         self._running: set[Answering] = set()
@@ -259,6 +264,8 @@ class Inference:
             When something about the call, or its model, is wrong; nothing was computed.
         """
         started, deadline = time.perf_counter(), time.monotonic() + self.settings.request_timeout_s
+        if in_background() is not None:
+            deadline = math.inf  # it may have to wait for others all day
         async with contextlib.AsyncExitStack() as stack:
             self._admit(stack)
             use = await stack.enter_async_context(self.registry.use(call.model, call.keep_alive_s))
@@ -266,7 +273,7 @@ class Inference:
             streams = await self._submit(call, use, messages)
             beat_s = self.settings.heartbeat_s
             answering = Answering(streams, use, stack.pop_all(), deadline, beat_s, messages, call.reports_progress)
-            answering.outcome.started = started
+            answering.outcome.started, answering.outcome.in_background = started, in_background() is not None
             self._watch(answering)
             return answering
 
@@ -298,7 +305,12 @@ class Inference:
             raise RequestError(f"n is {shown}; expected a number from 1 to {self.settings.max_answers}.", "n")
 
     def _admit(self, stack: contextlib.AsyncExitStack) -> None:
-        stack.callback(self._places.take(asking()))
+        if in_background() is None:  # otherwise it takes nobody's place
+            stack.callback(self._places.take(asking()))
+
+    def is_asked(self) -> bool:
+        """Whether somebody waits for an answer; from any thread."""
+        return self._places.n > 0
 
     def _watch(self, answering: Answering) -> None:
         """Track the call until it is closed."""
@@ -335,6 +347,8 @@ class Inference:
         if type(options.setdefault("max_tokens", MAX_NEW_TOKENS)) is int:
             options["max_tokens"] = min(options["max_tokens"], self.settings.max_tokens)
         messages = await brought_in(messages, self.settings, self._fetcher)
+        if in_background() is not None:
+            options["gives_way"] = self.is_asked
 
         def submit(gone: threading.Event) -> list[AnswerStream]:
             refuse_what_it_cannot(use.listed, self.settings, options)

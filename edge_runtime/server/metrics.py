@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from edge_runtime.answers import Answer
 from edge_runtime.errors import EdgeRuntimeError
+from edge_runtime.server.batches.runner import Batches
 from edge_runtime.server.errors import problem_of
 from edge_runtime.server.inference import Inference, Outcome
 from edge_runtime.server.registry.loaded import ModelRegistry
@@ -47,9 +48,10 @@ class Metrics:
     Parameters
     ----------
     inference : source of the calls to count.
+    batches : source of the lines to count.
     """
 
-    def __init__(self, inference: Inference) -> None:
+    def __init__(self, inference: Inference, batches: Batches) -> None:
         self.registry = CollectorRegistry()
         name: dict[str, Any] = {"registry": self.registry, "namespace": "edge_runtime"}
         self._requests = Counter("requests", "Calls that ended, by status.", ["model", "status"], **name)
@@ -68,6 +70,7 @@ class Metrics:
         self._names: set[str] = set()
         """Models with counters of their own."""
         self.registry.register(_State(inference))
+        self.registry.register(_Batches(batches))
         ProcessCollector(registry=self.registry)
         inference.on_end.append(self.record)
 
@@ -81,6 +84,8 @@ class Metrics:
         self._requests.labels(model, status).inc()
         for number, answer in enumerate(outcome.answers):
             self._record_answer(model, answer, counts_prompt=number == 0)
+            if answer.timings_s.get("first_token") and not outcome.in_background:
+                self._first.labels(model).observe(answer.timings_s["first_token"])
 
     def _label(self, model: str) -> str:
         """The label under which a model is counted."""
@@ -98,12 +103,27 @@ class Metrics:
         self._answer.labels(model).inc(answer.completion_tokens)
         for stage in ("image", "encode", "prefill", "decode"):
             self._seconds.labels(model, stage).inc(timings.get(stage, 0.0))
-        if timings.get("first_token"):
-            self._first.labels(model).observe(timings["first_token"])
 
     def text(self) -> bytes:
         """All of it, in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+class _Batches(Collector):
+    """What is done while nobody waits for an answer."""
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+
+    def collect(self) -> Iterator[Metric]:
+        found = GaugeMetricFamily("edge_runtime_batches", "Batches that are kept, by status.", labels=["status"])
+        for status, n in self._batches.counts().items():
+            found.add_metric([status], n)
+        done = CounterMetricFamily("edge_runtime_batch_lines", "Lines of batches that ended.", labels=["result"])
+        for is_answer, n in self._batches.n_answered.items():
+            done.add_metric(["answer" if is_answer else "error"], n)
+        n_bytes = self._batches.files.n_bytes
+        yield from (found, done, GaugeMetricFamily("edge_runtime_file_bytes", "Files for batches.", n_bytes))
 
 
 class _State(Collector):

@@ -85,6 +85,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running answers finish, and stop those that take too long."""
+        self.state.batches.stop()  # nobody waits for them: they go on after the next start
         stopping = asyncio.get_running_loop().call_later(self.settings.grace_s, self.state.inference.stop)
         try:
             await super().shutdown(sockets)

@@ -52,6 +52,10 @@ class Settings:
     max_blob_bytes: int = 64 << 30
     max_stored_bytes: int = 256 << 30
     """Size of the model store, whoever filled it, at which clients can no longer pull or upload."""
+    max_files_bytes: int = 8 << 30
+    """Of all files that clients upload for batches, and of those with answers."""
+    max_file_bytes: int = 200 * MEGABYTE
+    """Of one of them, as in OpenAI's batches."""
     max_names: int = 1000
     """Of models that clients made."""
     max_images: int = 64

@@ -9,6 +9,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, FastAPI, Request
 
+from edge_runtime.server.batches.runner import Batches
 from edge_runtime.server.inference import Inference
 from edge_runtime.server.metrics import Metrics
 from edge_runtime.server.middleware.shares import Places
@@ -27,6 +28,7 @@ class ServerState:
     registry: ModelRegistry
     inference: Inference
     metrics: Metrics
+    batches: Batches
     pulls: Places = field(default_factory=lambda: Places(4, 3, "models are being pulled"))
     uploads: Places = field(default_factory=lambda: Places(16, 12, "files are being uploaded"))
     making: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "edge-runtime making"))

@@ -51,7 +51,8 @@ LEVELS = {
     "edge_runtime.server": """
         sse settings
         errors
-        middleware registry context_tokens fetch content_parts web_page responses_store reply_parts
+        middleware context_tokens fetch content_parts web_page responses_store reply_parts
+        registry batches
         fields media look
         inference
         metrics replies idle_memory hard_end

@@ -12,6 +12,7 @@ from server.attacking import connected, rest_of
 GETS = [
     *("/", "/api/tags", "/api/version", "/api/ps", "/health", "/v1/models", "/v1/models/demo", "/metrics", "/props"),
     *("/openapi.json", "/sw.js", "/static/app.js", "/v1/health", "/lora-adapters"),
+    *("/v1/files", "/v1/batches", "/v1/messages/batches"),
 ]
 
 

@@ -29,7 +29,7 @@ def numbers(served: Served) -> dict[str, float]:
 
 def test_metrics_are_no_larger_for_many_names(server):
     """A model may be copied to any number of names, and asked by each."""
-    counted = Metrics(server.state.inference)
+    counted = Metrics(server.state.inference, server.state.batches)
     for i in range(3 * MAX_NAMES):
         counted.record(Outcome(f"copy-{i}", 0.0, [made_answer(timings_s={"first_token": 0.1})]))
     counted.record(Outcome("copy-0", 0.0, [made_answer()]))

@@ -19,7 +19,6 @@ from edge_runtime.server.anthropic.replies import (
     whole_message,
 )
 from edge_runtime.server.anthropic.requests import CountRequest, MessagesRequest
-from edge_runtime.server.errors import NotOffered
 from edge_runtime.server.fields.constraints import fields_as_sent
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
 from edge_runtime.server.replies import AnswerStreamResponse, begin, while_connected, whole
@@ -88,13 +87,6 @@ def _prompt_of(event: Event, progress: Progress | None) -> tuple[int, int] | Non
     if progress is not None:
         return progress.prompt_tokens, progress.cached_tokens
     return None if isinstance(event, Heartbeat) else (0, 0)
-
-
-@router.api_route("/v1/messages/batches", methods=["GET", "POST"], include_in_schema=False)
-@router.api_route("/v1/messages/batches/{rest:path}", methods=["GET", "POST", "DELETE"], include_in_schema=False)
-async def batches() -> Response:
-    """Refuse: this server answers requests at once."""
-    raise NotOffered("This server has no batches; send the requests one by one to /v1/messages.")
 
 
 @router.post("/v1/messages/count_tokens", response_model=None, responses={200: {"model": TokenCount}, **ERRORS})

@@ -38,7 +38,10 @@ MEMORY_S = 1.0
 """How long a reading of the free memory is used."""
 LINGER_S, LINGER_BYTES = 2.0, 16 << 20
 """How much of a refused body is still read, so that its sender gets to see the reason."""
-BLOBS = "/api/blobs/"
+BLOBS, FILES = "/api/blobs/", "/v1/files"
+"""Uploads, which are written to disk piece by piece."""
+FORM_BYTES = 65_536
+"""What a form has besides its file."""
 
 
 # --- headers -------------------------------------------------------------------------------------------------------
@@ -82,9 +85,9 @@ class Bodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_blob = scope["path"].startswith(BLOBS)  # written to disk piece by piece
-        limit = self._settings.max_blob_bytes if is_blob else self._settings.max_body_bytes
-        held = Held(limit) if is_blob else self._held
+        stored = self._most_stored(scope["path"])
+        limit = self._settings.max_body_bytes if stored is None else stored
+        held = self._held if stored is None else Held(limit)
         pace = Pace(self._settings.body_timeout_s, self._settings.min_bytes_per_s)
         body = _Body(scope, receive, send, limit, pace, held)
         try:
@@ -96,6 +99,12 @@ class Bodies:
             held.n_bytes -= body.n_bytes
         if body.refusal is not None and not body.has_begun:
             await refuse(body.refusal, scope, receive, body.send_refusal)
+
+    def _most_stored(self, path: str) -> int | None:
+        """Limit of an upload that is not held in memory; None for all other bodies."""
+        if path.startswith(BLOBS):
+            return self._settings.max_blob_bytes
+        return self._settings.max_file_bytes + FORM_BYTES if path == FILES else None
 
 
 @dataclass

@@ -22,7 +22,20 @@ from edge_runtime.server.middleware.gate import refuse
 
 SURPLUS = "edge_runtime.surplus"
 """Key of a connection's state: why its request is not answered. See `connections`."""
+BACKGROUND = "edge_runtime.background"
+"""Key of a scope's extensions, which only this process can set: a request that gives way to all others."""
 _ASKING: ContextVar[str] = ContextVar("edge_runtime_client", default="")
+
+
+@dataclass(frozen=True)
+class Background:
+    """A request that this process makes itself, for a client who does not wait for it."""
+
+    owner: str = ""
+    """Whose stored responses it may see, see `responses_store.owner_of`."""
+
+
+_BACKGROUND: ContextVar[Background | None] = ContextVar("edge_runtime_background", default=None)
 
 
 def client_of(address: str) -> str:
@@ -44,6 +57,17 @@ def asking() -> str:
     return _ASKING.get()
 
 
+def in_background() -> Background | None:
+    """What is known of the request that is running in this context if it gives way to all others; None if not."""
+    return _BACKGROUND.get()
+
+
+def background_of(scope: Scope) -> Background | None:
+    """As `in_background`, of any request."""
+    found: Background | None = scope.get("extensions", {}).get(BACKGROUND)
+    return found
+
+
 class Clients:
     """Records whose request it is, and refuses requests on connections beyond the limit."""
 
@@ -60,9 +84,11 @@ class Clients:
             await refuse(TooManyConnections(surplus), scope, receive, send)
             return
         before = _ASKING.set(client_of((scope.get("client") or ("",))[0]))
+        background = _BACKGROUND.set(background_of(scope))
         try:
             await self._app(scope, receive, send)
         finally:
+            _BACKGROUND.reset(background)
             _ASKING.reset(before)
 
 

@@ -8,13 +8,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_runtime.server.errors import ServerError, ShuttingDown, TimedOut
 from edge_runtime.server.middleware.gate import refuse
+from edge_runtime.server.middleware.shares import background_of
 from edge_runtime.server.settings import Settings
 
 SPARE_S = 5.0
 """Routes end their answers themselves, with an error in the stream; this much later they are cut off without one."""
 
 
-MANY_HOURS = ("/api/pull", "/api/push", "/api/create", "/api/blobs/")
+MANY_HOURS = ("/api/pull", "/api/push", "/api/create", "/api/blobs/", "/v1/files")
 """Paths whose work may take any time as long as it makes progress."""
 
 
@@ -35,7 +36,7 @@ class TimeLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_limited = not scope["path"].startswith(MANY_HOURS)
+        is_limited = not scope["path"].startswith(MANY_HOURS) and background_of(scope) is None
         has_begun, has_all = False, False
 
         async def watched_send(message: Message) -> None:

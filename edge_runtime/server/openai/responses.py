@@ -14,6 +14,7 @@ from edge_runtime.server.errors import Problem, RequestError, problem_of
 from edge_runtime.server.fields.constraints import fields_as_sent
 from edge_runtime.server.fields.refused import with_warnings
 from edge_runtime.server.inference import Answering, ChatCall, Event, Heartbeat
+from edge_runtime.server.middleware.shares import background_of
 from edge_runtime.server.openai import reply_types as shapes
 from edge_runtime.server.openai.chunks import ProgressReport
 from edge_runtime.server.openai.replies import timings
@@ -37,7 +38,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": {"model": shapes.ErrorReply}, 
 )
 async def responses(request: Request, state: State, body: ResponsesRequest) -> Response:
     """Answer a conversation in the form of the responses API, whole or as typed events."""
-    owner = owner_of(request.headers)
+    background = background_of(request.scope)
+    owner = (background.owner if background is not None else "") or owner_of(request.headers)
     warnings = body.all_warnings()
     before, own = _items(state, body, owner)
     messages = body.conversation_messages(before, own)

@@ -18,6 +18,7 @@ from edge_runtime.errors import EdgeRuntimeError, NotEnoughMemoryError
 from edge_runtime.loading.load import LoadOptions, needed_bytes
 from edge_runtime.model import Model
 from edge_runtime.server.errors import ShuttingDown
+from edge_runtime.server.middleware.shares import in_background
 from edge_runtime.server.registry.catalog import Catalog, Listed
 from edge_runtime.server.settings import Settings
 from edge_runtime.system.memory import available_bytes
@@ -25,6 +26,8 @@ from edge_runtime.system.memory import available_bytes
 logger = logging.getLogger("edge_runtime.server")
 
 FOREVER = -1.0
+LEAVE_S, LEAVE_PAUSE_S = 30.0, 0.02
+"""How long a model is waited for that is left, and how often it is looked at."""
 
 
 @dataclass(eq=False)
@@ -36,6 +39,8 @@ class Slot:
     keep_alive_s: float
     """After the last use; below 0: forever."""
     users: int = 0
+    n_background: int = 0
+    """Of these, requests that give way."""
     n_bytes: int = 0
     model: Model | None = None
     loading: asyncio.Task[None] | None = None
@@ -71,6 +76,8 @@ class ModelRegistry:
         """Files of the models that the owner wants loaded."""
         self._leaving: set[asyncio.Future[None]] = set()
         self._closing = False
+        self.withdraw: Callable[[], None] = lambda: None
+        """Called when a model is needed in place of one that only requests that give way use."""
 
     @contextlib.asynccontextmanager
     async def use(self, name: str | None, keep_alive_s: float | None = None) -> AsyncIterator[Use]:
@@ -95,7 +102,9 @@ class ModelRegistry:
         await self._leave_changed(listed)
         slot = self._slots.setdefault(listed.files, Slot(listed, self._settings.keep_alive_s))
         slot.listed = listed
+        in_back = in_background() is not None
         slot.users += 1
+        slot.n_background += in_back
         self._stop_timer(slot)
         try:
             if slot.loading is None:
@@ -108,6 +117,7 @@ class ModelRegistry:
             yield Use(listed, slot.model, waited)
         finally:
             slot.users -= 1
+            slot.n_background -= in_back
             slot.last_used = time.monotonic()
             self._start_timer(slot)
 
@@ -198,9 +208,22 @@ class ModelRegistry:
         """Unload the model that has been idle for longest; False when all are in use."""
         idle = [slot for slot in self.loaded() if slot.users == 0]
         if not idle:
+            idle = await self._freed()
+        if not idle:
             return False
         await self._unload(idle[-1])
         return True
+
+    async def _freed(self) -> list[Slot]:
+        """Models that requests that give way have left, for one that does not."""
+        held = [slot for slot in self.loaded() if slot.users == slot.n_background]
+        if not held or in_background() is not None:
+            return []
+        ends = time.monotonic() + LEAVE_S
+        while time.monotonic() < ends and not any(slot.users == 0 for slot in held):
+            self.withdraw()
+            await asyncio.sleep(LEAVE_PAUSE_S)
+        return [slot for slot in held if slot.users == 0 and slot.model is not None]
 
     async def _unload(self, slot: Slot) -> None:
         await self._close(slot, self._take_out(slot))
