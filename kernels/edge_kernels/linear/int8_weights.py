@@ -72,7 +72,7 @@ class _Line(NamedTuple):
 
     values: Float32  # [k, padded to whole steps]
     fours: Float32  # [4][four]
-    rounded: Float32  # [5][four]: integers and multiplier
+    rounded: Float32  # [6][four]: integers, multiplier, its product with their sum
     cells: NDArray[np.signedinteger]
     integers: Int8  # of the cells
     multipliers: UInt8  # [four]
@@ -105,7 +105,7 @@ def _bring_into_fours(line, n):
 def _round_fours(line, k):
     """Round a line in fours; return the scale. `reference.operations.quantize_weight_in_fours` defines it."""
     n, integers, rounded = line.multipliers.size, line.integers, line.rounded
-    integers[:], line.multipliers[:] = 0, 0
+    integers[:], line.multipliers[:], rounded[5 * n :] = 0, 0, 0.0
     if math.isnan(row_magnitude(line.values, 0, k)):
         return np.float32(np.nan)
     largest, total = _bring_into_fours(line, n)
@@ -115,11 +115,10 @@ def _round_fours(line, k):
     if math.isinf(inverse):
         return np.float32(0.0)
     round_fours(line.fours, n, inverse, rounded)
-    most = np.float32(127.0)  # a single integer can be 128
     for i in range(n):
         first = i // 2 * 8 + i % 2 * 2
-        integers[first], integers[first + 1] = min(rounded[i], most), min(rounded[n + i], most)
-        integers[first + 4], integers[first + 5] = min(rounded[2 * n + i], most), min(rounded[3 * n + i], most)
+        integers[first], integers[first + 1] = rounded[i], rounded[n + i]
+        integers[first + 4], integers[first + 5] = rounded[2 * n + i], rounded[3 * n + i]
         line.multipliers[i] = rounded[4 * n + i]
     return scale
 
@@ -135,6 +134,20 @@ def _round_output(weight, start, k, factors, line):
     return quantize_into(values, 0, k, np.float32(0.0), row_magnitude(values, 0, k), line.integers)
 
 
+@leaf
+def _sum(line, first, last):
+    """Return the sum of columns first to last - 1 of what the integers stand for; groups are whole steps of 8."""
+    total = np.int32(0)
+    if HAS_MULTIPLIERS:
+        n = line.multipliers.size
+        for i in range(first // 4, (last + 7) // 8 * 2):
+            total += np.int32(line.rounded[5 * n + i])
+    else:
+        for i in range(first, last):
+            total += line.integers[i]
+    return total
+
+
 @helper
 def _pack_panel(weight, row_stride, factors, n, k, order, packed, group_columns, panel):
     panels, multipliers, scales, sums = packed
@@ -142,7 +155,7 @@ def _pack_panel(weight, row_stride, factors, n, k, order, packed, group_columns,
     n_fours = cells.size if multipliers.size > 0 else 0
     line = _Line(
         np.zeros(cells.size * GROUP, np.float32), np.empty(4 * n_fours, np.float32),
-        np.empty(5 * n_fours, np.float32), cells, cells.view(np.int8), np.zeros(n_fours, np.uint8),
+        np.empty(6 * n_fours, np.float32), cells, cells.view(np.int8), np.zeros(n_fours, np.uint8),
     )  # fmt: skip
     for j in range(DOT_NR):
         row = panel * DOT_NR + j
@@ -152,13 +165,9 @@ def _pack_panel(weight, row_stride, factors, n, k, order, packed, group_columns,
         if 0 <= source < n:
             scales[row] = _round_output(weight, source * row_stride, k, factors, line)
         else:
-            scales[row], cells[:], line.multipliers[:] = 0.0, 0, 0
+            scales[row], cells[:], line.multipliers[:], line.rounded[:] = 0.0, 0, 0, 0.0
         for first in range(0, k, group_columns):
-            total = np.int32(0)
-            for i in range(first, min(first + group_columns, k)):
-                times = line.multipliers[i // 8 * 2 + i % 4 // 2] if n_fours > 0 else 1
-                total += np.int32(times) * line.integers[i]
-            sums[first // group_columns * scales.size + row] = total
+            sums[first // group_columns * scales.size + row] = _sum(line, first, min(first + group_columns, k))
         for cell in range(cells.size):
             panels[panel * cells.size * DOT_NR + output_cell(cell, j)] = cells[cell]
         for four in range(n_fours):

@@ -68,7 +68,7 @@ def _round_with(
 
 
 def _best(builder: ir.IRBuilder, four: Sequence[ir.Value], inverse: ir.Value) -> list[ir.Value]:
-    """Emit a four's integers with the best multiplier, and that multiplier."""
+    """Emit a four's integers with the best multiplier, that multiplier, and its product with their sum."""
     type_ = four[0].type
     limit = _larger_side(builder, [builder.fmul(weight, constant(type_, 0.25)) for weight in four])
     allowed = builder.fmul(limit, builder.fdiv(inverse, constant(type_, FOUR_LIMIT // 4)))
@@ -80,14 +80,19 @@ def _best(builder: ir.IRBuilder, four: Sequence[ir.Value], inverse: ir.Value) ->
         least = builder.select(better, loss, least)
         best = [builder.select(better, new, old) for new, old in zip([*integers, multiplier], best, strict=True)]
         multiplier = builder.fadd(multiplier, constant(type_, 1.0))
-    return best
+    *integers, multiplier = best
+    most = constant(type_, 127.0)  # a single integer can be 128
+    integers = [builder.select(builder.fcmp_ordered("<", value, most), value, most) for value in integers]
+    total = builder.fadd(builder.fadd(integers[0], integers[1]), builder.fadd(integers[2], integers[3]))
+    return [*integers, multiplier, builder.fmul(total, multiplier)]
 
 
 @intrinsic
 def round_fours(typing_context, fours, n, inverse, rounded):
     """Round n fours, each with the multiplier that loses least of the smallest ones.
 
-    `fours` is float32 [4][n], `inverse` 1 / scale; `rounded`, float32 [5][n], gets the integers and the multiplier.
+    `fours` is float32 [4][n], `inverse` 1 / scale; `rounded`, float32 [6][n], gets the integers, the multiplier, and
+    the product of that with their sum.
     """
 
     def generate(context, builder, signature, args):
