@@ -1,4 +1,4 @@
-"""Options that several commands have: which model, and how it answers; from a command's values to keywords of `Model`."""
+"""Options that several commands have: which model, and how it answers; and what keywords of `Model` they become."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_runtime.cli.batch import batch
 from edge_runtime.cli.command import INTERRUPTED, Command, end_quickly, set_up_streams
 from edge_runtime.cli.document_options import (
     Asked,
@@ -49,7 +50,7 @@ def main() -> None:
     end_quickly()
 
 
-for command_elsewhere in (*COMMANDS, serve):
+for command_elsewhere in (batch, *COMMANDS, serve):
     main.add_command(command_elsewhere)
 
 
@@ -60,7 +61,14 @@ for command_elsewhere in (*COMMANDS, serve):
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
 @document_options
+@click.option("--each-page", is_flag=True, help="Ask about each page separately.")
 @video_options
+@click.option(
+    "--storyboard",
+    type=click.Path(path_type=Path),
+    metavar="OUT.png",
+    help="Draw which frames go into which group.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: log probabilities, with N alternatives."

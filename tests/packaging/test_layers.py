@@ -29,6 +29,7 @@ LEVELS = {
         next_turn
         model
         page_by_page server
+        batch
         cli
     """,
     "edge_kernels": """
