@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from edge_runtime.cli.batch_ray import answer_on_ray, check_options
 from edge_runtime.cli.command import Command
 from edge_runtime.cli.document_options import document_options
 from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
@@ -47,6 +48,7 @@ OWN_OPTIONS = frozenset(("inputs", "jobs", "output", "ordered", "retry_failed", 
 @click.option(
     "--parallel", type=click.IntRange(1, MAX_AT_WORK), metavar="N", help="Items at work.  [twice what runs at once]"
 )
+@click.option("--ray", metavar="ADDRESS", help="Answer on a Ray cluster: local, auto or HOST:PORT of its head.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @model_options
 @request_options
@@ -60,6 +62,7 @@ def batch(
     ordered: bool,
     retry_failed: bool,
     parallel: int | None,
+    ray: str | None,
     system: str | None,
     **options: Any,
 ) -> None:
@@ -81,15 +84,21 @@ def batch(
     """
     check_system(system)
     _check_words(inputs, jobs, prompt, output, options)
+    if ray is not None:
+        check_options(ordered, parallel)
     if jobs is not None:
         from edge_runtime.batch.jobs import has_openai_lines
 
         if has_openai_lines(jobs):
             from edge_runtime.cli.batch_openai import answer_openai_lines
 
+            if ray is not None:
+                raise click.UsageError(
+                    "--ray cannot be given with OpenAI's lines: give them to /v1/batches of a server on the cluster."
+                )
             _check_openai_options()
             sys.exit(answer_openai_lines(jobs, output, options, ordered, retry_failed, parallel))
-    sys.exit(_answer(inputs, jobs, output, prompt, system, ordered, retry_failed, parallel, options))
+    sys.exit(_answer(inputs, jobs, output, prompt, system, ordered, retry_failed, parallel, ray, options))
 
 
 def _check_words(
@@ -132,6 +141,7 @@ def _answer(
     ordered: bool,
     retry_failed: bool,
     parallel: int | None,
+    ray: str | None,
     options: dict[str, Any],
 ) -> int:
     """Answer files or our jobs; returns the exit code."""
@@ -157,6 +167,8 @@ def _answer(
         for first in source:
             out.has(first)  # what was asked otherwise is refused before the model is loaded
             break
+        if ray is not None:
+            return answer_on_ray(ray, name, setup, request, inputs, source, out)
         with Model.load(name, **setup) as model:
             _check_options(model, request)
             _note_start(model)
@@ -224,14 +236,32 @@ def run_batch(
     *,
     ordered: bool,
 ) -> int:
-    """Answer every item that has no line yet, and say how it went; returns the exit code."""
-    from edge_runtime.batch.runner import ORDERED_AHEAD, Runner, in_order, pending
+    """Answer every item that has no line yet here, and say how it went; returns the exit code."""
+    from edge_runtime.batch.runner import ORDERED_AHEAD, Runner
+
+    def here(items: Iterator[Item]) -> Runner:
+        return Runner(items, answer, n_at_work, ORDERED_AHEAD if ordered else None)
+
+    return run(source, here, cancel, line_of, output, ordered=ordered)
+
+
+def run(
+    source: Source,
+    runner_of: Callable[[Iterator[Item]], Any],
+    cancel: Callable[[], None],
+    line_of: Callable[[Item, Any], bytes],
+    output: Output,
+    *,
+    ordered: bool = False,
+) -> int:
+    """As `run_batch`, by any runner: what has `results` and `stop`."""
+    from edge_runtime.batch.runner import in_order, pending
     from edge_runtime.batch.work import write_all
     from edge_runtime.cli.batch_progress import BatchProgress
 
     progress = BatchProgress(source)
     items = pending(source, output, progress.skip)
-    runner = Runner(items, answer, n_at_work, ORDERED_AHEAD if ordered else None)
+    runner = runner_of(items)
     results = in_order(runner.results()) if ordered else runner.results()
     with ending(runner.stop, progress) as caught:
         try:

@@ -30,6 +30,7 @@ LEVELS = {
         model
         page_by_page server
         batch
+        ray
         cli
     """,
     "edge_kernels": """
