@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from edge_runtime.cli.batch_ray import answer_on_ray, check_options
+from edge_runtime.cli.batch_ray import check_options, runner_on_ray
 from edge_runtime.cli.command import Command
 from edge_runtime.cli.document_options import document_options
 from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
@@ -168,7 +168,8 @@ def _answer(
             out.has(first)  # what was asked otherwise is refused before the model is loaded
             break
         if ray is not None:
-            return answer_on_ray(ray, name, setup, request, inputs, source, out)
+            runner_of = runner_on_ray(ray, name, setup, request, inputs)
+            return run(source, runner_of, lambda: None, line_of, out)
         with Model.load(name, **setup) as model:
             _check_options(model, request)
             _note_start(model)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,8 @@ import click
 from edge_runtime.cli import terminal as console
 
 if TYPE_CHECKING:
-    from edge_runtime.batch.items import Source
-    from edge_runtime.batch.output import Output
+    from edge_runtime.batch.items import Item
+    from edge_runtime.ray.batch import ClusterRunner
 
 ANY_MODEL = 1 << 31
 """In the place of what only a loaded model knows: each node refuses what its model cannot do."""
@@ -30,24 +31,20 @@ def check_options(ordered: bool, parallel: int | None) -> None:
         raise click.UsageError("--parallel cannot be given with --ray: every node has as many items as it can use.")
 
 
-def answer_on_ray(
+def runner_on_ray(
     address: str,
     name: str,
     setup: Mapping[str, Any],
     request: Mapping[str, Any],
     words: Sequence[str],
-    source: Source,
-    output: Output,
-) -> int:
-    """Answer on a cluster; returns the exit code.
+) -> Callable[[Iterable[Item]], ClusterRunner]:
+    """What makes a runner of items on a cluster.
 
     Parameters
     ----------
     setup, request : keyword arguments of `Model.load` and `Model.chat`.
     words : files and folders as named; nodes that do not see them are left out.
     """
-    from edge_runtime.batch.lines import line_of
-    from edge_runtime.cli.batch import run
     from edge_runtime.option_checks import ModelLimits, checked_options
     from edge_runtime.options import GenerationOptions
     from edge_runtime.ray.batch import ClusterRunner
@@ -69,4 +66,4 @@ def answer_on_ray(
         pixel_limit=request["pixel_limit"],
     )
     console.note(f"Looking for {name} on the nodes of the cluster...")
-    return run(source, lambda items: ClusterRunner(address, chosen, items), lambda: None, line_of, output)
+    return partial(ClusterRunner, address, chosen)

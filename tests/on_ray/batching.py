@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,3 +113,26 @@ def test_a_cluster_of_its_own(items, right):
 def test_no_cluster(address, kind, reason):
     with pytest.raises(kind, match=reason):
         next(answers(address, CHOSEN, [], NEVER))
+
+
+def test_the_command(items, right, tmp_path):
+    """Relative names, a file that is no picture, an output that goes on where it was."""
+    (tmp_path / "pictures").mkdir()
+    for item in items[:10]:
+        picture, _ = item.messages[0]["content"]  # type: ignore[index] # made above
+        (tmp_path / "pictures" / f"{item.id}.png").write_bytes(picture)
+    (tmp_path / "pictures" / "odd.png").write_text("no picture")
+    command = [sys.executable, "-m", "edge_runtime", "batch", "pictures", "-p", "What does it say?", "--greedy"]
+    command += ["--max-tokens", "8", "--ctx", "4096", "--ray", "local", "-o", "out.jsonl"]
+    path = [str(Path(__file__).parents[2] / part) for part in (".", "kernels", "converters")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    for expected in (11, 12):
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert run.returncode == 1, run.stderr
+        assert len(lines) == expected, run.stderr
+        answers_by_name = {line["id"]: line["answer"] for line in lines}
+        assert len(answers_by_name) == expected
+        assert [line["error"]["type"] for line in lines if line["error"]] == ["ImageError"]
+        assert all(answers_by_name.get(f"pictures/{i}.png", right[i]) == right[i] for i in range(10))
+        (tmp_path / "pictures" / "new.png").write_bytes((tmp_path / "pictures" / "0.png").read_bytes())
