@@ -114,7 +114,7 @@ class Replica:
                 raise EdgeRuntimeError(f"{slot.listed.name} has lost its inference thread; start a new replica.")
 
 
-def app(arguments: Arguments) -> serve.Application:
+def app(arguments: Arguments | dict[str, Any]) -> serve.Application:
     """Describe the deployment; `serve run` calls this with the arguments of its command line.
 
     Raises
@@ -124,6 +124,7 @@ def app(arguments: Arguments) -> serve.Application:
     MessageError
         When an argument is out of range.
     """
+    arguments = Arguments.model_validate(arguments)  # `serve run` has texts
     settings = arguments.settings()
     if arguments.memory_gb is None:
         needed = memory_needed(model_here(everywhere(arguments.model)), arguments.load)

@@ -63,7 +63,7 @@ def test_arguments_of_the_deployment(monkeypatch):
     deployed = app.app(arguments)._bound_deployment
     assert deployed.ray_actor_options["memory"] == 7e9
     assert deployed._deployment_config.autoscaling_config.max_replicas == 4
-    fixed = app.app(app.Arguments(min_replicas=2, max_replicas=2))._bound_deployment
+    fixed = app.app({"min_replicas": "2", "max_replicas": "2"})._bound_deployment
     assert fixed.num_replicas == 2
     assert fixed._deployment_config.autoscaling_config is None
     assert PROCESS_BYTES < fixed.ray_actor_options["memory"] < 2 * PROCESS_BYTES
