@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-isas quick lint bench reference clients open-webui conformance clean
+.PHONY: setup test test-isas quick lint bench reference clients litellm open-webui conformance clean
 
 setup: .venv/ready
 
@@ -69,6 +69,14 @@ $(REFERENCE)/ready: .venv/ready
 clients: tests/server/ai_sdk/node_modules/ready
 tests/server/ai_sdk/node_modules/ready: tests/server/ai_sdk/package-lock.json
 	cd tests/server/ai_sdk && npm ci --silent --no-audit --no-fund
+	touch $@
+
+# LiteLLM's proxy, which tests/server/test_litellm_proxy.py runs in front of two servers: an environment of its own
+# (750 MB, a minute), as it pins what others choose.
+litellm: build/litellm/ready
+build/litellm/ready:
+	$(PYTHON) -m venv build/litellm
+	build/litellm/bin/pip install --quiet "litellm[proxy]==1.106.12"
 	touch $@
 
 # Open WebUI beside the demo in Chromium; its package is 3 GB, so this is no part of the tests.

@@ -1,4 +1,4 @@
-"""`edge-runtime run` with documents and many pictures: its options, and one answer per page."""
+"""Documents and many pictures on the command line: their options, and one answer per page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class SliceLimits(click.ParamType[Any]):
 
 
 def document_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of `run` for documents and many pictures."""
+    """Options for documents and many pictures."""
     for option in reversed(
         (
             click.option(
@@ -53,7 +53,6 @@ def document_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="NAME",
                 help="Ask for ocr, markdown, table or caption.",
             ),
-            click.option("--each-page", is_flag=True, help="Ask about each page separately."),
             click.option("--pages", metavar="LIST", help="Pages of PDF and TIFF files, such as 1-3,7.  [all]"),
             click.option(
                 "--dpi",

@@ -1,6 +1,6 @@
 """edge-runtime run | convert | bench | info: arguments in, exit code out.
 
-The commands of the store and the server are in `cli.store` and `cli.serve`.
+The commands of the store, the server and batches are in `cli.store`, `cli.serve` and `cli.batch`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
+from edge_runtime.cli.batch import batch
 from edge_runtime.cli.command import INTERRUPTED, Command, end_quickly, set_up_streams
 from edge_runtime.cli.document_options import (
     Asked,
-    SliceLimits,
     answer_fields,
     answer_pages,
     document_options,
@@ -29,13 +28,13 @@ from edge_runtime.cli.document_options import (
     note_fitted,
     take_documents,
 )
+from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
 from edge_runtime.cli.piped import Piped
 from edge_runtime.cli.run_checks import check_output, check_stdin, check_system, is_chat, note_before, read_schema
 from edge_runtime.cli.serve import serve
 from edge_runtime.cli.store import COMMANDS, announce
 from edge_runtime.cli.video_options import take_video, video_options, with_videos
 from edge_runtime.cli.words import parse_arguments
-from edge_runtime.inputs.image import PIXEL_LIMIT
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.version import __version__
 
@@ -51,111 +50,8 @@ def main() -> None:
     end_quickly()
 
 
-for command_elsewhere in (*COMMANDS, serve):
+for command_elsewhere in (batch, *COMMANDS, serve):
     main.add_command(command_elsewhere)
-
-
-def model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that choose and set up a model."""
-    count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
-    file: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "FILE"}
-    for option in reversed(
-        (
-            click.option(
-                "-m",
-                "--model",
-                default="demo",
-                metavar="MODEL",
-                help="demo, a pulled model, a folder or a file.  [demo]",
-            ),
-            click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
-            click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
-            click.option("--threads", **count, help="Threads.  [physical cores]"),
-            click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
-            click.option(
-                "--kv-type",
-                type=click.Choice(["f16", "q8_0", "q4_0"]),
-                metavar="TYPE",
-                help="KV cache in f16, q8_0 or q4_0.  [f16]",
-            ),
-            click.option("--low-memory", is_flag=True, help="Unload the vision weights after each picture."),
-            click.option("--lora", **file, help="LoRA adapter (GGUF) to answer with."),
-            click.option(
-                "--cache-dir",
-                type=click.Path(path_type=Path),
-                metavar="DIR",
-                help="Cache encoded pictures and computed prompts here.",
-            ),
-            click.option(
-                "--cache-limit",
-                type=click.FloatRange(0, min_open=True),
-                metavar="GB",
-                default=DEFAULT_LIMIT_BYTES / 2**30,
-                help="Maximum size of DIR.  [4]",
-            ),
-            click.option("--force", is_flag=True, help="Load it even if memory seems insufficient."),
-        )
-    ):
-        command = option(command)
-    return command
-
-
-def request_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options of one request; what is not given keeps the official default."""
-    count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
-    for option in reversed(
-        (
-            click.option("--think", is_flag=True, help="Reason before answering."),
-            click.option(
-                "--think-budget",
-                "thinking_budget",
-                type=click.IntRange(0),
-                metavar="N",
-                help="Maximum tokens of reasoning.",
-            ),
-            click.option("--greedy", is_flag=True, help="Always take the most probable token."),
-            click.option("--max-tokens", **count, default=2048, help="Maximum tokens to generate.  [2048]"),
-            click.option(
-                "--max-slices",
-                type=SliceLimits(),
-                metavar="N[,N...]",
-                help="Maximum cells per picture; or one N per file.  [9]",
-            ),
-            click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 is greedy.  [0.7]"),
-            click.option("--top-p", type=click.FloatRange(0, 1), metavar="X", help="[0.8; thinking: 1]"),
-            click.option("--top-k", type=click.IntRange(0), metavar="N", help="[100; thinking: 50]"),
-            click.option(
-                "--repetition-penalty",
-                type=click.FloatRange(0, min_open=True),
-                metavar="X",
-                help="[1.03; thinking: 1]",
-            ),
-            click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
-            click.option("--typical-p", type=click.FloatRange(0, 1), metavar="X", help="[1]"),
-            click.option("--presence-penalty", type=float, metavar="X", help="[0]"),
-            click.option("--frequency-penalty", type=float, metavar="X", help="[0]"),
-            click.option("--beams", **count, help="Beam search with N beams; officially 3.  [1: none]"),
-            click.option(
-                "--seed", type=click.IntRange(0), metavar="N", help="Seed, for repeatable answers.  [random]"
-            ),
-            click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated."),
-            click.option(
-                "--no-repetition-check",
-                "repetition_check",
-                is_flag=True,
-                default=True,
-                flag_value=False,
-                help="Let an answer repeat itself.",
-            ),
-            click.option("--context-shift", is_flag=True, help="Drop the oldest turns if they do not fit."),
-            click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema that the answer must follow."),
-            click.option(
-                "--max-pixels", **count, default=PIXEL_LIMIT, help="Maximum pixels per picture.  [200 million]"
-            ),
-        )
-    ):
-        command = option(command)
-    return command
 
 
 @main.command(cls=Command)
@@ -165,7 +61,14 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
 @document_options
+@click.option("--each-page", is_flag=True, help="Ask about each page separately.")
 @video_options
+@click.option(
+    "--storyboard",
+    type=click.Path(path_type=Path),
+    metavar="OUT.png",
+    help="Draw which frames go into which group.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--logprobs", type=click.IntRange(0, 20), metavar="N", help="With --json: log probabilities, with N alternatives."
@@ -247,34 +150,6 @@ def finish_run(
         console.draw_places(answer, files[-1], draw, request)
     if answer.finish_reason == "cancelled":
         sys.exit(INTERRUPTED)
-
-
-def take_request(options: dict[str, Any], adapter: str | None, logprobs: int | None) -> dict[str, Any]:
-    """Take the values of `request_options` and what else is left of a command's options: keywords of `Model.chat`."""
-    return {
-        "adapter": adapter,
-        "thinking": options.pop("think"),
-        "pixel_limit": options.pop("max_pixels"),
-        "logprobs": logprobs is not None,
-        "top_logprobs": logprobs or 0,
-        **options,
-    }
-
-
-def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None]:
-    """Remove the values of `model_options` from a command's options.
-
-    Returns
-    -------
-    name, setup, adapter : the model, keyword arguments of `Model.load`, and the adapter for requests.
-    """
-    setup = {name: options.pop(name) for name in ("mmproj", "exact", "force", "kv_type", "low_memory", "cache_dir")}
-    setup |= {"n_ctx": options.pop("ctx"), "n_threads": options.pop("threads")}
-    setup["cache_limit"] = max(1, int(options.pop("cache_limit") * 2**30))
-    lora: Path | None = options.pop("lora")
-    adapter = None if lora is None else lora.name
-    setup["adapters"] = {} if lora is None else {adapter: lora}
-    return options.pop("model"), setup, adapter
 
 
 @main.command(cls=Command)

@@ -112,6 +112,11 @@ def serve(**options: Any) -> None:
         sys.exit(INTERRUPTED)
 
 
+def missing_modules() -> list[str]:
+    """What the server needs and is not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
 def check_installed() -> None:
     """Say what is missing, and how to get it.
 
@@ -119,8 +124,7 @@ def check_installed() -> None:
     ------
     BackendUnavailable
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := missing_modules():
         raise BackendUnavailable(
             f"The server needs {', '.join(missing)}, which is not installed; run: pip install 'edge-runtime[serve]'"
         )

@@ -64,12 +64,6 @@ def video_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--start", **time, help="Start of the part to use: 90 or 1:30."),
             click.option("--end", **time, help="Its end."),
             click.option("--timestamps", is_flag=True, help="Tell the model the time of each group."),
-            click.option(
-                "--storyboard",
-                type=click.Path(path_type=Path),
-                metavar="OUT.png",
-                help="Draw which frames go into which group.",
-            ),
         )
     ):
         command = option(command)
@@ -77,7 +71,7 @@ def video_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def take_video(options: dict[str, Any]) -> VideoOptions:
-    """Remove the values of `video_options`, except the storyboard, from a command's options."""
+    """Remove the values of `video_options` from a command's options."""
     return VideoOptions(**{name: options.pop(name) for name in asdict(VideoOptions()) if name != "max_slices"})
 
 

@@ -135,6 +135,8 @@ class _State(Collector):
     def collect(self) -> Iterator[Metric]:
         registry: ModelRegistry = self._inference.registry
         yield GaugeMetricFamily("edge_runtime_open_requests", "Calls that wait or run.", self._inference.n_open)
+        most = self._inference.settings.max_queue
+        yield GaugeMetricFamily("edge_runtime_max_requests", "Open calls above which others are refused.", most)
         yield GaugeMetricFamily("edge_runtime_anonymous_memory_bytes", "RssAnon of the process.", anonymous_bytes())
         waiting = GaugeMetricFamily("edge_runtime_queue", "Requests of a model that wait.", labels=["model"])
         running = GaugeMetricFamily("edge_runtime_running", "Requests of a model at work.", labels=["model"])

@@ -35,11 +35,21 @@ class DetokenizeRequest(BaseModel):
     model: str | None = None
 
 
+class Health(BaseModel):
+    """Reply of /health: enough for a proxy to choose the less busy of two servers."""
+
+    status: str = "ok"
+    open_requests: int
+    """Waiting and running."""
+    max_requests: int
+    """Further ones are asked to try again later."""
+
+
 @router.get("/health")
 @router.get("/v1/health")
-async def health() -> dict[str, str]:
-    """Say that the server answers; needs no key."""
-    return {"status": "ok"}
+async def health(state: State) -> Health:
+    """Say that the server answers, and how busy it is; needs no key."""
+    return Health(open_requests=state.inference.n_open, max_requests=state.settings.max_queue)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -29,6 +29,8 @@ LEVELS = {
         next_turn
         model
         page_by_page server
+        batch
+        ray
         cli
     """,
     "edge_kernels": """

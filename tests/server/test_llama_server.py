@@ -256,7 +256,7 @@ def test_openais_routes_without_a_version(client):
     assert client.post("/responses", json={"input": "Who are you?", "temperature": 0}).json()["object"] == "response"
     assert client.post("/responses/input_tokens", json={"input": "Hi"}).json()["input_tokens"] > 0
     assert client.get("/models").json() == client.get("/v1/models").json()
-    assert client.get("/v1/health").json() == {"status": "ok"}
+    assert client.get("/v1/health").json()["status"] == "ok"
 
 
 def test_every_route_without_a_version_is_there(server):

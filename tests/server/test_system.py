@@ -42,7 +42,7 @@ def test_metrics_are_no_larger_for_many_names(server):
 
 
 def test_health(client):
-    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/health").json() == {"status": "ok", "open_requests": 0, "max_requests": 64}
     assert client.head("/api/version").status_code in (200, 405)
 
 
@@ -66,6 +66,7 @@ def test_metrics_count_what_happens(server, client):
     assert after["edge_runtime_anonymous_memory_bytes"] > 1e6
     assert after["edge_runtime_model_bytes"] > 1e5
     assert after["edge_runtime_picture_cache_bytes"] > 1000
+    assert after["edge_runtime_max_requests"] == server.state.settings.max_queue
     assert after["edge_runtime_open_requests"] == after["edge_runtime_queue"] == after["edge_runtime_running"] == 0
     assert after["edge_runtime_picture_lookups_total"] >= after["edge_runtime_picture_hits_total"] >= 0
 

@@ -1,0 +1,320 @@
+"""edge-runtime batch: files or jobs in, a file of answers out."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from edge_runtime.cli.batch_ray import check_options, runner_on_ray
+from edge_runtime.cli.command import Command
+from edge_runtime.cli.document_options import document_options
+from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
+from edge_runtime.cli.run_checks import check_system, read_schema
+from edge_runtime.cli.video_options import is_video, take_video, video_options
+from edge_runtime.cli.words import FILE_SUFFIXES
+from edge_runtime.inputs.messages import VideoPart
+from edge_runtime.inputs.pages import ALL
+
+if TYPE_CHECKING:
+    from edge_runtime.batch.items import Asking, Item, Source
+    from edge_runtime.batch.output import Output
+    from edge_runtime.cli.batch_progress import BatchProgress
+
+MAX_AT_WORK = 48
+"""Below the engine's limit of waiting requests."""
+MODEL_OPTIONS = frozenset(
+    ("model", "mmproj", "ctx", "threads", "exact", "kv_type", "low_memory", "cache_dir", "cache_limit", "force")
+)
+OWN_OPTIONS = frozenset(("inputs", "jobs", "output", "ordered", "retry_failed", "parallel"))
+
+
+@click.command("batch", cls=Command)
+@click.argument("inputs", nargs=-1, metavar="[INPUT ...]")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.jsonl", help="Answers.")
+@click.option("-p", "--prompt", metavar="TEXT", help="Question about each item.")
+@click.option(
+    "--jobs", type=click.Path(path_type=Path), metavar="JOBS.jsonl", help="One job a line, ours or OpenAI's."
+)
+@click.option("--ordered", is_flag=True, help="Keep the order of the items.")
+@click.option("--retry-failed", is_flag=True, help="Try items again that failed in an earlier run.")
+@click.option(
+    "--parallel", type=click.IntRange(1, MAX_AT_WORK), metavar="N", help="Items at work.  [twice what runs at once]"
+)
+@click.option("--ray", metavar="ADDRESS", help="Answer on a Ray cluster: local, auto or HOST:PORT of its head.")
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@model_options
+@request_options
+@document_options
+@video_options
+def batch(
+    inputs: tuple[str, ...],
+    output: Path,
+    prompt: str | None,
+    jobs: Path | None,
+    ordered: bool,
+    retry_failed: bool,
+    parallel: int | None,
+    ray: str | None,
+    system: str | None,
+    **options: Any,
+) -> None:
+    """Ask about thousands of files, one JSON line each in OUT.jsonl.
+
+    INPUT is a file, a folder with all below it, or a quoted pattern such as 'scans/**/*.png'. Documents are asked
+    about page by page. What OUT.jsonl holds is done: after a stop of any kind, the same command goes on. Ctrl-C ends
+    after the items at work, a second one at once.
+
+    A line of JOBS.jsonl has id, input, prompt, preset, system, messages and options, or is a line of OpenAI's batches
+    (custom_id, method, url, body), which is answered in their form.
+
+    Exit codes: 0 all answered; 1 some failed, or it could not go on; 130 stopped with Ctrl-C.
+
+    \b
+    edge-runtime batch scans/ --preset ocr -o out.jsonl
+    edge-runtime batch '*.png' --prompt "What is on the sign?" --max-tokens 32 -o signs.jsonl
+    edge-runtime batch --jobs jobs.jsonl -o out.jsonl --ordered
+    """
+    check_system(system)
+    _check_words(inputs, jobs, prompt, output, options)
+    if ray is not None:
+        check_options(ordered, parallel)
+    if jobs is not None:
+        from edge_runtime.batch.jobs import has_openai_lines
+
+        if has_openai_lines(jobs):
+            from edge_runtime.cli.batch_openai import answer_openai_lines
+
+            if ray is not None:
+                raise click.UsageError(
+                    "--ray cannot be given with OpenAI's lines: give them to /v1/batches of a server on the cluster."
+                )
+            _check_openai_options()
+            sys.exit(answer_openai_lines(jobs, output, options, ordered, retry_failed, parallel))
+    sys.exit(_answer(inputs, jobs, output, prompt, system, ordered, retry_failed, parallel, ray, options))
+
+
+def _check_words(
+    inputs: tuple[str, ...], jobs: Path | None, prompt: str | None, output: Path, options: Mapping[str, Any]
+) -> None:
+    """Refuse combinations that mean nothing."""
+    if bool(inputs) == (jobs is not None):
+        raise click.UsageError("Name files or folders, or --jobs: one of them.")
+    if inputs and prompt is None and options["preset"] is None:
+        raise click.UsageError("There is no question: add --prompt or --preset.")
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("--prompt is empty; expected a question.")
+    if len(options["max_slices"] or []) > 1:
+        raise click.UsageError("--max-slices takes one number here: it applies to every picture.")
+    for word in (*inputs, *(() if jobs is None else (jobs,))):
+        with contextlib.suppress(OSError, ValueError):
+            if Path(word).samefile(output):
+                raise click.UsageError(f"-o would write into {word}, which is read: name another file.")
+
+
+def _check_openai_options() -> None:
+    """Refuse options that the lines themselves have."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in MODEL_OPTIONS | OWN_OPTIONS and (
+            context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        ):
+            raise click.UsageError(
+                f"{parameter.opts[-1]} cannot be given with OpenAI's lines: their body says how each is answered."
+            )
+
+
+def _answer(
+    inputs: tuple[str, ...],
+    jobs: Path | None,
+    output: Path,
+    prompt: str | None,
+    system: str | None,
+    ordered: bool,
+    retry_failed: bool,
+    parallel: int | None,
+    ray: str | None,
+    options: dict[str, Any],
+) -> int:
+    """Answer files or our jobs; returns the exit code."""
+    from edge_runtime.batch.answering import Answering
+    from edge_runtime.batch.items import Asking
+    from edge_runtime.batch.lines import line_of, read_line
+    from edge_runtime.batch.output import Output
+    from edge_runtime.inputs.workers.pool import DecoderPool
+    from edge_runtime.model import Model
+
+    video = take_video(options)
+    name, setup, adapter = take_setup(options)
+    request = _request(options, adapter)
+    asking = Asking(prompt, system, request, [name, adapter, setup["exact"], video])
+    pool = DecoderPool(pixel_limit=request["pixel_limit"])
+
+    def as_part(path: Path) -> Any:
+        return VideoPart(path, video) if is_video(path) else path
+
+    source = _source(inputs, jobs, asking, as_part, pool)
+    with Output(output, read_line) as out, contextlib.closing(pool):
+        out.open(drop_errors=retry_failed)
+        for first in source:
+            out.has(first)  # what was asked otherwise is refused before the model is loaded
+            break
+        if ray is not None:
+            runner_of = runner_on_ray(ray, name, setup, request, inputs)
+            return run(source, runner_of, lambda: None, line_of, out)
+        with Model.load(name, **setup) as model:
+            _check_options(model, request)
+            _note_start(model)
+            answering = Answering(model, {"decoders": pool})
+            n_at_work = parallel or 2 * model.activity.slots
+            return run_batch(source, answering, answering.cancel, line_of, out, n_at_work, ordered=ordered)
+
+
+def _request(options: dict[str, Any], adapter: str | None) -> dict[str, Any]:
+    """Keyword arguments of `Model.chat`."""
+    if options["schema"] is not None:
+        options["schema"] = read_schema(options["schema"])
+    options["fit"] = options.pop("fit_tokens") or options["fit"]
+    options["file_limit_bytes"] = sys.maxsize
+    if click.get_current_context().get_parameter_source("page_limit") is ParameterSource.DEFAULT:
+        options["page_limit"] = ALL  # pages are asked about one by one
+    limits = options.pop("max_slices")
+    options["max_slices"] = limits[0] if limits else None
+    request = take_request(options, adapter, None)
+    return {name: value for name, value in request.items() if name not in ("logprobs", "top_logprobs")}
+
+
+def _source(
+    inputs: tuple[str, ...], jobs: Path | None, asking: Asking, as_part: Callable[[Path], Any], pool: Any
+) -> Source:
+    from edge_runtime.batch.files import Files
+    from edge_runtime.batch.inputs import Inputs
+    from edge_runtime.batch.jobs import Jobs
+    from edge_runtime.cli import terminal as console
+
+    if jobs is not None:
+        return Jobs(jobs, asking, as_part)
+    found = Inputs(Files(inputs, FILE_SUFFIXES), asking, as_part, pool)
+    if found.left_out:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(found.left_out.items()))
+        console.note(f"Left out in folders and patterns, as no picture, document or video: {kinds}.")
+    return found
+
+
+def _check_options(model: Any, request: Mapping[str, Any]) -> None:
+    """Refuse what every item would be refused for."""
+    from edge_runtime.option_checks import checked_options
+    from edge_runtime.options import GenerationOptions
+
+    checked_options(GenerationOptions.of(request)[0], model.limits)
+
+
+def _note_start(model: Any) -> None:
+    from edge_runtime.answers import TOY_NOTICE
+    from edge_runtime.cli import terminal as console
+
+    if model.is_toy:
+        console.note(TOY_NOTICE)
+    for text in console.first_compile(pictures=True, prompts=model.uses_amx_prefill):
+        console.note(text)
+
+
+def run_batch(
+    source: Source,
+    answer: Callable[[Item], Any],
+    cancel: Callable[[], None],
+    line_of: Callable[[Item, Any], bytes],
+    output: Output,
+    n_at_work: int,
+    *,
+    ordered: bool,
+) -> int:
+    """Answer every item that has no line yet here, and say how it went; returns the exit code."""
+    from edge_runtime.batch.runner import ORDERED_AHEAD, Runner
+
+    def here(items: Iterator[Item]) -> Runner:
+        return Runner(items, answer, n_at_work, ORDERED_AHEAD if ordered else None)
+
+    return run(source, here, cancel, line_of, output, ordered=ordered)
+
+
+def run(
+    source: Source,
+    runner_of: Callable[[Iterator[Item]], Any],
+    cancel: Callable[[], None],
+    line_of: Callable[[Item, Any], bytes],
+    output: Output,
+    *,
+    ordered: bool = False,
+) -> int:
+    """As `run_batch`, by any runner: what has `results` and `stop`."""
+    from edge_runtime.batch.runner import in_order, pending
+    from edge_runtime.batch.work import write_all
+    from edge_runtime.cli.batch_progress import BatchProgress
+
+    progress = BatchProgress(source)
+    items = pending(source, output, progress.skip)
+    runner = runner_of(items)
+    results = in_order(runner.results()) if ordered else runner.results()
+    with ending(runner.stop, progress) as caught:
+        try:
+            write_all(results, output, line_of, progress.line, lambda: bool(caught))
+        except BaseException:
+            runner.stop()
+            cancel()
+            raise
+        finally:
+            progress.clear()
+            _tell(progress, output)
+    if caught:
+        return 128 + caught[0]
+    return 1 if output.n_errors else 0
+
+
+@contextlib.contextmanager
+def ending(stop: Callable[[], None], progress: BatchProgress) -> Iterator[list[int]]:
+    """The first Ctrl-C, or SIGTERM, ends after the items at work, the second at once; yields the signals caught."""
+    caught: list[int] = []
+
+    def catch(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+        stop()
+        progress.note = "; ending after the items at work, Ctrl-C ends at once"
+        progress.clear()
+        click.secho("Ending after the items at work; Ctrl-C again ends at once.", err=True, dim=True)
+
+    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(progress: BatchProgress, output: Output) -> None:
+    from edge_runtime.cli import terminal as console
+    from edge_runtime.cli.batch_progress import clock, rate_of
+
+    seconds = progress.seconds()
+    parts = [f"{progress.n_lines - progress.n_failed:,} answered"]
+    if progress.n_failed:
+        parts.append(f"{progress.n_failed:,} failed")
+    if progress.n_before:
+        parts.append(f"{progress.n_before:,} done before")
+    rate = f", {rate_of(progress.n_lines / seconds)}" if progress.n_lines and seconds > 0 else ""
+    console.note(f"{', '.join(parts)} in {clock(seconds)}{rate}: {output.path}")
+    if output.n_errors:
+        console.note(
+            f"Of all lines, {output.n_errors:,} are failures: their field 'error' says why; --retry-failed tries "
+            "them again."
+        )
