@@ -135,7 +135,7 @@ def _answer(
     options: dict[str, Any],
 ) -> int:
     """Answer files or our jobs; returns the exit code."""
-    from edge_runtime.batch.answering import Answering
+    from edge_runtime.batch.answering import Answering, never
     from edge_runtime.batch.items import Asking
     from edge_runtime.batch.lines import line_of, read_line
     from edge_runtime.batch.output import Output
@@ -160,7 +160,7 @@ def _answer(
         with Model.load(name, **setup) as model:
             _check_options(model, request)
             _note_start(model)
-            answering = Answering(model, {"decoders": pool})
+            answering = Answering(model, {"decoders": pool, "gives_way": never})
             n_at_work = parallel or 2 * model.activity.slots
             return run_batch(source, answering, answering.cancel, line_of, out, n_at_work, ordered=ordered)
 
