@@ -1,8 +1,8 @@
 """Items per second of `edge-runtime batch` against a loop over `Model.chat`, in turns with one loaded model.
 
-    python benchmarks/batch_throughput.py [MODEL] [--items 96] [--size 448] [--tokens 16] [--repeats 3]
+    python benchmarks/batch_throughput.py [MODEL] [--items 96] [--size 448] [--tokens 16]
 
-Both sides read picture files that differ, a new set for every run, so that nothing is known from before. The loop asks
+Both sides read picture files that differ, a new set for every run, so that nothing is known before. The loop asks
 one after the other. The other side is what the command runs: the same reading of files, the same threads, and a line
 on the disk for every answer. Answers are greedy and have the same number of tokens. Reports the seconds of each run,
 and the median ratio of a loop to the batch after it. The last line is one JSON object.
