@@ -89,3 +89,11 @@ def may_pass(error: BaseException) -> bool:
     if isinstance(cause, OSError):
         return cause.errno is not None and cause.errno not in LASTING
     return not isinstance(error, EdgeRuntimeError | OSError | TypeError | ValueError)
+
+
+def never() -> bool:
+    """For `gives_way`: nobody else is here.
+
+    The engine then knows that nobody waits for the next token, and encodes and computes as much as it can at a time.
+    """
+    return False

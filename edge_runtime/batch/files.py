@@ -76,8 +76,7 @@ class Files:
                 raise ImageError(
                     f"The file {word[:200]!r} does not exist; check the path. A question is given with --prompt."
                 ) from None
-            for name in sorted(glob.iglob(str(path), recursive=True)):  # noqa: PTH207 - patterns as shells have them
-                yield from self._wanted(Path(name))
+            yield from self._matching(path)
             return
         if stat.S_ISDIR(found.st_mode):
             yield from self._below(path)
@@ -85,6 +84,24 @@ class Files:
             yield path
         else:
             raise ImageError(f"{word[:200]!r} is a pipe or a device; expected files, which can be read again.")
+
+    def _matching(self, pattern: Path) -> Iterator[Path]:
+        """What a pattern stands for, as in shells: hidden names only if it says so, no links to folders in `**`."""
+        parts = pattern.parts
+        first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+        shows_hidden = any(part.startswith(".") for part in parts[first:])
+        folder = Path(*parts[:first])
+        try:
+            found = sorted(folder.glob(str(Path(*parts[first:]))))
+        except (ValueError, NotImplementedError) as error:
+            raise ImageError(
+                f"{str(pattern)[:200]!r} is no pattern: {error}; expected one such as '**/*.png'."
+            ) from None
+        for path in found:
+            if not shows_hidden and any(part.startswith(".") for part in path.parts[len(folder.parts) :]):
+                self.left_out["hidden"] += 1
+            else:
+                yield from self._wanted(path)
 
     def _wanted(self, path: Path) -> Iterator[Path]:
         if path.is_dir():

@@ -63,7 +63,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 def read_object(data: bytes, number: int, path: Path) -> dict[str, Any]:
     """The JSON object of a line; MessageError when it is none."""
     try:
-        value = json.loads(data)
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise MessageError(
             f"Line {number} of {path} is not valid JSON ({error}); expected one object a line, in UTF-8."

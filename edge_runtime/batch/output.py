@@ -140,8 +140,8 @@ class Output:
         key = digest(recorded.id)
         if key in self._done:
             raise OutputError(
-                f"{self.path} has two lines about {recorded.id[:200]!r}, {self._done[key][1]} and {number}; remove one "
-                "of them, or name another file with -o."
+                f"{self.path} has two lines about {recorded.id[:200]!r}, {self._done[key][1]} and {number}; "
+                "remove one of them, or name another file with -o."
             )
         self._done[key] = recorded.asked, number
         self.n_errors += recorded.is_error

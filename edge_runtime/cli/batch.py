@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,9 +22,7 @@ from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.pages import ALL
 
 if TYPE_CHECKING:
-    from edge_runtime.batch.items import Asking, Item, Source
-    from edge_runtime.batch.output import Output
-    from edge_runtime.cli.batch_progress import BatchProgress
+    from edge_runtime.batch.items import Asking, Source
 
 MAX_AT_WORK = 48
 """Below the engine's limit of waiting requests."""
@@ -145,10 +141,11 @@ def _answer(
     options: dict[str, Any],
 ) -> int:
     """Answer files or our jobs; returns the exit code."""
-    from edge_runtime.batch.answering import Answering
+    from edge_runtime.batch.answering import Answering, never
     from edge_runtime.batch.items import Asking
     from edge_runtime.batch.lines import line_of, read_line
     from edge_runtime.batch.output import Output
+    from edge_runtime.cli.batch_run import run, run_batch
     from edge_runtime.inputs.workers.pool import DecoderPool
     from edge_runtime.model import Model
 
@@ -173,7 +170,7 @@ def _answer(
         with Model.load(name, **setup) as model:
             _check_options(model, request)
             _note_start(model)
-            answering = Answering(model, {"decoders": pool})
+            answering = Answering(model, {"decoders": pool, "gives_way": never})
             n_at_work = parallel or 2 * model.activity.slots
             return run_batch(source, answering, answering.cancel, line_of, out, n_at_work, ordered=ordered)
 
@@ -225,96 +222,3 @@ def _note_start(model: Any) -> None:
         console.note(TOY_NOTICE)
     for text in console.first_compile(pictures=True, prompts=model.uses_amx_prefill):
         console.note(text)
-
-
-def run_batch(
-    source: Source,
-    answer: Callable[[Item], Any],
-    cancel: Callable[[], None],
-    line_of: Callable[[Item, Any], bytes],
-    output: Output,
-    n_at_work: int,
-    *,
-    ordered: bool,
-) -> int:
-    """Answer every item that has no line yet here, and say how it went; returns the exit code."""
-    from edge_runtime.batch.runner import ORDERED_AHEAD, Runner
-
-    def here(items: Iterator[Item]) -> Runner:
-        return Runner(items, answer, n_at_work, ORDERED_AHEAD if ordered else None)
-
-    return run(source, here, cancel, line_of, output, ordered=ordered)
-
-
-def run(
-    source: Source,
-    runner_of: Callable[[Iterator[Item]], Any],
-    cancel: Callable[[], None],
-    line_of: Callable[[Item, Any], bytes],
-    output: Output,
-    *,
-    ordered: bool = False,
-) -> int:
-    """As `run_batch`, by any runner: what has `results` and `stop`."""
-    from edge_runtime.batch.runner import in_order, pending
-    from edge_runtime.batch.work import write_all
-    from edge_runtime.cli.batch_progress import BatchProgress
-
-    progress = BatchProgress(source)
-    items = pending(source, output, progress.skip)
-    runner = runner_of(items)
-    results = in_order(runner.results()) if ordered else runner.results()
-    with ending(runner.stop, progress) as caught:
-        try:
-            write_all(results, output, line_of, progress.line, lambda: bool(caught))
-        except BaseException:
-            runner.stop()
-            cancel()
-            raise
-        finally:
-            progress.clear()
-            _tell(progress, output)
-    if caught:
-        return 128 + caught[0]
-    return 1 if output.n_errors else 0
-
-
-@contextlib.contextmanager
-def ending(stop: Callable[[], None], progress: BatchProgress) -> Iterator[list[int]]:
-    """The first Ctrl-C, or SIGTERM, ends after the items at work, the second at once; yields the signals caught."""
-    caught: list[int] = []
-
-    def catch(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt
-        stop()
-        progress.note = "; ending after the items at work, Ctrl-C ends at once"
-        progress.clear()
-        click.secho("Ending after the items at work; Ctrl-C again ends at once.", err=True, dim=True)
-
-    before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _tell(progress: BatchProgress, output: Output) -> None:
-    from edge_runtime.cli import terminal as console
-    from edge_runtime.cli.batch_progress import clock, rate_of
-
-    seconds = progress.seconds()
-    parts = [f"{progress.n_lines - progress.n_failed:,} answered"]
-    if progress.n_failed:
-        parts.append(f"{progress.n_failed:,} failed")
-    if progress.n_before:
-        parts.append(f"{progress.n_before:,} done before")
-    rate = f", {rate_of(progress.n_lines / seconds)}" if progress.n_lines and seconds > 0 else ""
-    console.note(f"{', '.join(parts)} in {clock(seconds)}{rate}: {output.path}")
-    if output.n_errors:
-        console.note(
-            f"Of all lines, {output.n_errors:,} are failures: their field 'error' says why; --retry-failed tries "
-            "them again."
-        )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edge_runtime.cli.batch import run_batch
+from edge_runtime.cli.batch_run import run_batch
 from edge_runtime.cli.options import take_setup
 from edge_runtime.cli.serve import missing_modules
 from edge_runtime.errors import BackendUnavailable

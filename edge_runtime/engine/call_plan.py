@@ -90,7 +90,9 @@ class CallPlanner:
         """Tasks of the next step and what each appends; no tasks if none is ready."""
         able = [task for task in active if task.state is not TaskState.ENCODING]
         pending = {task: len(task.keys) - self._decoder.held(task.sequence) for task in able}
-        is_flowing = any(task.beams or (task.n_tokens and pending[task] == 1) for task in able)
+        is_flowing = any(
+            not task.gives_way and (task.beams or (task.n_tokens and pending[task] == 1)) for task in able
+        )
         able = self._of_one_adapter(able)
         searching, ready = [task for task in able if task.beams], [task for task in able if not task.beams]
         running = [task for task in ready if pending[task] == 1 and not task.request.is_prefetch]

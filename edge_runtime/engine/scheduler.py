@@ -97,8 +97,13 @@ class Scheduler:
                 break
             if task.is_scoring or not self.sequences.waits_for_prefix(task):
                 self._alone(self._admit, task)
-        self._encode([task for task in self.active if task in turn])
+        at_work = [task for task in self.active if task in turn]
+        if self._encode(at_work) and all(task.gives_way for task in at_work) and self._is_encoding(turn):
+            return  # nobody waits for a token: all pictures first, then each call serves all answers
         self._compute([task for task in self.active if task in turn])
+
+    def _is_encoding(self, tasks: Sequence[Task]) -> bool:
+        return any(task.state is TaskState.ENCODING for task in self.active if task in tasks)
 
     def _find_sequences(self, task: Task) -> bool:
         """Whether there are sequences for a task; those of tasks that give way to it are taken away."""
@@ -197,24 +202,29 @@ class Scheduler:
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
-    def _encode(self, tasks: Sequence[Task]) -> None:
-        """Encode one batch of slices for as many tasks as fit; a single group while answers are running."""
-        limit = 0 if any(task.n_tokens for task in tasks) else BATCH_PATCHES
+    def _encode(self, tasks: Sequence[Task]) -> bool:
+        """Encode one batch of slices for as many tasks as fit; a single group while somebody waits for tokens.
+
+        Returns
+        -------
+        has_encoded : whether there was anything to encode.
+        """
+        limit = 0 if any(task.n_tokens and not task.gives_way for task in tasks) else BATCH_PATCHES
         batch = next_batch(tasks, limit)
         for task, error in batch.failed.items():
             self._fail(task, error)
         if not batch.groups:
             await_frames(batch.waiting, idle=len(batch.waiting) == len(tasks))
-            return
+            return False
         wanting = [task for task in tasks if batch.groups.keys() & task.pictures.missing.keys()]
         try:
             found = self.encoding.encode(batch.groups, wanting, lambda: self._must_leave(wanting))
         except Cancelled:
-            return  # the next step ends them, or is another task's
+            return False  # the next step ends them, or is another task's
         except Exception as error:  # noqa: BLE001 - reported to the tasks that need these pictures
             for task in wanting:
                 self._fail(task, error)
-            return
+            return False
         for task in [*self.active]:
             if task.pictures.put(found):
                 task.report_encode()
@@ -222,6 +232,7 @@ class Scheduler:
                     self._alone(self._begin_prefill, task)
         if not any(task.state is TaskState.ENCODING for task in self.active):
             self.encoding.release_memory()
+        return True
 
     def _begin_prefill(self, task: Task) -> None:
         task.enter(TaskState.PREFILL)
