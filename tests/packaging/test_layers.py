@@ -26,7 +26,7 @@ LEVELS = {
         option_checks pipeline
         engine store
         loading answers
-        next_turn
+        next_turn remote
         model
         page_by_page server
         cli
