@@ -325,3 +325,7 @@ class Model(LoadedModel):
         if options.follow_up:
             self._next_turn.follow(of.prepared, of.request, answer)
         return answer
+
+
+AnyModel = Model | RemoteModel
+"""A model on this machine or on a server: both answer by the same calls."""

@@ -22,6 +22,7 @@ from edge_runtime.remote.conversation import Conversation, translate
 from edge_runtime.remote.dialects import Dialect, dialect_named, owner_of
 from edge_runtime.remote.replies import Reader
 from edge_runtime.remote.requests import LIMITS, checked, request_fields
+from edge_runtime.structured_output.tools import chosen_functions
 
 logger = logging.getLogger("edge_runtime")
 MAX_SEED = 1 << 63
@@ -193,6 +194,7 @@ class RemoteModel:
             thinking=thinking and not self.dialect.is_ours,
             stop=known.options.stop,
             title=self._connection.address.host,
+            must_call=chosen_functions(known.options.tools, known.options.tool_choice) is not None,
         )
         running = self._connection.answer(json.dumps(fields).encode("ascii"), reader)
         return AnswerStream(running, partial(_finish, self.name, known, reader))

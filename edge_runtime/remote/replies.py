@@ -60,10 +60,13 @@ class Reader:
         such text is held until that is decided.
     stop : the request's stop strings.
     title : of the server, for errors.
+    must_call : whether the answer has to be a call of a tool; some servers drop that where a model's template knows
+    no
+        tools.
     """
 
-    def __init__(self, *, thinking: bool, stop: Sequence[str], title: str) -> None:
-        self._stop, self._title = stop, title
+    def __init__(self, *, thinking: bool, stop: Sequence[str], title: str, must_call: bool = False) -> None:
+        self._stop, self._title, self._must_call = stop, title, must_call
         self._undecided: list[str] | None = [] if thinking else None
         self._calls: dict[int, _Call] = {}
         self._text: list[str] = []
@@ -195,6 +198,13 @@ class Reader:
                 f"The answer of {self._title} is not whole: "
                 f"{what.get(self._reason, f'it ended with {self._reason!r}')}"
                 f"{self.so_far()}.",
+                received=self.received,
+            )
+        if self._must_call and not self._calls and _ENDS.get(self._reason or "") == "stop":
+            raise EndpointError(
+                f"{self._title} was told that a tool must be called, but called none{self.so_far()}; does its "
+                f"model take "
+                "tools, and was it started with them?",
                 received=self.received,
             )
         for _, call in sorted(self._calls.items()):

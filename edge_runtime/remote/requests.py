@@ -112,7 +112,7 @@ def _sampling(options: GenerationOptions, dialect: Dialect) -> Fields:
         found["top_k"] = -1  # their word for all tokens
     if dialect.name == "llama-server":
         found["repeat_penalty"] = found.pop("repetition_penalty")
-        found["repeat_last_n"] = -1
+        found["repeat_last_n"] = options.max_tokens  # the whole answer; versions differ on what -1 means
     if options.seed is not None:
         found["seed"] = options.seed
     if options.logit_bias:
