@@ -87,11 +87,13 @@ def parse_address(text: str, key: str | None = None) -> Address:
             f"The endpoint holds a user or a password, which would be seen in lists of processes; put a key into "
             f"{KEY_VARIABLE} instead."
         )
-    if url.scheme not in ("http", "https") or not url.host or not port_is_valid:
+    is_odd = not url.host or not port_is_valid or any(map(str.isspace, written))
+    if url.scheme not in ("http", "https") or is_odd:
         raise MessageError(f"The endpoint is {_shown(text)}; {EXPECTED}.")
     if url.query or url.fragment:
         raise MessageError(
-            f"The endpoint {_shown(written.partition('?')[0])} goes on after its path, where some servers "
+            f"The endpoint {_shown(written.partition('?')[0].partition('#')[0])} goes on after its path, where "
+            f"some servers "
             f"expect a key; "
             f"leave that out, and put a key into {KEY_VARIABLE}."
         )

@@ -369,9 +369,9 @@ def test_errors_of_the_server():
             model.chat("?")
         assert (caught.value.status, caught.value.may_pass, len(server.asked)) == (400, False, 1)
     long = "This model's maximum context length is 8 tokens."
-    with fake("vllm", refuse(400, long)) as server, Model.connect(server.url) as model:
-        with pytest.raises(PromptTooLongError, match="maximum context"):
-            model.chat("?")
+    too_long = pytest.raises(PromptTooLongError, match="maximum context")
+    with fake("vllm", refuse(400, long)) as server, Model.connect(server.url) as model, too_long:
+        model.chat("?")
 
 
 def test_several_models_want_a_name():
