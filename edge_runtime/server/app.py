@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from edge_runtime.server import errors, idle_memory, system
+from edge_runtime.server import errors, idle_memory, system, upstream
 from edge_runtime.server import web_page as pages
 from edge_runtime.server.anthropic import messages as anthropic
 from edge_runtime.server.inference import Inference
@@ -61,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
             state.inference.close()
             state.making.shutdown(wait=False, cancel_futures=True)
             await registry.close()
+            await close_upstream()
 
     app = FastAPI(
         title="edge-runtime",
@@ -72,6 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.server = state
     errors.install(app)
+    close_upstream = upstream.install(app, settings)
     for router in (ollama.router, openai.router, anthropic.router, llama_server.router, system.router, pages.router):
         app.include_router(router)
     app.include_router(llama_server.without_version(openai.router, responses.router))

@@ -51,7 +51,7 @@ LEVELS = {
         sse settings
         errors
         middleware registry context_tokens fetch content_parts web_page responses_store reply_parts
-        fields media look
+        fields media look upstream
         inference
         metrics replies idle_memory hard_end
         state
