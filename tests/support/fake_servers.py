@@ -300,6 +300,8 @@ def tear(*before: Any) -> Respond:
             handler.begin()
             for each in before:
                 handler.send(each)
-        handler.tear()
+            handler.close_connection = True  # a reset could overtake what was sent
+        else:
+            handler.tear()
 
     return respond
