@@ -17,6 +17,7 @@ from edge_runtime.errors import (
     CheckpointError,
     DownloadError,
     EdgeRuntimeError,
+    EndpointError,
     EngineBusy,
     ImageError,
     MessageError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from edge_runtime.model import Model
     from edge_runtime.options import GenerationOptions
     from edge_runtime.page_by_page import PageAnswer, each_page, join_pages
+    from edge_runtime.remote.model import RemoteModel
     from edge_runtime.structured_output.tools import ToolCall
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "DecoderPool",
     "DownloadError",
     "EdgeRuntimeError",
+    "EndpointError",
     "EngineBusy",
     "GenerationOptions",
     "ImageError",
@@ -61,6 +64,7 @@ __all__ = [
     "Piece",
     "PromptTooLongError",
     "Region",
+    "RemoteModel",
     "RequestCancelled",
     "ToolCall",
     "UnsupportedModelError",
@@ -81,6 +85,7 @@ _LAZY = {
     "PageAnswer": "page_by_page",
     "Piece": "generation.text_stream",
     "Region": "generation.grounding",
+    "RemoteModel": "remote.model",
     "ToolCall": "structured_output.tools",
     "VideoLimits": "inputs.video.frame_choice",
     "each_page": "page_by_page",

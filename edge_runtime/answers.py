@@ -6,9 +6,8 @@ import asyncio
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
-from edge_runtime.engine.engine import Running
 from edge_runtime.engine.events import Event, Finished, FinishReason, Progress
 from edge_runtime.errors import MessageError, RequestCancelled
 from edge_runtime.generation.grounding import Region, find_regions
@@ -112,6 +111,19 @@ class Answer:
         if self.tool_calls:
             message["tool_calls"] = [call.as_message() for call in self.tool_calls]
         return message
+
+
+class Running(Protocol):
+    """An answer's events, from the engine of this process (`engine.Running`) or from another server."""
+
+    def next_event(self) -> Event:
+        """Wait for the next event; `Finished` is the last. An error ends the answer, too."""
+
+    async def next_event_async(self) -> Event:
+        """As `next_event`, but wait in an event loop."""
+
+    def cancel(self) -> None:
+        """End the work; the last event (`cancelled`) comes at once."""
 
 
 class AnswerStream:

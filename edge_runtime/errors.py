@@ -13,6 +13,7 @@ Each message is one or two sentences with three parts: what was found, what was 
     ├── MessageError            a message, option or temporal id has the wrong form
     ├── RequestCancelled        the caller cancelled while texts, pictures and videos were read
     ├── PromptTooLongError      the prompt does not fit into the context
+    ├── EndpointError           a server that answers for us refuses, fails, is too slow or breaks off
     ├── CacheFull               the KV cache has no free cells, and nothing in it can be given up
     └── BackendUnavailable      a required library or machine feature is missing
 """
@@ -98,6 +99,23 @@ class CacheFull(EdgeRuntimeError):  # noqa: N818 - the name says what is wrong
 
 class EngineBusy(EdgeRuntimeError):  # noqa: N818 - the name says what is wrong; nothing broke
     """Too many requests are waiting; try again later."""
+
+
+class EndpointError(EdgeRuntimeError):
+    """A server that was asked for an answer refused, failed, was too slow, or broke off.
+
+    Parameters
+    ----------
+    status : of HTTP; None when there was no reply.
+    received : text of the answer that had arrived.
+    may_pass : whether the same request may succeed later.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, received: str = "", may_pass: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.status, self.received, self.may_pass = status, received, may_pass
 
 
 class RequestCancelled(EdgeRuntimeError):  # noqa: N818 - the name says what happened; nothing broke

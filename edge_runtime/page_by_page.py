@@ -21,7 +21,7 @@ from edge_runtime.system.base64_data import is_data_uri
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer
-    from edge_runtime.model import Model
+    from edge_runtime.model import AnyModel
 
 _FENCED = re.compile(r"\s*```(?:markdown|md)?[ \t]*\n(.*?)\n?```\s*", re.DOTALL)
 
@@ -57,7 +57,7 @@ class PageAnswer:
 
 
 def each_page(
-    model: Model, content: Any, *, before: Sequence[Any] = (), **options: Unpack[GenerationKeywords]
+    model: AnyModel, content: Any, *, before: Sequence[Any] = (), **options: Unpack[GenerationKeywords]
 ) -> Iterator[PageAnswer]:
     """Ask the same question about every page.
 

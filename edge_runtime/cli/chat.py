@@ -23,7 +23,7 @@ from edge_runtime.inputs.documents import describe
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.video.frame_choice import VideoOptions
-from edge_runtime.model import Model
+from edge_runtime.model import AnyModel
 
 HELP = """\
 /image FILE   add a picture, a document or a video to the next question; so does FILE alone
@@ -46,7 +46,7 @@ class Chat:
     """
 
     def __init__(
-        self, model: Model, messages: list[Any], options: dict[str, Any], video: VideoOptions | None = None
+        self, model: AnyModel, messages: list[Any], options: dict[str, Any], video: VideoOptions | None = None
     ) -> None:
         self._video = video or VideoOptions()
         self._model, self._opening, self._options = model, list(messages), dict(options)

@@ -19,7 +19,7 @@ from edge_runtime.inputs.pages import PAGE_LIMIT
 
 if TYPE_CHECKING:
     from edge_runtime.answers import Answer
-    from edge_runtime.model import Model
+    from edge_runtime.model import AnyModel
 
 Asked = str | Path | Piped | VideoPart
 """Text, or something to look at."""
@@ -156,7 +156,7 @@ def note_fitted(fitted_slices: int | None) -> None:
 
 
 def answer_pages(
-    model: Model, before: list[Any], content: Sequence[Any], options: dict[str, Any], *, as_json: bool
+    model: AnyModel, before: list[Any], content: Sequence[Any], options: dict[str, Any], *, as_json: bool
 ) -> None:
     """Ask about every page; print the answers one after another, or as one JSON object.
 

@@ -28,6 +28,7 @@ from edge_runtime.cli.document_options import (
     note_fitted,
     take_documents,
 )
+from edge_runtime.cli.endpoint_options import endpoint_options, open_model, take_endpoint
 from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
 from edge_runtime.cli.piped import Piped
 from edge_runtime.cli.run_checks import check_output, check_stdin, check_system, is_chat, note_before, read_schema
@@ -57,6 +58,7 @@ for command_elsewhere in (batch, *COMMANDS, serve):
 @main.command(cls=Command)
 @click.argument("arguments", nargs=-1, metavar="[FILE ...] [PROMPT]")
 @model_options
+@endpoint_options
 @click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="Question; never taken for a file.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @request_options
@@ -100,12 +102,12 @@ def run(
     edge-runtime run scan.pdf --each-page --preset markdown > scan.md
     edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
     edge-runtime run clip.mp4 "What happens?" --end 1:30 --storyboard seen.png
+    edge-runtime run photo.jpg "What is it?" --endpoint http://10.0.0.7:8000
     pdftotext report.pdf - | edge-runtime run - "Summarise this."
     """
     from edge_runtime.cli import terminal as console
-    from edge_runtime.model import Model
 
-    video = take_video(options)
+    video, endpoint = take_video(options), take_endpoint(options)
     check_stdin(arguments, options["schema"])
     check_system(system)
     content = with_videos([*parse_arguments(arguments), *prompt], video)
@@ -121,7 +123,7 @@ def run(
     parts = limit_slices(content, options, chatting=chatting)
     request = take_request(options, adapter, logprobs)
     messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    with Model.load(name, **setup) as model:
+    with open_model(endpoint, name, setup) as model:
         if chatting:
             from edge_runtime.cli.chat import Chat
 

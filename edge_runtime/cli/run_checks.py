@@ -17,7 +17,7 @@ from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.system.text_files import decode_text, parse_json
 
 if TYPE_CHECKING:
-    from edge_runtime.model import Model
+    from edge_runtime.model import AnyModel
 
 
 def check_stdin(arguments: tuple[str, ...], schema: str | None) -> None:
@@ -76,7 +76,7 @@ def check_kept(option: str, target: Path | None, content: Sequence[Asked]) -> No
         raise click.UsageError(f"{option} would replace {target}, which is asked about: name another file.")
 
 
-def note_before(model: Model, content: list[Any], *, chatting: bool) -> None:
+def note_before(model: AnyModel, content: list[Any], *, chatting: bool) -> None:
     """Print notes before an answer: that the model is a toy, that stdin was not read."""
     from edge_runtime.answers import TOY_NOTICE
     from edge_runtime.cli import terminal as console

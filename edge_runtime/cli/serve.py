@@ -39,6 +39,7 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--max-memory", **SIZE, metavar="GB", help="Maximum for all loaded models.  [free memory]")
 @click.option("--queue", "max_queue", **COUNT, default=64, help="Maximum requests, running and waiting.  [64]")
 @click.option("--queue-per-client", "max_queue_per_client", **COUNT, help="Of these, per address.  [7/8 of --queue]")
+@click.option("--upstream", metavar="URL", help="Hand over what exceeds the queue; key: EDGE_RUNTIME_UPSTREAM_KEY.")
 @click.option("--connections", "max_connections", **COUNT, default=512, help="Maximum connections.  [512]")
 @click.option(
     "--connections-per-client",

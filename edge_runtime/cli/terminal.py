@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from edge_runtime.answers import Answer
     from edge_runtime.engine.events import Progress
     from edge_runtime.inputs.messages import VideoPart
-    from edge_runtime.model import Model
+    from edge_runtime.model import AnyModel
 
 _KEPT_CONTROLS = "\n\t"
 PICTURE_KERNELS, PROMPT_KERNELS = "rows.norm", "linear.gguf_blocks"
@@ -45,7 +45,7 @@ def first_compile(*, pictures: bool, prompts: bool) -> list[str]:
 
 
 def answer(
-    model: Model, messages: list[Any], options: dict[str, Any], *, quiet: bool = False, label: str = ""
+    model: AnyModel, messages: list[Any], options: dict[str, Any], *, quiet: bool = False, label: str = ""
 ) -> Answer:
     """Answer, streaming to stdout; Ctrl-C ends the answer, and the text so far is returned.
 
@@ -62,7 +62,7 @@ def answer(
         progress.clear()
         raise
     # Not earlier: refused files compile nothing.
-    for text in first_compile(pictures=pictures, prompts=model.uses_amx_prefill):
+    for text in [] if model.is_remote else first_compile(pictures=pictures, prompts=model.uses_amx_prefill):
         progress.clear()
         note(text)
     stream.on_progress = progress.on_event

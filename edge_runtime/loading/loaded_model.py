@@ -35,6 +35,9 @@ from edge_runtime.weights.gguf_file import Float32
 class LoadedModel:
     """The part of `Model` that tells of itself; everything that computes runs on the inference thread."""
 
+    is_remote = False
+    """Whether another server computes its answers."""
+
     def __init__(self, paths: ModelPaths, options: LoadOptions) -> None:
         started = time.perf_counter()
         self.paths, self.exact = paths, options.exact

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from edge_runtime.server import errors, idle_memory, system
+from edge_runtime.server import errors, idle_memory, system, upstream
 from edge_runtime.server import web_page as pages
 from edge_runtime.server.anthropic import batches as anthropic_batches
 from edge_runtime.server.anthropic import messages as anthropic
@@ -73,6 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
             state.inference.close()
             state.making.shutdown(wait=False, cancel_futures=True)
             await registry.close()
+            await close_upstream()
 
     app = FastAPI(
         title="edge-runtime",
@@ -84,6 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.server = state
     errors.install(app)
+    close_upstream = upstream.install(app, settings)
     openai_routers = (openai.router, files.router, openai_batches.router)
     others = (anthropic.router, anthropic_batches.router, llama_server.router, system.router, pages.router)
     for router in (ollama.router, *openai_routers, *others):

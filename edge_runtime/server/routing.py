@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from edge_runtime.errors import EngineBusy
 from edge_runtime.server.middleware.json_bodies import JSONRequest
 from edge_runtime.server.state import state_of
 
@@ -35,6 +36,9 @@ class JSONRoute(APIRoute):
             except HTTPException:
                 if read.refusal is None:
                     raise
+            except EngineBusy:
+                request.state.body = await read.body()  # for `upstream`, which may hand the request over
+                raise
             raise read.refusal
 
         return relabelled

@@ -31,6 +31,8 @@ class Settings:
     """Further names in the Host header by which the server is reached."""
     allow_url: tuple[str, ...] = ()
     """Hosts from which pictures and models may be fetched because a request says so; none by default."""
+    upstream: str | None = None
+    """Server that answers requests for which there is no place here; None: they are turned away."""
     tools: str = "auto"
     """Whether models take tools: `auto` where their vocabulary can call them, `off` never."""
 

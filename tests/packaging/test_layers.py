@@ -26,7 +26,7 @@ LEVELS = {
         option_checks pipeline
         engine store
         loading answers
-        next_turn
+        next_turn remote
         model
         page_by_page server
         batch
@@ -55,7 +55,7 @@ LEVELS = {
         errors
         middleware context_tokens fetch content_parts web_page responses_store reply_parts
         registry batches
-        fields media look
+        fields media look upstream
         inference
         metrics replies idle_memory hard_end
         state
