@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from edge_runtime.answers import TOY_NOTICE, Answer, AnswerStream, AsyncAnswer, make_answer, results
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
@@ -21,14 +21,16 @@ from edge_runtime.next_turn import NextTurnPrefill
 from edge_runtime.option_checks import check_conversation, check_streaming, checked_options
 from edge_runtime.options import GenerationKeywords, GenerationOptions
 from edge_runtime.pipeline import Prepared
-from edge_runtime.remote.connection import Patience
-from edge_runtime.remote.model import RemoteModel
 from edge_runtime.store.find import ModelPaths, find_model
 from edge_runtime.structured_output.answer_form import choose_form
 from edge_runtime.structured_output.constraint import AnswerForm
 from edge_runtime.structured_output.effort import Effort
 from edge_runtime.structured_output.text_form import TextForm, choose_text_form
 from edge_runtime.structured_output.vocabulary import GrammarVocabulary
+
+if TYPE_CHECKING:
+    from edge_runtime.remote.keywords import ConnectKeywords
+    from edge_runtime.remote.model import RemoteModel
 
 
 @dataclass(frozen=True)
@@ -108,33 +110,14 @@ class Model(LoadedModel):
         return cls(find_model(name, mmproj), options.checked())
 
     @staticmethod
-    def connect(
-        url: str,
-        model: str | None = None,
-        *,
-        dialect: str | None = None,
-        key: str | None = None,
-        connect_s: float = 10.0,
-        first_token_s: float = 1800.0,
-        between_s: float = 300.0,
-        retries: int = 4,
-        parallel: int = 16,
-    ) -> RemoteModel:
+    def connect(url: str, model: str | None = None, **how: Unpack[ConnectKeywords]) -> RemoteModel:
         """Use a model on a server that speaks OpenAI's API, by the same calls.
 
         Parameters
         ----------
         url : of the server, with or without `/v1`.
         model : as the server calls it; None takes its default, its first, or its only one.
-        dialect : `edge-runtime`, `vllm`, `sglang`, `llama-server` or `openai`; None asks the server what it is.
-        key : sent as a bearer token; None takes the environment's EDGE_RUNTIME_ENDPOINT_KEY, or for OpenAI's own
-        server
-            OPENAI_API_KEY.
-        connect_s : seconds for a connection.
-        first_token_s : seconds until the first piece of an answer.
-        between_s : seconds without a sign of life after that.
-        retries : how often a failure that may pass is tried again, before anything of an answer has arrived.
-        parallel : requests at the same time; further ones wait in this process.
+        how : dialect, key, times and retries; `help(edge_runtime.remote.keywords.ConnectKeywords)` explains them.
 
         Raises
         ------
@@ -143,8 +126,12 @@ class Model(LoadedModel):
         EndpointError
             When the server cannot be reached, or refuses.
         """
-        patience = Patience(connect_s, first_token_s, between_s, retries, parallel)
-        return RemoteModel.connect(url, model, dialect=dialect, key=key, patience=patience)
+        from edge_runtime.remote.connection import Patience
+        from edge_runtime.remote.model import RemoteModel
+
+        times: dict[str, Any] = {**how}
+        dialect, key = times.pop("dialect", None), times.pop("key", None)
+        return RemoteModel.connect(url, model, dialect=dialect, key=key, patience=Patience(**times))
 
     @overload
     def chat(
@@ -327,5 +314,6 @@ class Model(LoadedModel):
         return answer
 
 
-AnyModel = Model | RemoteModel
-"""A model on this machine or on a server: both answer by the same calls."""
+if TYPE_CHECKING:
+    AnyModel = Model | RemoteModel
+    """A model on this machine or on a server: both answer by the same calls."""

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,7 +23,9 @@ from edge_runtime.inputs.documents import describe
 from edge_runtime.inputs.image import load_image
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.inputs.video.frame_choice import VideoOptions
-from edge_runtime.model import AnyModel
+
+if TYPE_CHECKING:
+    from edge_runtime.model import AnyModel
 
 HELP = """\
 /image FILE   add a picture, a document or a video to the next question; so does FILE alone

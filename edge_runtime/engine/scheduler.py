@@ -9,7 +9,6 @@ preempted, and recomputed later. Tasks that give way wait for all others (`givin
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,40 +17,29 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.sequence_chunk import Cancelled
 from edge_runtime.engine.call_plan import CallPlan, CallPlanner
 from edge_runtime.engine.encoding import PictureEncoding
-from edge_runtime.engine.events import Activity, FinishReason
+from edge_runtime.engine.events import Activity
 from edge_runtime.engine.giving_way import first_to_leave, in_turn
 from edge_runtime.engine.next_token import advance, finish_beam_search
 from edge_runtime.engine.sequences import Sequences
 from edge_runtime.engine.slice_batches import await_frames, next_batch
 from edge_runtime.engine.task import Task, TaskState
+from edge_runtime.engine.task_lists import TaskLists
 from edge_runtime.engine.warm_up import WarmUp
 from edge_runtime.errors import CacheFull
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder
 
 
-class Scheduler:
+class Scheduler(TaskLists):
     """Tasks and what they share: encoder, decoder, visual tokens. Used only on the inference thread."""
 
     def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, caches: Caches) -> None:
+        super().__init__(Sequences(decoder, caches.prefixes), WarmUp())
         self._decoder, self._tokenizer = decoder, tokenizer
-        self.waiting: deque[Task] = deque()
-        """Queued, without sequences, in the order of admission."""
-        self.active: list[Task] = []
-        """Admitted, with sequences."""
-        self.sequences = Sequences(decoder, caches.prefixes)
         self.encoding = PictureEncoding(encoder, caches)
         self.planner = CallPlanner(decoder)
-        self.warm_up = WarmUp()
         self.has_arrivals: Callable[[], bool] = lambda: False
         """Whether tasks that do not give way are about to be added; asked in the middle of steps."""
-        self._admission_paused = False
-        """Whether a task was preempted and none has ended since: one admitted now would be preempted next."""
-
-    @property
-    def n_tasks(self) -> int:
-        """Tasks queued or running."""
-        return len(self.waiting) + len(self.active)
 
     @property
     def activity(self) -> Activity:
@@ -59,16 +47,6 @@ class Scheduler:
         tokens = self.encoding.visual_tokens
         slots = self._decoder.n_sequences
         return Activity(len(self.waiting), len(self.active), slots, tokens.lookups, tokens.hits, tokens.n_bytes)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether there is anything to do now."""
-        return any(not task.is_held or task.is_cancelled() for task in [*self.waiting, *self.active])
-
-    @property
-    def n_urgent(self) -> int:
-        """Tasks that do not give way."""
-        return sum(not task.gives_way for task in [*self.waiting, *self.active])
 
     @property
     def waiting_s(self) -> float:
@@ -89,11 +67,11 @@ class Scheduler:
         """Do one step: end cancelled tasks, admit queued ones, encode one batch, compute one batch."""
         for task in [*self.waiting, *self.active]:
             if task.is_cancelled():
-                self._end(task, "cancelled")
+                self.end(task, "cancelled")
         turn = in_turn([*self.waiting, *self.active])
         for task in [task for task in self.waiting if task in turn]:
             at_work = [other for other in self.active if other in turn]
-            if (self._admission_paused and at_work) or not self._find_sequences(task):
+            if (self.admission_paused and at_work) or not self._find_sequences(task):
                 break
             if task.is_scoring or not self.sequences.waits_for_prefix(task):
                 self._alone(self._admit, task)
@@ -143,7 +121,7 @@ class Scheduler:
             do(task, *more)
         except Exception as error:  # noqa: BLE001 - reported to the task's caller
             if task in self.waiting or task in self.active:
-                self._fail(task, error)
+                self.fail(task, error)
 
     def _admit(self, task: Task) -> None:
         """Give a task sequences with as much of its prefix as is held, and find out which pictures are missing."""
@@ -159,46 +137,10 @@ class Scheduler:
         if not task.pictures.missing:
             self._begin_prefill(task)
         elif task.request.is_prefetch:
-            self._end(task, "cancelled")  # what the KV cache held was given up meanwhile
+            self.end(task, "cancelled")  # what the KV cache held was given up meanwhile
         else:
             task.enter(TaskState.ENCODING)
             task.report("encode", 0, task.pictures.n_slices)
-
-    # --- the end of tasks ----------------------------------------------------------------------------------------
-
-    def _end(self, task: Task, reason: FinishReason) -> None:
-        sequence = task.sequence if task.sequences else None
-        self._drop(task)
-        task.finish(reason)
-        self.warm_up.ended(task, reason)
-        if (
-            sequence is not None and not task.gives_way
-        ):  # thousands of others, each asked once, would displace what is kept
-            self.sequences.save_prompt(task, sequence)
-
-    def _fail(self, task: Task, error: Exception) -> None:
-        self._drop(task)
-        task.fail(error)
-
-    def _drop(self, task: Task) -> None:
-        self._admission_paused = False
-        if task in self.active:
-            self.active.remove(task)
-            self.sequences.release(task)
-        else:
-            self.waiting.remove(task)
-        task.close()
-
-    def fail_all(self, error: Exception) -> None:
-        """Fail all tasks with an unexpected error; the thread continues."""
-        for task in [*self.waiting, *self.active]:
-            self._fail(task, error)
-
-    def close(self) -> None:
-        """End all tasks; the decoder may be closed afterwards."""
-        for task in [*self.waiting, *self.active]:
-            self._end(task, "cancelled")
-        self.sequences.saver.save_all()
 
     # --- encoding ------------------------------------------------------------------------------------------------
 
@@ -212,7 +154,7 @@ class Scheduler:
         limit = 0 if any(task.n_tokens and not task.gives_way for task in tasks) else BATCH_PATCHES
         batch = next_batch(tasks, limit)
         for task, error in batch.failed.items():
-            self._fail(task, error)
+            self.fail(task, error)
         if not batch.groups:
             await_frames(batch.waiting, idle=len(batch.waiting) == len(tasks))
             return False
@@ -223,7 +165,7 @@ class Scheduler:
             return False  # the next step ends them, or is another task's
         except Exception as error:  # noqa: BLE001 - reported to the tasks that need these pictures
             for task in wanting:
-                self._fail(task, error)
+                self.fail(task, error)
             return False
         for task in [*self.active]:
             if task.pictures.put(found):
@@ -263,15 +205,15 @@ class Scheduler:
             return
         except Exception as error:  # noqa: BLE001 - reported to the tasks in the batch
             for task in dict.fromkeys(plan.tasks):
-                self._fail(task, error)
+                self.fail(task, error)
             return
         self.planner.record(plan.n_rows, len(plan.tasks), time.perf_counter() - started)
         for task, own in self._rows_of_answers(plan, rows).items():
             try:
                 if (reason := advance(task, own, self._decoder, self._tokenizer)) is not None:
-                    self._end(task, reason)
+                    self.end(task, reason)
             except Exception as error:  # noqa: BLE001 - reported to the task whose token it is
-                self._fail(task, error)
+                self.fail(task, error)
 
     def _rows_of_answers(self, plan: CallPlan, rows: Sequence[int]) -> dict[Task, list[int]]:
         """Report what a step has computed; returns the rows that give tasks their next tokens."""
@@ -286,10 +228,10 @@ class Scheduler:
             is_whole = self._decoder.held(task.sequence) == len(task.keys)
             if task.request.is_prefetch and is_whole:
                 self.sequences.hold_shared(task)
-                self._end(task, "stop")
+                self.end(task, "stop")
             elif not task.request.options.max_tokens and is_whole:
                 task.laps.end("prefill")
-                self._end(task, "length")  # only the prompt was requested
+                self.end(task, "length")  # only the prompt was requested
             elif chunk.wants_logits and not task.is_cancelled():
                 if not task.n_tokens:
                     self.sequences.hold_shared(task)
@@ -300,17 +242,17 @@ class Scheduler:
         """Make room for a step in the full KV cache: give up what is idle, or preempt the youngest task."""
         if plan.tasks[0].request.is_prefetch:
             self.warm_up.give_up()
-            self._end(plan.tasks[0], "cancelled")
+            self.end(plan.tasks[0], "cancelled")
         elif self.sequences.give_up_one():
             return
         elif len(self.active) > 1:
             self._preempt(leaving := first_to_leave(self.active))
-            self._admission_paused = leaving.gives_way == plan.tasks[0].gives_way
+            self.admission_paused = leaving.gives_way == plan.tasks[0].gives_way
         elif (beams := self.active[0].beams) is not None:
             beams.search.stop()  # beams that have diverged need more cells than the context has tokens
-            self._end(self.active[0], finish_beam_search(self.active[0], self._tokenizer))
+            self.end(self.active[0], finish_beam_search(self.active[0], self._tokenizer))
         else:
-            self._fail(self.active[0], CacheFull())
+            self.fail(self.active[0], CacheFull())
 
     def _preempt(self, task: Task) -> None:
         """Take a task's sequences away; it is the first to be admitted when another task has ended."""
