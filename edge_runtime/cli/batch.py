@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from click.core import ParameterSource
 from edge_runtime.cli.batch_ray import check_options, runner_on_ray
 from edge_runtime.cli.command import Command
 from edge_runtime.cli.document_options import document_options
+from edge_runtime.cli.endpoint_options import Endpoint, endpoint_options, open_model, take_endpoint
 from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
 from edge_runtime.cli.run_checks import check_system, read_schema
 from edge_runtime.cli.video_options import is_video, take_video, video_options
@@ -23,9 +25,12 @@ from edge_runtime.inputs.pages import ALL
 
 if TYPE_CHECKING:
     from edge_runtime.batch.items import Asking, Source
+    from edge_runtime.batch.output import Output
+    from edge_runtime.model import AnyModel
 
 MAX_AT_WORK = 48
 """Below the engine's limit of waiting requests."""
+AT_WORK_ON_SERVERS = 8
 MODEL_OPTIONS = frozenset(
     ("model", "mmproj", "ctx", "threads", "exact", "kv_type", "low_memory", "cache_dir", "cache_limit", "force")
 )
@@ -47,6 +52,7 @@ OWN_OPTIONS = frozenset(("inputs", "jobs", "output", "ordered", "retry_failed", 
 @click.option("--ray", metavar="ADDRESS", help="Answer on a Ray cluster: local, auto or HOST:PORT of its head.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @model_options
+@endpoint_options
 @request_options
 @document_options
 @video_options
@@ -77,10 +83,14 @@ def batch(
     edge-runtime batch scans/ --preset ocr -o out.jsonl
     edge-runtime batch '*.png' --prompt "What is on the sign?" --max-tokens 32 -o signs.jsonl
     edge-runtime batch --jobs jobs.jsonl -o out.jsonl --ordered
+    edge-runtime batch scans/ --preset ocr -o out.jsonl --endpoint URL
     """
     check_system(system)
+    endpoint = take_endpoint(options)
     _check_words(inputs, jobs, prompt, output, options)
     if ray is not None:
+        if endpoint is not None:
+            raise click.UsageError("--ray and --endpoint were both given; give one of them.")
         check_options(ordered, parallel)
     if jobs is not None:
         from edge_runtime.batch.jobs import has_openai_lines
@@ -88,13 +98,27 @@ def batch(
         if has_openai_lines(jobs):
             from edge_runtime.cli.batch_openai import answer_openai_lines
 
-            if ray is not None:
+            if ray is not None or endpoint is not None:
                 raise click.UsageError(
-                    "--ray cannot be given with OpenAI's lines: give them to /v1/batches of a server on the cluster."
+                    f"{'--endpoint' if ray is None else '--ray'} cannot be given with OpenAI's lines: give them to "
+                    "/v1/batches of that server."
                 )
             _check_openai_options()
             sys.exit(answer_openai_lines(jobs, output, options, ordered, retry_failed, parallel))
-    sys.exit(_answer(inputs, jobs, output, prompt, system, ordered, retry_failed, parallel, ray, options))
+    how = _How(output, ordered, retry_failed, parallel, ray, endpoint)
+    sys.exit(_answer(inputs, jobs, prompt, system, how, options))
+
+
+@dataclass(frozen=True)
+class _How:
+    """Who answers, and what becomes of the answers."""
+
+    output: Path
+    ordered: bool
+    retry_failed: bool
+    parallel: int | None
+    ray: str | None
+    endpoint: Endpoint | None
 
 
 def _check_words(
@@ -131,48 +155,57 @@ def _check_openai_options() -> None:
 def _answer(
     inputs: tuple[str, ...],
     jobs: Path | None,
-    output: Path,
     prompt: str | None,
     system: str | None,
-    ordered: bool,
-    retry_failed: bool,
-    parallel: int | None,
-    ray: str | None,
+    how: _How,
     options: dict[str, Any],
 ) -> int:
     """Answer files or our jobs; returns the exit code."""
-    from edge_runtime.batch.answering import Answering, never
     from edge_runtime.batch.items import Asking
     from edge_runtime.batch.lines import line_of, read_line
     from edge_runtime.batch.output import Output
-    from edge_runtime.cli.batch_run import run, run_batch
+    from edge_runtime.cli.batch_run import run
     from edge_runtime.inputs.workers.pool import DecoderPool
-    from edge_runtime.model import Model
 
     video = take_video(options)
     name, setup, adapter = take_setup(options)
     request = _request(options, adapter)
-    asking = Asking(prompt, system, request, [name, adapter, setup["exact"], video])
+    server = how.endpoint and [how.endpoint.url, how.endpoint.model]
+    asking = Asking(prompt, system, request, [server or name, adapter, setup["exact"], video])
     pool = DecoderPool(pixel_limit=request["pixel_limit"])
 
     def as_part(path: Path) -> Any:
         return VideoPart(path, video) if is_video(path) else path
 
     source = _source(inputs, jobs, asking, as_part, pool)
-    with Output(output, read_line) as out, contextlib.closing(pool):
-        out.open(drop_errors=retry_failed)
+    with Output(how.output, read_line) as out, contextlib.closing(pool):
+        out.open(drop_errors=how.retry_failed)
         for first in source:
             out.has(first)  # what was asked otherwise is refused before the model is loaded
             break
-        if ray is not None:
-            runner_of = runner_on_ray(ray, name, setup, request, inputs)
+        if how.ray is not None:
+            runner_of = runner_on_ray(how.ray, name, setup, request, inputs)
             return run(source, runner_of, lambda: None, line_of, out)
-        with Model.load(name, **setup) as model:
+        with open_model(how.endpoint, name, setup) as model:
             _check_options(model, request)
-            _note_start(model)
-            answering = Answering(model, {"decoders": pool, "gives_way": never})
-            n_at_work = parallel or 2 * model.activity.slots
-            return run_batch(source, answering, answering.cancel, line_of, out, n_at_work, ordered=ordered)
+            return _answer_with(model, pool, source, how, out)
+
+
+def _answer_with(model: AnyModel, pool: Any, source: Source, how: _How, out: Output) -> int:
+    """Answer by a model here or on a server; returns the exit code."""
+    from edge_runtime.batch.answering import Answering, never
+    from edge_runtime.batch.lines import line_of
+    from edge_runtime.cli.batch_run import run_batch
+    from edge_runtime.model import Model
+
+    if isinstance(model, Model):
+        _note_start(model)
+        answering = Answering(model, {"decoders": pool, "gives_way": never})
+        n_at_work = how.parallel or 2 * model.activity.slots
+    else:
+        n_at_work = how.parallel or AT_WORK_ON_SERVERS
+        answering = Answering(model, n_preparing=n_at_work)
+    return run_batch(source, answering, answering.cancel, line_of, out, n_at_work, ordered=how.ordered)
 
 
 def _request(options: dict[str, Any], adapter: str | None) -> dict[str, Any]:
