@@ -94,8 +94,6 @@ class Application:
         self._settings = settings
         self._app = create_app(settings)
         self._state = server_of(self._app)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="edge-runtime requests", daemon=True)
         self._cancelled = threading.Event()
 
     def check_models(self, jobs: OpenAIJobs) -> None:
@@ -114,6 +112,8 @@ class Application:
                 ) from None
 
     def __enter__(self) -> Application:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="edge-runtime requests", daemon=True)
         self._thread.start()
         try:
             self._run(self._state.registry.preload())
