@@ -20,6 +20,7 @@ from edge_runtime.batch.lines import Recorded
 from edge_runtime.errors import EdgeRuntimeError, MessageError
 from edge_runtime.server.app import create_app
 from edge_runtime.server.batches.lines import ENDPOINTS, Line, LineRefused, Reply, answer, output_line, parse
+from edge_runtime.server.middleware.shares import Background
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import server_of
 
@@ -93,8 +94,6 @@ class Application:
         self._settings = settings
         self._app = create_app(settings)
         self._state = server_of(self._app)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="edge-runtime requests", daemon=True)
         self._cancelled = threading.Event()
 
     def check_models(self, jobs: OpenAIJobs) -> None:
@@ -113,6 +112,8 @@ class Application:
                 ) from None
 
     def __enter__(self) -> Application:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="edge-runtime requests", daemon=True)
         self._thread.start()
         try:
             self._run(self._state.registry.preload())
@@ -132,7 +133,7 @@ class Application:
         line: Line = item.messages[0]  # type: ignore[assignment] # of OpenAIJobs
         reply = Reply(503, b"{}")
         for seconds in (*RETRY_S, None):
-            reply = self._run(answer(self._app, line, self._settings))
+            reply = self._run(answer(self._app, line, self._settings, Background()))
             if reply.status not in RETRIED or seconds is None or self._cancelled.wait(seconds):
                 break
         return Replied(reply)

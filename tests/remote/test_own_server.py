@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from PIL import Image, ImageDraw
 
@@ -74,3 +76,21 @@ def test_the_command(server, capsys, tmp_path):  # noqa: F811
             main(["run", "Hello?", *wrong])
         assert ended.value.code == 2
         assert "endpoint" in capsys.readouterr().err
+
+
+def test_a_batch(server, capsys, tmp_path):  # noqa: F811
+    for i in range(3):
+        picture().save(tmp_path / f"{i}.png")
+    out = tmp_path / "out.jsonl"
+    words = ["batch", str(tmp_path), "--prompt", "What does it say?", "--greedy", "--max-tokens", "8", "-o", str(out)]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--endpoint", server.url])
+    assert ended.value.code == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(line["id"] for line in lines) == [str(tmp_path / f"{i}.png") for i in range(3)]
+    assert [(line["answer"], line["error"]) for line in lines] == [("CAT", None)] * 3
+    for wrong in (["--ray", "local"], ["--threads", "2"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, "--endpoint", server.url, *wrong])
+        assert ended.value.code == 2
+        assert wrong[0] in capsys.readouterr().err
