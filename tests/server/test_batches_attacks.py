@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from edge_runtime.server.batches import at_hand, kept
 from edge_runtime.server.batches import files as files_module
-from edge_runtime.server.batches import runner
 from server.attacking import connected, head, rest_of, wait_until
 from server.conftest import Served
 from server.test_batches import CHAT, jsonl, own_folder, request
@@ -138,7 +138,7 @@ def test_so_has_their_number(client, monkeypatch):
 
 def test_so_has_that_of_batches(client, served, monkeypatch):
     monkeypatch.setattr(served.state.batches, "_is_asked", lambda: True)
-    monkeypatch.setattr(runner, "MAX_UNFINISHED", 2)
+    monkeypatch.setattr(kept, "MAX_UNFINISHED", 2)
     replies = []
     for _ in range(3):
         file = client.post("/v1/files", content=GOOD, headers=FORM).json()["id"]
@@ -149,7 +149,7 @@ def test_so_has_that_of_batches(client, served, monkeypatch):
 
 
 def test_records_of_batches_that_have_ended_do_not_pile_up(client, own_folder, monkeypatch):
-    monkeypatch.setattr(runner, "MAX_BATCHES", 3)
+    monkeypatch.setattr(kept, "MAX_BATCHES", 3)
     made = []
     for _ in range(5):
         file = client.post("/v1/files", content=GOOD[:-60] + END, headers=FORM)
@@ -257,7 +257,7 @@ def test_a_full_disk_costs_no_answer(client, served, monkeypatch):
     """An answer waits until there is room for it; the batch then goes on."""
     from edge_runtime.server.batches.work import Appended
 
-    monkeypatch.setattr(runner, "FULL_S", 0.05)
+    monkeypatch.setattr(at_hand, "FULL_S", 0.05)
     append, calls = Appended.append, []
 
     def full(self: Appended, data: bytes) -> None:

@@ -136,7 +136,7 @@ def test_a_model_that_only_lines_use_makes_room_for_another(own_folder, serve, e
 
 def test_what_may_pass_is_tried_again(own_folder, serve, monkeypatch):
     served = serve()
-    monkeypatch.setattr("edge_runtime.server.batches.runner.RETRY_S", (0.01,) * 3)
+    monkeypatch.setattr("edge_runtime.server.batches.at_hand.RETRY_S", (0.01,) * 3)
     begin, calls = served.state.inference.begin, []
 
     async def short_of_memory(call: Any) -> Any:
@@ -150,7 +150,7 @@ def test_what_may_pass_is_tried_again(own_folder, serve, monkeypatch):
         done = ended(ai, start(ai, request("a")).id)
         assert (done.request_counts.completed, len(calls)) == (1, 3)
         calls.clear()
-        monkeypatch.setattr("edge_runtime.server.batches.runner.RETRY_S", (0.01,))
+        monkeypatch.setattr("edge_runtime.server.batches.at_hand.RETRY_S", (0.01,))
         done = ended(ai, start(ai, request("a")).id)
         (line,) = content(ai, done.error_file_id)
         assert line["response"]["status_code"] == 503

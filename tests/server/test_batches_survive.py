@@ -14,7 +14,8 @@ from typing import Any
 import openai
 import pytest
 
-from edge_runtime.server.batches import runner
+from edge_runtime.server.batches import ending, runner
+from edge_runtime.server.batches.files import Files
 from edge_runtime.server.batches.lines import Line, Reply, output_line
 from edge_runtime.server.batches.records import BatchRecord, FileRecord, read_all
 from edge_runtime.server.batches.work import Appended, Work
@@ -183,7 +184,7 @@ def test_the_end_is_done_again_after_a_kill(own_folder: Path, serve: Any, monkey
         pass
 
     calls = []
-    put, replace = runner.Files.put, Path.replace
+    put, replace = Files.put, Path.replace
 
     def dying_put(self: Any, record: FileRecord) -> None:
         calls.append("put")
@@ -201,7 +202,7 @@ def test_the_end_is_done_again_after_a_kill(own_folder: Path, serve: Any, monkey
         return replace(self, target)
 
     with running(Settings(port=0)) as served, openai_client(served) as ai, monkeypatch.context() as patch:
-        patch.setattr(runner.Files, "put", dying_put)
+        patch.setattr(Files, "put", dying_put)
         patch.setattr(Path, "replace", dying_replace)
         patch.setattr(runner, "FULL_S", 0.01)
         batch = start(ai, request("a"), request("b")).id
@@ -229,7 +230,7 @@ def test_it_goes_on_without_being_asked(own_folder: Path):
         while served.state.batches.counts().get("completed") != 1:
             assert time.monotonic() < end
             time.sleep(0.02)
-        assert served.state.batches._records[batch].completed == 1
+        assert served.state.batches._kept.records[batch].completed == 1
 
 
 def test_a_line_that_is_withdrawn_before_it_begins_goes_back(own_folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -269,8 +270,8 @@ def test_the_rest_of_an_expired_batch_waits_for_room_on_the_disk(tmp_path: Path,
 
     monkeypatch.setattr(Appended, "append", full)
     with pytest.raises(OSError):
-        runner._put_rest(work, record)
-    runner._put_rest(work, record)
+        ending.put_rest(work, record)
+    ending.put_rest(work, record)
     work.close()
     assert [*Appended(tmp_path / "batch.errors").mend()] == [f"{i}" for i in range(5)]
     assert (work.failed, work.unanswered) == (5, 5)
