@@ -66,7 +66,7 @@ class Bench:
     def start(self, side: str, **options: Any) -> Child:
         """Start a side without loading anything."""
         module, given = self._spec(side)
-        child = Child(f"benchmarks.sides.{module}", given | options, self.files / "logs" / f"{side}.log")
+        child = Child(f"benchmarks.peers.{module}", given | options, self.files / "logs" / f"{side}.log")
         if module == "openvino_tower":
             try:
                 child.call("make")
@@ -75,7 +75,7 @@ class Bench:
                 raise
             # The memory and threads that quantising took must not count for the side.
             child.close()
-            child = Child(f"benchmarks.sides.{module}", given | options, self.files / "logs" / f"{side}.log")
+            child = Child(f"benchmarks.peers.{module}", given | options, self.files / "logs" / f"{side}.log")
         return child
 
     def load(self, side: str, **options: Any) -> Child:

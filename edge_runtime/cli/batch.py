@@ -241,10 +241,16 @@ def _source(
 
 def _check_options(model: Any, request: Mapping[str, Any]) -> None:
     """Refuse what every item would be refused for."""
+    from edge_runtime.model import Model
     from edge_runtime.option_checks import checked_options
     from edge_runtime.options import GenerationOptions
+    from edge_runtime.structured_output.answer_form import choose_form
+    from edge_runtime.structured_output.effort import Effort
 
-    checked_options(GenerationOptions.of(request)[0], model.limits)
+    asked = checked_options(GenerationOptions.of(request)[0], model.limits)
+    if isinstance(model, Model):  # a server compiles schemas itself
+        form = asked.schema, asked.json, asked.tools, asked.tool_choice, asked.thinking
+        choose_form(*form, model.tokenizer, lambda: model.grammar_vocabulary, Effort())
 
 
 def _note_start(model: Any) -> None:

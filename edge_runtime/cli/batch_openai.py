@@ -47,6 +47,8 @@ def answer_openai_lines(
     name, setup, adapter = take_setup(options)
     if adapter is not None:
         raise click.UsageError("--lora cannot be given with OpenAI's lines: merge the adapter, or write jobs.")
+    if setup["mmproj"] is not None:
+        raise click.UsageError("--mmproj cannot be given with OpenAI's lines: name a folder that holds both files.")
     settings = Settings(
         port=0,
         models=(name,),

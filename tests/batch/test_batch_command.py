@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 import re
 import resource
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,14 @@ PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def right(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Answers about pictures of words, one by one, of which the demo is sure whatever else is computed with them."""
     folder = tmp_path_factory.mktemp("batch")
-    os.chdir(folder)
+    with contextlib.chdir(folder):
+        yield answers_about_words(folder)
+
+
+def answers_about_words(folder: Path) -> dict[str, str]:
     (folder / "pics").mkdir()
     found: dict[str, str] = {}
     with Model.load("demo") as model:
@@ -269,3 +273,21 @@ def test_combinations_that_mean_nothing_are_usage_errors(tmp_path, monkeypatch, 
     assert code == 2
     assert reason in notes
     assert Path("out.png").read_bytes() == b"x"
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_once(here):
+    schema = '{"type": "object", "properties": {"a": {"type": "nonsense"}}}'
+    code, notes = invoke("pics", *ASKED, "--schema", schema, "-o", "schema_out.jsonl")
+    assert code == 1
+    assert "nonsense" in notes
+    assert Path("schema_out.jsonl").read_bytes() == b""
+
+
+def test_options_that_openais_lines_cannot_have_are_refused(here):
+    pytest.importorskip("fastapi", reason="extra [serve]")
+    Path("one.jsonl").write_text(json.dumps(openai_line("a", messages=[])) + "\n", "utf-8")
+    for option, value in (("--mmproj", "x.gguf"), ("--lora", "x.gguf"), ("--prompt", "Why?"), ("--ray", "local")):
+        code, notes = invoke("--jobs", "one.jsonl", "-o", "refused_out.jsonl", option, value)
+        assert code == 2
+        assert option in notes
+    assert not Path("refused_out.jsonl").exists()
