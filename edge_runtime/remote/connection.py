@@ -2,8 +2,8 @@
 
 What may pass is tried again with growing, random waits: a connection that fails, and the statuses 408, 425, 429, 500,
 502, 503, 504, as long as nothing of an answer has arrived; `Retry-After` is obeyed. Once an answer has begun, a
-break is an error that says what arrived: the beginning was shown, and another try would write another one. Redirects
-are followed on the same host alone, so neither the key nor a picture ever goes elsewhere.
+break is an error that says what arrived: the beginning was shown, and another try would write another one. A single
+request and its response are `exchange`'s.
 """
 
 from __future__ import annotations
@@ -15,31 +15,23 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
 
 from edge_runtime.engine.events import Event, EventQueue, Finished
-from edge_runtime.errors import EndpointError, MessageError, PromptTooLongError
-from edge_runtime.remote.address import KEY_VARIABLE, Address
+from edge_runtime.errors import EndpointError, MessageError
+from edge_runtime.remote.address import Address
+from edge_runtime.remote.exchange import MAX_LINE_BYTES, Exchange, Trouble, data_of, limited
 from edge_runtime.remote.replies import Reader
 from edge_runtime.system.forks import Home, only_here
 
-BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-MAX_REDIRECTS = 3
-MAX_ERROR_BYTES = 1 << 16
-MAX_LINE_BYTES = 64 << 20
-"""Of one event; a whole reply without a stream has the same limit."""
-SHOWN = 300
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0
 MAX_RETRY_AFTER_S = 120.0
 """Longer waits that a server asks for are errors that say so."""
-_LONG = ("context_length_exceeded", "exceed_context_size_error")
 
 
 @dataclass(frozen=True)
@@ -68,14 +60,6 @@ class Patience:
             if isinstance(value, bool) or not isinstance(value, int if counts else int | float) or not value >= low:
                 raise MessageError(f"{name} is {value!r}; expected a {'whole ' if counts else ''}number from {low}.")
         return self
-
-
-class _Trouble(Exception):  # noqa: N818 - not an error yet
-    """A failure that may pass."""
-
-    def __init__(self, error: EndpointError, wait_s: float | None = None) -> None:
-        super().__init__(str(error))
-        self.error, self.wait_s = error, wait_s
 
 
 class _LoopThread:
@@ -177,7 +161,8 @@ class Connection:
     def __init__(self, address: Address, patience: Patience) -> None:
         self.address, self.patience = address, patience.checked()
         self._places = asyncio.Semaphore(patience.parallel)
-        self._loop = _LoopThread(lambda: _client(address, patience))
+        self._exchange = Exchange(address, patience.connect_s, patience.parallel)
+        self._loop = _LoopThread(self._exchange.client)
         weakref.finalize(self, only_here(self._loop.close))
 
     def close(self) -> None:
@@ -222,7 +207,7 @@ class Connection:
         for n_failed in range(self.patience.retries + 1):
             try:
                 return await attempt()
-            except _Trouble as trouble:
+            except Trouble as trouble:
                 if has_begun() or n_failed == self.patience.retries:
                     raise trouble.error from None
                 if trouble.wait_s is not None and trouble.wait_s > MAX_RETRY_AFTER_S:
@@ -231,112 +216,15 @@ class Connection:
         raise AssertionError
 
     async def _get(self, client: httpx2.AsyncClient, url: str) -> Any:
-        async with self._sent(client, "GET", url, None) as response:
+        async with self._exchange.sent(client, "GET", url, None) as response:
             if response.status_code in (404, 405, 501):
                 return None
-            await self._check_status(response, None)
-            body = await _limited(response, MAX_LINE_BYTES)
+            await self._exchange.check_status(response)
+            body = await limited(response, MAX_LINE_BYTES)
             try:
                 return json.loads(body)
             except (ValueError, RecursionError):
                 return None
-
-    @contextlib.asynccontextmanager
-    async def _sent(
-        self, client: httpx2.AsyncClient, method: str, url: str, body: bytes | None
-    ) -> AsyncIterator[httpx2.Response]:
-        """The response to a request, its body not read yet."""
-        host = self.address.host
-        try:
-            for _ in range(1 + MAX_REDIRECTS):
-                request = client.build_request(method, url, content=body, headers=self._headers(body is not None))
-                response = await client.send(request, stream=True)
-                try:
-                    if response.status_code not in REDIRECTS:
-                        yield response
-                        return
-                    url = self._redirected(response)
-                finally:
-                    await response.aclose()
-            raise EndpointError(f"{host} redirects more than {MAX_REDIRECTS} times; give the address it leads to.")
-        except httpx2.ConnectTimeout:
-            raise self._trouble(f"{host} did not accept a connection within {self.patience.connect_s:g} s") from None
-        except httpx2.ProxyError as error:
-            raise self._trouble(f"The proxy on the way to {host} refuses ({_reason(error)})") from None
-        except httpx2.ConnectError as error:
-            raise self._trouble(f"{host} cannot be reached ({_reason(error)})") from None
-        except (httpx2.LocalProtocolError, httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
-            raise EndpointError(
-                f"A request to {host} cannot be made ({_reason(error)}); check the address."
-            ) from None
-        except httpx2.RequestError as error:
-            raise self._trouble(f"The connection to {host} broke ({_reason(error)})") from None
-
-    def _headers(self, has_body: bool) -> dict[str, str]:
-        found = {"User-Agent": "edge-runtime", "Accept-Encoding": "identity"}
-        if has_body:
-            found["Content-Type"] = "application/json"
-        if self.address.key is not None:
-            found["Authorization"] = f"Bearer {self.address.key}"
-        return found
-
-    def _redirected(self, response: httpx2.Response) -> str:
-        """Where a redirect leads, if that is the same host and the request stays the same."""
-        location, base = response.headers.get("location", ""), self.address.base
-        try:
-            url = response.url.join(location)
-            is_same = (url.scheme, url.host, url.port) == (base.scheme, base.host, base.port)
-        except (httpx2.InvalidURL, ValueError):
-            is_same = False
-        if not is_same or response.status_code not in (307, 308):
-            raise EndpointError(
-                f"{self.address.host} redirects to {location.rpartition('@')[2][:80]!r}, which is not followed: "
-                f"the key "
-                "and the pictures are for the server that was named; give the address it leads to.",
-                status=response.status_code,
-            )
-        return str(url)
-
-    def _trouble(
-        self, what: str, received: str = "", wait_s: float | None = None, status: int | None = None
-    ) -> _Trouble:
-        error = EndpointError(
-            f"{what}; check that the server runs, or try again later.",
-            status=status,
-            received=received,
-            may_pass=True,
-        )
-        return _Trouble(error, wait_s)
-
-    async def _check_status(self, response: httpx2.Response, reader: Reader | None) -> None:
-        status = response.status_code
-        if 200 <= status < 300:
-            return
-        said = _said(await _limited(response, MAX_ERROR_BYTES))
-        raise self._refused(status, said, _retry_after_s(response.headers.get("retry-after")))
-
-    def _refused(self, status: int, said: tuple[str, str], wait_s: float | None) -> Exception:
-        """What a status and an error's text mean."""
-        (text, code), host = said, self.address.host
-        text = self._hide(text) or f"status {status} without an explanation"
-        if code in _LONG or "maximum context length" in text:
-            return PromptTooLongError(f"{host} says: {text}")
-        if status in (401, 403):
-            known = "none was sent" if self.address.key is None else "the one that was sent is refused"
-            return EndpointError(
-                f"{host} wants a key, and {known} ({text}); put it into {KEY_VARIABLE}.", status=status
-            )
-        if status in BUSY:
-            wait = f"; it asks to wait {wait_s:g} s" if wait_s is not None else ""
-            error = EndpointError(
-                f"{host} has no answer now (status {status}): {text}{wait}.", status=status, may_pass=True
-            )
-            return _Trouble(error, wait_s)
-        return EndpointError(f"{host} refuses the request (status {status}): {text}", status=status)
-
-    def _hide(self, text: str) -> str:
-        """A text of the server without the key, should it repeat that."""
-        return text if self.address.key is None else text.replace(self.address.key, "***")
 
     async def _stream(self, client: httpx2.AsyncClient, body: bytes, reader: Reader, events: EventQueue) -> None:
         """One attempt at an answer."""
@@ -348,11 +236,9 @@ class Connection:
 
         try:
             async with asyncio.timeout(left_s()) as limit:
-                async with self._sent(client, "POST", url, body) as response:
-                    await self._check_status(response, reader)
-                    is_stream = "text/event-stream" in response.headers.get("content-type", "")
-                    lines = _events(response) if is_stream else _whole(response)
-                    async for data in lines:
+                async with self._exchange.sent(client, "POST", url, body) as response:
+                    await self._exchange.check_status(response)
+                    async for data in data_of(response):
                         if data == b"[DONE]":
                             break
                         self._take(data, reader, events)
@@ -364,7 +250,7 @@ class Connection:
                 received=reader.received,
                 may_pass=True,
             ) from None
-        except _Trouble as trouble:
+        except Trouble as trouble:
             if not reader.has_begun:
                 raise
             raise EndpointError(
@@ -374,7 +260,7 @@ class Connection:
             what = f"{host} ended the answer without saying why"
             if reader.has_begun:
                 raise EndpointError(f"{what}{reader.so_far()}.", received=reader.received, may_pass=True)
-            raise self._trouble(what)
+            raise self._exchange.trouble(what)
         for piece in reader.end():
             events.put(piece)
 
@@ -393,7 +279,7 @@ class Connection:
         if isinstance(chunk, Mapping) and chunk.get("error"):
             error = chunk["error"]
             status = error.get("code") if isinstance(error, Mapping) else None
-            refused = self._refused(status if isinstance(status, int) else 500, _said(data), None)
+            refused = self._exchange.refused(status if isinstance(status, int) else 500, data)
             if reader.has_begun and isinstance(refused, EndpointError):
                 refused = EndpointError(
                     f"{refused}{reader.so_far()}.", status=refused.status, received=reader.received
@@ -403,102 +289,8 @@ class Connection:
             events.put(piece)
 
 
-def _client(address: Address, patience: Patience) -> httpx2.AsyncClient:
-    """A client without limits of its own but for a connection.
-
-    A proxy of the environment is not for this machine.
-    """
-    return httpx2.AsyncClient(
-        timeout=httpx2.Timeout(None, connect=patience.connect_s),
-        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=patience.parallel),
-        follow_redirects=False,
-        trust_env=not address.is_loopback,
-    )
-
-
 def _wait_s(n_failed: int, asked_s: float | None) -> float:
     """Seconds before the next attempt: what the server asks for, or a random part of a growing time."""
     most = min(MAX_WAIT_S, FIRST_WAIT_S * 2**n_failed)
     jitter = random.uniform(0.5, 1.0)
     return most * jitter if asked_s is None else asked_s + FIRST_WAIT_S * (jitter - 0.5)
-
-
-def _retry_after_s(text: str | None) -> float | None:
-    """Seconds of a Retry-After header: a number, or a date."""
-    if not text:
-        return None
-    try:
-        return max(0.0, float(int(text)))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-async def _limited(response: httpx2.Response, most: int) -> bytes:
-    """The body, or as much of it as is allowed."""
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > most:
-            break
-    return bytes(body[:most])
-
-
-async def _whole(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """A reply of a server that does not stream."""
-    yield await _limited(response, MAX_LINE_BYTES)
-
-
-async def _events(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """Data of a stream's events, one line each; comments and other fields are empty: signs of life.
-
-    Lines end with a line feed; characters like U+2028, which are line ends elsewhere, may be part of a text.
-    """
-    rest = bytearray()
-    async for chunk in response.aiter_raw():
-        rest += chunk
-        *lines, last = rest.split(b"\n")
-        for line in (bytes(line).strip() for line in lines):
-            for field in (
-                b"data:",
-                b"error:",
-            ):  # older versions of llama-server write errors into a field of their own
-                if line.startswith(field):
-                    text = line[len(field) :].strip()
-                    yield text if field == b"data:" else b'{"error": ' + text + b"}"
-                    break
-            else:
-                yield b""
-        rest = bytearray(last)
-        if len(rest) > MAX_LINE_BYTES:
-            raise EndpointError(f"The server sent an event of more than {MAX_LINE_BYTES} bytes; that is no answer.")
-
-
-def _said(body: bytes) -> tuple[str, str]:
-    """The text and the code of an error, in any of the forms that servers have."""
-    try:
-        found: Any = json.loads(body)
-    except (ValueError, RecursionError):
-        return _cut(body.decode("utf-8", "replace")), ""
-    if not isinstance(found, Mapping):
-        return _cut(str(found)), ""
-    error = found.get("error", found)
-    if not isinstance(error, Mapping):
-        return _cut(str(error)), ""
-    text = error.get("message") or error.get("detail") or json.dumps(error)
-    code = error.get("code")
-    return _cut(text if isinstance(text, str) else json.dumps(text)), str(
-        error.get("type") if isinstance(code, int) else code
-    )
-
-
-def _cut(text: str) -> str:
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-
-
-def _reason(error: Exception) -> str:
-    return _cut(str(error)) or type(error).__name__

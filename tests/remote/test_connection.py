@@ -15,6 +15,7 @@ import pytest
 from edge_runtime import EndpointError, MessageError, Model, RemoteModel
 from edge_runtime.remote import connection
 from edge_runtime.remote.address import Address, parse_address
+from edge_runtime.remote.exchange import retry_after_s
 from support.fake_servers import Handler, chunk, chunks, fake, refuse, say, tear
 
 
@@ -135,8 +136,8 @@ def test_waits_grow_and_are_obeyed(monkeypatch):
     assert all(0.25 * 2**n <= connection._wait_s(n, None) <= 0.5 * 2**n for n in range(5))
     assert connection._wait_s(50, None) <= connection.MAX_WAIT_S
     assert 7 <= connection._wait_s(0, 7.0) <= 7.5
-    assert connection._retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
-    assert [connection._retry_after_s(text) for text in (None, "", "soon", "-1")] == [None, None, None, 0]
+    assert retry_after_s("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert [retry_after_s(text) for text in (None, "", "soon", "-1")] == [None, None, None, 0]
 
 
 @pytest.mark.parametrize("streams", [True, False])
