@@ -4,9 +4,9 @@
     python benchmarks/load.py --peer LLAMA_SERVER --model FOLDER [--clients 4 8] [--requests 24] [--json FILE]
 
 The first asks the server for a while; every client sends one question after the other, each about a new picture. The
-server passes if there is no error but 429, and memory (RssAnon, less the visual tokens that are kept on purpose, up
-to 128 MB) does not grow after the first quarter; otherwise the exit code is 1. The 95th percentile of the time to the
-first token is shown.
+server passes if there is no error but 429, and memory (RssAnon, less the visual tokens and features of slices that
+are kept on purpose, up to 192 MB) does not grow after the first quarter; otherwise the exit code is 1. The 95th
+percentile of the time to the first token is shown.
 
 The second asks both servers the same: new pictures of 448 x 448, 16 tokens each, the same files and threads, streams
 over OpenAI's API. The servers take turns, each alone in memory, and every turn starts with requests that are not
@@ -325,7 +325,7 @@ def hold(options: argparse.Namespace) -> dict[str, Any]:
 
         asyncio.run(both())
     quarter = max(1, len(memory) // 4)
-    # Visual tokens are kept up to a limit; even with only new pictures it takes a while to reach.
+    # Tokens and features are kept up to a limit; even with only new pictures it takes a while to reach.
     others_mb = [total - tokens for total, tokens in zip(memory, kept, strict=True)]
     growth = median(others_mb[-quarter:]) - median(others_mb[quarter : 2 * quarter])
     others = {name: count for name, count in tally.ends.items() if name not in ("ok", "429")}

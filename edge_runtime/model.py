@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from edge_runtime.next_turn import NextTurnPrefill
 from edge_runtime.option_checks import check_conversation, check_streaming, checked_options
 from edge_runtime.options import GenerationKeywords, GenerationOptions
 from edge_runtime.pipeline import Prepared
+from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store.find import ModelPaths, find_model
 from edge_runtime.structured_output.answer_form import choose_form
 from edge_runtime.structured_output.constraint import AnswerForm
@@ -43,6 +44,23 @@ class _Submitted:
     """Time by `time.perf_counter` before pictures were decoded."""
     image_s: float
     """Seconds of preparation."""
+
+
+def _form(
+    options: GenerationOptions, tokenizer: Tokenizer, vocabulary: Callable[[], GrammarVocabulary], effort: Effort
+) -> AnswerForm | TextForm | None:
+    """What the answer must look like; None if it is free."""
+    schema, json, tools, choice = options.schema, options.json, options.tools, options.tool_choice
+    form = choose_form(schema, json, tools, choice, options.thinking, tokenizer, vocabulary, effort)
+    return form or choose_text_form(options.text_forms, vocabulary, effort)
+
+
+def _timings(of: _Submitted, load_s: float, end: Finished) -> dict[str, float]:
+    """Seconds of an answer's parts; the first token is counted from before the pictures were decoded."""
+    timings = {"load": load_s, "image": of.image_s, **end.timings_s, "total": time.perf_counter() - of.started}
+    if timings["first_token"]:
+        timings["first_token"] += of.image_s
+    return timings
 
 
 class Model(LoadedModel):
@@ -121,10 +139,8 @@ class Model(LoadedModel):
 
         Raises
         ------
-        MessageError
-            When an argument has the wrong form, or the server has several models and none is named.
-        EndpointError
-            When the server cannot be reached, or refuses.
+        MessageError, EndpointError
+            When an argument is wrong, or no model is named of several; when the server cannot be reached, or refuses.
         """
         from edge_runtime.remote.connection import Patience
         from edge_runtime.remote.model import RemoteModel
@@ -223,7 +239,7 @@ class Model(LoadedModel):
         asked, hooks = GenerationOptions.of({**options, "n": n})
         asked = checked_options(asked, self.limits)
         started = time.perf_counter()
-        form = self._form(asked, Effort(check=hooks.on_check))
+        form = _form(asked, self.tokenizer, lambda: self.grammar_vocabulary, Effort(check=hooks.on_check))
         reserve_tokens = 0 if asked.prompt_only else asked.max_tokens
         prepared = self._prepare(messages, asked, hooks, reserve_tokens, refuse=True)
         request = self._request(prepared, asked, form)
@@ -243,14 +259,6 @@ class Model(LoadedModel):
         if stream:
             check_streaming(GenerationOptions.of(options)[0])
         return self.submit(messages, n=n, **options)
-
-    def _form(self, options: GenerationOptions, effort: Effort) -> AnswerForm | TextForm | None:
-        """What the answer must look like; None if it is free."""
-        schema, json, tools, choice = options.schema, options.json, options.tools, options.tool_choice
-        form = choose_form(
-            schema, json, tools, choice, options.thinking, self.tokenizer, lambda: self.grammar_vocabulary, effort
-        )
-        return form or choose_text_form(options.text_forms, lambda: self.grammar_vocabulary, effort)
 
     @cached_property
     def grammar_vocabulary(self) -> GrammarVocabulary:
@@ -288,14 +296,6 @@ class Model(LoadedModel):
     ) -> Answer:
         """Build the answer when the engine has finished it, and prefill the start of the next turn."""
         options, prompt_ids = of.request.options, of.prepared.prompt.ids
-        timings = {
-            "load": self.load_s,
-            "image": of.image_s,
-            **end.timings_s,
-            "total": time.perf_counter() - of.started,
-        }
-        if timings["first_token"]:
-            timings["first_token"] += of.image_s
         scored = describe_prompt(prompt_ids, end.prompt_scores, self.tokenizer) if options.prompt_logprobs else None
         answer = make_answer(
             of.prepared,
@@ -303,7 +303,7 @@ class Model(LoadedModel):
             text,
             reasoning,
             model=self.name,
-            timings=timings,
+            timings=_timings(of, self.load_s, end),
             logprobs=scores if options.logprobs else None,
             prompt_logprobs=scored,
             end_logprobs=None if end.end_score is None else describe(end.end_score, "answer", self.tokenizer),

@@ -38,6 +38,11 @@ class PictureEncoding:
         missing = {request.digests[i]: request.groups[i] for i in behind if known[request.digests[i]] is None}
         return Pictures(tokens, missing, sum(len(group) for group in missing.values()))
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of visual tokens and of features of slices that are kept in case they are needed again."""
+        return self.visual_tokens.n_bytes + self._encoder.known_bytes
+
     def encode(
         self, batch: dict[bytes, LoadedGroup], tasks: Sequence[Task], must_leave: Callable[[], bool] = lambda: False
     ) -> dict[bytes, Float32]:

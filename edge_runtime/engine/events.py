@@ -69,7 +69,7 @@ class Activity:
     picture_hits: int
     """Of these, groups whose visual tokens were still cached."""
     picture_bytes: int
-    """Memory of the cached visual tokens."""
+    """Memory of the visual tokens and features of slices that are kept."""
 
 
 class EventQueue:

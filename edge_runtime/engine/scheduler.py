@@ -44,9 +44,9 @@ class Scheduler(TaskLists):
     @property
     def activity(self) -> Activity:
         """Current load; from any thread, where it is only a snapshot."""
-        tokens = self.encoding.visual_tokens
-        slots = self._decoder.n_sequences
-        return Activity(len(self.waiting), len(self.active), slots, tokens.lookups, tokens.hits, tokens.n_bytes)
+        tokens, slots = self.encoding.visual_tokens, self._decoder.n_sequences
+        n_bytes = self.encoding.kept_bytes
+        return Activity(len(self.waiting), len(self.active), slots, tokens.lookups, tokens.hits, n_bytes)
 
     @property
     def waiting_s(self) -> float:

@@ -148,7 +148,9 @@ class _State(Collector):
             "edge_runtime_picture_hits", "Of these, those whose visual tokens were known.", labels=["model"]
         )
         kept = GaugeMetricFamily(
-            "edge_runtime_picture_cache_bytes", "Visual tokens kept in memory.", labels=["model"]
+            "edge_runtime_picture_cache_bytes",
+            "Visual tokens and features of slices kept in memory.",
+            labels=["model"],
         )
         for slot in registry.loaded():
             model, name = slot.model, [slot.listed.name]

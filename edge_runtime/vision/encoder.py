@@ -61,6 +61,11 @@ class ImageEncoder:
         """Width of a visual token, which must equal the decoder's."""
         return self.resampler.config.hidden
 
+    @property
+    def known_bytes(self) -> int:
+        """Memory of the features of slices that were encoded before."""
+        return self._known.n_bytes
+
     def unload(self) -> None:
         """Drop all weights; the next picture loads them again."""
         self.tower.unload()

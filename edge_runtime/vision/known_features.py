@@ -34,6 +34,11 @@ class KnownFeatures:
         self._kept: OrderedDict[bytes, Float32] = OrderedDict()
         self._n_bytes = 0
 
+    @property
+    def n_bytes(self) -> int:
+        """Memory of the features."""
+        return self._n_bytes
+
     def get(self, digest: bytes) -> Float32 | None:
         """Features of a slice, ndarray [shape=(P, width), float32], not to be written to; None if unknown."""
         found = self._kept.get(digest)

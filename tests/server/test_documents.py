@@ -18,7 +18,7 @@ from server.test_page import answer_of, ask, browser, prose, visit
 from support.document_maker import pages_tiff, scanned_pdf, words_pdf
 
 __all__ = ["browser", "visit"]
-WORDS = ["CAFE", "EXIT", "TAXI"]
+WORDS = ["CAFE", "STOP", "TAXI"]
 ASK = "What does it say?"
 
 
@@ -145,14 +145,14 @@ def test_limits_and_damage(
 def test_the_page_reads_a_document(visit: Callable[..., Page]):
     page = visit()
 
-    def greedily(route: Route) -> None:  # the page asks to draw, and the demo is not sure enough of this word
+    def greedily(route: Route) -> None:  # the page asks to draw
         route.continue_(post_data=json.dumps({**route.request.post_data_json, "temperature": 0}))
 
     page.route("**/v1/chat/completions", greedily)
-    file = {"name": "words.pdf", "mimeType": "application/pdf", "buffer": words_pdf(["EXIT"])}
+    file = {"name": "words.pdf", "mimeType": "application/pdf", "buffer": words_pdf(["STOP"])}
     ask(page, ASK, file)
     answer_of(page)
-    assert prose(page) == "EXIT"
+    assert prose(page) == "STOP"
     expect(page.locator(".question .document").last).to_contain_text("words.pdf")
     page.reload()
     expect(page.locator(".document").last).to_contain_text("words.pdf")
