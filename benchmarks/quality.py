@@ -39,6 +39,7 @@ from demo.evaluate import ask, draw  # noqa: E402
 from demo.sample import Sample  # noqa: E402
 from edge_converters import convert_checkpoint  # noqa: E402
 from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E402
+from edge_kernels.machine import cpu_name, isa  # noqa: E402
 from edge_runtime import Model, __version__  # noqa: E402
 from edge_runtime.decoder.kernel_products import VARIABLE  # noqa: E402
 
@@ -216,6 +217,8 @@ def main() -> None:
         "rows": rows,
         "points_lost": round(100 * lost, 3),
         "version": __version__,
+        "cpu": cpu_name(),
+        "kernels": isa(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     if options.json:

@@ -36,10 +36,15 @@ class Goal:
 
 
 def finish(facts: dict[str, Any], goals: Sequence[Goal], path: Path | None) -> None:
-    """Print each goal's verdict, then the result as one JSON object, which also goes to `path` if there is one."""
+    """Print each goal's verdict, then the result as one JSON object, which also goes to `path` if there is one.
+
+    It names the processor, too.
+    """
+    from edge_kernels.machine import cpu_name, isa
+
     for goal in goals:
         print(goal)
-    facts = {**facts, "goals": [goal.facts() for goal in goals]}
+    facts = {"cpu": cpu_name(), "kernels": isa()} | facts | {"goals": [goal.facts() for goal in goals]}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
