@@ -242,12 +242,20 @@ def test_cancelling_keeps_the_answers_so_far(ai, served, endless, monkeypatch):
         ai.batches.cancel(made.id)
 
 
-def test_what_is_not_done_in_time_expires(ai, served, monkeypatch):
+@pytest.mark.parametrize("status", ["validating", "in_progress"])
+def test_what_is_not_done_in_time_expires(ai, served, monkeypatch, status):
     monkeypatch.setattr(served.state.batches, "_is_asked", lambda: True)  # somebody asks all day
+    if status == "validating":
+        monkeypatch.setattr("edge_runtime.server.batches.runner.OPEN_BATCHES", 0)  # others were there first
     made = start(ai, request("a"), request("b"), completion_window="1h")
+    if status == "in_progress":
+        end = time.monotonic() + 60
+        while ai.batches.retrieve(made.id).status != status:
+            assert time.monotonic() < end
+            time.sleep(0.02)
     monkeypatch.setattr("edge_runtime.server.batches.runner.time.time", lambda now=time.time: now() + 3601)
     done = ended(ai, made.id)
-    assert (done.status, done.output_file_id) == ("expired", None)
+    assert (done.status, done.output_file_id, done.request_counts.total) == ("expired", None, 2)
     assert [line["error"]["code"] for line in content(ai, done.error_file_id)] == ["batch_expired"] * 2
 
 

@@ -196,19 +196,30 @@ class Batches:
     async def _step(self) -> None:
         """Move every batch on that can be moved on, and start lines while there are places."""
         for record in self._kept.unfinished():
-            if record.expires_at <= time.time() and record.status in ("validating", "in_progress"):
-                self._kept.change(record, "finalizing", ends_as="expired")
-                self._at_hand.withdraw(record.id)
+            if record.expires_at <= time.time():
+                await self._expire(record)
         for record in [*self._kept.records.values()]:
             if record.status in ("cancelling", "finalizing") and not self._at_hand.has_any_of(record.id):
                 await finish(self._kept, record)
         for record in self._kept.unfinished()[:OPEN_BATCHES]:
             if record.status == "validating":
-                await validate(self._kept, record, self._settings, self._knows, lambda: self._stopping)
+                await self._validate(record)
             elif record.status == "in_progress" and record.id not in self._kept.works:
                 await open_work(self._kept, record)
         if not self._is_asked():
             await self._start_lines()
+
+    async def _validate(self, record: BatchRecord) -> None:
+        await validate(self._kept, record, self._settings, self._knows, lambda: self._stopping)
+
+    async def _expire(self, record: BatchRecord) -> None:
+        """End a batch whose time is over; its lines are known first, so that each gets an error."""
+        if record.status == "validating":
+            await self._validate(record)
+            record = self._kept.records[record.id]
+        if record.status == "in_progress":
+            self._kept.change(record, "finalizing", ends_as="expired")
+            self._at_hand.withdraw(record.id)
 
     async def _start_lines(self) -> None:
         """Take lines from the open batches in turn until all places are taken."""
