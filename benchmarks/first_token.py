@@ -32,7 +32,9 @@ from benchmarks.harness.child import Peak, environment  # noqa: E402
 from benchmarks.harness.goals import Goal, finish  # noqa: E402
 from edge_runtime.store.find import ModelPaths, find_model  # noqa: E402
 
-TIMES_FASTER, MOST_RSS_GB = 3.5, 6.5
+TIMES_FASTER = {"avx2": 2.4, "avx512vnni": 4.0, "amx": 6.6}
+"""Goal of a picture of LARGE pixels a side, by instruction set."""
+LARGE, MOST_RSS_GB = 1344, 6.3
 QUESTION = "What is shown in this picture, please?"
 CONTEXT = 2048
 
@@ -116,7 +118,7 @@ def make_picture(path: Path, side: int) -> None:
 
 def main() -> None:
     """Command line."""
-    from edge_kernels.machine import cpu_count
+    from edge_kernels.machine import cpu_count, isa
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
@@ -152,10 +154,10 @@ def main() -> None:
         "threads": options.threads,
         **found,
     }
-    goals = [
-        Goal("first token, times faster than llama-mtmd-cli", ratio, TIMES_FASTER, at_least=True),
-        Goal("peak RSS", rss["edge-runtime"] / 1e9, MOST_RSS_GB, " GB"),
-    ]
+    goals = [Goal("peak RSS", rss["edge-runtime"] / 1e9, MOST_RSS_GB, " GB")]
+    if options.side == LARGE and isa() in TIMES_FASTER:
+        bound = TIMES_FASTER[isa()]
+        goals.insert(0, Goal("first token, times faster than llama-mtmd-cli", ratio, bound, at_least=True))
     finish(facts, goals, options.json)
 
 
