@@ -90,11 +90,8 @@ class Scheduler(TaskLists):
             giving_way = [other for other in self.active if other.gives_way and not task.gives_way]
             if not giving_way:
                 return False
-            leaving = first_to_leave(giving_way)
-            self.active.remove(leaving)
-            self.sequences.release(leaving)  # what they hold stays, unless this task needs them all
-            leaving.preempt()
-            self.waiting.appendleft(leaving)
+            # What its sequences hold stays, unless this task needs them all.
+            self._preempt(first_to_leave(giving_way), self.sequences.release)
         return True
 
     def _must_leave(self, tasks: Sequence[Task]) -> bool:
@@ -246,7 +243,7 @@ class Scheduler(TaskLists):
         elif self.sequences.give_up_one():
             return
         elif len(self.active) > 1:
-            self._preempt(leaving := first_to_leave(self.active))
+            self._preempt(leaving := first_to_leave(self.active), self.sequences.preempt)
             self.admission_paused = leaving.gives_way == plan.tasks[0].gives_way
         elif (beams := self.active[0].beams) is not None:
             beams.search.stop()  # beams that have diverged need more cells than the context has tokens
@@ -254,9 +251,9 @@ class Scheduler(TaskLists):
         else:
             self.fail(self.active[0], CacheFull())
 
-    def _preempt(self, task: Task) -> None:
+    def _preempt(self, task: Task, take_away: Callable[[Task], None]) -> None:
         """Take a task's sequences away; it is the first to be admitted when another task has ended."""
         self.active.remove(task)
-        self.sequences.preempt(task)
+        take_away(task)
         task.preempt()
         self.waiting.appendleft(task)
