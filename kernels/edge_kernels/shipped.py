@@ -276,7 +276,7 @@ def find() -> Folder | None:
     for place in _places():
         try:
             if not (place / isa()).is_dir() and place.is_dir():
-                there = ", ".join(sorted(entry.name for entry in place.iterdir() if entry.is_dir())) or "none"
+                there = ", ".join(sorted(path.parent.name for path in place.glob(f"[!.]*/{MANIFEST}"))) or "none"
                 raise ShippedError(f"there are none for {isa()} (there are: {there})")
             return read_folder(place / isa())
         except (ShippedError, OSError) as error:
