@@ -288,6 +288,7 @@ class Model(LoadedModel):
             rules=options.token_rules(self.tokenizer.stop_ids),
             form=form,
             begun=begun,
+            expected=() if options.expected_text is None else (self.tokenizer.encode(options.expected_text),),
             shared=prepared.shared,
         )
 

@@ -20,7 +20,7 @@ def advance(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer)
 
     Parameters
     ----------
-    rows : rows of the last step: one, or one per beam once there are several.
+    rows : rows of the last step: one, one per beam once there are several, or one more than guesses were checked.
 
     Returns
     -------
@@ -43,7 +43,7 @@ def advance(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer)
     return (
         _search(task, decoding, rows, decoder, tokenizer)
         if task.request.options.n_beams > 1
-        else _sample(task, decoding, rows[0], decoder, tokenizer)
+        else _sample_rows(task, decoding, rows, decoder, tokenizer)
     )
 
 
@@ -61,6 +61,28 @@ def finish_beam_search(task: Task, tokenizer: Tokenizer) -> FinishReason:
     """Send the answer that a beam search found; returns the finish reason."""
     assert task.beams is not None
     return task.put_beam(task.beams.search.best, tokenizer.stop_ids)
+
+
+def _sample_rows(
+    task: Task, decoding: Decoding, rows: list[int], decoder: Decoder, tokenizer: Tokenizer
+) -> FinishReason | None:
+    """Sample from row after row as long as what comes out was guessed; positions of wrong guesses are cut off."""
+    before, draft, reason = len(task.keys), [], None
+    if decoding.drafting is not None:
+        draft = decoding.drafting.at_work.tokens
+    right = 0
+    try:
+        for row, guessed in zip(rows, [*draft, None], strict=True):
+            reason = _sample(task, decoding, row, decoder, tokenizer)
+            if reason is not None or task.keys[-1] != guessed:
+                break
+            right += 1
+    finally:
+        if draft:
+            decoder.rewind(task.sequence, before + right)
+        if decoding.drafting is not None:
+            decoding.drafting.settle([*task.keys[before:], None])
+    return reason
 
 
 def _sample(task: Task, decoding: Decoding, row: int, decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:
