@@ -22,6 +22,9 @@ MEMORY = 0.95
 WORTH = 1.03
 """How many times as fast answers must become."""
 
+END = -1
+"""In place of the token that ended an answer."""
+
 Forced = Callable[[int], list[int]]
 
 
@@ -86,7 +89,7 @@ class Drafting:
 
         Parameters
         ----------
-        said : tokens of the answer since `best`, and None for an end token.
+        said : tokens of the answer since `best`, and `END` after the last one of all.
         """
         n_checked, name = len(self.at_work.tokens), self.at_work.source.partition("/")[0]
         for draft in self._asked:

@@ -7,6 +7,7 @@ next step, and the finish reason once it has ended. Knows nothing of other tasks
 from __future__ import annotations
 
 from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.engine.drafting import END
 from edge_runtime.engine.events import FinishReason
 from edge_runtime.engine.task import Decoding, Task, TaskState
 from edge_runtime.errors import ModelFileError
@@ -81,7 +82,8 @@ def _sample_rows(
         if draft:
             decoder.rewind(task.sequence, before + right)
         if decoding.drafting is not None:
-            decoding.drafting.settle([*task.keys[before:], None])
+            said = task.keys[before:]
+            decoding.drafting.settle(said if len(said) > right else [*said, END])
     return reason
 
 
