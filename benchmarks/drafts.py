@@ -33,8 +33,8 @@ from edge_runtime.generation.sampling import Sampler  # noqa: E402
 TIMES = {0: 0.97, 50: 1.4, 80: 2.3, 100: 4.5}
 """Goals by share of right guesses in per cent."""
 TIMES_SCHEMA, TIMES_PAGE = 1.5, 2.5
-WORDS = ("the", "invoice", "of", "our", "office", "lists", "paper", "and", "ink", "for", "seven", "rooms", "with", "a",
-         "price", "each", "them", "in", "euros")  # fmt: skip
+WORDS = ("the", "invoice", "of", "our", "office", "lists", "paper", "and", "ink", "for", "seven", "rooms", "with",
+         "a", "price", "each", "them", "in", "euros")  # fmt: skip
 FIELDS = ("invoice_number", "customer_name", "order_date", "due_date", "currency_code", "net_amount", "tax_amount",
           "total_amount", "payment_terms", "bank_account")  # fmt: skip
 
