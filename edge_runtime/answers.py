@@ -65,6 +65,8 @@ class Answer:
     """For the token that ended the answer, if one did and `logprobs` were requested."""
     prompt_logprobs: list[TokenLogprobs] | None = None
     """For every token of the prompt, if requested; the first, which nothing precedes, has NaN."""
+    drafts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By source of guesses (option `drafts`): how many tokens were `checked`, and how many of them `accepted`."""
     prefix: str = ""
     """Start of the answer in the conversation's last message; `answer` is only what comes after it."""
     reasoning_prefix: str = ""
@@ -237,6 +239,7 @@ def make_answer(
         timings_s={name: round(seconds, 6) for name, seconds in timings.items()},
         logprobs=logprobs,
         reasoning_tokens=end.reasoning_tokens,
+        drafts={name: {"checked": n, "accepted": right} for name, (n, right) in end.drafts.items()},
         prompt_logprobs=prompt_logprobs,
         end_logprobs=end_logprobs,
         prefix=prepared.begun.content if prepared.begun else "",

@@ -63,6 +63,10 @@ def _timings(of: _Submitted, load_s: float, end: Finished) -> dict[str, float]:
     return timings
 
 
+MAX_TOKEN_CHARACTERS = 32
+"""Characters that a token hardly ever has more of."""
+
+
 class Model(LoadedModel):
     """A loaded model. Create one with `Model.load`; it answers from any thread, many requests in parallel."""
 
@@ -288,8 +292,17 @@ class Model(LoadedModel):
             rules=options.token_rules(self.tokenizer.stop_ids),
             form=form,
             begun=begun,
+            expected=self._expected(prepared, options),
             shared=prepared.shared,
         )
+
+    def _expected(self, prepared: Prepared, options: GenerationOptions) -> tuple[list[int], ...]:
+        """Tokens of what the answer probably is, with changes."""
+        texts = [text for text in (options.expected_text, prepared.page_text) if text]
+        if "expected" not in options.draft_sources:
+            return ()
+        # No answer is longer than the context, and few tokens than this many characters.
+        return tuple(self.tokenizer.encode(text[: MAX_TOKEN_CHARACTERS * self.n_ctx]) for text in texts)
 
     def _finish(
         self, of: _Submitted, text: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished

@@ -17,7 +17,7 @@ from edge_runtime.generation.logprobs import MAX_ALTERNATIVES
 from edge_runtime.generation.sampling import LARGEST_BIAS, MAX_SEED
 from edge_runtime.inputs.messages import checked_max_slices
 from edge_runtime.inputs.presets import preset_named
-from edge_runtime.options import GenerationOptions, PromptOptions
+from edge_runtime.options import DRAFT_SOURCES, GenerationOptions, PromptOptions
 from edge_runtime.prompt.context_budget import checked_fit
 from edge_runtime.prompt.continuation import BegunTurn
 from edge_runtime.structured_output.tools import TOOL_CALL, TOOL_CALL_END, checked_tools, chosen_functions
@@ -79,9 +79,26 @@ def checked_options(options: GenerationOptions, limits: ModelLimits) -> Generati
     _check_token_rules(options, limits, is_bound=has_form or options.n_beams > 1)
     if options.prompt_logprobs:
         _check_prompt_logprobs(options)
+    _check_drafts(options)
     if options.gives_way is not None and not callable(options.gives_way):
         raise MessageError(f"gives_way is {options.gives_way!r}; expected a function that says whether to wait.")
     return checked_prompt_options(options, limits)
+
+
+def _check_drafts(options: GenerationOptions) -> None:
+    names = options.draft_sources
+    unknown = [name for name in names if name not in DRAFT_SOURCES] if isinstance(names, Sequence) else [names]
+    if unknown:
+        raise MessageError(
+            f"drafts is {options.drafts!r}; expected auto, off, or some of {', '.join(DRAFT_SOURCES)}."
+        )
+    text = options.expected_text
+    if text is not None and not isinstance(text, str):
+        raise MessageError(f"expected_text is {text!r:.100}; expected a text.")
+    if options.n_beams > 1 and (text is not None or options.drafts not in ("auto", "off")):
+        raise MessageError(
+            "Drafts were asked for together with a beam search, which has none; leave one of them out."
+        )
 
 
 def checked_prompt_options(options: P, limits: ModelLimits) -> P:

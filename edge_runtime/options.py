@@ -38,6 +38,9 @@ class PreparationHooks:
     decoders: Decoders | None = None
 
 
+DRAFT_SOURCES = ("grammar", "suffix", "expected")
+"""What next tokens can be guessed from."""
+
 NO_HOOKS = PreparationHooks()
 """No callbacks, and this process decodes."""
 
@@ -142,6 +145,11 @@ class GenerationOptions(PromptOptions):
         adapter : name of a LoRA adapter the model was loaded with. Default: the model without one.
         reuse : False computes the prompt again, whatever is held of it in memory or on disk; visual tokens of its
             pictures are still reused from memory. The same question is then computed in the same chunks each time.
+        drafts : guess the next tokens and check several in one call, which changes no answer: "auto", "off", or names
+            of sources: "grammar" (what the form of the answer forces), "suffix" (what prompt, answer and earlier
+            answers have said before), "expected" (`expected_text`). "auto" takes all, as far as they make answers
+            faster.
+        expected_text : what the answer will probably be, with changes, such as a file that is to be edited.
         follow_up : another turn is expected: prefill this one's answer as history while idle; see `next_turn`.
         on_image : called with (decoded, total) while pictures are read and pages drawn.
         on_look : called often with the share that is done while an index of videos is built; their frames are decoded
@@ -190,8 +198,17 @@ class GenerationOptions(PromptOptions):
     prompt_logprobs: bool = False
     adapter: str | None = None
     reuse: bool = True
+    drafts: str | Sequence[str] = "auto"
+    expected_text: str | None = None
     follow_up: bool = False
     gives_way: Callable[[], bool] | None = None
+
+    @property
+    def draft_sources(self) -> Sequence[str]:
+        """Names of the sources of drafts that may be used."""
+        if isinstance(self.drafts, str):
+            return DRAFT_SOURCES if self.drafts == "auto" else () if self.drafts == "off" else (self.drafts,)
+        return self.drafts
 
     @property
     def n_beams(self) -> int:
@@ -311,5 +328,7 @@ class GenerationKeywords(PromptKeywords, total=False):
     prompt_logprobs: bool
     adapter: str | None
     reuse: bool
+    drafts: str | Sequence[str]
+    expected_text: str | None
     follow_up: bool
     gives_way: Callable[[], bool] | None

@@ -24,7 +24,8 @@ from edge_runtime.inputs.clips import FramePart, expand_videos, group_ids
 from edge_runtime.inputs.documents import with_pages
 from edge_runtime.inputs.messages import ImagePart, Message, parse_messages
 from edge_runtime.inputs.opener import InThisProcess, Opener, cut_source
-from edge_runtime.inputs.presets import with_preset
+from edge_runtime.inputs.pages import MAX_TEXT, Page
+from edge_runtime.inputs.presets import preset_named, with_preset
 from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup
 from edge_runtime.inputs.slicing import Size, Slice, SlicePlan, plan_slices
 from edge_runtime.inputs.video.frame_choice import check_groups
@@ -83,6 +84,8 @@ class Prepared:
     one that was begun."""
     shared: int = 0
     """Leading positions of the prompt that other chats have, too; see `shared_prefixes`."""
+    page_text: str = ""
+    """What the pages say of their own text, where it is to be transcribed: the answer probably is much like it."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ def prepare(
     if options.preset is not None:
         conversation = with_preset(conversation, options.preset)
     conversation = with_pages(conversation, options, model.slicing, options.max_slices, opener.part)
+    page_text = _page_text(conversation, options)
     conversation = expand_videos(conversation, model.slicing, options.video_limits, hooks.on_look, opener.video)
     times = _picture_groups(conversation, options)
     numbered = _numbers_pictures(conversation, options, model.slicing)
@@ -193,7 +197,19 @@ def prepare(
         begun=begun,
         with_more=None if n_dropped or options.raw else _with_more(conversation, placed, writer),
         shared=_shared_positions(prompt, conversation, writer, beginnings),
+        page_text=page_text,
     )
+
+
+def _page_text(conversation: Sequence[Message], options: PromptOptions) -> str:
+    """Text layers of the pages of the last message, if they are to be transcribed."""
+    if options.preset is None or not preset_named(options.preset).transcribes:
+        return ""
+    found = ""
+    for part in iter_images(conversation[-1:]):
+        if isinstance(part.source, Page) and len(found) < MAX_TEXT:
+            found += f"\n\n{part.source.text().strip()}"
+    return found.strip()
 
 
 def _prompt_of_ids(ids: Sequence[int], tokenizer: Tokenizer) -> Prompt:

@@ -105,6 +105,13 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 flag_value=False,
                 help="Let an answer repeat itself.",
             ),
+            click.option(
+                "--drafts",
+                default="auto",
+                metavar="NAMES",
+                callback=lambda _context, _option, value: value if value in ("auto", "off") else value.split(","),
+                help="Guess tokens from: grammar, suffix; or off. No guess changes an answer.  [auto]",
+            ),
             click.option("--context-shift", is_flag=True, help="Drop the oldest turns if they do not fit."),
             click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema that the answer must follow."),
             click.option(

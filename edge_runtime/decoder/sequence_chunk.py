@@ -27,3 +27,5 @@ class SequenceChunk(NamedTuple):
     """Whether to compute logits of the last position."""
     wants_all_logits: bool = False
     """Whether llama.cpp computes logits of every position; at most `MAX_SCORED_ROWS` in one call."""
+    n_drafted: int = 0
+    """The last keys that are guesses, to be checked with the logits before them."""

@@ -18,6 +18,7 @@ from edge_runtime.decoder.llama_context import MAX_SCORED_ROWS
 from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.decoder.sequence_chunk import SequenceChunk
 from edge_runtime.engine.batch_width import BatchWidth
+from edge_runtime.engine.drafts import Drafts
 from edge_runtime.engine.task import Task, TaskState
 from edge_runtime.weights.gguf_file import Float32
 
@@ -49,6 +50,11 @@ class CallPlan:
         """Positions to compute."""
         return sum(len(chunk.keys) for chunk in self.chunks)
 
+    @property
+    def n_drafted(self) -> int:
+        """Of these, guesses."""
+        return sum(chunk.n_drafted for chunk in self.chunks)
+
     def is_worth_leaving(self, started: float, row_s: float) -> bool:
         """Whether to abandon the call because some of its tasks were cancelled.
 
@@ -76,15 +82,18 @@ class CallPlanner:
         self._last_adapter: str | None = None
         """Of the last step."""
         self._batch_width = BatchWidth()
+        self.drafts = Drafts()
         self.row_s = MAX_PREFILL_S / 64
         """Seconds that a position of a prompt took recently."""
 
-    def record(self, n_rows: int, n_tasks: int, seconds: float) -> None:
-        """Learn from a step: of prompts, or of next tokens only, with one row per task."""
-        if n_rows > n_tasks:
-            self.row_s = seconds / n_rows
-        else:
-            self._batch_width.record(n_rows, seconds)
+    def record(self, plan: CallPlan, seconds: float) -> None:
+        """Learn from a step: of prompts, or of next tokens and guesses only."""
+        if plan.n_rows > len(plan.tasks) + plan.n_drafted:
+            self.row_s = seconds / plan.n_rows
+            return
+        self.drafts.costs.record(plan.n_rows, seconds)
+        if not plan.n_drafted:
+            self._batch_width.record(plan.n_rows, seconds)
 
     def plan(self, active: Sequence[Task]) -> CallPlan:
         """Tasks of the next step and what each appends; no tasks if none is ready."""
@@ -99,7 +108,10 @@ class CallPlanner:
         if len(running) == len(able):  # only next tokens: who has waited longest comes first
             n = self._batch_width.choose(len(running))
             running = sorted(running, key=lambda task: task.laps.last)[:n]
-        tasks, chunks = [*running], [SequenceChunk(task.sequence, task.keys[-1:]) for task in running]
+            drafts = self.drafts.choose(running, MAX_SCORED_ROWS, self._decoder.n_ctx)
+        else:
+            drafts = [[] for _ in running]
+        tasks, chunks = [*running], [_next_chunk(*pair) for pair in zip(running, drafts, strict=True)]
         for task in searching:
             assert task.beams is not None
             beams = task.beams.chunks()
@@ -156,3 +168,9 @@ class CallPlanner:
             np.array(ids[start:stop], np.int64),
             {(first - start, end - start): task.pictures.tokens[digests[i]] for i, first, end in places},
         )
+
+
+def _next_chunk(task: Task, draft: Sequence[int]) -> SequenceChunk:
+    """The last token of an answer, and guesses of those after it."""
+    keys = [*task.keys[-1:], *draft]
+    return SequenceChunk(task.sequence, keys, wants_all_logits=bool(draft), n_drafted=len(draft))

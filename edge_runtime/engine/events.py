@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edge_runtime.generation.logprobs import TokenScores
@@ -51,6 +51,8 @@ class Finished:
     """Of the token that ended the answer, if one did and scores were requested."""
     stop_string: str | None = None
     """The request's stop string that ended the answer, if one did."""
+    drafts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By source of drafts: tokens that were checked, and those of them that were right."""
 
 
 Event = Progress | Piece | Finished

@@ -7,6 +7,7 @@ next step, and the finish reason once it has ended. Knows nothing of other tasks
 from __future__ import annotations
 
 from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.engine.drafting import END
 from edge_runtime.engine.events import FinishReason
 from edge_runtime.engine.task import Decoding, Task, TaskState
 from edge_runtime.errors import ModelFileError
@@ -20,7 +21,7 @@ def advance(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer)
 
     Parameters
     ----------
-    rows : rows of the last step: one, or one per beam once there are several.
+    rows : rows of the last step: one, one per beam once there are several, or one more than guesses were checked.
 
     Returns
     -------
@@ -43,7 +44,7 @@ def advance(task: Task, rows: list[int], decoder: Decoder, tokenizer: Tokenizer)
     return (
         _search(task, decoding, rows, decoder, tokenizer)
         if task.request.options.n_beams > 1
-        else _sample(task, decoding, rows[0], decoder, tokenizer)
+        else _sample_rows(task, decoding, rows, decoder, tokenizer)
     )
 
 
@@ -61,6 +62,29 @@ def finish_beam_search(task: Task, tokenizer: Tokenizer) -> FinishReason:
     """Send the answer that a beam search found; returns the finish reason."""
     assert task.beams is not None
     return task.put_beam(task.beams.search.best, tokenizer.stop_ids)
+
+
+def _sample_rows(
+    task: Task, decoding: Decoding, rows: list[int], decoder: Decoder, tokenizer: Tokenizer
+) -> FinishReason | None:
+    """Sample from row after row as long as what comes out was guessed; positions of wrong guesses are cut off."""
+    before, draft, reason = len(task.keys), [], None
+    if decoding.drafting is not None:
+        draft = decoding.drafting.at_work.tokens
+    right = 0
+    try:
+        for row, guessed in zip(rows, [*draft, None], strict=True):
+            reason = _sample(task, decoding, row, decoder, tokenizer)
+            if reason is not None or task.keys[-1] != guessed:
+                break
+            right += 1
+    finally:
+        if draft:
+            decoder.rewind(task.sequence, before + right)
+        if decoding.drafting is not None:
+            said = task.keys[before:]
+            decoding.drafting.settle(said if len(said) > right else [*said, END])
+    return reason
 
 
 def _sample(task: Task, decoding: Decoding, row: int, decoder: Decoder, tokenizer: Tokenizer) -> FinishReason | None:

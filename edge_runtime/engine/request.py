@@ -37,6 +37,8 @@ class Request:
     """What the answer must look like."""
     begun: BegunTurn | None = None
     """The turn that the answer continues; it is part of the prompt."""
+    expected: tuple[Sequence[int], ...] = ()
+    """Tokens of texts that the answer probably is, with changes."""
     scores_prompt: bool = False
     """Report log probabilities of the prompt's tokens, too, with `n_alternatives`; then nothing is reused."""
     is_prefetch: bool = False

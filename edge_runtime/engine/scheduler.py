@@ -17,7 +17,7 @@ from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.decoder.sequence_chunk import Cancelled
 from edge_runtime.engine.call_plan import CallPlan, CallPlanner
 from edge_runtime.engine.encoding import PictureEncoding
-from edge_runtime.engine.events import Activity
+from edge_runtime.engine.events import Activity, FinishReason
 from edge_runtime.engine.giving_way import first_to_leave, in_turn
 from edge_runtime.engine.next_token import advance, finish_beam_search
 from edge_runtime.engine.sequences import Sequences
@@ -58,6 +58,11 @@ class Scheduler(TaskLists):
         task.keys = task.keys or task.request.keys()
         self.encoding.record(task.request)
         self.waiting.append(task)
+
+    def end(self, task: Task, reason: FinishReason) -> None:
+        """End a task whose answer is whole, or is not wanted."""
+        self.planner.drafts.remember(task)
+        super().end(task, reason)
 
     def remembered(self, task: Task) -> int:
         """Positions of a task's prefix that the KV cache holds now; from any thread, where it is only a hint."""
@@ -204,7 +209,7 @@ class Scheduler(TaskLists):
             for task in dict.fromkeys(plan.tasks):
                 self.fail(task, error)
             return
-        self.planner.record(plan.n_rows, len(plan.tasks), time.perf_counter() - started)
+        self.planner.record(plan, time.perf_counter() - started)
         for task, own in self._rows_of_answers(plan, rows).items():
             try:
                 if (reason := advance(task, own, self._decoder, self._tokenizer)) is not None:
@@ -218,11 +223,11 @@ class Scheduler(TaskLists):
         for task, chunk, row in zip(plan.tasks, plan.chunks, rows, strict=True):
             if not task.n_tokens:
                 self._alone(self._report_prefill, task)
-            if chunk.wants_all_logits and task in self.active:
+            if chunk.wants_all_logits and not chunk.n_drafted and task in self.active:
                 self._alone(Task.score_prompt, task, self._decoder, len(chunk.keys), row)
             if task not in self.active:
                 continue  # failed in this loop
-            is_whole = self._decoder.held(task.sequence) == len(task.keys)
+            is_whole = self._decoder.held(task.sequence) == len(task.keys) + chunk.n_drafted
             if task.request.is_prefetch and is_whole:
                 self.sequences.hold_shared(task)
                 self.end(task, "stop")
@@ -232,12 +237,16 @@ class Scheduler(TaskLists):
             elif chunk.wants_logits and not task.is_cancelled():
                 if not task.n_tokens:
                     self.sequences.hold_shared(task)
-                found.setdefault(task, []).append(row)
+                found.setdefault(task, []).extend(range(row - chunk.n_drafted, row + 1))
+            elif chunk.n_drafted:  # cancelled: what was guessed is not part of its answer
+                self._decoder.rewind(task.sequence, len(task.keys))
         return found
 
     def _free_cells(self, plan: CallPlan) -> None:
         """Make room for a step in the full KV cache: give up what is idle, or preempt the youngest task."""
-        if plan.tasks[0].request.is_prefetch:
+        if plan.n_drafted:
+            self.planner.drafts.is_paused = True
+        elif plan.tasks[0].request.is_prefetch:
             self.warm_up.give_up()
             self.end(plan.tasks[0], "cancelled")
         elif self.sequences.give_up_one():

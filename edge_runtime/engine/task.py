@@ -15,6 +15,7 @@ from typing import Literal
 
 from edge_runtime.cache.prefixes import Saved
 from edge_runtime.decoder.decoder import Decoder
+from edge_runtime.engine.drafting import Drafting
 from edge_runtime.engine.events import EventQueue, Finished, FinishReason, Progress
 from edge_runtime.engine.request import Request
 from edge_runtime.generation.beam_search import Beam, BeamRun, BeamSearch
@@ -102,6 +103,8 @@ class Decoding:
     """Whether the next token must end the reasoning."""
     end_score: TokenScores | None = None
     """Of the token that ended the answer."""
+    drafting: Drafting | None = None
+    """Guesses of the next tokens, once there was a step for them."""
 
     @classmethod
     def start(cls, request: Request, tokenizer: Tokenizer, decoder: Decoder) -> Decoding:
@@ -301,6 +304,7 @@ class Task:
     def finish(self, reason: FinishReason) -> None:
         """Send the last event, once; from any thread, so that cancelling need not wait for the engine's thread."""
         decoding, shortened, n_reasoning, stop_string, end_score = self.decoding, False, 0, None, None
+        drafts = {} if decoding is None or decoding.drafting is None else decoding.drafting.counts
         if decoding is not None:
             shortened = decoding.constraint is not None and decoding.constraint.shortened
             n_reasoning, end_score = decoding.stream.n_reasoning, decoding.end_score
@@ -316,6 +320,7 @@ class Task:
                 tuple(self.prompt_scores),
                 end_score,
                 stop_string,
+                drafts,
             )
         )
 

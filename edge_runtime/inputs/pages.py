@@ -21,6 +21,9 @@ PAGE_LIMIT = 2000
 PageChoice = str | int | Sequence[int]
 """Pages counted from 1: `"1-3,7"`, `"5-"` (to the end), a number, or numbers in order."""
 
+MAX_TEXT = 100_000
+"""Characters of a page's own text."""
+
 ALL = 1 << 31
 """More pages than any document has."""
 _RANGE = re.compile(r"(\d{1,9})(?:(-)(\d{1,9})?)?", re.ASCII)
@@ -42,6 +45,10 @@ class Page(ABC):
     @abstractmethod
     def render(self, pixel_limit: int) -> Image.Image:
         """The page as an upright RGB picture; errors as of `size`."""
+
+    def text(self) -> str:
+        """What the page says of its own text, in the order of the file: at most `MAX_TEXT` characters, or nothing."""
+        return ""
 
     def cut(
         self, pixel_limit: int, config: SlicingConfig, max_slices: int | None

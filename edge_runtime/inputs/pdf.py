@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from edge_runtime.errors import BackendUnavailable, ImageError
-from edge_runtime.inputs.pages import Page
+from edge_runtime.inputs.pages import MAX_TEXT, Page
 from edge_runtime.inputs.pdf_forms import why_pages_are_not_the_content
 
 POINTS_PER_INCH = 72
@@ -119,6 +119,23 @@ class PdfFile:
             finally:
                 page.close()
 
+    def text(self, index: int) -> str:
+        """A page's text layer, at most `MAX_TEXT` characters; empty where there is none, or it cannot be read."""
+        with _pdfium_lock:
+            try:
+                page = self._document[index]
+                try:
+                    layer = page.get_textpage()
+                    try:
+                        found = str(layer.get_text_range(0, min(layer.count_chars(), MAX_TEXT)))
+                    finally:
+                        layer.close()
+                finally:
+                    page.close()
+            except _pdfium(self.name).PdfiumError:
+                return ""
+        return found.replace("\r\n", "\n").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
     def close(self) -> None:
         """Close the file; its pages cannot be read any more."""
         self._close()
@@ -145,6 +162,10 @@ class PdfPage(Page):
     def render(self, pixel_limit: int) -> Image.Image:
         """The page as a picture."""
         return self.file.draw(self.index, self._plan(pixel_limit)[0])
+
+    def text(self) -> str:
+        """Its text layer."""
+        return self.file.text(self.index)
 
     def _plan(self, pixel_limit: int) -> tuple[float, tuple[int, int]]:
         """Pixels per point, and (width, height) in pixels."""

@@ -21,10 +21,12 @@ class Preset:
     text: str
     stands_first: bool = False
     """Whether it comes before the pictures. Pages that are asked about one by one then share a prefix."""
+    transcribes: bool = False
+    """Whether the answer is mostly what a page says of its own text."""
 
 
 PRESETS = {
-    "ocr": Preset("What is the text in the picture?"),
+    "ocr": Preset("What is the text in the picture?", transcribes=True),
     "markdown": Preset(
         "You are an OCR assistant. Read all text that is visible in the picture and write it down as Markdown, in "
         "the order in which a person would read it. Keep as much of its form as Markdown can show:\n\n"
@@ -34,10 +36,12 @@ PRESETS = {
         "- formulas and special characters\n\n"
         "Answer with the text in Markdown alone. Add nothing of your own: no remarks, no explanation, no summary.",
         stands_first=True,
+        transcribes=True,
     ),
     "table": Preset(
         "Write down every table in the picture as a Markdown table, with all of its rows and columns and with the "
-        "text of its cells as it stands there. Leave the cells empty that are empty. Answer with the tables alone."
+        "text of its cells as it stands there. Leave the cells empty that are empty. Answer with the tables alone.",
+        transcribes=True,
     ),
     "caption": Preset("Describe the picture in one or two sentences that could stand below it as a caption."),
 }

@@ -73,7 +73,11 @@ _DIALECTS = {
     "edge-runtime": Dialect(
         "edge-runtime",
         "edge-runtime",
-        _COMMON | _SAMPLING | _TOKENS | _FORMS | {"typical_p", "allowed_token_ids", "thinking_budget", "reuse"},
+        _COMMON
+        | _SAMPLING
+        | _TOKENS
+        | _FORMS
+        | {"typical_p", "allowed_token_ids", "thinking_budget", "reuse", "drafts", "expected_text"},
     ),
     "vllm": Dialect(
         "vllm", "vLLM", _COMMON | _SAMPLING | _TOKENS | _FORMS | {"allowed_token_ids", "thinking_budget"}
@@ -84,7 +88,7 @@ _DIALECTS = {
         "llama-server",
         _COMMON | _SAMPLING | {"typical_p", "ignore_eos", "choices", "grammar", "thinking_budget", "reuse"},
     ),
-    "openai": Dialect("openai", "a server that speaks OpenAI's API and nothing more", _COMMON),
+    "openai": Dialect("openai", "a server that speaks OpenAI's API and nothing more", _COMMON | {"expected_text"}),
 }
 
 

@@ -89,6 +89,10 @@ def request_fields(
         found |= {"logprobs": True, "top_logprobs": options.top_logprobs}
     if not options.reuse:
         found["cache_prompt"] = False
+    if options.drafts != "auto":
+        found["drafts"] = options.drafts if isinstance(options.drafts, str) else [*options.drafts]
+    if options.expected_text is not None:
+        found["prediction"] = {"type": "content", "content": options.expected_text}
     if options.max_slices is not None and dialect.is_ours:
         found["max_slices"] = options.max_slices
     return found | _continuation(options, dialect, begun)

@@ -59,6 +59,12 @@ class Metrics:
         self._cached = Counter("cached_prompt_tokens", "Of these, those that needed no prefill.", ["model"], **name)
         self._visual = Counter("visual_tokens", "Of these, those that stand for pictures.", ["model"], **name)
         self._answer = Counter("completion_tokens", "Tokens generated.", ["model"], **name)
+        self._drafts = Counter(
+            "draft_tokens",
+            "Guessed tokens that were checked, by source and result.",
+            ["model", "source", "result"],
+            **name,
+        )
         self._seconds = Counter("work_seconds", "Seconds of requests, by stage.", ["model", "stage"], **name)
         self._first = Histogram(
             "time_to_first_token_seconds",
@@ -101,6 +107,9 @@ class Metrics:
             self._cached.labels(model).inc(answer.cached_tokens)
             self._visual.labels(model).inc(answer.visual_tokens)
         self._answer.labels(model).inc(answer.completion_tokens)
+        for source, counts in answer.drafts.items():
+            self._drafts.labels(model, source, "accepted").inc(counts["accepted"])
+            self._drafts.labels(model, source, "rejected").inc(counts["checked"] - counts["accepted"])
         for stage in ("image", "encode", "prefill", "decode"):
             self._seconds.labels(model, stage).inc(timings.get(stage, 0.0))
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from edge_runtime.errors import MessageError
 from edge_runtime.structured_output.compiling import too_complex
 from edge_runtime.structured_output.effort import AnswerEffort, TooMuchWorkError
+from edge_runtime.structured_output.forced_tokens import forced_tokens
 from edge_runtime.structured_output.grammar import Grammar, allowed_ids
 from edge_runtime.structured_output.json_position import without_blanks
 from edge_runtime.structured_output.shortest_completion import has_new_item, has_new_key, is_end, shortest_completion
@@ -155,6 +156,12 @@ class Constraint:
         """
         with self._effort.step():
             return self._next_token(remaining, choose)
+
+    def draft(self, n: int) -> list[int]:
+        """At most `n` tokens that the form forces, or probably does."""
+        if self._forced or self._is_complete:
+            return [*self._forced][:n]
+        return [] if self._call is not None else forced_tokens(self._matcher, self._vocabulary, n)
 
     def _next_token(self, remaining: int, choose: Choose) -> int:
         if self.ended:  # the prompt held the whole answer

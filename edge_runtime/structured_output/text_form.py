@@ -19,6 +19,7 @@ from edge_runtime.errors import MessageError
 from edge_runtime.structured_output.compiling import compiled
 from edge_runtime.structured_output.constraint import DEFAULT_BUDGET, Choose
 from edge_runtime.structured_output.effort import AnswerEffort, Effort
+from edge_runtime.structured_output.forced_tokens import forced_tokens
 from edge_runtime.structured_output.grammar import allowed_ids
 from edge_runtime.structured_output.schema_size import MAX_TOGETHER, check_size
 from edge_runtime.structured_output.vocabulary import GrammarVocabulary
@@ -85,6 +86,12 @@ class TextConstraint:
             token = self._next_token(choose)
             self._effort.check_time()
             return token
+
+    def draft(self, n: int) -> list[int]:
+        """At most `n` tokens that the form forces, or probably does."""
+        if self._forced:
+            return [*self._forced][:n]
+        return forced_tokens(self._matcher, self._vocabulary, n)
 
     def _next_token(self, choose: Choose) -> int:
         if self._forced:

@@ -49,7 +49,11 @@ def test_a_whole_reply():
         "completion_tokens": 18,
         "total_tokens": 38,
         "prompt_tokens_details": {"cached_tokens": 5, "image_tokens": 8},
-        "completion_tokens_details": {"reasoning_tokens": 6},
+        "completion_tokens_details": {
+            "reasoning_tokens": 6,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
     }, "the prompt once, the answers together"
 
 

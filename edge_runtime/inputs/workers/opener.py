@@ -25,7 +25,7 @@ from edge_runtime.errors import ImageError, MessageError, VideoError
 from edge_runtime.inputs.documents import FILE_LIMIT_BYTES, DocumentOptions, check_file_bytes
 from edge_runtime.inputs.image import ImageSource, encoded, load_image, name_of
 from edge_runtime.inputs.messages import DocumentPart, ImagePart
-from edge_runtime.inputs.pages import Page
+from edge_runtime.inputs.pages import MAX_TEXT, Page
 from edge_runtime.inputs.slicing import Size, check_plan, plan_slices
 from edge_runtime.inputs.video.container import MAX_THREADS
 from edge_runtime.inputs.video.frame_choice import VideoLimits
@@ -125,6 +125,10 @@ class WorkerPage(Page):
     def render(self, pixel_limit: int) -> Image.Image:
         """The picture."""
         return _picture(self._lease, self._ask("render", pixel_limit), pixel_limit, self._name)
+
+    def text(self) -> str:
+        """Its text layer."""
+        return str(self._ask("text", 0)["text"])[:MAX_TEXT]
 
     def cut(
         self, pixel_limit: int, config: SlicingConfig, max_slices: int | None

@@ -27,6 +27,7 @@ from edge_runtime.inputs.image import ImageSource, NamedBytes, load_image, pictu
 from edge_runtime.inputs.libtiff_notes import silence_libtiff
 from edge_runtime.inputs.messages import DocumentPart, ImagePart
 from edge_runtime.inputs.opener import cut_source
+from edge_runtime.inputs.pages import Page
 from edge_runtime.inputs.pdf import PdfPage
 from edge_runtime.inputs.tiff import TiffPage
 from edge_runtime.inputs.video.frame_choice import VideoLimits
@@ -76,6 +77,11 @@ class Session:
     def render(self, data: object, request: Mapping[str, Any]) -> dict[str, Any]:
         """Decode a picture, or draw a page."""
         return self._show(load_image(self._source(request), pixel_limit=request["pixel_limit"]))
+
+    def text(self, data: object, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What a page says of its own text."""
+        source = self._source(request)
+        return {"text": source.text() if isinstance(source, Page) else ""}
 
     def cut(self, data: object, request: Mapping[str, Any]) -> dict[str, Any]:
         """Decode a picture or draw a page, and cut it into slices."""
@@ -146,6 +152,7 @@ OPERATIONS: Mapping[str, Callable[[Session, NamedBytes | None, Mapping[str, Any]
     "picture": Session.picture,
     "size": Session.size,
     "render": Session.render,
+    "text": Session.text,
     "cut": Session.cut,
     "video": Session.video,
     "cursor": Session.cursor,

@@ -49,6 +49,10 @@ class SamplingFields(ConstraintFields):
     stop: Stop | None = None
     logit_bias: Bias | None = Field(None, description="By token id, or pairs as in llama-server.")
     cache_prompt: bool | None = Field(None, description="False computes the whole prompt again, as in llama-server.")
+    drafts: str | list[str] | None = Field(
+        None,
+        description="Whether next tokens are guessed, and from what; see `Model.chat`. No guess changes an answer.",
+    )
     return_progress: bool | None = Field(
         None, description="Whether a stream reports prompt progress, as in llama-server."
     )
@@ -99,6 +103,7 @@ class SamplingFields(ConstraintFields):
             stop=stops(self.stop),
             logit_bias=_bias(self.logit_bias),
             reuse=False if self.cache_prompt is False else None,
+            drafts=self.drafts,
             **self.rule_options(),
         )
 

@@ -35,12 +35,18 @@ def finish_reason(reason: EngineReason, *, has_calls: bool = False) -> shapes.Fi
 def usage(answers: Sequence[Answer]) -> shapes.Usage:
     """Tokens of the answers to one prompt."""
     first, n_completion = answers[0], sum(answer.completion_tokens for answer in answers)
+    expected = [answer.drafts.get("expected", {}) for answer in answers]
+    checked, accepted = (sum(counts.get(name, 0) for counts in expected) for name in ("checked", "accepted"))
     return {
         "prompt_tokens": first.prompt_tokens,
         "completion_tokens": n_completion,
         "total_tokens": first.prompt_tokens + n_completion,
         "prompt_tokens_details": {"cached_tokens": first.cached_tokens, "image_tokens": first.visual_tokens},
-        "completion_tokens_details": {"reasoning_tokens": sum(answer.reasoning_tokens for answer in answers)},
+        "completion_tokens_details": {
+            "reasoning_tokens": sum(answer.reasoning_tokens for answer in answers),
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": checked - accepted,
+        },
     }
 
 
@@ -49,11 +55,15 @@ def timings(answer: Answer) -> shapes.Timings:
     seconds = answer.timings_s
     prefill_s, decode_s = seconds.get("prefill", 0.0), seconds.get("decode", 0.0)
     n_read, n_cached = answer.prompt_tokens - answer.cached_tokens, answer.cached_tokens
-    return {
+    found: shapes.Timings = {
         **running_timings(n_cached, n_read, prefill_s, answer.completion_tokens, decode_s),
         "image_ms": (seconds.get("image", 0.0) + seconds.get("encode", 0.0)) * 1e3 if answer.pictures else 0.0,
         "first_token_ms": seconds.get("first_token", 0.0) * 1e3,
     }
+    if answer.drafts:
+        found["draft_n"] = sum(counts["checked"] for counts in answer.drafts.values())
+        found["draft_n_accepted"] = sum(counts["accepted"] for counts in answer.drafts.values())
+    return found
 
 
 def running_timings(
@@ -84,6 +94,7 @@ def _share(amount: float, parts: float) -> float:
 def add_usage(parts: Sequence[shapes.Usage]) -> shapes.Usage:
     """Tokens of several prompts."""
     prompt, completion = (sum(part[key] for part in parts) for key in ("prompt_tokens", "completion_tokens"))
+    details = [part["completion_tokens_details"] for part in parts]
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -93,7 +104,9 @@ def add_usage(parts: Sequence[shapes.Usage]) -> shapes.Usage:
             "image_tokens": sum(part["prompt_tokens_details"]["image_tokens"] for part in parts),
         },
         "completion_tokens_details": {
-            "reasoning_tokens": sum(part["completion_tokens_details"]["reasoning_tokens"] for part in parts)
+            "reasoning_tokens": sum(part["reasoning_tokens"] for part in details),
+            "accepted_prediction_tokens": sum(part["accepted_prediction_tokens"] for part in details),
+            "rejected_prediction_tokens": sum(part["rejected_prediction_tokens"] for part in details),
         },
     }
 

@@ -61,6 +61,9 @@ class CompletionDetails(TypedDict):
     """Parts of the answer's tokens."""
 
     reasoning_tokens: int
+    accepted_prediction_tokens: int
+    """Of the request's `prediction`: tokens that were checked and said."""
+    rejected_prediction_tokens: int
 
 
 class Usage(TypedDict):
@@ -87,6 +90,9 @@ class RunningTimings(TypedDict):
     predicted_ms: float
     predicted_per_token_ms: float
     predicted_per_second: float
+    draft_n: NotRequired[int]
+    """Guessed tokens that were checked, if any."""
+    draft_n_accepted: NotRequired[int]
 
 
 class Timings(RunningTimings):

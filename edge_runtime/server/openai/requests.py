@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictInt
+from pydantic import BaseModel, Field, StrictInt
 
 from edge_runtime.server.content_parts import content_parts
 from edge_runtime.server.errors import RequestError
@@ -78,6 +78,25 @@ class CompletionFields(SamplingFields):
         return self.form(("response_format", wanted))
 
 
+class PredictedPart(BaseModel):
+    """A part of a predicted answer."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(BaseModel):
+    """A predicted answer, as OpenAI's `ChatCompletionPredictionContentParam`."""
+
+    type: Literal["content"]
+    content: str | list[PredictedPart]
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class ChatCompletionRequest(CompletionFields, ConversationFields):
     """Body of `POST /v1/chat/completions`."""
 
@@ -98,6 +117,9 @@ class ChatCompletionRequest(CompletionFields, ConversationFields):
         None, description="Whether a final assistant message is continued; null: it is, as in llama-server."
     )
     add_generation_prompt: bool | None = None
+    prediction: Prediction | None = Field(
+        None, description="What the answer will probably be, with changes; its tokens are checked several at a time."
+    )
 
     def _limit(self) -> tuple[int | None, str | None]:
         return length(
@@ -180,6 +202,7 @@ class ChatCompletionRequest(CompletionFields, ConversationFields):
             max_tokens=most,
             logprobs=self.logprobs,
             top_logprobs=self.top_logprobs,
+            expected_text=None if self.prediction is None else self.prediction.text,
             **self._reasoning(),
             **self._form()[0],
             **self._continuing(),
