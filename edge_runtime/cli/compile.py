@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -30,8 +32,8 @@ from edge_runtime.vision.arithmetic import check_instruction_set
 def compile_kernels(names: tuple[str, ...], output: Path | None) -> None:
     """Compile the kernels ahead of time: no run then waits for the compiler.
 
-    Takes one to two minutes for each instruction set. Code for other machines is made, but never run here; they need
-    the same versions of Python, numba and edge-runtime.
+    Takes one to two minutes of a core for each instruction set. Code for other machines is made, but never run here;
+    they need the same versions of Python, numba and edge-runtime.
 
     Kernels in the installed package are found by every run; those in another FOLDER, where the environment variable
     EDGE_RUNTIME_COMPILED names it.
@@ -41,7 +43,7 @@ def compile_kernels(names: tuple[str, ...], output: Path | None) -> None:
     edge-runtime compile --target avx2 --target avx512vnni -o kernels
     """
     from edge_kernels.ahead import CompileError, compile_target
-    from edge_kernels.machine import isa
+    from edge_kernels.machine import cpu_count, isa
     from edge_kernels.shipped import PACKAGE, VARIABLE
     from edge_kernels.targets import TARGETS
     from edge_runtime.cli import terminal as console
@@ -55,14 +57,21 @@ def compile_kernels(names: tuple[str, ...], output: Path | None) -> None:
     if not names:
         check_instruction_set()
     folder = output or PACKAGE / "compiled"
-    for name in dict.fromkeys(names or (isa(),)):
-        try:
-            made = compile_target(name, folder)
-        except CompileError as error:
-            advice = "" if output else f" With -o FOLDER they are written elsewhere; {VARIABLE} then names it."
-            raise BackendUnavailable(f"{error}{advice}") from None
-        click.echo(
-            f"{made.target}: {made.kernels} kernels, {made.bytes / 1e6:.1f} MB, {made.seconds:.0f} s, {made.folder}"
-        )
+    pool, errors = ThreadPoolExecutor(cpu_count()), []  # each of its threads waits for a process
+    try:
+        for work in [pool.submit(compile_target, name, folder) for name in dict.fromkeys(names or (isa(),))]:
+            try:
+                made = work.result()
+            except CompileError as error:
+                errors.append(str(error))
+                continue
+            size = f"{made.kernels} kernels, {made.bytes / 1e6:.1f} MB"
+            click.echo(f"{made.target}: {size}, {made.seconds:.0f} s, {made.folder}")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if errors:
+        if not output and not os.access(PACKAGE, os.W_OK):
+            errors.append(f"With -o FOLDER they are written elsewhere; {VARIABLE} then names it.")
+        raise BackendUnavailable(" ".join(errors))
     if output:
         console.note(f"Runs find them with {VARIABLE}={folder.absolute()}")

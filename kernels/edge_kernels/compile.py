@@ -177,6 +177,7 @@ class _Cache:
     def __init__(self, function: Callable[..., Any], *, is_kernel: bool) -> None:
         self._function, self._is_kernel, self._name = function, is_kernel, name_of(function)
         self._user: Any = None
+        self._loaded: Any = None
         self.hits = self.misses = 0
         _caches.append(self)
 
@@ -193,6 +194,7 @@ class _Cache:
                 found = shipped.load(context, self._name)
             if found is None:
                 found = self._load_cached(signature, context)
+        self._loaded = found  # machine code points to Python objects of it, and of callbacks numba keeps none
         self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
         return found
 

@@ -114,14 +114,32 @@ def pack(result: Any, code: bytes) -> bytes:
     description.typemap = description.calltypes = None  # not needed, and large
     entries = (description.llvm_func_name, description.llvm_cpython_wrapper_name, description.llvm_cfunc_wrapper_name)
     defined = {function.name for function in result.library.get_defined_functions()}
+    environments = [result.environment, *result._find_referenced_environments()]
     return bytes(
         dumps(
             (
                 result.library.name, code, [name for name in entries if name in defined], description,
-                result.environment, result.signature, result.reload_init, result._find_referenced_environments(),
+                result.signature, result.reload_init, [(found.env_name, found.consts) for found in environments],
             )
         )
     )  # fmt: skip
+
+
+def _environment(name: str, constants: list[Any]) -> Any:
+    """Return what numba calls the environment of a function: the Python objects that it needs to raise exceptions.
+
+    numba's own also has the globals of the function's module, for code in object mode. To get them, it would import
+    all modules of its own whose functions were inlined, which takes longer than loading the code.
+    """
+    from numba.core.environment import Environment, lookup_environment
+
+    found = lookup_environment(name)
+    if found is None:
+        found = Environment({"__name__": __name__})
+        found.consts[:] = constants
+        found.env_name = name
+        Environment._memo[name] = found
+    return found
 
 
 def _rebuild(context: Any, data: bytes) -> Any:
@@ -129,10 +147,11 @@ def _rebuild(context: Any, data: bytes) -> Any:
     from numba.core.compiler import compile_result
     from numba.core.runtime import rtsys
 
-    name, code, entries, description, environment, signature, initialisers, environments = pickle.loads(data)
+    name, code, entries, description, signature, initialisers, constants = pickle.loads(data)
     rtsys.initialize(context)  # defines the functions that code for arrays calls
     for initialise in initialisers:
         initialise()
+    environment, *environments = [_environment(*found) for found in constants]
     codegen = context.codegen()
     library = codegen.create_library(name)
     library.enable_object_caching()

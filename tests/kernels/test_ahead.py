@@ -172,13 +172,15 @@ def test_a_damaged_manifest_is_told(folder, found, caplog, text):
 
 
 def test_what_is_missing_is_told(folder, found, caplog):
+    other = folder.rename(folder.with_name("avx9"))
+    (folder.parent / ".avx8-unfinished").mkdir()
+    assert found(folder) is None
+    assert f"there are none for {machine.isa()} (there are: avx9)" in caplog.text
+    caplog.clear()
+    other.rename(folder)
     (folder / shipped.MANIFEST).unlink()
     assert found(folder) is None
     assert "No such file" in caplog.text
-    caplog.clear()
-    folder.rename(folder.with_name("avx9"))
-    assert found(folder) is None
-    assert f"there are none for {machine.isa()} (there are: avx9)" in caplog.text
     caplog.clear()
     assert found(folder.parent / "nowhere" / "x") is None
     assert "nowhere" in caplog.text

@@ -27,6 +27,7 @@ USE_EVERYTHING = textwrap.dedent(
     from edge_kernels.linear.float32 import linear, pack_weight
     from edge_kernels.linear.int8 import linear_int8, linear_int8_quantized
     from edge_kernels.linear.int8_weights import pack_weight_int8
+    from edge_kernels.signatures import argument_types
     from edge_kernels.simd.amx import HAS_TILES
     from edge_kernels.linear.int8_rows import layer_norm_quantized, quantize_rows
     from edge_kernels.rows.norm import layer_norm
@@ -77,6 +78,8 @@ USE_EVERYTHING = textwrap.dedent(
     attention_int16(many, many, many[:, ::-1], 2, 0.5, ends, ends)
     TILED = {"edge_kernels.linear.bf16_split"}  # `linear` imports it everywhere, and calls it where there are tiles
     usable = [kernel for kernel in _kernels if HAS_TILES or kernel.py_func.__module__ not in TILED]
+    for kernel in usable:
+        assert kernel.signatures == [argument_types(kernel.py_func)], "what is declared is compiled ahead of time"
     print(*cache_statistics(), len(usable))
     """
 )
