@@ -173,7 +173,7 @@ set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
 
 
 def build_llama_cpp() -> None:
-    """Compile llama-cpp-python for any 64-bit ARM, and unpack it."""
+    """Compile llama-cpp-python for any 64-bit ARM, without what it does with pictures, and unpack it."""
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     wanted = next(line for line in project["dependencies"] if line.startswith("llama-cpp-python"))
     shutil.rmtree(WHEELS, ignore_errors=True)
@@ -183,7 +183,7 @@ def build_llama_cpp() -> None:
     run(
         sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-cache-dir", "--wheel-dir", WHEELS,
         "--no-binary=llama-cpp-python", wanted,
-        CMAKE_TOOLCHAIN_FILE=str(toolchain), CMAKE_ARGS="-DGGML_NATIVE=OFF", _PYTHON_HOST_PLATFORM="linux-aarch64",
+        CMAKE_TOOLCHAIN_FILE=str(toolchain), CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF", _PYTHON_HOST_PLATFORM="linux-aarch64",
     )  # fmt: skip
     (wheel,) = WHEELS.glob("*.whl")
     if "aarch64" not in wheel.name:

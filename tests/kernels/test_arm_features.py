@@ -117,7 +117,7 @@ def test_numba_is_told_what_llvm_misses(on_arm):
 def test_what_the_user_chose_is_left_alone(on_arm, chosen, expected):
     on_arm.settings.CPU_FEATURES = chosen
     assert machine.cpu_features.__wrapped__() == expected
-    assert on_arm.settings.CPU_FEATURES == chosen
+    assert chosen == on_arm.settings.CPU_FEATURES
 
 
 def test_numba_that_has_started_makes_code_without(on_arm, caplog):
