@@ -45,7 +45,7 @@ def cpu_features() -> frozenset[str]:
         names = {name for name in names if not name.startswith("avx")}
     if _IS_ARM:
         names.add("neon")  # part of the 64-bit base architecture, and not always listed
-    if "amx-tile" in names and not _tiles_permitted():
+    if "amx-tile" in names and not (_only_compiles or _tiles_permitted()):
         names = {name for name in names if not name.startswith("amx")}
     return frozenset(names)
 
@@ -67,6 +67,15 @@ def _numba_features() -> str:
         )
         numba.config.CPU_FEATURES = None
     return used
+
+
+_only_compiles = False
+
+
+def only_compile() -> None:
+    """Say that this process makes code for other machines and runs none: tiles need no permission then."""
+    global _only_compiles
+    _only_compiles = True
 
 
 def _tiles_permitted() -> bool:

@@ -20,6 +20,7 @@ SIGN = Path(__file__).parents[2] / "examples" / "sign.png"
 
 def test_compiling_is_announced_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("edge_kernels.compile.cache_directory", lambda: tmp_path)
+    monkeypatch.setattr("edge_kernels.shipped.find", lambda: None)
     picture, prompt = first_compile(pictures=True, prompts=True)
     assert "First picture" in picture
     assert "First prompt" in prompt
