@@ -37,6 +37,7 @@ from xml.etree import ElementTree
 HERE = Path(__file__).resolve().parents[1]
 BUILD = HERE / "build" / "arm64"
 ROOT, LOGS, WHEELS = BUILD / "root", BUILD / "logs", BUILD / "wheels"
+KERNELS = BUILD / "kernels"
 SITE = "opt/site"
 SUITE, PYTHON = "bookworm", "3.11"
 PROGRAMS = {
@@ -85,6 +86,11 @@ TESTS = [
     "tests/prompt/test_build.py",
     "tests/engine/test_kernels_in_answers.py",
 ]
+PASSED = (
+    "EDGE_RUNTIME_COMPILED", "EDGE_RUNTIME_ISA", "EDGE_RUNTIME_KERNELS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES",
+    "NUMBA_NUM_THREADS",
+)  # fmt: skip
+"""Variables that programs inside see, too."""
 QUESTION = ["examples/sign.png", "What does it say?"]
 ANSWER = "CAFE"
 
@@ -183,7 +189,8 @@ def build_llama_cpp() -> None:
     run(
         sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-cache-dir", "--wheel-dir", WHEELS,
         "--no-binary=llama-cpp-python", wanted,
-        CMAKE_TOOLCHAIN_FILE=str(toolchain), CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF", _PYTHON_HOST_PLATFORM="linux-aarch64",
+        CMAKE_TOOLCHAIN_FILE=str(toolchain), CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF",
+        _PYTHON_HOST_PLATFORM="linux-aarch64",
     )  # fmt: skip
     (wheel,) = WHEELS.glob("*.whl")
     if "aarch64" not in wheel.name:
@@ -248,11 +255,11 @@ def inside(name: str, command: Sequence[str], log: Path | None = None) -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
     cpuinfo = BUILD / f"cpuinfo-{name}"
     cpuinfo.write_text(describe(processor, os.cpu_count() or 1))
-    passed = ("EDGE_RUNTIME_ISA", "EDGE_RUNTIME_KERNELS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_NUM_THREADS")
-    settings = " ".join(f"{name}={os.environ[name]}" for name in passed if name in os.environ)
+    settings = {"EDGE_RUNTIME_COMPILED": f"/src/{KERNELS.relative_to(HERE)}"}
+    settings |= {name: os.environ[name] for name in PASSED if name in os.environ}
     environment = {
         "ROOT": str(ROOT), "HERE": str(HERE), "LOGS": str(LOGS), "CPUINFO": str(cpuinfo), "QEMU_CPU": processor.qemu,
-        "SETTINGS": settings,
+        "SETTINGS": " ".join(f"{name}={value}" for name, value in settings.items()),
     }  # fmt: skip
     words = ["unshare", "--mount", "--propagation", "private", "bash", "-c", ENTER, "bash", *command]
     if log is None:
