@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test test-isas quick lint bench reference clients litellm open-webui conformance clean
+.PHONY: setup test test-isas quick lint bench reference clients litellm open-webui conformance arm64 clean
 
 setup: .venv/ready
 
@@ -92,6 +92,10 @@ build/open-webui/ready:
 conformance: setup
 	$(BIN)/python ../shared/conformance/check.py tests/conformance_adapter.py ../shared/reference/fixtures --path exact
 	$(BIN)/python ../shared/conformance/check.py tests/conformance_adapter.py ../shared/reference/fixtures --path quant
+
+# The tests on emulated 64-bit ARM: NEON, dotprod, i8mm. Needs Debian and root; hours. CONTRIBUTING.md has parts of it.
+arm64: setup
+	$(BIN)/python tools/arm64.py check
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

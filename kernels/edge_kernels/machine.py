@@ -7,15 +7,24 @@ EDGE_RUNTIME_ISA forces an instruction set, which is how the code of older proce
 from __future__ import annotations
 
 import ctypes
+import logging
 import math
 import os
 import platform
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numba
 from llvmlite import binding as llvm
+from numba.core import codegen
+from numba.core.registry import cpu_target
+
+logger = logging.getLogger("edge_kernels")
+
+
+_IS_ARM = platform.machine().lower() in ("arm64", "aarch64")
 
 
 @cache
@@ -31,21 +40,33 @@ def cpu_features() -> frozenset[str]:
     Follows numba's NUMBA_CPU_NAME, NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX, so the portable path can be run
     anywhere.
     """
-    if numba.config.CPU_FEATURES is not None:
-        listed = str(numba.config.CPU_FEATURES)
-    else:
-        try:
-            listed = llvm.get_host_cpu_features().flatten()
-        except RuntimeError:  # LLVM does not know on this system
-            listed = ""
-    names = {name[1:] for name in listed.split(",") if name.startswith("+")}
+    names = {name[1:] for name in _numba_features().split(",") if name.startswith("+")}
     if not numba.config.ENABLE_AVX:
         names = {name for name in names if not name.startswith("avx")}
-    if platform.machine().lower() in ("arm64", "aarch64"):
+    if _IS_ARM:
         names.add("neon")  # part of the 64-bit base architecture, and not always listed
     if "amx-tile" in names and not (_only_compiles or _tiles_permitted()):
         names = {name for name in names if not name.startswith("amx")}
     return frozenset(names)
+
+
+def _numba_features() -> str:
+    """Return the features that numba generates code with, "+…,-…"; first tell it those that LLVM misses."""
+    found = codegen.get_host_cpu_features()
+    missed = sorted(name for name in arm_features() if f"+{name}" not in found.split(",")) if _IS_ARM else []
+    is_ours = bool(missed) and numba.config.CPU_FEATURES is None
+    if is_ours:
+        numba.config.CPU_FEATURES = ",".join([*filter(None, [found]), *(f"+{name}" for name in missed)])
+    used = str(cpu_target.target_context.codegen().magic_tuple()[2])  # numba reads its setting when it starts
+    if is_ours and used != numba.config.CPU_FEATURES:
+        logger.warning(
+            "This processor has %s, but numba was used before these kernels were imported, and makes code without. "
+            "Import edge_runtime or edge_kernels.machine first, or set NUMBA_CPU_FEATURES=%s.",
+            " and ".join(missed),
+            numba.config.CPU_FEATURES,
+        )
+        numba.config.CPU_FEATURES = None
+    return used
 
 
 _only_compiles = False
@@ -68,6 +89,49 @@ def _tiles_permitted() -> bool:
     return int(ctypes.CDLL(None).syscall(system_call, request, tile_data)) == 0
 
 
+# What a system says of a feature: on Linux a bit of an entry of the auxiliary vector, on macOS a number with a name.
+_AT_HWCAP, _AT_HWCAP2 = 16, 26
+_LINUX_FEATURES = {"dotprod": (_AT_HWCAP, 20), "i8mm": (_AT_HWCAP2, 13)}
+_MAC_FEATURES = {"dotprod": b"hw.optional.arm.FEAT_DotProd", "i8mm": b"hw.optional.arm.FEAT_I8MM"}
+
+
+def arm_features(system: str = sys.platform, library: Any = None) -> frozenset[str]:
+    """Return which of the ARM features that kernels use this processor has, as the operating system tells it.
+
+    LLVM looks for them on Windows alone: from Linux it takes NEON, CRC, AES, SHA, atomics and SVE, and on macOS it
+    knows processors by name. So on a Raspberry Pi 5, which has dotprod, it lists none of these.
+
+    Parameters
+    ----------
+    system : as `sys.platform` names it.
+    library : the C library, or what stands for it.
+
+    Sources: Linux, Documentation/arch/arm64/elf_hwcaps.rst and getauxval(3); Apple, "Determining instruction set
+    characteristics"; LLVM, lib/TargetParser/Host.cpp.
+    """
+    try:
+        if system == "linux":
+            library = library or ctypes.CDLL(None)
+            library.getauxval.restype = ctypes.c_ulong
+            library.getauxval.argtypes = [ctypes.c_ulong]
+            return frozenset(
+                name for name, (entry, bit) in _LINUX_FEATURES.items() if library.getauxval(entry) >> bit & 1
+            )
+        if system == "darwin":
+            library = library or ctypes.CDLL(None)
+            return frozenset(name for name, key in _MAC_FEATURES.items() if _mac_number(library, key) == 1)
+    except (OSError, AttributeError):  # another C library
+        pass
+    return frozenset()
+
+
+def _mac_number(library: Any, key: bytes) -> int:
+    """Read a number that macOS knows by a name; 0 where it knows none."""
+    value, size = ctypes.c_int64(0), ctypes.c_size_t(8)  # some are of four bytes, the lower ones
+    status = library.sysctlbyname(key, ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0))
+    return value.value if status == 0 else 0
+
+
 # Instruction sets that kernels have code of their own for, and the CPU features each needs, best first. `simd`
 # says what the code is; a name here needs a row in its table.
 ISAS: dict[str, frozenset[str]] = {
@@ -76,7 +140,7 @@ ISAS: dict[str, frozenset[str]] = {
     "avx512": frozenset({"avx512f", "avx512bw"}),
     "avxvnni": frozenset({"avx2", "fma", "avxvnni"}),
     "avx2": frozenset({"avx2", "fma"}),
-    "neon-i8mm": frozenset({"neon", "i8mm"}),
+    "neon-i8mm": frozenset({"neon", "dotprod", "i8mm"}),
     "neon-dot": frozenset({"neon", "dotprod"}),
     "neon": frozenset({"neon"}),
     "portable": frozenset(),

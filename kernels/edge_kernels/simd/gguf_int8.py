@@ -6,12 +6,16 @@ into all lanes, with four k of each output:
     vpdpbusd    AVX-512 VNNI, AVX-VNNI   unsigned × signed bytes, four products into an int32 lane
     vpmaddubsw  AVX2, AVX-512            unsigned × signed bytes, two products into an int16 lane
     sdot        ARMv8.2 dotprod          signed bytes, four products into an int32 lane
+    smmla       ARMv8.6 i8mm             signed bytes, 8 k of two rows × two outputs into four int32 lanes
     pairs       all others               bytes widened to int16, two products into an int32 lane
 
 Without VNNI a 4-bit weight has room to spare in 16 bits: two products are at most 2 · 15 · 127 = 3,810, so *eight*
 instructions can meet there before the sums are widened, and the instruction that widens (vpmaddwd) multiplies by the
 scale of the group as well. 5-bit weights let four meet, 6-bit weights two. Weights of 8 bits let none, and vpsignb
 makes them unsigned.
+
+smmla takes two rows at a time, and 8 k of an output side by side, of which the panel has four: the vectors of two
+steps are zipped, and so are two rows' numbers. One row alone is multiplied with sdot.
 
 Integers are exact on every instruction set, and what follows in float32 has one order; so a row's result depends
 neither on the other rows of the call nor on the number of threads. `reference.gguf_blocks` describes the blocks
@@ -60,7 +64,7 @@ from edge_kernels.simd.gguf_layout import (
     byte_at,
     pointer,
 )
-from edge_kernels.simd.int8 import multiply_pairs
+from edge_kernels.simd.int8 import matrix_product, multiply_pairs, rows_of_blocks
 from edge_kernels.simd.ir import (
     FLOAT,
     INT,
@@ -85,7 +89,7 @@ def _dot(builder: ir.IRBuilder, sums: ir.Value, weights: ir.Value, numbers: ir.V
     if BLOCK_TILE.instruction == "vpdpbusd":
         operands = [builder.bitcast(value, INTS) for value in (weights, numbers)]
         return call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * WIDTH}", INTS, [sums, *operands])
-    if BLOCK_TILE.instruction == "sdot":
+    if BLOCK_TILE.instruction in ("sdot", "smmla"):
         return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", INTS, [sums, weights, numbers])
     wide = ir.VectorType(SHORT, 4 * WIDTH)
     a, b = builder.sext(weights, wide), builder.sext(numbers, wide)
@@ -134,6 +138,11 @@ class _Block(NamedTuple):
         at = byte_at(builder, self.panel, *places)
         return [load(builder, byte_at(builder, at, v * 4 * WIDTH), type_) for v in range(self.vectors)]
 
+    def of_rows(self, builder: ir.IRBuilder, first: int, type_: ir.Type, *places: int | ir.Value) -> ir.Value:
+        """Emit the four bytes at so many bytes of the blocks of rows from `first` on, side by side."""
+        places = tuple(p * self.n_rows if isinstance(p, int) else builder.mul(p, index(self.n_rows)) for p in places)
+        return load(builder, byte_at(builder, self.rows, *places, 4 * first), type_)
+
     def of_row(self, builder: ir.IRBuilder, row: int, type_: ir.Type, *places: int | ir.Value) -> ir.Value:
         """Emit the four bytes at so many bytes of a row's block, in all lanes; or those of every lane's block."""
         n = WIDTH if self.lanes_are_blocks else self.n_rows
@@ -181,6 +190,26 @@ def _fixed(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
 BIT = ir.IntType(1)
 
 
+def _matrix_sums(builder: ir.IRBuilder, block: _Block, place: ir.Value, step: ir.Value, steps: int) -> list[ir.Value]:
+    """Emit the int32 sums of so many steps with smmla; `place` and `step` as for `_words_sums`."""
+    pairs, two = block.n_rows // 2, ir.VectorType(INT, 2)
+    masks = [ir.Constant(INTS, places) for places in ([0, 4, 1, 5], [2, 6, 3, 7])]
+    sums: list[ir.Value] = [constant(INTS, 0)] * (pairs * 2 * block.vectors)
+    for s in range(0, steps, 2):
+        now, following = (block.of_panel(builder, INTS, step, (s + more) * STEP_BYTES) for more in range(2))
+        outputs = [
+            builder.bitcast(builder.shuffle_vector(a, b, mask), BYTES)
+            for a, b in zip(now, following, strict=True)
+            for mask in masks
+        ]
+        for p in range(pairs):
+            a, b = (block.of_rows(builder, 2 * p, two, place, 4 * (s + more)) for more in range(2))
+            rows = builder.bitcast(builder.shuffle_vector(a, b, ir.Constant(INTS, [0, 2, 1, 3])), BYTES)
+            for i, output in enumerate(outputs, p * len(outputs)):
+                sums[i] = matrix_product(builder, sums[i], rows, output)
+    return rows_of_blocks(builder, block.n_rows, block.vectors, sums)
+
+
 def _group_sums(builder: ir.IRBuilder, block: _Block, group: ir.Value, scales: Sequence[ir.Value]) -> list[ir.Value]:
     """Emit the int32 sums of a group, multiplied by its scales where these are integers."""
     steps = block.kind.group // 4
@@ -196,6 +225,9 @@ def _group_sums(builder: ir.IRBuilder, block: _Block, group: ir.Value, scales: S
                 for i, (s, w) in enumerate(zip(sums, words, strict=True))
             ]
         return sums
+    if BLOCK_TILE.instruction == "smmla" and block.n_rows % 2 == 0:
+        sums = _matrix_sums(builder, block, place, step, steps)
+        return [builder.mul(s, scales[i % block.vectors]) for i, s in enumerate(sums)] if scales else sums
     for s in range(steps):
         weights = block.of_panel(builder, BYTES, step, s * STEP_BYTES)
         for r in range(block.n_rows):

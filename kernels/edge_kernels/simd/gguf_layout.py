@@ -44,7 +44,8 @@ BLOCK_TILES: dict[str, BlockTile] = {
     **dict.fromkeys(("amx", "avx512vnni"), BlockTile("vpdpbusd", vectors=2, width=16)),
     **dict.fromkeys(("avx512", "avx2"), BlockTile("vpmaddubsw", vectors=2, width=8)),
     "avxvnni": BlockTile("vpdpbusd", vectors=2, width=8),
-    **dict.fromkeys(("neon-i8mm", "neon-dot"), BlockTile("sdot", vectors=4, width=4)),
+    "neon-i8mm": BlockTile("smmla", vectors=4, width=4),
+    "neon-dot": BlockTile("sdot", vectors=4, width=4),
     **dict.fromkeys(("neon", "portable"), BlockTile("pairs", vectors=2, width=4)),
 }
 BLOCK_TILE = BLOCK_TILES[isa()]

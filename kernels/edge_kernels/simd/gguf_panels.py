@@ -258,7 +258,7 @@ def _unpack_q8_0(builder: ir.IRBuilder, blocks: Sequence[ir.Value], panel: _Pane
 
 def _looked_up(builder: ir.IRBuilder, nibbles: ir.Value) -> ir.Value:
     """Emit the values of four nibbles a lane: bit by bit, halves of the table are chosen."""
-    if WIDTH == 4 and BLOCK_TILE.instruction == "sdot":
+    if BLOCK_TILE.instruction in ("sdot", "smmla"):
         table = ir.Constant(ir.VectorType(BYTE, 16), [v & 255 for v in IQ4_NL_VALUES])
         found = call(
             builder, "llvm.aarch64.neon.tbl1.v16i8", table.type, [table, builder.bitcast(nibbles, table.type)]

@@ -227,6 +227,11 @@ def _fours_step(
     return results
 
 
+def matrix_product(builder: ir.IRBuilder, sums: ir.Value, rows: ir.Value, outputs: ir.Value) -> ir.Value:
+    """Emit sums + the products of two rows with two outputs, 8 signed bytes of each: smmla."""
+    return call(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", sums.type, [sums, rows, outputs])
+
+
 def _matrix_step(
     builder: ir.IRBuilder, tile: DotTile, a: ir.Value, b: ir.Value, sums: Sequence[ir.Value]
 ) -> list[ir.Value]:
@@ -241,19 +246,18 @@ def _matrix_step(
         factor = load(builder, address_of(builder, a, index(16 * i), element=BYTE), bytes_, 1)
         for j, operand in enumerate(operands):
             s = sums[i * output_pairs + j]
-            results.append(call(builder, "llvm.aarch64.neon.smmla.v4i32.v16i8", s.type, [s, factor, operand]))
+            results.append(matrix_product(builder, s, factor, operand))
     return results
 
 
-def _rows_of_blocks(builder: ir.IRBuilder, tile: DotTile, sums: Sequence[ir.Value]) -> list[ir.Value]:
-    """Turn the sums of `_matrix_step` into rows, [row][vector]: two blocks side by side give a vector of each row."""
-    output_pairs = tile.vectors * tile.width // 2
+def rows_of_blocks(builder: ir.IRBuilder, rows: int, vectors: int, sums: Sequence[ir.Value]) -> list[ir.Value]:
+    """Turn 2 × 2 blocks, [pair of rows][pair of outputs], into rows, [row][vector]: a vector is two side by side."""
     result = []
-    for row in range(tile.rows):
+    for row in range(rows):
         half = [0, 1, 4, 5] if row % 2 == 0 else [2, 3, 6, 7]
         mask = ir.Constant(ir.VectorType(INT, 4), half)
-        for v in range(tile.vectors):
-            s = row // 2 * output_pairs + 2 * v
+        for v in range(vectors):
+            s = row // 2 * 2 * vectors + 2 * v
             result.append(builder.shuffle_vector(sums[s], sums[s + 1], mask))
     return result
 
@@ -281,7 +285,7 @@ def emit_dot_tile(
 
     sums = loop(builder, index(0), cells, tile.step_cells, [constant(vector, 0)] * (tile.rows * tile.vectors), step)
     if matrix:
-        sums = _rows_of_blocks(builder, tile, sums)
+        sums = rows_of_blocks(builder, tile.rows, tile.vectors, sums)
     addresses = [address_of(builder, c, index(s * tile.width), element=INT) for s in range(len(sums))]
     with builder.if_else(builder.icmp_signed("!=", accumulate, index(0))) as (then, otherwise):
         with then:
