@@ -8,6 +8,7 @@ pin_worker()
 
 # ruff: noqa: E402 - what follows counts the cores when it is imported
 import json
+import os
 import signal
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from edge_converters import convert_checkpoint
 from edge_kernels.machine import cpu_count
 from edge_runtime import Model
 
+os.environ.setdefault("EDGE_RUNTIME_COMPILED", "off")  # what is tested are the sources
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

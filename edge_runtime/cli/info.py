@@ -25,7 +25,7 @@ from edge_runtime.weights.gguf_file import GGUFFile
 
 def describe_machine() -> dict[str, Any]:
     """Facts about this machine and what the kernels chose for it."""
-    from edge_kernels.compile import cache_directory
+    from edge_kernels.compile import cache_directory, origin
     from edge_kernels.machine import cpu_count, cpu_name, isa
     from edge_runtime.decoder import llama_cpp as llama
 
@@ -43,6 +43,7 @@ def describe_machine() -> dict[str, Any]:
         "prompts": "these kernels (AMX)" if IS_POSSIBLE else products,
         "answers": products,
         "threads": cpu_count(),
+        "compiled kernels": origin(),
         "kernel cache": str(cache_directory() or "none (not writable)"),
         "numba": metadata.version("numba"),
         "llama-cpp-python": metadata.version("llama-cpp-python"),

@@ -39,8 +39,9 @@ Contracts shared by all of them:
 - Calls may come from any thread, but run one at a time (`threads.parallel_region` says why). The GIL is released.
 
 `machine` reports processor, instruction set (EDGE_RUNTIME_ISA forces one) and cores; `threads` how many threads run,
-`waiting` how they wait;
-`compile` is the only home of compiler flags and of the cache of machine code; `arrays` brings arguments into the
-form that kernels take. Tables say which instruction set gets which register tile: `simd.ir.TILES` (float32),
-`simd.int8.DOT_TILES`, `simd.int16.PAIR_TILES`. Importing this package imports neither numba nor any of its modules.
+`waiting` how they wait; `compile` is the only home of compiler flags and of the cache of machine code; `ahead`
+compiles for other machines, `shipped` loads what it has made, `targets` and `signatures` say for what; `arrays`
+brings arguments into the form that kernels take. Tables say which instruction set gets which register tile:
+`simd.ir.TILES` (float32), `simd.int8.DOT_TILES`, `simd.int16.PAIR_TILES`. Importing this package imports neither
+numba nor any of its modules.
 """

@@ -8,9 +8,11 @@ Floating point: fused multiply-add is allowed (`contract`), nothing else. No rea
 depends neither on the vectoriser nor on the thread count; no assumption about NaN or infinity, so they reach
 the output and can be seen there.
 
-Machine code is kept in `<user cache>/edge-runtime/jit/<key>`, or below NUMBA_CACHE_DIR where the user has set
+Machine code comes from a folder that was filled ahead of time, if there is one for this machine (`shipped`). Other
+machine code is kept in `<user cache>/edge-runtime/jit/<key>`, or below NUMBA_CACHE_DIR where the user has set
 it. numba's own index notices changes to the file that defines a function, but not to helpers in other files;
 `key` is a digest of all of this package's sources, of the versions and of the CPU, so stale code is never loaded.
+That folder is made when something has to be compiled, not before.
 """
 
 from __future__ import annotations
@@ -30,8 +32,15 @@ from typing import Any, NamedTuple, TypeVar
 import llvmlite
 import numba
 import platformdirs
+from numba.core import sigutils
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.ccallback import CFunc
+from numba.core.runtime import rtsys
 
+from edge_kernels import shipped
 from edge_kernels.machine import cpu_features, cpu_name, isa
+from edge_kernels.shipped import digest_sources, name_of
+from edge_kernels.signatures import argument_types
 from edge_kernels.threads import start_threads
 
 logger = logging.getLogger("edge_kernels")
@@ -48,22 +57,22 @@ _FLAGS: dict[str, Any] = {
 
 
 class CacheStatistics(NamedTuple):
-    """How often this process has loaded a kernel from the cache (`hits`) or compiled one (`misses`)."""
+    """How often this process has loaded a kernel, shipped or cached (`hits`), or compiled one (`misses`)."""
 
     hits: int
     misses: int
 
 
 _kernels: list[Any] = []
+_caches: list[_Cache] = []
+recorder: Callable[[str, Any], None] | None = None
+"""Where set, by `ahead`, it gets the name and numba's result of all that is compiled; nothing is loaded or kept."""
 
 
 def _cache_key() -> str:
     """Digest everything that machine code depends on."""
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for source in sorted(package.rglob("*.py")):
-        digest.update(source.relative_to(package).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
     facts = (
+        digest_sources(Path(__file__).parent),
         numba.__version__,
         llvmlite.__version__,
         platform.python_version(),
@@ -71,8 +80,7 @@ def _cache_key() -> str:
         isa(),
         *sorted(cpu_features()),
     )
-    digest.update("\0".join(facts).encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
 def _usable_directory(path: Path, *, private: bool = False) -> bool:
@@ -122,23 +130,35 @@ def cache_directory() -> Path | None:
 
 
 def is_compiled(module: str) -> bool:
-    """Whether machine code of a module's kernels is cached from an earlier run.
+    """Whether machine code of a module's kernels is shipped, or cached from an earlier run.
 
     Parameters
     ----------
     module : name below this package, such as `linear.gguf_blocks`.
     """
+    if shipped.has_module(module):
+        return True
     room, stem = module.rsplit(".", 1)
     folder = cache_directory()
     return folder is not None and any(folder.glob(f"{room}_*/{stem}.*.nbc"))
 
 
+def origin() -> str:
+    """Say where this machine's kernels come from: shipped, compiled by an earlier run, or compiled when needed."""
+    folder = shipped.find()
+    if folder is not None:
+        return f"{len(folder.kernels)} for {isa()}, compiled ahead of time: {folder.path}"
+    directory = cache_directory()
+    cached = 0 if directory is None else len(list(directory.glob("*/*.nbc")))
+    return f"{cached} for {isa()}, compiled by earlier runs" if cached else f"none for {isa()}: compiled at first use"
+
+
 @contextlib.contextmanager
 def _own_cache() -> Iterator[bool]:
-    """Let functions that are decorated inside the block be cached in our folder; yield whether there is one.
+    """Let numba's caches that are made inside the block lie in our folder; yield whether there is one.
 
-    numba reads the folder from its global setting when a function is decorated. It is restored at once, since other
-    numba code in this process must not use our folder.
+    numba reads the folder from its global setting. It is restored at once, since other numba code in this process
+    must not use our folder.
     """
     directory, before = cache_directory(), numba.config.CACHE_DIR
     numba.config.CACHE_DIR = str(directory or "")
@@ -148,16 +168,93 @@ def _own_cache() -> Iterator[bool]:
         numba.config.CACHE_DIR = before
 
 
+class _Cache:
+    """Where numba looks for a kernel before it compiles it: among the shipped ones, then in the user's folder.
+
+    numba calls `load_overload`, and `save_overload` with what it has compiled, under its lock.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, is_kernel: bool) -> None:
+        self._function, self._is_kernel, self._name = function, is_kernel, name_of(function)
+        self._user: Any = None
+        self.hits = self.misses = 0
+        _caches.append(self)
+
+    @property
+    def cache_path(self) -> Any:
+        """Numba's interface: where the user's folder is."""
+        return self._users_cache().cache_path
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        """Return a compiled function of these types of arguments, or None."""
+        found = None
+        if recorder is None:
+            if self._is_shipped(signature):
+                found = shipped.load(context, self._name)
+            if found is None:
+                found = self._load_cached(signature, context)
+        self.hits, self.misses = self.hits + (found is not None), self.misses + (found is None)
+        return found
+
+    def _load_cached(self, signature: Any, context: Any) -> Any:
+        user = self._users_cache()
+        if not isinstance(user, FunctionCache):
+            return None
+        # As numba's `load_overload`, which first collects all that it can compile: 0.3 s, and not needed to load.
+        rtsys.initialize(context)
+        try:
+            return user._load_overload(signature, context)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a file, compiling makes another
+            logger.warning(
+                "The kernel %s in %s cannot be read (%s: %s). It is compiled anew.",
+                self._name, self.cache_path, type(error).__name__, error,
+            )  # fmt: skip
+            with contextlib.suppress(OSError):
+                user.flush()  # or its damaged index would be read again before a new one is written
+            return None
+
+    def save_overload(self, signature: Any, result: Any) -> None:
+        """Keep what has been compiled."""
+        if recorder is not None:
+            recorder(self._name, result)
+            return
+        try:
+            self._users_cache().save_overload(signature, result)
+        except OSError as error:  # a full disk, above all
+            logger.warning(
+                "The compiled kernel %s cannot be kept in %s: %s. The next start compiles it again.",
+                self._name, self.cache_path, error.strerror or error,
+            )  # fmt: skip
+
+    def flush(self) -> None:
+        """Numba's interface: forget what is kept in the user's folder."""
+        self._users_cache().flush()
+
+    def _is_shipped(self, signature: Any) -> bool:
+        folder = shipped.find()
+        if folder is None or self._name not in folder.kernels:
+            return False
+        arguments, _ = sigutils.normalize_signature(signature)
+        return not self._is_kernel or tuple(arguments) == argument_types(self._function)
+
+    def _users_cache(self) -> Any:
+        if self._user is None:
+            with _own_cache() as is_cached:
+                self._user = FunctionCache(self._function) if is_cached else NullCache()
+        return self._user
+
+
 def kernel(function: F) -> F:
     """Compile an entry point: parallel, cached. Nothing is compiled before the first call.
 
-    To get one specialisation only, call it with writable 1-D C-contiguous float32 or int64 arrays (`rows_view` and
-    `vector_view` make them), Python ints, floats and bools.
+    The annotations of its parameters say what it is compiled for (`signatures`). To get this specialisation only,
+    call it with writable 1-D C-contiguous float32 or int64 arrays (`rows_view` and `vector_view` make them), Python
+    ints, floats and bools.
     """
-    with _own_cache() as is_cached:
-        compiled: F = numba.jit(parallel=True, cache=is_cached, **_FLAGS)(function)
+    compiled: Any = numba.jit(parallel=True, **_FLAGS)(function)
+    compiled._cache = _Cache(function, is_kernel=True)
     _kernels.append(compiled)
-    return compiled
+    return compiled  # type: ignore[no-any-return]
 
 
 def callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -170,8 +267,10 @@ def callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         options = {name: value for name, value in _FLAGS.items() if name != "nogil"}
-        with _own_cache() as is_cached:
-            return numba.cfunc(signature, cache=is_cached, **options)(function)
+        compiled: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        compiled._cache = _Cache(function, is_kernel=False)
+        compiled.compile()
+        return compiled
 
     return decorate
 
@@ -195,9 +294,5 @@ def leaf(function: F) -> F:
 
 
 def cache_statistics() -> CacheStatistics:
-    """Return how many kernels this process has loaded from the cache and how many it has compiled."""
-    statistics = [k.stats for k in _kernels]
-    return CacheStatistics(
-        hits=sum(sum(s.cache_hits.values()) for s in statistics),
-        misses=sum(sum(s.cache_misses.values()) for s in statistics),
-    )
+    """Return how many kernels and callbacks this process has loaded, and how many it has compiled."""
+    return CacheStatistics(hits=sum(c.hits for c in _caches), misses=sum(c.misses for c in _caches))

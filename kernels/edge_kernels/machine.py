@@ -43,9 +43,18 @@ def cpu_features() -> frozenset[str]:
         names = {name for name in names if not name.startswith("avx")}
     if platform.machine().lower() in ("arm64", "aarch64"):
         names.add("neon")  # part of the 64-bit base architecture, and not always listed
-    if "amx-tile" in names and not _tiles_permitted():
+    if "amx-tile" in names and not (_only_compiles or _tiles_permitted()):
         names = {name for name in names if not name.startswith("amx")}
     return frozenset(names)
+
+
+_only_compiles = False
+
+
+def only_compile() -> None:
+    """Say that this process makes code for other machines and runs none: tiles need no permission then."""
+    global _only_compiles
+    _only_compiles = True
 
 
 def _tiles_permitted() -> bool:

@@ -35,13 +35,15 @@ LEVELS = {
     """,
     "edge_kernels": """
         machine waiting reference
-        threads
+        threads targets signatures
+        shipped
         compile
         arrays
         simd
         linear
         attention rows
         ggml_backend
+        ahead
     """,
     "edge_converters": """
         sources

@@ -280,7 +280,9 @@ def _attention_worker(operands, heads, tasks, most_keys, out, tickets):
 
 
 @kernel
-def _attention(operands, heads, tasks, most_keys, out, tickets, workers):
+def _attention(
+    operands: Operands, heads: _Heads, tasks: Int64, most_keys: int, out: Float32, tickets: Int64, workers: int
+):
     for _ in numba.prange(workers):
         _attention_worker(operands, heads, tasks, most_keys, out, tickets)
 

@@ -28,6 +28,8 @@ from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Halves = NDArray[np.uint16]
+Int16 = NDArray[np.int16]
+Int64 = NDArray[np.int64]
 
 
 @leaf
@@ -70,7 +72,10 @@ def _pack_values(past, new, n_past, width, head, n, dims, out, tile, tiles, line
 
 
 @kernel
-def _pack(past, new, n_past, width, heads, n, dims, packed, tickets, workers):
+def _pack(
+    past: tuple[Halves, Halves], new: tuple[Halves, Halves], n_past: int, width: int, heads: int, n: int, dims: int,
+    packed: tuple[Int16, Int16, Int16], tickets: Int64, workers: int,
+):  # fmt: skip
     high, low, turned = packed
     tiles = (n + SIDE - 1) // SIDE
     size = tiles * SIDE * dims
@@ -172,7 +177,10 @@ def _worker(queries, heads, group, m, past, dims, factor, packed, out, tickets):
 
 
 @kernel
-def _attention(queries, heads, group, m, past, dims, factor, packed, out, tickets, workers):
+def _attention(
+    queries: Float32, heads: int, group: int, m: int, past: int, dims: int, factor: np.float32,
+    packed: tuple[Int16, Int16, Int16], out: Float32, tickets: Int64, workers: int,
+):  # fmt: skip
     for _ in numba.prange(workers):
         _worker(queries, heads, group, m, past, dims, factor, packed, out, tickets)
 
@@ -213,12 +221,16 @@ def attention_causal(
     before = (keys[:0], values[:0]) if past is None else past
     n_past = len(before[0])
     tiles = -(-(n_past + m) // SIDE)
-    packed = tuple(aligned_empty(kv_heads * tiles * SIDE * dims // 2).view(np.int16) for _ in range(3))
+    n_packed = kv_heads * tiles * SIDE * dims // 2
+    packed = (
+        aligned_empty(n_packed).view(np.int16), aligned_empty(n_packed).view(np.int16),
+        aligned_empty(n_packed).view(np.int16),
+    )  # fmt: skip
     factor = np.float32(LOG2_E / np.sqrt(dims))
     tickets = np.zeros(2, np.int64)
     with parallel_region() as workers:
         _pack(
-            tuple(part.reshape(-1) for part in before), (keys.reshape(-1), values.reshape(-1)), n_past, kv_width,
+            (before[0].reshape(-1), before[1].reshape(-1)), (keys.reshape(-1), values.reshape(-1)), n_past, kv_width,
             kv_heads, n_past + m, dims, packed, tickets[:1], workers,
         )  # fmt: skip
         _attention(

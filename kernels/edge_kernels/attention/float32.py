@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.arrays import rows_view
-from edge_kernels.attention.blocks import TASK, Operands, plan
+from edge_kernels.attention.blocks import TASK, Operands, Plan, plan
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.simd.float32 import product_tile, scale_panel, softmax_panel
 from edge_kernels.simd.ir import MR, NR, take_ticket
@@ -130,7 +130,7 @@ def _attention_worker(operands, heads, plan, out, tickets):
 
 
 @kernel
-def _attention(operands, heads, plan, out, tickets, workers):
+def _attention(operands: Operands, heads: _Heads, plan: Plan, out: Float32, tickets: Int64, workers: int):
     for _ in numba.prange(workers):
         _attention_worker(operands, heads, plan, out, tickets)
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_kernels.arrays import rows_view
-from edge_kernels.attention.blocks import TASK, Operands, plan
+from edge_kernels.attention.blocks import TASK, Operands, Plan, plan
 from edge_kernels.compile import helper, kernel
 from edge_kernels.reference.attention import KEYS_PER_BLOCK, LARGEST_VALUE, score_limit
 from edge_kernels.simd.int16 import (
@@ -143,7 +143,7 @@ def _quantize_worker(operands, heads, blocks, quantised, tickets):
 
 
 @kernel
-def _quantize(operands, heads, blocks, quantised, tickets, workers):
+def _quantize(operands: Operands, heads: _Heads, blocks: Int64, quantised: _Quantised, tickets: Int64, workers: int):
     for _ in numba.prange(workers):
         _quantize_worker(operands, heads, blocks, quantised, tickets)
 
@@ -257,7 +257,10 @@ def _attention_worker(operands, heads, plan, is_ready, quantised, out, tickets):
 
 
 @kernel
-def _attention(operands, heads, plan, is_ready, quantised, out, tickets, workers):
+def _attention(
+    operands: Operands, heads: _Heads, plan: Plan, is_ready: bool, quantised: _Quantised, out: Float32,
+    tickets: Int64, workers: int,
+):  # fmt: skip
     for _ in numba.prange(workers):
         _attention_worker(operands, heads, plan, is_ready, quantised, out, tickets)
 

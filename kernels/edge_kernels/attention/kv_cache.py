@@ -301,7 +301,9 @@ def _new_tickets():
 
 
 @kernel
-def attend(q, k, v, mask, out, sizes, scale, workers):
+def attend(
+    q: Strided, k: Strided, v: Strided, mask: Strided, out: Strided, sizes: Sizes, scale: np.float32, workers: int
+):
     """Attend with all rows; the caller is in a parallel region.
 
     q, out: float32; k, v: of KV_KINDS; mask: float16 [row][key], without heads, or address 0 for none. Scores are

@@ -211,7 +211,10 @@ def _worker(rows, weight, heads, offsets, most_rows, out, tickets):
 
 
 @kernel
-def _self_attention(rows, weight, heads, offsets, most_rows, out, tickets, workers):
+def _self_attention(
+    rows: _Rows, weight: _Weight, heads: _Heads, offsets: Int64, most_rows: int, out: Float32, tickets: Int64,
+    workers: int,
+):  # fmt: skip
     for _ in numba.prange(workers):
         _worker(rows, weight, heads, offsets, most_rows, out, tickets)
 

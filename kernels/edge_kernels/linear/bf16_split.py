@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from edge_kernels.arrays import aligned, aligned_empty, rows_view
 from edge_kernels.compile import helper, kernel, leaf
-from edge_kernels.linear.tasks import After, product_worker, result_rows, task_grid, what_follows
+from edge_kernels.linear.tasks import After, Grid, product_worker, result_rows, task_grid, what_follows
 from edge_kernels.simd.amx import HAS_TILES, SIDE, STEP, TILE
 from edge_kernels.simd.bf16_split import PARTS, split_outputs, split_rows, split_tile
 from edge_kernels.simd.epilogue import finish_square
@@ -28,6 +28,8 @@ from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
 Int16 = NDArray[np.int16]
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 
 IS_POSSIBLE = HAS_TILES
 """Whether this machine can run it."""
@@ -76,7 +78,7 @@ def _split_panel(x, x_stride, m, k, out, panel):
 
 
 @kernel
-def _split(x, x_stride, m, k, out, tickets, workers):
+def _split(x: Float32, x_stride: int, m: int, k: int, out: Int16, tickets: Int64, workers: int):
     for _ in numba.prange(workers):
         panel = take_ticket(tickets)
         while panel * SIDE < m:
@@ -108,7 +110,7 @@ def _pack_panel(weight, row_stride, n, k, panels, parts, panel):
 
 
 @kernel
-def _pack(weight, row_stride, n, k, panels, parts, thirds):
+def _pack(weight: Float32, row_stride: int, n: int, k: int, panels: Int32, parts: int, thirds: Int32):
     for panel in numba.prange(thirds.size):
         thirds[panel] = _pack_panel(weight, row_stride, n, k, panels, parts, panel)
 
@@ -193,7 +195,7 @@ _worker = product_worker(_allocate, _linear_task, SIDE)
 
 
 @kernel
-def _linear(rows, weight, after, out, grid, tickets, workers):
+def _linear(rows: Int16, weight: _Weight, after: After, out: Float32, grid: Grid, tickets: Int64, workers: int):
     for _ in numba.prange(workers):
         _worker(_Product(rows, weight, after, out), grid, tickets)
 

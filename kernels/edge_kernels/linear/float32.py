@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 
 from edge_kernels.arrays import Rows, aligned_empty, rows_view
 from edge_kernels.compile import helper, kernel, leaf
-from edge_kernels.linear.tasks import After, product_worker, result_rows, task_grid, what_follows
+from edge_kernels.linear.tasks import After, Grid, product_worker, result_rows, task_grid, what_follows
 from edge_kernels.simd.epilogue import finish_row
 from edge_kernels.simd.float32 import product_tile
 from edge_kernels.simd.ir import MR, NR
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 
 # Sizes in elements, swept on Zen 3 (32 KiB and 512 KiB caches). A slab of a panel is K_BLOCK · NR · 4 bytes (16 to 48
 # KiB), the rows' slab ROW_BLOCK · K_BLOCK · 4 (up to 192 KiB). K_BLOCK decides the order of summation: it
@@ -70,7 +71,7 @@ def _pack_panel(weight, row_stride, n, k, panels, panel):
 
 
 @kernel
-def _pack(weight, row_stride, n, k, panels):
+def _pack(weight: Float32, row_stride: int, n: int, k: int, panels: Float32):
     for panel in numba.prange((n + NR - 1) // NR):
         _pack_panel(weight, row_stride, n, k, panels, panel)
 
@@ -156,7 +157,7 @@ _worker = product_worker(_allocate, _linear_task, NR)
 
 
 @kernel
-def _linear(rows, weight, after, out, grid, tickets, workers):
+def _linear(rows: Rows, weight: _Weight, after: After, out: Float32, grid: Grid, tickets: Int64, workers: int):
     for _ in numba.prange(workers):
         _worker(_Product(rows, weight, after, out), grid, tickets)
 

@@ -11,7 +11,7 @@ activations to 8-bit blocks.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numba
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edge_kernels.arrays import aligned, aligned_empty, rows_view
 from edge_kernels.compile import helper, kernel, leaf
 from edge_kernels.linear.tasks import Grid, product_worker, result_rows
+from edge_kernels.signatures import READ_ONLY
 from edge_kernels.simd.amx import HAS_TILES, SIDE, STEP, TILE, keep_awake
 from edge_kernels.simd.epilogue import finish_transposed
 from edge_kernels.simd.float32 import exp2
@@ -40,6 +41,9 @@ from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
+Int16 = NDArray[np.int16]
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
 IS_POSSIBLE = HAS_TILES
@@ -110,7 +114,7 @@ def _place(m, panel, half, step):
 
 
 @kernel
-def _pack(x, x_stride, m, k, out, tickets, workers):
+def _pack(x: Float32, x_stride: int, m: int, k: int, out: Int32, tickets: Int64, workers: int):
     blocks = k // BLOCK
     for _ in numba.prange(workers):
         task = take_ticket(tickets)  # 16 rows of a block; half a square without rows is never read
@@ -123,7 +127,7 @@ def _pack(x, x_stride, m, k, out, tickets, workers):
 
 
 @kernel
-def _pack_gated(gate, up, m, k, out, tickets, workers):
+def _pack_gated(gate: Float32, up: Float32, m: int, k: int, out: Int32, tickets: Int64, workers: int):
     blocks = k // BLOCK
     for _ in numba.prange(workers):
         lines = aligned(16 * STEP, np.float32)
@@ -167,7 +171,7 @@ def _unpack(blocks, kind, row_bytes, at, n_outputs, numbers, square):
 
 
 class _Weight(NamedTuple):
-    blocks: Bytes
+    blocks: Annotated[Bytes, READ_ONLY]  # one specialisation, whether they are in a mapped file or not
     kind: int  # index of `_KINDS`
     block_bytes: int
     k: int
@@ -260,7 +264,10 @@ _worker = product_worker(_allocate, _linear_task, SIDE)
 
 
 @kernel
-def _linear(rows, weight, residual, out, blocking, grid, tickets, workers):
+def _linear(
+    rows: Int16, weight: _Weight, residual: _Residual, out: Float32, blocking: _Blocking, grid: Grid, tickets: Int64,
+    workers: int,
+):  # fmt: skip
     for _ in numba.prange(workers):
         _worker(_Product(rows, weight, residual, out, blocking), grid, tickets)
 

@@ -281,7 +281,7 @@ def _new_tickets():
 
 
 @kernel
-def multiply(weight, x, m, y, workers):
+def multiply(weight: Weight, x: Matrix, m: int, y: Matrix, workers: int):
     """Multiply m rows x by a weight, into y: a `Weight` and two of `Matrix`. The caller is in a parallel region."""
     blocks = weight.k // BLOCK
     quantized, tickets = aligned((m + (m == 1)) * blocks * ROW_BYTES // 4, np.float32), _new_tickets()

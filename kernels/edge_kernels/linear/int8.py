@@ -23,13 +23,15 @@ from edge_kernels.linear.int8_rows import (
     ROW_CELL,
     ROW_INTEGER,
     QuantizedRows,
+    RowCells,
+    RowIntegers,
     empty_panels,
     quantize_into,
     quantize_rows,
     scatter_row,
 )
 from edge_kernels.linear.int8_weights import PackedInt8Weight
-from edge_kernels.linear.tasks import After, product_worker, result_rows, task_grid, what_follows
+from edge_kernels.linear.tasks import After, Grid, product_worker, result_rows, task_grid, what_follows
 from edge_kernels.reference.operations import SCALE_COLUMNS
 from edge_kernels.simd.amx import HAS_TILES
 from edge_kernels.simd.epilogue import row_range, scale_gelu_tile, scale_tile
@@ -40,6 +42,7 @@ Float32 = NDArray[np.float32]
 Int8 = NDArray[np.int8]
 UInt8 = NDArray[np.uint8]
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 
 # In elements. A slab of a panel is K_BLOCK · DOT_NR bytes (8 to 38 KiB), the rows' slab ROW_BLOCK · K_BLOCK of one
 # or two bytes. AMX has a larger K_BLOCK: its sums go through memory, which costs a quarter of a block of 512.
@@ -50,7 +53,7 @@ STEP = GROUP * STEP_CELLS  # blocks of K are whole multiples of this many column
 
 
 class _Rows(NamedTuple):
-    panels: Any
+    panels: RowIntegers
     scale: Float32  # [group][m], as `offset`
     offset: Float32
 
@@ -70,7 +73,7 @@ class _Result(NamedTuple):
 
     rows: Float32
     factors: Float32
-    panels: Any
+    panels: RowCells
     scale: Float32
     offset: Float32
 
@@ -204,7 +207,7 @@ _worker = product_worker(_allocate, _linear_task, DOT_NR)
 
 
 @kernel
-def _linear(rows, weight, after, result, grid, tickets, workers):
+def _linear(rows: _Rows, weight: _Weight, after: After, result: _Result, grid: Grid, tickets: Int64, workers: int):
     for _ in numba.prange(workers):
         _worker(_Product(rows, weight, after, result), grid, tickets)
 

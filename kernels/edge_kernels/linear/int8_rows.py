@@ -11,7 +11,7 @@ defines the numbers, bit for bit.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numba
 import numpy as np
@@ -27,11 +27,14 @@ from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 
 ROW_ZERO = DOT_TILE.row_zero
 ROW_INTEGER = np.dtype(np.int16 if DOT_TILE.row_bits == 16 else np.int8)
 # Cells are moved as one integer each. ROW_ZERO added to every byte of one is an exclusive or, as bytes wrap.
 ROW_CELL = np.dtype(f"i{GROUP * DOT_TILE.row_bits // 8}")
+RowCells = Annotated[NDArray[Any], ROW_CELL]
+RowIntegers = Annotated[NDArray[Any], ROW_INTEGER]
 ZERO_CELL = int(np.full(ROW_CELL.itemsize, ROW_ZERO, np.uint8).view(ROW_CELL)[0])
 assert SCALE_COLUMNS % (DOT_TILE.step_cells * GROUP) == SCALE_COLUMNS % DOT_NR == 0
 
@@ -136,7 +139,10 @@ def _quantize_worker(x, x_stride, m, k, factors, normalise, eps, panels, scale, 
 
 
 @kernel
-def _quantize_rows(x, x_stride, m, k, factors, normalise, eps, panels, scale, offset, tickets, workers):
+def _quantize_rows(
+    x: Float32, x_stride: int, m: int, k: int, factors: Float32, normalise: bool, eps: float, panels: RowCells,
+    scale: Float32, offset: Float32, tickets: Int64, workers: int,
+):  # fmt: skip
     for _ in numba.prange(workers):
         _quantize_worker(x, x_stride, m, k, factors, normalise, np.float32(eps), panels, scale, offset, tickets)
 

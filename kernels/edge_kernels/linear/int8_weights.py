@@ -10,7 +10,7 @@ What enters: a weight, and factors for its columns. What leaves: a `PackedInt8We
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numba
 import numpy as np
@@ -39,6 +39,7 @@ Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 _CELL = np.dtype(f"i{GROUP}")  # a cell of a weight is moved as one integer
+Cells = Annotated[NDArray[Any], _CELL]
 
 
 class PackedInt8Weight(NamedTuple):
@@ -176,7 +177,10 @@ def _pack_panel(weight, row_stride, factors, n, k, order, packed, group_columns,
 
 
 @kernel
-def _pack(weight, row_stride, factors, n, k, order, packed, group_columns):
+def _pack(
+    weight: Float32, row_stride: int, factors: Float32, n: int, k: int, order: Int64,
+    packed: tuple[Cells, UInt8, Float32, Int32], group_columns: int,
+):  # fmt: skip
     for panel in numba.prange(packed[2].size // DOT_NR):
         _pack_panel(weight, row_stride, factors, n, k, order, packed, group_columns, panel)
 

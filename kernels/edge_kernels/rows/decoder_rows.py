@@ -16,12 +16,15 @@ from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 
 ROW_BLOCK = 8
 
 
 @kernel
-def _rms_norm(x, weight, eps, out, m, width, tickets, workers):
+def _rms_norm(
+    x: Float32, weight: Float32, eps: np.float32, out: Float32, m: int, width: int, tickets: Int64, workers: int
+):
     for _ in numba.prange(workers):
         task = take_ticket(tickets)
         while task * ROW_BLOCK < m:
@@ -54,7 +57,10 @@ def rms_norm(x: Float32, weight: Float32, eps: float) -> Float32:
 
 
 @kernel
-def _norm_and_rotate(x, weight, eps, cosines, sines, m, heads, dims, tickets, workers):
+def _norm_and_rotate(
+    x: Float32, weight: Float32, eps: np.float32, cosines: Float32, sines: Float32, m: int, heads: int, dims: int,
+    tickets: Int64, workers: int,
+):  # fmt: skip
     half = dims // 2
     for _ in numba.prange(workers):
         task = take_ticket(tickets)

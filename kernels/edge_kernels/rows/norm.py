@@ -18,6 +18,7 @@ from edge_kernels.simd.ir import take_ticket
 from edge_kernels.threads import parallel_region
 
 Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
 
 ROWS_PER_TASK = 16
 
@@ -33,7 +34,10 @@ def _layer_norm_row(x, start, e, gain, bias, eps, out, out_start):
 
 
 @kernel
-def _layer_norm(x, x_stride, m, e, gain, bias, eps, out, tickets, workers):
+def _layer_norm(
+    x: Float32, x_stride: int, m: int, e: int, gain: Float32, bias: Float32, eps: float, out: Float32, tickets: Int64,
+    workers: int,
+):  # fmt: skip
     for _ in numba.prange(workers):
         row = take_ticket(tickets) * ROWS_PER_TASK
         while row < m:
