@@ -15,6 +15,7 @@ import glob
 import json
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -45,8 +46,8 @@ LIBRARY_LICENCES = ("libgomp1", "gcc-base", "gcc-12-base", "gcc-13-base", "gcc-1
 LLAMA_LIBRARIES = "llama_cpp/lib"
 """Where the wheel has llama.cpp's libraries; they look for others beside themselves. It has more, unused ones."""
 
-CompileKernels = Callable[[str, Path], Sequence[str]]
-"""(target, folder) → names of the instruction sets that there are kernels for in the folder now; may be none."""
+CompileKernels = Callable[[str, Sequence[str] | None, Path], Sequence[str]]
+"""(target, instruction sets or None for the usual ones, folder) → those that the folder has kernels for then."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Wanted:
     """Such as 3.12; None: this one."""
     extras: Sequence[str] | None = None
     """None: those that are installed here."""
+    kernels: Sequence[str] | None = None
+    """Instruction sets to compile kernels for; None: the usual ones."""
     wheels: Path | None = None
     """A folder with wheels to take first."""
     name: str | None = None
@@ -117,7 +120,9 @@ def make_bundle(wanted: Wanted, output: Path, compile_kernels: CompileKernels, s
     try:
         make_folder(output.absolute().parent)
         with tempfile.TemporaryDirectory(prefix=".edge-runtime-bundle-", dir=output.absolute().parent) as folder:
-            return _make(target, model, extras, wanted.wheels, Path(folder), output.absolute(), compile_kernels, say)
+            (kernels := Path(folder) / "kernels").mkdir()
+            isas = _kernels(target, wanted.kernels, kernels, compile_kernels)
+            return _make(target, model, extras, wanted.wheels, isas, Path(folder), output.absolute(), say)
     except OSError as error:
         raise BundleError(f"{why_not_written(error, output)}; nothing was written.") from None
 
@@ -181,22 +186,33 @@ def _stated(paths: ModelPaths) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _kernels(
+    target: Target, wanted: Sequence[str] | None, folder: Path, compile_kernels: CompileKernels
+) -> list[str]:
+    """Compile kernels into the folder; returns the instruction sets they are for."""
+    if target.python == sys.version_info[:2]:
+        return list(compile_kernels(target.name, wanted, folder))
+    if wanted:
+        raise BundleError(
+            f"Compiled kernels belong to one version of Python, and this is not {target.python_name}; run "
+            f"edge-runtime with Python {target.python_name}, or leave out --kernels."
+        )
+    return []
+
+
 def _make(
     target: Target,
     model: _Model | None,
     extras: Sequence[str],
     given: Path | None,
+    isas: list[str],
     folder: Path,
     output: Path,
-    compile_kernels: CompileKernels,
     say: Say,
 ) -> Made:
-    kernels = folder / "kernels"
-    kernels.mkdir()
-    isas = list(compile_kernels(target.name, kernels))
     (folder / "wheels").mkdir()
     say(f"Making wheels for {target.name}, Python {target.python_name}.")
-    selected = select(target, extras, given, kernels if isas else None, folder / "wheels", say)
+    selected = select(target, extras, given, folder / "kernels" if isas else None, folder / "wheels", say)
     found = ask(selected.llama) if target.is_here else None
     contents = {wheel.name: look_into(wheel) for wheel in selected.wheels}
     libraries = _libraries(contents[selected.llama.name], found)

@@ -79,7 +79,7 @@ def select(
     if target.is_here:
         _from_here(extras, wheels, folder, say)
     else:
-        _from_index(target, extras, wheels, own, folder, say)
+        _from_index(target, extras, wheels, own, folder, say, has_kernels=kernels is not None)
     paths = sorted(folder.glob("*.whl"))
     pip = next((path for path in paths if path.name.startswith("pip-")), None)
     llama = next((path for path in paths if path.name.startswith("llama_cpp_python-")), None)
@@ -215,7 +215,14 @@ def _name(name: str) -> str:
 
 
 def _from_index(
-    target: Target, extras: Sequence[str], given: dict[str, Path], own: Path, folder: Path, say: Say
+    target: Target,
+    extras: Sequence[str],
+    given: dict[str, Path],
+    own: Path,
+    folder: Path,
+    say: Say,
+    *,
+    has_kernels: bool,
 ) -> None:
     pinned = _pin_of_llama()
     if LLAMA not in given:
@@ -232,7 +239,9 @@ def _from_index(
     options = [f"--platform={tag}" for tag in target.platforms(FETCHED_GLIBC)]
     options += [f"--abi={abi}" for abi in ("cp" + "".join(map(str, target.python)), "abi3", "none")]
     options += ["--implementation=cp", f"--python-version={target.python_name}", f"--find-links={links}"]
-    _pip_download([wanted, PIP], folder, options)
+    # Kernels that were compiled ahead of time belong to these releases.
+    pins = [f"{name}=={metadata.version(name)}" for name in ("numba", "llvmlite")] if has_kernels else []
+    _pip_download([wanted, PIP, *pins], folder, options)
     for wheel in links.iterdir():
         wheel.unlink()
     links.rmdir()

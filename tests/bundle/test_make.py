@@ -83,10 +83,54 @@ def test_names_of_models(tmp_path, wheels, model):
     assert made.manifest["model"]["files"] == ["model.gguf", "mmproj.gguf", "about.json"]
 
 
-def test_without_kernels_it_says_so(tmp_path, wheels, model, monkeypatch):
-    monkeypatch.setattr("bundle.conftest.compile_kernels", lambda target, folder: [])
-    made = make(model, wheels, tmp_path / "b.tar")
+def test_without_kernels_it_says_so(tmp_path, wheels, model):
+    made = make(model, wheels, tmp_path / "b.tar", kernels=())
+    assert made.manifest["kernels"] == []
     assert any("no compiled kernels" in note for note in made.notes)
+    assert not [name for name in members(tmp_path / "b.tar") if name.endswith(".o")]
+
+
+def test_kernels_are_of_this_python(tmp_path, wheels, model):
+    with pytest.raises(BundleError, match=r"belong to one version of Python, and this is not 3\.99"):
+        make(model, wheels, tmp_path / "b.tar", python="3.99", kernels=["avx2"])
+
+
+def test_kernels_that_were_compiled_before_are_taken(tmp_path, monkeypatch):
+    """The real command of compiling, told that there are some; and names of none."""
+    from edge_kernels import ahead, shipped
+    from edge_kernels.machine import isa
+    from edge_kernels.targets import TARGETS
+    from edge_runtime.cli.bundle import compile_kernels
+
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path)
+    (tmp_path / "compiled" / isa()).mkdir(parents=True)
+    (tmp_path / "compiled" / isa() / "manifest.json").write_text("{}")
+    compiled: list[str] = []
+
+    def compile_target(name: str, folder: Path) -> None:
+        compiled.append(name)
+        (folder / name).mkdir()
+
+    monkeypatch.setattr(ahead, "compile_target", compile_target)
+    (tmp_path / "one").mkdir()
+    assert compile_kernels(own_name(), None, tmp_path / "one") == [isa()]
+    assert compiled == [isa()], "a damaged manifest is no manifest"
+    monkeypatch.setattr(shipped, "read_folder", lambda path: path)
+    (tmp_path / "two").mkdir()
+    assert compile_kernels(own_name(), None, tmp_path / "two") == [isa()]
+    assert compiled == [isa()]
+    assert (tmp_path / "two" / isa() / "manifest.json").read_text() == "{}"
+
+    other = next(name for name in ("linux-aarch64", "linux-x86_64") if name != own_name())
+    of_other = [name for name, each in TARGETS.items() if f"linux-{each.family}" == other]
+    monkeypatch.undo()
+    monkeypatch.setattr(ahead, "compile_target", compile_target)
+    (tmp_path / "three").mkdir()
+    assert compile_kernels(other, None, tmp_path / "three") == of_other
+    assert compile_kernels(other, (), tmp_path / "three") == []
+    for name in ("avx3", isa()):
+        with pytest.raises(BundleError, match=rf"--kernels is '{name}'; for {other} expected all, none, or any of"):
+            compile_kernels(other, (name,), tmp_path / "three")
 
 
 def test_an_existing_file_stays(tmp_path, wheels, model):
