@@ -63,7 +63,15 @@ class Place:
         variables["PATH"] = str(self.folder / "bin")
         settings = [f"{name}={value}" for name, value in variables.items()]
         script = f'umask 022; {before} exec {_program("env")} -i "$@"'
-        shell = [_program("unshare"), f"--map-user={user}", "-nm", _program("sh"), "-ec", script, "sh"]
+        shell = [
+            _program("unshare"),
+            f"--map-user={user}" if user else "-r",
+            "-nm",
+            _program("sh"),
+            "-ec",
+            script,
+            "sh",
+        ]
         place = self.folder / "elsewhere"
         place.mkdir(exist_ok=True)
         begin = time.perf_counter()
