@@ -15,6 +15,7 @@ Each message is one or two sentences with three parts: what was found, what was 
     ├── PromptTooLongError      the prompt does not fit into the context
     ├── EndpointError           a server that answers for us refuses, fails, is too slow or breaks off
     ├── CacheFull               the KV cache has no free cells, and nothing in it can be given up
+    ├── BundleError             a bundle cannot be made of what is installed here
     └── BackendUnavailable      a required library or machine feature is missing
 """
 
@@ -124,6 +125,10 @@ class RequestCancelled(EdgeRuntimeError):  # noqa: N818 - the name says what hap
 
 class NotEnoughMemoryError(EdgeRuntimeError):
     """The model needs more memory than is free."""
+
+
+class BundleError(EdgeRuntimeError):
+    """An offline bundle that cannot be made of what is installed here, or of the wheels that were given."""
 
 
 class BackendUnavailable(EdgeRuntimeError):  # noqa: N818 - the name users see; "unavailable" says it is an error

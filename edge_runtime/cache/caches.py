@@ -16,6 +16,7 @@ from edge_runtime.cache.prefixes import SavedPrefixes
 from edge_runtime.cache.visual_tokens import SavedTokens
 from edge_runtime.decoder.decoder import Decoder
 from edge_runtime.errors import MessageError
+from edge_runtime.system.user_folders import user_folder
 from edge_runtime.version import __version__
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.identity import file_identity
@@ -30,7 +31,7 @@ def usual_folder() -> Path | None:
 
     It is created so that nobody else can read it. If that fails, a warning says so.
     """
-    folder = Path(platformdirs.user_cache_dir("edge-runtime")) / "prompts"
+    folder = user_folder(lambda: platformdirs.user_cache_dir("edge-runtime")) / "prompts"
     try:
         usable_folder(folder)
     except MessageError as error:

@@ -1,7 +1,7 @@
 """edge-runtime run | convert | bench | info: arguments in, exit code out.
 
-The commands of the store, the server, batches and kernels are in `cli.store`, `cli.serve`, `cli.batch` and
-`cli.compile`.
+The commands of the store, the server, batches, bundles and kernels are in `cli.store`, `cli.serve`, `cli.batch`,
+`cli.bundle` and `cli.compile`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
 sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.cli.batch import batch
+from edge_runtime.cli.bundle import bundle
 from edge_runtime.cli.command import INTERRUPTED, Command, end_quickly, set_up_streams
 from edge_runtime.cli.compile import compile_kernels
 from edge_runtime.cli.document_options import (
@@ -53,7 +54,7 @@ def main() -> None:
     end_quickly()
 
 
-for command_elsewhere in (batch, compile_kernels, *COMMANDS, serve):
+for command_elsewhere in (batch, bundle, compile_kernels, *COMMANDS, serve):
     main.add_command(command_elsewhere)
 
 

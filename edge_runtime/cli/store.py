@@ -14,6 +14,7 @@ from edge_runtime.cli.command import Command
 if TYPE_CHECKING:
     from edge_runtime.store.library import Entry
     from edge_runtime.store.pull import Plan
+    from edge_runtime.store.shipped import ShippedModel
 
 
 def announce(plan: Plan) -> None:
@@ -67,19 +68,23 @@ def pull(name: str, mmproj: str | None) -> None:
 @click.command("list", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_models(as_json: bool) -> None:
-    """List the models that were pulled."""
+    """List the models that were pulled, and those that came with the installation."""
     from edge_runtime.cli import terminal as console
     from edge_runtime.store.library import Library
+    from edge_runtime.store.shipped import shipped_models
 
-    entries = Library().entries()
+    entries, shipped = Library().entries(), shipped_models()
     if as_json:
-        click.echo(json.dumps([_facts(entry) for entry in entries], ensure_ascii=False))
+        facts = [*map(_facts, entries), *map(_shipped_facts, shipped)]
+        click.echo(json.dumps(facts, ensure_ascii=False))
         return
-    if not entries:
+    if not entries and not shipped:
         console.note("No model was pulled yet; 'edge-runtime pull minicpm-v-4.5' fetches the official one.")
-    width = max((len(entry.label) for entry in entries), default=0)
-    for entry in entries:
-        click.echo(f"{entry.label:<{width}}  {_state(entry)}")
+    lines = [(entry.label, _state(entry)) for entry in entries]
+    lines += [(model.name, f"{size_text(model.size)}  came with the installation") for model in shipped]
+    width = max((len(label) for label, _ in lines), default=0)
+    for label, state in lines:
+        click.echo(f"{label:<{width}}  {state}")
 
 
 @click.command("show", cls=Command)
@@ -87,18 +92,8 @@ def list_models(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(name: str, as_json: bool) -> None:
     """Show where a model came from and where its files are."""
-    from edge_runtime.store.library import Library
-
-    library = Library()
-    entry = _entry(name)
-    facts = _facts(entry)
-    if entry.kind == "ollama":
-        from edge_runtime.store.find import find_model
-
-        paths = find_model(entry.name)
-        facts["files"] = [{"path": str(path)} for path in (paths.decoder, paths.mmproj)]
-    else:
-        facts["folder"] = str(library.snapshot(entry))
+    shipped = _shipped(name)
+    facts = _facts_of_pulled(_entry(name)) if shipped is None else _shipped_facts(shipped)
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
@@ -109,12 +104,31 @@ def show(name: str, as_json: bool) -> None:
         click.echo(f"{'file':<9}  " + "  ".join(str(value) for value in file.values() if value))
 
 
+def _facts_of_pulled(entry: Entry) -> dict[str, Any]:
+    from edge_runtime.store.find import find_model
+    from edge_runtime.store.library import Library
+
+    facts = _facts(entry)
+    if entry.kind == "ollama":
+        paths = find_model(entry.name)
+        facts["files"] = [{"path": str(path)} for path in (paths.decoder, paths.mmproj)]
+    else:
+        facts["folder"] = str(Library().snapshot(entry))
+    return facts
+
+
 @click.command("rm", cls=Command)
 @click.argument("names", nargs=-1, required=True, metavar="NAME ...")
 def remove(names: tuple[str, ...]) -> None:
     """Remove pulled models. Files of Ollama stay where they are."""
+    from edge_runtime.errors import ModelFileError
     from edge_runtime.store.library import Library
 
+    for shipped in filter(None, map(_shipped, names)):
+        raise ModelFileError(
+            f"{shipped.name} came with the installation and was not pulled; remove the folder {shipped.folder} "
+            "instead."
+        )
     for entry in [_entry(name) for name in names]:  # report a wrong name before anything is removed
         freed = Library().remove(entry)
         click.echo(f"{entry.label} removed, {freed / 1e6:.1f} MB freed")
@@ -138,6 +152,17 @@ def export_ollama(model: str, mmproj: Path | None, output: Path | None, force: b
     path = export_modelfile(model, output or Path(), mmproj=mmproj, force=force)
     click.echo(path)
     console.note(f"Use it with: ollama create NAME -f {path}")
+
+
+def _shipped(name: str) -> ShippedModel | None:
+    """The model that came with the installation under this name, unless one was pulled under it."""
+    from edge_runtime.store.library import Library
+    from edge_runtime.store.names import parse_source
+    from edge_runtime.store.shipped import find_shipped
+
+    source, shipped = parse_source(name), find_shipped(name)
+    entry = Library().find(source) if shipped is not None and source is not None else None
+    return None if entry is not None and entry.complete else shipped
 
 
 def _entry(name: str) -> Entry:
@@ -171,6 +196,19 @@ def _facts(entry: Entry) -> dict[str, Any]:
         "revision": entry.revision,
         "pulled": entry.pulled,
         "files": [{"path": file.path, "size": file.size, "digest": file.digest} for file in entry.files],
+    }
+
+
+def _shipped_facts(model: ShippedModel) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "kind": "installed",
+        "complete": True,
+        "size": model.size,
+        "licence": model.licence,
+        "source": model.source,
+        "files": [{"path": path.name, "size": path.stat().st_size} for path in model.files],
+        "folder": str(model.folder),
     }
 
 

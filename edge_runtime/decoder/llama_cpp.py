@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from edge_kernels.waiting import spin_briefly
+from edge_runtime.decoder.processor import missing_flags
 from edge_runtime.errors import BackendUnavailable
+
+RELEASE = "llama-cpp-python==0.3.36"
+WHEELS = "https://abetlen.github.io/llama-cpp-python/whl/cpu"
+"""Its authors' wheels for Linux (x86-64 with AVX2, ARM64), macOS and Windows."""
+_AGAIN = f"pip install --force-reinstall --no-cache-dir --no-binary=llama-cpp-python {RELEASE}"
+_COMPILERS = {
+    "linux": "a C++ compiler and cmake (Debian and Ubuntu: apt install g++ cmake; Fedora: dnf install gcc-c++ cmake)",
+    "darwin": "Xcode's tools and cmake (xcode-select --install; brew install cmake)",
+    "win32": "Microsoft's C++ tools and cmake (winget install Microsoft.VisualStudio.2022.BuildTools Kitware.CMake)",
+}
 
 LOG_ERROR = 4  # ggml_log_level; a continued line has 5
 KEPT_LINES = 8
@@ -42,20 +54,38 @@ def library() -> Any:
         from llama_cpp import llama_cpp as lib
     except ImportError as error:
         raise BackendUnavailable(
-            "llama-cpp-python is not installed; install it with 'pip install llama-cpp-python==0.3.36', which "
-            "needs a C++ compiler and cmake "
-            f"(Debian and Ubuntu: apt install g++ cmake; macOS: xcode-select --install). ({error})"
+            f"llama-cpp-python is not installed ({error}); install it with 'pip install {RELEASE}'. {_compiling()}"
         ) from None
     except (OSError, RuntimeError) as error:
         raise BackendUnavailable(
-            f"llama.cpp's shared library does not load ({error}); reinstall it with 'pip install --force-reinstall "
-            "--no-cache-dir llama-cpp-python==0.3.36'."
+            f"llama.cpp's shared library does not load ({error}); {_remedy(str(error))}"
         ) from None
+    lacking = missing_flags(lib.llama_print_system_info().decode("utf-8", "replace"))
+    if lacking:
+        raise BackendUnavailable(
+            f"llama.cpp was compiled for a processor with {', '.join(lacking)}, which this one lacks; compile it "
+            f"here: '{_AGAIN}'. {_compiling()}"
+        )
     callback = lib.llama_log_callback(_on_log)
     _keep_alive.append(callback)
     lib.llama_log_set(callback, ctypes.c_void_p(0))
     lib.llama_backend_init()
     return lib
+
+
+def _compiling() -> str:
+    """How to get the compiler on this system, and how to do without one."""
+    compiler = _COMPILERS.get(sys.platform, "a C++ compiler and cmake")
+    return f"That compiles for about 5 minutes and needs {compiler}; for ready wheels add --extra-index-url={WHEELS}."
+
+
+def _remedy(reason: str) -> str:
+    """What to do about a library that does not load, by the loader's own words."""
+    if "libgomp" in reason:
+        return "install OpenMP's library (Debian and Ubuntu: apt install libgomp1; Fedora: dnf install libgomp)."
+    if "musl" in reason or re.search(r"version `GLIBC", reason):
+        return f"it was made for another system than this one. Compile it here: '{_AGAIN}'. {_compiling()}"
+    return f"reinstall it with '{_AGAIN}'. {_compiling()}"
 
 
 @cache

@@ -16,6 +16,7 @@ from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.system.atomic_files import why_not_written, write_whole
 from edge_runtime.system.text_files import read_json
+from edge_runtime.system.user_folders import user_folder
 from edge_runtime.weights.gguf_file import GGUFFile
 from edge_runtime.weights.identity import file_identity
 
@@ -40,7 +41,7 @@ def tuning_path(decoder: GGUFFile) -> Path:
 
 
 def _folder() -> Path:
-    return Path(platformdirs.user_data_dir("edge-runtime")) / "tuning"
+    return user_folder(lambda: platformdirs.user_data_dir("edge-runtime")) / "tuning"
 
 
 def remembered_tuning(decoder: GGUFFile) -> Tuning | None:

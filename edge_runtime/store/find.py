@@ -1,4 +1,8 @@
-"""Model names → files: the built-in `demo`, a pulled model, a folder, or a decoder with its mmproj file beside it."""
+"""Model names → files.
+
+A name is the built-in `demo`, a pulled model, one that came with the installation, a folder, or a decoder with its
+mmproj file beside it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from edge_runtime.errors import JOIN_PARTS, ModelFileError
 from edge_runtime.store import ollama
 from edge_runtime.store.library import Library
 from edge_runtime.store.names import ALIASES, Source, fits, parse_source, split_stem, type_of
+from edge_runtime.store.shipped import ShippedModel, find_shipped
 
 DEMO = "demo"
 ADAPTER_PREFIX = "adapter-"
@@ -32,8 +37,8 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
 
     Parameters
     ----------
-    name : `demo`, a name as `edge-runtime pull` takes it, a folder, a folder and a type (`FOLDER:Q5_K_M`), or a
-        decoder file.
+    name : `demo`, a name as `edge-runtime pull` takes it, the name of a model that came with the installation, a
+        folder, a folder and a type (`FOLDER:Q5_K_M`), or a decoder file.
     mmproj : the mmproj file, when it is not the only one beside the decoder.
 
     Raises
@@ -59,6 +64,8 @@ def _find(name: str | Path, mmproj: str | Path | None) -> ModelPaths:
     if source is not None:  # likewise: an alias is never a folder, which is given as ./minicpm-v-4.5
         return _pulled(source, str(name), mmproj)
     path, wanted = _folder_and_type(name)
+    if not path.exists() and (shipped := find_shipped(str(name))) is not None:
+        return _in_folder(shipped, mmproj)
     if path.is_dir():
         decoder = _only(path, _decoders(path), "decoder", wanted)
         label = path.resolve().name + (f":{wanted}" if wanted else "")
@@ -82,6 +89,8 @@ def _pulled(source: Source, name: str, mmproj: str | Path | None) -> ModelPaths:
         return ModelPaths(name, model.decoder.path, _given(mmproj) if mmproj is not None else model.mmproj.path)
     library = Library()
     entry = library.find(source)
+    if (entry is None or not entry.complete) and (shipped := find_shipped(name)) is not None:
+        return _in_folder(shipped, mmproj)
     if entry is None or not entry.complete:
         state = "was not pulled" if entry is None else "was not pulled completely"
         raise ModelFileError(f"The model {name} {state}; run 'edge-runtime pull {name}'.")
@@ -98,6 +107,15 @@ def _pulled(source: Source, name: str, mmproj: str | Path | None) -> ModelPaths:
         if not path.is_file():
             raise ModelFileError(f"{path} is missing from the store; run 'edge-runtime pull {name}'.")
     return paths
+
+
+def _in_folder(model: ShippedModel, mmproj: str | Path | None) -> ModelPaths:
+    folder = model.folder
+    return ModelPaths(
+        model.name,
+        _only(folder, _decoders(folder), "decoder"),
+        _given(mmproj) if mmproj is not None else _only(folder, _mmprojs(folder), "mmproj"),
+    )
 
 
 def _folder_and_type(name: str | Path) -> tuple[Path, str]:
@@ -121,18 +139,18 @@ def _given(mmproj: str | Path) -> Path:
 
 
 def _decoders(folder: Path) -> list[Path]:
-    return sorted(p for p in _models(folder) if not _is_mmproj(p))
+    return sorted(p for p in _models(folder) if not is_mmproj(p))
 
 
 def _mmprojs(folder: Path) -> list[Path]:
-    return sorted(p for p in _models(folder) if _is_mmproj(p))
+    return sorted(p for p in _models(folder) if is_mmproj(p))
 
 
 def _models(folder: Path) -> list[Path]:
     return [p for p in folder.glob("*.gguf") if not p.name.startswith(ADAPTER_PREFIX)]
 
 
-def _is_mmproj(path: Path) -> bool:
+def is_mmproj(path: Path) -> bool:
     """Official and converted files are named so; glob leaves out hidden files, which are unfinished conversions."""
     return "mmproj" in path.name.lower()
 

@@ -27,6 +27,7 @@ from edge_runtime.store.download import storing
 from edge_runtime.store.names import ALIASES, Source, checked_path, is_meant, parse_source, visible
 from edge_runtime.system.atomic_files import make_folder, write_whole
 from edge_runtime.system.plain_files import open_plain
+from edge_runtime.system.user_folders import user_folder
 
 RECORD, LOCKS = "model.json", ".locks"
 MAX_RECORD_BYTES = 1 << 20
@@ -108,7 +109,8 @@ class Library:
         from platformdirs import user_data_path
 
         chosen = root or os.environ.get("EDGE_RUNTIME_MODELS")
-        self.root = Path(chosen) if chosen else user_data_path("edge-runtime", appauthor=False) / "models"
+        of_user = user_folder(lambda: user_data_path("edge-runtime", appauthor=False))
+        self.root = Path(chosen) if chosen else of_user / "models"
 
     def folder(self, name: str) -> Path:
         """Folder of a model: directly in the root, whatever characters the name holds."""

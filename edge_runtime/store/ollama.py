@@ -18,6 +18,7 @@ from typing import Any
 from edge_runtime.errors import ModelFileError
 from edge_runtime.store.download import digest_of
 from edge_runtime.store.names import is_sha256, ollama_parts, visible
+from edge_runtime.system.user_folders import user_folder
 
 MAX_MANIFEST_BYTES = 1 << 20
 SERVICE = Path("/usr/share/ollama/.ollama/models")
@@ -46,7 +47,7 @@ def folders() -> list[Path]:
     """Stores that may exist on this machine; new models go into the first."""
     if given := os.environ.get("OLLAMA_MODELS"):
         return [Path(given)]
-    return [Path.home() / ".ollama" / "models", SERVICE]
+    return [user_folder(Path.home) / ".ollama" / "models", SERVICE]
 
 
 def find(name: str) -> OllamaModel:

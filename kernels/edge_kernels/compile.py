@@ -56,6 +56,10 @@ _FLAGS: dict[str, Any] = {
 }
 
 
+PROBE_BYTES = 64 << 10
+"""Written to see whether a folder can be: the smallest kernel has as much."""
+
+
 class CacheStatistics(NamedTuple):
     """How often this process has loaded a kernel, shipped or cached (`hits`), or compiled one (`misses`)."""
 
@@ -96,8 +100,10 @@ def _usable_directory(path: Path, *, private: bool = False) -> bool:
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
                 return False
-        with tempfile.TemporaryFile(dir=path):
-            return True
+        with tempfile.TemporaryFile(dir=path) as file:  # on a full disk, an empty file can be made
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+        return True
     except OSError:
         return False
 
@@ -107,26 +113,43 @@ def cache_directory() -> Path | None:
     """Return the folder for this version's machine code; None if none can be written."""
     key = _cache_key()
     chosen = numba.config.CACHE_DIR  # NUMBA_CACHE_DIR, if the user has set it
-    home = Path(chosen) if chosen else Path(platformdirs.user_cache_dir("edge-runtime")) / "jit"
-    if _usable_directory(home / key, private=not chosen):
+    home = Path(chosen) if chosen else _users_folder()
+    if home is not None and _usable_directory(home / key, private=not chosen):
         return home / key
-    owner = os.getuid() if hasattr(os, "getuid") else "user"
-    fallback = Path(tempfile.gettempdir()) / f"edge-runtime-jit-{owner}"
-    if _usable_directory(fallback, private=True) and _usable_directory(fallback / key):
+    fallback = _temporary_folder()
+    if fallback is not None and _usable_directory(fallback, private=True) and _usable_directory(fallback / key):
         logger.warning(
             "Compiled kernels cannot be kept in %s; keeping them in %s. "
             "Set NUMBA_CACHE_DIR to a folder that can be written to.",
-            home,
+            home or "a home folder, as there is none",
             fallback,
         )
         return fallback / key
     logger.warning(
         "Compiled kernels cannot be kept in %s or %s: every start compiles them anew. "
         "Set NUMBA_CACHE_DIR to a folder that can be written to.",
-        home,
-        fallback,
+        home or "a home folder, as there is none,",
+        fallback or "a folder for temporary files",
     )
     return None
+
+
+def _users_folder() -> Path | None:
+    """Return where the user's machine code is; None for users without a home, such as those of services."""
+    try:
+        path = Path(platformdirs.user_cache_dir("edge-runtime")) / "jit"
+    except RuntimeError:
+        return None
+    return path if path.is_absolute() else None  # older releases of platformdirs leave the ~
+
+
+def _temporary_folder() -> Path | None:
+    """Return where machine code is kept if it cannot be in the user's folder; None where no folder can be written."""
+    owner = os.getuid() if hasattr(os, "getuid") else "user"
+    try:
+        return Path(tempfile.gettempdir()) / f"edge-runtime-jit-{owner}"
+    except OSError:
+        return None
 
 
 def is_compiled(module: str) -> bool:

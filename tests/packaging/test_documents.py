@@ -215,7 +215,7 @@ def test_options_that_documents_name_exist():
     """Every `edge-runtime COMMAND --option`, in text and in blocks, is one the program knows."""
     for path in documents():
         for command, rest in re.findall(
-            r"edge-runtime (run|convert|bench|info|pull|list|show|rm|export ollama|serve)\b([^\n`]*)",
+            r"edge-runtime (run|convert|bench|bundle|info|pull|list|show|rm|export ollama|serve)\b([^\n`]*)",
             path.read_text("utf-8"),
         ):
             known = CliRunner().invoke(main, [*command.split(), "--help"]).stdout

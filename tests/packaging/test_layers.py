@@ -30,7 +30,7 @@ LEVELS = {
         model
         page_by_page server
         batch
-        ray
+        bundle ray
         cli
     """,
     "edge_kernels": """

@@ -24,6 +24,7 @@ from edge_runtime.server.settings import Settings
 from edge_runtime.store.find import DEMO, ModelPaths, find_model
 from edge_runtime.store.library import Entry, Library
 from edge_runtime.store.names import ALIASES, visible
+from edge_runtime.store.shipped import shipped_models
 from edge_runtime.system.plain_files import is_plain
 
 LATEST = ":latest"
@@ -109,7 +110,7 @@ class Catalog:
         self.blobs = Blobs(self.library.root / FOLDER / "blobs", settings.max_blob_bytes, self.room)
         self._most_bytes, self._most_names = settings.max_stored_bytes, settings.max_names
         self._owned: dict[str, Listed] = {}
-        for name in (DEMO, *settings.models):
+        for name in (DEMO, *(model.name for model in shipped_models()), *settings.models):
             paths = find_model(name)
             known = self._owned.setdefault(
                 plain_name(paths.name).lower(), Listed(paths.name, paths, _modified(paths.decoder))
