@@ -51,6 +51,8 @@ class Finished:
     """Of the token that ended the answer, if one did and scores were requested."""
     stop_string: str | None = None
     """The request's stop string that ended the answer, if one did."""
+    encoded_slices: int = 0
+    """Slices that were encoded for it; the visual tokens of all others were known."""
 
 
 Event = Progress | Piece | Finished

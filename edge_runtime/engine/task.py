@@ -168,6 +168,8 @@ class Task:
     n_cached: int = 0
     """Positions of the prompt that needed no prefill."""
     decoding: Decoding | None = None
+    encoded_slices: int = 0
+    """Slices that had to be encoded for it."""
     is_paused: bool = False
     """Whether it gave way to others in the last step."""
 
@@ -316,6 +318,7 @@ class Task:
                 tuple(self.prompt_scores),
                 end_score,
                 stop_string,
+                self.encoded_slices,
             )
         )
 
