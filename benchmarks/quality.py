@@ -12,6 +12,10 @@ Two arithmetics: `exact` is float32 throughout, as `--exact`; `int8` is the defa
 the tower's products. Decoder types are compared in `exact`, so that nothing else changes, and everything that
 concerns the vision file in both. The reference is all-float32 in `exact`. The last line is one JSON object.
 
+With `--types` only these decoder types are measured, in `exact` with a float32 vision file, and with `--calibrate`
+each of them twice, without and with an importance matrix from the pictures and texts in a folder. The result also
+says which types the tensors got: rows that are no multiple of 256 get others.
+
 With a folder of GGUF files instead of a checkpoint, these files are measured as they are: `exact`, which is the
 reference then, and `int8` with llama.cpp's products in the decoder and with ours.
 """
@@ -42,6 +46,7 @@ from edge_converters.plan.recipes import DECODER_TYPES, VISION_TYPES  # noqa: E4
 from edge_kernels.machine import cpu_name, isa  # noqa: E402
 from edge_runtime import Model, __version__  # noqa: E402
 from edge_runtime.decoder.kernel_products import VARIABLE  # noqa: E402
+from edge_runtime.weights.gguf_file import GGUFFile  # noqa: E402
 
 FLOAT, SHIPPED = ("f32", "f32"), ("q4_k_m", "q8_0")
 LEFT_OUT = {"bf16"}  # as large as f16
@@ -128,28 +133,50 @@ def agreement(answers: dict[str, list[str]], reference: dict[str, list[str]]) ->
     return float(np.mean([a == b for a, b in pairs]))
 
 
-def run(checkpoint: Path, count: int, *, exact_only: bool) -> list[dict[str, Any]]:
-    """Measure all pairs; print a row of the table after each."""
+def types_of(decoder: Path) -> dict[str, int]:
+    """Bytes of a decoder file's matrices by type."""
+    found: dict[str, int] = {}
+    for info in GGUFFile(decoder).tensors.values():
+        if len(info.shape) > 1:
+            found[info.type.name] = found.get(info.type.name, 0) + info.n_bytes
+    return found
+
+
+def run(
+    checkpoint: Path, count: int, *, exact_only: bool, types: list[str] | None = None, pictures: Path | None = None
+) -> list[dict[str, Any]]:
+    """Measure all pairs, or some decoder types; print a row of the table after each."""
+    pairs: list[tuple[str, str, Path | None]] = [(decoder, vision, None) for decoder, vision in PAIRS]
+    if types is not None:
+        matrices = (None,) if pictures is None else (None, pictures)
+        pairs = [(*FLOAT, None), *((kind, "f32", matrix) for kind in types for matrix in matrices)]
     samples = {kind: [draw(kind, number) for number in range(count)] for kind in CORE}
     rows: list[dict[str, Any]] = []
     reference: dict[str, list[str]] = {}
     reference_logs: Logs = []
     print(
-        f"{'decoder':<8} {'vision':<6} {'tower':<5} {'MB':>6} {'right':>7} {'as f32':>7} {'loss':>7} {'KL':>8} "
+        f"{'decoder':<18} {'vision':<6} {'tower':<5} {'MB':>6} {'right':>7} {'as f32':>7} {'loss':>7} {'KL':>8} "
         f"{'top 1':>7}   " + "  ".join(CORE)
     )
-    for decoder, vision in PAIRS:
+    for decoder, vision, matrix in pairs:
         with tempfile.TemporaryDirectory() as folder:
-            convert_checkpoint(checkpoint, folder, decoder_type=decoder, vision_type=vision)
+            files = convert_checkpoint(checkpoint, folder, decoder_type=decoder, vision_type=vision, pictures=matrix)
             for arithmetic in arithmetics(decoder, vision):
-                if exact_only and arithmetic != "exact":
+                if (exact_only or types is not None) and arithmetic != "exact":
                     continue
                 result = measure(Path(folder), samples, exact=arithmetic == "exact")
                 answers, logs = result.pop("answers"), result.pop("logs")
                 reference, reference_logs = reference or answers, reference_logs or logs
                 kl, top1 = divergence(reference_logs, logs)
-                types = {"decoder": decoder, "vision": vision, "arithmetic": arithmetic}
-                rows.append({**types, "agreement": agreement(answers, reference), "kl": kl, "top1": top1, **result})
+                label = decoder if matrix is None else f"{decoder} with matrix"
+                what = {
+                    "decoder": label,
+                    "vision": vision,
+                    "arithmetic": arithmetic,
+                    "types": types_of(files.decoder),
+                }
+                what |= {"decoder_bytes": files.decoder.stat().st_size}
+                rows.append({**what, "agreement": agreement(answers, reference), "kl": kl, "top1": top1, **result})
                 _print_row(rows[-1])
     return rows
 
@@ -181,7 +208,7 @@ def run_files(folder: Path, count: int) -> list[dict[str, Any]]:
 def _print_row(row: dict[str, Any]) -> None:
     each = "  ".join(f"{share:>{len(kind)}.1%}" for kind, share in row["right"].items())
     print(
-        f"{row['decoder']:<8} {row['vision']:<6} {row['arithmetic']:<5} {row['bytes'] / 1e6:6.1f} "
+        f"{row['decoder']:<18} {row['vision']:<6} {row['arithmetic']:<5} {row['bytes'] / 1e6:6.1f} "
         f"{row['average']:7.2%} {row['agreement']:7.2%} {row['loss']:7.4f} {row['kl']:8.5f} "
         f"{row['top1']:7.2%}   {each}",
         flush=True,
@@ -195,6 +222,8 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=100, help="per core skill")
     parser.add_argument("--exact", action="store_true", help="leave out the rows in int8")
+    parser.add_argument("--types", nargs="+", choices=DECODER_TYPES, metavar="TYPE", help="only these decoder types")
+    parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="with --types: also with a matrix from it")
     parser.add_argument("--plot", type=Path, help="also draw size against quality into this file (.svg or .png)")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     options = parser.parse_args()
@@ -204,15 +233,22 @@ def main() -> None:
         rows = run_files(options.checkpoint, options.samples)
         last = rows[-1]
     else:
-        rows = run(options.checkpoint, options.samples, exact_only=options.exact)
+        rows = run(
+            options.checkpoint,
+            options.samples,
+            exact_only=options.exact,
+            types=options.types,
+            pictures=options.calibrate,
+        )
         # The last of a pair: int8 where it was measured.
-        last = {(row["decoder"], row["vision"]): row for row in rows}[SHIPPED]
+        last = {(row["decoder"], row["vision"]): row for row in rows}.get(SHIPPED, rows[-1])
     lost = rows[0]["average"] - last["average"]
-    print(f"The shipped types lose {100 * lost:.2f} points against {'exact' if is_files else 'float32'}.")
+    which = "last" if options.types else "shipped"
+    print(f"The {which} types lose {100 * lost:.2f} points against {'exact' if is_files else 'float32'}.")
     for row in rows:
         row |= {key: round(value, 8) for key, value in row.items() if isinstance(value, float)}
     summary = {
-        "scenario": "quality-files" if is_files else "quality-demo",
+        "scenario": "quality-files" if is_files else "quality-types" if options.types else "quality-demo",
         "samples_per_skill": options.samples,
         "rows": rows,
         "points_lost": round(100 * lost, 3),

@@ -95,6 +95,26 @@ def quality(result: Result) -> str:
     return f"{table(heading, rows)}\n\n{note} {result['points_lost']:.2f} points against {reference}."
 
 
+def quality_of_types(result: Result) -> str:
+    """Size and answers of single decoder types, with what their tensors are really stored in."""
+    rows = [
+        [
+            row["decoder"],
+            ", ".join(f"{kind} {n_bytes / 1e6:.2f}" for kind, n_bytes in row["types"].items()),
+            number(row["decoder_bytes"] / 1e6),
+            f"{row['average']:.2%}",
+            f"{row['agreement']:.2%}",
+            number(row["loss"], 4),
+            number(row["kl"], 5),
+            f"{row['top1']:.2%}",
+        ]
+        for row in result["rows"]
+    ]
+    heading = ["decoder", "matrices, MB by type", "file, MB", "right answers", "same as float32", "answer loss"]
+    heading += ["KL divergence, nats", "same first token"]
+    return f"{table(heading, rows)}\n\n{result['samples_per_skill']} held-out samples per skill; vision in float32."
+
+
 def conversion(result: Result) -> str:
     """Time and memory of one conversion, and of the peer's where it was measured."""
     kind = result["scenario"].removeprefix("convert-")
@@ -224,6 +244,27 @@ def attacked(result: Result) -> str:
     return f"{table(heading, rows)}\n\n{note}"
 
 
+def low_memory(result: Result) -> str:
+    """Memory by stage inside a control group, and what the group counted."""
+    rows = [
+        [stage, *(megabytes(peak[key]) for key in ("rss", "anon", "file"))]
+        for stage, peak in result["stages"].items()
+    ]
+    rows.append(["peak", megabytes(result["peak_rss"]), megabytes(result["peak_anon"]), ""])
+    about = f"{result['limit_gb']:g} GB" if result["group"] else "no limit"
+    note = (
+        f"{result['slices']} slices, prompt of {result['prompt_tokens']} tokens, context of {result['n_ctx']}: first "
+        f"token after {number(result['timings_s']['first_token'], 0)} s; estimated before loading: "
+        f"{megabytes(result['estimated_bytes'])} MB."
+    )
+    if result["group"]:
+        note += (
+            f" The group's peak: {megabytes(result['group']['peak_bytes'])} MB; pages read again after they were "
+            f"dropped: {result['group']['refaults']}."
+        )
+    return table([f"stage, {about}", "RSS, MB", "anonymous, MB", "of files, MB"], rows) + f"\n\n{note}"
+
+
 def load_peer(result: Result) -> str:
     """A server against llama-server."""
     rows = []
@@ -246,10 +287,18 @@ def render(result: Result) -> str:
         "vision": vision,
         "quality-demo": quality,
         "quality-files": quality,
+        "quality-types": quality_of_types,
         "vision-kernels": kernels,
         "video": video,
     }
-    known |= {"load": load, "load_peer": load_peer, "attacked": attacked, "prefill": calls, "batch": calls}
+    known |= {
+        "low-memory": low_memory,
+        "load": load,
+        "load_peer": load_peer,
+        "attacked": attacked,
+        "prefill": calls,
+        "batch": calls,
+    }
     known |= dict.fromkeys(("turns", "first_token", "together", "decode"), goals)
     if scenario in known:
         return known[scenario](result)

@@ -73,6 +73,8 @@ class Answer:
     """The same for the reasoning."""
     notice: str | None = None
     """What users must know about the model before they trust its answer: `TOY_NOTICE`, or None."""
+    encoded_slices: int = 0
+    """Number of `slices` that were encoded for it; the visual tokens of the others were known."""
 
     def __str__(self) -> str:
         return self.answer
@@ -245,6 +247,7 @@ def make_answer(
         prefix=prepared.begun.content if prepared.begun else "",
         reasoning_prefix=prepared.begun.reasoning if prepared.begun else "",
         notice=notice,
+        encoded_slices=end.encoded_slices,
     )
 
 

@@ -99,12 +99,14 @@ class Model(LoadedModel):
             folder with a decoder and an `mmproj*` file, or a decoder file.
         mmproj : the mmproj file, if it is not in the decoder's folder.
         exact : compute as the official float32 code does: float32 vision, float32 KV cache, no flash attention.
-        n_ctx : context length in tokens, at most what the model was trained for; default 8192, less if memory is
-            short.
-        n_threads : default: the physical cores this process may use.
+        n_ctx : context length in tokens, at most what the model was trained for; default 8192, in low memory 4096,
+            less if memory is short.
+        n_threads : at most the processors this process may use; default: the physical cores.
         force : load the model even if there seems to be too little memory.
-        kv_type : number type of the KV cache: `f16`, or `q8_0` or `q4_0` with half or a quarter of the memory.
-        low_memory : free the vision weights whenever no picture is waiting; the next one loads them again.
+        kv_type : number type of the KV cache: `f16`, or `q8_0` or `q4_0` with half or a quarter of the memory; in low
+            memory the default is `q8_0`.
+        low_memory : keep one layer of the vision part in memory at a time, none while no picture is waiting; chosen
+            by itself where nothing else fits, which a line in the log tells.
         cache_dir : folder where visual tokens and prefixes of conversations are stored across processes.
         cache_limit : maximum bytes in that folder.
         adapters : LoRA files by name, for `chat(adapter=NAME)` to choose from.
@@ -115,7 +117,7 @@ class Model(LoadedModel):
         ModelFileError
             When files are missing, damaged, ambiguous, not pulled, or do not belong together.
         NotEnoughMemoryError
-            When the model needs more than is free; the message has the numbers.
+            When the model needs more than is free; the message has the numbers, and says what would fit.
         """
         options = LoadOptions(
             exact=exact,

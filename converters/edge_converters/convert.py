@@ -197,6 +197,11 @@ def _plan(checkpoint: Checkpoint, options: ConversionOptions) -> Plan:
     )
     if importance is not None:
         importance.check(plan.tensors)
+    if plan.recipe.wants_importance and importance is None and options.pictures is None:
+        plan.notes.append(
+            f"{plan.recipe.label} was made without an importance matrix, which types of so few bits gain most from: "
+            "give --calibrate FOLDER or --imatrix FILE."
+        )
     return plan
 
 

@@ -34,7 +34,7 @@ AT_WORK_ON_SERVERS = 8
 MODEL_OPTIONS = frozenset(
     ("model", "mmproj", "ctx", "threads", "exact", "kv_type", "low_memory", "cache_dir", "cache_limit", "force")
 )
-OWN_OPTIONS = frozenset(("inputs", "jobs", "output", "ordered", "retry_failed", "parallel"))
+OWN_OPTIONS = frozenset(("inputs", "jobs", "output", "ordered", "retry_failed", "parallel", "nice"))
 
 
 @click.command("batch", cls=Command)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edge_runtime.cli import terminal as console
 
@@ -27,6 +28,8 @@ def check_options(ordered: bool, parallel: int | None) -> None:
         raise click.UsageError(
             "--ordered cannot be given with --ray: what a node had when it died is answered at the end."
         )
+    if click.get_current_context().get_parameter_source("nice") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--nice cannot be given with --ray: it is the nodes that compute; set their priority.")
     if parallel is not None:
         raise click.UsageError("--parallel cannot be given with --ray: every node has as many items as it can use.")
 

@@ -215,7 +215,11 @@ def _as_json(pages: Sequence[Any], files: Sequence[Path | Piped], text: str) -> 
 
 
 def answer_fields(answer: Answer) -> dict[str, Any]:
-    """An answer for `--json`, without log probabilities that were not asked for."""
+    """An answer for `--json`, without log probabilities that were not asked for, and what only metrics need."""
     found = asdict(answer)
-    unasked = ("prompt_logprobs", *(("logprobs", "end_logprobs") if answer.logprobs is None else ()))
+    unasked = (
+        "encoded_slices",
+        "prompt_logprobs",
+        *(("logprobs", "end_logprobs") if answer.logprobs is None else ()),
+    )
     return {name: value for name, value in found.items() if name not in unasked}

@@ -11,6 +11,27 @@ import click
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cli.document_options import SliceLimits
 from edge_runtime.inputs.image import PIXEL_LIMIT
+from edge_runtime.system.priority import MAX_NICENESS, be_nice
+
+LOW_MEMORY = "Keep one layer of the vision part in memory at a time; chosen by itself where nothing else fits."
+
+
+def nice_option(command: Callable[..., None]) -> Callable[..., None]:
+    """`--nice`, which takes effect as the command line is read: threads inherit the priority when they start."""
+
+    def lower(context: click.Context, _parameter: click.Parameter, n: int) -> None:
+        if not context.resilient_parsing:
+            be_nice(n)
+
+    return click.option(
+        "--nice",
+        type=click.IntRange(0, MAX_NICENESS),
+        default=0,
+        metavar="N",
+        expose_value=False,
+        callback=lower,
+        help="Let other programs go first: 1, a little, to 19.  [0]",
+    )(command)
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -27,16 +48,17 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="demo, a pulled model, a folder or a file.  [demo]",
             ),
             click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
-            click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
-            click.option("--threads", **count, help="Threads.  [physical cores]"),
+            click.option("--ctx", **count, help="Context length in tokens.  [8192; low memory: 4096; or what fits]"),
+            click.option("--threads", **count, help="Threads; at most the processors.  [physical cores]"),
+            nice_option,
             click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
             click.option(
                 "--kv-type",
                 type=click.Choice(["f16", "q8_0", "q4_0"]),
                 metavar="TYPE",
-                help="KV cache in f16, q8_0 or q4_0.  [f16]",
+                help="KV cache in f16, q8_0 or q4_0.  [f16; low memory: q8_0]",
             ),
-            click.option("--low-memory", is_flag=True, help="Unload the vision weights after each picture."),
+            click.option("--low-memory", is_flag=True, help=LOW_MEMORY),
             click.option("--lora", **file, help="LoRA adapter (GGUF) to answer with."),
             click.option(
                 "--cache-dir",

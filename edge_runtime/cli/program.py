@@ -188,6 +188,7 @@ def convert(source: str, output: Path | None, report: bool, **options: Any) -> N
 
     \b
     Decoder types: f32 f16 bf16 q8_0 q6_k q5_k_m q4_k_m q4_k_s q4_1 q4_0 iq4_nl
+                   iq4_xs q3_k_m iq3_m
     Vision types:  f32 f16 bf16 q8_0 q4_0, and int4, which llama.cpp cannot read
     """
     from edge_converters import DECODER_TYPES, VISION_TYPES, convert_checkpoint

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES, usable_folder
 from edge_runtime.cli.command import INTERRUPTED, Command
+from edge_runtime.cli.options import LOW_MEMORY, nice_option
 from edge_runtime.errors import BackendUnavailable
 
 if TYPE_CHECKING:
@@ -70,11 +71,14 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--max-frames", "max_video_frames", **COUNT, default=180, help="Maximum frames of a video.  [180]")
 @click.option("--max-pages", **COUNT, default=100, help="Maximum pages of a document.  [100]")
 @click.option("--max-tokens", **COUNT, default=32_768, help="Maximum tokens of an answer.  [32768]")
-@click.option("--ctx", "n_ctx", **COUNT, help="Context length in tokens.  [8192, or what fits]")
-@click.option("--threads", "n_threads", **COUNT, help="Threads.  [physical cores]")
+@click.option("--ctx", "n_ctx", **COUNT, help="Context length in tokens.  [8192; low memory: 4096; or what fits]")
+@click.option("--threads", "n_threads", **COUNT, help="Threads; at most the processors.  [physical cores]")
+@nice_option
 @click.option("--exact", is_flag=True, help="Compute as the official float32 code.")
-@click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), metavar="TYPE", help="KV cache.  [f16]")
-@click.option("--low-memory", is_flag=True, help="Unload the vision weights after each picture.")
+@click.option(
+    "--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), metavar="TYPE", help="KV cache.  [f16; low memory: q8_0]"
+)
+@click.option("--low-memory", is_flag=True, help=LOW_MEMORY)
 @click.option(
     "--cache-dir",
     type=click.Path(path_type=Path),

@@ -34,6 +34,16 @@ def choose_kv_type(file: GGUFFile, asked: str | None, *, exact: bool) -> str:
     return chosen
 
 
+def low_kv_type(file: GGUFFile, *, exact: bool) -> str:
+    """Type of the KV cache where memory is short and none was asked for: 8 bits, if heads and arithmetic allow it."""
+    if exact:
+        return choose_kv_type(file, None, exact=True)
+    try:
+        return choose_kv_type(file, "q8_0", exact=False)
+    except MessageError:
+        return choose_kv_type(file, None, exact=False)
+
+
 def kv_bytes(kv_type: str, n: int) -> int:
     """Bytes of `n` numbers in a KV cache, in whole blocks."""
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kv_type.upper()]]

@@ -189,6 +189,12 @@ class LlamaContext:
         """Rows of the embedding table: ndarray [shape=(n, hidden), float32], dequantised as llama.cpp does."""
         return self.file.rows("token_embd.weight", ids)
 
+    def release_pages(self) -> None:
+        """Drop the weights' pages from this process; the page cache keeps them, and reading brings them back."""
+        if self._region is not None:
+            begin, end, offset = self._region
+            release_region(self._region, offset, offset + end - begin)
+
     # --- sequences -----------------------------------------------------------------------------------------------
 
     @property

@@ -8,6 +8,8 @@ from pathlib import Path
 
 CHUNK_TOKENS = 512
 """Prompt tokens per call of llama.cpp; also its micro-batch size, so that one call is one pass over the weights."""
+LOW_MEMORY_UBATCH = 128
+"""The same where memory is short: llama.cpp's buffers grow with it."""
 DEFAULT_CONTEXT = 8192
 N_SEQUENCES = 8
 

@@ -26,6 +26,16 @@ class PictureEncoding:
         self.visual_tokens = VisualTokenCache(saved=caches.tokens)
         self._has_idle_memory = False
 
+    def batch_patches(self, *, is_brief: bool) -> int:
+        """Patches to encode together.
+
+        Parameters
+        ----------
+        is_brief : others wait for the end of the step: one group, or in low memory, where a layer that was packed is
+            used for a whole picture, what `encode` can interrupt.
+        """
+        return 0 if is_brief and not self._low_memory else self._encoder.batch_patches
+
     def record(self, request: Request) -> None:
         """Record that a request has pictures, which will leave memory behind."""
         self._has_idle_memory |= bool(request.groups)
@@ -44,7 +54,12 @@ class PictureEncoding:
         return self.visual_tokens.n_bytes + self._encoder.known_bytes
 
     def encode(
-        self, batch: dict[bytes, LoadedGroup], tasks: Sequence[Task], must_leave: Callable[[], bool] = lambda: False
+        self,
+        batch: dict[bytes, LoadedGroup],
+        tasks: Sequence[Task],
+        must_leave: Callable[[], bool] = lambda: False,
+        *,
+        is_brief: bool = False,
     ) -> dict[bytes, Float32]:
         """Encode a batch of groups; returns visual tokens by digest and caches them.
 
@@ -52,15 +67,20 @@ class PictureEncoding:
         ----------
         tasks : tasks that wait for some of them; they get progress reports between layers of the tower.
         must_leave : whether others need the processor; asked between layers, too.
+        is_brief : in low memory, leave after as many layers as a slice takes; the next call goes on from there.
 
         Raises
         ------
         Cancelled
             When all of these tasks were cancelled, or others need the processor.
         """
+        ends_at: int | None = None
 
         def on_layer(done: int, total: int) -> None:
-            if must_leave() or all(task.is_cancelled() for task in tasks):
+            nonlocal ends_at
+            if ends_at is None:
+                ends_at = done + self._encoder.tower.config.layers if is_brief and self._low_memory else total
+            if must_leave() or all(task.is_cancelled() for task in tasks) or ends_at <= done < total:
                 raise Cancelled
             for task in tasks:
                 n_slices = sum(len(batch[digest]) for digest in batch.keys() & task.pictures.missing.keys())

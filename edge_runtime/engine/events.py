@@ -53,6 +53,8 @@ class Finished:
     """The request's stop string that ended the answer, if one did."""
     drafts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """By source of drafts: tokens that were checked, and those of them that were right."""
+    encoded_slices: int = 0
+    """Slices that were encoded for it; the visual tokens of all others were known."""
 
 
 Event = Progress | Piece | Finished

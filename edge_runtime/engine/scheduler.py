@@ -27,7 +27,7 @@ from edge_runtime.engine.task_lists import TaskLists
 from edge_runtime.engine.warm_up import WarmUp
 from edge_runtime.errors import CacheFull
 from edge_runtime.prompt.tokenizer import Tokenizer
-from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder
+from edge_runtime.vision.encoder import ImageEncoder
 
 
 class Scheduler(TaskLists):
@@ -36,7 +36,7 @@ class Scheduler(TaskLists):
     def __init__(self, encoder: ImageEncoder, decoder: Decoder, tokenizer: Tokenizer, caches: Caches) -> None:
         super().__init__(Sequences(decoder, caches.prefixes), WarmUp())
         self._decoder, self._tokenizer = decoder, tokenizer
-        self.encoding = PictureEncoding(encoder, caches)
+        self.encoding, self._low_memory = PictureEncoding(encoder, caches), caches.low_memory
         self.planner = CallPlanner(decoder)
         self.has_arrivals: Callable[[], bool] = lambda: False
         """Whether tasks that do not give way are about to be added; asked in the middle of steps."""
@@ -142,6 +142,7 @@ class Scheduler(TaskLists):
             self.end(task, "cancelled")  # what the KV cache held was given up meanwhile
         else:
             task.enter(TaskState.ENCODING)
+            task.encoded_slices += task.pictures.n_slices
             task.report("encode", 0, task.pictures.n_slices)
 
     # --- encoding ------------------------------------------------------------------------------------------------
@@ -153,18 +154,20 @@ class Scheduler(TaskLists):
         -------
         has_encoded : whether there was anything to encode.
         """
-        limit = 0 if any(task.n_tokens and not task.gives_way for task in tasks) else BATCH_PATCHES
-        batch = next_batch(tasks, limit)
+        is_brief = any(task.n_tokens and not task.gives_way for task in tasks)
+        batch = next_batch(tasks, self.encoding.batch_patches(is_brief=is_brief))
         for task, error in batch.failed.items():
             self.fail(task, error)
         if not batch.groups:
             await_frames(batch.waiting, idle=len(batch.waiting) == len(tasks))
             return False
         wanting = [task for task in tasks if batch.groups.keys() & task.pictures.missing.keys()]
+        if self._low_memory:
+            self._decoder.release_pages()  # it takes turns with the vision part
         try:
-            found = self.encoding.encode(batch.groups, wanting, lambda: self._must_leave(wanting))
+            found = self.encoding.encode(batch.groups, wanting, lambda: self._must_leave(wanting), is_brief=is_brief)
         except Cancelled:
-            return False  # the next step ends them, or is another task's
+            return False  # the next step ends them, is another task's, or goes on with them
         except Exception as error:  # noqa: BLE001 - reported to the tasks that need these pictures
             for task in wanting:
                 self.fail(task, error)

@@ -171,6 +171,8 @@ class Task:
     n_cached: int = 0
     """Positions of the prompt that needed no prefill."""
     decoding: Decoding | None = None
+    encoded_slices: int = 0
+    """Slices that had to be encoded for it."""
     is_paused: bool = False
     """Whether it gave way to others in the last step."""
 
@@ -321,6 +323,7 @@ class Task:
                 end_score,
                 stop_string,
                 drafts,
+                self.encoded_slices,
             )
         )
 

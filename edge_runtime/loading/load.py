@@ -10,10 +10,11 @@ from pathlib import Path
 from edge_runtime.cache.caches import Caches
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.decoder.decoder import Decoder
-from edge_runtime.decoder.kv_types import choose_kv_type
-from edge_runtime.decoder.options import DEFAULT_CONTEXT, DecoderOptions
+from edge_runtime.decoder.kv_types import choose_kv_type, low_kv_type
+from edge_runtime.decoder.options import LOW_MEMORY_UBATCH, DecoderOptions
 from edge_runtime.errors import MessageError, ModelFileError
-from edge_runtime.loading.memory_needs import choose_context, estimate_memory
+from edge_runtime.loading.memory_needs import EMBEDDINGS, Needs, estimate_memory, unread_bytes
+from edge_runtime.loading.memory_plan import Setup, Wishes, choose_setup
 from edge_runtime.loading.tuning import Tuning, remembered_tuning
 from edge_runtime.prompt.tokenizer import Tokenizer
 from edge_runtime.store.find import ModelPaths
@@ -22,6 +23,7 @@ from edge_runtime.vision.arithmetic import check_instruction_set
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import decoder_config
 from edge_runtime.weights.gguf_file import GGUFFile
+from edge_runtime.weights.mixes import MIXES, mixed_bytes
 
 logger = logging.getLogger("edge_runtime")
 
@@ -76,6 +78,8 @@ class Parts:
     caches: Caches
     n_threads: int
     """Of the vision kernels."""
+    low_memory: bool
+    """Whether vision part and decoder take turns in memory: asked for, or chosen because memory is short."""
 
 
 def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
@@ -92,37 +96,24 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
     EdgeRuntimeError
         In a fork of a process that had loaded a model.
     """
-    from edge_kernels.machine import cpu_count, isa
+    from edge_kernels.machine import isa
 
     begin_loading()
     check_instruction_set()
-    exact = options.exact
-    encoder = ImageEncoder(paths.mmproj, exact=exact)
+    encoder = ImageEncoder(paths.mmproj, exact=options.exact)
     file = GGUFFile(paths.decoder)
-    config = decoder_config(file)
     found = (remembered_tuning(file) if options.tuned else None) or Tuning()
-    repack = found.repack and not options.low_memory
-    threads = options.n_threads or cpu_count()
-    kv_type = choose_kv_type(file, options.kv_type or (None if exact else found.kv_type), exact=exact)
-    n_ctx = choose_context(
-        lambda n: estimate_memory(
-            file, encoder, n, exact=exact, kv_type=kv_type, repack=repack, low_memory=options.low_memory
-        ),
+    threads = _threads(options.n_threads)
+
+    setup = choose_setup(
+        lambda setup: _needs(file, encoder, setup, options, found),
         paths.name,
-        options.n_ctx,
-        config.context_length,
+        _wishes(file, options, found),
         force=options.force,
+        other_types=_smaller_types(file),
     )
-    setup = DecoderOptions(
-        n_ctx=n_ctx,
-        exact=exact,
-        n_threads=options.n_threads or found.n_threads or threads,  # tuned for the decoder alone
-        kv_type=kv_type,
-        n_ubatch=found.n_ubatch,
-        repack=repack,
-        adapters=options.adapters,
-    )
-    decoder = Decoder(file, setup)
+    encoder.low_memory = low = setup.low_memory
+    decoder = Decoder(file, _decoder_options(options, found, setup, threads))
     try:
         if decoder.config.hidden != encoder.hidden:
             raise ModelFileError(
@@ -130,14 +121,72 @@ def load_parts(paths: ModelPaths, options: LoadOptions) -> Parts:
                 f"{paths.mmproj.name} have {encoder.hidden}; use the decoder and the mmproj file of the same model."
             )
         tokenizer = Tokenizer(file)
-        caches = _caches(options, encoder, decoder, isa())
+        caches = _caches(options, encoder, decoder, isa(), low_memory=low)
     except BaseException:
         decoder.close()
         raise
-    return Parts(encoder, decoder, tokenizer, caches, threads)
+    return Parts(encoder, decoder, tokenizer, caches, threads, low)
 
 
-def _caches(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder, isa: str) -> Caches:
+def _threads(asked: int | None) -> int:
+    """Threads to compute with; more than processors would only wait for each other, so a line in the log tells."""
+    from edge_kernels.machine import cpu_count
+
+    if asked is None:
+        return cpu_count()
+    from edge_kernels.threads import thread_limit  # takes time to import
+
+    most = thread_limit()
+    if asked > most:
+        logger.warning(
+            "%d threads were asked for, but no more than %d can compute at once here: %d run.", asked, most, most
+        )
+    return min(asked, most)
+
+
+def _decoder_options(options: LoadOptions, found: Tuning, setup: Setup, threads: int) -> DecoderOptions:
+    low = setup.low_memory
+    return DecoderOptions(
+        n_ctx=setup.n_ctx,
+        exact=options.exact,
+        n_threads=threads if options.n_threads else found.n_threads or threads,  # tuned for the decoder alone
+        kv_type=setup.kv_type,
+        n_ubatch=min(found.n_ubatch, LOW_MEMORY_UBATCH) if low else found.n_ubatch,
+        repack=found.repack and not low,
+        adapters=options.adapters,
+    )
+
+
+def _wishes(file: GGUFFile, options: LoadOptions, found: Tuning) -> Wishes:
+    """What was asked for, or found by tuning; raises what `choose_kv_type` does."""
+    exact, longest = options.exact, decoder_config(file).context_length
+    asked = options.kv_type or (None if exact else found.kv_type)
+    kv_type, least = choose_kv_type(file, asked, exact=exact), low_kv_type(file, exact=exact)
+    low = kv_type if asked else least
+    return Wishes(longest, kv_type, low, least, options.n_ctx, options.low_memory)
+
+
+def _needs(file: GGUFFile, encoder: ImageEncoder, setup: Setup, options: LoadOptions, found: Tuning) -> Needs:
+    return estimate_memory(
+        file,
+        encoder,
+        setup.n_ctx,
+        exact=options.exact,
+        kv_type=setup.kv_type,
+        repack=found.repack and not setup.low_memory,
+        low_memory=setup.low_memory,
+    )
+
+
+def _smaller_types(file: GGUFFile) -> list[tuple[str, int]]:
+    """Types in which the decoder would be smaller, with the bytes that they hold in memory, the largest first."""
+    held = file.path.stat().st_size - unread_bytes(file)
+    without = (EMBEDDINGS,) if unread_bytes(file) else ()
+    sizes = [(mix, mixed_bytes(file, mix, without)) for mix in MIXES]
+    return sorted((each for each in sizes if each[1] < held), key=lambda each: -each[1])
+
+
+def _caches(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder, isa: str, *, low_memory: bool) -> Caches:
     if options.cache_dir is not None:
         try:
             return Caches.in_folder(
@@ -147,28 +196,29 @@ def _caches(options: LoadOptions, encoder: ImageEncoder, decoder: Decoder, isa: 
                 decoder,
                 exact=options.exact,
                 isa=isa,
-                low_memory=options.low_memory,
+                low_memory=low_memory,
             )
         except MessageError as error:
             if options.needs_cache:
                 raise
             logger.warning("%s Computed prompts are not kept on disk.", error)
-    return Caches(low_memory=options.low_memory)
+    return Caches(low_memory=low_memory)
 
 
 def needed_bytes(paths: ModelPaths, options: LoadOptions) -> int:
-    """Memory that a model will need with the wanted context, estimated from its files' headers.
+    """Memory that a model will need with what is preferred for it, estimated from its files' headers.
 
     Raises
     ------
     ModelFileError
         When files are damaged.
+    MessageError
+        When the KV type does not fit the model.
     """
     file = GGUFFile(paths.decoder)
     encoder = ImageEncoder(paths.mmproj, exact=options.exact)
-    n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, decoder_config(file).context_length)
-    kv_type, low = options.kv_type, options.low_memory
-    return estimate_memory(file, encoder, n_ctx, exact=options.exact, kv_type=kv_type, low_memory=low).total
+    setup = _wishes(file, options, Tuning()).setups()[0]
+    return _needs(file, encoder, setup, options, Tuning()).total
 
 
 def set_threads(n_threads: int) -> None:

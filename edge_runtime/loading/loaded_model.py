@@ -41,8 +41,8 @@ class LoadedModel:
     def __init__(self, paths: ModelPaths, options: LoadOptions) -> None:
         started = time.perf_counter()
         self.paths, self.exact = paths, options.exact
-        self._low_memory = options.low_memory
         parts = load_parts(paths, options)
+        self._low_memory = parts.low_memory
         self._encoder, self._decoder, self.tokenizer = parts.encoder, parts.decoder, parts.tokenizer
         self.template = self._decoder.file.get("tokenizer.chat_template", str, OFFICIAL_CHAT_TEMPLATE)
         """The chat template (Jinja)."""
@@ -223,6 +223,8 @@ class LoadedModel:
 
     def encode_groups(self, groups: Sequence[Group]) -> list[Float32]:
         """Visual tokens of prepared groups of slices, in order; on the engine's thread."""
+        if self._low_memory:
+            self._decoder.release_pages()
         tokens = self._encoder.encode(groups)
         if self._low_memory:
             self._encoder.unload()

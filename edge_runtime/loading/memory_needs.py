@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_runtime.decoder.kv_types import kv_bytes
-from edge_runtime.decoder.options import CHUNK_TOKENS, DEFAULT_CONTEXT
+from edge_runtime.decoder.options import CHUNK_TOKENS, LOW_MEMORY_UBATCH
 from edge_runtime.decoder.prefill_routing import MAX_PAST_BYTES, uses_amx_prefill
-from edge_runtime.errors import NotEnoughMemoryError
-from edge_runtime.system.memory import available_bytes
 from edge_runtime.vision.arithmetic import bytes_per_weight
-from edge_runtime.vision.encoder import BATCH_PATCHES, ImageEncoder
+from edge_runtime.vision.encoder import BATCH_PATCHES, LOW_MEMORY_PATCHES, ImageEncoder
 from edge_runtime.weights.gguf_file import GGUFFile
+
+EMBEDDINGS = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -20,12 +19,14 @@ class Needs:
     """Bytes."""
 
     weights: int
-    """Of the decoder. They are mapped, so pages may be dropped and read again, but every token reads all of them."""
+    """Of the decoder. They are mapped, so pages may be dropped and read again, but every token reads all of them.
+
+    Without an embedding table of its own, of which a prompt reads a few rows."""
     kv_cache: int
     compute: int
     """llama.cpp's buffers for one call."""
     vision: int
-    """Weights repacked for the kernels, and the activations of one batch."""
+    """Weights repacked for the kernels, and the activations of one batch; in low memory, those of one layer."""
     in_turns: bool = False
     """Whether the two are in memory in turns: vision weights are dropped after use, and the decoder's are mapped."""
 
@@ -68,52 +69,31 @@ def estimate_memory(
     mlp = number("feed_forward_length")
     copies_past = not repack and uses_amx_prefill(decoder, stored, exact=exact)
     copied = min(n_ctx * per_position, MAX_PAST_BYTES) if copies_past else 0
-    matrices = sum(info.n_elements for info in encoder.file.tensors.values() if len(info.shape) == 2)
-    vision = encoder.tower.config
-    activations = BATCH_PATCHES * 4 * (8 * vision.width + vision.mlp + 4 * encoder.hidden)
+    n_ubatch = LOW_MEMORY_UBATCH if low_memory else CHUNK_TOKENS
     return Needs(
-        weights=decoder.path.stat().st_size * (2 if repack else 1),
+        weights=(decoder.path.stat().st_size - unread_bytes(decoder)) * (2 if repack else 1),
         kv_cache=n_ctx * per_position,
-        compute=CHUNK_TOKENS * 4 * (6 * width + 3 * mlp) + copied,
-        vision=int(matrices * bytes_per_weight(exact=exact)) + activations,
+        compute=n_ubatch * 4 * (6 * width + 3 * mlp) + copied,
+        vision=_vision_bytes(encoder, exact=exact, low_memory=low_memory),
         in_turns=low_memory and not repack,
     )
 
 
-def choose_context(
-    needs: Callable[[int], Needs], name: str, asked: int | None, longest: int, *, force: bool = False
-) -> int:
-    """Choose a context length that fits into memory.
-
-    Parameters
-    ----------
-    needs : context length → needs.
-    asked : what the user wants; None takes `DEFAULT_CONTEXT`, or half or a quarter of it when memory is short.
-    longest : what the model was trained for.
-    force : accept a context that does not fit.
-
-    Raises
-    ------
-    NotEnoughMemoryError
-        With the numbers.
-    """
-    free, smallest = available_bytes(), 0
-    wanted = [asked] if asked else [DEFAULT_CONTEXT, DEFAULT_CONTEXT // 2, DEFAULT_CONTEXT // 4]
-    for n_ctx in (min(n, longest) for n in wanted):
-        if force or needs(n_ctx).total <= free:
-            return n_ctx
-        smallest = n_ctx
-    raise NotEnoughMemoryError(_refusal(needs(smallest), name, smallest, free))
+def unread_bytes(decoder: GGUFFile) -> int:
+    """Bytes of the embedding table, if it is not the output matrix, too: a prompt reads a few rows of it."""
+    return decoder.tensors[EMBEDDINGS].n_bytes if "output.weight" in decoder.tensors else 0
 
 
-def _refusal(needs: Needs, name: str, n_ctx: int, free: int) -> str:
-    return (
-        f"{name} needs about {_gb(needs.total)} GB of memory (weights {_gb(needs.weights)}, KV cache for {n_ctx} "
-        f"tokens {_gb(needs.kv_cache)}, vision {_gb(needs.vision)}, buffers {_gb(needs.compute)}), {_gb(free)} GB "
-        "are free; close other programs, use a smaller --ctx, --kv-type q8_0, --low-memory or a smaller "
-        "quantisation, or pass --force."
-    )
-
-
-def _gb(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f}"
+def _vision_bytes(encoder: ImageEncoder, *, exact: bool, low_memory: bool) -> int:
+    """Weights as the kernels read them, and what they compute with."""
+    vision, packed = encoder.tower.config, bytes_per_weight(exact=exact)
+    matrices = {name: info.n_elements for name, info in encoder.file.tensors.items() if len(info.shape) == 2}
+    activations = BATCH_PATCHES * 4 * (8 * vision.width + vision.mlp + 4 * encoder.hidden)
+    if not low_memory:
+        return int(sum(matrices.values()) * packed) + activations
+    # A layer and then the resampler, each with float32 weights that are being packed; and slices between layers.
+    layer = sum(n for name, n in matrices.items() if name.startswith("v.blk.0."))
+    resampler = sum(n for name, n in matrices.items() if name.startswith("resampler."))
+    unpacked = max(2 * 4 * vision.width * vision.mlp, 2 * 4 * encoder.hidden**2)
+    slices = LOW_MEMORY_PATCHES * 4 * vision.width
+    return int(max(layer, resampler) * packed) + unpacked + slices + activations

@@ -1,8 +1,9 @@
 """What the server did and does, as Prometheus metrics: one registry per server, filled from the outcomes of calls.
 
 Counters of tokens and seconds give rates, the histogram gives quantiles of the time to the first token; state
-(queue, memory, caches) is read when it is asked for. Labels are names of models on this server, at most
-`MAX_NAMES` of them: a client may give a model as many names as it likes (/api/copy).
+(queue, memory, caches) and the rates of the last answers (`recent_rates`) are read when they are asked for. Labels
+are names of models on this server, at most `MAX_NAMES` of them: a client may give a model as many names as it likes
+(/api/copy).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edge_runtime.errors import EdgeRuntimeError
 from edge_runtime.server.batches.runner import Batches
 from edge_runtime.server.errors import problem_of
 from edge_runtime.server.inference import Inference, Outcome
+from edge_runtime.server.recent_rates import WHAT, Rates
 from edge_runtime.server.registry.loaded import ModelRegistry
 
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
@@ -75,7 +77,9 @@ class Metrics:
         )
         self._names: set[str] = set()
         """Models with counters of their own."""
+        self._rates: dict[str, Rates] = {}
         self.registry.register(_State(inference))
+        self.registry.register(_Recent(self._rates))
         self.registry.register(_Batches(batches))
         ProcessCollector(registry=self.registry)
         inference.on_end.append(self.record)
@@ -102,6 +106,7 @@ class Metrics:
 
     def _record_answer(self, model: str, answer: Answer, *, counts_prompt: bool) -> None:
         timings = answer.timings_s
+        self._rates.setdefault(model, Rates()).record(answer, counts_prompt=counts_prompt)
         if counts_prompt:  # the answers to one request share its prompt
             self._prompt.labels(model).inc(answer.prompt_tokens)
             self._cached.labels(model).inc(answer.cached_tokens)
@@ -116,6 +121,28 @@ class Metrics:
     def text(self) -> bytes:
         """All of it, in Prometheus's text format."""
         return generate_latest(self.registry)
+
+
+class _Recent(Collector):
+    """Rates of the last answers, by model.
+
+    Parameters
+    ----------
+    rates : by label; models are added to it meanwhile.
+    """
+
+    def __init__(self, rates: dict[str, Rates]) -> None:
+        self._rates = rates
+
+    def collect(self) -> Iterator[Metric]:
+        found = {
+            name: GaugeMetricFamily(f"edge_runtime_last_{name}", what, labels=["model"])
+            for name, what in WHAT.items()
+        }
+        for model, rates in [*self._rates.items()]:
+            for name, value in rates.gauges():
+                found[name].add_metric([model], value)
+        yield from found.values()
 
 
 class _Batches(Collector):

@@ -8,22 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from edge_runtime.inputs.slice_groups import Group, LazyGroup, n_patches
+from edge_runtime.inputs.slice_groups import Group, LazyGroup, LoadedGroup, n_patches
 from edge_runtime.inputs.slicing import Slice
 from edge_runtime.vision.arithmetic import Arithmetic, FloatArithmetic, Int8Arithmetic
 from edge_runtime.vision.calibration import read_calibration
 from edge_runtime.vision.known_features import KnownFeatures, slice_digest
+from edge_runtime.vision.layer_by_layer import LayerByLayer
 from edge_runtime.vision.resampler import GroupItem, Resampler
 from edge_runtime.vision.tower import OnLayer, VisionTower, no_report
 from edge_runtime.weights.config import check_mmproj, resampler_config, slicing_config, vision_config
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
 
+AnyGroup = TypeVar("AnyGroup", bound=Group)
 BATCH_PATCHES = 1100
 """Patches encoded together: one slice of ordinary size, or several small ones.
 
 Enough for efficient products, and few enough that what a layer writes stays in the caches: two slices at once take a
 tenth longer than one after the other."""
+LOW_MEMORY_PATCHES = 11 * BATCH_PATCHES
+"""Patches for which a layer is packed in low memory: a picture of ten slices. They take 5 KB each at full size."""
 
 
 class ImageEncoder:
@@ -32,6 +37,10 @@ class ImageEncoder:
     Parameters
     ----------
     exact : compute in float32, as the official code does, not in int8.
+
+    Attributes
+    ----------
+    low_memory : keep one layer of the tower in memory at a time (`layer_by_layer`), and no features of slices.
 
     Raises
     ------
@@ -44,12 +53,20 @@ class ImageEncoder:
         check_mmproj(self.file)
         for name in self.file.tensors:
             self.file.rows(name, slice(0, 1))  # an unreadable type is reported now, not at the first picture
+        self.file.release_pages()
         self.slicing = slicing_config(self.file)
         vision = vision_config(self.file)
         arithmetic: Arithmetic = FloatArithmetic() if exact else Int8Arithmetic(read_calibration(self.file))
         self.tower = VisionTower(self.file, vision, self.slicing, arithmetic)
         self.resampler = Resampler(self.file, resampler_config(self.file), vision.width, arithmetic)
         self._known = KnownFeatures()
+        self._layer_by_layer = LayerByLayer(self.tower, LOW_MEMORY_PATCHES)
+        self.low_memory = False
+
+    @property
+    def batch_patches(self) -> int:
+        """Patches to be handed over together."""
+        return LOW_MEMORY_PATCHES if self.low_memory else BATCH_PATCHES
 
     @property
     def n_queries(self) -> int:
@@ -63,8 +80,8 @@ class ImageEncoder:
 
     @property
     def known_bytes(self) -> int:
-        """Memory of the features of slices that were encoded before."""
-        return self._known.n_bytes
+        """Memory of what slices that were encoded before, or in part, have become."""
+        return self._known.n_bytes + self._layer_by_layer.n_bytes
 
     def unload(self) -> None:
         """Drop all weights; the next picture loads them again."""
@@ -75,6 +92,7 @@ class ImageEncoder:
     def forget_slices(self) -> None:
         """Encode slices again that were encoded before."""
         self._known.clear()
+        self._layer_by_layer.clear()
 
     def release_idle_memory(self) -> None:
         """Drop what only pictures of the same size, or the same slices, would use again."""
@@ -94,14 +112,20 @@ class ImageEncoder:
         tokens : one ndarray [shape=(queries, hidden), float32] per group.
         """
         tokens: list[Float32] = []
-        for found in _batches(groups):
+        for found in _batches(groups, self.batch_patches):
             batch = [group.load() if isinstance(group, LazyGroup) else group for group in found]
             slices = [item for group in batch for item, _ in group]
             features = iter(self._features(slices, on_layer))
-            tokens += self.resampler.resample(
-                [[GroupItem(next(features), item.tgt_size, time) for item, time in group] for group in batch]
-            )
+            items = [[GroupItem(next(features), item.tgt_size, time) for item, time in group] for group in batch]
+            tokens += self._resample(batch, items)
         self.file.release_pages()  # the resampler's, too: packed weights would count twice while the decoder works
+        return tokens
+
+    def _resample(self, batch: Sequence[LoadedGroup], items: list[list[GroupItem]]) -> list[Float32]:
+        """Visual tokens of a batch, which may be larger than what the resampler takes at once."""
+        tokens: list[Float32] = []
+        for part in _batches(batch):
+            tokens += self.resampler.resample(items[len(tokens) : len(tokens) + len(part)])
         return tokens
 
     def _features(self, slices: Sequence[Slice], on_layer: OnLayer) -> list[Float32]:
@@ -111,11 +135,17 @@ class ImageEncoder:
         missing = {d: item for d, item in zip(digests, slices, strict=True) if known[d] is None}
         runs = [*_runs([*missing.values()])]
         found: list[Float32] = []
-        for i, run in enumerate(runs):
-            found += self.tower.encode(run, partial(_report_run, on_layer, i, len(runs)))
+        if self.low_memory:
+            left = iter(missing)
+            names = [b"".join(next(left) for _ in run) for run in runs]
+            found = self._layer_by_layer.encode(runs, names, on_layer) if runs else []
+        else:
+            for i, run in enumerate(runs):
+                found += self.tower.encode(run, partial(_report_run, on_layer, i, len(runs)))
         for digest, features in zip(missing, found, strict=True):
             known[digest] = features
-            self._known.put(digest, features)
+            if not self.low_memory:
+                self._known.put(digest, features)
         return [rows for digest in digests if (rows := known[digest]) is not None]
 
 
@@ -138,13 +168,13 @@ def _runs(slices: Sequence[Slice]) -> Iterator[list[Slice]]:
         yield run
 
 
-def _batches(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Consecutive groups of at most `BATCH_PATCHES` patches together (a larger group goes alone)."""
-    batch: list[Group] = []
+def _batches(groups: Sequence[AnyGroup], limit: int | None = None) -> Iterator[list[AnyGroup]]:
+    """Consecutive groups of at most `limit` (or `BATCH_PATCHES`) patches together; a larger group goes alone."""
+    batch: list[AnyGroup] = []
     patches = 0
     for group in groups:
         size = n_patches(group)
-        if batch and patches + size > BATCH_PATCHES:
+        if batch and patches + size > (BATCH_PATCHES if limit is None else limit):
             yield batch
             batch, patches = [], 0
         batch.append(group)

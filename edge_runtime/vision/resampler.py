@@ -159,6 +159,9 @@ class Resampler:
         arithmetic, epsilon = self._arithmetic, self.config.epsilon
         norm_q, norm_kv, norm_post = (self._affine(name) for name in ("ln_q", "ln_kv", "ln_post"))
         queries = layer_norm(self._file.array("resampler.query"), norm_q.gain, norm_q.bias, epsilon)
+        queries = FloatArithmetic().product(weights("attn.q"))(
+            queries
+        )  # first: its float32 weight is the largest here
         return _Weights(
             kv=arithmetic.product(weights("kv", with_bias=False)),
             norm_kv=arithmetic.norm(norm_kv, epsilon),
@@ -167,7 +170,7 @@ class Resampler:
             out=arithmetic.product(weights("attn.out")),
             norm_post=arithmetic.norm(norm_post, epsilon),
             projection=arithmetic.product(weights("proj", with_bias=False), norm_post),
-            queries=FloatArithmetic().product(weights("attn.q"))(queries),
+            queries=queries,
         )
 
     def load(self) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,8 +61,20 @@ def offsets_of(lengths: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
+@dataclass
+class Run:
+    """Slices on their way through the tower, one after the other along the rows."""
+
+    offsets: npt.NDArray[np.int64]
+    """First row of each slice, and the number of rows: ndarray [shape=(S + 1,), int64]."""
+    x: Float32
+    """ndarray [shape=(P, width), float32], overwritten by each layer."""
+    n_layers: int = 0
+    """Layers that it has passed."""
+
+
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One encoder layer, weights packed for the kernels."""
 
     norm1: Norm
@@ -82,7 +95,7 @@ class VisionTower:
 
     def __init__(self, file: GGUFFile, config: VisionConfig, slicing: SlicingConfig, arithmetic: Arithmetic) -> None:
         self._file, self.config, self._patch, self._arithmetic = file, config, slicing.patch_size, arithmetic
-        self._loaded: list[_Layer] = []
+        self._loaded: list[Layer] = []
         self._check_tensors()
 
     def _check_tensors(self) -> None:
@@ -125,28 +138,30 @@ class VisionTower:
         """Whether layer weights are in memory."""
         return bool(self._loaded)
 
-    def layers(self, on_layer: OnLayer = no_report) -> Iterator[_Layer]:
+    def layers(self, on_layer: OnLayer = no_report) -> Iterator[Layer]:
         """Layers in order, read and packed when first needed."""
         for n in range(self.config.layers):
             on_layer(n, self.config.layers)
             if n == len(self._loaded):
-                self._loaded.append(self._layer(n))
-                self._file.release_pages()  # packed weights are copies
+                self._loaded.append(self.layer(n))
             yield self._loaded[n]
         on_layer(self.config.layers, self.config.layers)
 
-    def _layer(self, n: int) -> _Layer:
+    def layer(self, n: int) -> Layer:
+        """Read and pack a layer, which is not kept here."""
         blk, (fc1, fc2) = f"v.blk.{n}", self._mlp_names(n)
         ln1, ln2 = self._affine(f"{blk}.ln1"), self._affine(f"{blk}.ln2")
         make, heads = self._arithmetic, self.config.heads
         qkv = self._weights(f"{blk}.attn_q", f"{blk}.attn_k", f"{blk}.attn_v")
-        return _Layer(
+        layer = Layer(
             norm1=make.norm(ln1, self.config.epsilon),
             attend=make.self_attention(qkv, heads, 1 / math.sqrt(self.config.width // heads), ln1),
             out=make.product(self._weights(f"{blk}.attn_out")),
             norm2=make.norm(ln2, self.config.epsilon),
             mlp=make.mlp(self._weights(fc1), self._weights(fc2), ln2),
         )
+        self._file.release_pages()  # packed weights are copies
+        return layer
 
     @cached_property
     def _embedding(self) -> tuple[PackedFloatWeight, Float32]:
@@ -187,24 +202,38 @@ class VisionTower:
         ModelFileError
             When the features are not finite: the weights are damaged.
         """
-        from edge_kernels.rows.norm import layer_norm
+        run = self.begin(slices)
+        for layer in self.layers(on_layer):
+            self.advance(run, layer)
+        return self.finish(run)
+
+    def begin(self, slices: Sequence[Slice]) -> Run:
+        """Embed the patches of slices."""
         from edge_kernels.rows.patch_embed import patch_embed
 
-        config, (kernel, bias) = self.config, self._embedding
-        offsets = offsets_of([s.n_patches for s in slices])
-        ids = np.concatenate([position_ids(*s.tgt_size, config.position_side) for s in slices])
+        kernel, bias = self._embedding
+        ids = np.concatenate([position_ids(*s.tgt_size, self.config.position_side) for s in slices])
         pixels = np.concatenate([s.patches.reshape(s.n_patches, -1) for s in slices])
-
         # Learned positions stay in the file: a slice needs a fifth of the 4,900.
         positions = self._file.rows("v.position_embd.weight", ids)
-        x = patch_embed(pixels, kernel, bias, positions, np.arange(len(ids)))  # (P, width), P over all slices
-        for layer in self.layers(on_layer):
-            x = layer.out(layer.attend(layer.norm1(x), offsets), residual=x, out=x)
-            x = layer.mlp(layer.norm2(x), x)
-        x = layer_norm(x, self._post_norm.gain, self._post_norm.bias, config.epsilon)
+        x = patch_embed(pixels, kernel, bias, positions, np.arange(len(ids)))
+        return Run(offsets_of([s.n_patches for s in slices]), x)
+
+    def advance(self, run: Run, layer: Layer) -> None:
+        """Compute one layer."""
+        x = run.x
+        x = layer.out(layer.attend(layer.norm1(x), run.offsets), residual=x, out=x)
+        run.x = layer.mlp(layer.norm2(x), x)
+        run.n_layers += 1
+
+    def finish(self, run: Run) -> list[Float32]:
+        """Features of each slice of a run that has passed all layers; errors as in `encode`."""
+        from edge_kernels.rows.norm import layer_norm
+
+        x = layer_norm(run.x, self._post_norm.gain, self._post_norm.bias, self.config.epsilon)
         if not np.isfinite(x).all():
             raise ModelFileError(
                 f"{self._file.path.name}: the vision tower computes values that are not finite; download or "
                 "convert it again."
             )
-        return [x[offsets[i] : offsets[i + 1]] for i in range(len(slices))]
+        return [x[first:end] for first, end in pairwise(run.offsets)]

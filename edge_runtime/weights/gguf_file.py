@@ -223,7 +223,7 @@ class GGUFFile:
         except (NotImplementedError, KeyError):
             raise UnsupportedModelError(
                 f"{self.path.name}: the tensor {name} is stored as {info.type.name}, which cannot be read here; "
-                "use a file with F32, F16, BF16, Q8_0, Q4_0 or K-quants."
+                "use a file with F32, F16, BF16, Q8_0, Q4_0, K-quants or IQ types."
             ) from None
 
     def _check_padding(self, info: TensorInfo, stored: Bytes) -> None:

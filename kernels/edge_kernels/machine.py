@@ -225,7 +225,16 @@ def _cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
     return limit
 
 
+def _allowed() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def processor_count() -> int:
+    """Return the logical processors this process may use, within its affinity and control group's quota."""
+    return max(1, min(len(_allowed()), math.ceil(min(_cgroup_cpus(), 1 << 20))))
+
+
 def cpu_count() -> int:
     """Return the cores this process may use: physical ones, within its affinity and control group's quota."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    allowed = _allowed()
     return max(1, min(_physical_cores(allowed), math.ceil(min(_cgroup_cpus(), 1 << 20))))

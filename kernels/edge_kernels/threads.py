@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from edge_kernels.machine import cpu_count
+from edge_kernels.machine import cpu_count, processor_count
 from edge_kernels.waiting import spin_briefly
 
 # omp first: numba's own workqueue layer aborts the process when two Python threads are inside parallel code
@@ -48,6 +48,11 @@ def set_threads(n: int | None) -> None:
             f"{n} threads were asked for; 1 to {most} are possible here. Set NUMBA_NUM_THREADS for more."
         )
     _threads = n
+
+
+def thread_limit() -> int:
+    """Return the number of threads above which more would only wait for each other, or cannot be had."""
+    return max(1, min(processor_count(), int(numba.config.NUMBA_NUM_THREADS)))
 
 
 def thread_count() -> int:

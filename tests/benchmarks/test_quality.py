@@ -74,6 +74,24 @@ def test_tables_take_old_and_new_results(result: dict) -> None:
     assert "KL divergence" not in report.quality(result)
 
 
+def test_single_types_are_measured_with_and_without_a_matrix(checkpoint: Path, tmp_path: Path) -> None:
+    """And the table says what their tensors really are."""
+    path, folder = tmp_path / "types.json", Path(__file__).parents[2] / "examples"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "CORE", quality.CORE[:1])
+        arguments = ["--samples", "1", "--types", "q8_0", "iq3_m", "--json", str(path), "--calibrate", str(folder)]
+        patch.setattr(sys, "argv", ["quality.py", str(checkpoint), *arguments])
+        quality.main()
+    result = json.loads(path.read_text())
+    rows = {row["decoder"]: row for row in result["rows"]}
+    assert [*rows] == ["f32", "q8_0", "q8_0 with matrix", "iq3_m", "iq3_m with matrix"]
+    assert (
+        rows["q8_0"]["kl"] == rows["q8_0 with matrix"]["kl"] < rows["iq3_m"]["kl"] != rows["iq3_m with matrix"]["kl"]
+    )
+    assert set(rows["iq3_m"]["types"]) == {"IQ3_S", "Q4_K", "Q6_K"}
+    assert "IQ3_S" in report.render(result)
+
+
 def test_files_are_measured_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "quality.json"
     with pytest.MonkeyPatch.context() as patch:

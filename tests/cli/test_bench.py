@@ -83,13 +83,14 @@ def opened_with(monkeypatch):
 
 
 def test_loading_takes_the_tuning_unless_told_otherwise(decoder, opened_with):
-    remember_tuning(decoder, Tuning(1, 128, repack=True, kv_type="q8_0"))
+    remember_tuning(decoder, Tuning(2, 256, repack=True, kv_type="q8_0"))
     found = opened_with()
-    assert (found.n_threads, found.n_ubatch, found.repack, found.kv_type) == (1, 128, True, "q8_0")
-    given = opened_with(n_threads=2, kv_type="f16")
-    assert (given.n_threads, given.n_ubatch, given.kv_type) == (2, 128, "f16")
+    assert (found.n_threads, found.n_ubatch, found.repack, found.kv_type) == (2, 256, True, "q8_0")
+    given = opened_with(n_threads=1, kv_type="f16")
+    assert (given.n_threads, given.n_ubatch, given.kv_type) == (1, 256, "f16")
     assert opened_with(exact=True).kv_type == "f32"
-    assert not opened_with(low_memory=True).repack
+    low = opened_with(low_memory=True)
+    assert (low.n_ubatch, low.repack, low.kv_type) == (128, False, "q8_0")
     untouched = opened_with(tuned=False)
     assert (untouched.n_ubatch, untouched.repack, untouched.kv_type) == (512, False, "f16")
 

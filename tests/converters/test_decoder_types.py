@@ -36,6 +36,9 @@ PRODUCT_ERROR = {
     "q4_1": 0.078,
     "q4_0": 0.087,
     "iq4_nl": 0.078,
+    "iq4_xs": 0.078,
+    "q3_k_m": 0.12,
+    "iq3_m": 0.14,
 }
 # The errors of products in series are independent, so their squares add up over the matrices; measured between 0.7
 # and 1.2 times the result. Outside these factors a type is not what its name says.
@@ -43,7 +46,8 @@ LOGITS_FACTORS = (0.35, 2.0)
 
 # Relative RMS error of normally distributed weights (a block of 32 spans ± 2.2 sigma on average): q8_0 has steps of
 # 2.2 / 127 sigma, over sqrt(12): 0.5 %; q4_0 of 2.2 / 8: 8 %; Q4_1, of 4.2 / 15, a little less, IQ4_NL, whose steps
-# are finer in the middle, as well; Q4_K, with a minimum per block, 7 %, Q5_K half of that; Q6_K 1.8 %.
+# are finer in the middle, as well; Q4_K, with a minimum per block, 7 %, Q5_K half of that; Q6_K 1.8 %; with 3 bits,
+# Q3_K and IQ3_S, twice that of 4 bits.
 # float16 holds bfloat16 values exactly, but for those below 6e-5, which lose digits.
 WEIGHTS = {
     "F16": (0.0, 1e-8),
@@ -51,6 +55,9 @@ WEIGHTS = {
     "Q4_0": (0.07, 0.10),
     "Q4_1": (0.07, 0.09),
     "IQ4_NL": (0.065, 0.085),
+    "IQ4_XS": (0.065, 0.085),
+    "Q3_K": (0.12, 0.18),
+    "IQ3_S": (0.12, 0.18),
     "Q5_K": (0.03, 0.042),
     "Q4_K": (0.06, 0.08),
     "Q6_K": (0.012, 0.024),
@@ -111,6 +118,9 @@ FILE_TYPES = {
     "q4_1": 3,
     "q4_0": 2,
     "iq4_nl": 25,
+    "iq4_xs": 30,
+    "q3_k_m": 12,
+    "iq3_m": 27,
 }  # LLAMA_FTYPE_*
 
 

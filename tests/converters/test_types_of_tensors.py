@@ -34,6 +34,31 @@ def test_decoder_tensors_get_their_types(checkpoint: Path, tmp_path: Path, decod
         assert model.chat("Hello", greedy=True, max_tokens=4).completion_tokens > 0
 
 
+@pytest.mark.parametrize("kind", ["iq4_xs", "q3_k_m", "iq3_m"])
+def test_small_types_are_read_answered_and_named(
+    converted: Callable[[str, str], Converted], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With our kernels, which leave the products that they do not know to llama.cpp, answers are llama.cpp's."""
+    files, found = converted(kind, "q8_0"), {}
+    for setting in ("off", "on"):
+        monkeypatch.setenv("EDGE_RUNTIME_KERNELS", setting)
+        with Model.load(files.decoder.parent) as model:
+            assert model.engine.decoder.uses_kernels == (setting == "on")
+            found[setting] = model.trace("What is it?", 0).logits
+            assert model.chat("Hello", greedy=True, max_tokens=4).completion_tokens > 0
+    assert np.corrcoef(found["off"], found["on"])[0, 1] > 0.999
+    shown = CliRunner().invoke(main, ["info", str(files.decoder)]).stdout
+    (types,) = (line for line in shown.splitlines() if line.startswith("decoder types"))
+    assert {"iq4_xs": "IQ4_XS", "q3_k_m": "Q3_K", "iq3_m": "IQ3_S"}[kind] in types
+    assert GGUFFile(files.decoder).get("general.file_type", int) == {"iq4_xs": 30, "q3_k_m": 12, "iq3_m": 27}[kind]
+
+
+@pytest.mark.parametrize(("kind", "is_told"), [("iq3_m", True), ("q3_k_m", True), ("iq4_xs", False)])
+def test_types_of_few_bits_ask_for_an_importance_matrix(checkpoint: Path, tmp_path: Path, kind: str, is_told: bool):
+    notes = convert_checkpoint(checkpoint, tmp_path, decoder_type=kind).notes
+    assert any("without an importance matrix" in note and "--calibrate" in note for note in notes) == is_told
+
+
 def test_vision_tensors_get_their_types(checkpoint: Path, tmp_path: Path, images: dict[str, Path]) -> None:
     patterns = ["resampler=f16", r"v\.blk\.1\.attn_q=f32", "position_embd=q8_0", "patch_embd=f32"]
     files = convert_checkpoint(checkpoint, tmp_path, vision_type="q4_0", vision_tensor_types=patterns)

@@ -188,6 +188,18 @@ def test_small_files_exact_and_repacked_decoders_do_without(monkeypatch):
     decoder.close()
 
 
+def test_types_without_kernels_are_left_to_llama_cpp():
+    """What the device would compute is read from its table: a product with any other type it must not claim."""
+    table = register._registered().table
+    ours = {
+        name
+        for code in range(proof.MAX_TYPE + 1)
+        if (name := (library.function("ggml_type_name")(code) or b"").decode().upper())
+        and table[compiled.KIND + code] >= 0
+    }
+    assert ours == {"Q4_K", "Q5_K", "Q6_K", "Q8_0", "Q4_0", "Q4_1", "IQ4_NL"}
+
+
 def test_the_environment_variable_is_checked(monkeypatch):
     monkeypatch.setenv("EDGE_RUNTIME_KERNELS", "yes")
     with pytest.raises(BackendUnavailable, match="EDGE_RUNTIME_KERNELS is 'yes'; set it to on or off"):

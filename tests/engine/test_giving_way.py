@@ -165,6 +165,30 @@ def test_encoding_is_interrupted_between_layers(model, images, monkeypatch):
     assert behind.result().visual_tokens
 
 
+def test_in_low_memory_it_goes_on_where_it_was_interrupted(exact_folder, images, monkeypatch):
+    """Layers are packed for all slices of a picture: starting again each time, a large one would never be done."""
+    with Model.load(exact_folder, exact=True, low_memory=True) as model:
+        layers, at_work = [], threading.Event()
+        encode = model.engine.encoder.encode
+
+        def slow(groups, on_layer=lambda done, total: None):
+            def watched(done, total):
+                layers.append(done)
+                if len(layers) == 3:
+                    at_work.set()
+                    wait_until(model.engine.scheduler.has_arrivals)
+                on_layer(done, total)
+
+            return encode(groups, watched)
+
+        monkeypatch.setattr(model.engine.encoder, "encode", slow)
+        behind = ask(model, images["strip"], "What is it?", waits=never)
+        assert at_work.wait(60)
+        assert ask(model, "Hello").result().completion_tokens
+        assert behind.result().visual_tokens
+        assert layers == [0, 1, 2, *range(2, layers[-1] + 1)]
+
+
 def test_an_arrival_that_gives_way_interrupts_nobody(model, endless):
     first = ask(model, "Tell me a story.", waits=never, max_tokens=50)
     next(first)

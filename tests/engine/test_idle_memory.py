@@ -224,7 +224,61 @@ def test_heads_that_do_not_fit_the_blocks_of_a_kv_type_are_told(tmp_path):
 def test_vision_and_decoder_take_turns_in_low_memory(exact_model):
     file, encoder = exact_model.engine.decoder.file, exact_model.engine.encoder
     usual, low = (estimate_memory(file, encoder, 1000, exact=False, low_memory=low) for low in (False, True))
-    assert usual.total - low.total == min(usual.weights, usual.vision)
+    assert low.total == low.kv_cache + low.compute + max(low.weights, low.vision)
+    assert low.total < usual.total
+    assert low.compute < usual.compute
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what a mapping holds")
+def test_the_decoders_pages_are_given_back_before_a_picture_is_encoded(exact_folder: Path, images, monkeypatch):
+    with Model.load(exact_folder, exact=True, low_memory=True) as model:
+        begin, held = model.engine.decoder._region.begin, []
+        encode = model.engine.encoder.encode
+        monkeypatch.setattr(
+            model.engine.encoder, "encode", lambda *call: held.append(resident_bytes(begin)) or encode(*call)
+        )
+        first = str(stream(model, "Hello", reuse=False).result())
+        assert resident_bytes(begin) > 1_000_000
+        assert stream(model, images["tiny"], "What is it?").result().completion_tokens
+        assert held == [0]
+        assert str(stream(model, "Hello", reuse=False).result()) == first
+
+
+def resident_bytes(begin: int) -> int:
+    """Bytes in memory of the mapping that begins at an address."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = int(line.split("-")[0], 16) == begin
+        found += int(line.split()[1]) * 1024 if inside and line.startswith("Rss:") else 0
+    return found
+
+
+def test_in_low_memory_an_answer_goes_on_while_a_picture_is_encoded(exact_folder: Path, images, monkeypatch):
+    """Layers are packed for all slices together, and left for a step of the answer after as many as a slice takes."""
+    monkeypatch.setattr("edge_runtime.generation.text_stream.RepetitionDetector.feed", lambda self, token_id: False)
+    monkeypatch.setattr("edge_runtime.vision.encoder.BATCH_PATCHES", 1)
+    with Model.load(exact_folder, exact=True, low_memory=True) as model:
+        alone = str(stream(model, images["strip"], "What is it?").result())
+        told = str(model.chat("Tell me a story.", greedy=True, max_tokens=200))
+        model.engine.scheduler.encoding.visual_tokens.clear()
+        steps: list[str] = []
+        advance, step = model.engine.encoder.tower.advance, model.engine.decoder.step
+        monkeypatch.setattr(
+            model.engine.encoder.tower, "advance", lambda *call: steps.append("layer") or advance(*call)
+        )
+        monkeypatch.setattr(model.engine.decoder, "step", lambda *call: steps.append("token") or step(*call))
+        story = model.chat("Tell me a story.", greedy=True, max_tokens=200, stream=True, reuse=False)
+        next(story)
+        assert str(stream(model, images["strip"], "What is it?", reuse=False).result()) == alone
+        assert str(story.result()) == told
+    layers = model.engine.encoder.tower.config.layers
+    slices = len(model.slices(images["strip"]))
+    assert slices > 1
+    assert steps.count("layer") == layers * slices, "nothing was computed twice"
+    at_work = "".join(step[0] for step in steps).strip("t")
+    assert max(map(len, at_work.split("t"))) <= layers
+    assert "t" in at_work, "the story waited for the whole picture"
 
 
 def test_low_memory_drops_them_after_a_cancelled_request_too(exact_folder: Path, images):

@@ -57,7 +57,7 @@ LEVELS = {
         errors
         middleware context_tokens fetch content_parts web_page responses_store reply_parts
         registry batches
-        fields media look upstream
+        fields media look upstream recent_rates
         inference
         metrics replies idle_memory hard_end
         state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import httpx
 import pytest
@@ -10,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from edge_runtime.server.inference import Outcome
 from edge_runtime.server.metrics import MAX_NAMES, OTHERS, Metrics
+from edge_runtime.server.recent_rates import KEPT
 from server.asked import SIGN_BASE64 as PICTURE
 from server.conftest import Served
 from server.made_answers import made_answer
@@ -41,6 +43,50 @@ def test_metrics_are_no_larger_for_many_names(server):
     assert (totals["copy-0"], totals[OTHERS], sum(totals.values())) == (2, 2 * MAX_NAMES, 3 * MAX_NAMES + 1)
 
 
+def test_a_processor_that_slows_down_shows_in_the_rates_of_the_last_answers(server):
+    """While the counters since the start hardly move; answers from the cache and short prompts say nothing."""
+    counted = Metrics(server.state.inference, server.state.batches)
+    server.state.inference.on_end.remove(counted.record)
+
+    def answer(slowness: float, **fields: Any) -> None:
+        timings = {"prefill": 10 * slowness, "decode": 5 * slowness, "encode": 8 * slowness}
+        usual = {"prompt_tokens": 320, "cached_tokens": 20, "completion_tokens": 21, "encoded_slices": 4}
+        counted.record(Outcome("demo", 0.0, [made_answer(timings_s=timings, **usual | fields)]))
+
+    def rates() -> list[float]:
+        families = {family.name: family for family in text_string_to_metric_families(counted.text().decode())}
+        names = ("prefill_tokens_per_second", "decode_tokens_per_second", "seconds_per_slice")
+        return [sample.value for name in names for sample in families[f"edge_runtime_last_{name}"].samples]
+
+    assert rates() == []
+    for _ in range(100):
+        answer(1.0)
+    assert rates() == pytest.approx([30, 4, 2])
+    answer(9.0, cached_tokens=300, completion_tokens=1, encoded_slices=0)
+    assert rates() == pytest.approx([30, 4, 2])
+    for _ in range(KEPT // 2):
+        answer(3.0)
+    assert rates() == pytest.approx([15, 2, 4])
+    for _ in range(KEPT // 2):
+        answer(3.0)
+    assert rates() == pytest.approx([10, 4 / 3, 6])
+    total = re.search(r'edge_runtime_work_seconds_total{model="demo",stage="prefill"} (\S+)', counted.text().decode())
+    assert total is not None
+    assert float(total[1]) < 1.4 * 10 * (100 + 1 + KEPT)  # the mean since the start rose by less than half
+
+
+def test_answers_to_one_prompt_count_its_prefill_once(server):
+    counted = Metrics(server.state.inference, server.state.batches)
+    server.state.inference.on_end.remove(counted.record)
+    timings = {"prefill": 10.0, "decode": 8.0, "encode": 2.0}
+    one = made_answer(timings_s=timings, prompt_tokens=105, cached_tokens=5, encoded_slices=1)
+    other = made_answer(timings_s={"prefill": 0.1, "decode": 8.0}, prompt_tokens=105, cached_tokens=104)
+    counted.record(Outcome("demo", 0.0, [one, other]))
+    text = counted.text().decode()
+    assert 'edge_runtime_last_prefill_tokens_per_second{model="demo"} 10.0' in text
+    assert 'edge_runtime_last_decode_tokens_per_second{model="demo"} 1.0' in text
+
+
 def test_health(client):
     assert client.get("/health").json() == {"status": "ok", "open_requests": 0, "max_requests": 64}
     assert client.head("/api/version").status_code in (200, 405)
@@ -68,6 +114,8 @@ def test_metrics_count_what_happens(server, client):
     assert after["edge_runtime_picture_cache_bytes"] > 1000
     assert after["edge_runtime_max_requests"] == server.state.settings.max_queue
     assert after["edge_runtime_open_requests"] == after["edge_runtime_queue"] == after["edge_runtime_running"] == 0
+    for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "seconds_per_slice"):
+        assert after[f"edge_runtime_last_{name}"] > 0
     assert after["edge_runtime_picture_lookups_total"] >= after["edge_runtime_picture_hits_total"] >= 0
 
 

@@ -25,6 +25,8 @@ class DecoderType:
     file_type: LlamaFileType
     matrix: GGMLQuantizationType | None
     """Type of every matrix, or None when llama.cpp's quantizer chooses a mix."""
+    wants_importance: bool = False
+    """Whether so few bits should be spent by an importance matrix."""
 
 
 DECODER_TYPES = {
@@ -39,6 +41,9 @@ DECODER_TYPES = {
     "q4_1": DecoderType("Q4_1", LlamaFileType.MOSTLY_Q4_1, None),
     "q4_0": DecoderType("Q4_0", LlamaFileType.MOSTLY_Q4_0, None),
     "iq4_nl": DecoderType("IQ4_NL", LlamaFileType.MOSTLY_IQ4_NL, None),
+    "iq4_xs": DecoderType("IQ4_XS", LlamaFileType.MOSTLY_IQ4_XS, None),
+    "q3_k_m": DecoderType("Q3_K_M", LlamaFileType.MOSTLY_Q3_K_M, None, wants_importance=True),
+    "iq3_m": DecoderType("IQ3_M", LlamaFileType.MOSTLY_IQ3_M, None, wants_importance=True),
 }
 DEFAULT_DECODER, DEFAULT_VISION = "q4_k_m", "q8_0"
 # AutoAWQ's groups are Q4_1 blocks almost to the bit (see `awq`); any other 4-bit type would round them again.
@@ -82,7 +87,7 @@ DECODER_OVERRIDES = {
     kind.name.lower(): kind
     for kind in (
         *(Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q6_K, Q.Q5_K, Q.Q5_1, Q.Q5_0, Q.Q4_K, Q.Q4_1, Q.Q4_0),
-        *(Q.IQ4_NL, Q.IQ4_XS, Q.Q3_K, Q.Q2_K),
+        *(Q.IQ4_NL, Q.IQ4_XS, Q.IQ3_S, Q.Q3_K, Q.Q2_K),
     )
 }
 VISION_OVERRIDES = {kind.name.lower(): kind for kind in (Q.F32, Q.F16, Q.BF16, Q.Q8_0, Q.Q4_0)}
