@@ -1,6 +1,7 @@
 // Files a user gives → attachments `{id, name, type, kind, blob, url}` and their tiles.
 
 import { element, icon, iconButton } from "./dom.js";
+import { t } from "./language.js";
 
 export const ACCEPT = "image/*,video/*,application/pdf,.heic,.heif,.avif";
 // Some systems' browsers report no type for these.
@@ -33,7 +34,7 @@ export function dataUri(attachment) {
     const reader = new FileReader();
     // The type from the name if the browser gave none; the server relies on it.
     reader.onload = () => resolve(reader.result.replace(/^data:[^;,]*/, `data:${attachment.type}`));
-    reader.onerror = () => reject(new Error(`${attachment.name} can no longer be read; attach it again.`));
+    reader.onerror = () => reject(new Error(t("{0} can no longer be read; attach it again.", attachment.name)));
     reader.readAsDataURL(attachment.blob);
   });
 }
@@ -43,9 +44,9 @@ export function tile(attachment, { onremove, onopen } = {}) {
   const { name, kind } = attachment;
   const face = faceOf(attachment);
   const open = onopen && kind !== "pdf"
-    ? element("button", { type: "button", class: "open", "aria-label": `Enlarge ${name}`, onclick: onopen }, face)
+    ? element("button", { type: "button", class: "open", "aria-label": t("Enlarge {0}", name), onclick: onopen }, face)
     : face;
-  const remove = onremove && iconButton("close", `Remove ${name}`, onremove, { class: "remove" });
+  const remove = onremove && iconButton("close", t("Remove {0}", name), onremove, { class: "remove" });
   return element("li", { class: `tile ${kind}` }, open, remove);
 }
 

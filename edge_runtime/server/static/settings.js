@@ -1,6 +1,6 @@
 // Dialogs: settings, the request for a key, confirmations, a picture at full size.
 
-import { byId, element } from "./dom.js";
+import { answerOf, byId, element } from "./dom.js";
 import { keepsKey, recall, recallKey, remember, rememberKey } from "./prefs.js";
 
 /** Fill and watch the settings; calls `onkey()` after the key has changed, `ondelete()` for "delete all chats". */
@@ -60,11 +60,4 @@ export function enlarge({ kind, url, name }) {
   dialog.setAttribute("aria-label", name);
   dialog.addEventListener("close", () => byId("large").replaceChildren(), { once: true });
   dialog.showModal();
-}
-
-async function answerOf(dialog) {
-  dialog.returnValue = "";
-  dialog.showModal();
-  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
-  return dialog.returnValue;
 }
