@@ -31,6 +31,8 @@ export function setUpSettings({ onkey, ondelete }) {
       dispatchEvent(new Event("theme"));
     });
   }
+  // Not buttons that submit: Enter in a field presses the first of those, which must be the one that saves.
+  for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close(""));
   for (const node of document.querySelectorAll("dialog")) {
     // A click outside a dialog closes it, as Escape does.
     node.addEventListener("click", (event) => event.target === node && node.close(""));
