@@ -60,7 +60,7 @@ LEVELS = {
         metrics replies idle_memory hard_end
         state
         routing running
-        openai ollama anthropic system page_facts
+        openai ollama anthropic system page_facts page_preview
         app
     """,
 }

@@ -57,6 +57,38 @@ export async function fillAnswer(message, history, files, { model, think, contin
   }
 }
 
+/**
+ * Answer the last question once for every page of a document, one below the other under the pages' numbers; otherwise as
+ * `fillAnswer`. A page that cannot be answered leaves its error in its place, unless the server is gone.
+ */
+export async function fillPages(message, history, files, document, pages, options) {
+  message.paged = true;
+  const timings = {};
+  for (const page of pages) {
+    const part = emptyAnswer();
+    const begun = message.text ? `${message.text}\n\n` : "";
+    const theFiles = new Map(files).set(document.id, { ...document, pages: String(page) });
+    const onchange = () => {
+      message.text = `${begun}## ${t("Page {0}", page)}\n\n${part.error ?? part.text}`;
+      message.timings = { ...timings, first: timings.first ?? part.timings.first, rate: part.timings.rate };
+      options.onchange();
+    };
+    const error = await fillAnswer(part, history, theFiles, { ...options, onchange });
+    timings.first ??= part.timings.first;
+    timings.rate = part.timings.rate;
+    timings.tokens = (timings.tokens ?? 0) + (part.timings.tokens ?? 0);
+    message.timings = { ...timings };
+    if (part.state === "stopped" || (error && !(error.status >= 400 && error.status !== 401))) {
+      Object.assign(message, { state: part.state, error: error?.message });
+      options.onchange();
+      return error;
+    }
+  }
+  message.state = "done";
+  options.onchange();
+  return null;
+}
+
 function finish(message, { reason, tokens, context, seconds }) {
   message.state = "done";
   message.reason = reason;
@@ -74,7 +106,7 @@ async function toApi(history, files, system) {
     // The browser may have deleted a file to save space; an answer without its picture would be made up.
     const missing = ids.find((id) => !files.has(id));
     if (missing) throw new Error(t("A picture of this chat is no longer in this browser; begin a new chat with it."));
-    const attached = ids.map((id) => files.get(id)).map(async (file) => ({ kind: file.kind, name: file.name, uri: await dataUri(file) }));
+    const attached = ids.map((id) => files.get(id)).map(async (file) => ({ kind: file.kind, name: file.name, pages: file.pages, uri: await dataUri(file) }));
     messages.push({ role, text, files: await Promise.all(attached) });
   }
   return messages;

@@ -59,6 +59,12 @@ export async function* pullModel(name, key, signal) {
   }
 }
 
+/** Pages of a document, `{pages: [{number, picture}]}`, or frames of a video, `{frames, groups, storyboard}`; pictures as URIs. */
+export async function preview(file, key, signal) {
+  const headers = withKey({ "Content-Type": "application/json" }, key);
+  return (await request("page/preview", { method: "POST", headers, body: JSON.stringify({ part: partOf(file) }), signal })).json();
+}
+
 export async function deleteModel(name, key) {
   const headers = withKey({ "Content-Type": "application/json" }, key);
   await request("api/delete", { method: "DELETE", headers, body: JSON.stringify({ model: name }) });
@@ -110,8 +116,8 @@ export async function* streamAnswer({ model, messages, think, continues, fields,
   throw new ApiError(CUT);
 }
 
-function partOf({ kind, name, uri }) {
-  if (kind === "pdf") return { type: "file", file: { filename: name, file_data: uri } };
+function partOf({ kind, name, uri, pages }) {
+  if (kind === "pdf") return { type: "file", file: { filename: name, file_data: uri }, ...(pages ? { pages } : {}) };
   return { type: `${kind}_url`, [`${kind}_url`]: { url: uri } };
 }
 

@@ -1,10 +1,12 @@
 // The page: which chat is shown, what is being answered, and what is saved. Read this first, then answering.js.
 
-import { emptyAnswer, fillAnswer, reopen } from "./answering.js";
+import { emptyAnswer, fillAnswer, fillPages, reopen } from "./answering.js";
 import { randomId, withUrl } from "./attachments.js";
 import { more, showChats, titleOf } from "./chats.js";
 import { Composer } from "./composer.js";
+import { pagesIn } from "./documents.js";
 import { byId } from "./dom.js";
+import { download } from "./export.js";
 import { t, translate } from "./language.js";
 import { ModelPage } from "./model_page.js";
 import { Models } from "./models.js";
@@ -50,7 +52,7 @@ async function ask({ text, files: attached, edits }) {
   for (const file of attached) files.set(file.id, file);
   const parent = edits ? edits.parent : (tree.branch(chat).at(-1)?.id ?? null);
   tree.append(chat, { role: "user", text, files: attached.map(({ id }) => id) }, parent);
-  await keep(() => store.saveFiles(attached.map(({ id, name, type, blob, pages }) => ({ id, name, type, blob, pages, chat: chat.id }))));
+  await keep(() => store.saveFiles(attached.map(({ url, kind, ...kept }) => ({ ...kept, chat: chat.id }))));
   await answer(chat);
 }
 
@@ -68,7 +70,11 @@ async function answer(chat, continued = null) {
   const follow = follower(chat, message, history.at(-1).files?.length > 0);
   await keep(() => store.saveChat(chat));
   if (!models.chosen) await models.load(); // the server was down when the page was opened
-  const error = await fillAnswer(message, history, theFiles, {
+  const document = continued ? null : history.at(-1).files?.map((id) => theFiles.get(id)).find((file) => file?.each);
+  const fill = document
+    ? (...rest) => fillPages(...rest.slice(0, 3), document, pagesIn(document.pages, document.count), rest[3])
+    : fillAnswer;
+  const error = await fill(message, history, theFiles, {
     model: byId("model").value,
     think: !continued && models.thinks && byId("think").getAttribute("aria-pressed") === "true",
     continues: Boolean(continued),
@@ -188,6 +194,7 @@ function showConversation() {
         onretry: () => retry(message),
         oncontinue: () => isFree() && answer(current, message),
         oncopy: () => copy(message.text),
+        onsave: () => download(message.text, current.title, "md", "text/markdown"),
         onunfold: stayHere,
       });
       shown.set(message, turn);
@@ -325,11 +332,12 @@ function setUp() {
 }
 
 async function restore() {
-  chats = ((await keep(store.allChats)) ?? []).map(tree.upgrade);
-  for (const message of chats.flatMap((chat) => chat.messages)) {
+  const kept = ((await keep(store.allChats)) ?? []).filter(({ id }) => id !== current.id).map(tree.upgrade);
+  for (const message of kept.flatMap((chat) => chat.messages)) {
     if (message.state === "running") message.state = "stopped";
   }
-  const last = chats.find(({ id }) => id === recall("chat"));
+  chats.push(...kept); // whoever is quick has asked already
+  const last = current.messages.length ? null : chats.find(({ id }) => id === recall("chat"));
   if (last) await open(last);
   else showConversation();
 }

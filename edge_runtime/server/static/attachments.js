@@ -43,15 +43,14 @@ export function dataUri(attachment) {
 export function tile(attachment, { onremove, onopen } = {}) {
   const { name, kind } = attachment;
   const face = faceOf(attachment);
-  const open = onopen && kind !== "pdf"
-    ? element("button", { type: "button", class: "open", "aria-label": t("Enlarge {0}", name), onclick: onopen }, face)
-    : face;
+  const label = kind === "pdf" ? t("Choose pages of {0}", name) : t("Enlarge {0}", name);
+  const open = onopen ? element("button", { type: "button", class: "open", "aria-label": label, title: label, onclick: onopen }, face) : face;
   const remove = onremove && iconButton("close", t("Remove {0}", name), onremove, { class: "remove" });
   return element("li", { class: `tile ${kind}` }, open, remove);
 }
 
-function faceOf({ name, kind, url }) {
-  if (kind === "pdf") return named("file", name);
+function faceOf({ name, kind, url, pages, each }) {
+  if (kind === "pdf") return named("file", name, [pages && t("pages {0}", pages), each && t("each page")].filter(Boolean).join(", "));
   if (kind === "video") {
     const video = element("video", { src: url, muted: true, playsinline: true, preload: "metadata", "aria-label": name });
     return element("span", { class: "film" }, video, icon("play"));
@@ -63,7 +62,8 @@ function faceOf({ name, kind, url }) {
 }
 
 /** A tile for files without a picture; a long name is shortened, and shown in full under the pointer. */
-const named = (symbol, name) => element("span", { class: "document", title: name }, icon(symbol), element("span", {}, name));
+const named = (symbol, name, more = "") =>
+  element("span", { class: "document", title: name }, icon(symbol), element("span", {}, name, more && element("small", {}, more)));
 
 /** Files in a drop or paste, in order. */
 export function filesIn(transfer) {

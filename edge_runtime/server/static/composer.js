@@ -3,8 +3,10 @@
 
 import { ACCEPT, attachmentOf, filesIn, tile } from "./attachments.js";
 import { hasCamera, takePicture } from "./camera.js";
+import { choosePages } from "./documents.js";
 import { byId } from "./dom.js";
 import { t } from "./language.js";
+import { enlarge } from "./settings.js";
 import { say } from "./speech.js";
 
 export class Composer {
@@ -125,7 +127,7 @@ export class Composer {
   }
 
   update() {
-    byId("attached").replaceChildren(...this.files.map((file) => tile(file, { onremove: () => this.remove(file) })));
+    byId("attached").replaceChildren(...this.files.map((file) => tile(file, { onremove: () => this.remove(file), onopen: () => this.open(file) })));
     byId("attached").hidden = !this.files.length;
     byId("editing").hidden = !this.edits;
     this.text.style.height = "auto";
@@ -134,6 +136,15 @@ export class Composer {
     this.send.setAttribute("aria-label", this.running ? t("Stop the answer") : t("Send"));
     this.send.title = this.running ? t("Stop (Esc)") : t("Send (Enter)");
     this.send.disabled = !this.running && !this.text.value.trim() && !this.files.length;
+  }
+
+  /** Choose pages of a document, or look at a picture or a video as large as the window. */
+  async open(file) {
+    if (file.kind !== "pdf") return enlarge(file);
+    const chosen = await choosePages(file);
+    if (!chosen) return;
+    this.files = this.files.map((other) => (other === file ? chosen : other));
+    this.update();
   }
 
   remove(file) {

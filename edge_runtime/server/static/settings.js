@@ -1,5 +1,6 @@
 // Dialogs: settings, the request for a key, confirmations, a picture at full size.
 
+import { storyboard } from "./documents.js";
 import { answerOf, byId, element } from "./dom.js";
 import { keepsKey, recall, recallKey, remember, rememberKey } from "./prefs.js";
 
@@ -55,9 +56,12 @@ export async function confirmed(title, text) {
 }
 
 /** Show a picture or video as large as the window. */
-export function enlarge({ kind, url, name }) {
-  const shown = kind === "video" ? element("video", { src: url, controls: true, autoplay: true }) : element("img", { src: url, alt: name });
-  byId("large").replaceChildren(shown);
+export function enlarge(file) {
+  const { kind, url, name } = file;
+  const shown = kind === "video"
+    ? [element("video", { src: url, controls: true, autoplay: true }), storyboard(file)]
+    : [element("img", { src: url, alt: name })];
+  byId("large").replaceChildren(...shown);
   const dialog = byId("viewer");
   dialog.setAttribute("aria-label", name);
   dialog.addEventListener("close", () => byId("large").replaceChildren(), { once: true });

@@ -12,6 +12,7 @@ const SHELL = [
   "static/camera.js",
   "static/chats.js",
   "static/composer.js",
+  "static/documents.js",
   "static/dom.js",
   "static/export.js",
   "static/grounding.js",

@@ -15,7 +15,7 @@ export function questionTurn(message, files, { place, count, onopen, onedit, onv
     "li",
     { class: "turn question" },
     element("h2", { class: "unseen" }, t("You asked")),
-    tiles.length > 0 && element("ul", { class: "tiles", "aria-label": t("Attached") }, ...tiles.map((file) => tile(file, { onopen: () => onopen(file) }))),
+    tiles.length > 0 && element("ul", { class: "tiles", "aria-label": t("Attached") }, ...tiles.map((file) => tile(file, { onopen: file.kind !== "pdf" && (() => onopen(file)) }))),
     message.text && element("p", { class: "bubble", dir: "auto" }, message.text),
     element("div", { class: "actions" }, versionsNav(place, count, onversion), textButton("pencil", t("Edit"), onedit)),
   );
@@ -36,7 +36,7 @@ function versionsNav(place, count, onversion) {
 
 /** An answer: `node` and `update()`, which shows what the message has become. */
 export class AnswerTurn {
-  constructor(message, picture, { place, count, isLast, onretry, oncontinue, oncopy, onunfold, onversion }) {
+  constructor(message, picture, { place, count, isLast, onretry, oncontinue, oncopy, onsave, onunfold, onversion }) {
     Object.assign(this, { message, picture, isLast });
     this.body = element("div", { class: "prose" });
     this.thought = element("div", { class: "prose" });
@@ -52,6 +52,7 @@ export class AnswerTurn {
     this.buttons = [
       (this.continue = textButton("play", t("Continue"), oncontinue)),
       (this.copy = textButton("copy", t("Copy as Markdown"), oncopy)),
+      (this.save = textButton("file", t("Save as Markdown"), onsave)),
       textButton("retry", t("Ask again"), onretry),
     ];
     this.footer = element("div", { class: "actions" }, versionsNav(place, count, onversion), this.timings, ...this.buttons);
@@ -82,6 +83,7 @@ export class AnswerTurn {
     this.trouble.textContent = error ?? "";
     for (const button of this.buttons) button.hidden = running;
     this.copy.hidden ||= !text;
+    this.save.hidden ||= !this.message.paged;
     this.continue.hidden ||= !this.isLast || !isCut(this.message);
     this.timings.textContent = timingsText(this.message);
     this.footer.hidden = running && !this.timings.textContent;
@@ -113,7 +115,7 @@ export class AnswerTurn {
 }
 
 /** Whether an answer broke off and can go on. */
-const isCut = ({ text, state, reason }) => Boolean(text) && (state === "stopped" || state === "failed" || reason === "length");
+const isCut = ({ text, state, reason, paged }) => Boolean(text) && !paged && (state === "stopped" || state === "failed" || reason === "length");
 
 function textButton(name, label, onclick) {
   return element("button", { type: "button", class: "quiet", title: label, onclick }, icon(name), element("span", {}, label));
