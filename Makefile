@@ -65,10 +65,11 @@ $(REFERENCE)/ready: .venv/ready
 		sentencepiece safetensors
 	touch $@
 
-# Vercel's AI SDK, which tests/server/test_client_libraries.py tries where Node.js is at hand; seconds.
-clients: tests/server/ai_sdk/node_modules/ready
-tests/server/ai_sdk/node_modules/ready: tests/server/ai_sdk/package-lock.json
-	cd tests/server/ai_sdk && npm ci --silent --no-audit --no-fund
+# Vercel's AI SDK, which tests/server/test_client_libraries.py tries where Node.js is at hand, and axe, with which
+# tests/server/test_page_access.py looks at the page; seconds.
+clients: tests/server/ai_sdk/node_modules/ready tests/server/axe/node_modules/ready
+tests/server/%/node_modules/ready: tests/server/%/package-lock.json
+	cd $(dir $<) && npm ci --silent --no-audit --no-fund
 	touch $@
 
 # LiteLLM's proxy, which tests/server/test_litellm_proxy.py runs in front of two servers: an environment of its own

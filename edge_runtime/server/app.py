@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 
-from edge_runtime.server import errors, idle_memory, system, upstream
+from edge_runtime.server import errors, idle_memory, page_facts, page_preview, system, upstream
 from edge_runtime.server import web_page as pages
 from edge_runtime.server.anthropic import batches as anthropic_batches
 from edge_runtime.server.anthropic import messages as anthropic
@@ -87,8 +87,9 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     close_upstream = upstream.install(app, settings)
     openai_routers = (openai.router, files.router, openai_batches.router)
-    others = (anthropic.router, anthropic_batches.router, llama_server.router, system.router, pages.router)
-    for router in (ollama.router, *openai_routers, *others):
+    others = (anthropic.router, anthropic_batches.router, llama_server.router, system.router)
+    of_page = (pages.router, page_facts.router, page_preview.router)
+    for router in (ollama.router, *openai_routers, *others, *of_page):
         app.include_router(router)
     app.include_router(llama_server.without_version(openai.router, responses.router))
     return app

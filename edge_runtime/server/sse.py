@@ -8,11 +8,20 @@ from typing import Any
 
 from starlette.responses import Response
 
+from edge_runtime.engine.events import Progress
+
 DESCRIBED: dict[str, Any] = {"text/event-stream": {}}
 """A stream in OpenAPI's description of replies; version 3.1 cannot describe its events."""
 DONE = "data: [DONE]\n\n"
 BEAT = ": working\n\n"
 """A comment, which clients skip: it shows that the connection is alive."""
+
+
+def beat(progress: Progress | None = None) -> str:
+    """A comment; one with a stage of the work, how many of its parts are done, and its share from 0 to 1 if known."""
+    if progress is None:
+        return BEAT
+    return f": working {progress.stage} {progress.done} {progress.total} {progress.share:.4f}\n\n"
 
 
 def as_json(value: Any) -> str:

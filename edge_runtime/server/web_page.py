@@ -28,6 +28,7 @@ TYPES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
     ".webmanifest": "application/manifest+json",
+    ".woff2": "font/woff2",
 }
 """Spelled out: `mimetypes` reads tables of the machine, which may hold anything."""
 
@@ -71,11 +72,13 @@ class StaticFile:
 
 @cache
 def static_files() -> dict[str, StaticFile]:
-    """Every file of the page by its name; the service worker carries a digest of all others.
+    """Every file of the page by its name, such as `vendor/temml/temml.js`.
 
-    So a browser notices any change of the page by the one file that it checks on its own.
+    The service worker carries a digest of all others, so a browser notices any change of the page by the one file
+    that it checks on its own.
     """
-    bodies = {path.name: path.read_bytes() for path in sorted(FOLDER.iterdir()) if path.suffix in TYPES}
+    paths = sorted(path for path in FOLDER.rglob("*") if path.suffix in TYPES)
+    bodies = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in paths}
     version = _digest(b"".join(name.encode() + body for name, body in bodies.items()))
     bodies[WORKER] = bodies[WORKER].replace(b"VERSION", version.encode())
     return {name: StaticFile(body, TYPES[Path(name).suffix], f'"{_digest(body)}"') for name, body in bodies.items()}
@@ -99,7 +102,7 @@ async def worker(request: Request) -> Response:
     return _sent(request, WORKER)
 
 
-@router.api_route("/static/{name}", methods=["GET", "HEAD"])
+@router.api_route("/static/{name:path}", methods=["GET", "HEAD"])
 async def static(request: Request, name: str) -> Response:
     """Send a file of the page."""
     return _sent(request, name)

@@ -45,7 +45,8 @@ def test_the_wheel_holds_exactly_the_three_packages(tmp_path):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
     assert {"edge_runtime/demo/ggml-model-Q4_K_M.gguf", "edge_runtime/prompt/chat_template.jinja"} | {
         "edge_runtime/store/ollama_template.gotmpl",
-        *(f"edge_runtime/server/static/{path.name}" for path in (ROOT / "edge_runtime/server/static").iterdir()),
+        *(path.relative_to(ROOT).as_posix() for path in (ROOT / "edge_runtime/server/static").rglob("*.*")),
+        "edge_runtime/server/static/vendor/temml/LICENSE",
     } <= set(names)
     assert sum(1 for name in names if name.endswith("py.typed")) == 3
 

@@ -62,7 +62,7 @@ LEVELS = {
         metrics replies idle_memory hard_end
         state
         routing running
-        openai ollama anthropic system
+        openai ollama anthropic system page_facts page_preview
         app
     """,
 }

@@ -356,4 +356,4 @@ def test_the_page_opens_without_a_server(visit: Callable[..., Page]):
     page.context.set_offline(True)
     page.reload()
     assert prose(page) == "Kept"
-    expect(page.locator("#notice")).to_contain_text("The server does not answer")
+    expect(page.locator("#away")).to_contain_text("The server does not answer")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import httpx
 import pytest
 
-from edge_runtime.server.web_page import static_files
+from edge_runtime.server.web_page import FOLDER, static_files
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_browsers_get_the_page_and_others_what_ollama_says(client: httpx.Client):
@@ -41,14 +44,34 @@ def test_the_service_worker_knows_every_file(client: httpx.Client):
 
 def test_no_file_parses_html_or_names_another_server():
     for name, file in static_files().items():
-        if file.media_type.startswith("image/png"):
+        if file.media_type in ("image/png", "font/woff2"):
             continue
         text = file.body.decode()
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
             name
         )
         addresses = set(re.findall(r"https?://[\w.-]+", text))
-        assert addresses <= {"http://www.w3.org"}, f"{name} names {addresses}"  # the namespace of SVG
+        assert addresses <= {"http://www.w3.org"}, f"{name} names {addresses}"  # namespaces of SVG and MathML
+
+
+LATER = ("highlight.js", "math.js", "texts.js", "vendor/")
+"""Loaded only when there is a use for them."""
+
+
+def test_the_page_stays_small():
+    sizes = {name: len(file.body) for name, file in static_files().items() if not name.startswith("icon-")}
+    at_once = sum(size for name, size in sizes.items() if not name.startswith(LATER))
+    assert at_once <= 200_000
+    assert sum(sizes.values()) <= 400_000
+
+
+def test_what_comes_from_elsewhere_has_its_licence():
+    names = {name.split("/")[1] for name in static_files() if name.startswith("vendor/")}
+    assert names == {"temml"}
+    table = (ROOT / "docs" / "dependencies.md").read_text("utf-8")
+    for name in names:
+        assert "Permission is hereby granted" in (FOLDER / "vendor" / name / "LICENSE").read_text("utf-8")
+        assert f"{name.capitalize()} 0.13.5, MIT" in table
 
 
 def test_colours_can_be_told_apart():
@@ -71,6 +94,7 @@ def test_colours_can_be_told_apart():
         grounds = ("ground", "side", "raised", "hover")
         pairs = [(text, ground) for text in ("ink", "soft") for ground in grounds]
         pairs += [("accent", "ground"), ("accent", "raised"), ("accent", "tint"), ("ink", "tint")]
+        pairs += [(f"code-{kind}", "raised") for kind in ("keyword", "string", "number", "name")]
         pairs += [("on-accent", "accent"), ("danger", "danger-tint"), ("on-accent", "accent-strong")]
         for text, ground in pairs:
             assert contrast(theme[text], theme[ground]) >= 4.5, f"{text} on {ground}"

@@ -76,6 +76,10 @@ class ProgressReport:
         times = {"timings": running_timings(progress.cached_tokens, n_read, seconds if n_read else 0.0, 0, 0.0)}
         return {"prompt_progress": fields, **(times if self._times else {})}
 
+    def beat(self, progress: Progress | None) -> str:
+        """A comment for whoever reads comments: the stage of the work, if progress is to be reported."""
+        return sse.beat(progress if self._answering.reports_progress else None)
+
     def of_piece(self, index: int, piece: Piece) -> dict[str, Any]:
         """Fields for the chunks of a piece."""
         if not self._times:
@@ -105,7 +109,7 @@ async def lines(
     async for number, event in events:
         if isinstance(event, Heartbeat):
             fields = report.of_prompt(event.progress)
-            yield sse.event({**chunks.of_prompt(), **fields}) if fields else sse.BEAT
+            yield sse.event({**chunks.of_prompt(), **fields}) if fields else report.beat(event.progress)
         elif isinstance(event, Answer):
             answers[number] = event
             yield sse.event(chunks.end(number, event))

@@ -118,7 +118,7 @@ async def _lines(
             else:
                 fields, lines = report.of_piece(number, event), [*typed.piece(event)]
             if not lines:
-                yield sse.BEAT
+                yield report.beat(event.progress if isinstance(event, Heartbeat) else None)
             for i, line in enumerate(lines, 1):
                 yield sse.event(line if i < len(lines) else {**line, **fields}, named=True)
     except Exception as error:  # noqa: BLE001 - this API has its own event for errors

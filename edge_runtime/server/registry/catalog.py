@@ -134,6 +134,10 @@ class Catalog:
         """Bytes that clients may add to the store."""
         return self._most_bytes - self.blobs.size() - sum(entry.size for entry in self.library.entries())
 
+    def is_owned(self, name: str) -> bool:
+        """Whether a name is the demo's or one that the owner gave: clients cannot delete it."""
+        return plain_name(name).lower() in self._owned
+
     def _changing(self) -> AbstractContextManager[None]:
         """Lock the names, for this process and others: files are removed with their last name."""
         return self.library.lock(CHANGES, lambda: None)

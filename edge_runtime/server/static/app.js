@@ -1,54 +1,67 @@
 // The page: which chat is shown, what is being answered, and what is saved. Read this first, then answering.js.
 
-import { emptyAnswer, fillAnswer } from "./answering.js";
-import { listModels } from "./api.js";
+import { emptyAnswer, fillAnswer, fillPages, reopen } from "./answering.js";
 import { randomId, withUrl } from "./attachments.js";
-import { showChats, titleOf } from "./chats.js";
+import { more, showChats, titleOf } from "./chats.js";
 import { Composer } from "./composer.js";
-import { byId, element } from "./dom.js";
+import { pagesIn } from "./documents.js";
+import { byId } from "./dom.js";
+import { download } from "./export.js";
+import { t, translate } from "./language.js";
+import { ModelPage } from "./model_page.js";
+import { Models } from "./models.js";
+import { copy, notice } from "./notice.js";
+import { editOptions, fieldsOf, setUpOptions, usualOptions } from "./options.js";
 import { recall, recallKey, remember } from "./prefs.js";
+import { watchServer } from "./reach.js";
 import { askForKey, confirmed, enlarge, setUpSettings } from "./settings.js";
+import { closeSide, isSideOpen, scrollToEnd, setUpScrolling, setUpSide, stayHere } from "./side.js";
 import { Speaker, say } from "./speech.js";
 import * as store from "./store.js";
+import * as tree from "./tree.js";
 import { AnswerTurn, questionTurn } from "./turns.js";
 
 const SAVE_EVERY_MS = 2000; // while an answer grows
-const USUAL_NOTE = byId("note").textContent;
+const STAGES = { decode: t("Reading the video"), encode: t("Looking at it"), prefill: t("Reading") };
 
+translate(document.body);
 let chats = []; // newest first
 let current = newChat();
 let files = new Map(); // of the current chat, by id
 let running = null; // {chat, controller}: one answer at a time
-let models = [];
 const shown = new Map(); // message → its AnswerTurn, in the current chat
 
 const composer = new Composer({ onsend: ask, onstop: stop, onnotice: notice });
+const models = new Models({ onkey: askForKey });
+new ModelPage(models);
 
 function newChat() {
-  return { id: randomId(), title: "New chat", updated: Date.now(), messages: [] };
+  return { id: randomId(), title: t("New chat"), updated: Date.now(), messages: [], leaf: null, options: usualOptions() };
 }
 
 // --- The conversation ---
 
-async function ask({ text, files: attached }) {
+/** Answer a question; `edits` is the question that it replaces, if any. */
+async function ask({ text, files: attached, edits }) {
   const chat = current;
   if (!chat.messages.length) {
     chat.title = titleOf({ text, files: attached });
-    if (!chats.includes(chat)) chats.unshift(chat); // already there if its first question was edited
+    chats.unshift(chat);
     remember("chat", chat.id);
   }
   for (const file of attached) files.set(file.id, file);
-  chat.messages.push({ role: "user", text, files: attached.map(({ id }) => id) });
-  await keep(() => store.saveFiles(attached.map(({ id, name, type, blob }) => ({ id, name, type, blob, chat: chat.id }))));
+  const parent = edits ? edits.parent : (tree.branch(chat).at(-1)?.id ?? null);
+  tree.append(chat, { role: "user", text, files: attached.map(({ id }) => id) }, parent);
+  await keep(() => store.saveFiles(attached.map(({ url, kind, ...kept }) => ({ ...kept, chat: chat.id }))));
   await answer(chat);
 }
 
-async function answer(chat) {
+/** Answer the last question of a chat, or go on with an answer. */
+async function answer(chat, continued = null) {
   if (running) return;
-  const message = emptyAnswer();
-  const history = chat.messages.filter(({ role, state, text }) => role === "user" || (state !== "failed" && text));
+  const history = tree.branch(chat).filter(({ role, text }) => role === "user" || text);
+  const message = continued ? reopen(continued) : tree.append(chat, emptyAnswer(), history.at(-1).id);
   const theFiles = files;
-  chat.messages.push(message);
   chat.updated = Date.now();
   running = { chat, controller: new AbortController() };
   composer.setRunning(true);
@@ -56,14 +69,21 @@ async function answer(chat) {
   scrollToEnd();
   const follow = follower(chat, message, history.at(-1).files?.length > 0);
   await keep(() => store.saveChat(chat));
-  if (!models.length) await loadModels(); // the server was down when the page was opened
-  const error = await fillAnswer(message, history, theFiles, {
+  if (!models.chosen) await models.load(); // the server was down when the page was opened
+  const document = continued ? null : history.at(-1).files?.map((id) => theFiles.get(id)).find((file) => file?.each);
+  const fill = document
+    ? (...rest) => fillPages(...rest.slice(0, 3), document, pagesIn(document.pages, document.count), rest[3])
+    : fillAnswer;
+  const error = await fill(message, history, theFiles, {
     model: byId("model").value,
-    think: thinks() && byId("think").getAttribute("aria-pressed") === "true",
-    system: recall("system") ?? "",
+    think: !continued && models.thinks && byId("think").getAttribute("aria-pressed") === "true",
+    continues: Boolean(continued),
+    system: [recall("system"), chat.options?.system].filter(Boolean).join("\n\n"),
+    fields: fieldsOf(chat.options ?? {}),
     key: recallKey(),
     signal: running.controller.signal,
     onchange: follow.change,
+    onprogress: follow.progress,
   });
   follow.end();
   running = null;
@@ -72,7 +92,7 @@ async function answer(chat) {
   await keep(() => store.saveChat(chat));
   listChats();
   if (error?.status === 401 && (await askForKey(error.message))) {
-    await loadModels();
+    await models.load();
     if (current === chat) await retry(message);
   }
 }
@@ -81,18 +101,24 @@ async function answer(chat) {
 function follower(chat, message, hasFiles) {
   const speaker = new Speaker();
   const begin = performance.now();
-  const label = hasFiles ? "Looking at it" : "Reading";
+  const spoken = message.text;
+  let stage = hasFiles ? "encode" : "prefill";
+  let share = null;
   let saved = begin;
   let frame = 0;
   const draw = () => {
     frame = 0;
     shown.get(message)?.update();
-    speaker.follow(message.text);
+    speaker.follow(message.text.slice(spoken.length));
   };
-  const tick = () => shown.get(message)?.wait(`${label} … ${Math.round((performance.now() - begin) / 1000)} s`);
-  const timer = setInterval(tick, 1000);
-  shown.get(message)?.wait(`${label} …`);
-  say(`${label}.`);
+  const tell = () => {
+    const seconds = Math.round((performance.now() - begin) / 1000);
+    const parts = [share !== null && `${Math.floor(share * 100)} %`, seconds > 0 && `${seconds} s`].filter(Boolean);
+    shown.get(message)?.wait(`${STAGES[stage]} … ${parts.join(" · ")}`.trim(), share);
+  };
+  const timer = setInterval(tell, 1000);
+  tell();
+  say(`${STAGES[stage]}.`);
   return {
     change() {
       frame ||= requestAnimationFrame(draw);
@@ -101,12 +127,17 @@ function follower(chat, message, hasFiles) {
         keep(() => store.saveChat(chat));
       }
     },
+    progress(newStage, newShare) {
+      [stage, share] = [newStage, newShare];
+      tell();
+    },
     end() {
       clearInterval(timer);
       cancelAnimationFrame(frame);
       draw();
-      speaker.finish(message.text);
-      say({ done: "End of the answer.", stopped: "Stopped.", failed: "No answer." }[message.state]);
+      speaker.finish(message.text.slice(spoken.length));
+      say({ done: t("End of the answer."), stopped: t("Stopped."), failed: t("No answer.") }[message.state]);
+      if (message.state === "done" && shown.has(message)) showConversation(); // the last turn gets its buttons
     },
   };
 }
@@ -115,38 +146,56 @@ function stop() {
   running?.controller.abort();
 }
 
-/** Ask the question before a message again, replacing what followed it. */
+/** Whether a new answer may begin; tells why not. */
+function isFree() {
+  if (running) notice(t("Another answer is being written; stop it first."));
+  return !running;
+}
+
+/** Ask the question before an answer again; the old answer stays beside the new one, unless it never began. */
 async function retry(message) {
-  if (running) return notice("Another answer is being written; stop it first.");
-  current.messages.splice(current.messages.indexOf(message));
+  if (!isFree()) return;
+  if (message.text || message.thinking) current.leaf = message.parent;
+  else tree.drop(current, message);
   await answer(current);
 }
 
-/** Move a question back into the composer, and remove everything that followed it. */
-async function edit(message) {
-  if (running) return notice("An answer is being written; stop it first.");
-  const { text, files: ids } = message;
-  current.messages.splice(current.messages.indexOf(message));
-  composer.put({ text, files: ids.map((id) => files.get(id)).filter(Boolean) });
-  await keep(() => store.saveChat(current));
-  showConversation();
+/** Put a question into the composer; what is sent becomes another version of it. */
+function edit(message) {
+  if (!isFree()) return;
+  composer.put({ text: message.text, files: message.files.map((id) => files.get(id)).filter(Boolean), edits: message });
   byId("question").focus();
+}
+
+/** Show another version of a message, with what followed it. */
+async function showVersion(message, place) {
+  if (!isFree()) return;
+  tree.show(current, tree.versions(current, message)[place]);
+  showConversation();
+  await keep(() => store.saveChat(current));
 }
 
 function showConversation() {
   shown.clear();
   const turns = [];
+  const messages = tree.branch(current);
   let picture = null; // the picture that an answer's places refer to: the last one before it
-  for (const message of current.messages) {
+  for (const message of messages) {
+    const all = tree.versions(current, message);
+    const version = { place: all.indexOf(message), count: all.length, onversion: (place) => showVersion(message, place) };
     if (message.role === "user") {
       const attached = message.files.map((id) => files.get(id)).filter(Boolean);
       picture = attached.findLast(({ kind }) => kind === "image") ?? (attached.length ? null : picture);
-      turns.push(questionTurn(message, files, { onopen: enlarge, onedit: () => edit(message) }));
+      turns.push(questionTurn(message, files, { ...version, onopen: enlarge, onedit: () => edit(message) }));
     } else {
       const turn = new AnswerTurn(message, picture, {
+        ...version,
+        isLast: message === messages.at(-1),
         onretry: () => retry(message),
+        oncontinue: () => isFree() && answer(current, message),
         oncopy: () => copy(message.text),
-        onunfold: () => (followsEnd = false), // unfolded text is read from its start
+        onsave: () => download(message.text, current.title, "md", "text/markdown"),
+        onunfold: stayHere,
       });
       shown.set(message, turn);
       turns.push(turn.node);
@@ -155,16 +204,8 @@ function showConversation() {
   byId("turns").replaceChildren(...turns);
   byId("welcome").hidden = turns.length > 0;
   document.title = current.messages.length ? `${current.title} – edge-runtime` : "edge-runtime";
+  byId("open-options").classList.toggle("in-use", Object.keys(current.options ?? {}).length > 0);
   listChats();
-}
-
-async function copy(text) {
-  try {
-    await navigator.clipboard.writeText(text);
-    notice("Copied.");
-  } catch {
-    notice("This browser does not let pages copy over plain http; select the text instead.");
-  }
 }
 
 // --- Chats ---
@@ -176,11 +217,18 @@ function release() {
   }
 }
 
+/** Files of a chat, by id. */
+async function filesOf(chat) {
+  if (chat === current) return files;
+  return new Map(((await keep(() => store.filesOf(chat.id))) ?? []).map((file) => [file.id, file]));
+}
+
 async function open(chat) {
   const kept = await keep(() => store.filesOf(chat.id));
   if (chat !== current) {
     release();
     files = new Map();
+    composer.stopEditing();
   }
   for (const file of kept ?? []) if (!files.has(file.id)) files.set(file.id, withUrl(file));
   current = chat;
@@ -192,6 +240,7 @@ async function open(chat) {
 
 function begin() {
   release();
+  composer.stopEditing();
   current = newChat();
   files = new Map();
   remember("chat", "");
@@ -200,18 +249,33 @@ function begin() {
   byId("question").focus();
 }
 
+async function change(chat) {
+  if (!(await more(chat, await filesOf(chat)))) return;
+  await keep(() => store.saveChat(chat));
+  showConversation();
+}
+
+async function changeOptions() {
+  const used = tree.branch(current).findLast(({ timings }) => timings?.context)?.timings.context ?? 0;
+  const chosen = await editOptions(current.options ?? {}, { used, size: await models.contextSize(), thinks: models.thinks });
+  if (!chosen) return;
+  current.options = chosen;
+  if (current.messages.length) await keep(() => store.saveChat(current));
+  showConversation();
+}
+
 async function remove(chat) {
-  if (!(await confirmed(`Delete “${chat.title}”?`, "Its pictures are deleted, too. Nothing of it exists elsewhere."))) return;
+  if (!(await confirmed(t("Delete “{0}”?", chat.title), t("Its pictures are deleted, too. Nothing of it exists elsewhere.")))) return;
   if (running?.chat === chat) stop();
   chats = chats.filter((other) => other !== chat);
   await keep(() => store.deleteChat(chat.id));
-  say("Deleted.");
+  say(t("Deleted."));
   if (chat === current) begin();
   else listChats();
 }
 
 async function removeAll() {
-  if (!(await confirmed("Delete all chats?", "Their pictures are deleted, too. Nothing of them exists elsewhere."))) return;
+  if (!(await confirmed(t("Delete all chats?"), t("Their pictures are deleted, too. Nothing of them exists elsewhere.")))) return;
   stop();
   chats = [];
   await keep(() => store.deleteEverything());
@@ -220,7 +284,7 @@ async function removeAll() {
 
 function listChats() {
   chats.sort((a, b) => b.updated - a.updated);
-  showChats(chats, current, { onopen: open, ondelete: remove });
+  showChats(chats, current, { onopen: open, onmore: change, ondelete: remove });
 }
 
 /** Do something with the store; without one (private windows, full disks) the page still works, but forgets. */
@@ -228,107 +292,26 @@ async function keep(work) {
   try {
     return await work();
   } catch (error) {
-    notice(`This browser does not keep the chat: ${error?.message ?? "storage is not available"}.`);
+    notice(t("This browser does not keep the chat: {0}.", error?.message ?? t("storage is not available")));
     return null;
   }
 }
 
-// --- Models ---
-
-async function loadModels() {
-  const select = byId("model");
-  try {
-    models = await listModels(recallKey());
-  } catch (error) {
-    if (error.status === 401 && (await askForKey(error.message))) return loadModels();
-    notice(error.message);
-    return;
-  }
-  select.replaceChildren(...models.map(({ name }) => element("option", { value: name }, name.replace(/:latest$/, ""))));
-  const wanted = recall("model");
-  if (models.some(({ name }) => name === wanted)) select.value = wanted;
-  select.disabled = models.length < 2;
-  showModel();
-}
-
-const chosen = () => models.find(({ name }) => name === byId("model").value);
-const thinks = () => chosen()?.thinks ?? false;
-
-/** Update what depends on the model: whether it thinks, and the notice about its answers. */
-function showModel() {
-  const warning = chosen()?.notice ?? "";
-  byId("think").hidden = !thinks();
-  byId("toy").hidden = !warning;
-  byId("note").textContent = warning || USUAL_NOTE;
-}
-
-// --- The rest of the page ---
-
-let noticeTimer = 0;
-
-function notice(text) {
-  const node = byId("notice");
-  node.textContent = text;
-  node.classList.add("shown");
-  clearTimeout(noticeTimer);
-  noticeTimer = setTimeout(() => node.classList.remove("shown"), 6000);
-}
-
-const log = byId("log");
-let followsEnd = true; // until the user scrolls up, and again once they are back at the end
-
-function scrollToEnd() {
-  followsEnd = true;
-  log.scrollTop = log.scrollHeight;
-}
-
-function setUpScrolling() {
-  let height = 0;
-  log.addEventListener("scroll", () => {
-    // If the height is unchanged, the user scrolled; a growing answer fires scroll events, too.
-    if (log.scrollHeight === height) followsEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-    height = log.scrollHeight;
-  });
-  // New text, pictures that load and a growing composer all move the end.
-  const observer = new ResizeObserver(() => followsEnd && scrollToEnd());
-  observer.observe(log);
-  observer.observe(byId("turns"));
-}
-
-const narrow = matchMedia("(max-width: 800px)");
-
-function setSide(isOpen) {
-  document.body.classList.toggle("side-open", isOpen);
-  byId("menu").setAttribute("aria-expanded", isOpen);
-  // Tab must not reach what cannot be seen.
-  byId("side").inert = narrow.matches && !isOpen;
-  byId("main").inert = narrow.matches && isOpen;
-}
-
-function closeSide() {
-  if (!narrow.matches) return;
-  const hadFocus = byId("side").contains(document.activeElement);
-  setSide(false);
-  if (hadFocus) byId("menu").focus();
-}
+// --- The page as a whole ---
 
 function setUp() {
-  setSide(false);
-  narrow.addEventListener("change", () => setSide(false));
-  byId("menu").addEventListener("click", () => {
-    setSide(true);
-    byId("new").focus();
-  });
-  byId("scrim").addEventListener("click", closeSide);
+  setUpSide();
+  setUpScrolling();
+  setUpOptions();
+  setUpSettings({ onkey: () => models.load(), ondelete: removeAll });
   for (const id of ["new", "new-small"]) byId(id).addEventListener("click", begin);
+  byId("open-options").addEventListener("click", changeOptions);
+  byId("search").addEventListener("input", listChats);
   addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing || document.querySelector("dialog[open]")) return;
-    if (document.body.classList.contains("side-open")) closeSide();
-    else stop();
-  });
-  byId("model").addEventListener("change", () => {
-    remember("model", byId("model").value);
-    showModel();
+    if (isSideOpen()) closeSide();
+    else if (running) stop();
+    else composer.stopEditing();
   });
   const think = byId("think");
   const setThink = (on) => think.setAttribute("aria-pressed", on);
@@ -343,18 +326,18 @@ function setUp() {
       byId("question").focus();
     });
   }
-  setUpScrolling();
-  setUpSettings({ onkey: loadModels, ondelete: removeAll });
+  watchServer({ onback: () => models.load() });
   // If closing the page cuts an answer off, the part so far is saved.
   addEventListener("pagehide", () => running && store.saveChat(running.chat).catch(() => {}));
 }
 
 async function restore() {
-  chats = (await keep(store.allChats)) ?? [];
-  for (const message of chats.flatMap((chat) => chat.messages)) {
+  const kept = ((await keep(store.allChats)) ?? []).filter(({ id }) => id !== current.id).map(tree.upgrade);
+  for (const message of kept.flatMap((chat) => chat.messages)) {
     if (message.state === "running") message.state = "stopped";
   }
-  const last = chats.find(({ id }) => id === recall("chat"));
+  chats.push(...kept); // whoever is quick has asked already
+  const last = current.messages.length ? null : chats.find(({ id }) => id === recall("chat"));
   if (last) await open(last);
   else showConversation();
 }
@@ -367,5 +350,5 @@ async function keepShell() {
 }
 
 setUp();
-await Promise.all([restore(), loadModels()]);
+await Promise.all([restore(), models.load()]);
 keepShell();

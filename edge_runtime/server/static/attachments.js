@@ -1,6 +1,7 @@
 // Files a user gives → attachments `{id, name, type, kind, blob, url}` and their tiles.
 
 import { element, icon, iconButton } from "./dom.js";
+import { t } from "./language.js";
 
 export const ACCEPT = "image/*,video/*,application/pdf,.heic,.heif,.avif";
 // Some systems' browsers report no type for these.
@@ -33,7 +34,7 @@ export function dataUri(attachment) {
     const reader = new FileReader();
     // The type from the name if the browser gave none; the server relies on it.
     reader.onload = () => resolve(reader.result.replace(/^data:[^;,]*/, `data:${attachment.type}`));
-    reader.onerror = () => reject(new Error(`${attachment.name} can no longer be read; attach it again.`));
+    reader.onerror = () => reject(new Error(t("{0} can no longer be read; attach it again.", attachment.name)));
     reader.readAsDataURL(attachment.blob);
   });
 }
@@ -42,15 +43,14 @@ export function dataUri(attachment) {
 export function tile(attachment, { onremove, onopen } = {}) {
   const { name, kind } = attachment;
   const face = faceOf(attachment);
-  const open = onopen && kind !== "pdf"
-    ? element("button", { type: "button", class: "open", "aria-label": `Enlarge ${name}`, onclick: onopen }, face)
-    : face;
-  const remove = onremove && iconButton("close", `Remove ${name}`, onremove, { class: "remove" });
+  const label = kind === "pdf" ? t("Choose pages of {0}", name) : t("Enlarge {0}", name);
+  const open = onopen ? element("button", { type: "button", class: "open", "aria-label": label, title: label, onclick: onopen }, face) : face;
+  const remove = onremove && iconButton("close", t("Remove {0}", name), onremove, { class: "remove" });
   return element("li", { class: `tile ${kind}` }, open, remove);
 }
 
-function faceOf({ name, kind, url }) {
-  if (kind === "pdf") return named("file", name);
+function faceOf({ name, kind, url, pages, each }) {
+  if (kind === "pdf") return named("file", name, [pages && t("pages {0}", pages), each && t("each page")].filter(Boolean).join(", "));
   if (kind === "video") {
     const video = element("video", { src: url, muted: true, playsinline: true, preload: "metadata", "aria-label": name });
     return element("span", { class: "film" }, video, icon("play"));
@@ -62,7 +62,8 @@ function faceOf({ name, kind, url }) {
 }
 
 /** A tile for files without a picture; a long name is shortened, and shown in full under the pointer. */
-const named = (symbol, name) => element("span", { class: "document", title: name }, icon(symbol), element("span", {}, name));
+const named = (symbol, name, more = "") =>
+  element("span", { class: "document", title: name }, icon(symbol), element("span", {}, name, more && element("small", {}, more)));
 
 /** Files in a drop or paste, in order. */
 export function filesIn(transfer) {

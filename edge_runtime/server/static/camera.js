@@ -1,6 +1,7 @@
 // A picture from the camera: the phone's own camera app if there is one, otherwise a dialog with the live picture.
 
 import { byId } from "./dom.js";
+import { t } from "./language.js";
 
 /** Take a picture; resolves with a File, or null when the user cancels. */
 export async function takePicture() {
@@ -20,7 +21,7 @@ export async function takePicture() {
     await video.play();
     shoot.disabled = false;
   } catch (error) {
-    trouble.textContent = error.name === "NotAllowedError" ? "The browser was not allowed to use the camera." : "No camera was found.";
+    trouble.textContent = error.name === "NotAllowedError" ? t("The browser was not allowed to use the camera.") : t("No camera was found.");
   }
   await closed;
   const file = dialog.returnValue === "shoot" && stream ? await frameOf(video) : null;

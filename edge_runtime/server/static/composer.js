@@ -1,15 +1,20 @@
-// Where a question is composed: text, and files by drop, paste, file dialog or camera. Passes on `{text, files}`.
+// Where a question is composed: text, and files by drop, paste, file dialog or camera. Passes on
+// `{text, files, edits}`.
 
 import { ACCEPT, attachmentOf, filesIn, tile } from "./attachments.js";
 import { hasCamera, takePicture } from "./camera.js";
+import { choosePages } from "./documents.js";
 import { byId } from "./dom.js";
+import { t } from "./language.js";
+import { enlarge } from "./settings.js";
 import { say } from "./speech.js";
 
 export class Composer {
-  /** Calls `onsend({text, files})` for a question, and `onstop()` for the button while an answer runs. */
+  /** Calls `onsend({text, files, edits})` for a question, `edits` being the one that it replaces, if any; and `onstop()` for the button while an answer runs. */
   constructor({ onsend, onstop, onnotice }) {
     Object.assign(this, { onsend, onstop, onnotice });
     this.files = [];
+    this.edits = null;
     this.running = false;
     this.text = byId("question");
     this.send = byId("send");
@@ -30,6 +35,7 @@ export class Composer {
       event.preventDefault();
       if (!this.running) this.submit();
     });
+    byId("stop-editing").addEventListener("click", () => this.stopEditing());
     const picker = byId("files");
     picker.accept = ACCEPT;
     byId("attach").addEventListener("click", () => picker.click());
@@ -85,9 +91,9 @@ export class Composer {
     for (const file of files) {
       const attachment = attachmentOf(file);
       if (attachment) this.files.push(attachment);
-      else this.onnotice(`${file.name} is neither a picture, a video nor a PDF, so it cannot be asked about.`);
+      else this.onnotice(t("{0} is neither a picture, a video nor a PDF, so it cannot be asked about.", file.name));
     }
-    if (this.files.length) say(`${this.files.length} attached`);
+    if (this.files.length) say(t("{0} attached", this.files.length));
     this.update();
     this.text.focus();
   }
@@ -95,16 +101,24 @@ export class Composer {
   submit() {
     const text = this.text.value.trim();
     if (!text && !this.files.length) return;
-    const question = { text: text || "What is in this?", files: this.files };
+    const question = { text: text || t("What is in this?"), files: this.files, edits: this.edits };
     this.put({ text: "", files: [] });
     this.onsend(question);
   }
 
   /** Put a question into the composer, to be edited or sent. */
-  put({ text, files }) {
+  put({ text, files, edits = null }) {
     this.text.value = text;
     this.files = files;
+    this.edits = edits;
     this.update();
+  }
+
+  /** Leave a question as it was. */
+  stopEditing() {
+    if (!this.edits) return;
+    this.put({ text: "", files: [] });
+    this.text.focus();
   }
 
   setRunning(running) {
@@ -113,14 +127,24 @@ export class Composer {
   }
 
   update() {
-    byId("attached").replaceChildren(...this.files.map((file) => tile(file, { onremove: () => this.remove(file) })));
+    byId("attached").replaceChildren(...this.files.map((file) => tile(file, { onremove: () => this.remove(file), onopen: () => this.open(file) })));
     byId("attached").hidden = !this.files.length;
+    byId("editing").hidden = !this.edits;
     this.text.style.height = "auto";
     this.text.style.height = `${Math.min(this.text.scrollHeight, 200)}px`;
     this.send.classList.toggle("stop", this.running);
-    this.send.setAttribute("aria-label", this.running ? "Stop the answer" : "Send");
-    this.send.title = this.running ? "Stop (Esc)" : "Send (Enter)";
+    this.send.setAttribute("aria-label", this.running ? t("Stop the answer") : t("Send"));
+    this.send.title = this.running ? t("Stop (Esc)") : t("Send (Enter)");
     this.send.disabled = !this.running && !this.text.value.trim() && !this.files.length;
+  }
+
+  /** Choose pages of a document, or look at a picture or a video as large as the window. */
+  async open(file) {
+    if (file.kind !== "pdf") return enlarge(file);
+    const chosen = await choosePages(file);
+    if (!chosen) return;
+    this.files = this.files.map((other) => (other === file ? chosen : other));
+    this.update();
   }
 
   remove(file) {

@@ -31,3 +31,11 @@ export function iconButton(name, label, onclick, attributes = {}) {
 }
 
 export const byId = (id) => document.getElementById(id);
+
+/** Show a dialog and wait until it is closed; resolves with the value of the button, or "". */
+export async function answerOf(dialog) {
+  dialog.returnValue = "";
+  dialog.showModal();
+  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
+  return dialog.returnValue;
+}

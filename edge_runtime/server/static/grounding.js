@@ -3,6 +3,7 @@
 // Numbers are thousandths of the picture's width and height; the same rules as edge_runtime/generation/grounding.py.
 
 import { element, svg } from "./dom.js";
+import { t } from "./language.js";
 
 const SCALE = 1000;
 const N_NUMBERS = { box: 4, quad: 8, point: 2 };
@@ -47,11 +48,11 @@ export function drawPlaces(address, places) {
     overlay.append(group);
     return labelOf(place, number);
   });
-  const names = places.map(({ label }, number) => label ?? `place ${number + 1}`).join(", ");
+  const names = places.map(({ label }, number) => label ?? t("place {0}", number + 1)).join(", ");
   return element(
     "figure",
     { class: "places" },
-    element("div", { class: "canvas" }, element("img", { src: address, alt: `The picture, with marks: ${names}` }), overlay, ...labels),
+    element("div", { class: "canvas" }, element("img", { src: address, alt: t("The picture, with marks: {0}", names) }), overlay, ...labels),
   );
 }
 

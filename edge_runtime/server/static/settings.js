@@ -1,6 +1,7 @@
 // Dialogs: settings, the request for a key, confirmations, a picture at full size.
 
-import { byId, element } from "./dom.js";
+import { storyboard } from "./documents.js";
+import { answerOf, byId, element } from "./dom.js";
 import { keepsKey, recall, recallKey, remember, rememberKey } from "./prefs.js";
 
 /** Fill and watch the settings; calls `onkey()` after the key has changed, `ondelete()` for "delete all chats". */
@@ -31,6 +32,8 @@ export function setUpSettings({ onkey, ondelete }) {
       dispatchEvent(new Event("theme"));
     });
   }
+  // Not buttons that submit: Enter in a field presses the first of those, which must be the one that saves.
+  for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close(""));
   for (const node of document.querySelectorAll("dialog")) {
     // A click outside a dialog closes it, as Escape does.
     node.addEventListener("click", (event) => event.target === node && node.close(""));
@@ -53,18 +56,14 @@ export async function confirmed(title, text) {
 }
 
 /** Show a picture or video as large as the window. */
-export function enlarge({ kind, url, name }) {
-  const shown = kind === "video" ? element("video", { src: url, controls: true, autoplay: true }) : element("img", { src: url, alt: name });
-  byId("large").replaceChildren(shown);
+export function enlarge(file) {
+  const { kind, url, name } = file;
+  const shown = kind === "video"
+    ? [element("video", { src: url, controls: true, autoplay: true }), storyboard(file)]
+    : [element("img", { src: url, alt: name })];
+  byId("large").replaceChildren(...shown);
   const dialog = byId("viewer");
   dialog.setAttribute("aria-label", name);
   dialog.addEventListener("close", () => byId("large").replaceChildren(), { once: true });
   dialog.showModal();
-}
-
-async function answerOf(dialog) {
-  dialog.returnValue = "";
-  dialog.showModal();
-  await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
-  return dialog.returnValue;
 }

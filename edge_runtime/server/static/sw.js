@@ -2,6 +2,7 @@
 // API never pass through here: requests that are not for the page's files are left to the browser.
 
 const CACHE = "edge-runtime-page-VERSION"; // the server puts a digest of all files here
+const absolute = (path) => new URL(path, self.registration.scope).href;
 const SHELL = [
   "./",
   "static/answering.js",
@@ -11,22 +12,41 @@ const SHELL = [
   "static/camera.js",
   "static/chats.js",
   "static/composer.js",
+  "static/documents.js",
   "static/dom.js",
+  "static/export.js",
   "static/grounding.js",
-  "static/icon.svg",
   "static/icon-180.png",
   "static/icon-192.png",
   "static/icon-512.png",
+  "static/icon.svg",
+  "static/language.js",
   "static/manifest.webmanifest",
   "static/markdown.js",
+  "static/model_page.js",
+  "static/models.js",
+  "static/notice.js",
+  "static/options.js",
   "static/prefs.js",
+  "static/reach.js",
   "static/settings.js",
+  "static/side.js",
   "static/speech.js",
   "static/store.js",
   "static/style.css",
   "static/theme.js",
+  "static/tree.js",
   "static/turns.js",
-].map((path) => new URL(path, self.registration.scope).href);
+].map(absolute);
+// Fetched when they are first needed, and kept from then on.
+const LATER = [
+  "static/highlight.js",
+  "static/math.js",
+  "static/texts.js",
+  "static/vendor/temml/Temml.woff2",
+  "static/vendor/temml/temml.css",
+  "static/vendor/temml/temml.js",
+].map(absolute);
 
 self.addEventListener("install", (event) => {
   event.waitUntil(
@@ -44,8 +64,14 @@ self.addEventListener("activate", (event) => {
 });
 
 self.addEventListener("fetch", (event) => {
-  const { method, url } = event.request;
-  if (method !== "GET" || !SHELL.includes(url.split(/[?#]/)[0])) return;
+  const address = event.request.url.split(/[?#]/)[0];
+  if (event.request.method !== "GET" || !(SHELL.includes(address) || LATER.includes(address))) return;
   // The server first: it is this machine or one nearby, and its files are never stale.
-  event.respondWith(fetch(event.request).catch(() => caches.match(url.split(/[?#]/)[0], { cacheName: CACHE, ignoreVary: true })));
+  event.respondWith(fromServer(event.request, address).catch(() => caches.match(address, { cacheName: CACHE, ignoreVary: true })));
 });
+
+async function fromServer(request, address) {
+  const response = await fetch(request);
+  if (response.ok && LATER.includes(address)) await (await caches.open(CACHE)).put(address, response.clone());
+  return response;
+}
