@@ -11,6 +11,7 @@ import click
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cli.document_options import SliceLimits
 from edge_runtime.inputs.image import PIXEL_LIMIT
+from edge_runtime.store.names import DEMO
 
 
 def model_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -22,13 +23,12 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "-m",
                 "--model",
-                default="demo",
                 metavar="MODEL",
                 help="demo, a pulled model, a folder or a file.  [demo]",
             ),
             click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
-            click.option("--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
-            click.option("--threads", **count, help="Threads.  [physical cores]"),
+            click.option("-c", "--ctx", **count, help="Context length in tokens.  [8192, or what fits]"),
+            click.option("-t", "--threads", **count, help="Threads.  [physical cores]"),
             click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
             click.option(
                 "--kv-type",
@@ -141,4 +141,4 @@ def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None
     lora: Path | None = options.pop("lora")
     adapter = None if lora is None else lora.name
     setup["adapters"] = {} if lora is None else {adapter: lora}
-    return options.pop("model"), setup, adapter
+    return options.pop("model") or DEMO, setup, adapter
