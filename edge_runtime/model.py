@@ -77,7 +77,7 @@ class Model(LoadedModel):
     @classmethod
     def load(
         cls,
-        name: str | Path = "demo",
+        name: str | Path | ModelPaths = "demo",
         *,
         mmproj: str | Path | None = None,
         exact: bool = False,
@@ -96,7 +96,7 @@ class Model(LoadedModel):
         Parameters
         ----------
         name : `demo`, a pulled model (`edge-runtime pull`), `ollama:NAME` from the Ollama store of this machine, a
-            folder with a decoder and an `mmproj*` file, or a decoder file.
+            folder with a decoder and an `mmproj*` file, a decoder file, or the paths of both files.
         mmproj : the mmproj file, if it is not in the decoder's folder.
         exact : compute as the official float32 code does: float32 vision, float32 KV cache, no flash attention.
         n_ctx : context length in tokens, at most what the model was trained for; default 8192, in low memory 4096,

@@ -29,9 +29,9 @@ from edge_runtime.bundle.llama import Found, ask, not_everywhere
 from edge_runtime.bundle.selection import Say, Selected, check_extras, installed_extras, select
 from edge_runtime.bundle.targets import Target, choose
 from edge_runtime.errors import BundleError, ModelFileError
-from edge_runtime.store.find import DEMO, ModelPaths, find_model, is_mmproj
+from edge_runtime.store.find import ModelPaths, find_model, is_mmproj
 from edge_runtime.store.library import Library
-from edge_runtime.store.names import parse_source
+from edge_runtime.store.names import DEMO, parse_source
 from edge_runtime.store.shipped import ABOUT, checked_name, find_shipped
 from edge_runtime.system.atomic_files import make_folder, remove_abandoned, unfinished, why_not_written
 from edge_runtime.version import __version__

@@ -13,9 +13,10 @@ import click
 from click.core import ParameterSource
 
 from edge_runtime.cli.batch_ray import check_options, runner_on_ray
-from edge_runtime.cli.command import Command
 from edge_runtime.cli.document_options import document_options
 from edge_runtime.cli.endpoint_options import Endpoint, endpoint_options, open_model, take_endpoint
+from edge_runtime.cli.model_words import take_model
+from edge_runtime.cli.option_groups import ASKING, GroupedCommand
 from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
 from edge_runtime.cli.run_checks import check_system, read_schema
 from edge_runtime.cli.video_options import is_video, take_video, video_options
@@ -37,8 +38,8 @@ MODEL_OPTIONS = frozenset(
 OWN_OPTIONS = frozenset(("inputs", "jobs", "output", "ordered", "retry_failed", "parallel", "nice"))
 
 
-@click.command("batch", cls=Command)
-@click.argument("inputs", nargs=-1, metavar="[INPUT ...]")
+@click.command("batch", cls=GroupedCommand, groups=ASKING)
+@click.argument("inputs", nargs=-1, metavar="[MODEL] [INPUT ...]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="OUT.jsonl", help="Answers.")
 @click.option("-p", "--prompt", metavar="TEXT", help="Question about each item.")
 @click.option(
@@ -70,9 +71,9 @@ def batch(
 ) -> None:
     """Ask about thousands of files, one JSON line each in OUT.jsonl.
 
-    INPUT is a file, a folder with all below it, or a quoted pattern such as 'scans/**/*.png'. Documents are asked
-    about page by page. What OUT.jsonl holds is done: after a stop of any kind, the same command goes on. Ctrl-C ends
-    after the items at work, a second one at once.
+    A first word that names a model is the model, as after -m. INPUT is a file, a folder with all below it, or a
+    quoted pattern such as 'scans/**/*.png'. Documents are asked about page by page. What OUT.jsonl holds is done:
+    after a stop of any kind, the same command goes on. Ctrl-C ends after the items at work, a second one at once.
 
     A line of JOBS.jsonl has id, input, prompt, preset, system, messages and options, or is a line of OpenAI's batches
     (custom_id, method, url, body), which is answered in their form.
@@ -86,6 +87,8 @@ def batch(
     edge-runtime batch scans/ --preset ocr -o out.jsonl --endpoint URL
     """
     check_system(system)
+    on_server = options["endpoint"] is not None
+    options["model"], inputs = take_model(inputs, options["model"], on_server=on_server)
     endpoint = take_endpoint(options)
     _check_words(inputs, jobs, prompt, output, options)
     if ray is not None:

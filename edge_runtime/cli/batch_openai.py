@@ -10,7 +10,7 @@ import click
 
 from edge_runtime.cli.batch_run import run_batch
 from edge_runtime.cli.options import take_setup
-from edge_runtime.cli.serve import missing_modules
+from edge_runtime.cli.server_extra import missing_modules
 from edge_runtime.errors import BackendUnavailable
 
 FOREVER_S = 1e8

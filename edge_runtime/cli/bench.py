@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from edge_runtime.cli.made_models import paths_of
 from edge_runtime.cli.tuning_trial import REQUEST_PROMPT, Rates, Trial, decoder_rates
 from edge_runtime.decoder.options import CHUNK_TOKENS
 from edge_runtime.errors import BackendUnavailable
 from edge_runtime.inputs.slicing import plan_slices, slice_image
 from edge_runtime.loading.load import LoadOptions, load_parts, set_threads
 from edge_runtime.loading.tuning import Tuning, remember_tuning
-from edge_runtime.store.find import find_model
 from edge_runtime.system.memory import available_bytes
 from edge_runtime.vision.encoder import ImageEncoder
 from edge_runtime.weights.config import decoder_config
@@ -214,7 +214,7 @@ def tune_model(name: str, mmproj: Path | None, budget_s: float, say: Callable[[s
     """
     from edge_kernels.machine import cpu_count
 
-    file = GGUFFile(find_model(name, mmproj).decoder)
+    file = GGUFFile(paths_of(name, mmproj).decoder)
     decoder_config(file)
     say(f"{'settings':<44}{'prefill':>12}{'generation':>14}{'request':>11}{'best so far':>14}")
 
@@ -245,7 +245,7 @@ def measure(name: str, setup: dict[str, Any], say: Callable[[str], None]) -> dic
     -------
     facts : `scenario`, settings, `ours_s` (seconds per stage), `peers_s` (empty), tokens per second.
     """
-    paths = find_model(name, setup["mmproj"])
+    paths = paths_of(name, setup["mmproj"])
     options = LoadOptions(**{key: value for key, value in setup.items() if key not in ("mmproj", "cache_dir")})
     started = time.perf_counter()
     parts = load_parts(paths, options.checked())

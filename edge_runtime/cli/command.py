@@ -16,6 +16,8 @@ import click
 from edge_runtime.errors import EdgeRuntimeError
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+READER_GONE = 141  # what shells report for SIGPIPE
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Notes(io.TextIOWrapper):
@@ -76,7 +78,62 @@ class Command(click.Command):
             click.echo(err=True)
             ctx.exit(INTERRUPTED)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-                raise  # a pipe that was closed ends the program as usual
-            click.echo(f"edge-runtime: The answer cannot be written: {error.strerror}; write it elsewhere.", err=True)
-            ctx.exit(1)
+            ctx.exit(_end_of_output(error))
+
+
+class Program(click.Group):
+    """The program: whatever it prints, help and lists included, may go to a full disk or to a reader that leaves."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command; what is still held back is written before the end, where a failure can be told."""
+        code: Any = 0
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:
+            code = end.code
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            code = _end_of_output(error)
+        except ValueError:
+            pass  # closed
+        sys.exit(code)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the arguments; `--help` and `--version` print here."""
+        try:
+            return super().make_context(*args, **kwargs)
+        except OSError as error:
+            sys.exit(_end_of_output(error))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; its `--help` prints here."""
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            sys.exit(_end_of_output(error))
+
+
+def _end_of_output(error: OSError) -> int:
+    """The exit code when stdout takes nothing more; other errors are raised again."""
+    if error.errno == errno.EPIPE:
+        _let_go_of_output()
+        return READER_GONE
+    if error.errno not in _FULL:
+        raise error
+    _let_go_of_output()
+    click.echo(f"edge-runtime: The answer cannot be written: {error.strerror}; write it elsewhere.", err=True)
+    return 1
+
+
+def _let_go_of_output() -> None:
+    """Send what stdout still holds nowhere, if it cannot be written: Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+    except ValueError:
+        pass  # closed

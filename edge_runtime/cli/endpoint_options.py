@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from edge_runtime.model import AnyModel
+    from edge_runtime.store.find import ModelPaths
 
 DIALECTS = ("edge-runtime", "vllm", "sglang", "llama-server", "openai")
 """As in `remote.dialects`, which is not imported for the help."""
@@ -96,15 +97,15 @@ def take_endpoint(options: dict[str, Any]) -> Endpoint | None:
                 f"{option} sets up a model on this machine, but the server of --endpoint answers; leave one of "
                 f"them out."
             )
-    return Endpoint(url, options["model"] if is_given("model") else None, dialect, retries, timeout_s)
+    return Endpoint(url, options["model"], dialect, retries, timeout_s)
 
 
-def open_model(endpoint: Endpoint | None, name: str, setup: dict[str, Any]) -> AnyModel:
+def open_model(endpoint: Endpoint | None, name: str | ModelPaths, setup: dict[str, Any]) -> AnyModel:
     """The model that answers: loaded, or on the server.
 
     Parameters
     ----------
-    name, setup : as of `program.take_setup`.
+    name, setup : as of `options.take_setup`; or the paths of the model.
 
     Raises
     ------

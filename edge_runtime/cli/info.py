@@ -8,8 +8,8 @@ from collections import Counter
 from importlib import metadata
 from typing import Any
 
+from edge_runtime.cli.made_models import paths_of
 from edge_runtime.decoder.kernel_products import kernel_setting
-from edge_runtime.store.find import find_model
 from edge_runtime.version import __version__
 from edge_runtime.vision.arithmetic import check_instruction_set
 from edge_runtime.weights.config import (
@@ -65,7 +65,7 @@ def describe_model(name: str) -> dict[str, Any]:
         file = GGUFFile(name)
         is_mmproj = file.metadata.get("general.architecture") == "clip"
         return _describe_mmproj(file) if is_mmproj else _describe_decoder(file)
-    paths = find_model(name)
+    paths = paths_of(name)
     decoder, mmproj = GGUFFile(paths.decoder), GGUFFile(paths.mmproj)
     return {"model": paths.name, **_describe_decoder(decoder), **_describe_mmproj(mmproj)}
 

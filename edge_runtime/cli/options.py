@@ -11,6 +11,7 @@ import click
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES
 from edge_runtime.cli.document_options import SliceLimits
 from edge_runtime.inputs.image import PIXEL_LIMIT
+from edge_runtime.store.names import DEMO
 from edge_runtime.system.priority import MAX_NICENESS, be_nice
 
 LOW_MEMORY = "Keep one layer of the vision part in memory at a time; chosen by itself where nothing else fits."
@@ -43,13 +44,14 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "-m",
                 "--model",
-                default="demo",
                 metavar="MODEL",
                 help="demo, a pulled model, a folder or a file.  [demo]",
             ),
             click.option("--mmproj", **file, help="mmproj file, if not beside the decoder."),
-            click.option("--ctx", **count, help="Context length in tokens.  [8192; low memory: 4096; or what fits]"),
-            click.option("--threads", **count, help="Threads; at most the processors.  [physical cores]"),
+            click.option(
+                "-c", "--ctx", **count, help="Context length in tokens.  [8192; low memory: 4096; or what fits]"
+            ),
+            click.option("-t", "--threads", **count, help="Threads; at most the processors.  [physical cores]"),
             nice_option,
             click.option("--exact", is_flag=True, help="Compute as the official float32 code."),
             click.option(
@@ -170,4 +172,4 @@ def take_setup(options: dict[str, Any]) -> tuple[str, dict[str, Any], str | None
     lora: Path | None = options.pop("lora")
     adapter = None if lora is None else lora.name
     setup["adapters"] = {} if lora is None else {adapter: lora}
-    return options.pop("model"), setup, adapter
+    return options.pop("model") or DEMO, setup, adapter

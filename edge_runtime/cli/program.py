@@ -4,7 +4,7 @@ The commands of the store, the server, batches, bundles and kernels are in `cli.
 `cli.bundle` and `cli.compile`.
 
 stdout carries the answer alone; reasoning, progress and notes go to stderr. Exit codes: 0, 1 (failed, with one
-sentence), 2 (wrong usage), 130 (stopped with Ctrl-C).
+sentence), 2 (wrong usage), 130 (stopped with Ctrl-C), 141 (whoever read stdout has left).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import click
 
 from edge_runtime.cli.batch import batch
 from edge_runtime.cli.bundle import bundle
-from edge_runtime.cli.command import INTERRUPTED, Command, end_quickly, set_up_streams
+from edge_runtime.cli.command import INTERRUPTED, Command, Program, end_quickly, set_up_streams
 from edge_runtime.cli.compile import compile_kernels
 from edge_runtime.cli.document_options import (
     Asked,
@@ -32,13 +32,19 @@ from edge_runtime.cli.document_options import (
     take_documents,
 )
 from edge_runtime.cli.endpoint_options import endpoint_options, open_model, take_endpoint
+from edge_runtime.cli.made_models import begin
+from edge_runtime.cli.making_models import copy, create
+from edge_runtime.cli.model_words import model_argument, one_model, take_model
+from edge_runtime.cli.option_groups import ASKING, GroupedCommand
 from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
+from edge_runtime.cli.output_level import arrange_output
 from edge_runtime.cli.piped import Piped
 from edge_runtime.cli.run_checks import check_output, check_stdin, check_system, is_chat, note_before, read_schema
+from edge_runtime.cli.running_models import list_running, stop
 from edge_runtime.cli.serve import serve
 from edge_runtime.cli.store import COMMANDS, announce
 from edge_runtime.cli.video_options import take_video, video_options, with_videos
-from edge_runtime.cli.words import parse_arguments
+from edge_runtime.cli.words import parse_words
 from edge_runtime.inputs.messages import VideoPart
 from edge_runtime.version import __version__
 
@@ -46,24 +52,50 @@ if TYPE_CHECKING:
     from edge_runtime.answers import Answer
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="edge-runtime")
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="edge-runtime")
 def main() -> None:
     """Ask about pictures with MiniCPM-V 4.5 on this machine's CPU; nothing leaves it."""
     set_up_streams()
     end_quickly()
 
 
-for command_elsewhere in (batch, bundle, compile_kernels, *COMMANDS, serve):
+for command_elsewhere in (
+    batch,
+    bundle,
+    compile_kernels,
+    *COMMANDS,
+    copy,
+    create,
+    serve,
+    list_running,
+    stop,
+):
     main.add_command(command_elsewhere)
 
 
-@main.command(cls=Command)
-@click.argument("arguments", nargs=-1, metavar="[FILE ...] [PROMPT]")
+@main.command("help", cls=Command)
+@click.argument("words", nargs=-1, metavar="[COMMAND]")
+@click.pass_context
+def show_help(context: click.Context, words: tuple[str, ...]) -> None:
+    """Show the help of a command, or of the program."""
+    above = context.find_root()
+    for word in words:
+        group = above.command
+        found = group.get_command(above, word) if isinstance(group, click.Group) else None
+        if found is None:
+            raise click.UsageError(f"There is no command {word!r}; 'edge-runtime help' lists them.")
+        above = click.Context(found, above, word, **found.context_settings)
+    click.echo(above.get_help())
+
+
+@main.command(cls=GroupedCommand, groups=ASKING)
+@click.argument("arguments", nargs=-1, metavar="[MODEL] [FILE ...] [PROMPT]")
 @model_options
 @endpoint_options
 @click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="Question; never taken for a file.")
 @click.option("--system", metavar="TEXT", help="System prompt.")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="Ask about this file; may be repeated.")
 @request_options
 @document_options
 @click.option("--each-page", is_flag=True, help="Ask about each page separately.")
@@ -81,9 +113,12 @@ for command_elsewhere in (batch, bundle, compile_kernels, *COMMANDS, serve):
 @click.option(
     "--draw", type=click.Path(path_type=Path), metavar="OUT.png", help="Draw the places that the answer names."
 )
+@click.option("-q", "--quiet", is_flag=True, help="The answer alone: no notes, no progress, no reasoning.")
+@click.option("-v", "--verbose", is_flag=True, help="Times and rates after the answer.")
 def run(
     arguments: tuple[str, ...],
     prompt: tuple[str, ...],
+    images: tuple[str, ...],
     system: str | None,
     as_json: bool,
     logprobs: int | None,
@@ -93,14 +128,16 @@ def run(
 ) -> None:
     """Answer a question about pictures, documents and videos, or chat.
 
-    Arguments keep their order: files and text may alternate. Without text, a chat starts. A folder of frames is a
-    video, too. '-' and pipes are read: a picture, a document, a video or text.
+    A first word that names a model is the model, as after -m; without any, the demo answers. The others keep their
+    order: files and text may alternate. Without text, a chat starts. A folder of frames is a video, too. '-' and
+    pipes are read: a picture, a document, a video or text.
 
     What exists is a file. What does not exist but has a slash, a scheme or a suffix (a sentence: the suffix of a
     picture, document or video at its end) is an error and no question; --prompt takes any text.
 
     \b
     edge-runtime run photo.jpg "What is on the sign?"
+    edge-runtime run minicpm-v-4.5 photo.jpg "What is on the sign?"
     edge-runtime run before.png after.png "What has changed?" --think
     edge-runtime run scan.pdf --each-page --preset markdown > scan.md
     edge-runtime run photo.jpg "Where is the <ref>dog</ref>?" --draw found.png
@@ -110,23 +147,21 @@ def run(
     """
     from edge_runtime.cli import terminal as console
 
+    arrange_output(quiet=options.pop("quiet"), verbose=options.pop("verbose"))
+    options["model"], arguments = take_model(arguments, options["model"], on_server=bool(options["endpoint"]))
     video, endpoint = take_video(options), take_endpoint(options)
-    check_stdin(arguments, options["schema"])
+    check_stdin((*images, *arguments), options["schema"])
     check_system(system)
-    content = with_videos([*parse_arguments(arguments), *prompt], video)
-    chatting = is_chat(arguments, content, options["preset"])
+    content = with_videos([*parse_words(images, arguments), *prompt], video)
+    chatting = is_chat((*images, *arguments), content, options["preset"])
     each_page = take_documents(options, content, others=draw is not None)
     check_output(content, chatting=chatting, as_json=as_json, logprobs=logprobs, draw=draw, storyboard=storyboard)
-    files = [part for part in content if not isinstance(part, str)]
-    if storyboard is not None:
-        console.draw_storyboard([part for part in files if isinstance(part, VideoPart)], storyboard)
-    if options["schema"] is not None:
-        options["schema"] = read_schema(options["schema"])
+    files = files_before(content, options, storyboard)
     name, setup, adapter = take_setup(options)
     parts = limit_slices(content, options, chatting=chatting)
     request = take_request(options, adapter, logprobs)
-    messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    with open_model(endpoint, name, setup) as model:
+    paths, messages = begin(name, setup, request, system, on_server=endpoint is not None)
+    with open_model(endpoint, paths, setup) as model:
         if chatting:
             from edge_runtime.cli.chat import Chat
 
@@ -139,6 +174,18 @@ def run(
         messages.append({"role": "user", "content": parts})
         answer = console.answer(model, messages, request, quiet=as_json)
     finish_run(answer, content, request, as_json=as_json, draw=draw)
+
+
+def files_before(content: Sequence[Asked], options: dict[str, Any], storyboard: Path | None) -> list[Any]:
+    """The files of a question, once the storyboard of its video is drawn and the schema of the answer is read."""
+    from edge_runtime.cli import terminal as console
+
+    files = [part for part in content if not isinstance(part, str)]
+    if storyboard is not None:
+        console.draw_storyboard([part for part in files if isinstance(part, VideoPart)], storyboard)
+    if options["schema"] is not None:
+        options["schema"] = read_schema(options["schema"])
+    return files
 
 
 def finish_run(
@@ -215,10 +262,11 @@ def convert(source: str, output: Path | None, report: bool, **options: Any) -> N
 
 
 @main.command(cls=Command)
+@click.argument("word", required=False, metavar="[MODEL]")
 @model_options
 @click.option("--tune", "tuning", is_flag=True, help="Find the fastest settings and remember them.")
 @click.option("--budget", type=click.FloatRange(1), default=120, metavar="S", help="Seconds for --tune.  [120]")
-def bench(tuning: bool, budget: float, **options: Any) -> None:
+def bench(word: str | None, tuning: bool, budget: float, **options: Any) -> None:
     """Measure a model on this machine: prefill, generation, picture encoding.
 
     With --tune, measures threads, micro-batch, KV type and repacked weights first; the best ones are used whenever
@@ -226,6 +274,7 @@ def bench(tuning: bool, budget: float, **options: Any) -> None:
     """
     from edge_runtime.cli.bench import measure, tune_model
 
+    options["model"] = one_model(word, options["model"])
     name, setup, _ = take_setup(options)
     facts = tune_model(name, setup["mmproj"], budget, click.echo) if tuning else {}
     facts |= measure(name, setup, click.echo)
@@ -233,7 +282,7 @@ def bench(tuning: bool, budget: float, **options: Any) -> None:
 
 
 @main.command(cls=Command)
-@click.argument("model", required=False)
+@model_argument
 @click.option(
     "--source",
     type=click.Path(path_type=Path),
@@ -241,10 +290,11 @@ def bench(tuning: bool, budget: float, **options: Any) -> None:
     help="Measure a .gguf file against this checkpoint, tensor by tensor.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(model: str | None, source: Path | None, as_json: bool) -> None:
+def info(word: str | None, model: str | None, source: Path | None, as_json: bool) -> None:
     """Show this machine and the choices made for it; with MODEL (or a .gguf file), its contents."""
     from edge_runtime.cli.info import describe_machine, describe_model
 
+    model = one_model(word, model)
     if source is not None:
         _compare(model, source, as_json)
         return

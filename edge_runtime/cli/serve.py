@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import signal
 import sys
@@ -13,23 +12,25 @@ import click
 from click.core import ParameterSource
 
 from edge_runtime.cache.disk import DEFAULT_LIMIT_BYTES, usable_folder
-from edge_runtime.cli.command import INTERRUPTED, Command
+from edge_runtime.cli.command import INTERRUPTED
+from edge_runtime.cli.model_words import spelled
+from edge_runtime.cli.option_groups import SERVING, GroupedCommand
 from edge_runtime.cli.options import LOW_MEMORY, nice_option
-from edge_runtime.errors import BackendUnavailable
+from edge_runtime.cli.server_extra import check_installed
 
 if TYPE_CHECKING:
     from edge_runtime.server.settings import Settings
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 COUNT: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
 SECONDS: dict[str, Any] = {"type": click.FloatRange(0, min_open=True), "metavar": "S"}
 SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 
 
-@click.command("serve", cls=Command)
+@click.command("serve", cls=GroupedCommand, groups=SERVING)
+@click.argument("words", nargs=-1, metavar="[MODEL ...]")
 @click.option("--host", default="127.0.0.1", metavar="ADDRESS", help="Listen here.  [127.0.0.1: this machine alone]")
 @click.option("--port", type=click.IntRange(0, 65535), default=11434, metavar="N", help="[11434, as Ollama]")
-@click.option("-m", "--model", "models", multiple=True, metavar="MODEL", help="Load it now; may be repeated.")
+@click.option("-m", "--model", "models", multiple=True, metavar="MODEL", help="The same as MODEL; may be repeated.")
 @click.option("--api-key", envvar="EDGE_RUNTIME_API_KEY", metavar="KEY", help="Key that clients must send.")
 @click.option("--cors", "cors_origins", multiple=True, metavar="ORIGIN", help="Allow web pages of this origin.")
 @click.option("--allow-host", "allowed_hosts", multiple=True, metavar="NAME", help="Another name of this server.")
@@ -71,8 +72,10 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 @click.option("--max-frames", "max_video_frames", **COUNT, default=180, help="Maximum frames of a video.  [180]")
 @click.option("--max-pages", **COUNT, default=100, help="Maximum pages of a document.  [100]")
 @click.option("--max-tokens", **COUNT, default=32_768, help="Maximum tokens of an answer.  [32768]")
-@click.option("--ctx", "n_ctx", **COUNT, help="Context length in tokens.  [8192; low memory: 4096; or what fits]")
-@click.option("--threads", "n_threads", **COUNT, help="Threads; at most the processors.  [physical cores]")
+@click.option(
+    "-c", "--ctx", "n_ctx", **COUNT, help="Context length in tokens.  [8192; low memory: 4096; or what fits]"
+)
+@click.option("-t", "--threads", "n_threads", **COUNT, help="Threads; at most the processors.  [physical cores]")
 @nice_option
 @click.option("--exact", is_flag=True, help="Compute as the official float32 code.")
 @click.option(
@@ -101,11 +104,10 @@ SIZE: dict[str, Any] = {"type": click.FloatRange(0, min_open=True)}
 def serve(**options: Any) -> None:
     """Answer clients of Ollama and of OpenAI, and show a page in the browser.
 
-    Models are loaded on demand; those named with -m at once. Clients may name the demo, these, and any pulled
-    model.
+    Models are loaded on demand, each MODEL at once. Clients may name the demo, these, and any pulled model.
 
     \b
-    edge-runtime serve -m minicpm-v-4.5
+    edge-runtime serve minicpm-v-4.5
     OLLAMA_HOST=http://127.0.0.1:11434 ollama list
     """
     source = click.get_current_context().get_parameter_source("cache_dir")
@@ -115,24 +117,6 @@ def serve(**options: Any) -> None:
     caught = run(settings_of(options))
     if caught == signal.SIGINT:
         sys.exit(INTERRUPTED)
-
-
-def missing_modules() -> list[str]:
-    """What the server needs and is not installed."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
-
-
-def check_installed() -> None:
-    """Say what is missing, and how to get it.
-
-    Raises
-    ------
-    BackendUnavailable
-    """
-    if missing := missing_modules():
-        raise BackendUnavailable(
-            f"The server needs {', '.join(missing)}, which is not installed; run: pip install 'edge-runtime[serve]'"
-        )
 
 
 def settings_of(options: dict[str, Any]) -> Settings:
@@ -147,6 +131,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
     from edge_runtime.server.ollama.options import keep_alive_seconds
     from edge_runtime.server.settings import MEGABYTE, Settings
 
+    options["models"] = tuple(dict.fromkeys(map(spelled, (*options.pop("words"), *options["models"]))))
     if options.pop("keeps_nothing"):
         options["cache_dir"] = None
     elif options["cache_dir"] is None:

@@ -1,4 +1,4 @@
-"""edge-runtime pull | list | show | rm | export: models on this machine."""
+"""edge-runtime pull | list | show | rm | export: models on this machine; the other commands about them are beside."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_runtime.cli.command import Command
+from edge_runtime.cli.made_models import catalog_here, made_model, made_models
+from edge_runtime.cli.model_words import model_argument, needed_model, spelled
+from edge_runtime.errors import ModelFileError
+from edge_runtime.store.names import DEMO
 
 if TYPE_CHECKING:
+    from edge_runtime.server.registry.catalog import Listed
     from edge_runtime.store.library import Entry
     from edge_runtime.store.pull import Plan
     from edge_runtime.store.shipped import ShippedModel
@@ -37,9 +42,9 @@ def size_text(n_bytes: int) -> str:
 
 
 @click.command("pull", cls=Command)
-@click.argument("name")
+@model_argument
 @click.option("--mmproj", metavar="FILE", help="mmproj file in the repository, or a second address.")
-def pull(name: str, mmproj: str | None) -> None:
+def pull(word: str | None, model: str | None, mmproj: str | None) -> None:
     """Fetch a model, or resume an interrupted pull.
 
     \b
@@ -52,6 +57,7 @@ def pull(name: str, mmproj: str | None) -> None:
     from edge_runtime.cli import terminal as console
     from edge_runtime.store.pull import pull as fetch
 
+    name = needed_model(word, model)
     with console.ConvertProgress() as progress:
         entry = fetch(
             name,
@@ -68,40 +74,56 @@ def pull(name: str, mmproj: str | None) -> None:
 @click.command("list", cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON list.")
 def list_models(as_json: bool) -> None:
-    """List the models that were pulled, and those that came with the installation."""
+    """List the models of this machine: built in, installed with the program, pulled, and names created here."""
     from edge_runtime.cli import terminal as console
     from edge_runtime.store.library import Library
     from edge_runtime.store.shipped import shipped_models
 
-    entries, shipped = Library().entries(), shipped_models()
+    entries, shipped, made = Library().entries(), shipped_models(), made_models()
     if as_json:
-        facts = [*map(_facts, entries), *map(_shipped_facts, shipped)]
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        found = [demo_facts(), *map(_shipped_facts, shipped), *map(_facts, entries), *map(made_facts, made)]
+        click.echo(json.dumps(found, ensure_ascii=False))
         return
+    rows = [(DEMO, f"{size_text(demo_facts()['size'])}  built in, a toy")]
+    rows += [(model.name, f"{size_text(model.size)}  came with the installation") for model in shipped]
+    rows += [(entry.label, _state(entry)) for entry in entries]
+    rows += [
+        (listed.name, f"{size_text(listed.size)}  created here{f' from {listed.parent}' if listed.parent else ''}")
+        for listed in made
+    ]
     if not entries and not shipped:
         console.note("No model was pulled yet; 'edge-runtime pull minicpm-v-4.5' fetches the official one.")
-    lines = [(entry.label, _state(entry)) for entry in entries]
-    lines += [(model.name, f"{size_text(model.size)}  came with the installation") for model in shipped]
-    width = max((len(label) for label, _ in lines), default=0)
-    for label, state in lines:
-        click.echo(f"{label:<{width}}  {state}")
+    width = max(len(name) for name, _ in rows)
+    for name, state in rows:
+        click.echo(f"{name:<{width}}  {state}")
 
 
 @click.command("show", cls=Command)
-@click.argument("name")
+@model_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def show(name: str, as_json: bool) -> None:
+def show(word: str | None, model: str | None, as_json: bool) -> None:
     """Show where a model came from and where its files are."""
-    shipped = _shipped(name)
-    facts = _facts_of_pulled(_entry(name)) if shipped is None else _shipped_facts(shipped)
+    facts = _facts_of(needed_model(word, model))
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False))
         return
     files = facts.pop("files")
+    width = max(map(len, facts))
     for key, value in facts.items():
-        click.echo(f"{key:<9}  {size_text(value) if key == 'size' else value}")
+        click.echo(f"{key:<{width}}  {size_text(value) if key == 'size' else value}")
     for file in files:
-        click.echo(f"{'file':<9}  " + "  ".join(str(value) for value in file.values() if value))
+        click.echo(f"{'file':<{width}}  " + "  ".join(str(value) for value in file.values() if value))
+
+
+def _facts_of(name: str) -> dict[str, Any]:
+    """What `show` tells of a model."""
+    if name == DEMO:
+        return demo_facts()
+    if (made := made_model(name)) is not None:
+        return made_facts(made)
+    if (shipped := _shipped(name)) is not None:
+        return _shipped_facts(shipped)
+    return _facts_of_pulled(_entry(name))
 
 
 def _facts_of_pulled(entry: Entry) -> dict[str, Any]:
@@ -120,16 +142,23 @@ def _facts_of_pulled(entry: Entry) -> dict[str, Any]:
 @click.command("rm", cls=Command)
 @click.argument("names", nargs=-1, required=True, metavar="NAME ...")
 def remove(names: tuple[str, ...]) -> None:
-    """Remove pulled models. Files of Ollama stay where they are."""
-    from edge_runtime.errors import ModelFileError
+    """Remove pulled models, and names created here. Files of Ollama stay where they are."""
     from edge_runtime.store.library import Library
 
+    names = tuple(map(spelled, names))
+    if DEMO in names:
+        raise ModelFileError("demo is part of the program, expected a pulled model; it stays.")
     for shipped in filter(None, map(_shipped, names)):
         raise ModelFileError(
             f"{shipped.name} came with the installation and was not pulled; remove the folder {shipped.folder} "
             "instead."
         )
-    for entry in [_entry(name) for name in names]:  # report a wrong name before anything is removed
+    made = [found for name in names if (found := made_model(name)) is not None]
+    entries = [_entry(name) for name in names if made_model(name) is None]
+    for listed in made:
+        catalog_here().delete(listed.name)
+        click.echo(f"{listed.name} removed")
+    for entry in entries:  # after a wrong name was reported
         freed = Library().remove(entry)
         click.echo(f"{entry.label} removed, {freed / 1e6:.1f} MB freed")
 
@@ -140,16 +169,16 @@ def export() -> None:
 
 
 @export.command("ollama", cls=Command)
-@click.argument("model")
+@model_argument
 @click.option("--mmproj", type=click.Path(path_type=Path), metavar="FILE", help="mmproj file, if not beside it.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the Modelfile.  [.]")
 @click.option("--force", is_flag=True, help="Replace an existing Modelfile.")
-def export_ollama(model: str, mmproj: Path | None, output: Path | None, force: bool) -> None:
+def export_ollama(word: str | None, model: str | None, mmproj: Path | None, output: Path | None, force: bool) -> None:
     """Write a Modelfile for Ollama: the files, the official chat template and sampling."""
     from edge_runtime.cli import terminal as console
     from edge_runtime.store.export_ollama import export_modelfile
 
-    path = export_modelfile(model, output or Path(), mmproj=mmproj, force=force)
+    path = export_modelfile(needed_model(word, model), output or Path(), mmproj=mmproj, force=force)
     click.echo(path)
     console.note(f"Use it with: ollama create NAME -f {path}")
 
@@ -165,8 +194,40 @@ def _shipped(name: str) -> ShippedModel | None:
     return None if entry is not None and entry.complete else shipped
 
 
+def demo_facts() -> dict[str, Any]:
+    """What `show` tells of the built-in model."""
+    from edge_runtime.store.find import find_model
+
+    paths = find_model(DEMO)
+    files = [{"path": str(path), "size": path.stat().st_size} for path in (paths.decoder, paths.mmproj)]
+    return {
+        "name": DEMO,
+        "kind": "built in",
+        "complete": True,
+        "size": sum(path.stat().st_size for path in (paths.decoder, paths.mmproj)),
+        "licence": "Apache-2.0",
+        "about": "a toy to try the program out with",
+        "files": files,
+    }
+
+
+def made_facts(listed: Listed) -> dict[str, Any]:
+    """What `show` tells of a model that was created here."""
+    return {
+        "name": listed.name,
+        "kind": "created",
+        "complete": True,
+        "size": listed.size,
+        "licence": listed.license,
+        "from": listed.parent,
+        "created": listed.modified.date().isoformat(),
+        "parameters": dict(listed.parameters),
+        "system": listed.system,
+        "files": [{"path": str(path), "size": path.stat().st_size} for path in listed.files],
+    }
+
+
 def _entry(name: str) -> Entry:
-    from edge_runtime.errors import ModelFileError
     from edge_runtime.store.library import Library
     from edge_runtime.store.names import parse_source, visible
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
+from edge_runtime.cli.output_level import is_quiet, is_verbose, rates
 from edge_runtime.generation.grounding import check_drawing, draw_regions, save_drawing
 from edge_runtime.inputs.documents import last_picture
 from edge_runtime.inputs.image import load_image
@@ -28,7 +29,9 @@ PICTURE_KERNELS, PROMPT_KERNELS = "rows.norm", "linear.gguf_blocks"
 
 
 def note(text: str) -> None:
-    """Print a dimmed note on stderr."""
+    """Print a dimmed note on stderr, unless the command is quiet."""
+    if is_quiet():
+        return
     click.secho(text, err=True, dim=True)
 
 
@@ -80,6 +83,8 @@ def answer(
         progress.clear()
         printed.end()
     result = stream.result()
+    if is_verbose():
+        note("\n".join(rates(result)))
     if result.dropped_turns:
         note(f"The context is full: the oldest {result.dropped_turns} turns of the conversation were left out.")
     return result
@@ -128,6 +133,8 @@ class Printer:
         """Print one piece at once."""
         if self._quiet:
             return
+        if kind == "reasoning" and is_quiet():
+            return
         if kind != self._kind:
             self._break_line()
             self._kind = kind
@@ -158,7 +165,7 @@ class AnswerProgress:
 
     def __init__(self, label: str = "") -> None:
         self._label, self._shown, self._text = label, False, ""
-        self._live = sys.stderr.isatty()
+        self._live = sys.stderr.isatty() and not is_quiet()
 
     def on_image(self, done: int, total: int) -> None:
         """A picture was decoded."""

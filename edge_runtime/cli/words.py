@@ -28,6 +28,7 @@ from urllib.request import url2pathname
 import click
 
 from edge_runtime.cli.file_names import find_named, is_there, names_in, similar_name
+from edge_runtime.cli.output_level import is_quiet
 from edge_runtime.cli.piped import STDIN, Piped, read_pipe, told_apart
 from edge_runtime.errors import ImageError, MessageError
 from edge_runtime.inputs.messages import VIDEO_SUFFIXES
@@ -75,8 +76,12 @@ Named = str | Path | Piped
 """Text, a file or folder, or what a pipe held."""
 
 
-def parse_arguments(arguments: Sequence[str]) -> list[Named]:
+def parse_arguments(arguments: Sequence[str], others: Sequence[Path] = ()) -> list[Named]:
     """Separate files from text, in order; neighbouring texts are joined by a space, piped ones by an empty line.
+
+    Parameters
+    ----------
+    others : files that were named elsewhere, which texts may mention.
 
     Raises
     ------
@@ -85,12 +90,11 @@ def parse_arguments(arguments: Sequence[str]) -> list[Named]:
     MessageError
         When a text mentions a picture that is not named, or was meant as an option.
     """
-    if (times := sum(word in STDIN for word in arguments)) > 1:
-        raise ImageError(f"stdin is named {times} times, but can be read once; name it once.")
+    _check_stdin_once(arguments)
     for word in arguments:
         _check_dash(word)
     parts = [_part(word) for word in arguments]
-    files = [part for part in parts if isinstance(part, Path)]
+    files = [*others, *(part for part in parts if isinstance(part, Path))]
     content: list[str | Path | Piped] = []
     was_piped = False
     for word, part in zip(arguments, parts, strict=True):
@@ -98,7 +102,7 @@ def parse_arguments(arguments: Sequence[str]) -> list[Named]:
         if part is word:
             if (reason := overlooked(word, files)) is not None:
                 raise MessageError(f"{reason}, or give the question with --prompt.")
-        elif isinstance(part, str):
+        elif isinstance(part, str) and not is_quiet():
             click.secho(f"Text was read from {_source(word)}, characters: {len(part)}.", err=True, dim=True)
         if isinstance(part, str) and content and isinstance(content[-1], str):
             content[-1] += ("\n\n" if is_piped or was_piped else " ") + part
@@ -106,6 +110,21 @@ def parse_arguments(arguments: Sequence[str]) -> list[Named]:
             content.append(part)
         was_piped = is_piped
     return content
+
+
+def parse_words(images: Sequence[str], arguments: Sequence[str]) -> list[Named]:
+    """The files of `--image`, in front, and what the arguments are (`parse_arguments`).
+
+    Raises
+    ------
+    ImageError, MessageError
+    """
+    _check_stdin_once((*images, *arguments))
+    found = [named_file(word) for word in images]
+    for word, part in zip(images, found, strict=True):
+        if isinstance(part, str):
+            raise ImageError(f"--image {_source(word)} holds text, expected a picture, a document or a video.")
+    return [*found, *parse_arguments(arguments, [part for part in found if isinstance(part, Path)])]
 
 
 def named_file(word: str) -> Path | Piped | str:
@@ -120,6 +139,11 @@ def named_file(word: str) -> Path | Piped | str:
     if found is None:
         raise ImageError(f"{why_missing(word)}.")
     return found
+
+
+def _check_stdin_once(words: Sequence[str]) -> None:
+    if (times := sum(word in STDIN for word in words)) > 1:
+        raise ImageError(f"stdin is named {times} times, but can be read once; name it once.")
 
 
 def looks_like_file(word: str) -> bool:

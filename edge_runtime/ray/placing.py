@@ -11,8 +11,8 @@ from typing import Any
 from edge_runtime.errors import ModelFileError
 from edge_runtime.inputs.image import PIXEL_LIMIT
 from edge_runtime.loading.load import LoadOptions, needed_bytes
-from edge_runtime.store.find import DEMO, ModelPaths, find_model
-from edge_runtime.store.names import parse_source
+from edge_runtime.store.find import ModelPaths, find_model
+from edge_runtime.store.names import DEMO, parse_source
 from edge_runtime.store.pull import pull
 
 PROCESS_BYTES = 300 << 20

@@ -21,8 +21,9 @@ from edge_runtime.server.ollama import chat as ollama
 from edge_runtime.server.openai import batches as openai_batches
 from edge_runtime.server.openai import chat as openai
 from edge_runtime.server.openai import files, llama_server, responses
-from edge_runtime.server.registry.catalog import FOLDER, Catalog
+from edge_runtime.server.registry.catalog import Catalog
 from edge_runtime.server.registry.loaded import ModelRegistry
+from edge_runtime.server.registry.places import FOLDER
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import ServerState
 from edge_runtime.version import __version__

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import filecmp
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 from edge_runtime.errors import JOIN_PARTS, ModelFileError
 from edge_runtime.store import ollama
 from edge_runtime.store.library import Library
-from edge_runtime.store.names import ALIASES, Source, fits, parse_source, split_stem, type_of
+from edge_runtime.store.names import ALIASES, DEMO, Source, fits, parse_source, split_stem, type_of
 from edge_runtime.store.shipped import ShippedModel, find_shipped
 
-DEMO = "demo"
 ADAPTER_PREFIX = "adapter-"
 """Files with this prefix are LoRA adapters, which `edge-runtime convert --lora-adapter` writes beside the model."""
 
@@ -32,13 +31,13 @@ class ModelPaths:
     mmproj: Path
 
 
-def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths:
+def find_model(name: str | Path | ModelPaths, mmproj: str | Path | None = None) -> ModelPaths:
     """Find the files of a model.
 
     Parameters
     ----------
     name : `demo`, a name as `edge-runtime pull` takes it, the name of a model that came with the installation, a
-        folder, a folder and a type (`FOLDER:Q5_K_M`), or a decoder file.
+        folder, a folder and a type (`FOLDER:Q5_K_M`), or a decoder file; or the paths themselves.
     mmproj : the mmproj file, when it is not the only one beside the decoder.
 
     Raises
@@ -46,6 +45,8 @@ def find_model(name: str | Path, mmproj: str | Path | None = None) -> ModelPaths
     ModelFileError
         When a file is missing, a model was not pulled, or a folder holds several candidates.
     """
+    if isinstance(name, ModelPaths):
+        return name if mmproj is None else replace(name, mmproj=_given(mmproj))
     try:
         return _find(name, mmproj)
     except OSError as error:

@@ -21,6 +21,10 @@ from edge_runtime.errors import ModelFileError
 
 OFFICIAL = "openbmb/MiniCPM-V-4_5-gguf"
 ALIASES = {"minicpm-v-4.5": f"hf:{OFFICIAL}:ggml-model-Q4_K_M.gguf"}
+DEMO = "demo"
+"""The model that is part of the package."""
+LATEST = ":latest"
+"""Tag that Ollama's clients write behind names without one."""
 
 HUBS = {"hf": "the Hugging Face hub", "ms": "ModelScope"}
 MAX_NAME, MAX_PATH = 1024, 512  # characters
@@ -33,6 +37,9 @@ _DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  #
 _OFFICIAL_FILE = re.compile(r"(?:ggml-model|minicpm-v-4_5)-(?P<type>[A-Za-z0-9_]+)\.gguf", re.IGNORECASE)
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 _TYPE = re.compile(r"(?<![a-z0-9])(i?q\d[a-z0-9_]*|bf16|f16|f32)(?![a-z0-9])")
+_SPELLING = re.compile(
+    r"(?:openbmb/)?minicpm[-_]?v(?:[-_:]?4[._]?5)?(?P<type>:(?:latest|i?q\d[a-z0-9_]*|bf16|f16|f32))?", re.IGNORECASE
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # [HOST/][NAMESPACE/]MODEL[:TAG], the characters Ollama allows; no part can begin with a dot.
@@ -98,6 +105,32 @@ def _of_alias(name: str) -> str:
     if alias not in ALIASES or not colon or wanted == "latest":
         return ALIASES.get(alias, name) if alias in ALIASES else name
     return f"{ALIASES[alias].rpartition(':')[0]}:{wanted}"
+
+
+def alias_meant(name: str) -> str:
+    """The alias that another common spelling of its name means, type included; any other name unchanged.
+
+    People and other programs write `minicpm-v`, `MiniCPM-V4.5`, `minicpm-v:4.5`. A folder may have such a name, so
+    this is for names that cannot be one.
+    """
+    match = _SPELLING.fullmatch(name)
+    return next(iter(ALIASES)) + (match["type"] or "") if match else name
+
+
+def plain_name(name: str) -> str:
+    """The canonical spelling of a client's name for a model, except for its case."""
+    name = name.strip()
+    if name.lower().endswith(LATEST):
+        name = name[: -len(LATEST)]
+    name = _without_prefix(_without_prefix(name, "registry.ollama.ai/"), "library/")
+    for hub in ("hf.co/", "huggingface.co/"):
+        if name.lower().startswith(hub):
+            return "hf:" + name[len(hub) :]
+    return name
+
+
+def _without_prefix(name: str, prefix: str) -> str:
+    return name[len(prefix) :] if name.lower().startswith(prefix) else name
 
 
 def fits(path: str, wanted: str) -> bool:

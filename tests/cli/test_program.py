@@ -15,8 +15,9 @@ from click.testing import CliRunner, Result
 
 from edge_runtime import Model
 from edge_runtime.cli.chat import Chat
-from edge_runtime.cli.program import main, parse_arguments
+from edge_runtime.cli.program import main
 from edge_runtime.cli.terminal import Printer, printable
+from edge_runtime.cli.words import parse_arguments
 from edge_runtime.errors import ImageError
 
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "sign.png")

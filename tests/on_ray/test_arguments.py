@@ -9,7 +9,7 @@ import pytest
 
 from edge_runtime.errors import DownloadError, ModelFileError
 from edge_runtime.ray.placing import PROCESS_BYTES, everywhere, memory_needed, model_here
-from edge_runtime.store.find import DEMO
+from edge_runtime.store.names import DEMO
 
 
 def test_names_mean_the_same_on_every_node(tmp_path, monkeypatch):

@@ -12,12 +12,12 @@ import pytest
 
 from edge_runtime.errors import ModelFileError
 from edge_runtime.server.errors import ModelNotFound, NotAllowed, RequestError
-from edge_runtime.server.registry.catalog import Catalog, plain_name
+from edge_runtime.server.registry.catalog import Catalog
 from edge_runtime.server.registry.names import Names, Record
 from edge_runtime.server.settings import Settings
 from edge_runtime.store.find import find_model
 from edge_runtime.store.library import Library
-from edge_runtime.store.names import ALIASES
+from edge_runtime.store.names import ALIASES, plain_name
 from server.test_ollama_client import DEMO_FILES, PULLED, hub, names, own
 
 __all__ = ["hub", "own"]

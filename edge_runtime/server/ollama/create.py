@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edge_runtime.server.middleware.shares import asking
 from edge_runtime.server.ollama.modelfile import parse_modelfile
 from edge_runtime.server.ollama.requests import CreateBody
 from edge_runtime.server.registry.blobs import PREFIX, checked_digest
+from edge_runtime.server.registry.catalog import Catalog
 from edge_runtime.server.registry.facts import facts_of
 from edge_runtime.server.registry.names import Record, checked_name
 from edge_runtime.server.registry.parameters import submit_options
@@ -180,8 +182,12 @@ async def _in_thread(
         abandoned.set()
 
 
-async def create(body: CreateBody, state: ServerState) -> AsyncIterator[Step]:
+async def create(body: CreateBody, catalog: Catalog, readers: Executor) -> AsyncIterator[Step]:
     """Make a model.
+
+    Parameters
+    ----------
+    readers : threads that read the files.
 
     Raises
     ------
@@ -199,16 +205,16 @@ async def create(body: CreateBody, state: ServerState) -> AsyncIterator[Step]:
     submit_options(body.parameters)  # refuse now rather than with every request
     yield {"status": "reading model metadata"}
     loop = asyncio.get_running_loop()
-    record = await loop.run_in_executor(state.making, _record, body, state)
-    if body.template and body.template.strip() != await asyncio.to_thread(_own_template, record, state):
+    record = await loop.run_in_executor(readers, _record, body, catalog)
+    if body.template and body.template.strip() != await asyncio.to_thread(_own_template, record, catalog):
         yield {"status": "storing the template for display only; prompts use the one in the model's file"}
     yield {"status": "writing manifest"}
-    await asyncio.to_thread(state.catalog.put, record, name)
+    await asyncio.to_thread(catalog.put, record, name)
     yield {"status": "success"}
 
 
-def _own_template(record: Record, state: ServerState) -> str:
-    return facts_of(state.catalog.find(record.base)).template.strip() if record.base else ""
+def _own_template(record: Record, catalog: Catalog) -> str:
+    return facts_of(catalog.find(record.base)).template.strip() if record.base else ""
 
 
 def _with_modelfile(body: CreateBody) -> CreateBody:
@@ -251,12 +257,12 @@ def _is_digest(source: str) -> bool:
     return source.removeprefix("@").startswith((PREFIX, "sha256-"))
 
 
-def _record(body: CreateBody, state: ServerState) -> Record:
+def _record(body: CreateBody, catalog: Catalog) -> Record:
     """The new model's record, with all files checked."""
     if not body.source and not body.files:
         raise RequestError("Neither 'from' nor 'files' was given; expected a model's name or uploaded files.", "from")
-    record = state.catalog.record_of(_base_name(body.source)) if body.source else Record("")
-    roles = {role: digest for digest, role in _roles([*(body.files or {}).values()], state).items()}
+    record = catalog.record_of(_base_name(body.source)) if body.source else Record("")
+    roles = {role: digest for digest, role in _roles([*(body.files or {}).values()], catalog).items()}
     decoder, mmproj = roles.get("decoder", record.decoder), roles.get("mmproj", record.mmproj)
     record = replace(record, decoder=decoder, mmproj=mmproj)
     if "decoder" in roles and "mmproj" in roles:
@@ -275,7 +281,7 @@ def _record(body: CreateBody, state: ServerState) -> Record:
         messages=tuple(body.messages or record.messages),
         created=datetime.datetime.now(datetime.UTC).isoformat(),
     )
-    _check_files(record, state)
+    _check_files(record, catalog)
     return record
 
 
@@ -289,11 +295,11 @@ def _base_name(source: str) -> str:
     return source
 
 
-def _roles(digests: list[str], state: ServerState) -> dict[str, str]:
+def _roles(digests: list[str], catalog: Catalog) -> dict[str, str]:
     """Digest of each upload → `decoder`, `mmproj` or `adapter`."""
     found: dict[str, str] = {}
     for digest in map(checked_digest, digests):
-        role = _role(_uploaded(digest, state))
+        role = _role(_uploaded(digest, catalog))
         if role in found.values():
             raise RequestError(
                 f"Two of the files are of type {role}, expected one decoder and one mmproj file.", "files"
@@ -310,21 +316,21 @@ def _role(path: Path) -> str:
         raise RequestError(str(error), "files") from None
 
 
-def _uploaded(digest: str, state: ServerState) -> Path:
-    if not state.catalog.blobs.has(digest):
+def _uploaded(digest: str, catalog: Catalog) -> Path:
+    if not catalog.blobs.has(digest):
         raise RequestError(
             f"No upload has the digest {digest[:23]}...; send it to /api/blobs/{digest} first.", "files"
         )
-    return state.catalog.blobs.path(digest)
+    return catalog.blobs.path(digest)
 
 
-def _check_files(record: Record, state: ServerState) -> None:
+def _check_files(record: Record, catalog: Catalog) -> None:
     """Check that the files of a record fit together, before anything loads them."""
-    base = state.catalog.find(record.base) if record.base else None
+    base = catalog.find(record.base) if record.base else None
     paths: dict[str, Path] = {}
     for role, digest in (("decoder", record.decoder), ("mmproj", record.mmproj)):
         if digest:
-            paths[role] = _uploaded(digest, state)
+            paths[role] = _uploaded(digest, catalog)
         elif base is not None:
             paths[role] = getattr(base.paths, role)
         else:
@@ -335,6 +341,6 @@ def _check_files(record: Record, state: ServerState) -> None:
     try:
         check_roles(paths)
         for digest in record.adapters:
-            check_adapter(_uploaded(digest, state), GGUFFile(paths["decoder"]))
+            check_adapter(_uploaded(digest, catalog), GGUFFile(paths["decoder"]))
     except ModelFileError as error:
         raise RequestError(str(error), "files") from None

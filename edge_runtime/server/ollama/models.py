@@ -21,13 +21,14 @@ from edge_runtime.server.ollama import create as making
 from edge_runtime.server.ollama.modelfile import modelfile_of
 from edge_runtime.server.ollama.options import parameter_lines
 from edge_runtime.server.ollama.requests import CopyBody, CreateBody, DeleteBody, EmbedBody, PullBody, ShowBody
-from edge_runtime.server.registry.catalog import Catalog, Listed, plain_name
+from edge_runtime.server.registry.catalog import Catalog, Listed
 from edge_runtime.server.registry.facts import Facts, details, facts_of, fingerprint
 from edge_runtime.server.registry.loaded import Slot
 from edge_runtime.server.replies import NDJSON, while_connected
 from edge_runtime.server.routing import JSONRoute
 from edge_runtime.server.settings import Settings
 from edge_runtime.server.state import State
+from edge_runtime.store.names import plain_name
 
 router = APIRouter(route_class=JSONRoute)
 
@@ -130,7 +131,7 @@ async def pull(body: PullBody, request: Request, state: State) -> Response:
 @router.post("/create")
 async def create(body: CreateBody, request: Request, state: State) -> Response:
     """Make a model from files that are here, with its own texts and options."""
-    return await _steps(making.create(body, state), request, stream=body.stream is not False)
+    return await _steps(making.create(body, state.catalog, state.making), request, stream=body.stream is not False)
 
 
 async def _steps(steps: AsyncIterator[dict[str, Any]], request: Request, *, stream: bool) -> Response:

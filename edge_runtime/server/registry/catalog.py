@@ -19,17 +19,15 @@ from edge_runtime.server.errors import ModelNotFound, NotAllowed, RequestError
 from edge_runtime.server.registry.blobs import Blobs
 from edge_runtime.server.registry.names import Names, Record, checked_name
 from edge_runtime.server.registry.parameters import submit_options
+from edge_runtime.server.registry.places import FOLDER, names_folder
 from edge_runtime.server.registry.pulled import PulledModels
 from edge_runtime.server.settings import Settings
-from edge_runtime.store.find import DEMO, ModelPaths, find_model
+from edge_runtime.store.find import ModelPaths, find_model
 from edge_runtime.store.library import Entry, Library
-from edge_runtime.store.names import ALIASES, visible
+from edge_runtime.store.names import ALIASES, DEMO, LATEST, plain_name, visible
 from edge_runtime.store.shipped import shipped_models
 from edge_runtime.system.plain_files import is_plain
 
-LATEST = ":latest"
-FOLDER = ".served"
-"""Folder of names and uploads, in the model store."""
 CHANGES = "names that clients gave"
 """Name of the lock that is held while a name is changed."""
 MAX_NAMES_BYTES = 64 << 20
@@ -78,22 +76,6 @@ class Listed:
         return submit_options(self.parameters)
 
 
-def plain_name(name: str) -> str:
-    """The canonical spelling of a client's name for a model, except for its case."""
-    name = name.strip()
-    if name.lower().endswith(LATEST):
-        name = name[: -len(LATEST)]
-    name = _without_prefix(_without_prefix(name, "registry.ollama.ai/"), "library/")
-    for hub in ("hf.co/", "huggingface.co/"):
-        if name.lower().startswith(hub):
-            return "hf:" + name[len(hub) :]
-    return name
-
-
-def _without_prefix(name: str, prefix: str) -> str:
-    return name[len(prefix) :] if name.lower().startswith(prefix) else name
-
-
 class Catalog:
     """All models that clients may name.
 
@@ -106,7 +88,7 @@ class Catalog:
     def __init__(self, settings: Settings, library: Library | None = None) -> None:
         self.library = library or Library()
         self.pulled = PulledModels(self.library)
-        self.names = Names(self.library.root / FOLDER / "names")
+        self.names = Names(names_folder(self.library.root))
         self.blobs = Blobs(self.library.root / FOLDER / "blobs", settings.max_blob_bytes, self.room)
         self._most_bytes, self._most_names = settings.max_stored_bytes, settings.max_names
         self._owned: dict[str, Listed] = {}

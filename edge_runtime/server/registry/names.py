@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from typing import Any
 from edge_runtime.errors import ModelFileError
 from edge_runtime.server.errors import RequestError
 from edge_runtime.server.registry.blobs import checked_digest
+from edge_runtime.server.registry.places import record_paths
 from edge_runtime.store.download import storing
 from edge_runtime.store.names import ollama_parts
 from edge_runtime.system.atomic_files import write_whole
@@ -77,7 +77,9 @@ class Names:
             return []
         found = [self._read(path) for path in paths]
         return [
-            record for path, record in zip(paths, found, strict=True) if record and path in self._places(record.name)
+            record
+            for path, record in zip(paths, found, strict=True)
+            if record and path in record_paths(self._root, record.name)
         ]
 
     def needed(self) -> set[str] | None:
@@ -91,7 +93,7 @@ class Names:
 
     def get(self, name: str) -> Record | None:
         """The record of a name, whatever its case."""
-        for path in self._places(name):
+        for path in record_paths(self._root, name):
             record = self._read(path)
             if record is not None and record.name.lower() == name.lower():
                 return record
@@ -105,7 +107,7 @@ class Names:
             raise RequestError("The model's texts have more than 4 MB; shorten its system prompt or messages.")
         with storing(self._root, "make the model again"):
             write_whole(path, text.encode("utf-8", "replace"), mode=0o600)  # it may hold private messages
-            for other in self._places(record.name)[1:]:
+            for other in record_paths(self._root, record.name)[1:]:
                 other.unlink(missing_ok=True)
 
     def size(self) -> tuple[int, int]:
@@ -118,16 +120,11 @@ class Names:
     def remove(self, name: str) -> None:
         """Delete a name."""
         with storing(self._root):
-            for path in self._places(name):
+            for path in record_paths(self._root, name):
                 path.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        return self._places(name)[0]
-
-    def _places(self, name: str) -> list[Path]:
-        """Paths of a name's record; older versions hashed the name with its case."""
-        digests = [hashlib.sha256(each.encode("utf-8", "surrogatepass")).hexdigest() for each in (name.lower(), name)]
-        return [self._root / f"{digest}.json" for digest in dict.fromkeys(digests)]
+        return record_paths(self._root, name)[0]
 
     def _read(self, path: Path) -> Record | None:
         """A record, checked; None if there is none of this version."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edge_runtime.errors import ModelFileError
 from edge_runtime.store.library import Entry, Library
-from edge_runtime.store.names import ALIASES, parse_source
+from edge_runtime.store.names import ALIASES, alias_meant, parse_source
 
 
 class PulledModels:
@@ -43,7 +43,7 @@ class PulledModels:
                 return each
             if key.startswith(each.lower() + ":"):
                 return each + name[len(each) :]
-        return name
+        return alias_meant(name)
 
 
 def _is_model(entry: Entry) -> bool:
