@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from edge_kernels.linear.gguf_int8 import FEW_BLOCKS, FEW_ROWS, MANY_BLOCKS, ROW_BLOCK, SERIAL_NUMBERS, linear_gguf
 from edge_kernels.reference import gguf_blocks as reference
-from edge_kernels.simd.gguf_layout import BLOCK_MR, BLOCK_NR, KINDS, WIDTH
+from edge_kernels.simd.gguf_layout import BLOCK_MR, BLOCK_NR, KINDS, LANES
 from edge_kernels.threads import set_threads
 
 pytestmark = pytest.mark.every_core
@@ -66,8 +66,8 @@ def test_the_definition_unpacks_as_gguf_does(kind):
         (FEW_ROWS + 13, 200, 256 * (MANY_BLOCKS + 1)),
         (ROW_BLOCK + 5, 2 * BLOCK_NR, 256),
         (2 * ROW_BLOCK + 3, BLOCK_NR, 256),
-        (1, 70, 256 * WIDTH),
-        (1, 70, 256 * (WIDTH + 1)),
+        (1, 70, 256 * LANES),
+        (1, 70, 256 * (LANES + 1)),
     ],
 )
 def test_products_are_those_of_the_definition(kind, m, n, k):
@@ -99,7 +99,7 @@ def test_largest_integers_do_not_overflow(kind):
 @settings(max_examples=25, deadline=None)
 @given(kind=st.sampled_from([*KINDS]), m=st.integers(1, FEW_ROWS + 8), data=st.data())
 def test_a_row_is_the_same_in_any_company(kind, m, data):
-    n, k = 3 * BLOCK_NR, 256 * WIDTH  # one row alone takes another way through these
+    n, k = 3 * BLOCK_NR, 256 * LANES  # one row alone takes another way through these
     x, blocks = random(m, k), blocks_of(kind, n, k)
     whole = linear_gguf(x, blocks, kind, n)
     first = data.draw(st.integers(0, m - 1))
@@ -148,7 +148,8 @@ def test_rows_and_weight_must_match():
 
 COMPILE = """
 import numba
-from edge_kernels.simd.gguf_int8 import dots, tiles
+from edge_kernels.simd.gguf_dots import dots
+from edge_kernels.simd.gguf_int8 import tiles
 from edge_kernels.simd.gguf_panels import unpackers
 
 def assembly(run, n):
@@ -159,8 +160,8 @@ def assembly(run, n):
 for kind in ("Q4_K", "Q6_K", "Q8_0", "IQ4_NL"):
     tile, unpack, dot = tiles[kind, 6], unpackers[kind], dots[kind]
     print(assembly(lambda a, b, c, d, e: tile(a, b, c, d, e), 5))
-    assembly(lambda a, b, c, d, e: unpack(a, b, c, d, e), 5)
-    assembly(lambda a, b: dot(a, b, numba.float32(0)), 2)
+    assembly(lambda a, b, c, d: unpack(a, b, c, d), 4)
+    assembly(lambda a, b, c: dot(a, b, c, numba.float32(0)), 3)
 """
 SETS = {
     "avx512vnni": ("cascadelake", "+avx2,+fma,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni", "vpdpbusd", "zmm"),

@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from edge_kernels.arrays import aligned
 from edge_kernels.compile import helper, kernel
 from edge_kernels.linear.tasks import result_rows
-from edge_kernels.simd.gguf_int8 import dots, tiles
-from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_MR, BLOCK_NR, KINDS, ROW_BYTES, UNPACKED_BYTES, VECTORS, WIDTH
+from edge_kernels.simd.gguf_dots import dots
+from edge_kernels.simd.gguf_int8 import tiles
+from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_MR, BLOCK_NR, KINDS, LANES, ROW_BYTES, UNPACKED_BYTES, VECTORS
 from edge_kernels.simd.gguf_panels import unpackers
 from edge_kernels.simd.gguf_rows import lay_side_by_side, quantize_float, quantize_integer, write_float, write_rows
 from edge_kernels.simd.ir import take_ticket
@@ -91,8 +92,8 @@ def _unpacking(name):
     unpack = unpackers[name]
 
     @helper
-    def run(blocks, row_bytes, ahead, panel, vectors):
-        unpack(blocks, row_bytes, ahead, panel, vectors)
+    def run(blocks, row_bytes, panel, vectors):
+        unpack(blocks, row_bytes, panel, vectors)
 
     return run
 
@@ -120,17 +121,16 @@ def _multiplying(name):
 
 
 def _one_row(name):
-    unpack, dot = unpackers[name], dots[name]
+    dot = dots[name]
 
     @helper
-    def run(weight, row, first, last, y, panel):
+    def run(weight, row, first, last, y):
         """Compute outputs of one row, one after the other, as they lie in the file."""
         for output in range(first, last):
             total, at = np.float32(0.0), weight.address + output * weight.row_bytes
-            for start in range(0, weight.k // BLOCK, WIDTH):
+            for start in range(0, weight.k // BLOCK, LANES):
                 blocks = at + start * weight.block_bytes
-                unpack(blocks, weight.block_bytes, blocks + AHEAD_BYTES, panel, 1)
-                total = dot(panel, row + start * ROW_BYTES, total)
+                total = dot(blocks, blocks + AHEAD_BYTES, row + start * ROW_BYTES, total)
             write_float(y + output * 4, total)
 
     return run
@@ -205,7 +205,7 @@ def _compute(weight, rows, m, y, part, unpacked, totals):
             first = weight.address + _first_output(weight, part.panel + p) * weight.row_bytes
             for b in range(n_blocks):
                 block = first + (start + b) * weight.block_bytes
-                _unpack(weight.kind, (block, weight.row_bytes, 0, unpacked + b * UNPACKED_BYTES, VECTORS))
+                _unpack(weight.kind, (block, weight.row_bytes, unpacked + b * UNPACKED_BYTES, VECTORS))
             sums = totals + p * part.n_rows * BLOCK_NR * 4
             # The next panel's bytes follow this one's: as many of them as were unpacked now.
             ahead = first + BLOCK_NR * (weight.row_bytes + start * weight.block_bytes)
@@ -254,14 +254,12 @@ def _work_on_one_row(weight, quantized, y, tickets, outputs_of_task):
     """Compute tasks of one row until there are none: its blocks lie side by side after its own."""
     blocks = weight.k // BLOCK
     tasks = (weight.n + outputs_of_task - 1) // outputs_of_task
-    unpacked = aligned(UNPACKED_BYTES // 4, np.float32)
     row = quantized.ctypes.data + blocks * ROW_BYTES
     task = take_ticket(tickets)
     while task < tasks:
         first, last = task * outputs_of_task, min((task + 1) * outputs_of_task, weight.n)
-        _compute_one_row(weight.kind, (weight, row, first, last, y.address, unpacked.ctypes.data))
+        _compute_one_row(weight.kind, (weight, row, first, last, y.address))
         task = take_ticket(tickets)
-    unpacked[0] = 0.0  # in use until here
 
 
 @helper
@@ -271,7 +269,7 @@ def _quantize_alone(weight, x, m, quantized):
         _quantize_row(weight, x, row, m, quantized)
     if m == 1:
         first, n_bytes = quantized.ctypes.data, weight.k // BLOCK * ROW_BYTES
-        for start in range(0, n_bytes - WIDTH * ROW_BYTES + 1, WIDTH * ROW_BYTES):
+        for start in range(0, n_bytes - LANES * ROW_BYTES + 1, LANES * ROW_BYTES):
             lay_side_by_side(first + start, first + n_bytes + start)
 
 
@@ -290,7 +288,7 @@ def multiply(weight: Weight, x: Matrix, m: int, y: Matrix, workers: int):
     else:
         for row in numba.prange(m):
             _quantize_row(weight, x, row, m, quantized)
-    if m == 1 and blocks % WIDTH == 0:
+    if m == 1 and blocks % LANES == 0:
         outputs = max(1, weight.n // (TASKS_PER_WORKER * workers))
         for _ in numba.prange(workers):
             _work_on_one_row(weight, quantized, y, tickets, outputs)

@@ -80,15 +80,19 @@ from edge_kernels.simd.ir import (
 )
 
 
-def _maddubs(builder: ir.IRBuilder, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, [unsigned, signed])
+def pairs_of_bytes(builder: ir.IRBuilder, weights: ir.Value, numbers: ir.Value, *, is_signed: bool) -> ir.Value:
+    """Emit the sums of each two products of weights and a row's numbers, in 16 bits (vpmaddubsw)."""
+    if is_signed:
+        numbers = call(builder, "llvm.x86.avx2.psign.b", BYTES, [numbers, weights])
+        weights = call(builder, "llvm.abs.v32i8", BYTES, [weights, ir.Constant(BIT, 0)])
+    return call(builder, "llvm.x86.avx2.pmadd.ub.sw", WORDS, [weights, numbers])
 
 
-def _dot(builder: ir.IRBuilder, sums: ir.Value, weights: ir.Value, numbers: ir.Value) -> ir.Value:
+def dot(builder: ir.IRBuilder, sums: ir.Value, weights: ir.Value, numbers: ir.Value) -> ir.Value:
     """Emit sums + the products of four weights and four of the row's numbers in each lane."""
     if BLOCK_TILE.instruction == "vpdpbusd":
-        operands = [builder.bitcast(value, INTS) for value in (weights, numbers)]
-        return call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * WIDTH}", INTS, [sums, *operands])
+        operands = [builder.bitcast(value, sums.type) for value in (weights, numbers)]
+        return call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * sums.type.count}", sums.type, [sums, *operands])
     if BLOCK_TILE.instruction in ("sdot", "smmla"):
         return call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", INTS, [sums, weights, numbers])
     wide = ir.VectorType(SHORT, 4 * WIDTH)
@@ -105,8 +109,7 @@ _WORDS_MASK = ir.VectorType(INT, 2 * WIDTH)
 class _Block(NamedTuple):
     """A block at hand: addresses of the unpacked weights, and of the numbers of the tile's rows.
 
-    Lanes are outputs, in `vectors` vectors, and a row's number is copied into all of them; or lanes are blocks of one
-    output and one row, whose numbers lie side by side as the weights do (`dots`).
+    Lanes are outputs, in `vectors` vectors, and a row's number is copied into all of them.
     """
 
     kind: Kind
@@ -114,7 +117,6 @@ class _Block(NamedTuple):
     rows: ir.Value
     n_rows: int
     vectors: int = VECTORS
-    lanes_are_blocks: bool = False
     ahead: ir.Value | None = None
     """Where as many bytes begin as the block had in the file, to be prefetched meanwhile; 0: nowhere."""
 
@@ -144,13 +146,8 @@ class _Block(NamedTuple):
         return load(builder, byte_at(builder, self.rows, *places, 4 * first), type_)
 
     def of_row(self, builder: ir.IRBuilder, row: int, type_: ir.Type, *places: int | ir.Value) -> ir.Value:
-        """Emit the four bytes at so many bytes of a row's block, in all lanes; or those of every lane's block."""
-        n = WIDTH if self.lanes_are_blocks else self.n_rows
-        places = tuple(p * n if isinstance(p, int) else builder.mul(p, index(n)) for p in places)
-        at = byte_at(builder, self.rows, *places)
-        if self.lanes_are_blocks:
-            return load(builder, at, ir.VectorType(type_, WIDTH))
-        return splat(builder, load(builder, byte_at(builder, at, 4 * row), type_), WIDTH)
+        """Emit the four bytes at so many bytes of a row's block, in all lanes."""
+        return splat(builder, self.of_rows(builder, row, type_, *places), WIDTH)
 
 
 def _words_sums(builder: ir.IRBuilder, block: _Block, place: ir.Value, step: ir.Value, meet: int) -> list[ir.Value]:
@@ -161,23 +158,15 @@ def _words_sums(builder: ir.IRBuilder, block: _Block, place: ir.Value, step: ir.
     sums: list[ir.Value] = []
     is_signed = meet == 1
     for s in range(meet):
-        weights = block.of_panel(builder, BYTES, step, s * STEP_BYTES)
-        factors = (
-            [call(builder, "llvm.abs.v32i8", BYTES, [w, ir.Constant(BIT, 0)]) for w in weights]
-            if is_signed
-            else weights
-        )
-        products = []
+        weights, products = block.of_panel(builder, BYTES, step, s * STEP_BYTES), []
         for row in range(block.n_rows):
             number = builder.bitcast(block.of_row(builder, row, INT, place, 4 * s), BYTES)
-            for weight, factor in zip(weights, factors, strict=True):
-                signed = call(builder, "llvm.x86.avx2.psign.b", BYTES, [number, weight]) if is_signed else number
-                products.append(_maddubs(builder, factor, signed))
-        sums = [_fixed(builder, builder.add(a, b)) for a, b in zip(sums, products, strict=True)] if sums else products
+            products += [pairs_of_bytes(builder, w, number, is_signed=is_signed) for w in weights]
+        sums = [fixed(builder, builder.add(a, b)) for a, b in zip(sums, products, strict=True)] if sums else products
     return sums
 
 
-def _fixed(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+def fixed(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Emit a value that LLVM must have at this point: an instruction of nothing that takes and returns it.
 
     Otherwise LLVM, for which the order of integer sums does not matter, first adds products to each other and so has
@@ -233,7 +222,7 @@ def _group_sums(builder: ir.IRBuilder, block: _Block, group: ir.Value, scales: S
         for r in range(block.n_rows):
             number = builder.bitcast(block.of_row(builder, r, INT, place, 4 * s), BYTES)
             for v, weight in enumerate(weights, r * block.vectors):
-                sums[v] = _dot(builder, sums[v], weight, number)
+                sums[v] = dot(builder, sums[v], weight, number)
     return [builder.mul(s, scales[i % block.vectors]) for i, s in enumerate(sums)] if scales else sums
 
 
@@ -346,32 +335,3 @@ def _tile(kind: Kind, n_rows: int):
 TILE_ROWS = (6, 4, 2, 1)
 tiles = {(name, n): _tile(kind, n) for name, kind in KINDS.items() for n in TILE_ROWS}
 """By type and number of rows."""
-
-
-def _dot_product(kind: Kind):
-    """Make an intrinsic that multiplies one row by one output: a block in each lane."""
-
-    @intrinsic
-    def dot(typing_context, panel, row, total):
-        """Return total + the products of WIDTH successive blocks, added block by block.
-
-        `panel` is where the output's blocks were unpacked as if they were outputs, `row` where the row's blocks lie
-        side by side, four bytes of each in turn.
-        """
-
-        def generate(context, builder, signature, args):
-            panel, row = (pointer(builder, args[i]) for i in range(2))
-            ((value, scale),) = _block_values(builder, _Block(kind, panel, row, 1, 1, lanes_are_blocks=True))
-            total = args[2]
-            for lane in range(WIDTH):
-                a, b = (builder.extract_element(x, ir.Constant(INT, lane)) for x in (value, scale))
-                total = multiply_add(builder, a, b, total)
-            return total
-
-        return types.float32(types.int64, types.int64, types.float32), generate
-
-    return dot
-
-
-dots = {name: _dot_product(kind) for name, kind in KINDS.items()}
-"""By type."""

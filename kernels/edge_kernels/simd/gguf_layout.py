@@ -53,6 +53,9 @@ BLOCK_MR = 6
 BLOCK_NR = BLOCK_TILE.vectors * BLOCK_TILE.width
 
 VECTORS, WIDTH = BLOCK_TILE.vectors, BLOCK_TILE.width
+LANES = min(WIDTH, 8)
+"""Blocks of an output at a time, one in each lane, where there is one row alone. 16 are slower, at least on Zen 4: so
+many streams are more than the hardware prefetches."""
 MADDUBS = BLOCK_TILE.instruction == "vpmaddubsw"
 UNSIGNED = BLOCK_TILE.instruction == "vpdpbusd"  # 8-bit weights carry +128 there
 

@@ -16,6 +16,7 @@ from edge_kernels.simd.gguf_layout import (
     BLOCK,
     BLOCK_NR,
     FLOATS,
+    LANES,
     ROW_BYTES,
     ROW_SCALE_AT,
     ROW_SCALES_AT,
@@ -181,16 +182,16 @@ def write_rows(typing_context, totals, n_rows, out, out_stride):
 
 @intrinsic
 def lay_side_by_side(typing_context, blocks, out):
-    """Write WIDTH quantised blocks of a row so that four bytes of each lie side by side; both are addresses."""
+    """Write LANES quantised blocks of a row so that four bytes of each lie side by side; both are addresses."""
 
     def generate(context, builder, signature, args):
         blocks, out = (pointer(builder, a) for a in args)
 
         def word(i: ir.Value, _: Sequence[ir.Value]) -> Sequence[ir.Value]:
             place = builder.mul(i, index(4))
-            for lane in range(WIDTH):
+            for lane in range(LANES):
                 value = load(builder, byte_at(builder, blocks, place, lane * ROW_BYTES), INT)
-                store(builder, value, byte_at(builder, out, builder.mul(place, index(WIDTH)), 4 * lane))
+                store(builder, value, byte_at(builder, out, builder.mul(place, index(LANES)), 4 * lane))
             return []
 
         loop(builder, index(0), index(ROW_BYTES // 4), 1, [], word)
