@@ -135,8 +135,8 @@ def _mac_number(library: Any, key: bytes) -> int:
 # Instruction sets that kernels have code of their own for, and the CPU features each needs, best first. `simd`
 # says what the code is; a name here needs a row in its table.
 ISAS: dict[str, frozenset[str]] = {
-    "amx": frozenset({"avx512f", "avx512bw", "avx512vnni", "amx-tile", "amx-int8", "amx-bf16"}),
-    "avx512vnni": frozenset({"avx512f", "avx512bw", "avx512vnni"}),
+    "amx": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni", "amx-tile", "amx-int8", "amx-bf16"}),
+    "avx512vnni": frozenset({"avx512f", "avx512bw", "avx512vl", "avx512vnni"}),
     "avx512": frozenset({"avx512f", "avx512bw"}),
     "avxvnni": frozenset({"avx2", "fma", "avxvnni"}),
     "avx2": frozenset({"avx2", "fma"}),

@@ -67,6 +67,9 @@ def test_the_definition_unpacks_as_gguf_does(kind):
         (ROW_BLOCK + 5, 2 * BLOCK_NR, 256),
         (2 * ROW_BLOCK + 3, BLOCK_NR, 256),
         (1, 70, 256 * LANES),
+        (2, 70, 256 * LANES),
+        (3, 70, 512 * LANES),
+        (4, 70, 256 * LANES),
         (1, 70, 256 * (LANES + 1)),
     ],
 )
@@ -99,7 +102,7 @@ def test_largest_integers_do_not_overflow(kind):
 @settings(max_examples=25, deadline=None)
 @given(kind=st.sampled_from([*KINDS]), m=st.integers(1, FEW_ROWS + 8), data=st.data())
 def test_a_row_is_the_same_in_any_company(kind, m, data):
-    n, k = 3 * BLOCK_NR, 256 * LANES  # one row alone takes another way through these
+    n, k = 3 * BLOCK_NR, 256 * LANES  # few rows take another way through these
     x, blocks = random(m, k), blocks_of(kind, n, k)
     whole = linear_gguf(x, blocks, kind, n)
     first = data.draw(st.integers(0, m - 1))
@@ -158,10 +161,10 @@ def assembly(run, n):
     return run.inspect_asm(run.signatures[0])
 
 for kind in ("Q4_K", "Q6_K", "Q8_0", "IQ4_NL"):
-    tile, unpack, dot = tiles[kind, 6], unpackers[kind], dots[kind]
+    tile, unpack, dot = tiles[kind, 6], unpackers[kind], dots[kind, 2]
     print(assembly(lambda a, b, c, d, e: tile(a, b, c, d, e), 5))
     assembly(lambda a, b, c, d: unpack(a, b, c, d), 4)
-    assembly(lambda a, b, c: dot(a, b, c, numba.float32(0)), 3)
+    assembly(lambda a, b, c, d: dot(a, b, c, d, (numba.float32(0),) * 2), 4)
 """
 SETS = {
     "avx512vnni": ("cascadelake", "+avx2,+fma,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni", "vpdpbusd", "zmm"),

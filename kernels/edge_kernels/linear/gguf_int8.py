@@ -8,9 +8,9 @@ multiplies all rows by them:
         for blocks of k that fit the cache      unpack: every weight is read and unpacked once, for all rows
             for tile of up to 6 rows            multiply
 
-One row alone reads every output in the order of the file instead, with a block of it in each lane: it is as fast as
-the memory. Sums are integers, and blocks are added up in the same order either way, so a row has the same bits alone
-and in any company.
+Up to MOST_DOT_ROWS rows read every output in the order of the file instead, with a block of it in each lane: they are
+as fast as the memory. Sums are integers, and blocks are added up in the same order either way, so a row has the same
+bits alone and in any company.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -29,7 +29,17 @@ from edge_kernels.compile import helper, kernel
 from edge_kernels.linear.tasks import result_rows
 from edge_kernels.simd.gguf_dots import dots
 from edge_kernels.simd.gguf_int8 import tiles
-from edge_kernels.simd.gguf_layout import BLOCK, BLOCK_MR, BLOCK_NR, KINDS, LANES, ROW_BYTES, UNPACKED_BYTES, VECTORS
+from edge_kernels.simd.gguf_layout import (
+    BLOCK,
+    BLOCK_MR,
+    BLOCK_NR,
+    DOT_ROWS,
+    KINDS,
+    LANES,
+    ROW_BYTES,
+    UNPACKED_BYTES,
+    VECTORS,
+)
 from edge_kernels.simd.gguf_panels import unpackers
 from edge_kernels.simd.gguf_rows import lay_side_by_side, quantize_float, quantize_integer, write_float, write_rows
 from edge_kernels.simd.ir import take_ticket
@@ -50,9 +60,11 @@ ROW_BLOCK = 192
 PANEL_BLOCK = 4
 FEW_ROWS = 32
 """Up to here panels are finished one by one, so that weights are read in the order in which they lie."""
+MOST_DOT_ROWS = max(DOT_ROWS)
+"""Up to here rows meet the weights as they are unpacked."""
 TASKS_PER_WORKER = 16
 AHEAD_BYTES = 4096
-"""How far ahead one row's weights are prefetched: beyond the page, where hardware stops."""
+"""How far ahead few rows' weights are prefetched: beyond the page, where hardware stops."""
 SERIAL_NUMBERS = 1 << 15
 """Numbers of all rows up to which one thread quantises them: sharing costs more."""
 
@@ -120,25 +132,44 @@ def _multiplying(name):
     return run
 
 
-def _one_row(name):
-    dot = dots[name]
+def _dotting(name, n):
+    """Make a helper that computes one output of m rows, as n rows: those that are not there are computed in vain."""
+    dot, zeros = dots[name, n], (np.float32(0.0),) * n
 
     @helper
-    def run(weight, row, first, last, y):
-        """Compute outputs of one row, one after the other, as they lie in the file."""
+    def run(weight, blocks, rows, m, to, stride):
+        row_bytes, totals = weight.k // BLOCK * ROW_BYTES, zeros
+        for start in range(0, weight.k // BLOCK, LANES):
+            at = blocks + start * weight.block_bytes
+            totals = dot(at, at + AHEAD_BYTES, rows + start * ROW_BYTES, row_bytes, totals)
+        for r in range(n):
+            if r < m:
+                write_float(to + r * stride, totals[r])
+
+    return run
+
+
+def _few_rows(name):
+    one, two, most = (_dotting(name, n) for n in (1, 2, MOST_DOT_ROWS))
+
+    @helper
+    def run(weight, rows, m, first, last, y):
+        """Compute outputs of m rows, one output after the other, as they lie in the file."""
         for output in range(first, last):
-            total, at = np.float32(0.0), weight.address + output * weight.row_bytes
-            for start in range(0, weight.k // BLOCK, LANES):
-                blocks = at + start * weight.block_bytes
-                total = dot(blocks, blocks + AHEAD_BYTES, row + start * ROW_BYTES, total)
-            write_float(y + output * 4, total)
+            blocks, to = weight.address + output * weight.row_bytes, y.address + output * 4
+            if m == 1:
+                one(weight, blocks, rows, m, to, y.stride)
+            elif m == 2:
+                two(weight, blocks, rows, m, to, y.stride)
+            else:
+                most(weight, blocks, rows, m, to, y.stride)
 
     return run
 
 
 _unpack = _chosen([_unpacking(name) for name in KIND_NAMES])
 _multiply = _chosen([_multiplying(name) for name in KIND_NAMES])
-_compute_one_row = _chosen([_one_row(name) for name in KIND_NAMES])
+_compute_few_rows = _chosen([_few_rows(name) for name in KIND_NAMES])
 
 
 class Weight(NamedTuple):
@@ -250,27 +281,26 @@ def _work(weight, quantized, m, y, tickets, panels_of_task):
 
 
 @helper
-def _work_on_one_row(weight, quantized, y, tickets, outputs_of_task):
-    """Compute tasks of one row until there are none: its blocks lie side by side after its own."""
-    blocks = weight.k // BLOCK
+def _work_on_few_rows(weight, quantized, m, y, tickets, outputs_of_task):
+    """Compute tasks of few rows until there are none."""
+    rows = quantized.ctypes.data + weight.k // BLOCK * ROW_BYTES
     tasks = (weight.n + outputs_of_task - 1) // outputs_of_task
-    row = quantized.ctypes.data + blocks * ROW_BYTES
     task = take_ticket(tickets)
     while task < tasks:
         first, last = task * outputs_of_task, min((task + 1) * outputs_of_task, weight.n)
-        _compute_one_row(weight.kind, (weight, row, first, last, y.address))
+        _compute_few_rows(weight.kind, (weight, rows, m, first, last, y))
         task = take_ticket(tickets)
 
 
 @helper
-def _quantize_alone(weight, x, m, quantized):
-    """Quantise rows on this thread; one row's blocks are laid side by side, too."""
+def _quantize_few(weight, x, m, quantized):
+    """Quantise rows on this thread, each at the beginning, and lay its blocks side by side after that."""
+    row_bytes = weight.k // BLOCK * ROW_BYTES
     for row in range(m):
-        _quantize_row(weight, x, row, m, quantized)
-    if m == 1:
-        first, n_bytes = quantized.ctypes.data, weight.k // BLOCK * ROW_BYTES
-        for start in range(0, n_bytes - LANES * ROW_BYTES + 1, LANES * ROW_BYTES):
-            lay_side_by_side(first + start, first + n_bytes + start)
+        _quantize_row(weight, Matrix(x.address + row * x.stride, x.stride), 0, 1, quantized)
+        to = quantized.ctypes.data + (1 + row) * row_bytes
+        for start in range(0, row_bytes, LANES * ROW_BYTES):
+            lay_side_by_side(quantized.ctypes.data + start, to + start)
 
 
 @helper
@@ -281,18 +311,21 @@ def _new_tickets():
 @kernel
 def multiply(weight: Weight, x: Matrix, m: int, y: Matrix, workers: int):
     """Multiply m rows x by a weight, into y: a `Weight` and two of `Matrix`. The caller is in a parallel region."""
-    blocks = weight.k // BLOCK
-    quantized, tickets = aligned((m + (m == 1)) * blocks * ROW_BYTES // 4, np.float32), _new_tickets()
-    if m == 1 or m * weight.k <= SERIAL_NUMBERS:
-        _quantize_alone(weight, x, m, quantized)
+    blocks, tickets = weight.k // BLOCK, _new_tickets()
+    if m <= MOST_DOT_ROWS and blocks % LANES == 0:
+        few = aligned((1 + MOST_DOT_ROWS) * blocks * ROW_BYTES // 4, np.float32)
+        _quantize_few(weight, x, m, few)
+        outputs = max(1, weight.n // (TASKS_PER_WORKER * workers))
+        for _ in numba.prange(workers):
+            _work_on_few_rows(weight, few, m, y, tickets, outputs)
+        return
+    quantized = aligned(m * blocks * ROW_BYTES // 4, np.float32)
+    if m * weight.k <= SERIAL_NUMBERS:
+        for row in range(m):
+            _quantize_row(weight, x, row, m, quantized)
     else:
         for row in numba.prange(m):
             _quantize_row(weight, x, row, m, quantized)
-    if m == 1 and blocks % LANES == 0:
-        outputs = max(1, weight.n // (TASKS_PER_WORKER * workers))
-        for _ in numba.prange(workers):
-            _work_on_one_row(weight, quantized, y, tickets, outputs)
-        return
     panels = (weight.n + BLOCK_NR - 1) // BLOCK_NR
     panels_of_task = max(1, panels // (TASKS_PER_WORKER * workers))
     for _ in numba.prange(workers):

@@ -54,8 +54,10 @@ BLOCK_NR = BLOCK_TILE.vectors * BLOCK_TILE.width
 
 VECTORS, WIDTH = BLOCK_TILE.vectors, BLOCK_TILE.width
 LANES = min(WIDTH, 8)
-"""Blocks of an output at a time, one in each lane, where there is one row alone. 16 are slower, at least on Zen 4: so
-many streams are more than the hardware prefetches."""
+"""Blocks of an output at a time, one in each lane, where there are few rows. With 16 of them Zen 4 reads memory a
+third slower."""
+DOT_ROWS = (2, 1) if isa() in ("avx512", "avxvnni", "avx2", "portable") else (4, 2, 1)
+"""Rows that are then multiplied together: as many as 16 or 32 registers have room for."""
 MADDUBS = BLOCK_TILE.instruction == "vpmaddubsw"
 UNSIGNED = BLOCK_TILE.instruction == "vpdpbusd"  # 8-bit weights carry +128 there
 
