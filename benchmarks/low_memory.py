@@ -136,6 +136,7 @@ def answer(model: Path, options: dict[str, Any]) -> None:
     import numpy as np
     from PIL import Image
 
+    from edge_kernels.machine import cpu_count, cpu_name, isa
     from edge_runtime import Model, __version__
     from edge_runtime.loading.load import LoadOptions, needed_bytes
     from edge_runtime.store.find import find_model
@@ -163,6 +164,9 @@ def answer(model: Path, options: dict[str, Any]) -> None:
                     "n_ctx": loaded.n_ctx,
                     "estimated_bytes": needed_bytes(find_model(model), LoadOptions(**options)),
                     "version": __version__,
+                    "cpu": cpu_name(),
+                    "isa": isa(),
+                    "threads": options.get("n_threads") or cpu_count(),
                 }
             ),
             flush=True,

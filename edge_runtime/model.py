@@ -67,6 +67,17 @@ MAX_TOKEN_CHARACTERS = 32
 """Characters that a token hardly ever has more of."""
 
 
+def _expected(
+    prepared: Prepared, options: GenerationOptions, tokenizer: Tokenizer, n_ctx: int
+) -> tuple[list[int], ...]:
+    """Tokens of what the answer probably is, with changes."""
+    texts = [text for text in (options.expected_text, prepared.page_text) if text]
+    if "expected" not in options.draft_sources:
+        return ()
+    # No answer is longer than the context, and few tokens than this many characters.
+    return tuple(tokenizer.encode(text[: MAX_TOKEN_CHARACTERS * n_ctx]) for text in texts)
+
+
 class Model(LoadedModel):
     """A loaded model. Create one with `Model.load`; it answers from any thread, many requests in parallel."""
 
@@ -281,30 +292,18 @@ class Model(LoadedModel):
         if form is not None and thinking:
             n_left = min(options.max_tokens, self.n_ctx - len(prepared.prompt.ids))
             budget = form.limit_reasoning(budget, n_left)
+        max_tokens = 0 if options.prompt_only else options.max_tokens
         return Request(
             prepared.prompt,
             prepared.groups,
             prepared.digests,
-            replace(
-                options,
-                thinking=thinking,
-                thinking_budget=budget,
-                max_tokens=0 if options.prompt_only else options.max_tokens,
-            ),
+            replace(options, thinking=thinking, thinking_budget=budget, max_tokens=max_tokens),
             rules=options.token_rules(self.tokenizer.stop_ids),
             form=form,
             begun=begun,
-            expected=self._expected(prepared, options),
+            expected=_expected(prepared, options, self.tokenizer, self.n_ctx),
             shared=prepared.shared,
         )
-
-    def _expected(self, prepared: Prepared, options: GenerationOptions) -> tuple[list[int], ...]:
-        """Tokens of what the answer probably is, with changes."""
-        texts = [text for text in (options.expected_text, prepared.page_text) if text]
-        if "expected" not in options.draft_sources:
-            return ()
-        # No answer is longer than the context, and few tokens than this many characters.
-        return tuple(self.tokenizer.encode(text[: MAX_TOKEN_CHARACTERS * self.n_ctx]) for text in texts)
 
     def _finish(
         self, of: _Submitted, text: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished

@@ -174,8 +174,7 @@ def prepare(
     conversation, begun = find_begun_turn(
         conversation, options.continue_final_message, thinking=options.thinking, raw=options.raw
     )
-    if options.preset is not None:
-        conversation = with_preset(conversation, options.preset)
+    conversation = conversation if options.preset is None else with_preset(conversation, options.preset)
     conversation = with_pages(conversation, options, model.slicing, options.max_slices, opener.part)
     page_text = _page_text(conversation, options)
     conversation = expand_videos(conversation, model.slicing, options.video_limits, hooks.on_look, opener.video)

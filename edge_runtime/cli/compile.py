@@ -20,7 +20,7 @@ from edge_runtime.vision.arithmetic import check_instruction_set
     multiple=True,
     metavar="NAME",
     help="Instruction set: avx2, avxvnni, avx512, avx512vnni, amx, neon, neon-dot, neon-i8mm or portable; may be "
-    "repeated. This machine's if not given.",
+    "repeated; all: those of this machine's family. This machine's if not given.",
 )
 @click.option(
     "-o",
@@ -45,13 +45,15 @@ def compile_kernels(names: tuple[str, ...], output: Path | None) -> None:
     from edge_kernels.ahead import CompileError, compile_target
     from edge_kernels.machine import cpu_count, isa
     from edge_kernels.shipped import PACKAGE, VARIABLE
-    from edge_kernels.targets import TARGETS
+    from edge_kernels.targets import TARGETS, family
     from edge_runtime.cli import terminal as console
 
+    if names == ("all",):
+        names = tuple(name for name, target in TARGETS.items() if target.family == family())
     unknown = [name for name in names if name not in TARGETS]
     if unknown:
         raise click.BadParameter(
-            f"{unknown[0]!r} is no instruction set with kernels; there are {', '.join(TARGETS)}.",
+            f"{unknown[0]!r} is no instruction set with kernels; there are {', '.join(TARGETS)}; or all.",
             param_hint="'--target'",
         )
     if not names:

@@ -82,6 +82,15 @@ def model_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+DRAFTS = click.option(
+    "--drafts",
+    default="auto",
+    metavar="NAMES",
+    callback=lambda _context, _option, value: value if value in ("auto", "off") else value.split(","),
+    help="Guess tokens from: grammar, suffix; or off. No guess changes an answer.  [auto]",
+)
+
+
 def request_options(command: Callable[..., None]) -> Callable[..., None]:
     """Options of one request; what is not given keeps the official default."""
     count: dict[str, Any] = {"type": click.IntRange(1), "metavar": "N"}
@@ -129,13 +138,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 flag_value=False,
                 help="Let an answer repeat itself.",
             ),
-            click.option(
-                "--drafts",
-                default="auto",
-                metavar="NAMES",
-                callback=lambda _context, _option, value: value if value in ("auto", "off") else value.split(","),
-                help="Guess tokens from: grammar, suffix; or off. No guess changes an answer.  [auto]",
-            ),
+            DRAFTS,
             click.option("--context-shift", is_flag=True, help="Drop the oldest turns if they do not fit."),
             click.option("--schema", metavar="FILE_OR_JSON", help="JSON schema that the answer must follow."),
             click.option(

@@ -180,8 +180,8 @@ def _needs(file: GGUFFile, encoder: ImageEncoder, setup: Setup, options: LoadOpt
 
 def _smaller_types(file: GGUFFile) -> list[tuple[str, int]]:
     """Types in which the decoder would be smaller, with the bytes that they hold in memory, the largest first."""
-    held = file.path.stat().st_size - unread_bytes(file)
     without = (EMBEDDINGS,) if unread_bytes(file) else ()
+    held = sum(info.n_bytes for info in file.tensors.values() if info.name not in without)  # not its metadata
     sizes = [(mix, mixed_bytes(file, mix, without)) for mix in MIXES]
     return sorted((each for each in sizes if each[1] < held), key=lambda each: -each[1])
 

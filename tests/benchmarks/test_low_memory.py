@@ -37,4 +37,5 @@ def test_memory_is_told_by_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert 0 < max(peaks) == result["peak_anon"] < result["peak_rss"] < 2e9
     assert result["completion_tokens"] > 0
     assert result["group"] is None
+    assert report.machine_name(result).endswith(", 1 threads")
     assert "| prefill |" in report.render(result)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from edge_kernels import ahead, machine, shipped
+from edge_kernels import ahead, machine, shipped, targets
 from edge_runtime.cli.program import main
 
 
@@ -36,6 +36,15 @@ def test_each_target_has_a_line(tmp_path: Path, compiler: list[tuple[str, Path]]
     ]
     assert f"EDGE_RUNTIME_COMPILED={tmp_path}" in done.stderr
     assert sorted(compiler) == [("avx2", tmp_path), ("neon", tmp_path)]
+
+
+def test_all_are_those_of_this_family(
+    tmp_path: Path, compiler: list[tuple[str, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets.platform, "machine", lambda: "arm64")
+    done = CliRunner().invoke(main, ["compile", "--target", "all", "-o", str(tmp_path)])
+    assert done.exit_code == 0
+    assert sorted(name for name, _ in compiler) == ["neon", "neon-dot", "neon-i8mm"]
 
 
 def test_this_machines_go_into_the_package(compiler: list[tuple[str, Path]]) -> None:

@@ -14,7 +14,7 @@ from edge_runtime import Model
 from edge_runtime.cli.program import main
 from edge_runtime.system import priority
 
-EXAMPLE = str(Path(__file__).parents[2] / "examples" / "sign.png")
+EXAMPLE = Path(__file__).parents[2] / "examples" / "sign.png"
 
 
 def python(code: str) -> str:

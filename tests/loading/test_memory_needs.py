@@ -12,6 +12,7 @@ from edge_runtime import Model, NotEnoughMemoryError
 from edge_runtime.loading.load import _smaller_types
 from edge_runtime.loading.memory_needs import Needs, estimate_memory
 from edge_runtime.loading.memory_plan import Setup, Wishes, choose_setup
+from edge_runtime.store.find import find_model
 from edge_runtime.system.memory import available_bytes
 from edge_runtime.weights.gguf_file import GGUFFile
 
@@ -112,6 +113,13 @@ def test_smaller_types_are_told_from_the_header(exact_folder):
     assert sizes == sorted(sizes, reverse=True)
     assert {"F16", "Q4_K_M", "IQ3_M"} <= {mix for mix, _ in found}
     assert sizes[0] < path.stat().st_size - file.tensors["token_embd.weight"].n_bytes
+
+
+def test_its_own_type_is_no_smaller_one():
+    """The file has more bytes than its tensors: a vocabulary."""
+    found = {mix for mix, _ in _smaller_types(GGUFFile(find_model("demo").decoder))}
+    assert "Q4_K_M" not in found
+    assert "IQ3_M" in found
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(exact_folder, free, monkeypatch):

@@ -79,5 +79,10 @@ def test_bytes_are_those_of_the_tensors(tmp_path: Path) -> None:
     assert mixed_bytes(file, "F16") == sum(info.n_bytes for info in file.tensors.values())
     table = file.tensors["token_embd.weight"]
     assert mixed_bytes(file, "F16") - mixed_bytes(file, "F16", ["token_embd.weight"]) == table.n_bytes
-    few, many = (mixed_bytes(file, mix) for mix in ("IQ3_M", "Q8_0"))
-    assert 256 / 110 < many / few < 272 / 100  # 3.44 bits and some of more, against 8.5
+    # 17 layers of five matrices of 256 x 256 and two of 64 x 256, and two tables of 64 x 256; norms stay in float32.
+    norms, square, small = 17 * 4 * (2 * 256 + 2 * 64) + 4 * 256, 256, 64  # bytes, then blocks of 256 weights
+    assert mixed_bytes(file, "Q8_0") == norms + 8 * 34 * (17 * (5 * square + 2 * small) + 2 * small)
+    # IQ3_S has 110 bytes a block; values, attention's output and down of the first eighth have Q4_K's 144.
+    better = 17 * (small + square) + 2 * square
+    rest = 17 * (4 * square + small) - 2 * square + small
+    assert mixed_bytes(file, "IQ3_M") == norms + 110 * rest + 144 * better + 210 * small
