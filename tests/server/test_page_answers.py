@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from PIL import Image
 from playwright.sync_api import Page, expect
 
 from edge_runtime.engine.events import Progress
@@ -167,11 +169,19 @@ def test_beats_tell_the_stage_to_whoever_asked():
     assert sse.beat(Progress("encode", 3, 10, 0.34)) == ": working encode 3 10 0.3400\n\n"
 
 
+def asked_about(color: str) -> dict[str, Any]:
+    """A question about a picture that no other test shows: it must be encoded, which has stages."""
+    file = io.BytesIO()
+    Image.new("RGB", (448, 448), color).save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+    return {"model": "demo", "messages": [{"role": "user", "content": content}], "max_tokens": 4}
+
+
 def test_only_streams_that_report_progress_tell_stages(client: Any):
-    url = "data:image/png;base64," + base64.b64encode(SIGN.read_bytes()).decode()
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What does it say?"}]
-    body = {"model": "demo", "messages": [{"role": "user", "content": content}], "stream": True}
-    plain = client.post("/v1/chat/completions", json=body).text
-    told = client.post("/v1/chat/completions", json={**body, "return_progress": True, "cache_prompt": False}).text
+    told, plain = (
+        client.post("/v1/chat/completions", json={**asked_about(color), "stream": True, **more}).text
+        for color, more in (("teal", {"return_progress": True}), ("olive", {}))
+    )
     assert set(re.findall(r"^:.*$", plain, re.MULTILINE)) <= {": working"}
     assert re.search(r"^: working (encode|prefill) \d+ \d+ [\d.]+$", told, re.MULTILINE)

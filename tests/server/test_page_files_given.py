@@ -52,6 +52,7 @@ def test_pages_are_chosen(visit: Callable[..., Page]):
     assert seen[0]["messages"][0]["content"][0]["pages"] == "2-"
     page.reload()
     ask(page, "Again?")
+    expect(page.locator(".answer")).to_have_count(2)
     answer_of(page)
     assert seen[1]["messages"][0]["content"][0]["pages"] == "2-", "the choice is forgotten"
 

@@ -171,7 +171,7 @@ def test_every_control_has_a_name(visit: Callable[..., Page]):
     page.get_by_role("button", name="Settings").click()
     assert unnamed(page) == []
     page.keyboard.press("Escape")
-    page.get_by_role("button", name="Enlarge sign.png").click()
+    page.get_by_role("region", name="Conversation").get_by_role("button", name="Enlarge sign.png").click()
     assert unnamed(page) == []
 
 
