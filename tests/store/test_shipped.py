@@ -66,10 +66,11 @@ def test_what_was_pulled_comes_first(prefix, hub, monkeypatch):
 
 def test_list_show_and_rm(prefix):
     listed = CliRunner().invoke(main, ["list"]).stdout.splitlines()
-    assert [line.split()[0] for line in listed] == ["mini", "minicpm-v-4.5"]
-    assert all(line.endswith("came with the installation") for line in listed)
+    assert [line.split()[0] for line in listed] == ["demo", "mini", "minicpm-v-4.5"]
+    assert all(line.endswith("came with the installation") for line in listed[1:])
     facts = json.loads(CliRunner().invoke(main, ["list", "--json"]).stdout)
     assert [(fact["name"], fact["kind"], fact["complete"]) for fact in facts] == [
+        ("demo", "built in", True),
         ("mini", "installed", True),
         ("minicpm-v-4.5", "installed", True),
     ]
