@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from edge_runtime.cli.file_names import find_named
-from edge_runtime.cli.words import FILE_SUFFIXES
+from edge_runtime.inputs.mistaken_paths import FILE_SUFFIXES
 
 _TOKEN = re.compile(
     r"""'[^'\n]+'|"[^"\n]+"|(?:\\.|[^\s\\])+""" if os.name != "nt" else r"""'[^'\n]+'|"[^"\n]+"|\S+"""
