@@ -79,6 +79,11 @@ class Answer:
     def __str__(self) -> str:
         return self.answer
 
+    @property
+    def text(self) -> str:
+        """The same as `answer`, under the name that it has in a `Piece`."""
+        return self.answer
+
     def regions(self, picture: int = -1) -> list[Region]:
         """Places that the answer, prefix included, names (`<box>`, `<quad>`, `<point>`), in pixels of a picture.
 

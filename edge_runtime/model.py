@@ -15,6 +15,7 @@ from edge_runtime.engine.events import Finished
 from edge_runtime.engine.request import Request
 from edge_runtime.errors import MessageError
 from edge_runtime.generation.logprobs import TokenLogprobs, describe, describe_prompt
+from edge_runtime.inputs.mistaken_paths import refuse_mistaken_paths
 from edge_runtime.loading.load import LoadOptions
 from edge_runtime.loading.loaded_model import LoadedModel
 from edge_runtime.next_turn import NextTurnPrefill
@@ -65,17 +66,6 @@ def _timings(of: _Submitted, load_s: float, end: Finished) -> dict[str, float]:
 
 MAX_TOKEN_CHARACTERS = 32
 """Characters that a token hardly ever has more of."""
-
-
-def _expected(
-    prepared: Prepared, options: GenerationOptions, tokenizer: Tokenizer, n_ctx: int
-) -> tuple[list[int], ...]:
-    """Tokens of what the answer probably is, with changes."""
-    texts = [text for text in (options.expected_text, prepared.page_text) if text]
-    if "expected" not in options.draft_sources:
-        return ()
-    # No answer is longer than the context, and few tokens than this many characters.
-    return tuple(tokenizer.encode(text[: MAX_TOKEN_CHARACTERS * n_ctx]) for text in texts)
 
 
 class Model(LoadedModel):
@@ -181,11 +171,19 @@ class Model(LoadedModel):
 
         Parameters
         ----------
-        messages : a question, or a list of messages; see `edge_runtime.inputs.messages` for the accepted forms.
+        messages : a question, or a list of messages, `[{"role": "user", "content": [Path("a.jpg"), "What is it?"]}]`;
+            see `edge_runtime.inputs.messages` for the accepted forms. A string is text, never a file's name.
         stream : return an `AnswerStream` at once instead of the whole `Answer`; not with beams, whose answer is known
             only at the end.
-        options : max_tokens, thinking, temperature, schema, tools and all others that
-            `help(edge_runtime.GenerationOptions)` explains.
+        options : keywords, all optional; `help(edge_runtime.GenerationOptions)` explains each. The common ones:
+
+            max_tokens (int), stop (list of texts) : end the answer.
+            thinking (bool), thinking_budget (int) : reason before the answer, with at most so many tokens.
+            temperature, top_p, top_k, seed, greedy (bool), beams (int) : how tokens are chosen.
+            schema (dict), json (bool), choices (list), regex (str) : what the answer must look like.
+            tools (list), tool_choice : functions that the model may call.
+            max_slices (int), fit (bool or tokens), pages, dpi, preset : how pictures and documents are read.
+            logprobs (bool), top_logprobs (int) : tell how sure the model was.
 
         Raises
         ------
@@ -259,7 +257,7 @@ class Model(LoadedModel):
         form = _form(asked, self.tokenizer, lambda: self.grammar_vocabulary, Effort(check=hooks.on_check))
         reserve_tokens = 0 if asked.prompt_only else asked.max_tokens
         prepared = self._prepare(messages, asked, hooks, reserve_tokens, refuse=True)
-        request = self._request(prepared, asked, form)
+        request = _request(self, prepared, asked, form)
         finish = partial(self._finish, _Submitted(prepared, request, started, time.perf_counter() - started))
         sampling = asked.sampling_options()
         requests = [
@@ -275,35 +273,13 @@ class Model(LoadedModel):
             raise MessageError(f"n is {options['n']!r}, but chat gives one answer; call chat_n.")
         if stream:
             check_streaming(GenerationOptions.of(options)[0])
+        refuse_mistaken_paths(messages)
         return self.submit(messages, n=n, **options)
 
     @cached_property
     def grammar_vocabulary(self) -> GrammarVocabulary:
         """The vocabulary for llguidance; built when a form is first requested."""
         return GrammarVocabulary(self.tokenizer, self._decoder.config.vocabulary)
-
-    def _request(self, prepared: Prepared, options: GenerationOptions, form: AnswerForm | TextForm | None) -> Request:
-        """Build the engine's request, with the options adapted to this conversation."""
-        begun, thinking, budget = prepared.begun, options.thinking, options.thinking_budget
-        check_conversation(options, begun, has_pictures=bool(prepared.groups))
-        if begun is not None:
-            form = None if form is None else form.continuing(begun.content)
-            thinking = begun.is_reasoning
-        if form is not None and thinking:
-            n_left = min(options.max_tokens, self.n_ctx - len(prepared.prompt.ids))
-            budget = form.limit_reasoning(budget, n_left)
-        max_tokens = 0 if options.prompt_only else options.max_tokens
-        return Request(
-            prepared.prompt,
-            prepared.groups,
-            prepared.digests,
-            replace(options, thinking=thinking, thinking_budget=budget, max_tokens=max_tokens),
-            rules=options.token_rules(self.tokenizer.stop_ids),
-            form=form,
-            begun=begun,
-            expected=_expected(prepared, options, self.tokenizer, self.n_ctx),
-            shared=prepared.shared,
-        )
 
     def _finish(
         self, of: _Submitted, text: str, reasoning: str | None, scores: list[TokenLogprobs], end: Finished
@@ -326,6 +302,45 @@ class Model(LoadedModel):
         if options.follow_up:
             self._next_turn.follow(of.prepared, of.request, answer)
         return answer
+
+
+def _request(
+    model: Model, prepared: Prepared, options: GenerationOptions, form: AnswerForm | TextForm | None
+) -> Request:
+    """Build the engine's request, with the options adapted to this conversation."""
+    begun, thinking, budget = prepared.begun, options.thinking, options.thinking_budget
+    check_conversation(options, begun, has_pictures=bool(prepared.groups))
+    if begun is not None:
+        form = None if form is None else form.continuing(begun.content)
+        thinking = begun.is_reasoning
+    if form is not None and thinking:
+        n_left = min(options.max_tokens, model.n_ctx - len(prepared.prompt.ids))
+        budget = form.limit_reasoning(budget, n_left)
+    return Request(
+        prepared.prompt,
+        prepared.groups,
+        prepared.digests,
+        replace(
+            options,
+            thinking=thinking,
+            thinking_budget=budget,
+            max_tokens=0 if options.prompt_only else options.max_tokens,
+        ),
+        rules=options.token_rules(model.tokenizer.stop_ids),
+        form=form,
+        begun=begun,
+        expected=_expected(model, prepared, options),
+        shared=prepared.shared,
+    )
+
+
+def _expected(model: Model, prepared: Prepared, options: GenerationOptions) -> tuple[list[int], ...]:
+    """Tokens of what the answer probably is, with changes."""
+    texts = [text for text in (options.expected_text, prepared.page_text) if text]
+    if "expected" not in options.draft_sources:
+        return ()
+    # No answer is longer than the context, and few tokens than this many characters.
+    return tuple(model.tokenizer.encode(text[: MAX_TOKEN_CHARACTERS * model.n_ctx]) for text in texts)
 
 
 if TYPE_CHECKING:

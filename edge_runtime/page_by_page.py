@@ -81,7 +81,8 @@ def each_page(
     """
     for asked in pages_asked(content, options):
         try:
-            answer = model.chat([*before, asked.message], **asked_options(options))
+            (answering,) = model.submit([*before, asked.message], **asked_options(options))
+            answer = answering.result()
         except ImageError as error:
             yield PageAnswer(asked.file, asked.page, None, str(error))
         else:

@@ -178,8 +178,7 @@ def prepare(
     conversation = with_pages(conversation, options, model.slicing, options.max_slices, opener.part)
     page_text = _page_text(conversation, options)
     conversation = expand_videos(conversation, model.slicing, options.video_limits, hooks.on_look, opener.video)
-    times = _picture_groups(conversation, options)
-    numbered = _numbers_pictures(conversation, options, model.slicing)
+    times, numbered = _picture_groups(conversation, options), _numbers_pictures(conversation, options, model.slicing)
     limit = _limit(options, model.n_ctx) if refuse else None
     writer = _PromptWriter(options, model, begun, numbered, limit, hooks.on_check)
     fitted_slices: int | None = None

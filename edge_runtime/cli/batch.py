@@ -20,8 +20,8 @@ from edge_runtime.cli.option_groups import ASKING, GroupedCommand
 from edge_runtime.cli.options import model_options, request_options, take_request, take_setup
 from edge_runtime.cli.run_checks import check_system, read_schema
 from edge_runtime.cli.video_options import is_video, take_video, video_options
-from edge_runtime.cli.words import FILE_SUFFIXES
 from edge_runtime.inputs.messages import VideoPart
+from edge_runtime.inputs.mistaken_paths import FILE_SUFFIXES
 from edge_runtime.inputs.pages import ALL
 
 if TYPE_CHECKING:

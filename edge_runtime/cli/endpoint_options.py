@@ -112,10 +112,12 @@ def open_model(endpoint: Endpoint | None, name: str | ModelPaths, setup: dict[st
     EdgeRuntimeError
         As `Model.load` and `Model.connect`.
     """
+    from edge_runtime.cli.progress_line import waiting
     from edge_runtime.model import Model
 
     if endpoint is None:
-        return Model.load(name, **setup)
+        with waiting("loading the model"):
+            return Model.load(name, **setup)
     return Model.connect(
         endpoint.url,
         endpoint.model,

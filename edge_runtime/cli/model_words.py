@@ -123,7 +123,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    from edge_runtime.cli.words import FILE_SUFFIXES
+    from edge_runtime.inputs.mistaken_paths import FILE_SUFFIXES
 
     return any(name.lower().endswith(FILE_SUFFIXES) for name in names_in(folder))
 

@@ -112,23 +112,7 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
                 metavar="N[,N...]",
                 help="Maximum cells per picture; or one N per file.  [9]",
             ),
-            click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 is greedy.  [0.7]"),
-            click.option("--top-p", type=click.FloatRange(0, 1), metavar="X", help="[0.8; thinking: 1]"),
-            click.option("--top-k", type=click.IntRange(0), metavar="N", help="[100; thinking: 50]"),
-            click.option(
-                "--repetition-penalty",
-                type=click.FloatRange(0, min_open=True),
-                metavar="X",
-                help="[1.03; thinking: 1]",
-            ),
-            click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
-            click.option("--typical-p", type=click.FloatRange(0, 1), metavar="X", help="[1]"),
-            click.option("--presence-penalty", type=float, metavar="X", help="[0]"),
-            click.option("--frequency-penalty", type=float, metavar="X", help="[0]"),
-            click.option("--beams", **count, help="Beam search with N beams; officially 3.  [1: none]"),
-            click.option(
-                "--seed", type=click.IntRange(0), metavar="N", help="Seed, for repeatable answers.  [random]"
-            ),
+            *_choosing_tokens(),
             click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends the answer; may be repeated."),
             click.option(
                 "--no-repetition-check",
@@ -148,6 +132,29 @@ def request_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def _choosing_tokens() -> tuple[Callable[[Callable[..., None]], Any], ...]:
+    """Options of sampling and search."""
+    return (
+        click.option("--temperature", type=click.FloatRange(0), metavar="X", help="0 is greedy.  [0.7]"),
+        click.option("--top-p", type=click.FloatRange(0, 1), metavar="X", help="[0.8; thinking: 1]"),
+        click.option("--top-k", type=click.IntRange(0), metavar="N", help="[100; thinking: 50]"),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(0, min_open=True),
+            metavar="X",
+            help="[1.03; thinking: 1]",
+        ),
+        click.option("--min-p", type=click.FloatRange(0, 1), metavar="X", help="[0]"),
+        click.option("--typical-p", type=click.FloatRange(0, 1), metavar="X", help="[1]"),
+        click.option("--presence-penalty", type=float, metavar="X", help="[0]"),
+        click.option("--frequency-penalty", type=float, metavar="X", help="[0]"),
+        click.option(
+            "--beams", type=click.IntRange(1), metavar="N", help="Beam search with N beams; officially 3.  [1: none]"
+        ),
+        click.option("--seed", type=click.IntRange(0), metavar="N", help="Seed, for repeatable answers.  [random]"),
+    )
 
 
 def take_request(options: dict[str, Any], adapter: str | None, logprobs: int | None) -> dict[str, Any]:

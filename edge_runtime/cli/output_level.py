@@ -26,6 +26,11 @@ def arrange_output(*, quiet: bool, verbose: bool) -> None:
     click.get_current_context().meta[_KEY] = QUIET if quiet else VERBOSE if verbose else ""
 
 
+def set_verbose(verbose: bool) -> None:
+    """Print times and rates after the command's answers, or stop to."""
+    click.get_current_context().meta[_KEY] = VERBOSE if verbose else ""
+
+
 def _level() -> str:
     context = click.get_current_context(silent=True)
     return "" if context is None else str(context.meta.get(_KEY, ""))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
 from edge_runtime.cli.output_level import is_quiet, is_verbose, rates
+from edge_runtime.cli.progress_line import ProgressLine, compiled_kernels
 from edge_runtime.generation.grounding import check_drawing, draw_regions, save_drawing
 from edge_runtime.inputs.documents import last_picture
 from edge_runtime.inputs.image import load_image
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from edge_runtime.answers import Answer
+    from edge_runtime.answers import Answer, AnswerStream
     from edge_runtime.engine.events import Progress
     from edge_runtime.inputs.messages import VideoPart
     from edge_runtime.model import AnyModel
@@ -41,9 +42,9 @@ def first_compile(*, pictures: bool, prompts: bool) -> list[str]:
 
     notes = []
     if pictures and not is_compiled(PICTURE_KERNELS):
-        notes.append("First picture on this machine: compiling the vision kernels, 20 to 40 seconds.")
+        notes.append("First picture on this machine: compiling the vision kernels, 20 to 90 seconds.")
     if prompts and not is_compiled(PROMPT_KERNELS):
-        notes.append("First prompt on this machine: compiling its kernels, 10 to 20 seconds.")
+        notes.append("First prompt on this machine: compiling its kernels, 10 to 40 seconds.")
     return notes
 
 
@@ -65,20 +66,15 @@ def answer(
         progress.clear()
         raise
     # Not earlier: refused files compile nothing.
-    for text in [] if model.is_remote else first_compile(pictures=pictures, prompts=model.uses_amx_prefill):
+    compiles = [] if model.is_remote else first_compile(pictures=pictures, prompts=model.uses_amx_prefill)
+    for text in compiles:
         progress.clear()
         note(text)
     stream.on_progress = progress.on_event
     printed = Printer(quiet)
     try:
-        try:
-            for piece in stream:
-                progress.clear()
-                printed.write(piece.text, piece.kind)
-        except KeyboardInterrupt:
-            stream.cancel()
-            for _ in stream:  # do not show what was computed meanwhile; wait for the end
-                pass
+        with compiled_kernels(progress.on_kernel) if compiles else nullcontext():
+            _print(stream, printed, progress)
     finally:
         progress.clear()
         printed.end()
@@ -88,6 +84,19 @@ def answer(
     if result.dropped_turns:
         note(f"The context is full: the oldest {result.dropped_turns} turns of the conversation were left out.")
     return result
+
+
+def _print(stream: AnswerStream, printed: Printer, progress: AnswerProgress) -> None:
+    """Print an answer as it comes, to its end or to Ctrl-C."""
+    progress.wait()
+    try:
+        for piece in stream:
+            progress.clear()
+            printed.write(piece.text, piece.kind)
+    except KeyboardInterrupt:
+        stream.cancel()
+        for _ in stream:  # do not show what was computed meanwhile; wait for the end
+            pass
 
 
 def draw_places(answer: Answer, picture: Path | bytes, target: Path, options: dict[str, Any]) -> None:
@@ -161,11 +170,18 @@ def printable(text: str) -> str:
 
 
 class AnswerProgress:
-    """One line on stderr, on a terminal only: pictures read, slices encoded, prompt read."""
+    """One line on stderr, on a terminal only: kernels compiled, pictures read, slices encoded, prompt read."""
 
     def __init__(self, label: str = "") -> None:
-        self._label, self._shown, self._text = label, False, ""
-        self._live = sys.stderr.isatty() and not is_quiet()
+        self._line = ProgressLine(label)
+
+    def wait(self) -> None:
+        """Nothing is known yet but that it goes on."""
+        self._line.show(self._line.text or "waiting for the first token")
+
+    def on_kernel(self, n_compiled: int) -> None:
+        """A kernel was compiled."""
+        self._line.show(f"compiling kernels, {n_compiled} done")
 
     def on_image(self, done: int, total: int) -> None:
         """A picture was decoded."""
@@ -182,7 +198,7 @@ class AnswerProgress:
 
     def _show_share(self, what: str, share: float) -> None:
         text = f"{what}, {share:.0%}"
-        if text != self._text:  # reported for every packet
+        if text != self._line.text:  # reported for every packet
             self._show(text)
 
     def on_event(self, event: Progress) -> None:
@@ -195,16 +211,11 @@ class AnswerProgress:
             self._show(f"reading the prompt, {event.total} tokens, {event.share:.0%}")
 
     def _show(self, text: str) -> None:
-        self._text = text
-        if self._live:
-            click.echo(f"\r\x1b[K\x1b[2m{self._label}{text}\x1b[0m", err=True, nl=False)
-            self._shown = True
+        self._line.show(text)
 
     def clear(self) -> None:
         """Erase the line."""
-        if self._shown:
-            click.echo("\r\x1b[K", err=True, nl=False)
-            self._shown = False
+        self._line.clear()
 
 
 class ConvertProgress:

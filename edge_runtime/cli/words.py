@@ -31,15 +31,8 @@ from edge_runtime.cli.file_names import find_named, is_there, names_in, similar_
 from edge_runtime.cli.output_level import is_quiet
 from edge_runtime.cli.piped import STDIN, Piped, read_pipe, told_apart
 from edge_runtime.errors import ImageError, MessageError
-from edge_runtime.inputs.messages import VIDEO_SUFFIXES
+from edge_runtime.inputs.mistaken_paths import FILE_SUFFIXES
 from edge_runtime.store.names import visible
-
-FILE_SUFFIXES = (
-    *(".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".svg", ".tga", ".tif", ".tiff", ".webp"),
-    *(".pdf", *VIDEO_SUFFIXES),
-)
-"""Suffixes of pictures, documents and videos that can be read."""
 
 _REFUSED_SUFFIXES = (
     *(".ai", ".arw", ".cr2", ".cr3", ".dcm", ".djvu", ".dng", ".eps", ".jxl", ".nef", ".orf", ".psd", ".raf", ".rw2"),

@@ -14,6 +14,7 @@ from edge_runtime.answers import Answer, AnswerStream, AsyncAnswer, results
 from edge_runtime.engine.events import Finished
 from edge_runtime.errors import EndpointError, MessageError
 from edge_runtime.generation.logprobs import TokenLogprobs
+from edge_runtime.inputs.mistaken_paths import refuse_mistaken_paths
 from edge_runtime.option_checks import ModelLimits
 from edge_runtime.options import GenerationKeywords, GenerationOptions
 from edge_runtime.remote.address import parse_address
@@ -182,6 +183,7 @@ class RemoteModel:
     def _submit(self, messages: str | Sequence[Any], n: int, options: Mapping[str, Any]) -> list[AnswerStream]:
         if "n" in options:
             raise MessageError(f"n is {options['n']!r}, but chat gives one answer; call chat_n.")
+        refuse_mistaken_paths(messages)
         return self.submit(messages, n=n, **options)
 
     def _send(self, fields: dict[str, Any], known: _Asked, i: int) -> AnswerStream:

@@ -31,6 +31,8 @@ from edge_runtime.system.atomic_files import FILE_MODE, FULL, make_folder, open_
 
 ATTEMPTS = 5
 """Failures in a row, without a byte gained in between, before the download is given up."""
+OFFLINE_ATTEMPTS = 2
+"""The same where no server was ever reached: most likely there is no network, which is said within seconds."""
 FIRST_WAIT_S, MAX_WAIT_S = 1.0, 60.0
 CHUNK_BYTES = 1 << 20
 MAX_BYTES = 1 << 50
@@ -59,9 +61,9 @@ class RemoteFile:
 class _Trouble(Exception):  # noqa: N818 - not an error yet
     """A failure that may not happen again."""
 
-    def __init__(self, what: str, wait_s: float | None = None) -> None:
+    def __init__(self, what: str, wait_s: float | None = None, *, unreachable: bool = False) -> None:
         super().__init__(what)
-        self.wait_s = wait_s
+        self.wait_s, self.unreachable = wait_s, unreachable
 
 
 def download(file: RemoteFile, target: Path, on_bytes: Callable[[int], None] = lambda done: None) -> None:
@@ -195,16 +197,17 @@ def storing(path: Path, again: str = "pull again to resume") -> Iterator[None]:
 
 def _persist(what: str, once: Callable[[], T], gained: Callable[[], int]) -> T:
     """Retry until it works, waiting longer each time; an attempt that made progress does not count."""
-    failures = 0
+    failures, was_reached = 0, False
     while True:
         before = gained()
         try:
             return once()
         except _Trouble as trouble:
             failures = 1 if gained() > before else failures + 1
-            if failures >= ATTEMPTS:
+            was_reached = was_reached or not trouble.unreachable
+            if failures >= (ATTEMPTS if was_reached or before else OFFLINE_ATTEMPTS):
                 raise DownloadError(
-                    f"{visible(what)} could not be fetched: {trouble}, after {ATTEMPTS} attempts; check the "
+                    f"{visible(what)} could not be fetched: {trouble}, after {failures} attempts; check the "
                     "connection and pull again to resume."
                 ) from None
             wait = FIRST_WAIT_S * 2 ** (failures - 1) if trouble.wait_s is None else trouble.wait_s
@@ -307,7 +310,7 @@ def _troubles(what: str) -> Iterator[None]:
         ) from None
     except httpx2.HTTPError as error:
         # Their texts may hold a redirect's address with a signature in it: report only their kind.
-        raise _Trouble(_kind(error)) from None
+        raise _Trouble(_kind(error), unreachable=isinstance(error, httpx2.ConnectError)) from None
 
 
 def _kind(error: Exception) -> str:

@@ -206,3 +206,16 @@ def test_others_do_not(tmp_path):
     found = CliRunner().invoke(main, ["run", "-m", str(tmp_path), "--max-tokens", "1", "a", "--json"])
     assert json.loads(found.stdout)["notice"] is None
     assert TOY_NOTICE not in found.stderr
+
+
+def test_what_is_piped_in_is_one_prompt():
+    result = CliRunner().invoke(main, ["run", "--greedy", str(EXAMPLE), "-"], input="What does\nit say?\n")
+    assert (result.exit_code, result.stdout) == (0, "CAFE\n"), result.stderr
+    assert "Text was read from stdin, characters: 17." in result.stderr
+
+
+def test_settings_through_a_pipe():
+    result = talk("/set parameter num_predict 1", "Hello", "/set history", "/set nothing", "/show info")
+    assert "The answer was cut off (length)" in result.stderr
+    assert "History is kept in a terminal only." in result.stderr
+    assert "There is no setting 'nothing'" in result.stderr

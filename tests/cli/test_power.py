@@ -101,7 +101,10 @@ def test_more_threads_than_processors_are_not_started(monkeypatch, caplog):
         from edge_kernels.threads import thread_count
 
         assert model.engine.run(thread_count) == 1
-        assert model.chat([{"role": "user", "content": [EXAMPLE, "What does it say?"]}], greedy=True).answer == "CAFE"
+        assert (
+            model.chat([{"role": "user", "content": [Path(EXAMPLE), "What does it say?"]}], greedy=True).answer
+            == "CAFE"
+        )
     assert [record.getMessage() for record in caplog.records] == [
         "64 threads were asked for, but no more than 1 can compute at once here: 1 run."
     ]

@@ -41,7 +41,7 @@ def test_json_has_the_documented_fields():
         *("answer", "reasoning", "finish_reason", "model", "prompt_tokens", "visual_tokens", "cached_tokens"),
         *("completion_tokens", "slices", "dropped_turns", "fitted_slices", "timings_s", "videos"),
         *("shortened", "tool_calls", "malformed_calls", "pictures", "reasoning_tokens"),
-        *("prefix", "reasoning_prefix", "notice", "stop_string"),
+        *("prefix", "reasoning_prefix", "notice", "stop_string", "drafts"),
     }
     assert answer["slices"][0] == [154, 84]
     assert answer["cached_tokens"] == 0

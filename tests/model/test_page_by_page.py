@@ -54,8 +54,8 @@ def test_one_answer_for_each_page(demo: Model, scan: Path, form: str) -> None:
 
 
 def test_pages_come_as_they_are_answered(demo: Model, scan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, chat = [], Model.chat
-    monkeypatch.setattr(Model, "chat", lambda *given, **options: asked.append(given) or chat(*given, **options))
+    asked, submit = [], Model.submit
+    monkeypatch.setattr(Model, "submit", lambda *given, **options: asked.append(given) or submit(*given, **options))
     pages = each_page(demo, [scan, QUESTION], pages="3,1", greedy=True)
     assert next(pages).text == "HELLO"
     assert len(asked) == 1
@@ -65,12 +65,12 @@ def test_pages_come_as_they_are_answered(demo: Model, scan: Path, monkeypatch: p
 def test_several_documents_and_pictures_with_text_around_them(demo: Model, scan: Path, monkeypatch: Any) -> None:
     seen: list[Message] = []
 
-    def chat(self: Model, messages: list[Any], **options: Any) -> Any:
+    def submit(self: Model, messages: list[Any], **options: Any) -> Any:
         seen.append(messages[-1])
         assert messages[0] == {"role": "system", "content": "Be brief."}
         raise ImageError("not today")
 
-    monkeypatch.setattr(Model, "chat", chat)
+    monkeypatch.setattr(Model, "submit", submit)
     tiff = pages_tiff([Image.new("RGB", (30, 30), (i, 0, 0)) for i in range(2)])
     content = ["Look:", scan, "then", tiff, Image.new("RGB", (9, 9)), "What?"]
     found = list(each_page(demo, content, before=[{"role": "system", "content": "Be brief."}]))

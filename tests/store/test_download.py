@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -233,8 +234,17 @@ def test_a_full_disk_is_one_sentence(file, target):
 
 
 def test_nobody_there(tmp_path, hub, target):
-    with pytest.raises(DownloadError, match=r"connection failed \(connect error\), after 5 attempts"):
+    with pytest.raises(DownloadError, match=r"connection failed \(connect error\), after 2 attempts"):
         download(RemoteFile("a.gguf", "http://127.0.0.1:9/a.gguf"), target)
+
+
+def test_a_network_that_goes_away_is_waited_for_longer(hub, file, target):
+    part = part_of(target, file)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(b"begun")
+    away = replace(file, url="http://127.0.0.1:9/a.gguf")
+    with pytest.raises(DownloadError, match=r"connection failed \(connect error\), after 5 attempts"):
+        download(away, target)
 
 
 def test_offline(hub, file, target, monkeypatch):

@@ -256,7 +256,8 @@ def test_from_the_hub_to_an_answer(hub, store):
     assert pulled.stdout.startswith("hf:org/demo:ggml-model-Q4_K_M.gguf  7.4 MB")
     assert "licence: apache-2.0" in pulled.stderr
     assert KEY not in pulled.stdout + pulled.stderr
-    (listed,) = json.loads(command("list", "--json").stdout)
+    demo, listed = json.loads(command("list", "--json").stdout)
+    assert demo["name"] == "demo"
     assert (listed["complete"], listed["size"]) == (True, sum(map(len, hub.files.values())))
     shown = command("show", "hf:org/demo")
     assert REVISION in shown.stdout
