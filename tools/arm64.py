@@ -7,8 +7,9 @@
 
 What it takes: Debian (or what is made of it), root, 3 GB, Debian's packages and PyPI's. Debian's are the emulator, a
 cross-compiler, and what lies in the folder, Python among it; PyPI's are wheels for aarch64, and llama-cpp-python,
-which is compiled here for there, in minutes instead of hours. Steps that are done are not repeated;
-`rm -r build/arm64` starts again.
+which is compiled here for there, in minutes instead of hours. So are the kernels, as `edge-runtime compile --target`
+does it, where this Python has the folder's version; EDGE_RUNTIME_COMPILED=off has them compiled inside, slowly. Steps
+that are done are not repeated; `rm -r build/arm64` starts again.
 
 A processor is three things: what QEMU executes (an instruction that the processor lacks ends the program), what
 Linux tells programs of it (AT_HWCAP, by QEMU), and its /proc/cpuinfo, from which LLVM takes its name (laid over the
@@ -21,6 +22,7 @@ Mounts are in a namespace of each command and end with it. Logs are in build/arm
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 import shutil
@@ -132,17 +134,18 @@ def enable_emulation() -> None:
 
 
 def make_root() -> None:
-    """Install Debian for arm64."""
+    """Unpack Debian for arm64. Nothing is configured: that takes the emulator half an hour, and Python needs none."""
     shutil.rmtree(ROOT, ignore_errors=True)
-    debootstrap = [
-        "debootstrap",
-        "--arch=arm64",
-        "--variant=minbase",
-        f"--include={','.join(INSIDE)}",
-        SUITE,
-        str(ROOT),
-    ]
-    run("unshare", "--mount", "--propagation", "private", *debootstrap)
+    run(
+        "debootstrap", "--foreign", "--arch=arm64", "--variant=minbase", f"--include={','.join(INSIDE)}", SUITE, ROOT,
+    )  # fmt: skip
+    for package in sorted((ROOT / "var/cache/apt/archives").glob("*.deb")):
+        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as contents:
+            subprocess.run(["tar", "-x", "--keep-directory-symlink", "-C", ROOT], stdin=contents.stdout, check=True)
+        if contents.returncode:
+            raise SetupError(f"{package} is damaged: rm -r {BUILD}, and start again.")
+    for name in ("passwd", "group"):
+        shutil.copy(ROOT / f"usr/share/base-passwd/{name}.master", ROOT / "etc" / name)
 
 
 def requirements() -> list[str]:
@@ -199,7 +202,29 @@ def build_llama_cpp() -> None:
         archive.extractall(ROOT / SITE)
 
 
-STEPS: list[Callable[[], None]] = [make_root, install_wheels, build_llama_cpp]
+def compile_kernels() -> None:
+    """Compile the kernels for every processor, if this Python's machine code is also theirs."""
+    if f"{sys.version_info.major}.{sys.version_info.minor}" != PYTHON:
+        print(f"This is not Python {PYTHON}: kernels are compiled under the emulator, which takes hours.")
+        return
+    shutil.rmtree(KERNELS, ignore_errors=True)
+    targets = [word for name in PROCESSORS for word in ("--target", name)]
+    run(sys.executable, "-m", "edge_runtime", "compile", *targets, "--output", KERNELS)
+
+
+def sources_of(step: Callable[[], None]) -> str:
+    """Return what a step's result depends on."""
+    if step is make_root:
+        return str([SUITE, *INSIDE])
+    if step is compile_kernels:
+        digest = hashlib.sha256()
+        for source in sorted((HERE / "kernels" / "edge_kernels").rglob("*.py")):
+            digest.update(source.read_bytes())
+        return digest.hexdigest()
+    return (HERE / "pyproject.toml").read_text()
+
+
+STEPS: list[Callable[[], None]] = [make_root, install_wheels, build_llama_cpp, compile_kernels]
 
 
 def setup() -> None:
@@ -210,7 +235,9 @@ def setup() -> None:
     anew = False
     for step in STEPS:
         done = BUILD / f"{step.__name__}.done"
-        what = str([SUITE, *INSIDE]) if step is make_root else (HERE / "pyproject.toml").read_text()
+        what = sources_of(step)
+        if step is compile_kernels and os.environ.get("EDGE_RUNTIME_COMPILED") == "off":
+            continue
         if anew or not done.exists() or done.read_text() != what:
             anew = True
             done.unlink(missing_ok=True)
@@ -235,7 +262,7 @@ if [ -d "$HERE/../shared" ]; then mount --bind "$HERE/../shared" shared && mount
 mount --bind "$LOGS" logs
 exec chroot . /usr/bin/env -i PATH=/usr/bin:/bin:/usr/sbin:/sbin HOME=/root LANG=C.UTF-8 TMPDIR=/tmp \\
     QEMU_CPU="$QEMU_CPU" PYTHONPATH=/src:/src/kernels:/src/converters:/opt/site \\
-    PYTHONPYCACHEPREFIX=/var/cache/python $SETTINGS \\
+    PYTHONPYCACHEPREFIX=/var/cache/python HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis $SETTINGS \\
     sh -c 'cd /src && exec "$@"' sh "$@"
 """
 

@@ -45,6 +45,8 @@ from edge_kernels.threads import start_threads
 
 logger = logging.getLogger("edge_kernels")
 
+cpu_features()  # numba starts with the first function below: what LLVM misses on ARM must be told it before
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FLAGS: dict[str, Any] = {

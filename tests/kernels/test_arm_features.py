@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +132,23 @@ def test_numba_that_has_started_makes_code_without(on_arm, caplog):
     assert "has dotprod, but numba was used before" in caplog.text
     assert "NUMBA_CPU_FEATURES=+neon,+crc,-sve,+dotprod" in caplog.text
     assert on_arm.settings.CPU_FEATURES is None
+
+
+@pytest.mark.parametrize("module", ["linear.float32", "linear.int8", "attention.kv_cache", "arrays", "compile"])
+def test_numba_is_told_before_any_module_starts_it(module):
+    """A program may import any of them first; numba reads what it is told once."""
+    program = f"""
+        from edge_kernels import machine
+        machine._IS_ARM, machine.arm_features = True, lambda: frozenset({{"dotprod"}})
+        import edge_kernels.{module}
+        assert "dotprod" in machine.cpu_features()
+        assert machine.numba.config.CPU_FEATURES.endswith(",+dotprod")
+    """
+    unset = {name: value for name, value in os.environ.items() if name != "NUMBA_CPU_FEATURES"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, env=unset, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "numba was used before" not in done.stderr
 
 
 def test_this_processor_is_asked_as_well():
