@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edge_runtime.inputs.slicing import Slice
+from edge_runtime.system.memory import give_back
 from edge_runtime.vision.tower import OnLayer, Run, VisionTower, no_report
 from edge_runtime.weights.gguf_file import Float32
 
@@ -69,6 +70,7 @@ class LayerByLayer:
                     layer = layer or self._tower.layer(n)
                     self._tower.advance(run, layer)
                 del layer  # before the next one is packed
+                give_back()  # its float32 weights are of sizes that the C library keeps
         except BaseException:
             self._keep(begun)
             raise

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from edge_runtime.vision.sine_positions import sine
 from edge_runtime.vision.tower import offsets_of
 from edge_runtime.weights.config import ResamplerConfig
 from edge_runtime.weights.gguf_file import Float32, GGUFFile
+
+BLOCK_OUTPUTS = 512
+"""Outputs of a float32 weight that are in memory at a time: 8 MB at full size, where all of them are 67 MB."""
 
 
 @lru_cache(maxsize=32)
@@ -60,13 +63,13 @@ class PositionKeys:
 
     Parameters
     ----------
-    weight : returns Wk, ndarray [shape=(hidden, hidden), float32].
+    multiply : float32 product of rows with some columns of Wk.
     """
 
     MAX_TIMES = 1024  # cached at once; 16 MB at full size
 
-    def __init__(self, weight: Callable[[], Float32], hidden: int) -> None:
-        self._weight, self._hidden = weight, hidden
+    def __init__(self, multiply: Callable[[Float32, slice], Float32], hidden: int) -> None:
+        self._multiply, self._hidden = multiply, hidden
         self._columns = self._rows = np.empty((0, hidden), np.float32)
         self._times: dict[int, Float32] = {STILL: np.zeros(hidden, np.float32)}
         self._last: tuple[list[tuple[tuple[int, int], int]], Float32] = ([], np.empty((0, hidden), np.float32))
@@ -93,11 +96,7 @@ class PositionKeys:
         self._last = [], np.empty((0, self._hidden), np.float32)
 
     def _extend(self, side: int, times: set[int]) -> None:
-        weight, half = self._weight(), self._hidden // 2
-
-        def project(embeddings: Float32, columns: slice) -> Float32:
-            return FloatArithmetic().product(Weights(weight[:, columns]))(embeddings)
-
+        project, half = self._multiply, self._hidden // 2
         if side > len(self._rows):
             places = sine(half, np.arange(side))  # the first half of an embedding encodes the column
             self._columns, self._rows = project(places, slice(half)), project(places, slice(half, None))
@@ -106,6 +105,21 @@ class PositionKeys:
         new = sorted(times - self._times.keys())
         if new:
             self._times |= zip(new, project(sine(self._hidden, new), slice(None)), strict=True)
+
+
+def _multiply_in_blocks(file: GGUFFile, name: str, rows: Float32, columns: slice) -> Float32:
+    """Multiply rows with some columns of a weight in float32, with a block of its outputs in memory at a time.
+
+    Returns
+    -------
+    products : ndarray [shape=(len(rows), N), float32, C-contiguous].
+    """
+    n_outputs = file.tensors[name].shape[0]
+    found = np.empty((len(rows), n_outputs), np.float32)
+    for first in range(0, n_outputs, BLOCK_OUTPUTS):
+        block = slice(first, min(first + BLOCK_OUTPUTS, n_outputs))
+        found[:, block] = FloatArithmetic().product(Weights(file.rows(name, block)[:, columns]))(rows)
+    return found
 
 
 @dataclass(frozen=True)
@@ -134,7 +148,7 @@ class Resampler:
     def __init__(self, file: GGUFFile, config: ResamplerConfig, width: int, arithmetic: Arithmetic) -> None:
         self._file, self.config, self._arithmetic = file, config, arithmetic
         e = config.hidden
-        self._position_keys = PositionKeys(lambda: file.array("resampler.attn.k.weight"), e)
+        self._position_keys = PositionKeys(partial(_multiply_in_blocks, file, "resampler.attn.k.weight"), e)
         file.tensor("resampler.kv.weight", (e, width))
         for name in ("attn.q", "attn.k", "attn.v", "attn.out"):
             file.tensor(f"resampler.{name}.weight", (e, e))
@@ -159,9 +173,8 @@ class Resampler:
         arithmetic, epsilon = self._arithmetic, self.config.epsilon
         norm_q, norm_kv, norm_post = (self._affine(name) for name in ("ln_q", "ln_kv", "ln_post"))
         queries = layer_norm(self._file.array("resampler.query"), norm_q.gain, norm_q.bias, epsilon)
-        queries = FloatArithmetic().product(weights("attn.q"))(
-            queries
-        )  # first: its float32 weight is the largest here
+        queries = _multiply_in_blocks(self._file, "resampler.attn.q.weight", queries, slice(None))
+        queries += self._file.array("resampler.attn.q.bias")
         return _Weights(
             kv=arithmetic.product(weights("kv", with_bias=False)),
             norm_kv=arithmetic.norm(norm_kv, epsilon),

@@ -52,6 +52,7 @@ def argument_types(function: Callable[..., Any]) -> tuple[Any, ...]:
 def _numba_type(hint: Any) -> Any:
     if hint in _SCALARS:
         return _SCALARS[hint]
+    hint = _expanded(hint)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         vector, *extras = arguments
@@ -70,8 +71,15 @@ def _numba_type(hint: Any) -> Any:
 
 def _element(vector: Any) -> Any:
     """The numba type of the elements of NDArray[...]."""
-    if get_origin(vector) is np.ndarray:
-        (element,) = get_args(get_args(vector)[1])
+    found = _expanded(vector)
+    if get_origin(found) is np.ndarray:
+        (element,) = get_args(get_args(found)[1])
         if isinstance(element, type) and issubclass(element, np.generic):
             return from_dtype(np.dtype(element))
     raise TypeError(f"{vector} names no type of elements; write NDArray[np.float32], or Annotated with a dtype.")
+
+
+def _expanded(hint: Any) -> Any:
+    """What a parametrised alias stands for; NDArray[...] is one since NumPy 2.5, np.ndarray[...] itself before."""
+    meaning = getattr(get_origin(hint), "__value__", None)
+    return hint if meaning is None else meaning[get_args(hint)]

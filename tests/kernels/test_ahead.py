@@ -15,12 +15,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
 from numba import types
 from numpy.typing import NDArray
+from typing_extensions import TypeAliasType
 
 from edge_kernels import ahead, machine, shipped, targets
 from edge_kernels import compile as compilation
@@ -399,6 +400,20 @@ def test_types_are_read_from_annotations():
         types.int64, types.float64, types.boolean, types.float32, vector(types.uint16), vector(types.int32),
         vector(types.uint8, readonly=True), types.Tuple((types.int64, types.float64)),
         types.NamedTuple((vector(types.int8), types.int64), Pair),
+    )  # fmt: skip
+
+
+def test_vectors_may_be_named_by_an_alias(monkeypatch):
+    """NDArray is one since NumPy 2.5, on Python 3.12 and newer."""
+    scalar = TypeVar("scalar", bound=np.generic)
+    meant = np.ndarray[tuple[Any, ...], np.dtype[scalar]]
+    monkeypatch.setitem(globals(), "NDArray", TypeAliasType("NDArray", meant, type_params=(scalar,)))
+
+    def aliased(a: NDArray[np.float32], b: Annotated[NDArray[np.uint8], READ_ONLY]) -> None:
+        pass
+
+    assert argument_types(aliased) == (
+        types.Array(types.float32, 1, "C"), types.Array(types.uint8, 1, "C", readonly=True)
     )  # fmt: skip
 
 
