@@ -299,7 +299,7 @@ def render(result: Result) -> str:
         "prefill": calls,
         "batch": calls,
     }
-    known |= dict.fromkeys(("turns", "first_token", "together", "decode"), goals)
+    known |= dict.fromkeys(("turns", "first_token", "together", "decode", "drafts"), goals)
     if scenario in known:
         return known[scenario](result)
     if scenario.startswith("convert-"):
