@@ -64,8 +64,16 @@ def end_quickly() -> None:
     atexit.register(leave_garbage)
 
 
+HELP = {"help_option_names": ["-h", "--help"]}
+
+
 class Command(click.Command):
     """A command whose known errors end with one sentence and exit code 1."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # click keeps the help option of the first context, so a command must have it without the program, too.
+        self.context_settings = {**HELP, **self.context_settings}
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""

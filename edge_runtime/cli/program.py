@@ -20,7 +20,7 @@ import click
 
 from edge_runtime.cli.batch import batch
 from edge_runtime.cli.bundle import bundle
-from edge_runtime.cli.command import INTERRUPTED, Command, Program, end_quickly, set_up_streams
+from edge_runtime.cli.command import HELP, INTERRUPTED, Command, Program, end_quickly, set_up_streams
 from edge_runtime.cli.compile import compile_kernels
 from edge_runtime.cli.document_options import (
     Asked,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from edge_runtime.answers import Answer
 
 
-@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Program, context_settings={**HELP, "max_content_width": 100})
 @click.version_option(__version__, "-V", "--version", prog_name="edge-runtime")
 def main() -> None:
     """Ask about pictures with MiniCPM-V 4.5 on this machine's CPU; nothing leaves it."""
