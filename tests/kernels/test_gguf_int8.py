@@ -164,7 +164,7 @@ for kind in ("Q4_K", "Q6_K", "Q8_0", "IQ4_NL"):
     tile, unpack, dot = tiles[kind, 6], unpackers[kind], dots[kind, 2]
     print(assembly(lambda a, b, c, d, e: tile(a, b, c, d, e), 5))
     assembly(lambda a, b, c, d: unpack(a, b, c, d), 4)
-    assembly(lambda a, b, c, d: dot(a, b, c, d, (numba.float32(0),) * 2), 4)
+    assembly(lambda a, b, c, d: dot(a, b, c, d, (numba.float32(0), numba.float32(0))), 4)
 """
 SETS = {
     "avx512vnni": ("cascadelake", "+avx2,+fma,+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512vnni", "vpdpbusd", "zmm"),
