@@ -234,7 +234,7 @@ def test_what_does_not_run_is_removed(unpacked, tmp_path, monkeypatch):
             module.try_it(tmp_path, {})
 
 
-def test_python_without_venv_musl_and_no_home(unpacked, monkeypatch):
+def test_python_without_venv_musl_and_no_home(unpacked, monkeypatch, tmp_path):
     module = script(unpacked)
     facts = json.loads((unpacked / "bundle.json").read_text())
     with monkeypatch.context() as patch:
@@ -246,7 +246,7 @@ def test_python_without_venv_musl_and_no_home(unpacked, monkeypatch):
         with pytest.raises(module.Refused, match=r"not glibc \(Alpine's is musl\)"):
             module.check_machine(facts)
     with monkeypatch.context() as patch:
-        patch.setenv("HOME", "/nowhere")
+        patch.setenv("HOME", str(tmp_path / "nowhere"))
         with pytest.raises(module.Refused, match="There is no home folder; name the folder"):
             module.place([])
     assert module.numbers("2.36") > module.numbers("2.4") > module.numbers("")

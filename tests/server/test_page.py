@@ -95,8 +95,12 @@ def size_of_sign() -> list[int]:
 def ask(page: Page, question: str, *files: Any) -> None:
     if files:
         page.set_input_files("#files", [*files])
-    page.get_by_label("Question", exact=True).fill(question)
+    field = page.get_by_label("Question", exact=True)
+    field.fill(question)
+    page.evaluate("for (const node of document.querySelectorAll('.answer')) node.dataset.before = ''")
     page.keyboard.press("Enter")
+    if not field.input_value():  # it was taken; its answer appears when the question is stored
+        expect(page.locator(".answer:not([data-before])").first).to_be_attached(timeout=WAIT_MS)
 
 
 def answer_of(page: Page) -> Any:

@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from playwright.sync_api import Page, expect
 
 from edge_runtime.engine.events import Progress
 from edge_runtime.server import sse
-from server.conftest import SIGN
 from server.test_page import answer_of, ask, browser, say, visit
 from server.test_page_looks import PHONE
 
@@ -145,8 +145,9 @@ def test_a_wide_table_scrolls_on_a_phone(visit: Callable[..., Page]):
 # --- Waiting ---
 
 
-def test_percent_is_shown_while_a_picture_is_read(visit: Callable[..., Page]):
-    page = visit()
+def test_percent_is_shown_while_a_picture_is_read(visit: Callable[..., Page], tmp_path: Path):
+    page, new = visit(), tmp_path / "new.png"  # visual tokens of one that was seen before are known
+    Image.new("RGB", (448, 448), "orchid").save(new)
     page.evaluate(
         """() => {
             const told = (window.told = []);
@@ -156,7 +157,7 @@ def test_percent_is_shown_while_a_picture_is_read(visit: Callable[..., Page]):
         }"""
     )
     with page.expect_request("**/v1/chat/completions") as asked:
-        ask(page, "What does it say?", SIGN)
+        ask(page, "What does it say?", new)
     answer_of(page)
     assert asked.value.post_data_json["return_progress"] is True
     told = page.evaluate("window.told")

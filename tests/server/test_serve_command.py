@@ -207,7 +207,7 @@ def test_whether_models_are_offered_with_tools():
 
 def test_without_its_extra(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "fastapi" else object())
-    refused(["serve"], r"needs fastapi, which is not installed; run: pip install 'edge-runtime\[serve\]'")
+    refused(["serve"], r"need fastapi, which is not installed; run: pip install 'edge-runtime\[serve\]'")
 
 
 def test_ends_of_a_server_in_a_thread(serve):
