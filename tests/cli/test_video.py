@@ -172,6 +172,7 @@ def test_progress_tells_what_is_read(monkeypatch, capsys):
     for share in (0.101, 0.102, 0.5):
         progress.on_look(share)
     progress.on_drawing(0.5)
+    progress.clear()  # or it is drawn every second until the end of all tests
     seen = capsys.readouterr().err
     assert seen.count("looking through the video, 10%") == 1
     assert seen.count("looking through the video, 50%") == 1
